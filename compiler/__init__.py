@@ -1,0 +1,1 @@
+"""The compiler: capture -> IR -> passes -> code generation. See docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""From a model to a program: loading, the hooks that keep attention whole, and capture."""

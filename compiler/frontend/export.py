@@ -1,0 +1,207 @@
+"""Capture by `torch.export`: a language model without a cache, or any module with example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...errors import EinfoldError, IRError, UnsupportedError
+from ..ir.program import Editor, ModelInfo, Program, attention_nodes, find_op, op_name, remove_dead_nodes
+from ..ir.weights import Weight
+from . import huggingface
+from .huggingface import ModelSource
+from .normalise import normalise_call
+
+#: Gives the data of the weight called (name, shape in the graph, dtype in the graph).
+WeightSource = Callable[[str, tuple[int, ...], torch.dtype], Weight]
+
+
+class _Logits(nn.Module):
+    """A causal LM as a function of token ids and positions, without a cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).logits
+        return logits
+
+
+def capture_language_model(
+    source: ModelSource, config: Any, context: int, state: Mapping[str, Tensor] | None = None
+) -> Program:
+    """The model as a program of (input_ids [B, S], position_ids [B, S]) -> logits [B, S, V], in float32.
+
+    Traced from the config with parameters that take no memory; `state` gives the weights' data, and
+    without it the weights are known by shape only. Raises UnsupportedError, naming the layer, for
+    what the hooks or the trace cannot express.
+    """
+    skeleton = build = huggingface.build_skeleton(config, source)
+    batch, length = torch.export.Dim("B"), torch.export.Dim("S")
+    ids = torch.zeros(2, 7, dtype=torch.long)
+    positions = torch.arange(7).expand(2, 7).contiguous()
+    dims = {0: batch, 1: length}
+    exported = _export(_Logits(build), (ids, positions), (dims, dims), source.location)
+    first_name = _tied_names(skeleton)
+    info = ModelInfo(
+        architecture=str(config.model_type),
+        vocabulary=int(skeleton.get_output_embeddings().weight.shape[0]),
+        context=context,
+        hidden=int(skeleton.get_input_embeddings().weight.shape[1]),
+    )
+
+    def weight(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+        if state is not None and name in state:
+            return Weight.of(state[name], dtype)
+        buffers = dict(skeleton.named_buffers())
+        if name in buffers:  # computed from the config, such as rotary frequencies
+            return Weight.of(buffers[name], dtype)
+        return Weight.absent(shape, dtype, name)
+
+    program = _import(
+        exported,
+        info,
+        lambda name: first_name.get(name.removeprefix("model."), name.removeprefix("model.")),
+        weight,
+        {"input_ids": ("B", "S"), "position_ids": ("B", "S")},
+        ["logits"],
+    )
+    _check_layers(program, config, source)
+    return program
+
+
+def capture_module(
+    module: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None
+) -> Program:
+    """Any module as a program over its tensor inputs; weights are shared with the module, not copied."""
+    name = type(module).__name__
+    exported = _export(module.eval(), example_inputs, dynamic_shapes, name)
+    state = dict(module.state_dict(keep_vars=True)) | dict(module.named_buffers())
+    state |= dict(exported.constants)
+
+    def weight(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+        return Weight.of(state[key], dtype)
+
+    first_name = _tied_names(module)
+    return _import(
+        exported,
+        ModelInfo(architecture=name, vocabulary=0, context=0),
+        lambda key: first_name.get(key, key),
+        weight,
+        {},
+        None,
+    )
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: Any, where: str) -> Any:
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    except EinfoldError:
+        raise
+    except Exception as error:
+        text = str(error).strip()
+        raise UnsupportedError(
+            f"{where}: torch.export cannot trace the model: {text.splitlines()[0] if text else type(error).__name__}"
+        ) from error
+    mutating = any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in exported.graph.nodes
+    )
+    # An empty table functionalizes in-place ops and decomposes nothing else.
+    return exported.run_decompositions({}) if mutating else exported
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """Every parameter and buffer name, mapped to the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names = list(module.named_parameters(remove_duplicate=False))
+    names += list(module.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in names}
+
+
+def _import(
+    exported: Any,
+    info: ModelInfo,
+    rename: Callable[[str], str],
+    weight: WeightSource,
+    input_shapes: Mapping[str, tuple[str, ...]],
+    output_names: list[str] | None,
+) -> Program:
+    """Rebuilds an exported graph as a program; every type is inferred again."""
+    program = Program(info)
+    editor = Editor(program)
+    signature = exported.graph_signature
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted |= signature.inputs_to_lifted_tensor_constants
+    mapped: dict[fx.Node, Any] = {}
+    reads: dict[str, fx.Node] = {}
+    dims: dict[str, str] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            if not node.users:
+                continue
+            name = rename(lifted[node.name])
+            if name not in reads:
+                value = node.meta["val"]
+                program.weights.add(name, weight(name, tuple(value.shape), value.dtype))
+                reads[name] = editor.read(name)
+            mapped[node] = reads[name]
+        elif node.op == "placeholder":
+            value = node.meta["val"]
+            if not isinstance(value, Tensor):
+                mapped[node] = value
+                continue
+            shape = input_shapes.get(node.name) or _name_dims(value, dims)
+            mapped[node] = editor.input(node.name, shape, value.dtype)
+        elif node.op == "call_function":
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                continue
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: mapped[n])
+            call = normalise_call(_known(node), args, kwargs)
+            mapped[node] = call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
+        elif node.op == "output":
+            flat = [mapped[value] for value in node.args[0] if isinstance(value, fx.Node)]
+            names = output_names or [f"output_{index}" for index in range(len(flat))]
+            editor.set_output(flat, names)
+        else:
+            raise UnsupportedError(f"the trace holds a {node.op} ({node.target}), which einfold does not import")
+    remove_dead_nodes(program)
+    return program
+
+
+def _known(node: fx.Node) -> Callable[..., Any]:
+    try:
+        return find_op(op_name(node.target))
+    except IRError:
+        where = str(node.meta.get("nn_module_stack", "")).split("'")[-2:-1]
+        raise UnsupportedError(
+            f"the trace calls {node.target}{' in ' + where[0] if where else ''}, which einfold does not know"
+        ) from None
+
+
+def _name_dims(value: Tensor, dims: dict[str, str]) -> tuple[int | str, ...]:
+    return tuple(
+        dims.setdefault(str(size), f"D{len(dims)}") if isinstance(size, torch.SymInt) else size
+        for size in value.shape
+    )
+
+
+def _check_layers(program: Program, config: Any, source: ModelSource) -> None:
+    """Every layer of the model must have come through the attention hook."""
+    expected = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layer", None)
+    found = [int(node.args[4]) for node in attention_nodes(program)]  # type: ignore[arg-type]
+    missing = [layer for layer in range(int(expected or 0)) if layer not in found]
+    if not found or missing:
+        place = f"layer {missing[0]}" if missing else "the model"
+        raise UnsupportedError(
+            f"{source.location}: {place} of architecture {config.model_type!r} does not run its attention "
+            "through transformers' attention interface (a state-space or recurrent layer, or attention "
+            "with a bias of its own such as ALiBi), so it cannot be given a compressed cache"
+        )

@@ -1,0 +1,157 @@
+"""Hooks into transformers that keep attention and expert routing whole while a model is traced.
+
+This file and `huggingface.py` are the only ones that touch transformers' internals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ...errors import UnsupportedError
+from ..ir.ops import einfold_ops
+from ..ir.ops.activation import GATES, gated_activation_reference
+
+NAME = "einfold"
+
+#: Keyword arguments that say nothing about which keys a query sees or how it weighs them.
+_HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "position_embeddings",
+    "is_causal",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "head_mask",
+    "attention_dropout",
+}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """One `einfold::attention` for one call of a model's attention. q, k, v come as [B, heads, S, D]."""
+    layer = getattr(module, "layer_idx", None)
+    where = f"layer {layer} ({type(module).__name__})"
+    if layer is None:
+        raise UnsupportedError(f"{where}: the attention module has no layer_idx, so its cache has no place")
+    if attention_mask is not None:
+        raise UnsupportedError(f"{where}: the model builds an attention mask of its own, which is not captured")
+    if getattr(module, "is_causal", True) is False or rest.get("is_causal") is False:
+        raise UnsupportedError(f"{where}: attention is not causal; einfold compiles causal language models")
+    unknown = sorted(k for k, v in rest.items() if k not in _HARMLESS and v is not None and v is not False)
+    if unknown:
+        raise UnsupportedError(f"{where}: the attention takes {', '.join(unknown)}, which einfold does not know")
+    out = einfold_ops.attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        s_aux,
+        layer,
+        float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        int(sliding_window or 0),
+        float(softcap or 0.0),
+    )
+    return out, None
+
+
+def _experts(module: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """One `einfold::experts` for one call of a model's expert block."""
+    gate_up, down = module.gate_up_proj, module.down_proj
+    gate_up_bias = getattr(module, "gate_up_proj_bias", None)
+    down_bias = getattr(module, "down_proj_bias", None)
+    if module.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    kind, alpha, limit, interleaved = module._einfold_gate
+    if interleaved:
+        gate_up = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), dim=1)
+        if gate_up_bias is not None:
+            gate_up_bias = torch.cat((gate_up_bias[:, 0::2], gate_up_bias[:, 1::2]), dim=1)
+    return einfold_ops.experts(
+        x, index, weight, gate_up, gate_up_bias, down, down_bias, kind, alpha, limit
+    )
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Masks are implied by `einfold::attention` (causal, window), so none is built."""
+
+
+def register() -> None:
+    """Makes the attention and expert implementation "einfold" known to transformers (idempotent)."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+def install(model: Any) -> None:
+    """Switches a model to the einfold hooks; raises UnsupportedError for what they can't express."""
+    register()
+    for name, module in model.named_modules():
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+            module._einfold_gate = _probe_gate(name, module)
+    model.set_attn_implementation(NAME)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(NAME)
+
+
+def _probe_gate(name: str, module: Any) -> tuple[str, float, float, bool]:
+    """Finds which known gate a module's own `_apply_gate` is, by comparing numbers.
+
+    Gives (kind, alpha, limit, interleaved). The probe decides, not the module's class or name.
+    """
+    if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedError(f"{name}: experts without a gate, or with a norm behind them, are not supported")
+    alpha = float(getattr(module, "alpha", 1.0))
+    limit = float(getattr(module, "limit", None) or 0.0)
+    probe = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 6
+    want = module._apply_gate(probe)
+    for interleaved in (False, True):
+        halves = (probe[:, 0::2], probe[:, 1::2]) if interleaved else probe.chunk(2, dim=-1)
+        for kind in GATES:
+            got = gated_activation_reference(*halves, kind, alpha, limit)
+            if torch.allclose(got, want, rtol=1e-5, atol=1e-6):
+                return kind, alpha, limit, interleaved
+    raise UnsupportedError(f"{name}: its gated activation is none of {', '.join(GATES)}")
+
+
+@contextmanager
+def hollow_parameters() -> Iterator[None]:
+    """Modules built inside get parameters of the right shape that take no memory (stride 0)."""
+    original: Callable[..., None] = nn.Module.register_parameter
+
+    def register_hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and any(param.stride()):
+            empty = torch.zeros((), dtype=param.dtype).expand(param.shape)
+            param = nn.Parameter(empty, requires_grad=False)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register_hollow  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+__all__ = ["hollow_parameters", "install", "register"]

@@ -1,0 +1,211 @@
+"""Loading Hugging Face causal language models, with every way in which a folder can be bad told apart."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as hf_logging
+
+from ...errors import ModelError, UnsupportedError
+from . import hooks
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a folder, or the id of a repository on the Hugging Face hub."""
+
+    name: str
+    folder: Path | None
+
+    @property
+    def location(self) -> str:
+        return str(self.folder) if self.folder else self.name
+
+
+def find_model(name: str | Path) -> ModelSource:
+    """A local folder if there is one, else a hub id of the form owner/name.
+
+    Raises ModelError for a path that does not exist, a file, or a folder without config.json.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ModelError(f"the model folder {path} is empty; it should hold config.json and *.safetensors")
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the model folder {path} has no config.json; is it a Hugging Face model folder?")
+        return ModelSource(str(name), path)
+    if path.exists():
+        raise ModelError(f"{path} is a file; give the folder that holds config.json and *.safetensors")
+    text = str(name)
+    parts = text.split("/")
+    if len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/")):
+        return ModelSource(text, None)
+    raise ModelError(f"there is no model folder {path}; give an existing folder, or a hub id such as owner/name")
+
+
+def read_config(source: ModelSource) -> Any:
+    """The model's configuration; no weight is read and no code of the model's runs."""
+    hf_logging.set_verbosity_error()
+    try:
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{source.location}/config.json is not valid JSON: {error}") from error
+    except Exception as error:
+        raise _config_error(source, error) from error
+
+
+def _config_error(source: ModelSource, error: Exception) -> Exception:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if source.folder is None:
+        return ModelError(f"cannot fetch {source.name!r} from the Hugging Face hub: {first}")
+    try:
+        raw = json.loads((source.folder / "config.json").read_text())
+    except (OSError, ValueError) as reason:
+        return ModelError(f"{source.folder}/config.json cannot be read as JSON: {reason}")
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind is None:
+        return ModelError(f"{source.folder}/config.json names no model_type, so the architecture is unknown")
+    return UnsupportedError(f"{source.folder}: architecture {kind!r} cannot be loaded: {first}")
+
+
+def check_weight_files(source: ModelSource) -> None:
+    """Checks every safetensors file of a folder for truncation before anything large is read."""
+    if source.folder is None:
+        return
+    files = sorted(source.folder.glob("*.safetensors"))
+    index = source.folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} is damaged: {error}") from error
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise ModelError(f"{source.folder} lacks the weight file {missing[0]} that its index names")
+    if not files:
+        other = [p.name for p in source.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        hint = f" (found {other[0]}: pickled weights can run code, convert them first)" if other else ""
+        raise ModelError(f"{source.folder} holds no *.safetensors weights{hint}")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 < length <= min(size - 8, 100_000_000):
+            raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ModelError(f"the header of {file} is damaged: {error}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ModelError(f"{file} is {size:,} bytes, but its header says {expected:,}: the file is truncated or damaged")
+
+
+def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
+    """All parameters and persistent buffers by name, in the dtype in which they are stored.
+
+    Loads through `from_pretrained`, so that checkpoint layouts that transformers converts (merged
+    experts, renamed keys) come out right. Raises ModelError where a weight is missing or has another
+    shape than the config says.
+    """
+    check_weight_files(source)
+    hf_logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            low_cpu_mem_usage=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot load the weights of {source.location}: {first}") from error
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ModelError(
+            f"{source.location}: weight {name} is {list(found)}, but config.json asks for {list(expected)}"
+            + (f" ({len(mismatched) - 1} more like it)" if len(mismatched) > 1 else "")
+        )
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise ModelError(
+            f"{source.location}: the checkpoint lacks {len(missing)} weights that config.json asks for, "
+            f"{missing[0]} among them"
+        )
+    state = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    persistent = model.state_dict(keep_vars=True)
+    state.update({name: persistent[name] for name, _ in model.named_buffers() if name in persistent})
+    return state
+
+
+def build_skeleton(config: Any, source: ModelSource) -> Any:
+    """The model in float32 with parameters that take no memory, hooked for capture."""
+    hf_logging.set_verbosity_error()
+    config = copy.deepcopy(config)  # installing the hooks writes to it
+    try:
+        with hooks.hollow_parameters(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedError(
+            f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
+            f"is no causal language model that can be built: {first}"
+        ) from error
+    _check_rope(config, source)
+    hooks.install(model)
+    return model.eval()
+
+
+def _check_rope(config: Any, source: ModelSource) -> None:
+    """Refuses rotary forms whose tables change while a text grows."""
+    for rope in _rope_settings(config):
+        kind = rope.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise UnsupportedError(
+                f"{source.location}: rotary type {kind!r} changes its frequencies with the length of the "
+                "text, which a table fixed at compile time cannot follow"
+            )
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def context_limit(config: Any) -> int:
+    """The longest context that the model was made for, in tokens."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ModelError("config.json gives no max_position_embeddings; say the context yourself (--context)")
+
+
+def parameter_bytes(config: Any, source: ModelSource) -> int:
+    """Bytes of the model's parameters in float32, from the config alone."""
+    skeleton = build_skeleton(config, source)
+    return sum(math.prod(p.shape) * 4 for p in skeleton.parameters())

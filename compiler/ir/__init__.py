@@ -1,0 +1,1 @@
+"""The intermediate representation: FX graphs over `aten` and `einfold` ops, with their weights."""

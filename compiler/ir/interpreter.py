@@ -1,0 +1,90 @@
+"""Runs a program by the reference meaning of its operators, on any device that torch has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...errors import IRError
+from .program import Program
+
+
+class Interpreter:
+    """Executes a program node by node; intermediate values go as soon as nothing reads them."""
+
+    def __init__(self, program: Program, keep_weights: bool = True) -> None:
+        self.program = program
+        self._kept: dict[str, Tensor] | None = {} if keep_weights else None
+        self._dead_after = _last_uses(program.graph)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gives the outputs by name. `inputs` are by the names of the program's inputs."""
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in self.program.graph.nodes:
+                if node.op == "output":
+                    results = [values[value] for value in node.args[0]]
+                    return dict(zip(node.meta["names"], results, strict=True))
+                values[node] = self._evaluate(node, values, inputs)
+                for dead in self._dead_after.get(node, ()):
+                    del values[dead]
+        raise IRError("the program has no output")
+
+    def _evaluate(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]) -> Any:
+        if node.op == "placeholder":
+            if node.target not in inputs:
+                raise IRError(f"input {node.target!r} was not given")
+            return inputs[str(node.target)]
+        if node.op == "get_attr":
+            return self._weight(str(node.target))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _weight(self, name: str) -> Tensor:
+        if self._kept is None:
+            return self.program.weights[name].load()
+        if name not in self._kept:
+            self._kept[name] = self.program.weights[name].load()
+        return self._kept[name]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    for source in graph.find_nodes(op="output")[0].all_input_nodes:
+        last.pop(source, None)
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for source, user in last.items():
+        dead.setdefault(user, []).append(source)
+    return dead
+
+
+def evaluate_cone(
+    roots: list[fx.Node], known: Mapping[fx.Node, Any], program: Program
+) -> list[Any]:
+    """The values of `roots` from the values of some nodes that they depend on, and weights."""
+    values: dict[fx.Node, Any] = dict(known)
+
+    def value_of(node: fx.Node) -> Any:
+        if node not in values:
+            if node.op == "get_attr":
+                values[node] = program.weights[str(node.target)].load()
+            elif node.op == "call_function":
+                for source in node.all_input_nodes:
+                    value_of(source)
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            else:
+                raise IRError(f"%{node.name} is an input whose value is not known")
+        return values[node]
+
+    with torch.no_grad():
+        return [value_of(root) for root in roots]

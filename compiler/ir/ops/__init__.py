@@ -1,0 +1,33 @@
+"""The `einfold::*` operators: one reference meaning each, in plain torch.
+
+Every operator is a `torch.library.custom_op` with a fake (shape-only) implementation, so that
+graphs that hold them can be traced, shape-checked, printed, and run by the reference interpreter.
+A target (ONNX, Triton) is right when it agrees with what stands here.
+
+Shape suffixes in this folder:
+    B batch, S new tokens of this step, C cache capacity in tokens, T tokens in all (B*S flattened)
+    H query heads, K key/value heads, D head size, R rotary width, P positions in a table
+    M model width, I MLP width, V vocabulary, N outputs of a linear, E experts, J experts a token takes
+    G quantization groups along the input axis
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import activation, attention, experts, linear, norm, quantized, rotary, rows
+
+__all__ = [
+    "activation",
+    "attention",
+    "einfold_ops",
+    "experts",
+    "linear",
+    "norm",
+    "quantized",
+    "rotary",
+    "rows",
+]
+
+#: The namespace `torch.ops.einfold`; importing this module is what registers the operators.
+einfold_ops = torch.ops.einfold

@@ -1,0 +1,39 @@
+"""The gated activation of a transformer MLP (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Kinds of gate. "swiglu_clamped" is GPT-OSS's: both halves clamped, gate * sigmoid(alpha * gate) * (up + 1).
+GATES = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped")
+
+
+def gated_activation_reference(
+    gate: Tensor, up: Tensor, kind: str, alpha: float = 1.0, limit: float = 0.0
+) -> Tensor:
+    """activation(gate) * up for a kind of `GATES`; `alpha`, `limit` serve "swiglu_clamped" alone."""
+    if kind == "silu":
+        return functional.silu(gate) * up
+    if kind == "gelu":
+        return functional.gelu(gate) * up
+    if kind == "gelu_tanh":
+        return functional.gelu(gate, approximate="tanh") * up
+    if kind == "relu":
+        return functional.relu(gate) * up
+    if kind == "swiglu_clamped":
+        gate = gate.clamp(max=limit)
+        up = up.clamp(min=-limit, max=limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    raise ValueError(f"unknown gate {kind!r}: one of {', '.join(GATES)}")
+
+
+@torch.library.custom_op("einfold::gated_activation", mutates_args=())
+def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return gated_activation_reference(gate, up, kind)
+
+
+@gated_activation.register_fake
+def _(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)

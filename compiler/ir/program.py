@@ -1,0 +1,238 @@
+"""A program: an FX graph over `aten` and `einfold` ops, its weights, and its cache layout.
+
+The graph is a `torch.fx.Graph` without a module: weights are `get_attr` nodes that name an entry of
+the `WeightStore`. Every node carries its type as a fake tensor in `meta["val"]`, kept up to date by
+`Editor`, through which passes insert nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...errors import IRError
+from .cache_layout import CacheLayout
+from .ops import einfold_ops
+from .types import Shapes
+from .weights import Weight, WeightStore
+
+#: Python functions that may stand in a graph: picking one result of several, and arithmetic on sizes.
+BUILTINS: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the runtime needs to know of a model beside its graph."""
+
+    architecture: str
+    vocabulary: int
+    context: int
+    """Tokens of context that the artifact is compiled for."""
+    hidden: int = 0
+
+
+@dataclass
+class Program:
+    """The unit that passes work on."""
+
+    model: ModelInfo
+    shapes: Shapes = field(default_factory=Shapes)
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    weights: WeightStore = field(default_factory=WeightStore)
+    layout: CacheLayout | None = None
+
+    def nodes(self, *targets: object) -> Iterator[fx.Node]:
+        """The call nodes of these operators, in order, over a snapshot of the graph."""
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and node.target in targets:
+                yield node
+
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def placeholder(self, name: str) -> fx.Node:
+        """The input called `name`; raises IRError where there is none."""
+        for node in self.placeholders():
+            if node.target == name:
+                return node
+        raise IRError(f"the program has no input {name!r}; it has {[str(n.target) for n in self.placeholders()]}")
+
+    @property
+    def output(self) -> fx.Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    def output_names(self) -> list[str]:
+        names: list[str] = self.output.meta["names"]
+        return names
+
+    def weight_of(self, node: object) -> Weight | None:
+        """The weight that a `get_attr` node names, else None."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.weights[str(node.target)]
+        return None
+
+    def is_sequence_model(self) -> bool:
+        """Whether this is a language model (token ids in), not a plain module."""
+        return any(node.target == "input_ids" for node in self.placeholders())
+
+
+def attention_nodes(program: Program) -> list[fx.Node]:
+    """The attention calls, with or without a cache, in the order of their layers."""
+    found = program.nodes(einfold_ops.attention.default, einfold_ops.cached_attention.default)
+    return sorted(found, key=lambda node: int(call_arguments(node)["layer"]))
+
+
+def call_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by the names of its schema, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise IRError(f"node {node.name} does not call an operator")
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(target._schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+        else:
+            raise IRError(f"node {node.name} lacks the argument {argument.name!r} of {target}")
+    return bound
+
+
+class Editor:
+    """Inserts nodes and gives each its type by running the operator on fake tensors."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.graph
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[Editor]:
+        with self.graph.inserting_before(node):
+            yield self
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[Editor]:
+        with self.graph.inserting_after(node):
+            yield self
+
+    def call(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """A call of `target`; raises IRError, naming the call, where its shapes do not fit."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        infer(self.program, node)
+        return node
+
+    def weight(self, name: str, weight: Weight) -> fx.Node:
+        """Adds a weight to the store and a node that reads it."""
+        return self.read(self.program.weights.add(name, weight))
+
+    def read(self, name: str, node_name: str | None = None) -> fx.Node:
+        """A node that reads a weight of the store."""
+        node = self.graph.create_node("get_attr", name, name=node_name)
+        infer(self.program, node)
+        return node
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: torch.dtype, node_name: str | None = None) -> fx.Node:
+        """A new input, placed behind those that there are."""
+        present = self.program.placeholders()
+        anchor = present[-1] if present else self.graph._root
+        with self.graph.inserting_after(anchor):
+            node = self.graph.create_node("placeholder", name, name=node_name or name.replace(".", "_"))
+        node.meta["val"] = self.program.shapes.tensor(shape, dtype)
+        return node
+
+    def results(self, node: fx.Node) -> list[fx.Node]:
+        """A getitem node for each result of a call that gives several."""
+        nodes = []
+        with self.graph.inserting_after(node):
+            for index in range(len(node.meta["val"])):
+                nodes.append(self.call(operator.getitem, node, index))
+        return nodes
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Every use of `old` reads `new` instead, and `old` goes."""
+        old.replace_all_uses_with(new, propagate_meta=False)
+        self.graph.erase_node(old)
+
+    def set_output(self, values: Sequence[fx.Node], names: Sequence[str]) -> None:
+        """Sets the program's results and their names."""
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                self.graph.erase_node(node)
+        node = self.graph.output(tuple(values))
+        node.meta["names"] = list(names)
+        node.meta["val"] = tuple(value.meta["val"] for value in values)
+
+
+def infer(program: Program, node: fx.Node) -> None:
+    """Sets `meta["val"]` of a call or weight node from its arguments' types."""
+    shapes = program.shapes
+    if node.op == "get_attr":
+        weight = program.weights[str(node.target)]
+        node.meta["val"] = shapes.tensor(weight.shape, weight.dtype)
+        return
+    if node.op != "call_function" or not callable(node.target):
+        raise IRError(f"node {node.name} ({node.op}) has no type of its own")
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    try:
+        with shapes.mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)
+    except Exception as error:
+        inputs = ", ".join(f"%{n.name}: {shapes.describe(n.meta['val'])}" for n in node.all_input_nodes)
+        raise IRError(f"{op_name(node.target)} at %{node.name} does not accept ({inputs}): {error}") from error
+
+
+def op_name(target: object) -> str:
+    """The printed name of a call's target: `aten.add.Tensor`, `einfold.linear`, `builtin.mul`."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        return name.removesuffix(".default") if name.startswith("einfold.") else name
+    for name, function in BUILTINS.items():
+        if target is function:
+            return f"builtin.{name}"
+    raise IRError(f"{target!r} is not an operator of the IR")
+
+
+def find_op(name: str) -> Callable[..., Any]:
+    """The inverse of `op_name`: finds operators of the two namespaces, and nothing else."""
+    namespace, _, rest = name.partition(".")
+    if namespace == "builtin" and rest in BUILTINS:
+        return BUILTINS[rest]
+    if namespace in ("aten", "einfold"):
+        packet_name, _, overload = rest.partition(".")
+        packet = getattr(getattr(torch.ops, namespace), packet_name, None)
+        if packet is not None:
+            operator_overload = getattr(packet, overload or "default", None)
+            if isinstance(operator_overload, torch._ops.OpOverload):
+                return operator_overload
+    raise IRError(f"{name!r} is not an operator of the IR")
+
+
+def remove_dead_nodes(program: Program) -> int:
+    """Erases calls and reads that nothing uses, and weights that nothing reads; gives how many nodes went.
+
+    Every operator of the IR is pure, so a node without users is dead. Inputs stay.
+    """
+    erased = 0
+    for node in reversed(list(program.graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            program.graph.erase_node(node)
+            erased += 1
+    read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in program.weights if name not in read]:
+        program.weights.discard(name)
+    return erased

@@ -1,0 +1,83 @@
+"""Types of values in the graph: a dtype and a shape whose dynamic dims have names.
+
+Shapes are followed with torch's fake tensors; this module owns the named dims and their printing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from ...errors import IRError
+
+DTYPES: dict[str, torch.dtype] = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: The dynamic dims that einfold names, with the sizes used while tracing. The sizes are distinct
+#: primes so that a shape rule that mixes two dims up is caught by the numbers.
+NAMED_DIMS = {"B": 3, "S": 17, "C": 101, "N": 7}
+
+
+class Shapes:
+    """The fake-tensor mode of one program, with its named dims."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self._dims: dict[str, torch.SymInt] = {}
+        self._names: dict[str, str] = {}
+
+    def dim(self, name: str) -> torch.SymInt:
+        """The symbolic size called `name`, made on first use."""
+        if name not in self._dims:
+            size = NAMED_DIMS.get(name, 31 + 6 * len(self._dims))
+            symbol = self.env.create_symbol(
+                size, source=ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            self._dims[name] = self.env.create_symintnode(symbol, hint=size)  # type: ignore[assignment]
+            self._names[str(symbol)] = name
+        return self._dims[name]
+
+    def tensor(self, shape: Sequence[int | str], dtype: torch.dtype) -> torch.Tensor:
+        """A fake tensor of this shape; a string is a named dim."""
+        sizes = [self.dim(size) if isinstance(size, str) else size for size in shape]
+        with self.mode:
+            return torch.empty(sizes, dtype=dtype)
+
+    def describe(self, value: Any) -> str:
+        """The printed type of a node's value: `f32[B, S, 64]`, `sym(B*S)`, `(f32[..], f32[..])`."""
+        if isinstance(value, torch.Tensor):
+            if value.dtype not in DTYPE_NAMES:
+                raise IRError(f"dtype {value.dtype} has no name in the IR")
+            sizes = ", ".join(self._size(size) for size in value.shape)
+            return f"{DTYPE_NAMES[value.dtype]}[{sizes}]"
+        if isinstance(value, torch.SymInt):
+            return f"sym({self._size(value)})"
+        if isinstance(value, (tuple, list)):
+            return "(" + ", ".join(self.describe(item) for item in value) + ")"
+        if isinstance(value, (bool, int, float)):
+            return f"const({value})"
+        raise IRError(f"a value of type {type(value).__name__} has no type in the IR")
+
+    def _size(self, size: int | torch.SymInt) -> str:
+        if not isinstance(size, torch.SymInt):
+            return str(size)
+        expression = size.node.expr
+        names = {symbol: self._names[str(symbol)] for symbol in expression.free_symbols}
+        return str(expression.xreplace({s: type(s)(n) for s, n in names.items()}))

@@ -1,0 +1,80 @@
+"""The rules that every program keeps, checked before and after each pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ...errors import IRError
+from .ops import einfold_ops
+from .program import Program, attention_nodes, call_arguments, infer, op_name
+
+
+def verify(program: Program, deep: bool = False) -> None:
+    """Raises IRError, naming the node, where a rule is broken.
+
+    Order, known operators, weights that exist with the type that the graph reads, one attention call
+    a layer, caches that agree with the layout. `deep` also infers every type again and compares.
+    """
+    seen: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        _check_node(program, node, seen)
+        if deep and node.op == "call_function":
+            _check_type(program, node)
+        seen.add(node)
+    _check_output(program)
+    _check_attention(program)
+
+
+def _check_node(program: Program, node: fx.Node, seen: set[fx.Node]) -> None:
+    for source in node.all_input_nodes:
+        if source not in seen:
+            raise IRError(f"%{node.name} uses %{source.name} before it is defined")
+    if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+        raise IRError(f"%{node.name} is a {node.op}, which the IR does not have")
+    if "val" not in node.meta:
+        raise IRError(f"%{node.name} has no type")
+    if node.op == "call_function":
+        op_name(node.target)
+    if node.op == "get_attr":
+        weight, value = program.weights[str(node.target)], node.meta["val"]
+        if tuple(value.shape) != weight.shape or value.dtype != weight.dtype:
+            raise IRError(
+                f"%{node.name} reads {node.target!r} as {program.shapes.describe(value)}, "
+                f"but the weight is {weight.dtype}{list(weight.shape)}"
+            )
+
+
+def _check_type(program: Program, node: fx.Node) -> None:
+    before = program.shapes.describe(node.meta["val"])
+    infer(program, node)
+    after = program.shapes.describe(node.meta["val"])
+    if before != after:
+        raise IRError(f"%{node.name} carries the type {before}, but its arguments give {after}")
+
+
+def _check_output(program: Program) -> None:
+    outputs = [node for node in program.graph.nodes if node.op == "output"]
+    if len(outputs) != 1:
+        raise IRError(f"a program has one output node, this one has {len(outputs)}")
+    if len(outputs[0].meta["names"]) != len(outputs[0].args[0]):
+        raise IRError("the output has not as many names as values")
+
+
+def _check_attention(program: Program) -> None:
+    layers = [int(call_arguments(node)["layer"]) for node in attention_nodes(program)]
+    if len(set(layers)) != len(layers):
+        raise IRError(f"attention layers must be distinct, found {layers}")
+    if program.layout is None:
+        return
+    specs = {spec.name: spec for spec in program.layout.buffers()}
+    for node in program.nodes(einfold_ops.cached_attention.default):
+        for name in ("key_cache_BKCD", "value_cache_BKCD"):
+            cache = call_arguments(node)[name]
+            spec = specs.get(str(cache.target))
+            if cache.op != "placeholder" or spec is None:
+                raise IRError(f"%{node.name}: {name} is not an input that the cache layout names")
+            value: torch.Tensor = cache.meta["val"]
+            fixed = [int(spec.shape[1]), int(spec.shape[3])]
+            if value.dtype != spec.dtype or [value.shape[1], value.shape[3]] != fixed:
+                raise IRError(f"%{node.name}: {cache.target} disagrees with the cache layout")

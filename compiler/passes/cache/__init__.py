@@ -1,0 +1,1 @@
+"""Passes over the KV cache; they meet in the CacheLayout."""

@@ -1,0 +1,118 @@
+"""The ordered list of passes, with the reason for each place; and the manager that runs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import IRError
+from .ir.printer import print_program
+from .ir.program import Program
+from .ir.verifier import verify
+from .passes.base import Note, Pass
+from .passes.cache.attach_cache import AttachCache
+from .passes.cleanup.fold_constants import FoldConstants
+from .passes.cleanup.simplify import Simplify
+from .passes.fusion.fuse_linears import FuseLinears
+from .passes.fusion.fuse_residual_norms import FuseResidualNorms
+from .passes.fusion.select_logit_rows import SelectLogitRows
+from .passes.raising.raise_activations import RaiseActivations
+from .passes.raising.raise_linears import RaiseLinears
+from .passes.raising.raise_norms import RaiseNorms
+from .passes.raising.raise_rotary import RaiseRotary
+
+
+def raising_passes() -> list[Pass]:
+    """From ATen's spelling to `einfold` operators; every road into the compiler starts with these."""
+    return [
+        FoldConstants(),  # first: 1 + w becomes one weight, so that norms match
+        RaiseNorms(),
+        RaiseLinears(),  # before rotary: a projection is then where the walk back from q and k ends
+        RaiseActivations(),
+        RaiseRotary(),
+        Simplify(),  # last: the transposes around attention meet and cancel
+    ]
+
+
+def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = ()) -> list[Pass]:
+    """The pipeline of a causal language model.
+
+    `weights` are the passes that the recipe chose for weights, `cache` those for the KV cache.
+    """
+    return [
+        *raising_passes(),
+        FuseLinears(),  # before quantization: a matrix is then packed once, in its final shape
+        FuseResidualNorms(),
+        SelectLogitRows(),
+        *weights,
+        *(cache or [AttachCache()]),  # near the end: earlier passes see attention without its cache
+        Simplify(),
+    ]
+
+
+def module_passes(weights: Sequence[Pass] = ()) -> list[Pass]:
+    """The pipeline of a plain module: no cache, no logits."""
+    return [*raising_passes(), FuseLinears(), FuseResidualNorms(), *weights, Simplify()]
+
+
+@dataclass
+class PassRecord:
+    """What one pass did: its options, its time, its notes."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: float
+    changed: bool
+    notes: list[Note] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """The record as plain data, for manifests and reports."""
+        return asdict(self)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class PassManager:
+    """Runs passes in order, verifying the program before and after each.
+
+    `dump` is a folder for the program's text after every pass; `progress(name, index, total)` is
+    called before each.
+    """
+
+    passes: Sequence[Pass]
+    dump: Path | None = None
+    progress: Progress | None = None
+
+    def run(self, program: Program) -> list[PassRecord]:
+        """Raises IRError, naming the pass, where one breaks a rule of the IR or comes too early."""
+        verify(program)
+        self._write_dump(program, 0, "captured")
+        facts: set[str] = set()
+        records = []
+        for index, step in enumerate(self.passes, start=1):
+            if self.progress is not None:
+                self.progress(step.name, index, len(self.passes))
+            missing = step.requires - facts
+            if missing:
+                raise IRError(f"pass {step.name} needs {', '.join(sorted(missing))}, which no pass before it ensures")
+            started = time.perf_counter()
+            result = step.run(program)
+            seconds = time.perf_counter() - started
+            try:
+                verify(program)
+            except IRError as error:
+                raise IRError(f"pass {step.name} broke the program: {error}") from error
+            facts |= step.ensures
+            records.append(PassRecord(step.name, step.options(), seconds, result.changed, result.notes))
+            self._write_dump(program, index, step.name)
+        return records
+
+    def _write_dump(self, program: Program, index: int, name: str) -> None:
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            (self.dump / f"{index:02d}-{name}.eir").write_text(print_program(program))
