@@ -40,7 +40,10 @@ class Weight:
         """A weight known by its shape alone (a model traced from its config)."""
 
         def refuse() -> Tensor:
-            raise IRError(f"weight {name!r} has no data: this model was traced from its config alone")
+            raise IRError(
+                f"weight {name!r} has no data here: the model was traced from its config alone, "
+                "or its weights were written to a file already"
+            )
 
         return Weight(tuple(shape), dtype, refuse)
 
@@ -102,6 +105,11 @@ class WeightStore:
             unique, number = f"{name}.{number}", number + 1
         self._weights[unique] = weight
         return unique
+
+    def release(self, name: str) -> None:
+        """Keeps the weight's description and lets go of its data, once it is written elsewhere."""
+        weight = self[name]
+        self._weights[name] = Weight.absent(weight.shape, weight.dtype, name)
 
     def discard(self, name: str) -> None:
         """Drops a weight, and with it the memory that only it held."""

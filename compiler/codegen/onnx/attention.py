@@ -1,0 +1,253 @@
+"""Lowerings of cached attention.
+
+`ort`: one GroupQueryAttention a layer. It writes the cache in place when past and present are bound to
+one buffer, turns q and k itself, and reads a packed QKV as it comes from the fused projection. Its head
+size must be a multiple of 8; its own rotary wants a multiple of 16 with half the rotary width a multiple
+of 8. Other sizes are turned before it, or take the standard operators.
+
+`portable`: TensorScatter (opset 24) writes the cache, in place when input and output are bound to one
+buffer; a boolean mask says which slots a query sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from ...ir.ops import einfold_ops
+from .builder import CONTRIB
+from .einfold_ops import rotate
+from .lower import Context, lowering
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The parts of one cached attention that the lowerings need."""
+
+    context: Context
+    node: fx.Node
+    found: dict[str, Any]
+
+    @property
+    def heads(self) -> int:
+        return int(self.found["q_BSHD"].meta["val"].shape[2])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.found["k_BSKD"].meta["val"].shape[2])
+
+    @property
+    def key_size(self) -> int:
+        return int(self.found["k_BSKD"].meta["val"].shape[3])
+
+    @property
+    def value_size(self) -> int:
+        return int(self.found["v_BSKD"].meta["val"].shape[3])
+
+    @property
+    def rotary_width(self) -> int:
+        """Coordinates that the attention itself turns; 0 where none."""
+        cos = self.found["cos_PR"]
+        return 0 if cos is None else 2 * int(cos.meta["val"].shape[1])
+
+    def value(self, name: str) -> ir.Value:
+        return self.context.value(self.found[name])
+
+    def flat(self, name: str, heads: int, size: int) -> ir.Value:
+        """q, k or v as [B, S, heads * size]."""
+        node = self.found[name]
+        if node.target is aten.reshape.default and node.args[0].meta["val"].dim() == 3:
+            return self.context.value(node.args[0])
+        return self.context.builder.reshape(self.context.value(node), [0, 0, heads * size])
+
+    def turned(self, x_BSM: ir.Value, heads: int) -> ir.Value:
+        """Rotary embedding as a node of its own, where the attention asks for one."""
+        if not self.rotary_width:
+            return x_BSM
+        return rotate(
+            self.context,
+            x_BSM,
+            self.value("positions_BS"),
+            self.value("cos_PR"),
+            self.value("sin_PR"),
+            heads,
+            self.rotary_width,
+            self.key_size,
+            bool(self.found["interleaved"]),
+        )
+
+
+@lowering(einfold_ops.cached_attention.default, flavour="ort")
+def cached_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
+    call = _Call(context, node, context.arguments(node))
+    if call.key_size % 8 or call.value_size != call.key_size:
+        return _standard(call)
+    return _group_query(call)
+
+
+@lowering(einfold_ops.cached_attention.default, flavour="portable")
+def cached_attention_portable(context: Context, node: fx.Node) -> list[ir.Value]:
+    return _standard(_Call(context, node, context.arguments(node)))
+
+
+def _group_query(call: _Call) -> list[ir.Value]:
+    context, found, builder = call.context, call.found, call.context.builder
+    in_op = bool(call.rotary_width) and call.key_size % 16 == 0 and call.rotary_width % 16 == 0
+    packed = _packed_qkv(call) if in_op or not call.rotary_width else None
+    if packed is not None:
+        query, key, value = packed, None, None
+    else:
+        query = call.flat("q_BSHD", call.heads, call.key_size)
+        key = call.flat("k_BSKD", call.kv_heads, call.key_size)
+        value = call.flat("v_BSKD", call.kv_heads, call.value_size)
+        if not in_op:
+            query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+    last, total = _lengths(call)
+    out, keys, values = builder.multi(
+        "GroupQueryAttention",
+        3,
+        query,
+        key,
+        value,
+        call.value("key_cache_BKCD"),
+        call.value("value_cache_BKCD"),
+        last,
+        total,
+        call.value("cos_PR") if in_op else None,
+        call.value("sin_PR") if in_op else None,
+        call.value("positions_BS") if in_op else None,
+        None,
+        context.optional(found["sinks_H"]),
+        domain=CONTRIB,
+        num_heads=call.heads,
+        kv_num_heads=call.kv_heads,
+        scale=found["scale"],
+        softcap=found["softcap"] or None,
+        local_window_size=found["window"] or -1,
+        do_rotary=int(in_op),
+        rotary_interleaved=int(found["interleaved"]),
+    )
+    return [builder.reshape(out, [0, 0, call.heads, call.value_size]), keys, values]
+
+
+def _packed_qkv(call: _Call) -> ir.Value | None:
+    """The fused projection [B, S, (H + 2K) D], where q, k and v are just its parts in order."""
+    sources = []
+    for index, name in enumerate(("q_BSHD", "k_BSKD", "v_BSKD")):
+        node = call.found[name]
+        if node.target is not aten.reshape.default:
+            return None
+        part = node.args[0]
+        if part.op != "call_function" or part.args[0].target is not aten.split_with_sizes.default:
+            return None
+        if part.args[1] != index or len(part.args[0].args[1]) != 3:
+            return None
+        sources.append(part.args[0])
+    if len(set(sources)) != 1:
+        return None
+    return call.context.value(sources[0].args[0])
+
+
+def _lengths(call: _Call) -> tuple[ir.Value, ir.Value]:
+    """(index of the last valid token of each row, longest total length), int32, shared by all layers."""
+    context, builder = call.context, call.context.builder
+    lengths = call.value("lengths_B")
+    ids = context.value(context.program.placeholder("input_ids"))
+    totals = builder.shared("Add", lengths, builder.dim(ids, 1))
+    last = builder.shared("Sub", totals, builder.ints(1))
+    longest = builder.shared("ReduceMax", totals, keepdims=0)
+    int32 = int(ir.DataType.INT32)
+    return builder.shared("Cast", last, to=int32), builder.shared("Cast", longest, to=int32)
+
+
+def _standard(call: _Call) -> list[ir.Value]:
+    context, found, builder = call.context, call.found, call.context.builder
+    context.opset = 24  # TensorScatter
+    query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
+    key = call.turned(call.flat("k_BSKD", call.kv_heads, call.key_size), call.kv_heads)
+    value = call.flat("v_BSKD", call.kv_heads, call.value_size)
+    lengths = call.value("lengths_B")
+
+    def heads_first(x: ir.Value, heads: int, size: int) -> ir.Value:
+        return builder.transpose(builder.reshape(x, [0, 0, heads, size]), 0, 2, 1, 3)
+
+    query = heads_first(query, call.heads, call.key_size)
+    caches = [
+        builder.op("TensorScatter", call.value(cache), heads_first(new, call.kv_heads, size), lengths, axis=2)
+        for cache, new, size in (
+            ("key_cache_BKCD", key, call.key_size),
+            ("value_cache_BKCD", value, call.value_size),
+        )
+    ]
+    visible = _visible(call)
+    if found["softcap"] or found["sinks_H"] is not None:
+        out = _spelled_out(call, query, caches[0], caches[1], visible)
+    else:
+        out = builder.op("Attention", query, caches[0], caches[1], visible, scale=found["scale"])
+    return [builder.transpose(out, 0, 2, 1, 3), *caches]
+
+
+def _visible(call: _Call) -> ir.Value:
+    """Which cache slots each new token sees: bool [B, 1, S, C], shared by layers with the same window."""
+    context, builder = call.context, call.context.builder
+    ids = context.value(context.program.placeholder("input_ids"))
+    zero, one = builder.constant(0, np.int64), builder.constant(1, np.int64)
+
+    def count(size: ir.Value) -> ir.Value:
+        return builder.shared("Range", zero, builder.shared("Squeeze", size), one)
+
+    capacity = builder.dim(call.value("key_cache_BKCD"), 2)
+    first = next(iter(context.program.nodes(einfold_ops.cached_attention.default)))
+    capacity = builder.dim(context.value(context.arguments(first)["key_cache_BKCD"]), 2)
+    starts = builder.shared("Unsqueeze", call.value("lengths_B"), builder.ints(1, 2))
+    steps = builder.shared("Unsqueeze", count(builder.dim(ids, 1)), builder.ints(1))
+    slots = builder.shared("Add", starts, steps)  # [B, S, 1], the slot of each new token
+    slots = builder.shared("Unsqueeze", slots, builder.ints(1))
+    index = count(capacity)
+    visible = builder.shared("LessOrEqual", index, slots)
+    window = call.found["window"]
+    if window:
+        oldest = builder.shared("Sub", slots, builder.ints(window))
+        visible = builder.shared("And", visible, builder.shared("Greater", index, oldest))
+    return visible
+
+
+def _spelled_out(
+    call: _Call, query_BHSD: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value
+) -> ir.Value:
+    """Softmax attention in elementary operators, for softcap and sinks; grouped heads by reshape."""
+    found, builder = call.found, call.context.builder
+    group = call.heads // call.kv_heads
+    ids = call.context.value(call.context.program.placeholder("input_ids"))
+    new = builder.dim(ids, 1)
+
+    def shape(*parts: int | ir.Value) -> ir.Value:
+        return builder.op("Concat", *(builder.ints(p) if isinstance(p, int) else p for p in parts), axis=0)
+
+    rows = builder.shared("Mul", new, builder.ints(group))
+    query = builder.op("Reshape", query_BHSD, shape(0, call.kv_heads, rows, call.key_size))
+    logits = builder.op("MatMul", query, builder.transpose(keys, 0, 1, 3, 2))
+    logits = builder.op("Mul", logits, builder.floats(found["scale"]))
+    if found["softcap"]:
+        cap = builder.floats(found["softcap"])
+        logits = builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
+    logits = builder.op("Reshape", logits, shape(0, call.heads, new, -1))
+    logits = builder.op("Where", visible, logits, builder.floats(float("-inf")))
+    if found["sinks_H"] is not None:
+        column = builder.reshape(call.value("sinks_H"), [1, call.heads, 1, 1])
+        lead = builder.op("Shape", logits, start=0, end=3)
+        column = builder.op("Expand", column, builder.op("Concat", lead, builder.ints(1), axis=0))
+        weights = builder.op("Softmax", builder.op("Concat", logits, column, axis=-1), axis=-1)
+        weights = builder.op("Slice", weights, builder.ints(0), builder.ints(-1), builder.ints(3))
+    else:
+        weights = builder.op("Softmax", logits, axis=-1)
+    weights = builder.op("Reshape", weights, shape(0, call.kv_heads, rows, -1))
+    out = builder.op("MatMul", weights, values)
+    return builder.op("Reshape", out, shape(0, call.heads, new, call.value_size))

@@ -1,0 +1,98 @@
+"""Operators without a lowering of their own go through torch's ONNX exporter, one at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from ...ir.program import op_name
+from .lower import Context, unsupported
+
+
+def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]:
+    """Exports a module of this one call and takes its nodes over.
+
+    Raises UnsupportedError, naming the operator, where torch has no translation either.
+    """
+    if op_name(node.target).startswith("einfold."):
+        raise unsupported(node, f"it has no lowering for the flavour {context.flavour!r}")
+    sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], Tensor)]
+    if len(sources) != len(node.all_input_nodes):
+        raise unsupported(node, "it takes a size that is known only at run time")
+    try:
+        model = _export(context, node, sources)
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        raise unsupported(node, first[0] if first else type(error).__name__) from error
+    return _take_over(context, node, model, [context.value(source) for source in sources])
+
+
+class _OneCall(torch.nn.Module):
+    def __init__(self, node: fx.Node, sources: list[fx.Node]) -> None:
+        super().__init__()
+        self.node = node
+        self.sources = sources
+
+    def forward(self, *tensors: Tensor) -> Any:
+        known = dict(zip(self.sources, tensors, strict=True))
+        args, kwargs = fx.map_arg((self.node.args, dict(self.node.kwargs)), lambda n: known[n])
+        return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _export(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model:
+    examples, shapes = [], []
+    for source in sources:
+        value = source.meta["val"]
+        sizes = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+        examples.append(torch.ones(sizes, dtype=value.dtype))
+        shapes.append(
+            {
+                axis: torch.export.Dim.DYNAMIC
+                for axis, size in enumerate(value.shape)
+                if not isinstance(size, int)
+            }
+        )
+    program = torch.onnx.export(
+        _OneCall(node, sources),
+        tuple(examples),
+        dynamo=True,
+        opset_version=context.opset,
+        dynamic_shapes=(tuple(shapes),),
+        verbose=False,
+        optimize=True,
+    )
+    assert program is not None
+    model: ir.Model = program.model
+    return model
+
+
+def _take_over(
+    context: Context, node: fx.Node, model: ir.Model, inputs: list[ir.Value]
+) -> ir.Value | list[ir.Value]:
+    """Copies the exported nodes into the builder, with new names."""
+    graph, builder = model.graph, context.builder
+    if any(function.domain for function in model.functions.values()):
+        raise unsupported(node, "torch's translation uses functions")
+    mapped: dict[ir.Value | None, ir.Value | None] = {None: None}
+    mapped |= dict(zip(graph.inputs, inputs, strict=True))
+    for value in graph.initializers.values():
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        mapped[value] = builder.constant(array, array.dtype)
+    for old in graph:
+        attributes = {key: attribute.value for key, attribute in old.attributes.items()}
+        new = builder.multi(
+            old.op_type,
+            len(old.outputs),
+            *(mapped[value] for value in old.inputs),
+            domain=old.domain,
+            **attributes,
+        )
+        mapped |= dict(zip(old.outputs, new, strict=True))
+    results = [mapped[value] for value in graph.outputs]
+    assert all(isinstance(value, ir.Value) for value in results)
+    found: list[ir.Value] = [value for value in results if value is not None]
+    return found if isinstance(node.meta["val"], (tuple, list)) else found[0]

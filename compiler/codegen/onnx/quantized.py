@@ -1,0 +1,156 @@
+"""Lowerings of packed weights: MatMulNBits and GatherBlockQuantized, or standard operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from torch import fx
+
+from ...ir.ops import einfold_ops
+from ...ir.ops.quantized import BITS
+from .builder import CONTRIB
+from .einfold_ops import product
+from .lower import Context, lowering, unsupported
+
+_UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+
+
+@lowering(einfold_ops.quantized_linear.default, flavour="ort")
+def quantized_linear_ort(context: Context, node: fx.Node) -> ir.Value:
+    x, packed, scales, zeros, bias, bits, block = node.args
+    return matmul_nbits(context, context.value(x), packed, scales, zeros, context.optional(bias), bits, block, _width(context, x))
+
+
+def matmul_nbits(
+    context: Context,
+    x: ir.Value,
+    packed: object,
+    scales: object,
+    zeros: object,
+    bias: ir.Value | None,
+    bits: object,
+    block: object,
+    width: int,
+) -> ir.Value:
+    """onnxruntime's MatMulNBits over whole packed weights [N, G, block * bits / 8]."""
+    builder = context.builder
+    name = context.weight_name(packed)
+    return builder.op(
+        "MatMulNBits",
+        x,
+        builder.weight(name),
+        context.value(scales),
+        None if zeros is None else builder.weight(context.weight_name(zeros)),
+        None,
+        bias,
+        domain=CONTRIB,
+        K=width,
+        N=builder.placements[name].shape[0],
+        bits=bits,
+        block_size=block,
+        accuracy_level=context.accuracy_level,
+    )
+
+
+@lowering(einfold_ops.quantized_linear.default, flavour="portable")
+def quantized_linear_portable(context: Context, node: fx.Node) -> ir.Value:
+    x, packed, scales, zeros, bias, bits, block = node.args
+    weight = dequantized(context, node, packed, scales, zeros, bits, block, _width(context, x))
+    return product(context, x, weight, context.optional(bias), node)
+
+
+def dequantized(
+    context: Context, node: fx.Node, packed: object, scales: object, zeros: object, bits: object, block: object, width: int
+) -> ir.Value:
+    """The float weight [N, width] by DequantizeLinear with blocks along axis 1."""
+    builder = context.builder
+    name = context.weight_name(packed)
+    rows, groups, _ = builder.placements[name].shape
+    assert isinstance(bits, int) and isinstance(block, int)
+    if bits not in _UNSIGNED or bits == 2:
+        raise unsupported(node, f"standard operators of opset {context.opset} have no {bits}-bit weights")
+    if zeros is None:
+        raise unsupported(node, "standard operators need explicit zero points (the pass explicit_zeros adds them)")
+    if bits == 4 and groups % 2:
+        raise unsupported(node, "an odd number of groups, whose zero points ONNX would pack across rows")
+    codes = builder.weight(name, shape=(rows, groups * block), dtype=_UNSIGNED[bits])
+    offsets = builder.weight(context.weight_name(zeros), shape=(rows, groups), dtype=_UNSIGNED[bits])
+    weight = builder.op(
+        "DequantizeLinear", codes, context.value(scales), offsets, axis=1, block_size=block
+    )
+    if width == groups * block:
+        return weight
+    return builder.op("Slice", weight, builder.ints(0), builder.ints(width), builder.ints(1))
+
+
+@lowering(einfold_ops.quantized_embedding.default, flavour="ort")
+def quantized_embedding_ort(context: Context, node: fx.Node) -> ir.Value:
+    ids, packed, scales, zeros, bits, block, width = node.args
+    builder = context.builder
+    name = context.weight_name(packed)
+    rows, groups, size = builder.placements[name].shape
+    if bits == 2 or width != groups * int(block):  # type: ignore[arg-type,operator]
+        return _gathered(context, node)
+    return builder.op(
+        "GatherBlockQuantized",
+        builder.weight(name, shape=(rows, groups * size)),
+        context.value(ids),
+        context.value(scales),
+        None if zeros is None else builder.weight(context.weight_name(zeros)),
+        domain=CONTRIB,
+        bits=bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
+@lowering(einfold_ops.quantized_embedding.default, flavour="portable")
+def quantized_embedding_portable(context: Context, node: fx.Node) -> ir.Value:
+    return _gathered(context, node)
+
+
+def _gathered(context: Context, node: fx.Node) -> ir.Value:
+    """Gathers the packed rows, then unpacks those alone: the table is never dequantized as a whole."""
+    ids, packed, scales, zeros, bits, block, width = node.args
+    assert isinstance(bits, int) and isinstance(block, int) and isinstance(width, int) and bits in BITS
+    builder = context.builder
+    name = context.weight_name(packed)
+    _, groups, _ = builder.placements[name].shape
+    rows = builder.op("Gather", builder.weight(name), context.value(ids), axis=0)  # [B, S, G, bytes]
+    codes = builder.reshape(_unpacked(context, rows, bits), [0, 0, groups, block])
+    scale = builder.op("Unsqueeze", builder.op("Gather", context.value(scales), context.value(ids), axis=0), builder.ints(-1))
+    if zeros is None:
+        offset = builder.floats(float(1 << (bits - 1)))
+    else:
+        zero_rows = builder.op("Gather", builder.weight(context.weight_name(zeros)), context.value(ids), axis=0)
+        whole = builder.reshape(_unpacked(context, zero_rows, bits), [0, 0, -1])
+        cut = builder.op("Slice", whole, builder.ints(0), builder.ints(groups), builder.ints(2))
+        offset = builder.op("Unsqueeze", cut, builder.ints(-1))
+    values = builder.op("Mul", builder.op("Sub", codes, offset), scale)
+    flat = builder.reshape(values, [0, 0, groups * block])
+    if width == groups * block:
+        return flat
+    return builder.op("Slice", flat, builder.ints(0), builder.ints(width), builder.ints(2))
+
+
+def _unpacked(context: Context, packed: ir.Value, bits: int) -> ir.Value:
+    """uint8 with several codes a byte, low bits first, as float32 with a new last axis."""
+    builder = context.builder
+    if bits == 8:
+        return builder.op("Cast", packed, to=int(ir.DataType.FLOAT))
+    mask = builder.constant((1 << bits) - 1, np.uint8)
+    parts = []
+    for index in range(8 // bits):
+        moved = packed
+        if index:
+            moved = builder.op("BitShift", packed, builder.constant(bits * index, np.uint8), direction="RIGHT")
+        part = builder.op("BitwiseAnd", moved, mask)
+        parts.append(builder.op("Unsqueeze", part, builder.ints(-1)))
+    return builder.op("Cast", builder.op("Concat", *parts, axis=-1), to=int(ir.DataType.FLOAT))
+
+
+def _width(context: Context, x: object) -> int:
+    width = context.shape(x)[-1]
+    assert width is not None
+    return width
