@@ -67,6 +67,7 @@ class PassRecord:
     seconds: float
     changed: bool
     notes: list[Note] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The record as plain data, for manifests and reports."""
@@ -108,7 +109,9 @@ class PassManager:
             except IRError as error:
                 raise IRError(f"pass {step.name} broke the program: {error}") from error
             facts |= step.ensures
-            records.append(PassRecord(step.name, step.options(), seconds, result.changed, result.notes))
+            records.append(
+                PassRecord(step.name, step.options(), seconds, result.changed, result.notes, result.measured)
+            )
             self._write_dump(program, index, step.name)
         return records
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
@@ -55,13 +55,19 @@ def find_model(name: str | Path) -> ModelSource:
 
 def read_config(source: ModelSource) -> Any:
     """The model's configuration; no weight is read and no code of the model's runs."""
-    hf_logging.set_verbosity_error()
+    _quiet()
     try:
         return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
     except json.JSONDecodeError as error:
         raise ModelError(f"{source.location}/config.json is not valid JSON: {error}") from error
     except Exception as error:
         raise _config_error(source, error) from error
+
+
+def _quiet() -> None:
+    """Keeps transformers' own messages and progress bars off the screen; einfold says what matters."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
 
 
 def _config_error(source: ModelSource, error: Exception) -> Exception:
@@ -125,7 +131,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
     shape than the config says.
     """
     check_weight_files(source)
-    hf_logging.set_verbosity_error()
+    _quiet()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -161,7 +167,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
 
 def build_skeleton(config: Any, source: ModelSource) -> Any:
     """The model in float32 with parameters that take no memory, hooked for capture."""
-    hf_logging.set_verbosity_error()
+    _quiet()
     config = copy.deepcopy(config)  # installing the hooks writes to it
     try:
         with hooks.hollow_parameters(), no_init_weights():
@@ -205,7 +211,30 @@ def context_limit(config: Any) -> int:
     raise ModelError("config.json gives no max_position_embeddings; say the context yourself (--context)")
 
 
-def parameter_bytes(config: Any, source: ModelSource) -> int:
-    """Bytes of the model's parameters in float32, from the config alone."""
-    skeleton = build_skeleton(config, source)
-    return sum(math.prod(p.shape) * 4 for p in skeleton.parameters())
+def parameter_count(config: Any, source: ModelSource) -> int:
+    """Parameters of the model, shared ones once, from the config alone."""
+    return sum(math.prod(p.shape) for p in build_skeleton(config, source).parameters())
+
+
+def special_tokens(source: ModelSource, config: Any) -> tuple[tuple[int, ...], int | None, int | None]:
+    """(end-of-text ids, begin-of-text id, padding id), from generation_config.json before config.json."""
+    found: dict[str, Any] = {}
+    path = source.folder / "generation_config.json" if source.folder else None
+    if path is not None and path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ModelError(f"{path} is damaged: {error}") from error
+    eos, bos, pad = (
+        found.get(key, getattr(config, key, None)) for key in ("eos_token_id", "bos_token_id", "pad_token_id")
+    )
+    ends = eos if isinstance(eos, (list, tuple)) else [eos]
+    return tuple(e for e in ends if isinstance(e, int)), bos, pad
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, or None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+    except Exception:  # absent or of an unknown kind: the artifact then takes token ids
+        return None

@@ -5,21 +5,27 @@ tokens it keeps), a *storage* (how a kept token is stored), an *owner* (its own 
 layer's) and a *tier* (where the buffers live). Passes refine the table; `buffers()` is the only
 place that turns it into tensors, so what the runtime allocates is what `bytes()` accounts for.
 
-Symbols: B batch rows, C capacity in tokens of a row.
+Sizes are given batch rows and a capacity in tokens. Both may be numbers, as when the runtime
+allocates, or SymPy symbols, as in the account: one formula serves both. This module needs neither
+torch nor SymPy until an expression is asked for, so that running an artifact stays light.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-import sympy
-import torch
+from typing import TYPE_CHECKING, Any, Union
 
 from ...errors import IRError
-from .types import DTYPE_NAMES, DTYPES
 
-B, C = sympy.symbols("B C", integer=True, positive=True)
+if TYPE_CHECKING:
+    import sympy
+
+    Size = Union[int, sympy.Expr]
+
+#: Bytes of a number of each dtype that a cache may be stored in.
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1}
 
 
 @dataclass(frozen=True)
@@ -28,35 +34,33 @@ class Full:
 
     name = "full"
 
-    def capacity(self) -> sympy.Expr:
+    def tokens(self, capacity: Size) -> Size:
         """Tokens a row that the group has room for."""
-        return C
+        return capacity
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a kept token is stored: plain numbers of one dtype."""
+    """How a kept token is stored: plain numbers of one dtype, by its name in the IR."""
 
-    dtype: torch.dtype = torch.float32
+    dtype: str = "f32"
 
-    @property
-    def name(self) -> str:
-        return DTYPE_NAMES[self.dtype]
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise IRError(f"a cache can be stored as {', '.join(ITEM_BYTES)}, not {self.dtype!r}")
 
 
 @dataclass(frozen=True)
-class BufferSpec:
-    """One buffer to allocate: its name, its shape in B and C, its dtype."""
+class Buffer:
+    """One buffer to allocate."""
 
     name: str
-    shape: tuple[sympy.Expr, ...]
-    dtype: torch.dtype
+    shape: tuple[Size, ...]
+    dtype: str
 
-    def bytes(self) -> sympy.Expr:
-        return sympy.Mul(*self.shape) * self.dtype.itemsize
-
-    def concrete(self, batch: int, capacity: int) -> tuple[int, ...]:
-        return tuple(int(dim.subs({B: batch, C: capacity})) for dim in self.shape)
+    def bytes(self) -> Size:
+        total: Size = math.prod(self.shape) * ITEM_BYTES[self.dtype]  # type: ignore[type-var,assignment]
+        return total
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,13 @@ class LayerCache:
                 f"but each of the {self.kv_heads} KV heads must stand in exactly one group"
             )
 
-    def buffers(self) -> Iterator[BufferSpec]:
+    def buffers(self, batch: Size, capacity: Size) -> Iterator[Buffer]:
         for index, group in enumerate(self.groups):
             prefix = cache_name(self.layer, index)
-            tokens = group.policy.capacity()
+            tokens = group.policy.tokens(capacity)
             for part, size in (("key", self.key_size), ("value", self.value_size)):
-                shape = (B, sympy.Integer(len(group.heads)), tokens, sympy.Integer(size))
-                yield BufferSpec(f"{prefix}.{part}", shape, group.storage.dtype)
+                shape = (batch, len(group.heads), tokens, size)
+                yield Buffer(f"{prefix}.{part}", shape, group.storage.dtype)
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,24 @@ class CacheLayout:
                 return entry
         raise IRError(f"the cache layout has no layer {layer}")
 
-    def buffers(self) -> Iterator[BufferSpec]:
+    def buffers(self, batch: Size, capacity: Size) -> Iterator[Buffer]:
+        """Every buffer of the cache, in the order of layers and groups."""
         for layer in self.layers:
-            yield from layer.buffers()
+            yield from layer.buffers(batch, capacity)
 
-    def bytes(self) -> sympy.Expr:
-        """Bytes of all buffers, an expression in B and C."""
-        return sympy.expand(sympy.Add(*(buffer.bytes() for buffer in self.buffers())))
+    def bytes(self, batch: Size, capacity: Size) -> Size:
+        """Bytes of all buffers; a number for numbers, an expression for symbols."""
+        total: Any = 0
+        for buffer in self.buffers(batch, capacity):
+            total = total + buffer.bytes()
+        return total
 
-    def bytes_at(self, batch: int, capacity: int) -> int:
-        return int(self.bytes().subs({B: batch, C: capacity}))
+    def account(self) -> sympy.Expr:
+        """Bytes as a SymPy expression in B (batch rows) and C (capacity in tokens)."""
+        import sympy
+
+        batch, capacity = sympy.symbols("B C", integer=True, positive=True)
+        return sympy.expand(self.bytes(batch, capacity))
 
     def lines(self) -> Iterator[str]:
         """The textual form, a line a group; `parse_line` reads it back."""
@@ -126,7 +138,7 @@ class CacheLayout:
                 yield (
                     f"cache {layer.layer}.{index} heads={heads} of={layer.kv_heads} "
                     f"key={layer.key_size} value={layer.value_size} "
-                    f"policy={group.policy.name} storage={group.storage.name}"
+                    f"policy={group.policy.name} storage={group.storage.dtype}"
                 )
 
     @staticmethod
@@ -166,7 +178,7 @@ def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
             raise IRError(f"unknown cache policy {fields['policy']!r} in {line!r}; known: {Full.name}")
         group = HeadGroup(
             heads=tuple(int(head) for head in fields["heads"].split(",")),
-            storage=Storage(DTYPES[fields["storage"]]),
+            storage=Storage(fields["storage"]),
         )
     except (KeyError, ValueError) as error:
         raise IRError(f"cannot read the cache line {line!r}: {error}") from None

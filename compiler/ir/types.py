@@ -5,7 +5,7 @@ Shapes are followed with torch's fake tensors; this module owns the named dims a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ class Shapes:
         if isinstance(value, (bool, int, float)):
             return f"const({value})"
         raise IRError(f"a value of type {type(value).__name__} has no type in the IR")
+
+    def evaluate(self, size: int | torch.SymInt, dims: Mapping[str, int]) -> int:
+        """A size with the named dims replaced by numbers."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = size.node.expr
+        values = {s: dims[self._names[str(s)]] for s in expression.free_symbols}
+        return int(expression.subs(values))
 
     def _size(self, size: int | torch.SymInt) -> str:
         if not isinstance(size, torch.SymInt):

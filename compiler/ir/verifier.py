@@ -8,6 +8,7 @@ from torch import fx
 from ...errors import IRError
 from .ops import einfold_ops
 from .program import Program, attention_nodes, call_arguments, infer, op_name
+from .types import DTYPES
 
 
 def verify(program: Program, deep: bool = False) -> None:
@@ -67,7 +68,7 @@ def _check_attention(program: Program) -> None:
         raise IRError(f"attention layers must be distinct, found {layers}")
     if program.layout is None:
         return
-    specs = {spec.name: spec for spec in program.layout.buffers()}
+    specs = {spec.name: spec for spec in program.layout.buffers(batch=1, capacity=1)}
     for node in program.nodes(einfold_ops.cached_attention.default):
         for name in ("key_cache_BKCD", "value_cache_BKCD"):
             cache = call_arguments(node)[name]
@@ -75,6 +76,6 @@ def _check_attention(program: Program) -> None:
             if cache.op != "placeholder" or spec is None:
                 raise IRError(f"%{node.name}: {name} is not an input that the cache layout names")
             value: torch.Tensor = cache.meta["val"]
-            fixed = [int(spec.shape[1]), int(spec.shape[3])]
-            if value.dtype != spec.dtype or [value.shape[1], value.shape[3]] != fixed:
+            fixed = [spec.shape[1], spec.shape[3]]
+            if value.dtype != DTYPES[spec.dtype] or [value.shape[1], value.shape[3]] != fixed:
                 raise IRError(f"%{node.name}: {cache.target} disagrees with the cache layout")

@@ -36,6 +36,8 @@ class PassResult:
 
     changed: bool = False
     notes: list[Note] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+    """Numbers that come out only when weights are written, such as the error of each weight."""
 
     def applied(self, where: str, what: str, bytes_saved: int = 0) -> None:
         self.changed = True

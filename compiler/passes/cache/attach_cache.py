@@ -36,7 +36,7 @@ class AttachCache(Pass):
         if not nodes:
             result.skipped("graph", "no attention in the graph")
             return result
-        program.layout = CacheLayout(tuple(_full_cache(node, DTYPES[self.storage]) for node in nodes))
+        program.layout = CacheLayout(tuple(_full_cache(node, Storage(self.storage)) for node in nodes))
         lengths = editor.input("lengths", ["B"], torch.int64)
         names, values = program.output_names(), list(program.output.args[0])  # type: ignore[arg-type]
         for node in nodes:
@@ -57,11 +57,11 @@ class AttachCache(Pass):
         return result
 
 
-def _full_cache(node: fx.Node, dtype: torch.dtype) -> LayerCache:
+def _full_cache(node: fx.Node, storage: Storage) -> LayerCache:
     found = call_arguments(node)
     keys, values = found["k_BSKD"].meta["val"], found["v_BSKD"].meta["val"]
     heads = int(keys.shape[2])
-    group = HeadGroup(heads=tuple(range(heads)), storage=Storage(dtype))
+    group = HeadGroup(heads=tuple(range(heads)), storage=storage)
     return LayerCache(int(found["layer"]), heads, int(keys.shape[3]), int(values.shape[3]), (group,))
 
 

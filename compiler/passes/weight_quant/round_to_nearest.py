@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -40,8 +39,6 @@ class RoundToNearest(Pass):
     symmetric: bool = True
     head_bits: int | None = None
     embedding: bool = True
-    errors: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
-    """Relative error of each weight, filled in while the weights are written."""
 
     def __post_init__(self) -> None:
         for bits in (self.bits, self.head_bits or self.bits):
@@ -55,16 +52,16 @@ class RoundToNearest(Pass):
         run = _Run(self, program, result)
         head = _head(program)
         for node in program.nodes(einfold_ops.linear.default):
-            run.linear(node, (self.head_bits or self.bits) if node is head else self.bits)
+            if _routes(node):
+                result.skipped(str(node.args[1]), "a router: its rounding would change which experts run")
+            else:
+                run.linear(node, (self.head_bits or self.bits) if node is head else self.bits)
         for node in program.nodes(einfold_ops.experts.default):
             run.experts(node)
         for node in program.nodes(einfold_ops.embedding.default):
             run.embedding(node, self.head_bits or self.bits)
         remove_dead_nodes(program)
         return result
-
-    def options(self) -> dict[str, Any]:
-        return {key: value for key, value in super().options().items() if key != "errors"}
 
 
 class _Run:
@@ -107,7 +104,7 @@ class _Run:
         def compute() -> list[Tensor]:
             data = weight.load().float()
             packed, scales, zeros = quantize_rtn(data, bits, config.block, config.symmetric)
-            config.errors[name] = relative_error(data, packed, scales, zeros, bits, config.block)
+            self.result.measured[name] = relative_error(data, packed, scales, zeros, bits, config.block)
             return [part for part in (packed, scales, zeros) if part is not None]
 
         parts = derive(shapes, compute)
@@ -166,6 +163,17 @@ class _Run:
                 einfold_ops.quantized_embedding.default, node.args[0], *parts, bits, self.config.block, width
             )
         self.editor.replace(node, new)
+
+
+def _routes(node: fx.Node) -> bool:
+    """Whether a linear's result is only ranked, to choose experts."""
+    reached, frontier = {node}, [node]
+    for _ in range(3):
+        frontier = [user for source in frontier for user in source.users if user not in reached]
+        reached.update(frontier)
+        if any(user.target is torch.ops.aten.topk.default for user in frontier):
+            return True
+    return False
 
 
 def _head(program: Program) -> fx.Node | None:

@@ -1,0 +1,75 @@
+"""How many bytes of intermediate values are live at once while a program runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.ops import einfold_ops
+from ..ir.program import Program, call_arguments
+
+#: Calls whose result shares the memory of their input.
+_VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim}
+
+
+def peak_activation_bytes(program: Program, dims: Mapping[str, int]) -> int:
+    """The largest sum of live intermediate values, with dims such as B, S, C, N given as numbers.
+
+    Inputs, caches and weights are not counted. Attention is charged what an implementation that
+    holds its logits takes: B * H * S * C numbers. Operators run in the graph's order.
+    """
+    sizes = {node: _bytes(program, node, dims) for node in program.graph.nodes}
+    last = _last_use(program)
+    live, peak = 0, 0
+    for index, node in enumerate(program.graph.nodes):
+        live += sizes[node]
+        peak = max(peak, live + _scratch(program, node, dims))
+        for dead in last.get(index, ()):
+            live -= sizes[dead]
+    return peak
+
+
+def _last_use(program: Program) -> dict[int, list[fx.Node]]:
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    ends: dict[int, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        # A view keeps what it looks at alive, so its own uses count for its source.
+        users = set(node.users)
+        frontier = [user for user in users if user.target in _VIEWS]
+        while frontier:
+            view = frontier.pop()
+            frontier += [user for user in view.users if user.target in _VIEWS and user not in users]
+            users |= set(view.users)
+        ends.setdefault(max((order[user] for user in users), default=order[node]), []).append(node)
+    return ends
+
+
+def _bytes(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+    if node.op != "call_function" or node.target in _VIEWS or not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    value = node.meta["val"]
+    if node.target is einfold_ops.cached_attention.default:
+        value = value[0]  # the caches are updated in place
+    return _value_bytes(program, value, dims)
+
+
+def _value_bytes(program: Program, value: Any, dims: Mapping[str, int]) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(_value_bytes(program, item, dims) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    total = value.dtype.itemsize
+    for size in value.shape:
+        total *= program.shapes.evaluate(size, dims)
+    return total
+
+
+def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+    if node.target is not einfold_ops.cached_attention.default:
+        return 0
+    query = call_arguments(node)["q_BSHD"].meta["val"]
+    rows = [program.shapes.evaluate(size, dims) for size in query.shape[:3]]
+    return 4 * rows[0] * rows[1] * rows[2] * dims["C"]

@@ -1,0 +1,94 @@
+"""Writing an artifact: in a temporary folder beside the output, renamed when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+
+from ..errors import OutputError
+from .ir.manifest import NAME, FileEntry
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Refuses an output that exists (without `force`), or that cannot be written.
+
+    `force` replaces an artifact or an empty folder, and nothing else: a folder of another kind is
+    never deleted. Leftovers of compiles that were killed are removed.
+    """
+    if out.is_symlink() or out.exists():
+        replaceable = out.is_dir() and not out.is_symlink() and ((out / NAME).is_file() or not any(out.iterdir()))
+        if not force:
+            raise OutputError(f"{out} exists already; choose another output, or replace it with --force")
+        if not replaceable:
+            raise OutputError(f"{out} is no einfold artifact, so --force does not replace it; remove it yourself")
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise OutputError(f"the folder {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {parent} cannot be written")
+    for stale in parent.glob(f".{out.name}.einfold-*"):
+        if not _alive(stale.name.rpartition("-")[2]):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def staged(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and goes when it does not."""
+    check_output(out, force)
+    staging = out.resolve().parent / f".{out.name}.einfold-{os.getpid()}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        _swap(staging, out)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"the disk is full: {out} could not be written; nothing was left behind") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OutputError(f"cannot write {out}: {error.strerror}") from error
+        raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _swap(staging: Path, out: Path) -> None:
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = staging.with_name(staging.name + "-old")
+    out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
+
+
+def file_entry(path: Path, known_hash: str | None = None) -> FileEntry:
+    """Size and hash of a written file."""
+    if known_hash is None:
+        digest = blake3()
+        digest.update_mmap(path)
+        known_hash = digest.hexdigest()
+    return FileEntry(bytes=path.stat().st_size, blake3=known_hash)

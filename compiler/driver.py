@@ -1,0 +1,258 @@
+"""The one road from a model to an artifact: capture, passes, weights, code, manifest."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from ..errors import ModelError, RecipeError, UnsupportedError
+from .artifact import check_output, file_entry, staged
+from .codegen.onnx.lower import lower
+from .codegen.weights_file import write_weights
+from .frontend import huggingface
+from .frontend.export import capture_language_model, capture_module
+from .frontend.huggingface import ModelSource
+from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
+from .ir.printer import print_program
+from .ir.program import Program
+from .pipeline import PassManager, PassRecord, language_model_passes, module_passes
+from .recipe import Recipe
+from .report import report_page
+
+#: Told of progress: what is being done, and the share of it that is done (0 to 1).
+Progress = Callable[[str, float], None]
+
+#: Looks at a finished artifact before it is put in place; what it gives goes into the report.
+Check = Callable[[Path], dict[str, Any]]
+
+REPORT = "report.json"
+PAGE = "report.html"
+
+
+@dataclass
+class CompileReport:
+    """What a compile did; kept in the artifact as report.json."""
+
+    manifest: Manifest
+    passes: list[PassRecord]
+    seconds: dict[str, float]
+    check: dict[str, Any] = field(default_factory=dict)
+    peak_rss: int = 0
+    """Largest resident memory of the process so far, bytes."""
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "manifest": self.manifest.model_dump(mode="json"),
+            "passes": [record.summary() for record in self.passes],
+            "seconds": self.seconds,
+            "check": self.check,
+            "peak_rss": self.peak_rss,
+        }
+
+
+@dataclass
+class Input:
+    """A model to compile: where it is from, its config, and its weights once they are loaded."""
+
+    source: ModelSource
+    config: Any
+    state: Mapping[str, Tensor] | None = None
+    tokenizer: Any = None
+
+
+def open_model(name: str | Path) -> Input:
+    """Finds a model by folder or hub id and reads its config; no weight is read."""
+    source = huggingface.find_model(name)
+    return Input(source, huggingface.read_config(source))
+
+
+def wrap_model(model: Any, tokenizer: Any = None) -> Input:
+    """A `PreTrainedModel` that is in memory; its weights are shared, not copied."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ModelError(
+            f"{type(model).__name__} is no Hugging Face causal language model; "
+            "use einfold.export_onnx with example inputs for other modules"
+        )
+    name = str(getattr(config, "name_or_path", "") or type(model).__name__)
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.state_dict())
+    return Input(ModelSource(name, None), config, state, tokenizer)
+
+
+def trace(model: Input, recipe: Recipe, dump: Path | None = None, progress: Progress | None = None) -> tuple[Program, list[PassRecord]]:
+    """Captures a model and runs the recipe's pipeline; reads no weight's data.
+
+    Works from the config alone when `model.state` is None, as `estimate` does.
+    """
+    tell = progress or (lambda text, share: None)
+    context = _context(model, recipe)
+    tell("tracing the model", 0.0)
+    program = capture_language_model(model.source, model.config, context, model.state)
+    passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
+    manager = PassManager(
+        passes, dump, lambda name, index, total: tell(f"pass {name}", index / max(1, total))
+    )
+    return program, manager.run(program)
+
+
+def compile_to(
+    model: Input,
+    out: Path,
+    recipe: Recipe,
+    force: bool = False,
+    dump: Path | None = None,
+    progress: Progress | None = None,
+    check: Check | None = None,
+) -> CompileReport:
+    """Compiles a model into the artifact folder `out`.
+
+    The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
+    """
+    if recipe.target == "triton":
+        raise UnsupportedError(
+            "--target triton: einfold generates no Triton artifacts yet; compile for onnx, which is the default"
+        )
+    check_output(out, force)  # before anything long is begun
+    tell = progress or (lambda text, share: None)
+    clock = _Clock()
+    with staged(out, force) as folder:
+        with clock.phase("load"):
+            tell("loading weights", 0.0)
+            _load(model)
+        with clock.phase("passes"):
+            program, records = trace(model, recipe, dump, progress)
+        model.state = None  # from here on only the program holds the weights, and lets go as they are written
+        with clock.phase("weights"):
+            placements, digest = write_weights(
+                program.weights,
+                folder / WEIGHTS,
+                lambda name, done, total: tell("writing weights", done / max(1, total)),
+            )
+        with clock.phase("code"):
+            tell("generating ONNX", 0.0)
+            flavour = "portable" if recipe.onnx.portable else "ort"
+            lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
+            ir.save(lowered, folder / MODEL)
+            (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+            _save_tokenizer(model, folder)
+        manifest = _manifest(model, program, recipe, flavour, folder, digest)
+        report = CompileReport(manifest, records, clock.seconds)
+        if check is not None:
+            with clock.phase("check"):
+                tell("checking against the reference", 0.0)
+                (folder / NAME).write_bytes(manifest.dump())
+                report.check = check(folder)
+        report.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        (folder / REPORT).write_text(json.dumps(report.data(), indent=1), encoding="utf-8")
+        (folder / PAGE).write_text(report_page(report.data()), encoding="utf-8")
+        listed = {name: file_entry(folder / name) for name in (REPORT, PAGE)}
+        report.manifest = manifest.model_copy(update={"files": manifest.files | listed})
+        (folder / NAME).write_bytes(report.manifest.dump())
+    tell("done", 1.0)
+    return report
+
+
+def export_module(
+    module: Any, out: Path, example_inputs: tuple[Any, ...], dynamic_shapes: Any, recipe: Recipe, force: bool
+) -> None:
+    """Exports any module to a folder with model.onnx, its weights and the graph's text."""
+    check_output(out, force)
+    program = capture_module(module, example_inputs, dynamic_shapes)
+    PassManager(module_passes(recipe.weight_passes())).run(program)
+    with staged(out, force) as folder:
+        placements, _ = write_weights(program.weights, folder / WEIGHTS)
+        flavour = "portable" if recipe.onnx.portable else "ort"
+        ir.save(lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level), folder / MODEL)
+        (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Any:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def _context(model: Input, recipe: Recipe) -> int:
+    limit = huggingface.context_limit(model.config)
+    if recipe.context is not None and recipe.context > limit:
+        raise RecipeError(
+            f"context {recipe.context} is longer than the {limit} tokens that {model.source.location} was made for"
+        )
+    return recipe.context or limit
+
+
+def _load(model: Input) -> None:
+    if model.state is None:
+        model.state = huggingface.load_state(model.source, model.config)
+
+
+def _manifest(model: Input, program: Program, recipe: Recipe, flavour: str, folder: Path, digest: str) -> Manifest:
+    assert program.layout is not None
+    files: dict[str, FileEntry] = {
+        path.name: file_entry(path, digest if path.name == WEIGHTS else None)
+        for path in sorted(folder.iterdir())
+    }
+    eos, bos, pad = huggingface.special_tokens(model.source, model.config)
+    return Manifest(
+        einfold=metadata.version("einfold"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        target="onnx",
+        flavour="portable" if flavour == "portable" else "ort",
+        model=ModelEntry(
+            source=Path(model.source.location).name,
+            architecture=program.model.architecture,
+            vocabulary=program.model.vocabulary,
+            context=program.model.context,
+            hidden=program.model.hidden,
+            parameters=huggingface.parameter_count(model.config, model.source),
+            eos_ids=eos,
+            bos_id=bos,
+            pad_id=pad,
+        ),
+        recipe=recipe.model_dump(mode="json"),
+        cache=tuple(program.layout.lines()),
+        weight_bytes=program.weights.nbytes,
+        cache_bytes=str(program.layout.account()),
+        versions={name: metadata.version(name) for name in ("torch", "transformers", "onnx-ir")}
+        | {"python": platform.python_version()},
+        files=files,
+    )
+
+
+def _save_tokenizer(model: Input, folder: Path) -> None:
+    """Copies the fast tokenizer's files, or has transformers write them; a model may have none."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    origin = model.source.folder
+    if model.tokenizer is None and origin is not None and (origin / "tokenizer.json").is_file():
+        for name in names:
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, folder / name)
+        return
+    tokenizer = model.tokenizer or huggingface.load_tokenizer(model.source)
+    if tokenizer is None:
+        return
+    staging = folder / "tokenizer"
+    tokenizer.save_pretrained(staging)
+    for name in names:
+        if (staging / name).is_file():
+            (staging / name).rename(folder / name)
+    shutil.rmtree(staging)
+

@@ -1,0 +1,124 @@
+"""The manifest of an artifact: what it holds, with hashes, and how it was made. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...errors import ArtifactError
+from .cache_layout import CacheLayout
+
+#: Version of the folder's layout. A reader refuses what is newer than it knows.
+FORMAT = 1
+NAME = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GRAPH = "graph.eir"
+MODEL = "model.onnx"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Part):
+    """Size and BLAKE3 hash (hex) of one file of the artifact."""
+
+    bytes: int
+    blake3: str
+
+
+class ModelEntry(_Part):
+    """The model that was compiled."""
+
+    source: str
+    architecture: str
+    vocabulary: int
+    context: int
+    hidden: int
+    parameters: int
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+
+
+class Manifest(_Part):
+    """Everything that the runtime must know before it opens the model."""
+
+    format: int = FORMAT
+    einfold: str
+    created: str
+    target: Literal["onnx"]
+    flavour: Literal["ort", "portable"]
+    model: ModelEntry
+    recipe: dict[str, Any]
+    cache: tuple[str, ...]
+    """The cache layout, a line a head group."""
+    weight_bytes: int
+    cache_bytes: str
+    """The account: bytes as an expression in B (rows) and C (tokens of capacity), for people to read."""
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+    def layout(self) -> CacheLayout:
+        """The cache layout, read from its lines."""
+        layout = CacheLayout.parse(list(self.cache))
+        if layout is None:
+            raise ArtifactError("the manifest describes no KV cache")
+        return layout
+
+    def dump(self) -> bytes:
+        """The one byte form of this manifest; its last member is a hash of all that stands before."""
+        data = self.model_dump(mode="json")
+        data["blake3"] = _hash(data)
+        return _encode(data)
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Reads and checks a folder's manifest. Raises ArtifactError where it is absent, damaged or newer."""
+        path = folder / NAME
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            raise ArtifactError(f"{folder} is no einfold artifact: it has no {NAME}") from None
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            data = json.loads(raw)
+            version = data["format"]
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{path} is damaged: it is not the JSON that einfold writes") from None
+        if not isinstance(version, int) or version > FORMAT:
+            raise ArtifactError(
+                f"{path} has format {version}, this einfold reads up to {FORMAT}; install a newer einfold"
+            )
+        found = data.pop("blake3", None)
+        if found != _hash(data) or raw != _encode(data | {"blake3": found}):
+            raise ArtifactError(f"{path} is damaged: its contents do not match its hash")
+        try:
+            manifest = Manifest.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ArtifactError(f"{path} is not valid: {where}: {first['msg']}") from error
+        for name in manifest.files:
+            check_name(name)
+        return manifest
+
+
+def check_name(name: str) -> None:
+    """Raises ArtifactError for a file name that would leave the artifact's folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) in ("", "."):
+        raise ArtifactError(f"the manifest names the file {name!r}, which lies outside the artifact")
+
+
+def _encode(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _hash(data: dict[str, Any]) -> str:
+    return blake3(_encode(data)).hexdigest()

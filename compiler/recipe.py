@@ -1,0 +1,115 @@
+"""A recipe: every knob of a compile, read from TOML, with unknown keys refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import RecipeError
+from .passes.base import Pass
+from .passes.cache.attach_cache import AttachCache
+from .passes.weight_quant.explicit_zeros import ExplicitZeros
+from .passes.weight_quant.round_to_nearest import RoundToNearest
+from .passes.weight_quant.store_half import StoreHalf
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+WeightFormat = Literal["fp32", "fp16", "int8", "int4", "int2"]
+
+_BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightsSection(_Section):
+    """How weights are stored."""
+
+    format: WeightFormat = "fp32"
+    block: int = 32
+    """Weights that share a scale, along the input axis."""
+    symmetric: bool = True
+    head: Literal["same", "int8", "int4"] = "int8"
+    """Storage of the output head, and of an embedding that shares its weight, in int formats."""
+    embedding: bool = True
+    """Whether embeddings that stand alone are quantized too."""
+
+
+class CacheSection(_Section):
+    """How the KV cache is stored."""
+
+    storage: Literal["f32"] = "f32"
+
+
+class OnnxSection(_Section):
+    """Code generation for ONNX."""
+
+    portable: bool = False
+    accuracy_level: Literal[0, 1, 4] = 4
+    """MatMulNBits: 4 multiplies in int8, 0 and 1 in float32 (slower, exact)."""
+
+
+class Recipe(_Section):
+    """The resolved recipe goes into the artifact's manifest as it is."""
+
+    target: Literal["onnx", "triton"] = "onnx"
+    context: int | None = Field(default=None, ge=2)
+    """Tokens of context to compile for; the model's own limit where it is not given."""
+    weights: WeightsSection = WeightsSection()
+    cache: CacheSection = CacheSection()
+    onnx: OnnxSection = OnnxSection()
+
+    @staticmethod
+    def read(path: Path) -> Recipe:
+        """Reads a TOML file. Raises RecipeError naming the key that is unknown or wrong."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe file {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}") from error
+        return Recipe.build(data, str(path))
+
+    @staticmethod
+    def build(data: dict[str, Any], where: str = "the recipe") -> Recipe:
+        """A recipe from plain data; raises RecipeError as `read` does."""
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                raise RecipeError(f"{where} has an unknown key {key!r}") from error
+            raise RecipeError(f"{where}: {key}: {first['msg']}, found {first.get('input')!r}") from error
+
+    def weight_passes(self) -> list[Pass]:
+        """The passes over weights that this recipe asks for."""
+        if self.weights.format == "fp32":
+            return []
+        if self.weights.format == "fp16":
+            return [StoreHalf()]
+        passes: list[Pass] = [
+            RoundToNearest(
+                bits=_BITS[self.weights.format],
+                block=self.weights.block,
+                symmetric=self.weights.symmetric,
+                head_bits=None if self.weights.head == "same" else _BITS[self.weights.head],
+                embedding=self.weights.embedding,
+            )
+        ]
+        if self.onnx.portable:
+            passes.append(ExplicitZeros())  # standard operators know no implied zero point
+        return passes
+
+    def cache_passes(self) -> list[Pass]:
+        """The passes over the KV cache."""
+        return [AttachCache(storage=self.cache.storage)]

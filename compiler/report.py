@@ -1,0 +1,112 @@
+"""The report page of an artifact: what each pass did, saved, skipped and why. Plain HTML, no scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #d8dee4}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #eaeef2}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.skipped{color:#9a6700}
+summary{cursor:pointer}.bar{background:#0969da;height:.6rem;border-radius:.3rem;min-width:1px}
+"""
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in the largest binary unit that keeps the number above one."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def report_page(data: dict[str, Any]) -> str:
+    """A compile report (`CompileReport.data()`) as one HTML page."""
+    manifest = data["manifest"]
+    model = manifest["model"]
+    sections = [
+        f"<h1>{escape(model['source'])}: compiled by einfold {escape(manifest['einfold'])}</h1>",
+        _facts(manifest),
+        "<h2>Where the time went</h2>",
+        _bars(data["seconds"]),
+        "<h2>Passes</h2>",
+        *map(_pass, data["passes"]),
+        "<h2>Check against the reference</h2>",
+        _pairs(data["check"] or {"check": "not run"}),
+        "<h2>KV cache</h2>",
+        f"<p>Bytes for B rows of C tokens: <code>{escape(manifest['cache_bytes'])}</code></p>",
+        "<details><summary>Layout, a line a head group</summary><pre>"
+        + escape("\n".join(manifest["cache"]))
+        + "</pre></details>",
+    ]
+    body = "\n".join(sections)
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>{body}</html>\n"
+
+
+def _facts(manifest: dict[str, Any]) -> str:
+    model = manifest["model"]
+    return _pairs(
+        {
+            "architecture": model["architecture"],
+            "parameters": f"{model['parameters']:,}",
+            "target": f"{manifest['target']} ({manifest['flavour']})",
+            "context": f"{model['context']:,} tokens",
+            "weights": f"{manifest['recipe']['weights']['format']}, {human_bytes(manifest['weight_bytes'])}",
+            "float32 would take": human_bytes(4 * model["parameters"]),
+        }
+    )
+
+
+def _pairs(pairs: dict[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in pairs.items())
+    return f"<table>{rows}</table>"
+
+
+def _bars(seconds: dict[str, float]) -> str:
+    longest = max(seconds.values(), default=1.0) or 1.0
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td class=n>{value:.2f} s</td>"
+        f"<td style='width:60%'><div class=bar style='width:{100 * value / longest:.0f}%'></div></td></tr>"
+        for name, value in seconds.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _pass(record: dict[str, Any]) -> str:
+    notes = record["notes"]
+    applied = [note for note in notes if note["action"] == "applied"]
+    skipped = [note for note in notes if note["action"] == "skipped"]
+    saved = sum(note["bytes_saved"] for note in notes)
+    title = f"<b>{escape(record['name'])}</b>: {len(applied)} applied, {len(skipped)} skipped"
+    if saved:
+        title += f", {human_bytes(saved)} saved"
+    title += f" ({record['seconds'] * 1000:.0f} ms)"
+    rows = "".join(_note(note, record["measured"]) for note in notes)
+    return f"<details><summary>{title}</summary><table>{rows}</table></details>"
+
+
+def _note(note: dict[str, Any], measured: dict[str, float]) -> str:
+    kind = "skipped" if note["action"] == "skipped" else ""
+    error = measured.get(note["where"])
+    detail = f" (relative error {error:.4f})" if error is not None else ""
+    saved = human_bytes(note["bytes_saved"]) if note["bytes_saved"] else ""
+    return (
+        f"<tr class='{kind}'><td>{escape(note['action'])}</td><td>{escape(note['where'])}</td>"
+        f"<td>{escape(note['what'])}{detail}</td><td class=n>{saved}</td></tr>"
+    )
+
+
+def summary_lines(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A line a pass: what it did, saved and skipped."""
+    lines = []
+    for record in records:
+        applied = sum(note["action"] == "applied" for note in record["notes"])
+        skipped = sum(note["action"] == "skipped" for note in record["notes"])
+        saved = sum(note["bytes_saved"] for note in record["notes"])
+        text = f"{record['name']}: {applied} applied, {skipped} skipped"
+        lines.append(text + (f", {human_bytes(saved)} saved" if saved else ""))
+    return lines

@@ -1,0 +1,35 @@
+"""einfold: an inference compiler for transformer models.
+
+    import einfold
+    einfold.compile("path/to/model", "model.einfold", weights="int4")
+    model = einfold.load("model.einfold")
+    print(model.generate("Once upon a time", max_new_tokens=64).text)
+
+Importing this package loads neither torch nor transformers; each function loads what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import compile, estimate, export_onnx
+    from .model import Model, load
+
+__all__ = ["Model", "compile", "estimate", "export_onnx", "load"]
+
+_HOMES = {
+    "compile": "api",
+    "estimate": "api",
+    "export_onnx": "api",
+    "Model": "model",
+    "load": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,187 @@
+"""The Python API of compiling: the same road, with the same options, as the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .compiler.analysis.liveness import peak_activation_bytes
+from .compiler.driver import (
+    CompileReport,
+    Input,
+    Progress,
+    compile_to,
+    export_module,
+    open_model,
+    trace,
+    wrap_model,
+)
+from .compiler.ir.manifest import MODEL
+from .compiler.recipe import Recipe
+from .runtime.engine import CHUNK
+
+
+def compile(
+    model: str | Path | Any,
+    out: str | Path,
+    *,
+    weights: str | None = None,
+    portable: bool | None = None,
+    context: int | None = None,
+    target: str | None = None,
+    recipe: str | Path | Recipe | dict[str, Any] | None = None,
+    tokenizer: Any = None,
+    force: bool = False,
+    check: bool = True,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompileReport:
+    """Compiles a causal language model into the artifact folder `out`.
+
+    `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
+    `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
+    override it. `check` runs the finished artifact beside the reference on a few tokens and refuses
+    to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
+
+    Raises the errors of `einfold.errors`; `out` appears whole or not at all.
+    """
+    from .evaluate.self_check import self_check
+
+    chosen = resolve_recipe(recipe, weights=weights, portable=portable, context=context, target=target)
+    return compile_to(
+        _input(model, tokenizer),
+        Path(out),
+        chosen,
+        force=force,
+        dump=None if dump is None else Path(dump),
+        progress=progress,
+        check=self_check if check else None,
+    )
+
+
+def resolve_recipe(
+    recipe: str | Path | Recipe | dict[str, Any] | None,
+    *,
+    weights: str | None = None,
+    portable: bool | None = None,
+    context: int | None = None,
+    target: str | None = None,
+) -> Recipe:
+    """A recipe with the given options laid over it."""
+    if recipe is None:
+        base = Recipe()
+    elif isinstance(recipe, Recipe):
+        base = recipe
+    elif isinstance(recipe, dict):
+        base = Recipe.build(recipe)
+    else:
+        base = Recipe.read(Path(recipe))
+    data = base.model_dump()
+    if weights is not None:
+        data["weights"]["format"] = weights
+    if portable is not None:
+        data["onnx"]["portable"] = portable
+    if context is not None:
+        data["context"] = context
+    if target is not None:
+        data["target"] = target
+    return Recipe.build(data, "the options")
+
+
+def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:
+    if isinstance(model, (str, Path)):
+        found = open_model(model)
+        found.tokenizer = tokenizer
+        return found
+    return wrap_model(model, tokenizer)
+
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a compile and a run would take, told before any weight is read.
+
+    `activations` is for a prefill step of `chunk` tokens at the end of the context. `largest_context`
+    is the longest that fits the budget (None without one); 0 where not even the weights fit.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    context: int
+    batch: int
+    chunk: int
+    cache_expression: str
+    budget: int | None = None
+    largest_context: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def estimate(
+    model: str | Path,
+    *,
+    weights: str | None = None,
+    recipe: str | Path | Recipe | dict[str, Any] | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    budget: int | None = None,
+    chunk: int = CHUNK,
+) -> Estimate:
+    """Weights, cache and activation bytes of a model, from its config alone.
+
+    Runs the same passes as a compile, on weights that are known by shape only, so the figures for
+    weights and cache are those of the artifact. `context` and `batch` are those of the run; `budget`
+    is in bytes.
+    """
+    found = open_model(model)
+    program, _ = trace(found, resolve_recipe(recipe, weights=weights))
+    layout = program.layout
+    assert layout is not None
+    limit = program.model.context
+    wanted = min(context or limit, limit)
+
+    def parts(tokens: int) -> tuple[int, int]:
+        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, "C": tokens}
+        return int(layout.bytes(batch, tokens)), peak_activation_bytes(program, dims)
+
+    weight_bytes = program.weights.nbytes
+    largest = None
+    if budget is not None:
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = weight_bytes + sum(parts(middle)) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        largest = low
+    cache, activations = parts(wanted)
+    return Estimate(
+        weight_bytes, cache, activations, wanted, batch, chunk, str(layout.account()), budget, largest
+    )
+
+
+def export_onnx(
+    model: str | Path | Any,
+    out: str | Path,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    portable: bool = False,
+    weights: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Exports to a folder with model.onnx and its weights; gives the path of model.onnx.
+
+    With `example_inputs` any `nn.Module` is exported by itself (`dynamic_shapes` as torch.export
+    takes them); its matrix products are raised, fused and, with `weights`, quantized like a language
+    model's. Without them `model` is a causal language model and the folder is a whole artifact.
+    """
+    if example_inputs is None:
+        compile(model, out, weights=weights, portable=portable, force=force)
+    else:
+        chosen = resolve_recipe(None, weights=weights, portable=portable)
+        export_module(model, Path(out), example_inputs, dynamic_shapes, chosen, force)
+    return Path(out) / MODEL

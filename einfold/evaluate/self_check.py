@@ -1,0 +1,66 @@
+"""A finished artifact is run beside the reference on a few tokens before it is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import EinfoldError
+from ..runtime.artifact import Artifact
+from ..runtime.cache import Cache
+from ..runtime.onnx_runner import OnnxRunner
+from ..runtime.reference_runner import ReferenceRunner
+from ..runtime.runner import Floats, Runner
+
+_PROMPT, _STEPS = 12, 4
+
+#: Largest difference of logits, as a share of the largest logit, where both sides compute in float32.
+_TOLERANCE = 1e-3
+
+
+def self_check(folder: Path) -> dict[str, Any]:
+    """Compares target and reference over a short prefill and a few decode steps.
+
+    Gives the figures for the report. Raises EinfoldError where the target gives numbers that are not
+    finite, or differs from the reference by more than float32 arithmetic explains. Weights that are
+    multiplied in int8 (accuracy level 4) differ by design: there the difference is reported only.
+    """
+    artifact = Artifact.open(folder, verify=False)
+    target = _logits(artifact, OnnxRunner(artifact, prepack=False))
+    reference = _logits(artifact, ReferenceRunner(artifact, keep_weights=False))
+    if not np.isfinite(target).all():
+        raise EinfoldError("the compiled model gives logits that are not finite; nothing was written")
+    difference = float(np.abs(target - reference).max())
+    scale = max(1.0, float(np.abs(reference).max()))
+    recipe = artifact.manifest.recipe
+    approximate = recipe["weights"]["format"].startswith("int") and recipe["onnx"]["accuracy_level"] == 4
+    if difference > _TOLERANCE * scale and not approximate:
+        raise EinfoldError(
+            f"the compiled model differs from the reference by {difference:.2e} (logits up to {scale:.1f}); "
+            "this is a fault of einfold, please report it with the model's architecture"
+        )
+    same = (target.argmax(-1) == reference.argmax(-1)).mean()
+    return {
+        "largest difference of logits": difference,
+        "largest logit": scale,
+        "same likeliest token": float(same),
+        "tokens": _PROMPT + _STEPS,
+        "arithmetic": "int8 products (accuracy level 4)" if approximate else "float32",
+    }
+
+
+def _logits(artifact: Artifact, runner: Runner) -> Floats:
+    """Logits of every token of a fixed random text: one prefill step, then single tokens."""
+    manifest = artifact.manifest
+    total = min(_PROMPT + _STEPS, manifest.model.context)
+    prompt = min(_PROMPT, total)
+    ids = np.random.default_rng(0).integers(0, manifest.model.vocabulary, (1, total))
+    cache = Cache.allocate(manifest.layout(), 1, total)
+    out = []
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, total))]:
+        positions = np.arange(start, end)[None]
+        out.append(runner.step(cache, ids[:, start:end], positions, np.arange(end - start)).copy())
+        cache.lengths += end - start
+    return np.concatenate(out)

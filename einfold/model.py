@@ -1,0 +1,216 @@
+"""A compiled model, loaded: generate text or tokens, or ask for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from .errors import PromptError
+from .runtime.artifact import Artifact
+from .runtime.cache import Cache
+from .runtime.engine import CHUNK, Engine, Generated, Timings
+from .runtime.runner import Floats, Runner
+from .runtime.sampling import Sampling
+from .runtime.tokenizer import Tokenizer, TokenStream
+
+Prompt = str | Sequence[int]
+
+EngineName = Literal["onnx", "reference"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote for one prompt."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    """"stop" (end token or stop string), "length" (max_new_tokens) or "context" (no room left)."""
+
+
+@dataclass
+class Model:
+    """A loaded artifact. Make it with `load`."""
+
+    artifact: Artifact
+    engine: Engine
+    _tokenizer: Tokenizer | None = field(default=None, repr=False)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer; raises PromptError where it has none."""
+        if self._tokenizer is None:
+            if not self.artifact.has("tokenizer.json"):
+                raise PromptError(
+                    f"{self.artifact.folder} holds no tokenizer; give token ids instead of text"
+                )
+            self._tokenizer = Tokenizer(self.artifact.folder)
+        return self._tokenizer
+
+    @property
+    def timings(self) -> Timings:
+        """Times of the last generation."""
+        return self.engine.timings
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ids go through as they are."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Completion:
+        """Continues one prompt, text or token ids. `on_text` is given each new piece of text."""
+        sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+        return self.generate_batch(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            sampling=sampling,
+            on_text=None if on_text is None else lambda row, piece: on_text(piece),
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Continues several prompts of any lengths together."""
+        rows = [self.encode(prompt) for prompt in prompts]
+        has_text = self.artifact.has("tokenizer.json")
+        if stop and not has_text:
+            raise PromptError("stop strings need a tokenizer, and the artifact holds none")
+        listeners = [_Listener(self.tokenizer.stream(), list(stop)) for _ in rows] if has_text else []
+
+        def on_token(row: int, token: int) -> bool:
+            piece = listeners[row].push(token)
+            if piece and on_text is not None:
+                on_text(row, piece)
+            return listeners[row].stopped
+
+        results = self.engine.generate(
+            rows,
+            max_new_tokens,
+            () if ignore_eos else self.artifact.manifest.model.eos_ids,
+            sampling,
+            on_token if listeners else None,
+        )
+        for row, listener in enumerate(listeners):
+            piece = listener.finish()
+            if piece and on_text is not None:
+                on_text(row, piece)
+        return [self._completion(rows[i], result, listeners[i] if listeners else None) for i, result in enumerate(results)]
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation ([{"role": .., "content": ..}]) by the model's template."""
+        return self.tokenizer.chat(messages)
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[int, Floats]]:
+        """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V])."""
+        row = np.asarray(tokens, np.int64)
+        if row.size > self.engine.context:
+            raise PromptError(f"{row.size} tokens do not fit the context of {self.engine.context}")
+        self.engine.check_prompt(row[:1])
+        cache = self.engine.cache = Cache.allocate(self.engine.layout, 1, row.size)
+        yield from self.engine.stream(cache, row, all_logits=True)
+
+    def _completion(self, prompt: list[int], result: Generated, listener: _Listener | None) -> Completion:
+        return Completion(
+            text=listener.text if listener else "",
+            tokens=result.tokens,
+            prompt_tokens=len(prompt),
+            finish_reason=result.finish_reason,
+        )
+
+
+class _Listener:
+    """Text of one row as it grows; watches for stop strings and holds back what may begin one."""
+
+    def __init__(self, stream: TokenStream, stop: list[str]) -> None:
+        self.stream = stream
+        self.stop = [text for text in stop if text]
+        self.text = ""
+        self.stopped = False
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        return self._show(self.stream.push(token), final=False)
+
+    def finish(self) -> str:
+        return "" if self.stopped else self._show(self.stream.finish(), final=True)
+
+    def _show(self, piece: str, final: bool) -> str:
+        pending = self._held + piece
+        found = [at for at in (pending.find(text) for text in self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            shown = pending[: min(found)]
+        else:
+            keep = 0 if final else _overlap(pending, self.stop)
+            shown, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += shown
+        return shown
+
+
+def _overlap(text: str, stops: list[str]) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    longest = min(len(text), max((len(stop) for stop in stops), default=1) - 1)
+    for size in range(longest, 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stops):
+            return size
+    return 0
+
+
+def load(
+    folder: str | Path,
+    *,
+    engine: EngineName = "onnx",
+    threads: int | None = None,
+    chunk: int = CHUNK,
+    verify: bool = True,
+) -> Model:
+    """Loads an artifact.
+
+    `engine` "onnx" runs it on onnxruntime, "reference" by the operators' meaning in torch. `threads`
+    defaults to the processors at hand; `chunk` bounds the tokens of a prefill step. Raises
+    ArtifactError where the folder is damaged or no artifact.
+    """
+    artifact = Artifact.open(folder, verify)
+    manifest = artifact.manifest
+    runner = _runner(artifact, engine, threads)
+    return Model(
+        artifact,
+        Engine(runner, manifest.layout(), manifest.model.vocabulary, manifest.model.context, chunk),
+    )
+
+
+def _runner(artifact: Artifact, engine: EngineName, threads: int | None) -> Runner:
+    if engine == "reference":
+        from .runtime.reference_runner import ReferenceRunner
+
+        return ReferenceRunner(artifact)
+    from .runtime.onnx_runner import OnnxRunner
+
+    return OnnxRunner(artifact, threads)

@@ -1,0 +1,1 @@
+"""Running artifacts: sessions, caches, sampling. Running an ONNX artifact needs no torch."""

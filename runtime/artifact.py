@@ -1,0 +1,58 @@
+"""Opening an artifact: every listed file is checked before anything is loaded from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from ..compiler.ir.manifest import FileEntry, Manifest
+from ..errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact's folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(folder: str | Path, verify: bool = True) -> Artifact:
+        """Reads the manifest and checks size and BLAKE3 hash of every file that it lists.
+
+        Hashes find damage; they don't make an artifact from a stranger trusted. Nothing that an
+        artifact brings is run: no pickle, no code. Raises ArtifactError with the file's name.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise ArtifactError(f"there is no artifact folder {path}")
+        artifact = Artifact(path, Manifest.read(path))
+        for name, entry in artifact.manifest.files.items():
+            artifact._check(name, entry, verify)
+        return artifact
+
+    def file(self, name: str) -> Path:
+        """The path of a listed file; raises ArtifactError where the artifact has none of that name."""
+        if name not in self.manifest.files:
+            raise ArtifactError(f"the artifact {self.folder} has no {name}")
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest.files
+
+    def _check(self, name: str, entry: FileEntry, verify: bool) -> None:
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ArtifactError(f"{path} leads out of the artifact's folder")
+        if not path.is_file():
+            raise ArtifactError(f"the artifact lacks {path}, which its manifest lists")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise ArtifactError(f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged")
+        if verify:
+            digest = blake3(max_threads=blake3.AUTO)
+            digest.update_mmap(path)
+            if digest.hexdigest() != entry.blake3:
+                raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")

@@ -1,0 +1,187 @@
+"""The engine: prefill in chunks, decode in batches, over one runner and one cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..compiler.ir.cache_layout import CacheLayout
+from ..errors import PromptError
+from .cache import Cache
+from .runner import Floats, Ints, Runner
+from .sampling import Sampler, Sampling
+
+#: Tokens of a prefill step: bounds the memory of activations at any context.
+CHUNK = 512
+
+
+@dataclass
+class Generated:
+    """What one row wrote: its new tokens, and why it ended ("stop", "length" or "context")."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+
+
+@dataclass
+class Timings:
+    """Seconds of the two phases, and the tokens that went through each, over all rows."""
+
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+
+#: Told of each new token: (row, token). Gives True to end the row.
+OnToken = Callable[[int, int], bool]
+
+
+class Engine:
+    """Generates with a runner. `context` bounds prompt and new tokens together."""
+
+    def __init__(self, runner: Runner, layout: CacheLayout, vocabulary: int, context: int, chunk: int = CHUNK) -> None:
+        if chunk < 1:
+            raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
+        self.runner = runner
+        self.layout = layout
+        self.vocabulary = vocabulary
+        self.context = context
+        self.chunk = chunk
+        self.timings = Timings()
+        self.cache: Cache | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[Generated]:
+        """Continues each prompt. Rows of unequal length run together, right-padded inside.
+
+        Raises PromptError for an empty prompt, a token out of range, or a prompt that leaves no room.
+        """
+        rows = [self.check_prompt(prompt) for prompt in prompts]
+        if not rows or max_new_tokens < 1:
+            return [Generated() for _ in rows]
+        sampler = Sampler(sampling or Sampling())
+        longest = max(len(row) for row in rows)
+        # The last token written is never read back, so it needs no slot.
+        capacity = min(longest + max_new_tokens - 1, self.context)
+        cache = self.cache = Cache.allocate(self.layout, len(rows), capacity)
+        self.timings = Timings()
+        logits = self._timed_prefill(cache, rows)
+        return self._decode(cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token)
+
+    def check_prompt(self, prompt: Sequence[int]) -> Ints:
+        """The prompt as an array; raises PromptError with the position of what is wrong."""
+        row = np.asarray(prompt, dtype=np.int64)
+        if row.ndim != 1 or row.size == 0:
+            raise PromptError("the prompt is empty; give at least one token")
+        wrong = np.flatnonzero((row < 0) | (row >= self.vocabulary))
+        if wrong.size:
+            raise PromptError(
+                f"token {row[wrong[0]]} at position {wrong[0]} is out of range: the vocabulary has {self.vocabulary} tokens"
+            )
+        if row.size >= self.context:
+            raise PromptError(
+                f"the prompt has {row.size} tokens, but the artifact was compiled for a context of {self.context}, "
+                "which must also hold the answer; shorten the prompt or compile with a larger --context"
+            )
+        return row
+
+    def _timed_prefill(self, cache: Cache, rows: list[Ints]) -> Floats:
+        started = time.perf_counter()
+        logits = self.prefill(cache, rows)
+        self.timings.prefill_seconds = time.perf_counter() - started
+        self.timings.prefill_tokens = sum(len(row) for row in rows)
+        return logits
+
+    def prefill(self, cache: Cache, rows: list[Ints]) -> Floats:
+        """Runs the prompts into an empty cache; gives the logits behind each row's last token, [B, V].
+
+        A batch that fits in one chunk runs at once, padded on the right: causality keeps the padding
+        out of every real token's sight, and decoding writes over it. A larger one runs row by row, in
+        chunks, each into its own slice of the cache.
+        """
+        longest = max(len(row) for row in rows)
+        if len(rows) > 1 and len(rows) * longest <= self.chunk:
+            return self._prefill_together(cache, rows, longest)
+        out = np.empty((len(rows), self.vocabulary), np.float32)
+        for index, row in enumerate(rows):
+            for _, logits in self.stream(cache.row(index), row, all_logits=False):
+                out[index] = logits[-1]
+        return out
+
+    def _prefill_together(self, cache: Cache, rows: list[Ints], longest: int) -> Floats:
+        padded = np.zeros((len(rows), longest), np.int64)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = row
+        positions = np.broadcast_to(np.arange(longest), padded.shape)
+        lengths = np.array([len(row) for row in rows])
+        last = np.arange(len(rows)) * longest + lengths - 1
+        logits = self.runner.step(cache, padded, positions, last).copy()
+        cache.lengths[:] = lengths
+        return logits
+
+    def stream(self, cache: Cache, row: Ints, all_logits: bool) -> Iterator[tuple[int, Floats]]:
+        """Runs one row through in chunks; yields (start, logits) of each chunk, or of the last one only."""
+        for start in range(0, len(row), self.chunk):
+            ids = row[None, start : start + self.chunk]
+            size = ids.shape[1]
+            positions = np.arange(start, start + size)[None]
+            final = start + size == len(row)
+            wanted = np.arange(size) if all_logits else np.arange(size - 1, size)[: 1 if final else 0]
+            logits = self.runner.step(cache, ids, positions, wanted)
+            cache.lengths += size
+            if all_logits or final:
+                yield start, logits
+
+    def _decode(
+        self,
+        cache: Cache,
+        rows: list[Ints],
+        logits: Floats,
+        max_new_tokens: int,
+        stop: frozenset[int],
+        sampler: Sampler,
+        on_token: OnToken | None,
+    ) -> list[Generated]:
+        results = [Generated() for _ in rows]
+        running = np.ones(len(rows), bool)
+        ids = np.zeros((len(rows), 1), np.int64)
+        every_row = np.arange(len(rows))
+        started = time.perf_counter()
+        while True:
+            for index in np.flatnonzero(running):
+                token = sampler.pick(logits[index], rows[index], results[index].tokens)
+                ids[index] = token
+                reason = self._accept(results[index], token, cache.lengths[index], max_new_tokens, stop)
+                ended = on_token(int(index), token) if on_token is not None and reason != "stop" else False
+                if reason or ended:
+                    results[index].finish_reason = reason or "stop"
+                    running[index] = False
+            if not running.any():
+                break
+            # A row that has ended stays where it is and writes one slot again and again.
+            np.minimum(cache.lengths, cache.capacity - 1, out=cache.lengths)
+            logits = self.runner.step(cache, ids, cache.lengths[:, None], every_row)
+            cache.lengths[running] += 1
+            self.timings.decode_tokens += int(running.sum())
+        self.timings.decode_seconds = time.perf_counter() - started
+        return results
+
+    def _accept(self, result: Generated, token: int, length: int, limit: int, stop: frozenset[int]) -> str:
+        """Adds a token to a row; gives why the row ends with it, or nothing."""
+        if token in stop:
+            return "stop"
+        result.tokens.append(token)
+        if len(result.tokens) >= limit:
+            return "length"
+        # The next step writes this token to the slot `length`.
+        return "context" if length >= self.context else ""

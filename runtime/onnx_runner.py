@@ -1,0 +1,106 @@
+"""Runs an ONNX artifact on onnxruntime, with the cache bound in place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..compiler.ir.manifest import MODEL, WEIGHTS
+from ..errors import ArtifactError
+from .artifact import Artifact
+from .cache import Cache
+from .runner import Floats, Ints
+
+
+@dataclass
+class _Binding:
+    """A binding of fixed shapes, and the arrays that it reads and writes."""
+
+    cache: Cache
+    io: Any
+    input_ids: Ints
+    position_ids: Ints
+    lengths: Ints
+    logit_rows: Ints
+    logits: Floats
+
+    def fits(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> bool:
+        same = self.cache.buffers.keys() == cache.buffers.keys() and all(
+            self.cache.buffers[name] is cache.buffers[name] for name in cache.buffers
+        )
+        return same and self.input_ids.shape == input_ids.shape and self.logit_rows.shape == logit_rows.shape
+
+
+class OnnxRunner:
+    """One onnxruntime session; a decode step binds nothing anew and copies no cache."""
+
+    def __init__(self, artifact: Artifact, threads: int | None = None, prepack: bool = True) -> None:
+        """Loads the model. Without `prepack` weights stay as they lie in the file: slower, half the memory."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        path = artifact.file(MODEL)
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises several unrelated classes
+            first = str(error).strip().splitlines()[0]
+            raise ArtifactError(f"onnxruntime {ort.__version__} cannot load {path}: {first}") from error
+        self._vocabulary = artifact.manifest.model.vocabulary
+        self._weight_bytes = artifact.manifest.files[WEIGHTS].bytes
+        self._binding: _Binding | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
+        binding = self._binding
+        if binding is None or not binding.fits(cache, input_ids, logit_rows):
+            binding = self._bind(cache, input_ids, logit_rows)
+            # Bindings of a decode step are kept; a prefill chunk's shapes come once.
+            self._binding = binding if input_ids.shape[1] == 1 else None
+        binding.input_ids[:] = input_ids
+        binding.position_ids[:] = position_ids
+        binding.lengths[:] = cache.lengths
+        binding.logit_rows[:] = logit_rows
+        self.session.run_with_iobinding(binding.io)
+        return binding.logits
+
+    def _bind(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> _Binding:
+        io = self.session.io_binding()
+        binding = _Binding(
+            cache,
+            io,
+            np.empty_like(input_ids),
+            np.empty_like(input_ids),
+            np.empty_like(cache.lengths),
+            np.empty_like(logit_rows),
+            np.empty((len(logit_rows), self._vocabulary), np.float32),
+        )
+        for name in ("input_ids", "position_ids", "lengths", "logit_rows"):
+            _bind_array(io.bind_input, name, getattr(binding, name))
+        _bind_array(io.bind_output, "logits", binding.logits)
+        for name, buffer in cache.buffers.items():
+            # Past and present are one buffer: the new tokens are written where they stay.
+            _bind_array(io.bind_input, name, buffer)
+            _bind_array(io.bind_output, f"present.{name}", buffer)
+        return binding
+
+
+def _bind_array(bind: Any, name: str, array: Any) -> None:
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def available_cores() -> int:
+    """Processors that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1

@@ -1,0 +1,52 @@
+"""Runs an artifact's graph by the reference meaning of its operators, in torch. Slow, and always there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ..compiler.ir.interpreter import Interpreter
+from ..compiler.ir.manifest import GRAPH, WEIGHTS
+from ..compiler.ir.parser import parse
+from ..compiler.ir.weights import Weight
+from ..errors import ArtifactError
+from .artifact import Artifact
+from .cache import Cache
+from .runner import Floats, Ints
+
+
+class ReferenceRunner:
+    """The same graph and the same weights as the target's, without the target."""
+
+    def __init__(self, artifact: Artifact, keep_weights: bool = True) -> None:
+        """Without `keep_weights` each weight is read when it is needed, and only one is held."""
+        weights = safe_open(str(artifact.file(WEIGHTS)), framework="pt")
+        present = set(weights.keys())
+
+        def load(name: str, declared: Weight) -> Weight:
+            if name not in present:
+                raise ArtifactError(f"{artifact.folder}/{WEIGHTS} lacks the weight {name} that the graph reads")
+            return Weight(declared.shape, declared.dtype, lambda: weights.get_tensor(name))
+
+        self.program = parse(artifact.file(GRAPH).read_text(), load)
+        self.interpreter = Interpreter(self.program, keep_weights)
+        self._weight_bytes = artifact.manifest.files[WEIGHTS].bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
+        inputs = {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "lengths": torch.from_numpy(cache.lengths),
+            "logit_rows": torch.from_numpy(logit_rows),
+        }
+        inputs |= {name: torch.from_numpy(buffer) for name, buffer in cache.buffers.items()}
+        outputs = self.interpreter.run(inputs)
+        for name, buffer in cache.buffers.items():
+            np.copyto(buffer, outputs[name].numpy())
+        logits: Floats = outputs["logits"].numpy()
+        return logits
