@@ -31,6 +31,11 @@ class Tokenizer:
         ids: list[int] = self._fast.encode(text).ids
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the characters (start, end) that each token stands for."""
+        encoding = self._fast.encode(text)
+        return encoding.ids, encoding.offsets
+
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, without special tokens."""
         text: str = self._fast.decode(tokens, skip_special_tokens=True)

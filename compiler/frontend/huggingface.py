@@ -71,7 +71,7 @@ def _quiet() -> None:
 
 
 def _config_error(source: ModelSource, error: Exception) -> Exception:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = _first_line(error)
     if source.folder is None:
         return ModelError(f"cannot fetch {source.name!r} from the Hugging Face hub: {first}")
     try:
@@ -144,8 +144,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load the weights of {source.location}: {first}") from error
+        raise ModelError(f"cannot load the weights of {source.location}: {_first_line(error)}") from error
     mismatched = sorted(info.get("mismatched_keys") or [])
     if mismatched:
         name, found, expected = mismatched[0]
@@ -165,6 +164,24 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
     return state
 
 
+def load_reference(source: ModelSource) -> Any:
+    """The original model in float32, as transformers runs it; what einfold is compared with."""
+    check_weight_files(source)
+    _quiet()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load {source.location}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def build_skeleton(config: Any, source: ModelSource) -> Any:
     """The model in float32 with parameters that take no memory, hooked for capture."""
     _quiet()
@@ -173,10 +190,9 @@ def build_skeleton(config: Any, source: ModelSource) -> Any:
         with hooks.hollow_parameters(), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedError(
             f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
-            f"is no causal language model that can be built: {first}"
+            f"is no causal language model that can be built: {_first_line(error)}"
         ) from error
     _check_rope(config, source)
     hooks.install(model)

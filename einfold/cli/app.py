@@ -1,0 +1,234 @@
+"""The verbs and their options."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    name="einfold",
+    help="Compile transformer models so that they fit and fly. Every verb takes --help.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Target(str, Enum):
+    onnx = "onnx"
+    triton = "triton"
+
+
+class Weights(str, Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class EngineName(str, Enum):
+    onnx = "onnx"
+    reference = "reference"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Artifact = Annotated[Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)]
+ModelName = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)]
+RecipeFile = Annotated[Optional[Path], typer.Option("--recipe", help="TOML file that sets every knob; options override it.")]
+WeightsOption = Annotated[
+    Optional[Weights],
+    typer.Option(
+        "--weights",
+        help="How weights are stored. fp16 halves the file; on a CPU it is a storage format only, the "
+        "arithmetic stays float32. int8 and int4 are group-wise, rounded to nearest. [default: fp32]",
+        show_default=False,
+    ),
+]
+Threads = Annotated[Optional[int], typer.Option(help="Threads to compute with. [default: all processors]", show_default=False)]
+Chunk = Annotated[int, typer.Option(help="Tokens of a prefill step; bounds the memory of activations.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib import metadata
+
+        typer.echo(f"einfold {metadata.version('einfold')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command("compile")
+def compile_(
+    model: ModelName,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The artifact folder to write.", show_default=False)],
+    target: Annotated[Optional[Target], typer.Option(help="What to generate. [default: onnx]", show_default=False)] = None,
+    weights: WeightsOption = None,
+    recipe: RecipeFile = None,
+    context: Annotated[Optional[int], typer.Option(help="Tokens of context to compile for. [default: the model's own limit]", show_default=False)] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists.")] = False,
+    check: Annotated[bool, typer.Option(help="Run the finished artifact beside the reference on a few tokens.")] = True,
+    dump: Annotated[Optional[Path], typer.Option(help="Folder for the graph's text after each pass.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model into an artifact folder."""
+    from .verbs import compile_model
+
+    compile_model(
+        model, out, _name(target), _name(weights), recipe, context, portable or None, force, check, dump, json
+    )
+
+
+@app.command()
+def run(
+    artifact: Artifact,
+    prompt: Annotated[Optional[str], typer.Option("-p", "--prompt", help="The prompt.", show_default=False)] = None,
+    file: Annotated[Optional[Path], typer.Option("-f", "--file", help="Read the prompt from a file; - is stdin.", show_default=False)] = None,
+    ids: Annotated[Optional[str], typer.Option(help="The prompt as token ids, such as '1 15 27'.", show_default=False)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    system: Annotated[Optional[str], typer.Option(help="A system message, with --chat.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens seen before.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes a draw repeatable.", show_default=False)] = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="Stop at this text; may be given again.", show_default=False)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past end-of-text tokens.")] = False,
+    engine: Annotated[EngineName, typer.Option(help="onnxruntime, or the operators' reference meaning in torch.")] = EngineName.onnx,
+    threads: Threads = None,
+    chunk: Chunk = 512,
+    verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt; the text streams to stdout."""
+    from .verbs import run_artifact
+
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or [],
+        "ignore_eos": ignore_eos,
+    }
+    loading: dict[str, Any] = {"engine": engine.value, "threads": threads, "chunk": chunk, "verify": verify}
+    run_artifact(artifact, prompt, file, ids, chat, system, options, loading, json)
+
+
+@app.command("eval")
+def eval_(
+    artifact: Artifact,
+    against: Annotated[str, typer.Option(help="The original model's folder; it runs in float32.", show_default=False)],
+    text: Annotated[Optional[Path], typer.Option(help="Text to read; documents end at lines with a form feed. [default: eval.txt of the original, or a built-in text]", show_default=False)] = None,
+    window: Annotated[Optional[int], typer.Option(help="Tokens read at a stretch. [default: the context, at most 2048]", show_default=False)] = None,
+    engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = EngineName.onnx,
+    threads: Threads = None,
+    chunk: Chunk = 512,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, KL, top-1 agreement, pass-key recall and bytes against the original."""
+    from .verbs import evaluate_artifact
+
+    evaluate_artifact(artifact, against, text, window, {"engine": engine.value, "threads": threads, "chunk": chunk}, json)
+
+
+@app.command()
+def bench(
+    artifact: Artifact,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that prefill is timed with.")] = 512,
+    context: Annotated[Optional[list[int]], typer.Option(help="Tokens of context to decode at; may be given again. [default: 128]", show_default=False)] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded at each context.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each; the median is given.")] = 5,
+    threads: Threads = None,
+    chunk: Chunk = 512,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time loading, prefill and decode of an artifact on random tokens."""
+    from .verbs import bench_artifact
+
+    bench_artifact(artifact, prompt_tokens, context or [128], new_tokens, batch, repeat, threads, chunk, json)
+
+
+@app.command()
+def estimate(
+    model: ModelName,
+    weights: WeightsOption = None,
+    recipe: RecipeFile = None,
+    context: Annotated[Optional[int], typer.Option(help="Tokens of context. [default: the model's own limit]", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 1,
+    budget: Annotated[Optional[str], typer.Option(help="Memory at hand, such as 4GB or 800MiB: gives the largest context that fits.", show_default=False)] = None,
+    chunk: Chunk = 512,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell weights, cache and activation bytes from a model's config, before any weight is read."""
+    from .verbs import estimate_model
+
+    estimate_model(model, _name(weights), recipe, context, batch, budget, chunk, json)
+
+
+@app.command()
+def inspect(
+    artifact: Artifact,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph's text.")] = False,
+    notes: Annotated[bool, typer.Option("--notes", help="Print every note of every pass.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact holds and what each pass did."""
+    from .verbs import inspect_artifact
+
+    inspect_artifact(artifact, graph, notes, json)
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="A graph's text (.eir) or an artifact folder.", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    context: Annotated[int, typer.Option(help="Lines shown around a change.")] = 2,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two graphs: counts of operators, and the lines. Exits with 1 where they differ."""
+    from .verbs import diff_graphs
+
+    diff_graphs(before, after, context, json)
+
+
+@app.command()
+def passes(
+    weights: WeightsOption = None,
+    recipe: RecipeFile = None,
+    portable: Annotated[bool, typer.Option("--portable", help="The pipeline of the portable flavour.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the pipeline: each pass, in order, with its options and what it does."""
+    from .verbs import list_passes
+
+    list_passes(_name(weights), recipe, portable or None, json)
+
+
+def _name(choice: Enum | None) -> str | None:
+    return None if choice is None else str(choice.value)
