@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ...errors import EinfoldError, IRError, UnsupportedError
 from ..ir.program import Editor, ModelInfo, Program, attention_nodes, find_op, op_name, remove_dead_nodes
+from ..ir.verifier import verify
 from ..ir.weights import Weight
 from . import huggingface
 from .huggingface import ModelSource
@@ -64,7 +65,8 @@ def capture_language_model(
             return Weight.of(buffers[name], dtype)
         return Weight.absent(shape, dtype, name)
 
-    program = _import(
+    program = _import_or_refuse(
+        source.location,
         exported,
         info,
         lambda name: first_name.get(name.removeprefix("model."), name.removeprefix("model.")),
@@ -89,7 +91,8 @@ def capture_module(
         return Weight.of(state[key], dtype)
 
     first_name = _tied_names(module)
-    return _import(
+    return _import_or_refuse(
+        name,
         exported,
         ModelInfo(architecture=name, vocabulary=0, context=0),
         lambda key: first_name.get(key, key),
@@ -124,6 +127,15 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
     names = list(module.named_parameters(remove_duplicate=False))
     names += list(module.named_buffers(remove_duplicate=False))
     return {name: first.setdefault(id(tensor), name) for name, tensor in names}
+
+
+def _import_or_refuse(where: str, *args: Any) -> Program:
+    try:
+        program = _import(*args)
+        verify(program)
+    except IRError as error:
+        raise UnsupportedError(f"{where}: the traced model is outside einfold's IR: {error}") from error
+    return program
 
 
 def _import(

@@ -51,6 +51,8 @@ def normalise_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         return _first(args)
     if target is aten.mul.Tensor and isinstance(args[1], (int, float)) and args[1] == 1:
         return _first(args)
+    if target is aten.concat.default:
+        return aten.cat.default, args, kwargs
     if target in (aten.chunk.default, aten.split.Tensor):
         return _split(target, args)
     return target, args, kwargs

@@ -7,6 +7,7 @@ the `WeightStore`. Every node carries its type as a fake tensor in `meta["val"]`
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,11 +190,23 @@ def infer(program: Program, node: fx.Node) -> None:
         raise IRError(f"node {node.name} ({node.op}) has no type of its own")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
-        with shapes.mode, torch.no_grad():
+        with shapes.mode, torch.no_grad(), _no_log():
             node.meta["val"] = node.target(*args, **kwargs)
     except Exception as error:
         inputs = ", ".join(f"%{n.name}: {shapes.describe(n.meta['val'])}" for n in node.all_input_nodes)
         raise IRError(f"{op_name(node.target)} at %{node.name} does not accept ({inputs}): {error}") from error
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Keeps torch from logging a traceback for a shape error that is raised as a sentence here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def op_name(target: object) -> str:

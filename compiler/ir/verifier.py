@@ -65,7 +65,8 @@ def _check_output(program: Program) -> None:
 def _check_attention(program: Program) -> None:
     layers = [int(call_arguments(node)["layer"]) for node in attention_nodes(program)]
     if len(set(layers)) != len(layers):
-        raise IRError(f"attention layers must be distinct, found {layers}")
+        twice = next(layer for layer in layers if layers.count(layer) > 1)
+        raise IRError(f"layer {twice} calls attention more than once, and a layer has one cache")
     if program.layout is None:
         return
     specs = {spec.name: spec for spec in program.layout.buffers(batch=1, capacity=1)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import onnx_ir as ir
@@ -23,11 +25,29 @@ def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]
     if len(sources) != len(node.all_input_nodes):
         raise unsupported(node, "it takes a size that is known only at run time")
     try:
-        model = _export(context, node, sources)
+        model = _exported(context, node, sources)
     except Exception as error:
         first = str(error).strip().splitlines()
         raise unsupported(node, first[0] if first else type(error).__name__) from error
     return _take_over(context, node, model, [context.value(source) for source in sources])
+
+
+def _exported(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model:
+    """The exported call; an equal call on equal types is exported once."""
+    describe = context.program.shapes.describe
+    args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: describe(n.meta["val"]))
+    repeats = tuple(sources.index(source) for source in node.all_input_nodes)
+    key = (str(node.target), str(args), repeats)
+    if key not in context.exported:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            level = logging.root.manager.disable
+            logging.disable(logging.ERROR)  # the exporter speaks of packages that nothing here needs
+            try:
+                context.exported[key] = _export(context, node, sources)
+            finally:
+                logging.disable(level)
+    return context.exported[key]
 
 
 class _OneCall(torch.nn.Module):

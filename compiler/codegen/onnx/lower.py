@@ -53,6 +53,8 @@ class Context:
     accuracy_level: int = 4
     values: dict[fx.Node, Any] = field(default_factory=dict)
     opset: int = 23
+    exported: dict[Any, ir.Model] = field(default_factory=dict)
+    """Calls that torch's exporter translated."""
 
     def value(self, node: Any) -> ir.Value:
         """The ONNX value of a graph node."""

@@ -37,6 +37,25 @@ _UNARY = {
     aten.cos.default: "Cos",
     aten.sin.default: "Sin",
     aten.erf.default: "Erf",
+    aten.logical_not.default: "Not",
+    aten.bitwise_not.default: "Not",
+    aten.floor.default: "Floor",
+    aten.round.default: "Round",
+    aten.sign.default: "Sign",
+}
+_COMPARISONS = {
+    aten.gt.Scalar: "Greater",
+    aten.gt.Tensor: "Greater",
+    aten.ge.Scalar: "GreaterOrEqual",
+    aten.ge.Tensor: "GreaterOrEqual",
+    aten.lt.Scalar: "Less",
+    aten.lt.Tensor: "Less",
+    aten.le.Scalar: "LessOrEqual",
+    aten.le.Tensor: "LessOrEqual",
+    aten.eq.Scalar: "Equal",
+    aten.eq.Tensor: "Equal",
+    aten.logical_and.default: "And",
+    aten.logical_or.default: "Or",
 }
 
 
@@ -66,6 +85,21 @@ def unary(context: Context, node: fx.Node) -> ir.Value:
     return context.builder.op(_UNARY[node.target], context.value(node.args[0]))  # type: ignore[index]
 
 
+@lowering(*_COMPARISONS)
+def comparison(context: Context, node: fx.Node) -> ir.Value:
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node)
+    other = right if isinstance(right, fx.Node) else operand(context, right, left)
+    value = context.value(other) if isinstance(other, fx.Node) else other
+    return context.builder.op(_COMPARISONS[node.target], context.value(left), value)  # type: ignore[index]
+
+
+@lowering(aten.square.default)
+def square(context: Context, node: fx.Node) -> ir.Value:
+    x = context.value(node.args[0])
+    return context.builder.op("Mul", x, x)
+
+
 @lowering(aten.rsqrt.default)
 def rsqrt(context: Context, node: fx.Node) -> ir.Value:
     return context.builder.op("Reciprocal", context.builder.op("Sqrt", context.value(node.args[0])))
@@ -89,6 +123,18 @@ def clamp(context: Context, node: fx.Node) -> ir.Value:
     found = context.arguments(node)
     bounds = [None if found[key] is None else operand(context, found[key], node) for key in ("min", "max")]
     return context.builder.op("Clip", context.value(found["self"]), *bounds)
+
+
+@lowering(aten.masked_fill.Scalar)
+def masked_fill(context: Context, node: fx.Node) -> ir.Value:
+    x, mask, value = node.args
+    return context.builder.op("Where", context.value(mask), operand(context, value, node), context.value(x))
+
+
+@lowering(aten.gather.default)
+def gather(context: Context, node: fx.Node) -> ir.Value:
+    x, dim, index = node.args[:3]
+    return context.builder.op("GatherElements", context.value(x), context.value(index), axis=dim)
 
 
 @lowering(aten._to_copy.default)

@@ -23,6 +23,15 @@ _INVERSE = Either(
     (Call(aten.rsqrt.default, _BIASED), Call(aten.pow.Tensor_Scalar, _BIASED, Number(value=-0.5)))
 )
 _NORMED = Call(aten.mul.Tensor, _X, _INVERSE)
+# Layer normalisation without a bias, as Cohere spells it.
+_MEAN_OF_X = Call(aten.mean.dim, _X, [-1], True)
+_CENTRED = Call(aten.sub.Tensor, _X, _MEAN_OF_X)
+_VARIANCE = Call(aten.mean.dim, Call(aten.pow.Tensor_Scalar, _CENTRED, Number(value=2)), [-1], True)
+_STANDARD = Call(
+    aten.mul.Tensor, _CENTRED, Call(aten.rsqrt.default, Call(aten.add.Tensor, _VARIANCE, Number("eps")))
+)
+_LAYER_NORMED = Call(aten.mul.Tensor, _STANDARD, Node("weight", where=lambda n: n.op == "get_attr"))
+
 _SCALED = Call(aten.mul.Tensor, _NORMED, Node("weight", where=lambda n: n.op == "get_attr"))
 
 
@@ -40,12 +49,12 @@ class RaiseNorms(Pass):
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
-        for pattern in (_SCALED, _NORMED):
+        for pattern, raise_one in ((_LAYER_NORMED, _raise_spelled), (_SCALED, _raise_rms), (_NORMED, _raise_rms)):
             for node in program.nodes(aten.mul.Tensor):
                 found = match(pattern, node) if node.users else None
                 if found is not None:
-                    _raise_rms(program, editor, node, found, result)
-        remove_dead_nodes(program)
+                    raise_one(program, editor, node, found, result)
+            remove_dead_nodes(program)
         for node in program.nodes(aten.layer_norm.default):
             _raise_layer_norm(program, editor, node, result)
         for node in program.nodes(aten.rsqrt.default):
@@ -69,6 +78,22 @@ def _raise_rms(
             return
         new = editor.call(einfold_ops.rms_norm.default, x, weight, found["eps"])
     result.applied(place_of(new), "rms_norm")
+    editor.replace(node, new)
+
+
+def _raise_spelled(
+    program: Program, editor: Editor, node: fx.Node, found: dict[str, object], result: PassResult
+) -> None:
+    x, weight = found["x"], found["weight"]
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    if tuple(weight.meta["val"].shape) != (x.meta["val"].shape[-1],):
+        result.skipped(place_of(node), "the scale of the norm is not one number a channel")
+        return
+    with editor.before(node):
+        zeros = Weight.of(torch.zeros(int(x.meta["val"].shape[-1])))
+        bias = editor.weight(f"{weight.target}.zero_bias", zeros)
+        new = editor.call(einfold_ops.layer_norm.default, x, weight, bias, found["eps"])
+    result.applied(place_of(new), "layer_norm")
     editor.replace(node, new)
 
 
