@@ -43,12 +43,25 @@ def capture_language_model(
     without it the weights are known by shape only. Raises UnsupportedError, naming the layer, for
     what the hooks or the trace cannot express.
     """
-    skeleton = build = huggingface.build_skeleton(config, source)
+    try:
+        program = _capture(source, config, context, state)
+    except UnsupportedError as error:
+        if huggingface.routes_attention(config):
+            raise
+        raise UnsupportedError(_no_hook(source, config, "it")) from error
+    _check_layers(program, config, source)
+    return program
+
+
+def _capture(
+    source: ModelSource, config: Any, context: int, state: Mapping[str, Tensor] | None
+) -> Program:
+    skeleton = huggingface.build_skeleton(config, source)
     batch, length = torch.export.Dim("B"), torch.export.Dim("S")
     ids = torch.zeros(2, 7, dtype=torch.long)
     positions = torch.arange(7).expand(2, 7).contiguous()
     dims = {0: batch, 1: length}
-    exported = _export(_Logits(build), (ids, positions), (dims, dims), source.location)
+    exported = _export(_Logits(skeleton), (ids, positions), (dims, dims), source.location)
     first_name = _tied_names(skeleton)
     info = ModelInfo(
         architecture=str(config.model_type),
@@ -65,7 +78,7 @@ def capture_language_model(
             return Weight.of(buffers[name], dtype)
         return Weight.absent(shape, dtype, name)
 
-    program = _import_or_refuse(
+    return _import_or_refuse(
         source.location,
         exported,
         info,
@@ -74,8 +87,6 @@ def capture_language_model(
         {"input_ids": ("B", "S"), "position_ids": ("B", "S")},
         ["logits"],
     )
-    _check_layers(program, config, source)
-    return program
 
 
 def capture_module(
@@ -212,8 +223,12 @@ def _check_layers(program: Program, config: Any, source: ModelSource) -> None:
     missing = [layer for layer in range(int(expected or 0)) if layer not in found]
     if not found or missing:
         place = f"layer {missing[0]}" if missing else "the model"
-        raise UnsupportedError(
-            f"{source.location}: {place} of architecture {config.model_type!r} does not run its attention "
-            "through transformers' attention interface (a state-space or recurrent layer, or attention "
-            "with a bias of its own such as ALiBi), so it cannot be given a compressed cache"
-        )
+        raise UnsupportedError(_no_hook(source, config, place))
+
+
+def _no_hook(source: ModelSource, config: Any, place: str) -> str:
+    return (
+        f"{source.location}: architecture {config.model_type!r} cannot be compiled: {place} does not run "
+        "its attention through transformers' attention interface (a state-space or recurrent layer, or "
+        "attention with a bias of its own such as ALiBi), so it cannot be given a cache"
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ...errors import ModelError, UnsupportedError
@@ -216,6 +217,15 @@ def _rope_settings(config: Any) -> list[dict[str, Any]]:
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
+
+
+def routes_attention(config: Any) -> bool:
+    """Whether transformers says that the architecture's attention can be replaced by a hook."""
+    try:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        return False
+    return bool(getattr(model_class, "_supports_attention_backend", False))
 
 
 def context_limit(config: Any) -> int:

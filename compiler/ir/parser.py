@@ -49,6 +49,8 @@ class _Parser:
 
     def run(self, lines: list[str]) -> Program:
         for number, line in enumerate(lines[1:], start=2):
+            if not line.strip():
+                continue
             word, _, rest = line.partition(" ")
             handler = getattr(self, f"_on_{word}", None) if word.isalpha() else None
             if handler is None:

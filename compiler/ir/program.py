@@ -158,10 +158,11 @@ class Editor:
 
     def results(self, node: fx.Node) -> list[fx.Node]:
         """A getitem node for each result of a call that gives several."""
-        nodes = []
-        with self.graph.inserting_after(node):
-            for index in range(len(node.meta["val"])):
-                nodes.append(self.call(operator.getitem, node, index))
+        nodes, last = [], node
+        for index in range(len(node.meta["val"])):
+            with self.graph.inserting_after(last):
+                last = self.call(operator.getitem, node, index)
+            nodes.append(last)
         return nodes
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:

@@ -38,7 +38,8 @@ class AttachCache(Pass):
             return result
         program.layout = CacheLayout(tuple(_full_cache(node, Storage(self.storage)) for node in nodes))
         lengths = editor.input("lengths", ["B"], torch.int64)
-        names, values = program.output_names(), list(program.output.args[0])  # type: ignore[arg-type]
+        names: list[str] = []
+        values: list[fx.Node] = []
         for node in nodes:
             layer = int(call_arguments(node)["layer"])
             caches = [
@@ -52,7 +53,8 @@ class AttachCache(Pass):
             names += [str(cache.target) for cache in caches]
             window = int(call_arguments(node)["window"])
             result.applied(f"layer {layer}", "full cache" + (f", window {window} by mask" if window else ""))
-        editor.set_output(values, names)
+        present = list(program.output.args[0])  # type: ignore[arg-type]
+        editor.set_output(present + values, program.output_names() + names)
         remove_dead_nodes(program)
         return result
 

@@ -15,7 +15,7 @@ from ..base import Pass, PassResult
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Folds what depends on weights alone; computed when the weight is written, not before.
+    """Folds what depends on weights alone, or on nothing; computed when it is written, not before.
 
     Before: `%s = aten.add.Tensor(%w, 1.0)`     (Gemma's norm scale, 1 + w)
     After:  `%s = read "w.folded"`
@@ -25,23 +25,25 @@ class FoldConstants(Pass):
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
-        constant: dict[fx.Node, Weight] = {}
         for node in list(program.graph.nodes):
-            if node.op != "call_function" or not node.all_input_nodes:
+            if node.op != "call_function" or not _is_fixed(node.meta["val"]):
                 continue
             weights = {source: program.weight_of(source) for source in node.all_input_nodes}
             if any(weight is None for weight in weights.values()):
                 continue
-            if not isinstance(node.meta["val"], torch.Tensor):
-                continue
-            constant[node] = _folded(program, node)
-            names = [str(source.target) for source in weights]
+            weight = _folded(program, node)
+            name = next((str(source.target) for source in weights), node.name)
             with editor.before(node):
-                new = editor.weight(f"{names[0]}.folded", constant[node])
+                new = editor.weight(f"{name}.folded", weight)
             editor.replace(node, new)
-            result.applied(names[0], f"{node.name} folded into a weight of {list(constant[node].shape)}")
+            result.applied(name, f"{node.name} folded into a weight of {list(weight.shape)}")
         remove_dead_nodes(program)
         return result
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether a value is a tensor whose every size is known."""
+    return isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
 
 
 def _folded(program: Program, node: fx.Node) -> Weight:

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import models
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Hugging Face folders of tiny models, each made once a session."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = models.save(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def artifact(
+    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Compiled artifacts of tiny models, each made once a session and never written to."""
+    import einfold
+
+    made: dict[tuple[str, str, bool], Path] = {}
+
+    def get(name: str, weights: str = "fp32", portable: bool = False) -> Path:
+        key = (name, weights, portable)
+        if key not in made:
+            out = tmp_path_factory.mktemp("artifacts") / f"{name}-{weights}"
+            einfold.compile(model_folder(name), out, weights=weights, portable=portable)
+            made[key] = out
+        return made[key]
+
+    return get

@@ -1,0 +1,181 @@
+"""fp32 artifacts write the tokens of Hugging Face's greedy `generate`, for every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import einfold
+from einfold.compiler.driver import open_model, trace
+from einfold.compiler.ir.ops import einfold_ops
+from einfold.compiler.recipe import Recipe
+
+from .. import models
+
+NEW = 64
+#: Short, longer than a chunk, and past the sliding window; together past several chunks.
+LENGTHS = (5, 23, 60)
+CHUNK = 16
+NEAR_TIE = 1e-4
+
+_references: dict[str, Any] = {}
+
+
+def reference(name: str, folder: Path) -> tuple[Any, list[list[int]], list[list[int]]]:
+    """The model, the prompts, and what `generate` continues them with (a batch, padded on the left)."""
+    if name not in _references:
+        model = models.build(name)
+        random = np.random.default_rng(7)
+        prompts = [random.integers(3, models.VOCABULARY, length).tolist() for length in LENGTHS]
+        longest = max(LENGTHS)
+        ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        _references[name] = model, prompts, out[:, longest:].tolist()
+    return _references[name]  # type: ignore[no-any-return]
+
+
+def check_tokens(model: Any, prompt: list[int], expected: list[int], found: list[int]) -> None:
+    """Equal tokens; a difference only where the reference's two best logits are a near-tie."""
+    assert len(found) == NEW
+    for place, (want, got) in enumerate(zip(expected, found, strict=True)):
+        if want == got:
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + expected[:place]])).logits[0, -1]
+        best = logits.topk(2).values
+        assert best[0] - best[1] < NEAR_TIE, f"token {place}: {got} where {want} was expected"
+        return  # after a near-tie the texts may part
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_greedy_tokens_and_logits(
+    name: str, portable: bool, model_folder: Callable[[str], Path], artifact: Callable[..., Path]
+) -> None:
+    original, prompts, expected = reference(name, model_folder(name))
+    compiled = einfold.load(artifact(name, portable=portable), chunk=CHUNK, threads=1)
+    together = compiled.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True)
+    for prompt, want, got in zip(prompts, expected, together, strict=True):
+        check_tokens(original, prompt, want, got.tokens)
+    alone = compiled.generate(prompts[1], max_new_tokens=NEW, ignore_eos=True)
+    check_tokens(original, prompts[1], expected[1], alone.tokens)
+
+    text = prompts[2] + expected[2]
+    with torch.no_grad():
+        want_logits = original(torch.tensor([text])).logits[0].numpy()
+    got_logits = np.concatenate([logits.copy() for _, logits in compiled.logits(text)])
+    assert np.abs(got_logits - want_logits).max() < 1e-4
+
+
+def test_small_batch_prefills_together(model_folder: Callable[[str], Path], artifact: Callable[..., Path]) -> None:
+    """A batch that fits in one chunk takes the padded road; its tokens are the same."""
+    original, prompts, expected = reference("llama", model_folder("llama"))
+    compiled = einfold.load(artifact("llama"), chunk=512, threads=1)
+    for prompt, want, got in zip(
+        prompts, expected, compiled.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True), strict=True
+    ):
+        check_tokens(original, prompt, want, got.tokens)
+
+
+#: Operators that a two-layer model must raise: (attention, norms, rotary, gates, expert blocks).
+COUNTS = {
+    "llama": (2, 5, 4, 2, 0),
+    "qwen2": (2, 5, 4, 2, 0),
+    "qwen3": (2, 9, 4, 2, 0),
+    "mistral": (2, 5, 4, 2, 0),
+    "gemma2": (2, 9, 4, 2, 0),
+    "gemma3": (2, 13, 4, 2, 0),
+    "phi3": (2, 5, 4, 2, 0),
+    "gpt2": (2, 5, 0, 0, 0),
+    "gpt_neox": (2, 5, 4, 0, 0),
+    "opt": (2, 5, 0, 0, 0),
+    "mixtral": (2, 5, 4, 0, 2),
+    "gpt_oss": (2, 5, 4, 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_everything_is_raised(name: str, model_folder: Callable[[str], Path]) -> None:
+    """Counts of raised operators, a layer at a time where the notes name layers; nothing is left spelled out."""
+    program, records = trace(open_model(model_folder(name)), Recipe())
+    notes = {record.name: record.notes for record in records}
+    attention, norms, rotary, gates, experts = COUNTS[name]
+    assert sum(note.action == "applied" for note in notes["attach_cache"]) == attention
+    assert sum(note.action == "applied" for note in notes["raise_norms"]) == norms
+    assert sum(note.action == "applied" for note in notes["raise_rotary"]) == rotary
+    assert sum(note.what.startswith("gated_activation") for note in notes["raise_activations"]) == gates
+    assert len(list(program.nodes(einfold_ops.experts.default))) == experts
+    for layer in range(2):
+        assert sum(note.where.startswith(f"layer {layer} ") for note in notes["raise_rotary"]) == rotary // 2
+    leftovers = [torch.ops.aten.rsqrt.default, torch.ops.aten.cos.default, torch.ops.aten.linear.default]
+    assert not list(program.nodes(*leftovers))
+    assert not [note for name in ("raise_norms", "raise_rotary", "raise_linears") for note in notes[name] if note.action == "skipped"]
+
+
+@pytest.mark.parametrize(
+    ("head", "width"), [(24, None), (20, None), (12, None), (40, 16)], ids=["24", "20", "12", "partial 16 of 40"]
+)
+def test_odd_head_sizes(head: int, width: int | None, tmp_path: Path) -> None:
+    """Head sizes that GroupQueryAttention or its rotary refuses are lowered around it."""
+    changes: dict[str, Any] = {"head_dim": head}
+    name = "llama"
+    if width is not None:
+        name = "phi3"
+        changes = {
+            "hidden_size": 4 * head,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": width / head},
+        }
+    folder = models.save(name, tmp_path / "model", **changes)
+    original = models.build(name, **changes)
+    einfold.compile(folder, tmp_path / "out")
+    compiled = einfold.load(tmp_path / "out", chunk=CHUNK, threads=1)
+    prompt = np.random.default_rng(1).integers(3, models.VOCABULARY, 21).tolist()
+    with torch.no_grad():
+        out = original.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    got = compiled.generate_batch([prompt, prompt[:7]], max_new_tokens=NEW, ignore_eos=True)[0]
+    check_tokens(original, prompt, out[0, len(prompt) :].tolist(), got.tokens)
+
+
+def test_bf16_checkpoint_is_computed_in_float32(tmp_path: Path) -> None:
+    """The reference of a bf16 checkpoint is that checkpoint widened to float32."""
+    models.build("gemma3").bfloat16().save_pretrained(tmp_path / "model")
+    einfold.compile(tmp_path / "model", tmp_path / "out")
+    compiled = einfold.load(tmp_path / "out", threads=1)
+    text = np.random.default_rng(1).integers(3, models.VOCABULARY, 50).tolist()
+    with torch.no_grad():
+        want = models_in_float32(tmp_path / "model")(torch.tensor([text])).logits[0].numpy()
+    got = np.concatenate([logits.copy() for _, logits in compiled.logits(text)])
+    assert np.abs(got - want).max() < 1e-4
+
+
+def models_in_float32(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_model_in_memory_compiles_like_its_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    einfold.compile(models.build("qwen2"), tmp_path / "out")
+    original, prompts, expected = reference("qwen2", model_folder("qwen2"))
+    got = einfold.load(tmp_path / "out", threads=1).generate(prompts[0], max_new_tokens=NEW, ignore_eos=True)
+    check_tokens(original, prompts[0], expected[0], got.tokens)
+
+
+def test_reference_engine_agrees(model_folder: Callable[[str], Path], artifact: Callable[..., Path]) -> None:
+    """The graph in the artifact can always be run by the meaning of its operators."""
+    original, prompts, expected = reference("mixtral", model_folder("mixtral"))
+    compiled = einfold.load(artifact("mixtral", weights="fp32"), engine="reference", chunk=CHUNK)
+    got = compiled.generate_batch(prompts[:2], max_new_tokens=NEW, ignore_eos=True)
+    for row in range(2):
+        check_tokens(original, prompts[row], expected[row], got[row].tokens)

@@ -1,0 +1,153 @@
+"""The reference meaning of the operators against plain torch, over odd shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from einfold.compiler.ir.ops import einfold_ops as ops
+from einfold.compiler.ir.ops.quantized import dequantize, pack_bits, unpack_bits
+from einfold.compiler.passes.weight_quant.rtn import quantize_rtn
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("window", [0, 1, 3])
+@pytest.mark.parametrize("size", [5, 16])
+def test_attention_is_sdpa_with_a_mask(heads: int, kv: int, window: int, size: int) -> None:
+    q, k, v = randn(2, 7, heads, size), randn(2, 7, kv, size, seed=1), randn(2, 7, kv, size, seed=2)
+    got = ops.attention(q, k, v, None, 0, 0.3, window, 0.0)
+    i, j = torch.arange(7)[:, None], torch.arange(7)[None]
+    mask = (j <= i) & ((i - j < window) if window else torch.tensor(True))
+    group = heads // kv
+    want = functional.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(group, 1),
+        v.transpose(1, 2).repeat_interleave(group, 1),
+        attn_mask=mask,
+        scale=0.3,
+    ).transpose(1, 2)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_softcap_and_sinks_spelled_out() -> None:
+    q, k, v = randn(1, 4, 2, 8), randn(1, 4, 1, 8, seed=1), randn(1, 4, 1, 8, seed=2)
+    sinks = torch.tensor([0.7, -1.2])
+    got = ops.attention(q, k, v, sinks, 0, 0.5, 0, 2.0)
+    for head in range(2):
+        logits = 2.0 * torch.tanh(0.5 * q[0, :, head] @ k[0, :, 0].T / 2.0)
+        logits = logits.masked_fill(torch.ones(4, 4).triu(1).bool(), -math.inf)
+        powers = logits.exp()
+        weights = powers / (powers.sum(-1, keepdim=True) + sinks[head].exp())
+        torch.testing.assert_close(got[0, :, head], weights @ v[0, :, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_cached_attention_in_steps_is_attention(window: int, rotary: bool) -> None:
+    """Any cut of a text into steps, rows of unequal length: the same as all at once without a cache."""
+    total, size = 9, 8
+    q, k, v = randn(2, total, 4, size), randn(2, total, 2, size, seed=1), randn(2, total, 2, size, seed=2)
+    angles = torch.outer(torch.arange(64.0), torch.tensor([1.0, 0.1, 0.01]))
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.arange(total).expand(2, -1)
+    turn = (lambda x: ops.rotary(x, positions, cos, sin, False)) if rotary else (lambda x: x)
+    want = ops.attention(turn(q), turn(k), v, None, 0, 0.35, window, 0.0)
+    key_cache, value_cache = torch.zeros(2, 2, 12, size), torch.zeros(2, 2, 12, size)
+    lengths = torch.zeros(2, dtype=torch.long)
+    for start, end in [(0, 4), (4, 5), (5, 9)]:
+        out, key_cache, value_cache = ops.cached_attention(
+            q[:, start:end], k[:, start:end], v[:, start:end], key_cache, value_cache, lengths, None,
+            positions[:, start:end] if rotary else None, cos if rotary else None, sin if rotary else None,
+            0, 0.35, window, 0.0, False,
+        )
+        torch.testing.assert_close(out, want[:, start:end], rtol=1e-5, atol=1e-6)
+        lengths = lengths + (end - start)
+
+
+def test_rows_of_unequal_length_do_not_see_padding() -> None:
+    q, k, v = randn(2, 6, 2, 4), randn(2, 6, 2, 4, seed=1), randn(2, 6, 2, 4, seed=2)
+    caches = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4)
+    lengths = torch.tensor([6, 3])  # row 1 holds three tokens and three of padding
+    none = (None, None, None)
+    _, keys, values = ops.cached_attention(q, k, v, *caches, torch.zeros(2, dtype=torch.long), None, *none, 0, 0.5, 0, 0.0, False)
+    new = randn(2, 1, 2, 4, seed=3)
+    out, keys, values = ops.cached_attention(new, new, new, keys, values, lengths, None, *none, 0, 0.5, 0, 0.0, False)
+    text = torch.cat((k[1:, :3], new[1:]), 1)
+    want = ops.attention(
+        torch.cat((q[1:, :3], new[1:]), 1), text, torch.cat((v[1:, :3], new[1:]), 1), None, 0, 0.5, 0, 0.0
+    )
+    torch.testing.assert_close(out[1, 0], want[0, -1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_interleaved_rotary_is_the_other_pairing(width: int) -> None:
+    x, positions = randn(1, 5, 2, 8), torch.tensor([[3, 0, 7, 7, 1]])
+    angles = torch.outer(torch.arange(9.0), torch.rand(width // 2))
+    plain = torch.cat((x[..., 0:width:2], x[..., 1:width:2], x[..., width:]), -1)
+    got = ops.rotary(x, positions, angles.cos(), angles.sin(), True)
+    want = ops.rotary(plain, positions, angles.cos(), angles.sin(), False)
+    back = torch.stack((want[..., : width // 2], want[..., width // 2 : width]), -1).flatten(-2)
+    torch.testing.assert_close(got, torch.cat((back, want[..., width:]), -1))
+
+
+@given(st.sampled_from([2, 4, 8]), st.lists(st.integers(0, 255), min_size=1, max_size=40))
+def test_bits_pack_and_unpack(bits: int, values: list[int]) -> None:
+    codes = torch.tensor([value % (1 << bits) for value in values], dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.numel() == -(-len(values) * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits, len(values)), codes)
+
+
+@given(
+    st.sampled_from([2, 4, 8]), st.sampled_from([16, 32]), st.integers(1, 70), st.booleans(), st.integers(0, 5), st.floats(1e-6, 1e4)
+)
+def test_rounding_error_is_bounded_by_half_a_step(
+    bits: int, block: int, width: int, symmetric: bool, seed: int, size: float
+) -> None:
+    weight = randn(3, width, seed=seed) * size
+    packed, scales, zeros = quantize_rtn(weight, bits, block, symmetric)
+    restored = dequantize(packed, scales, zeros, bits, block, width)
+    step = scales.abs().repeat_interleave(block, dim=-1)[:, :width]
+    # A symmetric grid has one level less on one side: what lies there is cut by up to a whole step.
+    bound = step * (1.0 if symmetric else 0.5) * 1.001 + 1e-6 * size
+    if not symmetric:
+        bound = bound + 0.5 * step  # the zero point is itself rounded to a level
+    assert bool(((restored - weight).abs() <= bound).all())
+
+
+def test_zero_weights_stay_zero() -> None:
+    for symmetric in (True, False):
+        packed, scales, zeros = quantize_rtn(torch.zeros(2, 32), 4, 32, symmetric)
+        assert bool((dequantize(packed, scales, zeros, 4, 32, 32) == 0).all())
+        assert bool(torch.isfinite(scales).all())
+
+
+FAKES: list[tuple[Any, tuple[Any, ...]]] = [
+    (ops.rms_norm, (randn(2, 3, 8), randn(8), 1e-6)),
+    (ops.add_rms_norm, (randn(2, 3, 8), randn(2, 3, 8), randn(8), 1e-6)),
+    (ops.layer_norm, (randn(2, 8), randn(8), randn(8), 1e-6)),
+    (ops.add_layer_norm, (randn(2, 8), randn(2, 8), randn(8), randn(8), 1e-6)),
+    (ops.linear, (randn(2, 3, 8), randn(5, 8), None)),
+    (ops.embedding, (torch.tensor([[1, 2]]), randn(5, 8))),
+    (ops.gated_activation, (randn(2, 8), randn(2, 8), "silu")),
+    (ops.select_rows, (randn(2, 3, 8), torch.tensor([0, 5, 5]))),
+    (ops.rotary, (randn(1, 3, 2, 8), torch.tensor([[0, 1, 2]]), randn(4, 2), randn(4, 2), True)),
+    (ops.attention, (randn(1, 3, 4, 8), randn(1, 3, 2, 8), randn(1, 3, 2, 6), None, 0, 1.0, 2, 0.0)),
+    (ops.experts, (randn(5, 8), torch.tensor([[0, 2]] * 5), randn(5, 2), randn(3, 12, 8), None, randn(3, 8, 6), None, "silu", 1.0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("op", "args"), FAKES, ids=[str(op) for op, _ in FAKES])
+def test_fake_and_real_agree(op: Any, args: tuple[Any, ...]) -> None:
+    """torch's own checks of a custom operator: schema, fake shapes and strides of results."""
+    torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))

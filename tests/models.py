@@ -1,0 +1,98 @@
+"""Tiny random models of every architecture that einfold is tested on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+VOCABULARY = 128
+CONTEXT = 256
+WINDOW = 16
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT_NEOX = {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}
+
+#: name -> (configuration class, arguments)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _COMMON),
+    "qwen2": ("Qwen2Config", _COMMON),
+    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 16}),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": WINDOW}),
+    "gemma2": ("Gemma2Config", _COMMON | {"head_dim": 16, "sliding_window": WINDOW}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _COMMON
+        | {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3Config", _COMMON),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": CONTEXT,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", _GPT_NEOX),
+    "opt": (
+        "OPTConfig",
+        {k: v for k, v in _GPT_NEOX.items() if k != "intermediate_size"}
+        | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    ),
+    "mixtral": ("MixtralConfig", _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        _COMMON
+        | {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+
+
+def build(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model, spread widely enough that its logits tell tokens apart."""
+    kind, arguments = CONFIGS[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, kind)(**(arguments | changes))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            elif "norm" not in parameter_name or "bias" in parameter_name:
+                parameter.normal_(std=0.5)  # biases, sinks
+    return model
+
+
+def save(name: str, folder: Path, **changes: Any) -> Path:
+    """The model as a Hugging Face folder."""
+    transformers.utils.logging.disable_progress_bar()
+    build(name, **changes).save_pretrained(folder)
+    return folder

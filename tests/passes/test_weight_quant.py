@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from einfold.compiler.ir.program import Program
+from einfold.compiler.passes.weight_quant.explicit_zeros import ExplicitZeros
+from einfold.compiler.passes.weight_quant.round_to_nearest import RoundToNearest
+from einfold.compiler.passes.weight_quant.rtn import quantize_rtn
+from einfold.compiler.passes.weight_quant.store_half import StoreHalf
+from einfold.errors import RecipeError
+
+from ..programs import calls, program, run
+
+TIED = """
+    weight @embed.weight : f32[200, 64]
+    weight @up.weight : f32[96, 64]
+    weight @down.weight : f32[64, 96]
+    input %ids "input_ids" : i64[B, S]
+    read %e "embed.weight" : f32[200, 64]
+    read %u "up.weight" : f32[96, 64]
+    read %d "down.weight" : f32[64, 96]
+    call %h = einfold.embedding(%ids, %e) : f32[B, S, 64]
+    call %a = einfold.linear(%h, %u, none) : f32[B, S, 96]
+    call %b = einfold.linear(%a, %d, none) : f32[B, S, 64]
+    call %l = einfold.linear(%b, %e, none) : f32[B, S, 200]
+    output "logits" = %l
+"""
+IDS = torch.tensor([[1, 199, 7], [0, 3, 3]])
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def test_every_product_and_the_embedding_are_packed_and_a_shared_weight_once() -> None:
+    found = program(TIED)
+    want = run(found, input_ids=IDS)["logits"]
+    result = RoundToNearest(bits=8, block=32).run(found)
+    assert [call.split("(")[0] for call in calls(found)] == [
+        "einfold.quantized_embedding",
+        *["einfold.quantized_linear"] * 3,
+    ]
+    assert [name for name in found.weights if name.startswith("embed")] == ["embed.packed", "embed.scales"]
+    assert relative(run(found, input_ids=IDS)["logits"], want) < 0.02
+    saved = sum(note.bytes_saved for note in result.notes)
+    assert saved == 4 * (200 * 64 + 2 * 96 * 64) - found.weights.nbytes
+
+
+def test_the_head_and_what_it_shares_take_their_own_bits() -> None:
+    found = program(TIED)
+    RoundToNearest(bits=4, block=32, head_bits=8).run(found)
+    assert found.weights["embed.packed"].shape == (200, 2, 32)
+    assert found.weights["up.packed"].shape == (96, 2, 16)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", [16, 64])
+def test_the_graph_computes_with_what_was_rounded(bits: int, symmetric: bool, block: int) -> None:
+    found = program(TIED)
+    weight = found.weights["down.weight"].load()
+    RoundToNearest(bits=bits, block=block, symmetric=symmetric).run(found)
+    packed, scales, zeros = quantize_rtn(weight, bits, block, symmetric)
+    assert torch.equal(found.weights["down.packed"].load(), packed)
+    assert torch.equal(found.weights["down.scales"].load(), scales)
+    assert ("down.zeros" in found.weights) == (zeros is not None)
+
+
+def test_errors_are_measured_when_weights_are_written() -> None:
+    found = program(TIED)
+    result = RoundToNearest(bits=4, block=32).run(found)
+    assert not result.measured
+    for name in list(found.weights):
+        found.weights[name].load()
+    assert set(result.measured) == {"embed.weight", "up.weight", "down.weight"}
+    assert all(0.01 < error < 0.2 for error in result.measured.values())
+
+
+ROUTER = """
+    weight @gate.weight : f32[4, 32]
+    weight @gu : f32[4, 48, 32]
+    weight @dn : f32[4, 32, 24]
+    input %x "x" : f32[B, 32]
+    read %g "gate.weight" : f32[4, 32]
+    read %gu "gu" : f32[4, 48, 32]
+    read %dn "dn" : f32[4, 32, 24]
+    call %l = einfold.linear(%x, %g, none) : f32[B, 4]
+    call %p = aten.softmax.int(%l, -1) : f32[B, 4]
+    call %t = aten.topk.default(%p, 2) : (f32[B, 2], i64[B, 2])
+    call %w = builtin.getitem(%t, 0) : f32[B, 2]
+    call %i = builtin.getitem(%t, 1) : i64[B, 2]
+    call %y = einfold.experts(%x, %i, %w, %gu, none, %dn, none, "silu", 1.0, 0.0) : f32[B, 32]
+    output "y" = %y
+"""
+
+
+def test_experts_are_packed_and_routers_are_not() -> None:
+    found = program(ROUTER)
+    x = torch.randn(5, 32)
+    want = run(found, x=x)["y"]
+    result = RoundToNearest(bits=8, block=16).run(found)
+    assert [note.where for note in result.notes if note.action == "skipped"] == ["g"]
+    assert any(call.startswith("einfold.quantized_experts") for call in calls(found))
+    assert relative(run(found, x=x)["y"], want) < 0.02
+
+
+@pytest.mark.parametrize("block", [32, 16])
+def test_explicit_zeros_change_no_number(block: int) -> None:
+    for body, inputs in ((TIED, {"input_ids": IDS}), (ROUTER, {"x": torch.randn(5, 32)})):
+        found = program(body)
+        RoundToNearest(bits=4, block=block).run(found)
+        (want,) = run(found, **inputs).values()
+        result = ExplicitZeros().run(found)
+        assert result.changed
+        assert all(note.bytes_saved < 0 for note in result.notes)
+        (got,) = run(found, **inputs).values()
+        assert torch.equal(got, want)
+        assert not ExplicitZeros().run(found).changed
+
+
+def test_half_is_a_storage_format() -> None:
+    found: Program = program(TIED)
+    want = run(found, input_ids=IDS)["logits"]
+    before = found.weights.nbytes
+    StoreHalf().run(found)
+    assert found.weights.nbytes == before // 2
+    assert {str(found.weights[name].dtype) for name in found.weights} == {"torch.float16"}
+    got = run(found, input_ids=IDS)["logits"]
+    assert got.dtype == torch.float32
+    assert relative(got, want) < 1e-3
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "head_bits": 5}, {"block": 48}, {"block": 8}])
+def test_impossible_options(options: dict[str, int]) -> None:
+    with pytest.raises(RecipeError):
+        RoundToNearest(**options)  # type: ignore[arg-type]
