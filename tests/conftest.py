@@ -42,3 +42,20 @@ def artifact(
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, as a Hugging Face folder."""
+    folder = models.save("llama", tmp_path_factory.mktemp("text") / "model", vocab_size=300)
+    models.save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_artifact(text_model: Path) -> Path:
+    import einfold
+
+    out = text_model.parent / "artifact"
+    einfold.compile(text_model, out)
+    return out

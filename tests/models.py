@@ -96,3 +96,32 @@ def save(name: str, folder: Path, **changes: Any) -> Path:
     transformers.utils.logging.disable_progress_bar()
     build(name, **changes).save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path, size: int = 300) -> None:
+    """A byte-level BPE tokenizer of that many tokens; 0, 1, 2 are <pad>, <bos>, <eos>."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.processors import TemplateProcessing
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the pass key is hidden in the text of the model"] * 4, trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    fast.chat_template = (
+        "{% for message in messages %}<{{ message.role }}> {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    fast.save_pretrained(folder)

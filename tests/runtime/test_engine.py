@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import einfold
+from einfold.errors import PromptError
+from einfold.runtime.cache import Cache
+from einfold.runtime.sampling import Sampling
+
+from .. import models
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, models.VOCABULARY, length).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("portable", [False, True])
+def test_chunks_change_nothing(chunk: int, portable: bool, artifact: Callable[..., Path]) -> None:
+    path = artifact("gemma2", portable=portable)
+    whole = einfold.load(path, chunk=512, threads=1)
+    cut = einfold.load(path, chunk=chunk, threads=1)
+    text = prompt(40)
+    a = np.concatenate([logits.copy() for _, logits in whole.logits(text)])
+    b = np.concatenate([logits.copy() for _, logits in cut.logits(text)])
+    assert np.abs(a - b).max() < 1e-5
+
+
+def test_the_cache_is_allocated_once_and_as_accounted(artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+    model.generate_batch([prompt(9), prompt(4)], max_new_tokens=6, ignore_eos=True)
+    cache = model.engine.cache
+    assert cache is not None
+    assert cache.capacity == 9 + 6 - 1
+    assert cache.nbytes == model.artifact.manifest.layout().bytes(2, cache.capacity)
+    assert cache.lengths.tolist() == [9 + 5, 4 + 5]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_step_writes_the_cache_in_place(portable: bool, artifact: Callable[..., Path]) -> None:
+    """Only the new token's slots change, in the very buffers that were bound."""
+    model = einfold.load(artifact("llama", portable=portable), threads=1)
+    cache = Cache.allocate(model.engine.layout, 2, 8)
+    for buffer in cache.buffers.values():
+        buffer[:] = 0.25
+    addresses = {name: buffer.ctypes.data for name, buffer in cache.buffers.items()}
+    cache.lengths[:] = [3, 5]
+    ids = np.array([[7], [9]])
+    model.engine.runner.step(cache, ids, cache.lengths[:, None], np.arange(2))
+    for name, buffer in cache.buffers.items():
+        assert buffer.ctypes.data == addresses[name]
+        changed = np.flatnonzero((buffer != 0.25).any(axis=(1, 3)).ravel())
+        assert changed.tolist() == [3, 8 + 5]
+
+
+def test_rows_end_on_their_own(artifact: Callable[..., Path]) -> None:
+    """A row that ends early leaves the others as they would be alone."""
+    model = einfold.load(artifact("llama"), threads=1)
+    prompts = [prompt(5, 1), prompt(8, 2), prompt(3, 3)]
+    alone = [model.engine.generate([p], 20)[0].tokens for p in prompts]
+    stop = [alone[0][4]]
+    together = model.engine.generate(prompts, 20, stop_tokens=stop)
+    for single, result in zip(alone, together, strict=True):
+        place = single.index(stop[0]) if stop[0] in single else None
+        assert result.tokens == single[:place]
+        assert result.finish_reason == ("stop" if place is not None else "length")
+
+
+def test_generation_ends_with_the_context(artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("llama"), threads=1)
+    result = model.generate(prompt(250), max_new_tokens=100, ignore_eos=True)
+    assert result.finish_reason == "context"
+    assert len(result.tokens) == models.CONTEXT - 250 + 1
+    short = model.generate(prompt(250), max_new_tokens=3, ignore_eos=True)
+    assert short.tokens == result.tokens[:3]
+
+
+def test_seeded_sampling_repeats_in_a_batch(artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("llama"), threads=1)
+    settings = Sampling(temperature=1.0, seed=5)
+    runs = [
+        [r.tokens for r in model.generate_batch([prompt(4), prompt(6)], max_new_tokens=10, sampling=settings, ignore_eos=True)]
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    other = model.generate_batch([prompt(4)], max_new_tokens=10, sampling=Sampling(temperature=1.0, seed=6), ignore_eos=True)
+    assert other[0].tokens != runs[0][0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "empty"),
+        ([3, 4, models.VOCABULARY], "token 128 at position 2 is out of range"),
+        ([3, -1], "token -1 at position 1 is out of range"),
+        (list(range(3, 103)) * 3, "the prompt has 300 tokens.*context of 256"),
+    ],
+)
+def test_bad_prompts(tokens: list[int], message: str, artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("llama"), threads=1)
+    with pytest.raises(PromptError, match=message):
+        model.generate(tokens)
+
+
+def test_text_needs_a_tokenizer(artifact: Callable[..., Path]) -> None:
+    with pytest.raises(PromptError, match="holds no tokenizer"):
+        einfold.load(artifact("llama"), threads=1).generate("hello")
