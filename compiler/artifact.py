@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ..errors import OutputError
+from ..errors import OutputError, UnsupportedError
 from .ir.manifest import NAME, FileEntry
 
 
@@ -22,11 +22,19 @@ def check_output(out: Path, force: bool) -> None:
     never deleted. Leftovers of compiles that were killed are removed.
     """
     if out.is_symlink() or out.exists():
-        replaceable = out.is_dir() and not out.is_symlink() and ((out / NAME).is_file() or not any(out.iterdir()))
+        replaceable = (
+            out.is_dir()
+            and not out.is_symlink()
+            and ((out / NAME).is_file() or not any(out.iterdir()))
+        )
         if not force:
-            raise OutputError(f"{out} exists already; choose another output, or replace it with --force")
+            raise OutputError(
+                f"{out} exists already; choose another output, or replace it with --force"
+            )
         if not replaceable:
-            raise OutputError(f"{out} is no einfold artifact, so --force does not replace it; remove it yourself")
+            raise OutputError(
+                f"{out} is no einfold artifact, so --force does not replace it; remove it yourself"
+            )
     parent = out.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the folder {parent} does not exist; create it first")
@@ -37,20 +45,34 @@ def check_output(out: Path, force: bool) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
+def check_target(target: str) -> None:
+    """Refuses a target that has no code generation."""
+    if target == "triton":
+        raise UnsupportedError(
+            "--target triton: einfold generates no Triton artifacts yet; "
+            "compile for onnx, which is the default"
+        )
+
+
 @contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and goes when it does not."""
     check_output(out, force)
     staging = out.resolve().parent / f".{out.name}.einfold-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
+    try:
         yield staging
         _swap(staging, out)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"the disk is full: {out} could not be written; nothing was left behind") from error
+            raise OutputError(
+                f"the disk is full: {out} could not be written; nothing was left behind"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(f"cannot write {out}: {error.strerror}") from error
         raise

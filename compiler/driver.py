@@ -18,8 +18,8 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from ..errors import ModelError, RecipeError, UnsupportedError
-from .artifact import check_output, file_entry, staged
+from ..errors import ModelError, RecipeError
+from .artifact import check_output, check_target, file_entry, staged
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import write_weights
 from .frontend import huggingface
@@ -37,6 +37,9 @@ Progress = Callable[[str, float], None]
 
 #: Looks at a finished artifact before it is put in place; what it gives goes into the report.
 Check = Callable[[Path], dict[str, Any]]
+
+#: Tokens of context for a model whose config names no limit.
+DEFAULT_CONTEXT = 2048
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -92,7 +95,9 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     return Input(ModelSource(name, None), config, state, tokenizer)
 
 
-def trace(model: Input, recipe: Recipe, dump: Path | None = None, progress: Progress | None = None) -> tuple[Program, list[PassRecord]]:
+def trace(
+    model: Input, recipe: Recipe, dump: Path | None = None, progress: Progress | None = None
+) -> tuple[Program, list[PassRecord]]:
     """Captures a model and runs the recipe's pipeline; reads no weight's data.
 
     Works from the config alone when `model.state` is None, as `estimate` does.
@@ -121,11 +126,8 @@ def compile_to(
 
     The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
     """
-    if recipe.target == "triton":
-        raise UnsupportedError(
-            "--target triton: einfold generates no Triton artifacts yet; compile for onnx, which is the default"
-        )
     check_output(out, force)  # before anything long is begun
+    check_target(recipe.target)
     tell = progress or (lambda text, share: None)
     clock = _Clock()
     with staged(out, force) as folder:
@@ -134,7 +136,9 @@ def compile_to(
             _load(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress)
-        model.state = None  # from here on only the program holds the weights, and lets go as they are written
+        model.state = (
+            None  # from here on only the program holds the weights, and lets go as they are written
+        )
         with clock.phase("weights"):
             placements, digest = write_weights(
                 program.weights,
@@ -166,7 +170,12 @@ def compile_to(
 
 
 def export_module(
-    module: Any, out: Path, example_inputs: tuple[Any, ...], dynamic_shapes: Any, recipe: Recipe, force: bool
+    module: Any,
+    out: Path,
+    example_inputs: tuple[Any, ...],
+    dynamic_shapes: Any,
+    recipe: Recipe,
+    force: bool,
 ) -> None:
     """Exports any module to a folder with model.onnx, its weights and the graph's text."""
     check_output(out, force)
@@ -175,7 +184,9 @@ def export_module(
     with staged(out, force) as folder:
         placements, _ = write_weights(program.weights, folder / WEIGHTS)
         flavour = "portable" if recipe.onnx.portable else "ort"
-        ir.save(lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level), folder / MODEL)
+        ir.save(
+            lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level), folder / MODEL
+        )
         (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
 
 
@@ -192,11 +203,12 @@ class _Clock:
 
 def _context(model: Input, recipe: Recipe) -> int:
     limit = huggingface.context_limit(model.config)
-    if recipe.context is not None and recipe.context > limit:
+    if limit is not None and recipe.context is not None and recipe.context > limit:
         raise RecipeError(
-            f"context {recipe.context} is longer than the {limit} tokens that {model.source.location} was made for"
+            f"context {recipe.context} is longer than the {limit} tokens "
+            f"that {model.source.location} was made for"
         )
-    return recipe.context or limit
+    return recipe.context or limit or DEFAULT_CONTEXT
 
 
 def _load(model: Input) -> None:
@@ -204,7 +216,9 @@ def _load(model: Input) -> None:
         model.state = huggingface.load_state(model.source, model.config)
 
 
-def _manifest(model: Input, program: Program, recipe: Recipe, flavour: str, folder: Path, digest: str) -> Manifest:
+def _manifest(
+    model: Input, program: Program, recipe: Recipe, flavour: str, folder: Path, digest: str
+) -> Manifest:
     assert program.layout is not None
     files: dict[str, FileEntry] = {
         path.name: file_entry(path, digest if path.name == WEIGHTS else None)
@@ -255,4 +269,3 @@ def _save_tokenizer(model: Input, folder: Path) -> None:
         if (staging / name).is_file():
             (staging / name).rename(folder / name)
     shutil.rmtree(staging)
-

@@ -100,7 +100,9 @@ class PassManager:
                 self.progress(step.name, index, len(self.passes))
             missing = step.requires - facts
             if missing:
-                raise IRError(f"pass {step.name} needs {', '.join(sorted(missing))}, which no pass before it ensures")
+                raise IRError(
+                    f"pass {step.name} needs {', '.join(sorted(missing))}, which no pass before it ensures"
+                )
             started = time.perf_counter()
             result = step.run(program)
             seconds = time.perf_counter() - started
@@ -110,7 +112,14 @@ class PassManager:
                 raise IRError(f"pass {step.name} broke the program: {error}") from error
             facts |= step.ensures
             records.append(
-                PassRecord(step.name, step.options(), seconds, result.changed, result.notes, result.measured)
+                PassRecord(
+                    step.name,
+                    step.options(),
+                    seconds,
+                    result.changed,
+                    result.notes,
+                    result.measured,
+                )
             )
             self._write_dump(program, index, step.name)
         return records

@@ -89,7 +89,9 @@ class Recipe(_Section):
             key = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
                 raise RecipeError(f"{where} has an unknown key {key!r}") from error
-            raise RecipeError(f"{where}: {key}: {first['msg']}, found {first.get('input')!r}") from error
+            raise RecipeError(
+                f"{where}: {key}: {first['msg']}, found {first.get('input')!r}"
+            ) from error
 
     def weight_passes(self) -> list[Pass]:
         """The passes over weights that this recipe asks for."""

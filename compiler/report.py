@@ -9,7 +9,8 @@ from typing import Any
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #d8dee4}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #eaeef2}
+table{border-collapse:collapse;width:100%}
+td,th{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #eaeef2}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.skipped{color:#9a6700}
 summary{cursor:pointer}.bar{background:#0969da;height:.6rem;border-radius:.3rem;min-width:1px}
 """
@@ -44,7 +45,8 @@ def report_page(data: dict[str, Any]) -> str:
         + "</pre></details>",
     ]
     body = "\n".join(sections)
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>{body}</html>\n"
+    head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en>{head}{body}</html>\n"
 
 
 def _facts(manifest: dict[str, Any]) -> str:
@@ -62,7 +64,9 @@ def _facts(manifest: dict[str, Any]) -> str:
 
 
 def _pairs(pairs: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in pairs.items())
+    rows = "".join(
+        f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in pairs.items()
+    )
     return f"<table>{rows}</table>"
 
 

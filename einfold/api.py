@@ -48,7 +48,9 @@ def compile(
     """
     from .evaluate.self_check import self_check
 
-    chosen = resolve_recipe(recipe, weights=weights, portable=portable, context=context, target=target)
+    chosen = resolve_recipe(
+        recipe, weights=weights, portable=portable, context=context, target=target
+    )
     return compile_to(
         _input(model, tokenizer),
         Path(out),
@@ -95,7 +97,6 @@ def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:
         found.tokenizer = tokenizer
         return found
     return wrap_model(model, tokenizer)
-
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,15 @@ def estimate(
         largest = low
     cache, activations = parts(wanted)
     return Estimate(
-        weight_bytes, cache, activations, wanted, batch, chunk, str(layout.account()), budget, largest
+        weight_bytes,
+        cache,
+        activations,
+        wanted,
+        batch,
+        chunk,
+        str(layout.account()),
+        budget,
+        largest,
     )
 
 

@@ -102,7 +102,9 @@ class Model:
         has_text = self.artifact.has("tokenizer.json")
         if stop and not has_text:
             raise PromptError("stop strings need a tokenizer, and the artifact holds none")
-        listeners = [_Listener(self.tokenizer.stream(), list(stop)) for _ in rows] if has_text else []
+        listeners = (
+            [_Listener(self.tokenizer.stream(), list(stop)) for _ in rows] if has_text else []
+        )
 
         def on_token(row: int, token: int) -> bool:
             piece = listeners[row].push(token)
@@ -121,7 +123,10 @@ class Model:
             piece = listener.finish()
             if piece and on_text is not None:
                 on_text(row, piece)
-        return [self._completion(rows[i], result, listeners[i] if listeners else None) for i, result in enumerate(results)]
+        return [
+            self._completion(rows[i], result, listeners[i] if listeners else None)
+            for i, result in enumerate(results)
+        ]
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt of a conversation ([{"role": .., "content": ..}]) by the model's template."""
@@ -136,7 +141,9 @@ class Model:
         cache = self.engine.cache = Cache.allocate(self.engine.layout, 1, row.size)
         yield from self.engine.stream(cache, row, all_logits=True)
 
-    def _completion(self, prompt: list[int], result: Generated, listener: _Listener | None) -> Completion:
+    def _completion(
+        self, prompt: list[int], result: Generated, listener: _Listener | None
+    ) -> Completion:
         return Completion(
             text=listener.text if listener else "",
             tokens=result.tokens,

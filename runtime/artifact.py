@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
-from ..compiler.ir.manifest import FileEntry, Manifest
+from ..compiler.ir.manifest import WEIGHTS, FileEntry, Manifest
 from ..errors import ArtifactError
 
 
@@ -42,6 +43,13 @@ class Artifact:
     def has(self, name: str) -> bool:
         return name in self.manifest.files
 
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors in the weights file, as its own header says."""
+        path = self.file(WEIGHTS)
+        with path.open("rb") as stream:
+            header = struct.unpack("<Q", stream.read(8))[0]
+        return path.stat().st_size - 8 - int(header)
+
     def _check(self, name: str, entry: FileEntry, verify: bool) -> None:
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
@@ -50,9 +58,13 @@ class Artifact:
             raise ArtifactError(f"the artifact lacks {path}, which its manifest lists")
         size = path.stat().st_size
         if size != entry.bytes:
-            raise ArtifactError(f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged")
+            raise ArtifactError(
+                f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"
+            )
         if verify:
             digest = blake3(max_threads=blake3.AUTO)
             digest.update_mmap(path)
             if digest.hexdigest() != entry.blake3:
-                raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")
+                raise ArtifactError(
+                    f"{path} is damaged: its contents do not match the manifest's hash"
+                )

@@ -32,7 +32,7 @@ class Cache:
     def allocate(layout: CacheLayout, batch: int, capacity: int) -> Cache:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them."""
         buffers = {
-            spec.name: np.zeros(spec.shape, DTYPES[spec.dtype])  # type: ignore[arg-type]
+            spec.name: np.zeros(spec.shape, DTYPES[spec.dtype])
             for spec in layout.buffers(batch, capacity)
         }
         return Cache(buffers, np.zeros(batch, np.int64), capacity)
@@ -49,4 +49,6 @@ class Cache:
     def row(self, index: int) -> Cache:
         """One row as a cache of its own that shares the memory."""
         rows = slice(index, index + 1)
-        return Cache({n: b[rows] for n, b in self.buffers.items()}, self.lengths[rows], self.capacity)
+        return Cache(
+            {n: b[rows] for n, b in self.buffers.items()}, self.lengths[rows], self.capacity
+        )

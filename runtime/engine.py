@@ -43,7 +43,9 @@ OnToken = Callable[[int, int], bool]
 class Engine:
     """Generates with a runner. `context` bounds prompt and new tokens together."""
 
-    def __init__(self, runner: Runner, layout: CacheLayout, vocabulary: int, context: int, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, runner: Runner, layout: CacheLayout, vocabulary: int, context: int, chunk: int = CHUNK
+    ) -> None:
         if chunk < 1:
             raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
         self.runner = runner
@@ -76,9 +78,11 @@ class Engine:
         cache = self.cache = Cache.allocate(self.layout, len(rows), capacity)
         self.timings = Timings()
         logits = self._timed_prefill(cache, rows)
-        return self._decode(cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token)
+        return self._decode(
+            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token
+        )
 
-    def check_prompt(self, prompt: Sequence[int]) -> Ints:
+    def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
         """The prompt as an array; raises PromptError with the position of what is wrong."""
         row = np.asarray(prompt, dtype=np.int64)
         if row.ndim != 1 or row.size == 0:
@@ -86,12 +90,14 @@ class Engine:
         wrong = np.flatnonzero((row < 0) | (row >= self.vocabulary))
         if wrong.size:
             raise PromptError(
-                f"token {row[wrong[0]]} at position {wrong[0]} is out of range: the vocabulary has {self.vocabulary} tokens"
+                f"token {row[wrong[0]]} at position {wrong[0]} is out of range: "
+                f"the vocabulary has {self.vocabulary} tokens"
             )
         if row.size >= self.context:
             raise PromptError(
-                f"the prompt has {row.size} tokens, but the artifact was compiled for a context of {self.context}, "
-                "which must also hold the answer; shorten the prompt or compile with a larger --context"
+                f"the prompt has {row.size} tokens, but the artifact was compiled for a context "
+                f"of {self.context}, which must also hold the answer; "
+                "shorten the prompt or compile with a larger --context"
             )
         return row
 
@@ -125,7 +131,7 @@ class Engine:
         positions = np.broadcast_to(np.arange(longest), padded.shape)
         lengths = np.array([len(row) for row in rows])
         last = np.arange(len(rows)) * longest + lengths - 1
-        logits = self.runner.step(cache, padded, positions, last).copy()
+        logits: Floats = self.runner.step(cache, padded, positions, last).copy()
         cache.lengths[:] = lengths
         return logits
 
@@ -136,7 +142,9 @@ class Engine:
             size = ids.shape[1]
             positions = np.arange(start, start + size)[None]
             final = start + size == len(row)
-            wanted = np.arange(size) if all_logits else np.arange(size - 1, size)[: 1 if final else 0]
+            wanted = (
+                np.arange(size) if all_logits else np.arange(size - 1, size)[: 1 if final else 0]
+            )
             logits = self.runner.step(cache, ids, positions, wanted)
             cache.lengths += size
             if all_logits or final:
@@ -161,8 +169,14 @@ class Engine:
             for index in np.flatnonzero(running):
                 token = sampler.pick(logits[index], rows[index], results[index].tokens)
                 ids[index] = token
-                reason = self._accept(results[index], token, cache.lengths[index], max_new_tokens, stop)
-                ended = on_token(int(index), token) if on_token is not None and reason != "stop" else False
+                reason = self._accept(
+                    results[index], token, cache.lengths[index], max_new_tokens, stop
+                )
+                ended = (
+                    on_token(int(index), token)
+                    if on_token is not None and reason != "stop"
+                    else False
+                )
                 if reason or ended:
                     results[index].finish_reason = reason or "stop"
                     running[index] = False
@@ -176,7 +190,9 @@ class Engine:
         self.timings.decode_seconds = time.perf_counter() - started
         return results
 
-    def _accept(self, result: Generated, token: int, length: int, limit: int, stop: frozenset[int]) -> str:
+    def _accept(
+        self, result: Generated, token: int, length: int, limit: int, stop: frozenset[int]
+    ) -> str:
         """Adds a token to a row; gives why the row ends with it, or nothing."""
         if token in stop:
             return "stop"

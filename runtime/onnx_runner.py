@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..compiler.ir.manifest import MODEL, WEIGHTS
+from ..compiler.ir.manifest import MODEL
 from ..errors import ArtifactError
 from .artifact import Artifact
 from .cache import Cache
@@ -32,14 +32,20 @@ class _Binding:
         same = self.cache.buffers.keys() == cache.buffers.keys() and all(
             self.cache.buffers[name] is cache.buffers[name] for name in cache.buffers
         )
-        return same and self.input_ids.shape == input_ids.shape and self.logit_rows.shape == logit_rows.shape
+        return (
+            same
+            and self.input_ids.shape == input_ids.shape
+            and self.logit_rows.shape == logit_rows.shape
+        )
 
 
 class OnnxRunner:
     """One onnxruntime session; a decode step binds nothing anew and copies no cache."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None, prepack: bool = True) -> None:
-        """Loads the model. Without `prepack` weights stay as they lie in the file: slower, half the memory."""
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, prepack: bool = True
+    ) -> None:
+        """Loads the model. Without `prepack` weights stay as in the file: slower, half the memory."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.inter_op_num_threads = 1
@@ -48,12 +54,16 @@ class OnnxRunner:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = artifact.file(MODEL)
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime raises several unrelated classes
             first = str(error).strip().splitlines()[0]
-            raise ArtifactError(f"onnxruntime {ort.__version__} cannot load {path}: {first}") from error
+            raise ArtifactError(
+                f"onnxruntime {ort.__version__} cannot load {path}: {first}"
+            ) from error
         self._vocabulary = artifact.manifest.model.vocabulary
-        self._weight_bytes = artifact.manifest.files[WEIGHTS].bytes
+        self._weight_bytes = artifact.weight_bytes()
         self._binding: _Binding | None = None
 
     @property

@@ -26,12 +26,14 @@ class ReferenceRunner:
 
         def load(name: str, declared: Weight) -> Weight:
             if name not in present:
-                raise ArtifactError(f"{artifact.folder}/{WEIGHTS} lacks the weight {name} that the graph reads")
+                raise ArtifactError(
+                    f"{artifact.folder}/{WEIGHTS} lacks the weight {name} that the graph reads"
+                )
             return Weight(declared.shape, declared.dtype, lambda: weights.get_tensor(name))
 
         self.program = parse(artifact.file(GRAPH).read_text(), load)
         self.interpreter = Interpreter(self.program, keep_weights)
-        self._weight_bytes = artifact.manifest.files[WEIGHTS].bytes
+        self._weight_bytes = artifact.weight_bytes()
 
     @property
     def weight_bytes(self) -> int:

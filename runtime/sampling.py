@@ -72,7 +72,7 @@ class Sampler:
         return int(self._random.choice(keep, p=probabilities))
 
 
-def _softmax(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _softmax(values: np.ndarray) -> np.ndarray:
     powers = np.exp(values - values.max())
     return powers / powers.sum()  # type: ignore[no-any-return]
 

@@ -53,12 +53,17 @@ class Tokenizer:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
-        special = {key: _token_text(self._config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {
+            key: _token_text(self._config.get(key))
+            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         try:
             template = environment.from_string(self._template)
             text = template.render(messages=messages, add_generation_prompt=True, **special)
         except TemplateError as error:
-            raise PromptError(f"the model's chat template refuses the conversation: {error}") from error
+            raise PromptError(
+                f"the model's chat template refuses the conversation: {error}"
+            ) from error
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -25,7 +25,9 @@ def program(body: str, seed: int = 0, **values: torch.Tensor) -> Program:
             return Weight.of(values[name])
         if declared.dtype.is_floating_point:
             return Weight.of(torch.randn(declared.shape, generator=generator, dtype=declared.dtype))
-        return Weight.of(torch.randint(0, 16, declared.shape, generator=generator).to(declared.dtype))
+        return Weight.of(
+            torch.randint(0, 16, declared.shape, generator=generator).to(declared.dtype)
+        )
 
     return parse(HEADER + "\n".join(lines) + "\n", load)
 

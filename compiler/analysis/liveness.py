@@ -12,7 +12,11 @@ from ..ir.ops import einfold_ops
 from ..ir.program import Program, call_arguments
 
 #: Calls whose result shares the memory of their input.
-_VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim}
+_VIEWS = {
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dim,
+}
 
 
 def peak_activation_bytes(program: Program, dims: Mapping[str, int]) -> int:
@@ -48,7 +52,11 @@ def _last_use(program: Program) -> dict[int, list[fx.Node]]:
 
 
 def _bytes(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
-    if node.op != "call_function" or node.target in _VIEWS or not isinstance(node.target, torch._ops.OpOverload):
+    if (
+        node.op != "call_function"
+        or node.target in _VIEWS
+        or not isinstance(node.target, torch._ops.OpOverload)
+    ):
         return 0
     value = node.meta["val"]
     if node.target is einfold_ops.cached_attention.default:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -56,7 +57,13 @@ def write_weights(
     they are written and dropped after, which releases the model that they come from.
     """
     # Sizes that keep the alignment come first, in the order of the graph; the odd ones last.
-    names = sorted(store, key=lambda name: (store[name].nbytes % ALIGNMENT != 0, -store[name].dtype.itemsize * (store[name].nbytes % ALIGNMENT != 0)))
+    names = sorted(
+        store,
+        key=lambda name: (
+            store[name].nbytes % ALIGNMENT != 0,
+            -store[name].dtype.itemsize * (store[name].nbytes % ALIGNMENT != 0),
+        ),
+    )
     total = store.nbytes
     header, placements = _header(store, names)
     digest = blake3()
@@ -78,7 +85,8 @@ def write_weights(
 
 
 def _header(store: WeightStore, names: list[str]) -> tuple[bytes, dict[str, Placement]]:
-    entries, place = {}, 0
+    entries: dict[str, dict[str, Any]] = {}
+    place = 0
     for name in names:
         weight = store[name]
         entries[name] = {
@@ -92,7 +100,10 @@ def _header(store: WeightStore, names: list[str]) -> tuple[bytes, dict[str, Plac
     start = 8 + len(text)
     placements = {
         name: Placement(
-            start + entry["data_offsets"][0], store[name].nbytes, store[name].dtype, store[name].shape  # type: ignore[index]
+            start + entry["data_offsets"][0],
+            store[name].nbytes,
+            store[name].dtype,
+            store[name].shape,
         )
         for name, entry in entries.items()
     }
@@ -102,4 +113,4 @@ def _header(store: WeightStore, names: list[str]) -> tuple[bytes, dict[str, Plac
 def _bytes_of(weight: Weight) -> memoryview:
     tensor = weight.load()
     flat = tensor.reshape(-1).view(torch.uint8) if math.prod(weight.shape) else tensor.reshape(0)
-    return memoryview(flat.numpy())
+    return flat.numpy().data

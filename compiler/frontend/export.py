@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import EinfoldError, IRError, UnsupportedError
-from ..ir.program import Editor, ModelInfo, Program, attention_nodes, find_op, op_name, remove_dead_nodes
+from ..ir.program import (
+    Editor,
+    ModelInfo,
+    Program,
+    attention_nodes,
+    find_op,
+    op_name,
+    remove_dead_nodes,
+)
 from ..ir.verifier import verify
 from ..ir.weights import Weight
 from . import huggingface
@@ -120,10 +128,8 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: Any, where: str)
     except EinfoldError:
         raise
     except Exception as error:
-        text = str(error).strip()
-        raise UnsupportedError(
-            f"{where}: torch.export cannot trace the model: {text.splitlines()[0] if text else type(error).__name__}"
-        ) from error
+        reason = huggingface.first_line(error)
+        raise UnsupportedError(f"{where}: torch.export cannot trace the model: {reason}") from error
     mutating = any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in exported.graph.nodes
@@ -135,7 +141,7 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: Any, where: str)
 def _tied_names(module: nn.Module) -> dict[str, str]:
     """Every parameter and buffer name, mapped to the first name of the same tensor."""
     first: dict[int, str] = {}
-    names = list(module.named_parameters(remove_duplicate=False))
+    names: list[tuple[str, Tensor]] = list(module.named_parameters(remove_duplicate=False))
     names += list(module.named_buffers(remove_duplicate=False))
     return {name: first.setdefault(id(tensor), name) for name, tensor in names}
 
@@ -145,7 +151,9 @@ def _import_or_refuse(where: str, *args: Any) -> Program:
         program = _import(*args)
         verify(program)
     except IRError as error:
-        raise UnsupportedError(f"{where}: the traced model is outside einfold's IR: {error}") from error
+        raise UnsupportedError(
+            f"{where}: the traced model is outside einfold's IR: {error}"
+        ) from error
     return program
 
 
@@ -188,13 +196,17 @@ def _import(
                 continue
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: mapped[n])
             call = normalise_call(_known(node), args, kwargs)
-            mapped[node] = call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
+            mapped[node] = (
+                call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
+            )
         elif node.op == "output":
             flat = [mapped[value] for value in node.args[0] if isinstance(value, fx.Node)]
             names = output_names or [f"output_{index}" for index in range(len(flat))]
             editor.set_output(flat, names)
         else:
-            raise UnsupportedError(f"the trace holds a {node.op} ({node.target}), which einfold does not import")
+            raise UnsupportedError(
+                f"the trace holds a {node.op} ({node.target}), which einfold does not import"
+            )
     remove_dead_nodes(program)
     return program
 
@@ -210,9 +222,10 @@ def _known(node: fx.Node) -> Callable[..., Any]:
 
 
 def _name_dims(value: Tensor, dims: dict[str, str]) -> tuple[int | str, ...]:
+    sizes: tuple[Any, ...] = tuple(value.shape)
     return tuple(
         dims.setdefault(str(size), f"D{len(dims)}") if isinstance(size, torch.SymInt) else size
-        for size in value.shape
+        for size in sizes
     )
 
 

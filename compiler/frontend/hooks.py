@@ -56,14 +56,24 @@ def _attention(
     layer = getattr(module, "layer_idx", None)
     where = f"layer {layer} ({type(module).__name__})"
     if layer is None:
-        raise UnsupportedError(f"{where}: the attention module has no layer_idx, so its cache has no place")
+        raise UnsupportedError(
+            f"{where}: the attention module has no layer_idx, so its cache has no place"
+        )
     if attention_mask is not None:
-        raise UnsupportedError(f"{where}: the model builds an attention mask of its own, which is not captured")
+        raise UnsupportedError(
+            f"{where}: the model builds an attention mask of its own, which is not captured"
+        )
     if getattr(module, "is_causal", True) is False or rest.get("is_causal") is False:
-        raise UnsupportedError(f"{where}: attention is not causal; einfold compiles causal language models")
-    unknown = sorted(k for k, v in rest.items() if k not in _HARMLESS and v is not None and v is not False)
+        raise UnsupportedError(
+            f"{where}: attention is not causal; einfold compiles causal language models"
+        )
+    unknown = sorted(
+        k for k, v in rest.items() if k not in _HARMLESS and v is not None and v is not False
+    )
     if unknown:
-        raise UnsupportedError(f"{where}: the attention takes {', '.join(unknown)}, which einfold does not know")
+        raise UnsupportedError(
+            f"{where}: the attention takes {', '.join(unknown)}, which einfold does not know"
+        )
     out = einfold_ops.attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -89,9 +99,10 @@ def _experts(module: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         gate_up = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), dim=1)
         if gate_up_bias is not None:
             gate_up_bias = torch.cat((gate_up_bias[:, 0::2], gate_up_bias[:, 1::2]), dim=1)
-    return einfold_ops.experts(
+    out: Tensor = einfold_ops.experts(
         x, index, weight, gate_up, gate_up_bias, down, down_bias, kind, alpha, limit
     )
+    return out
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -122,15 +133,17 @@ def _probe_gate(name: str, module: Any) -> tuple[str, float, float, bool]:
     Gives (kind, alpha, limit, interleaved). The probe decides, not the module's class or name.
     """
     if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedError(f"{name}: experts without a gate, or with a norm behind them, are not supported")
+        raise UnsupportedError(
+            f"{name}: experts without a gate, or with a norm behind them, are not supported"
+        )
     alpha = float(getattr(module, "alpha", 1.0))
     limit = float(getattr(module, "limit", None) or 0.0)
     probe = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 6
     want = module._apply_gate(probe)
     for interleaved in (False, True):
-        halves = (probe[:, 0::2], probe[:, 1::2]) if interleaved else probe.chunk(2, dim=-1)
+        gate, up = (probe[:, 0::2], probe[:, 1::2]) if interleaved else probe.chunk(2, dim=-1)
         for kind in GATES:
-            got = gated_activation_reference(*halves, kind, alpha, limit)
+            got = gated_activation_reference(gate, up, kind, alpha, limit)
             if torch.allclose(got, want, rtol=1e-5, atol=1e-6):
                 return kind, alpha, limit, interleaved
     raise UnsupportedError(f"{name}: its gated activation is none of {', '.join(GATES)}")

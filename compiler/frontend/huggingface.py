@@ -41,17 +41,25 @@ def find_model(name: str | Path) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_dir():
         if not any(path.iterdir()):
-            raise ModelError(f"the model folder {path} is empty; it should hold config.json and *.safetensors")
+            raise ModelError(
+                f"the model folder {path} is empty; it should hold config.json and *.safetensors"
+            )
         if not (path / "config.json").is_file():
-            raise ModelError(f"the model folder {path} has no config.json; is it a Hugging Face model folder?")
+            raise ModelError(
+                f"the model folder {path} has no config.json; is it a Hugging Face model folder?"
+            )
         return ModelSource(str(name), path)
     if path.exists():
-        raise ModelError(f"{path} is a file; give the folder that holds config.json and *.safetensors")
+        raise ModelError(
+            f"{path} is a file; give the folder that holds config.json and *.safetensors"
+        )
     text = str(name)
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/")):
         return ModelSource(text, None)
-    raise ModelError(f"there is no model folder {path}; give an existing folder, or a hub id such as owner/name")
+    raise ModelError(
+        f"there is no model folder {path}; give an existing folder, or a hub id such as owner/name"
+    )
 
 
 def read_config(source: ModelSource) -> Any:
@@ -72,7 +80,7 @@ def _quiet() -> None:
 
 
 def _config_error(source: ModelSource, error: Exception) -> Exception:
-    first = _first_line(error)
+    first = first_line(error)
     if source.folder is None:
         return ModelError(f"cannot fetch {source.name!r} from the Hugging Face hub: {first}")
     try:
@@ -81,7 +89,9 @@ def _config_error(source: ModelSource, error: Exception) -> Exception:
         return ModelError(f"{source.folder}/config.json cannot be read as JSON: {reason}")
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind is None:
-        return ModelError(f"{source.folder}/config.json names no model_type, so the architecture is unknown")
+        return ModelError(
+            f"{source.folder}/config.json names no model_type, so the architecture is unknown"
+        )
     return UnsupportedError(f"{source.folder}: architecture {kind!r} cannot be loaded: {first}")
 
 
@@ -98,10 +108,18 @@ def check_weight_files(source: ModelSource) -> None:
             raise ModelError(f"{index} is damaged: {error}") from error
         missing = sorted(named - {file.name for file in files})
         if missing:
-            raise ModelError(f"{source.folder} lacks the weight file {missing[0]} that its index names")
+            raise ModelError(
+                f"{source.folder} lacks the weight file {missing[0]} that its index names"
+            )
     if not files:
-        other = [p.name for p in source.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        hint = f" (found {other[0]}: pickled weights can run code, convert them first)" if other else ""
+        other = [
+            p.name for p in source.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        ]
+        hint = (
+            f" (found {other[0]}: pickled weights can run code, convert them first)"
+            if other
+            else ""
+        )
         raise ModelError(f"{source.folder} holds no *.safetensors weights{hint}")
     for file in files:
         _check_safetensors(file)
@@ -116,12 +134,16 @@ def _check_safetensors(file: Path) -> None:
             raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
         try:
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [
+                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"the header of {file} is damaged: {error}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
-        raise ModelError(f"{file} is {size:,} bytes, but its header says {expected:,}: the file is truncated or damaged")
+        raise ModelError(
+            f"{file} is {size:,} bytes, but its header says {expected:,}: the file is truncated or damaged"
+        )
 
 
 def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
@@ -145,7 +167,9 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        raise ModelError(f"cannot load the weights of {source.location}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot load the weights of {source.location}: {first_line(error)}"
+        ) from error
     mismatched = sorted(info.get("mismatched_keys") or [])
     if mismatched:
         name, found, expected = mismatched[0]
@@ -159,9 +183,14 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             f"{source.location}: the checkpoint lacks {len(missing)} weights that config.json asks for, "
             f"{missing[0]} among them"
         )
-    state = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     persistent = model.state_dict(keep_vars=True)
-    state.update({name: persistent[name] for name, _ in model.named_buffers() if name in persistent})
+    state.update(
+        {name: persistent[name] for name, _ in model.named_buffers() if name in persistent}
+    )
     return state
 
 
@@ -174,11 +203,12 @@ def load_reference(source: ModelSource) -> Any:
             source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:
-        raise ModelError(f"cannot load {source.location}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {source.location}: {first_line(error)}") from error
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, to be quoted in a sentence of ours."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -193,7 +223,7 @@ def build_skeleton(config: Any, source: ModelSource) -> Any:
     except Exception as error:
         raise UnsupportedError(
             f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
-            f"is no causal language model that can be built: {_first_line(error)}"
+            f"is no causal language model that can be built: {first_line(error)}"
         ) from error
     _check_rope(config, source)
     hooks.install(model)
@@ -228,13 +258,13 @@ def routes_attention(config: Any) -> bool:
     return bool(getattr(model_class, "_supports_attention_backend", False))
 
 
-def context_limit(config: Any) -> int:
-    """The longest context that the model was made for, in tokens."""
+def context_limit(config: Any) -> int | None:
+    """The longest context that the model was made for, in tokens; None where its config names none."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise ModelError("config.json gives no max_position_embeddings; say the context yourself (--context)")
+    return None
 
 
 def parameter_count(config: Any, source: ModelSource) -> int:
@@ -242,7 +272,9 @@ def parameter_count(config: Any, source: ModelSource) -> int:
     return sum(math.prod(p.shape) for p in build_skeleton(config, source).parameters())
 
 
-def special_tokens(source: ModelSource, config: Any) -> tuple[tuple[int, ...], int | None, int | None]:
+def special_tokens(
+    source: ModelSource, config: Any
+) -> tuple[tuple[int, ...], int | None, int | None]:
     """(end-of-text ids, begin-of-text id, padding id), from generation_config.json before config.json."""
     found: dict[str, Any] = {}
     path = source.folder / "generation_config.json" if source.folder else None
@@ -252,7 +284,8 @@ def special_tokens(source: ModelSource, config: Any) -> tuple[tuple[int, ...], i
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
     eos, bos, pad = (
-        found.get(key, getattr(config, key, None)) for key in ("eos_token_id", "bos_token_id", "pad_token_id")
+        found.get(key, getattr(config, key, None))
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id")
     )
     ends = eos if isinstance(eos, (list, tuple)) else [eos]
     return tuple(e for e in ends if isinstance(e, int)), bos, pad

@@ -15,7 +15,15 @@ from torch import fx
 aten = torch.ops.aten
 
 #: Arguments that speak of memory, not of numbers.
-_MEMORY_KEYWORDS = ("device", "layout", "memory_format", "pin_memory", "non_blocking", "copy", "implicit")
+_MEMORY_KEYWORDS = (
+    "device",
+    "layout",
+    "memory_format",
+    "pin_memory",
+    "non_blocking",
+    "copy",
+    "implicit",
+)
 
 _SAME_VALUE = {
     aten.clone.default,
@@ -33,7 +41,9 @@ _DROPOUTS = {aten.dropout.default, aten.native_dropout.default, aten.feature_dro
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def normalise_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | Call:
+def normalise_call(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.Node | Call:
     """The call in its one spelling, or the argument that it is equal to."""
     kwargs = {key: value for key, value in kwargs.items() if key not in _MEMORY_KEYWORDS}
     if target in _SAME_VALUE:
@@ -64,7 +74,9 @@ def _first(args: tuple[Any, ...]) -> fx.Node:
     return node
 
 
-def _cast_dtype(target: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+def _cast_dtype(
+    target: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.dtype | None:
     """The dtype that a cast in any of its spellings gives; None where the call is no cast."""
     if target in (aten.to.other, aten.type_as.default):
         other: torch.dtype = args[1].meta["val"].dtype
@@ -97,7 +109,10 @@ def _same_sizes(args: tuple[Any, ...]) -> bool:
     want = [size.meta["val"] if isinstance(size, fx.Node) else size for size in args[1]]
     if len(have) != len(want):
         return False
-    return all(isinstance(w, int) and w == -1 or str(w) == str(h) for h, w in zip(have, want, strict=True))
+    return all(
+        (isinstance(w, int) and w == -1) or str(w) == str(h)
+        for h, w in zip(have, want, strict=True)
+    )
 
 
 def _split(target: Callable[..., Any], args: tuple[Any, ...]) -> Call:

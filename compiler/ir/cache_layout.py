@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...errors import IRError
 
 if TYPE_CHECKING:
     import sympy
 
-    Size = Union[int, sympy.Expr]
+    Size: TypeAlias = int | sympy.Expr
 
 #: Bytes of a number of each dtype that a cache may be stored in.
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1}
@@ -59,7 +59,7 @@ class Buffer:
     dtype: str
 
     def bytes(self) -> Size:
-        total: Size = math.prod(self.shape) * ITEM_BYTES[self.dtype]  # type: ignore[type-var,assignment]
+        total: Size = math.prod(self.shape) * ITEM_BYTES[self.dtype]
         return total
 
 
@@ -175,7 +175,9 @@ def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
         fields = dict(item.split("=", 1) for item in rest)
         layer = int(place.split(".")[0])
         if fields["policy"] != Full.name:
-            raise IRError(f"unknown cache policy {fields['policy']!r} in {line!r}; known: {Full.name}")
+            raise IRError(
+                f"unknown cache policy {fields['policy']!r} in {line!r}; known: {Full.name}"
+            )
         group = HeadGroup(
             heads=tuple(int(head) for head in fields["heads"].split(",")),
             storage=Storage(fields["storage"]),

@@ -22,7 +22,9 @@ class ProgramDiff:
         return not self.lines
 
 
-def diff_text(before: str, after: str, names: tuple[str, str] = ("before", "after"), context: int = 2) -> ProgramDiff:
+def diff_text(
+    before: str, after: str, names: tuple[str, str] = ("before", "after"), context: int = 2
+) -> ProgramDiff:
     """Compares two programs in textual form."""
     old, new = before.splitlines(), after.splitlines()
     count_old, count_new = _count(old), _count(new)

@@ -33,7 +33,9 @@ class Interpreter:
                     del values[dead]
         raise IRError("the program has no output")
 
-    def _evaluate(self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]) -> Any:
+    def _evaluate(
+        self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]
+    ) -> Any:
         if node.op == "placeholder":
             if node.target not in inputs:
                 raise IRError(f"input {node.target!r} was not given")

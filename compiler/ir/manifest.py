@@ -90,7 +90,9 @@ class Manifest(_Part):
             data = json.loads(raw)
             version = data["format"]
         except (ValueError, KeyError, TypeError):
-            raise ArtifactError(f"{path} is damaged: it is not the JSON that einfold writes") from None
+            raise ArtifactError(
+                f"{path} is damaged: it is not the JSON that einfold writes"
+            ) from None
         if not isinstance(version, int) or version > FORMAT:
             raise ArtifactError(
                 f"{path} has format {version}, this einfold reads up to {FORMAT}; install a newer einfold"
@@ -112,8 +114,16 @@ class Manifest(_Part):
 def check_name(name: str) -> None:
     """Raises ArtifactError for a file name that would leave the artifact's folder."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or str(path) in ("", "."):
-        raise ArtifactError(f"the manifest names the file {name!r}, which lies outside the artifact")
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or ":" in name
+        or str(path) in ("", ".")
+    ):
+        raise ArtifactError(
+            f"the manifest names the file {name!r}, which lies outside the artifact"
+        )
 
 
 def _encode(data: dict[str, Any]) -> bytes:

@@ -91,7 +91,9 @@ class _Parser:
         head, _, kind = rest.partition(" : ")
         node_name, _, name = head.partition(" ")
         shape, dtype = _read_type(kind)
-        self._define(node_name[1:], self.editor.input(json.loads(name), shape, dtype, node_name[1:]))
+        self._define(
+            node_name[1:], self.editor.input(json.loads(name), shape, dtype, node_name[1:])
+        )
 
     def _on_read(self, rest: str) -> None:
         head, _, kind = rest.partition(" : ")

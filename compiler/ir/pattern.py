@@ -1,7 +1,7 @@
 """Small patterns over graph nodes: calls, captured nodes and captured numbers, order-blind for add and mul.
 
-    SILU_GATE = Call(aten.mul.Tensor, Call(aten.silu.default, Node("gate")), Node("up"))
-    match(SILU_GATE, node)  ->  {"gate": %a, "up": %b} or None
+SILU_GATE = Call(aten.mul.Tensor, Call(aten.silu.default, Node("gate")), Node("up"))
+match(SILU_GATE, node)  ->  {"gate": %a, "up": %b} or None
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Number:
 class Call:
     """A call of one of several operators with these arguments; missing trailing ones are not looked at."""
 
-    def __init__(self, target: Callable[..., Any] | tuple[Callable[..., Any], ...], *args: Any) -> None:
+    def __init__(
+        self, target: Callable[..., Any] | tuple[Callable[..., Any], ...], *args: Any
+    ) -> None:
         self.targets = target if isinstance(target, tuple) else (target,)
         self.args = args
 
@@ -79,13 +81,19 @@ def _match_node(pattern: Node, value: Any, bound: Bindings) -> Bindings | None:
 def _match_number(pattern: Number, value: Any, bound: Bindings) -> Bindings | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    if pattern.value is not None and abs(value - pattern.value) > 1e-6 * max(1.0, abs(pattern.value)):
+    if pattern.value is not None and abs(value - pattern.value) > 1e-6 * max(
+        1.0, abs(pattern.value)
+    ):
         return None
     return bound | ({pattern.name: value} if pattern.name else {})
 
 
 def _match_call(pattern: Call, value: Any, bound: Bindings) -> Bindings | None:
-    if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in pattern.targets:
+    if (
+        not isinstance(value, fx.Node)
+        or value.op != "call_function"
+        or value.target not in pattern.targets
+    ):
         return None
     if len(value.args) < len(pattern.args):
         return None

@@ -69,11 +69,14 @@ class Program:
         for node in self.placeholders():
             if node.target == name:
                 return node
-        raise IRError(f"the program has no input {name!r}; it has {[str(n.target) for n in self.placeholders()]}")
+        raise IRError(
+            f"the program has no input {name!r}; it has {[str(n.target) for n in self.placeholders()]}"
+        )
 
     @property
     def output(self) -> fx.Node:
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        last: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return last
 
     def output_names(self) -> list[str]:
         names: list[str] = self.output.meta["names"]
@@ -131,7 +134,9 @@ class Editor:
         with self.graph.inserting_after(node):
             yield self
 
-    def call(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+    def call(
+        self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any
+    ) -> fx.Node:
         """A call of `target`; raises IRError, naming the call, where its shapes do not fit."""
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         infer(self.program, node)
@@ -147,12 +152,20 @@ class Editor:
         infer(self.program, node)
         return node
 
-    def input(self, name: str, shape: Sequence[int | str], dtype: torch.dtype, node_name: str | None = None) -> fx.Node:
+    def input(
+        self,
+        name: str,
+        shape: Sequence[int | str],
+        dtype: torch.dtype,
+        node_name: str | None = None,
+    ) -> fx.Node:
         """A new input, placed behind those that there are."""
         present = self.program.placeholders()
         anchor = present[-1] if present else self.graph._root
         with self.graph.inserting_after(anchor):
-            node = self.graph.create_node("placeholder", name, name=node_name or name.replace(".", "_"))
+            node = self.graph.create_node(
+                "placeholder", name, name=node_name or name.replace(".", "_")
+            )
         node.meta["val"] = self.program.shapes.tensor(shape, dtype)
         return node
 
@@ -194,8 +207,12 @@ def infer(program: Program, node: fx.Node) -> None:
         with shapes.mode, torch.no_grad(), _no_log():
             node.meta["val"] = node.target(*args, **kwargs)
     except Exception as error:
-        inputs = ", ".join(f"%{n.name}: {shapes.describe(n.meta['val'])}" for n in node.all_input_nodes)
-        raise IRError(f"{op_name(node.target)} at %{node.name} does not accept ({inputs}): {error}") from error
+        inputs = ", ".join(
+            f"%{n.name}: {shapes.describe(n.meta['val'])}" for n in node.all_input_nodes
+        )
+        raise IRError(
+            f"{op_name(node.target)} at %{node.name} does not accept ({inputs}): {error}"
+        ) from error
 
 
 @contextmanager

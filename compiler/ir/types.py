@@ -48,7 +48,10 @@ class Shapes:
         if name not in self._dims:
             size = NAMED_DIMS.get(name, 31 + 6 * len(self._dims))
             symbol = self.env.create_symbol(
-                size, source=ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+                size,
+                source=ConstantSource(name),
+                dynamic_dim=DimDynamic.DYNAMIC,
+                constraint_dim=None,
             )
             self._dims[name] = self.env.create_symintnode(symbol, hint=size)  # type: ignore[assignment]
             self._names[str(symbol)] = name

@@ -87,7 +87,9 @@ class WeightStore:
         try:
             return self._weights[name]
         except KeyError:
-            raise IRError(f"the graph names a weight {name!r} that the program does not hold") from None
+            raise IRError(
+                f"the graph names a weight {name!r} that the program does not hold"
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -37,11 +37,18 @@ class EngineName(str, Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Artifact = Annotated[Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)]
-ModelName = Annotated[str, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)]
-RecipeFile = Annotated[Optional[Path], typer.Option("--recipe", help="TOML file that sets every knob; options override it.")]
+Artifact = Annotated[
+    Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)
+]
+ModelName = Annotated[
+    str, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="TOML file that sets every knob; options override it."),
+]
 WeightsOption = Annotated[
-    Optional[Weights],
+    Weights | None,
     typer.Option(
         "--weights",
         help="How weights are stored. fp16 halves the file; on a CPU it is a storage format only, the "
@@ -49,8 +56,13 @@ WeightsOption = Annotated[
         show_default=False,
     ),
 ]
-Threads = Annotated[Optional[int], typer.Option(help="Threads to compute with. [default: all processors]", show_default=False)]
-Chunk = Annotated[int, typer.Option(help="Tokens of a prefill step; bounds the memory of activations.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads to compute with. [default: all processors]", show_default=False),
+]
+Chunk = Annotated[
+    int, typer.Option(help="Tokens of a prefill step; bounds the memory of activations.")
+]
 
 
 def _version(value: bool) -> None:
@@ -63,7 +75,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -71,15 +85,33 @@ def _main(
 @app.command("compile")
 def compile_(
     model: ModelName,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The artifact folder to write.", show_default=False)],
-    target: Annotated[Optional[Target], typer.Option(help="What to generate. [default: onnx]", show_default=False)] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The artifact folder to write.", show_default=False)
+    ],
+    target: Annotated[
+        Target | None, typer.Option(help="What to generate. [default: onnx]", show_default=False)
+    ] = None,
     weights: WeightsOption = None,
     recipe: RecipeFile = None,
-    context: Annotated[Optional[int], typer.Option(help="Tokens of context to compile for. [default: the model's own limit]", show_default=False)] = None,
-    portable: Annotated[bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that exists.")] = False,
-    check: Annotated[bool, typer.Option(help="Run the finished artifact beside the reference on a few tokens.")] = True,
-    dump: Annotated[Optional[Path], typer.Option(help="Folder for the graph's text after each pass.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of context to compile for. [default: the model's own limit]",
+            show_default=False,
+        ),
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an artifact that exists.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option(help="Run the finished artifact beside the reference on a few tokens.")
+    ] = True,
+    dump: Annotated[
+        Path | None, typer.Option(help="Folder for the graph's text after each pass.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -87,28 +119,67 @@ def compile_(
     from .verbs import compile_model
 
     compile_model(
-        model, out, _name(target), _name(weights), recipe, context, portable or None, force, check, dump, json
+        model,
+        out,
+        _name(target),
+        _name(weights),
+        recipe,
+        context,
+        portable or None,
+        force,
+        check,
+        dump,
+        json,
     )
 
 
 @app.command()
 def run(
     artifact: Artifact,
-    prompt: Annotated[Optional[str], typer.Option("-p", "--prompt", help="The prompt.", show_default=False)] = None,
-    file: Annotated[Optional[Path], typer.Option("-f", "--file", help="Read the prompt from a file; - is stdin.", show_default=False)] = None,
-    ids: Annotated[Optional[str], typer.Option(help="The prompt as token ids, such as '1 15 27'.", show_default=False)] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    system: Annotated[Optional[str], typer.Option(help="A system message, with --chat.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The prompt.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "-f", "--file", help="Read the prompt from a file; - is stdin.", show_default=False
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option(help="The prompt as token ids, such as '1 15 27'.", show_default=False),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="A system message, with --chat.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens seen before.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes a draw repeatable.", show_default=False)] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="Stop at this text; may be given again.", show_default=False)] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past end-of-text tokens.")] = False,
-    engine: Annotated[EngineName, typer.Option(help="onnxruntime, or the operators' reference meaning in torch.")] = EngineName.onnx,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the smallest set with this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens under this share of the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: avoid tokens seen before.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes a draw repeatable.", show_default=False)
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop at this text; may be given again.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past end-of-text tokens.")
+    ] = False,
+    engine: Annotated[
+        EngineName, typer.Option(help="onnxruntime, or the operators' reference meaning in torch.")
+    ] = EngineName.onnx,
     threads: Threads = None,
     chunk: Chunk = 512,
     verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
@@ -129,16 +200,37 @@ def run(
         "stop": stop or [],
         "ignore_eos": ignore_eos,
     }
-    loading: dict[str, Any] = {"engine": engine.value, "threads": threads, "chunk": chunk, "verify": verify}
+    loading: dict[str, Any] = {
+        "engine": engine.value,
+        "threads": threads,
+        "chunk": chunk,
+        "verify": verify,
+    }
     run_artifact(artifact, prompt, file, ids, chat, system, options, loading, json)
 
 
 @app.command("eval")
 def eval_(
     artifact: Artifact,
-    against: Annotated[str, typer.Option(help="The original model's folder; it runs in float32.", show_default=False)],
-    text: Annotated[Optional[Path], typer.Option(help="Text to read; documents end at lines with a form feed. [default: eval.txt of the original, or a built-in text]", show_default=False)] = None,
-    window: Annotated[Optional[int], typer.Option(help="Tokens read at a stretch. [default: the context, at most 2048]", show_default=False)] = None,
+    against: Annotated[
+        str,
+        typer.Option(help="The original model's folder; it runs in float32.", show_default=False),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to read; documents end at lines with a form feed. "
+            "[default: eval.txt of the original, or a built-in text]",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens read at a stretch. [default: the context, at most 2048]",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = EngineName.onnx,
     threads: Threads = None,
     chunk: Chunk = 512,
@@ -148,14 +240,29 @@ def eval_(
     """Measure perplexity, KL, top-1 agreement, pass-key recall and bytes against the original."""
     from .verbs import evaluate_artifact
 
-    evaluate_artifact(artifact, against, text, window, {"engine": engine.value, "threads": threads, "chunk": chunk}, json)
+    evaluate_artifact(
+        artifact,
+        against,
+        text,
+        window,
+        {"engine": engine.value, "threads": threads, "chunk": chunk},
+        json,
+    )
 
 
 @app.command()
 def bench(
     artifact: Artifact,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that prefill is timed with.")] = 512,
-    context: Annotated[Optional[list[int]], typer.Option(help="Tokens of context to decode at; may be given again. [default: 128]", show_default=False)] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the prompt that prefill is timed with.")
+    ] = 512,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of context to decode at; may be given again. [default: 128]",
+            show_default=False,
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded at each context.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each; the median is given.")] = 5,
@@ -167,7 +274,9 @@ def bench(
     """Time loading, prefill and decode of an artifact on random tokens."""
     from .verbs import bench_artifact
 
-    bench_artifact(artifact, prompt_tokens, context or [128], new_tokens, batch, repeat, threads, chunk, json)
+    bench_artifact(
+        artifact, prompt_tokens, context or [128], new_tokens, batch, repeat, threads, chunk, json
+    )
 
 
 @app.command()
@@ -175,9 +284,20 @@ def estimate(
     model: ModelName,
     weights: WeightsOption = None,
     recipe: RecipeFile = None,
-    context: Annotated[Optional[int], typer.Option(help="Tokens of context. [default: the model's own limit]", show_default=False)] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of context. [default: the model's own limit]", show_default=False
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 1,
-    budget: Annotated[Optional[str], typer.Option(help="Memory at hand, such as 4GB or 800MiB: gives the largest context that fits.", show_default=False)] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory at hand, such as 4GB or 800MiB: gives the largest context that fits.",
+            show_default=False,
+        ),
+    ] = None,
     chunk: Chunk = 512,
     json: Json = False,
     debug: Debug = False,
@@ -204,7 +324,10 @@ def inspect(
 
 @app.command()
 def diff(
-    before: Annotated[Path, typer.Argument(help="A graph's text (.eir) or an artifact folder.", show_default=False)],
+    before: Annotated[
+        Path,
+        typer.Argument(help="A graph's text (.eir) or an artifact folder.", show_default=False),
+    ],
     after: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
     context: Annotated[int, typer.Option(help="Lines shown around a change.")] = 2,
     json: Json = False,
@@ -220,7 +343,9 @@ def diff(
 def passes(
     weights: WeightsOption = None,
     recipe: RecipeFile = None,
-    portable: Annotated[bool, typer.Option("--portable", help="The pipeline of the portable flavour.")] = False,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="The pipeline of the portable flavour.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -21,7 +21,17 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Tell = Callable[[str, float], None]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 def print_json(data: Any) -> None:
@@ -35,7 +45,12 @@ def progress(quiet: bool = False) -> Iterator[Tell]:
     if quiet or not err.is_terminal:
         yield lambda text, share: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task("starting", total=1.0)
         yield lambda text, share: bars.update(task, description=text, completed=share)
@@ -45,14 +60,26 @@ def explain_error(error: Exception, as_json: bool) -> int:
     """Prints an error as one sentence; gives the exit code."""
     if isinstance(error, EinfoldError):
         text, code = str(error), error.exit_code
-    elif isinstance(error, MemoryError) or "bad_alloc" in str(error) or "can't allocate memory" in str(error):
+    elif (
+        isinstance(error, MemoryError)
+        or "bad_alloc" in str(error)
+        or "can't allocate memory" in str(error)
+    ):
         text, code = "out of memory; `einfold estimate` tells what a model and a context need", 12
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         text, code = f"the disk is full: {error.filename or 'nothing'} could not be written", 6
     elif isinstance(error, ModuleNotFoundError):
-        text, code = f"the package {error.name!r} is needed for this; install einfold with its extra, such as einfold[onnx]", 11
+        text, code = (
+            f"the package {error.name!r} is needed for this; "
+            "install einfold with its extra, such as einfold[onnx]",
+            11,
+        )
     else:
-        text, code = f"internal error: {type(error).__name__}: {error} (run again with --debug for the traceback, and report it)", 70
+        text, code = (
+            f"internal error: {type(error).__name__}: {error} "
+            "(run again with --debug for the traceback, and report it)",
+            70,
+        )
     if as_json:
         print_json({"error": text, "kind": type(error).__name__})
     err.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)

@@ -27,14 +27,10 @@ def compile_model(
     dump: Path | None,
     as_json: bool,
 ) -> None:
-    from ..compiler.artifact import check_output
-    from ..errors import UnsupportedError
+    from ..compiler.artifact import check_output, check_target
 
     check_output(output, force)  # before the slow imports: most mistakes are found here
-    if target == "triton":
-        raise UnsupportedError(
-            "--target triton: einfold generates no Triton artifacts yet; compile for onnx, which is the default"
-        )
+    check_target(target or "onnx")
     from ..api import compile
 
     with progress(as_json) as tell:
@@ -103,7 +99,9 @@ def run_artifact(
         "prefill_tokens": times.prefill_tokens,
         "decode_seconds": times.decode_seconds,
         "decode_tokens": times.decode_tokens,
-        "decode_tokens_per_second": times.decode_tokens / times.decode_seconds if times.decode_seconds else None,
+        "decode_tokens_per_second": times.decode_tokens / times.decode_seconds
+        if times.decode_seconds
+        else None,
     }
     if as_json:
         print_json(
@@ -120,9 +118,10 @@ def run_artifact(
         out.print(" ".join(map(str, result.tokens)), end="")
     sys.stdout.write("\n")
     rate = timings["decode_tokens_per_second"]
+    prefill = times.prefill_tokens / max(times.prefill_seconds, 1e-9)
     err.print(
-        f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason}); load {load_seconds:.2f} s, "
-        f"prefill {times.prefill_tokens / max(times.prefill_seconds, 1e-9):.0f} tokens/s"
+        f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason}); "
+        f"load {load_seconds:.2f} s, prefill {prefill:.0f} tokens/s"
         + (f", decode {rate:.1f} tokens/s" if rate else ""),
         style="dim",
     )
@@ -153,7 +152,12 @@ def _parse_ids(text: str) -> list[int]:
 
 
 def evaluate_artifact(
-    artifact: Path, against: str, text: Path | None, window: int | None, loading: dict[str, Any], as_json: bool
+    artifact: Path,
+    against: str,
+    text: Path | None,
+    window: int | None,
+    loading: dict[str, Any],
+    as_json: bool,
 ) -> None:
     from ..evaluate.quality import evaluate
     from ..model import load
@@ -166,11 +170,17 @@ def evaluate_artifact(
     from ..compiler.report import human_bytes
 
     table = Table(show_header=False, box=None)
-    table.add_row("perplexity", f"{quality.perplexity:.4f}  (original {quality.reference_perplexity:.4f})")
+    table.add_row(
+        "perplexity", f"{quality.perplexity:.4f}  (original {quality.reference_perplexity:.4f})"
+    )
     table.add_row("KL to the original", f"{quality.kl:.3e} nats a token")
     table.add_row("same likeliest token", f"{100 * quality.top1:.2f} %")
     if quality.recall is not None and quality.reference_recall is not None:
-        table.add_row("pass keys recalled", f"{100 * quality.recall:.1f} % of {quality.keys}  (original {100 * quality.reference_recall:.1f} %)")
+        table.add_row(
+            "pass keys recalled",
+            f"{100 * quality.recall:.1f} % of {quality.keys}  "
+            f"(original {100 * quality.reference_recall:.1f} %)",
+        )
     table.add_row("read", f"{quality.tokens:,} tokens in {quality.documents} documents")
     for name, count in quality.bytes.items():
         table.add_row(f"bytes, {name}", f"{count:,} ({human_bytes(count)})")
@@ -191,7 +201,9 @@ def bench_artifact(
     from ..evaluate.speed import measure_speed
 
     with progress(as_json) as tell:
-        speed = measure_speed(artifact, prompt_tokens, contexts, new_tokens, batch, repeat, threads, chunk, tell)
+        speed = measure_speed(
+            artifact, prompt_tokens, contexts, new_tokens, batch, repeat, threads, chunk, tell
+        )
     if as_json:
         print_json(speed.data())
         return
@@ -218,7 +230,13 @@ def estimate_model(
     from ..compiler.report import human_bytes
 
     found = estimate(
-        model, weights=weights, recipe=recipe, context=context, batch=batch, budget=limit, chunk=chunk
+        model,
+        weights=weights,
+        recipe=recipe,
+        context=context,
+        batch=batch,
+        budget=limit,
+        chunk=chunk,
     )
     if as_json:
         print_json({**vars(found), "total": found.total})
@@ -229,7 +247,11 @@ def estimate_model(
     table.add_row(f"activations, {found.chunk} tokens a step", human_bytes(found.activations))
     table.add_row("in all", human_bytes(found.total))
     if found.largest_context is not None:
-        fits = f"{found.largest_context:,} tokens" if found.largest_context else "none: the weights alone do not fit"
+        fits = (
+            f"{found.largest_context:,} tokens"
+            if found.largest_context
+            else "none: the weights alone do not fit"
+        )
         table.add_row(f"largest context in {human_bytes(limit or 0)}", fits)
     out.print(table)
 
@@ -246,7 +268,13 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
         return
     report = json.loads(found.file("report.json").read_text(encoding="utf-8"))
     if as_json:
-        print_json({"manifest": found.manifest.model_dump(mode="json"), "passes": report["passes"], "check": report["check"]})
+        print_json(
+            {
+                "manifest": found.manifest.model_dump(mode="json"),
+                "passes": report["passes"],
+                "check": report["check"],
+            }
+        )
         return
     from ..compiler.report import human_bytes, summary_lines
 
@@ -255,7 +283,10 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
     for label, value in (
         ("model", f"{model.source} ({model.architecture}), {model.parameters:,} parameters"),
         ("target", f"{manifest.target}, flavour {manifest.flavour}"),
-        ("weights", f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}"),
+        (
+            "weights",
+            f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}",
+        ),
         ("context", f"{model.context:,} tokens"),
         ("KV cache", f"{manifest.cache_bytes} bytes for B rows of C tokens"),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
@@ -267,7 +298,11 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
         out.print(f"  {line}")
         for note in record["notes"]:
             if notes or note["action"] == "skipped":
-                out.print(f"    {note['action']} {note['where']}: {note['what']}", style="dim", markup=False)
+                out.print(
+                    f"    {note['action']} {note['where']}: {note['what']}",
+                    style="dim",
+                    markup=False,
+                )
 
 
 def diff_graphs(before: Path, after: Path, context: int, as_json: bool) -> None:
@@ -295,7 +330,9 @@ def _graph_text(path: Path) -> str:
         raise ArtifactError(f"cannot read the graph {file}: {error}") from error
 
 
-def list_passes(weights: str | None, recipe: Path | None, portable: bool | None, as_json: bool) -> None:
+def list_passes(
+    weights: str | None, recipe: Path | None, portable: bool | None, as_json: bool
+) -> None:
     import inspect as python_inspect
 
     from ..api import resolve_recipe
@@ -303,7 +340,7 @@ def list_passes(weights: str | None, recipe: Path | None, portable: bool | None,
 
     chosen = resolve_recipe(recipe, weights=weights, portable=portable)
     pipeline = language_model_passes(chosen.weight_passes(), chosen.cache_passes())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": step.name,
             "what": (python_inspect.getdoc(type(step)) or "").split("\n\n")[0].replace("\n", " "),

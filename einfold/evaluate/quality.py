@@ -81,7 +81,8 @@ def evaluate(
     original = _Original(against)
     if original.vocabulary != model.engine.vocabulary:
         raise ModelError(
-            f"{against} has {original.vocabulary} tokens, the artifact {model.engine.vocabulary}: it was compiled from another model"
+            f"{against} has {original.vocabulary} tokens, the artifact {model.engine.vocabulary}: "
+            "it was compiled from another model"
         )
     pieces = [piece for doc in documents for piece in _windows(model, doc, limit)]
     sums, largest = _Sums(), 0
@@ -134,7 +135,9 @@ def _share(hits: list[bool]) -> float | None:
     return sum(hits) / len(hits) if hits else None
 
 
-def _windows(model: Model, doc: Document, limit: int) -> Iterator[tuple[list[int], list[list[int]]]]:
+def _windows(
+    model: Model, doc: Document, limit: int
+) -> Iterator[tuple[list[int], list[list[int]]]]:
     """(tokens, keys) of each window; a key is the positions of its tokens."""
     tokens, offsets = model.tokenizer.encode_with_offsets(doc.text)
     for start in range(0, len(tokens), limit):
@@ -163,12 +166,16 @@ class _Original:
         past = None
         for start in range(0, len(tokens), _STEP):
             with torch.no_grad():
-                out = self.model(ids[:, start : start + _STEP], past_key_values=past, use_cache=True)
+                out = self.model(
+                    ids[:, start : start + _STEP], past_key_values=past, use_cache=True
+                )
             past = out.past_key_values
             yield start, torch.log_softmax(out.logits[0].float(), dim=-1)
 
 
-def _measure(model: Model, original: _Original, tokens: list[int], keys: list[list[int]], sums: _Sums) -> None:
+def _measure(
+    model: Model, original: _Original, tokens: list[int], keys: list[list[int]], sums: _Sums
+) -> None:
     best = np.zeros(len(tokens), np.int64)
     reference_best = np.zeros(len(tokens), np.int64)
     mine = _Rows((start, torch.from_numpy(logits)) for start, logits in model.logits(tokens))

@@ -31,11 +31,15 @@ def self_check(folder: Path) -> dict[str, Any]:
     target = _logits(artifact, OnnxRunner(artifact, prepack=False))
     reference = _logits(artifact, ReferenceRunner(artifact, keep_weights=False))
     if not np.isfinite(target).all():
-        raise EinfoldError("the compiled model gives logits that are not finite; nothing was written")
+        raise EinfoldError(
+            "the compiled model gives logits that are not finite; nothing was written"
+        )
     difference = float(np.abs(target - reference).max())
     scale = max(1.0, float(np.abs(reference).max()))
     recipe = artifact.manifest.recipe
-    approximate = recipe["weights"]["format"].startswith("int") and recipe["onnx"]["accuracy_level"] == 4
+    approximate = (
+        recipe["weights"]["format"].startswith("int") and recipe["onnx"]["accuracy_level"] == 4
+    )
     if difference > _TOLERANCE * scale and not approximate:
         raise EinfoldError(
             f"the compiled model differs from the reference by {difference:.2e} (logits up to {scale:.1f}); "

@@ -48,7 +48,9 @@ def measure_speed(
     seconds = time.perf_counter() - started
     longest = max(prompt_tokens, *(context + new_tokens for context in contexts))
     if longest > model.engine.context:
-        raise PromptError(f"{longest} tokens do not fit the artifact's context of {model.engine.context}")
+        raise PromptError(
+            f"{longest} tokens do not fit the artifact's context of {model.engine.context}"
+        )
     prefill = []
     for run in range(repeat + 1):
         progress(f"prefill of {prompt_tokens}", run / (repeat + 1))
@@ -73,7 +75,9 @@ def prefill_seconds(model: Model, tokens: int, seed: int = 0) -> float:
     return time.perf_counter() - started
 
 
-def decode_seconds(model: Model, context: int, new_tokens: int, batch: int = 1, seed: int = 0) -> float:
+def decode_seconds(
+    model: Model, context: int, new_tokens: int, batch: int = 1, seed: int = 0
+) -> float:
     """Seconds of one decode step, the mean over `new_tokens`, behind `context` tokens of random cache."""
     engine = model.engine
     random = np.random.default_rng(seed)

@@ -28,7 +28,9 @@ from ..programs import program
 FLAVOURS = ["ort", "portable"]
 
 
-def compare(found: Program, flavour: str, folder: Path, tolerance: float = 1e-5, **inputs: Any) -> None:
+def compare(
+    found: Program, flavour: str, folder: Path, tolerance: float = 1e-5, **inputs: Any
+) -> None:
     """Runs a program by the reference and on onnxruntime; every output must agree."""
     want = Interpreter(found).run({name: torch.as_tensor(value) for name, value in inputs.items()})
     session, names = build(found, flavour, folder)
@@ -50,11 +52,27 @@ def build(found: Program, flavour: str, folder: Path, accuracy: int = 0) -> tupl
         assert all(node.domain == "" for node in model.graph)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(folder / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        str(folder / "m.onnx"), options, providers=["CPUExecutionProvider"]
+    )
     return session, found.output_names()
 
 
-UNARY = ["neg", "exp", "tanh", "sigmoid", "relu", "cos", "sin", "square", "silu", "abs", "rsqrt", "erf", "floor"]
+UNARY = [
+    "neg",
+    "exp",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "cos",
+    "sin",
+    "square",
+    "silu",
+    "abs",
+    "rsqrt",
+    "erf",
+    "floor",
+]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -74,7 +92,11 @@ def test_elementwise(flavour: str, tmp_path: Path) -> None:
     lines.append("call %gn = aten.gelu.default(%x) : f32[B, 5]")
     lines.append("call %h = aten._to_copy.default(%x, dtype=f16) : f16[B, 5]")
     lines.append("call %hh = aten._to_copy.default(%h, dtype=f32) : f32[B, 5]")
-    outputs = [line.split()[1] for line in lines if line.startswith("call") and "%gt =" not in line and "%h =" not in line]
+    outputs = [
+        line.split()[1]
+        for line in lines
+        if line.startswith("call") and "%gt =" not in line and "%h =" not in line
+    ]
     lines += [f'output "{name[1:]}" = {name}' for name in outputs]
     x = torch.rand(3, 5) + 0.1
     compare(program("\n".join(lines)), flavour, tmp_path, x=x, y=torch.rand(3, 5) + 0.5)
@@ -170,8 +192,13 @@ def test_norms_linears_and_gates(flavour: str, rank: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("width", "block", "symmetric"), [(64, 32, True), (64, 16, False), (128, 128, True), (72, 32, False)])
-def test_packed_weights(flavour: str, bits: int, width: int, block: int, symmetric: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "block", "symmetric"),
+    [(64, 32, True), (64, 16, False), (128, 128, True), (72, 32, False)],
+)
+def test_packed_weights(
+    flavour: str, bits: int, width: int, block: int, symmetric: bool, tmp_path: Path
+) -> None:
     """Odd widths are padded to whole groups; embedding and head read one packed weight."""
     found = program(f"""
         weight @e : f32[130, {width}]
@@ -234,7 +261,7 @@ CACHED = """
     read %cos "cos" : f32[64, {half}]
     read %sin "sin" : f32[64, {half}]
     read %sinks "sinks" : f32[{heads}]
-    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, {sinks}, {rotary}, 0, 0.3, {window}, {softcap}, {pairing}) : (f32[B, S, {heads}, {value}], f32[B, {kv}, C, {size}], f32[B, {kv}, C, {value}])
+    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, {arguments}) : ({types})
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {value}]
     call %k2 = builtin.getitem(%a, 1) : f32[B, {kv}, C, {size}]
     call %v2 = builtin.getitem(%a, 2) : f32[B, {kv}, C, {value}]
@@ -265,18 +292,32 @@ VARIANTS = {
 def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
     """A first chunk, a chunk over a past, then decoding rows of unequal length together."""
     options: dict[str, Any] = {
-        "heads": 4, "kv": 2, "size": 16, "value": 16, "half": 8, "window": 0, "softcap": 0.0,
-        "sinks": "none", "rotary": "none, none, none", "pairing": "false",
+        "heads": 4,
+        "kv": 2,
+        "size": 16,
+        "value": 16,
+        "half": 8,
+        "window": 0,
+        "softcap": 0.0,
+        "sinks": "none",
+        "rotary": "none, none, none",
+        "pairing": "false",
     }
     options |= VARIANTS[variant]
-    found = program(CACHED.format(**{k: f"{v}" for k, v in options.items()}))
+    arguments = "{sinks}, {rotary}, 0, 0.3, {window}, {softcap}, {pairing}".format(**options)
+    types = "f32[B, S, {heads}, {value}], f32[B, {kv}, C, {size}], f32[B, {kv}, C, {value}]".format(
+        **options
+    )
+    found = program(CACHED.format(**options, arguments=arguments, types=types))
     session, _ = build(found, flavour, tmp_path)
     reference = Interpreter(found)
     used = {node.name for node in session.get_inputs()}
     heads, kv, size, value = (options[key] for key in ("heads", "kv", "size", "value"))
     generator = torch.Generator().manual_seed(0)
 
-    def step(batch: int, lengths: list[int], new: int, caches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def step(
+        batch: int, lengths: list[int], new: int, caches: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator)
 
@@ -298,12 +339,18 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
             valid = length + new
             for name in ("cache.0.0.key", "cache.0.0.value"):
                 np.testing.assert_allclose(
-                    named[name][row, :, :valid], want[name][row, :, :valid].numpy(), rtol=2e-5, atol=2e-6
+                    named[name][row, :, :valid],
+                    want[name][row, :, :valid].numpy(),
+                    rtol=2e-5,
+                    atol=2e-6,
                 )
         want.pop("o")
         return want
 
-    empty = {"cache.0.0.key": torch.zeros(2, kv, 24, size), "cache.0.0.value": torch.zeros(2, kv, 24, value)}
+    empty = {
+        "cache.0.0.key": torch.zeros(2, kv, 24, size),
+        "cache.0.0.value": torch.zeros(2, kv, 24, value),
+    }
     one = {name: tensor[:1].clone() for name, tensor in empty.items()}
     one = step(1, [0], 7, one)
     one = step(1, [7], 5, one)
@@ -343,7 +390,9 @@ def test_experts(flavour: str, bias: bool, kind: str, bits: int, tmp_path: Path)
             RoundToNearest(bits=8, block=16).run(found)
             ExplicitZeros().run(found)
     index = torch.tensor([[0, 2], [2, 3], [0, 3]])
-    compare(found, flavour, tmp_path, tolerance=1e-4, x=torch.randn(3, 32), i=index, w=torch.rand(3, 2))
+    compare(
+        found, flavour, tmp_path, tolerance=1e-4, x=torch.randn(3, 32), i=index, w=torch.rand(3, 2)
+    )
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

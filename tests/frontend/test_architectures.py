@@ -33,13 +33,21 @@ def reference(name: str, folder: Path) -> tuple[Any, list[list[int]], list[list[
         random = np.random.default_rng(7)
         prompts = [random.integers(3, models.VOCABULARY, length).tolist() for length in LENGTHS]
         longest = max(LENGTHS)
-        ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+        ids, mask = (
+            torch.zeros(3, longest, dtype=torch.long),
+            torch.zeros(3, longest, dtype=torch.long),
+        )
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+                ids,
+                attention_mask=mask,
+                max_new_tokens=NEW,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         _references[name] = model, prompts, out[:, longest:].tolist()
     return _references[name]  # type: ignore[no-any-return]
@@ -78,12 +86,17 @@ def test_greedy_tokens_and_logits(
     assert np.abs(got_logits - want_logits).max() < 1e-4
 
 
-def test_small_batch_prefills_together(model_folder: Callable[[str], Path], artifact: Callable[..., Path]) -> None:
+def test_small_batch_prefills_together(
+    model_folder: Callable[[str], Path], artifact: Callable[..., Path]
+) -> None:
     """A batch that fits in one chunk takes the padded road; its tokens are the same."""
     original, prompts, expected = reference("llama", model_folder("llama"))
     compiled = einfold.load(artifact("llama"), chunk=512, threads=1)
     for prompt, want, got in zip(
-        prompts, expected, compiled.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True), strict=True
+        prompts,
+        expected,
+        compiled.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True),
+        strict=True,
     ):
         check_tokens(original, prompt, want, got.tokens)
 
@@ -107,24 +120,41 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_everything_is_raised(name: str, model_folder: Callable[[str], Path]) -> None:
-    """Counts of raised operators, a layer at a time where the notes name layers; nothing is left spelled out."""
+    """Counts of raised operators, a layer at a time where notes name layers; nothing stays spelled out."""
     program, records = trace(open_model(model_folder(name)), Recipe())
     notes = {record.name: record.notes for record in records}
     attention, norms, rotary, gates, experts = COUNTS[name]
     assert sum(note.action == "applied" for note in notes["attach_cache"]) == attention
     assert sum(note.action == "applied" for note in notes["raise_norms"]) == norms
     assert sum(note.action == "applied" for note in notes["raise_rotary"]) == rotary
-    assert sum(note.what.startswith("gated_activation") for note in notes["raise_activations"]) == gates
+    assert (
+        sum(note.what.startswith("gated_activation") for note in notes["raise_activations"])
+        == gates
+    )
     assert len(list(program.nodes(einfold_ops.experts.default))) == experts
     for layer in range(2):
-        assert sum(note.where.startswith(f"layer {layer} ") for note in notes["raise_rotary"]) == rotary // 2
-    leftovers = [torch.ops.aten.rsqrt.default, torch.ops.aten.cos.default, torch.ops.aten.linear.default]
+        assert (
+            sum(note.where.startswith(f"layer {layer} ") for note in notes["raise_rotary"])
+            == rotary // 2
+        )
+    leftovers = [
+        torch.ops.aten.rsqrt.default,
+        torch.ops.aten.cos.default,
+        torch.ops.aten.linear.default,
+    ]
     assert not list(program.nodes(*leftovers))
-    assert not [note for name in ("raise_norms", "raise_rotary", "raise_linears") for note in notes[name] if note.action == "skipped"]
+    assert not [
+        note
+        for name in ("raise_norms", "raise_rotary", "raise_linears")
+        for note in notes[name]
+        if note.action == "skipped"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("head", "width"), [(24, None), (20, None), (12, None), (40, 16)], ids=["24", "20", "12", "partial 16 of 40"]
+    ("head", "width"),
+    [(24, None), (20, None), (12, None), (40, 16)],
+    ids=["24", "20", "12", "partial 16 of 40"],
 )
 def test_odd_head_sizes(head: int, width: int | None, tmp_path: Path) -> None:
     """Head sizes that GroupQueryAttention or its rotary refuses are lowered around it."""
@@ -134,7 +164,11 @@ def test_odd_head_sizes(head: int, width: int | None, tmp_path: Path) -> None:
         name = "phi3"
         changes = {
             "hidden_size": 4 * head,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": width / head},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": width / head,
+            },
         }
     folder = models.save(name, tmp_path / "model", **changes)
     original = models.build(name, **changes)
@@ -142,7 +176,9 @@ def test_odd_head_sizes(head: int, width: int | None, tmp_path: Path) -> None:
     compiled = einfold.load(tmp_path / "out", chunk=CHUNK, threads=1)
     prompt = np.random.default_rng(1).integers(3, models.VOCABULARY, 21).tolist()
     with torch.no_grad():
-        out = original.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        out = original.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+        )
     got = compiled.generate_batch([prompt, prompt[:7]], max_new_tokens=NEW, ignore_eos=True)[0]
     check_tokens(original, prompt, out[0, len(prompt) :].tolist(), got.tokens)
 
@@ -165,14 +201,20 @@ def models_in_float32(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_model_in_memory_compiles_like_its_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_model_in_memory_compiles_like_its_folder(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     einfold.compile(models.build("qwen2"), tmp_path / "out")
     original, prompts, expected = reference("qwen2", model_folder("qwen2"))
-    got = einfold.load(tmp_path / "out", threads=1).generate(prompts[0], max_new_tokens=NEW, ignore_eos=True)
+    got = einfold.load(tmp_path / "out", threads=1).generate(
+        prompts[0], max_new_tokens=NEW, ignore_eos=True
+    )
     check_tokens(original, prompts[0], expected[0], got.tokens)
 
 
-def test_reference_engine_agrees(model_folder: Callable[[str], Path], artifact: Callable[..., Path]) -> None:
+def test_reference_engine_agrees(
+    model_folder: Callable[[str], Path], artifact: Callable[..., Path]
+) -> None:
     """The graph in the artifact can always be run by the meaning of its operators."""
     original, prompts, expected = reference("mixtral", model_folder("mixtral"))
     compiled = einfold.load(artifact("mixtral", weights="fp32"), engine="reference", chunk=CHUNK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import sympy
@@ -22,10 +24,14 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
         cuts = sorted(draw(st.sets(st.integers(1, heads - 1), max_size=2))) if heads > 1 else []
         edges = [0, *cuts, heads]
         groups = tuple(
-            HeadGroup(tuple(order[a:b]), storage=Storage(draw(st.sampled_from(["f32", "f16", "i8"]))))
-            for a, b in zip(edges, edges[1:], strict=False)
+            HeadGroup(
+                tuple(order[a:b]), storage=Storage(draw(st.sampled_from(["f32", "f16", "i8"])))
+            )
+            for a, b in itertools.pairwise(edges)
         )
-        layers.append(LayerCache(layer, heads, draw(st.integers(1, 64)), draw(st.integers(1, 64)), groups))
+        layers.append(
+            LayerCache(layer, heads, draw(st.integers(1, 64)), draw(st.integers(1, 64)), groups)
+        )
     return CacheLayout(tuple(layers))
 
 

@@ -56,7 +56,11 @@ def test_softcap_and_sinks_spelled_out() -> None:
 def test_cached_attention_in_steps_is_attention(window: int, rotary: bool) -> None:
     """Any cut of a text into steps, rows of unequal length: the same as all at once without a cache."""
     total, size = 9, 8
-    q, k, v = randn(2, total, 4, size), randn(2, total, 2, size, seed=1), randn(2, total, 2, size, seed=2)
+    q, k, v = (
+        randn(2, total, 4, size),
+        randn(2, total, 2, size, seed=1),
+        randn(2, total, 2, size, seed=2),
+    )
     angles = torch.outer(torch.arange(64.0), torch.tensor([1.0, 0.1, 0.01]))
     cos, sin = angles.cos(), angles.sin()
     positions = torch.arange(total).expand(2, -1)
@@ -66,9 +70,21 @@ def test_cached_attention_in_steps_is_attention(window: int, rotary: bool) -> No
     lengths = torch.zeros(2, dtype=torch.long)
     for start, end in [(0, 4), (4, 5), (5, 9)]:
         out, key_cache, value_cache = ops.cached_attention(
-            q[:, start:end], k[:, start:end], v[:, start:end], key_cache, value_cache, lengths, None,
-            positions[:, start:end] if rotary else None, cos if rotary else None, sin if rotary else None,
-            0, 0.35, window, 0.0, False,
+            q[:, start:end],
+            k[:, start:end],
+            v[:, start:end],
+            key_cache,
+            value_cache,
+            lengths,
+            None,
+            positions[:, start:end] if rotary else None,
+            cos if rotary else None,
+            sin if rotary else None,
+            0,
+            0.35,
+            window,
+            0.0,
+            False,
         )
         torch.testing.assert_close(out, want[:, start:end], rtol=1e-5, atol=1e-6)
         lengths = lengths + (end - start)
@@ -79,12 +95,23 @@ def test_rows_of_unequal_length_do_not_see_padding() -> None:
     caches = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4)
     lengths = torch.tensor([6, 3])  # row 1 holds three tokens and three of padding
     none = (None, None, None)
-    _, keys, values = ops.cached_attention(q, k, v, *caches, torch.zeros(2, dtype=torch.long), None, *none, 0, 0.5, 0, 0.0, False)
+    _, keys, values = ops.cached_attention(
+        q, k, v, *caches, torch.zeros(2, dtype=torch.long), None, *none, 0, 0.5, 0, 0.0, False
+    )
     new = randn(2, 1, 2, 4, seed=3)
-    out, keys, values = ops.cached_attention(new, new, new, keys, values, lengths, None, *none, 0, 0.5, 0, 0.0, False)
+    out, keys, values = ops.cached_attention(
+        new, new, new, keys, values, lengths, None, *none, 0, 0.5, 0, 0.0, False
+    )
     text = torch.cat((k[1:, :3], new[1:]), 1)
     want = ops.attention(
-        torch.cat((q[1:, :3], new[1:]), 1), text, torch.cat((v[1:, :3], new[1:]), 1), None, 0, 0.5, 0, 0.0
+        torch.cat((q[1:, :3], new[1:]), 1),
+        text,
+        torch.cat((v[1:, :3], new[1:]), 1),
+        None,
+        0,
+        0.5,
+        0,
+        0.0,
     )
     torch.testing.assert_close(out[1, 0], want[0, -1], rtol=1e-5, atol=1e-6)
 
@@ -109,7 +136,12 @@ def test_bits_pack_and_unpack(bits: int, values: list[int]) -> None:
 
 
 @given(
-    st.sampled_from([2, 4, 8]), st.sampled_from([16, 32]), st.integers(1, 70), st.booleans(), st.integers(0, 5), st.floats(1e-6, 1e4)
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([16, 32]),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(0, 5),
+    st.floats(1e-6, 1e4),
 )
 def test_rounding_error_is_bounded_by_half_a_step(
     bits: int, block: int, width: int, symmetric: bool, seed: int, size: float
@@ -142,8 +174,25 @@ FAKES: list[tuple[Any, tuple[Any, ...]]] = [
     (ops.gated_activation, (randn(2, 8), randn(2, 8), "silu")),
     (ops.select_rows, (randn(2, 3, 8), torch.tensor([0, 5, 5]))),
     (ops.rotary, (randn(1, 3, 2, 8), torch.tensor([[0, 1, 2]]), randn(4, 2), randn(4, 2), True)),
-    (ops.attention, (randn(1, 3, 4, 8), randn(1, 3, 2, 8), randn(1, 3, 2, 6), None, 0, 1.0, 2, 0.0)),
-    (ops.experts, (randn(5, 8), torch.tensor([[0, 2]] * 5), randn(5, 2), randn(3, 12, 8), None, randn(3, 8, 6), None, "silu", 1.0, 0.0)),
+    (
+        ops.attention,
+        (randn(1, 3, 4, 8), randn(1, 3, 2, 8), randn(1, 3, 2, 6), None, 0, 1.0, 2, 0.0),
+    ),
+    (
+        ops.experts,
+        (
+            randn(5, 8),
+            torch.tensor([[0, 2]] * 5),
+            randn(5, 2),
+            randn(3, 12, 8),
+            None,
+            randn(3, 8, 6),
+            None,
+            "silu",
+            1.0,
+            0.0,
+        ),
+    ),
 ]
 
 

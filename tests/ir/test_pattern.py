@@ -38,6 +38,12 @@ def test_one_name_is_one_node() -> None:
 
 def test_numbers_conditions_and_alternatives() -> None:
     node = last(graph())
-    assert match(Call(aten.add.Tensor, Node("y"), Call(aten.mul.Tensor, Node("x"), Number(value=3))), node) is None
+    assert (
+        match(
+            Call(aten.add.Tensor, Node("y"), Call(aten.mul.Tensor, Node("x"), Number(value=3))),
+            node,
+        )
+        is None
+    )
     assert match(Node("n", where=lambda n: n.op == "placeholder"), node) is None
     assert match(Either((Call(aten.sub.Tensor), Call(aten.add.Tensor))), node) == {}

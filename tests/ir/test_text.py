@@ -29,7 +29,8 @@ BODY = """
 
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [(name, "fp32") for name in models.CONFIGS] + [("gemma3", "fp16"), ("mixtral", "int4"), ("gpt2", "int8")],
+    [(name, "fp32") for name in models.CONFIGS]
+    + [("gemma3", "fp16"), ("mixtral", "int4"), ("gpt2", "int8")],
 )
 def test_round_trip(name: str, weights: str, model_folder: Callable[[str], Path]) -> None:
     recipe = Recipe.build({"weights": {"format": weights}})

@@ -54,5 +54,8 @@ def test_unknown_operator() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     found = program(ATTENTION)
     node = list(found.graph.nodes)[1]
-    with Editor(found).before(found.output) as editor, pytest.raises(IRError, match=r"aten.mm.default.*does not accept"):
+    with (
+        Editor(found).before(found.output) as editor,
+        pytest.raises(IRError, match=r"aten.mm.default.*does not accept"),
+    ):
         editor.call(torch.ops.aten.mm.default, node, node)

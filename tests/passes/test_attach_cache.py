@@ -39,7 +39,9 @@ def test_attention_gets_a_cache_and_takes_the_rotary_in() -> None:
     assert found.layout.bytes(2, 10) == 2 * 2 * 10 * (8 + 8) * 4
     assert result.notes[0].what == "full cache, window 5 by mask"
     caches = {b.name: torch.zeros(b.shape) for b in found.layout.buffers(1, 9)}  # type: ignore[arg-type]
-    got = run(found, input_ids=ids, position_ids=positions, q=q, k=k, lengths=torch.tensor([0]), **caches)["o"]
+    got = run(
+        found, input_ids=ids, position_ids=positions, q=q, k=k, lengths=torch.tensor([0]), **caches
+    )["o"]
     torch.testing.assert_close(got, want)
 
 

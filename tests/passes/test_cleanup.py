@@ -47,7 +47,10 @@ def test_transposes_pass_through_splits() -> None:
     x = torch.randn(2, 3, 4, 6)
     want = run(found, x=x)["y"]
     Simplify().run(found)
-    assert calls(found) == ["aten.split_with_sizes.default(%x, [2, 4], -1)", "builtin.getitem(%1, 1)"]
+    assert calls(found) == [
+        "aten.split_with_sizes.default(%x, [2, 4], -1)",
+        "builtin.getitem(%1, 1)",
+    ]
     assert torch.equal(run(found, x=x)["y"], want)
 
 

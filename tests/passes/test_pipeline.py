@@ -43,10 +43,15 @@ def test_a_pass_that_comes_too_early_is_refused() -> None:
 
 def test_dumps_and_progress(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    records = PassManager(language_model_passes()[:3], tmp_path, lambda *a: told.append(a)).run(program(BODY))
+    records = PassManager(language_model_passes()[:3], tmp_path, lambda *a: told.append(a)).run(
+        program(BODY)
+    )
     names = [record.name for record in records]
     assert names == [name for name, _, _ in told]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00-captured.eir", *(f"{i:02d}-{n}.eir" for i, n in enumerate(names, 1))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "00-captured.eir",
+        *(f"{i:02d}-{n}.eir" for i, n in enumerate(names, 1)),
+    ]
     assert all(record.seconds >= 0 for record in records)
 
 

@@ -52,7 +52,11 @@ def test_rms_norm_by_power_and_square() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("[-1], true", "[0], true"), ("(%x, 2)", "(%x, 3)"), ("aten.mul.Tensor(%x, %d)", "aten.mul.Tensor(%a, %d)")],
+    [
+        ("[-1], true", "[0], true"),
+        ("(%x, 2)", "(%x, 3)"),
+        ("aten.mul.Tensor(%x, %d)", "aten.mul.Tensor(%a, %d)"),
+    ],
     ids=["other axis", "cube", "other numerator"],
 )
 def test_what_is_no_rms_norm_is_left_and_said(old: str, new: str) -> None:
@@ -203,17 +207,26 @@ def attention_model(spelling: Spelling) -> torch.nn.Module:
 
 
 def captured(module: torch.nn.Module) -> tuple[object, Tensor, Tensor]:
-    ids, positions = torch.randint(0, 11, (2, 6)), torch.stack((torch.arange(6), torch.arange(40, 46)))
+    ids, positions = (
+        torch.randint(0, 11, (2, 6)),
+        torch.stack((torch.arange(6), torch.arange(40, 46))),
+    )
     dims = {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}
     found = capture_module(module, (ids, positions), (dims, dims))
-    text = print_program(found).replace('vocabulary=0 context=0', 'vocabulary=11 context=64')
+    text = print_program(found).replace("vocabulary=0 context=0", "vocabulary=11 context=64")
     again = parse(text, lambda name, declared: Weight.of(found.weights[name].load()))
     return again, ids, positions
 
 
 @pytest.mark.parametrize(
     ("spelling", "width", "pairing"),
-    [(halves, 8, "false"), (parts, 8, "false"), (interleaved, 8, "true"), (partial, 4, "false"), (heads_second, 8, "false")],
+    [
+        (halves, 8, "false"),
+        (parts, 8, "false"),
+        (interleaved, 8, "true"),
+        (partial, 4, "false"),
+        (heads_second, 8, "false"),
+    ],
 )
 def test_rotary_in_any_spelling(spelling: Spelling, width: int, pairing: str) -> None:
     module = attention_model(spelling)

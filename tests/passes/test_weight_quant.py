@@ -41,7 +41,10 @@ def test_every_product_and_the_embedding_are_packed_and_a_shared_weight_once() -
         "einfold.quantized_embedding",
         *["einfold.quantized_linear"] * 3,
     ]
-    assert [name for name in found.weights if name.startswith("embed")] == ["embed.packed", "embed.scales"]
+    assert [name for name in found.weights if name.startswith("embed")] == [
+        "embed.packed",
+        "embed.scales",
+    ]
     assert relative(run(found, input_ids=IDS)["logits"], want) < 0.02
     saved = sum(note.bytes_saved for note in result.notes)
     assert saved == 4 * (200 * 64 + 2 * 96 * 64) - found.weights.nbytes
@@ -131,7 +134,9 @@ def test_half_is_a_storage_format() -> None:
     assert relative(got, want) < 1e-3
 
 
-@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "head_bits": 5}, {"block": 48}, {"block": 8}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"bits": 4, "head_bits": 5}, {"block": 48}, {"block": 8}]
+)
 def test_impossible_options(options: dict[str, int]) -> None:
     with pytest.raises(RecipeError):
         RoundToNearest(**options)  # type: ignore[arg-type]

@@ -83,11 +83,18 @@ def test_seeded_sampling_repeats_in_a_batch(artifact: Callable[..., Path]) -> No
     model = einfold.load(artifact("llama"), threads=1)
     settings = Sampling(temperature=1.0, seed=5)
     runs = [
-        [r.tokens for r in model.generate_batch([prompt(4), prompt(6)], max_new_tokens=10, sampling=settings, ignore_eos=True)]
+        [
+            r.tokens
+            for r in model.generate_batch(
+                [prompt(4), prompt(6)], max_new_tokens=10, sampling=settings, ignore_eos=True
+            )
+        ]
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
-    other = model.generate_batch([prompt(4)], max_new_tokens=10, sampling=Sampling(temperature=1.0, seed=6), ignore_eos=True)
+    other = model.generate_batch(
+        [prompt(4)], max_new_tokens=10, sampling=Sampling(temperature=1.0, seed=6), ignore_eos=True
+    )
     assert other[0].tokens != runs[0][0]
 
 

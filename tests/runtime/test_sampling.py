@@ -53,16 +53,35 @@ def test_repetition_penalty_on_both_signs() -> None:
     assert Sampler(Sampling(repetition_penalty=1.3)).pick(-np.abs(logits[2:]), NONE, [1]) == 0
 
 
-@given(st.integers(0, 2**31), st.floats(0.01, 5), st.integers(0, 8), st.floats(0.01, 1), st.floats(0, 1))
-def test_a_seed_repeats_a_draw(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.01, 5),
+    st.integers(0, 8),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+)
+def test_a_seed_repeats_a_draw(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     settings = Sampling(1.0, temperature, top_k, top_p, min_p, seed)
     logits = np.random.default_rng(seed).standard_normal(50).astype(np.float32) * 5
-    picks = [[sampler.pick(logits, NONE, []) for _ in range(5)] for sampler in (Sampler(settings), Sampler(settings))]
+    picks = [
+        [sampler.pick(logits, NONE, []) for _ in range(5)]
+        for sampler in (Sampler(settings), Sampler(settings))
+    ]
     assert picks[0] == picks[1]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_impossible_settings(wrong: dict[str, float]) -> None:
     with pytest.raises(RecipeError):

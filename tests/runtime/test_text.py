@@ -30,7 +30,9 @@ def test_encoding_is_that_of_transformers(tokenizer: Tokenizer, text_model: Path
     assert tokenizer.chat(messages) == want
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50
+)
 @given(st.text(max_size=40))
 def test_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     stream = tokenizer.stream()

@@ -180,7 +180,13 @@ def _standard(call: _Call) -> list[ir.Value]:
 
     query = heads_first(query, call.heads, call.key_size)
     caches = [
-        builder.op("TensorScatter", call.value(cache), heads_first(new, call.kv_heads, size), lengths, axis=2)
+        builder.op(
+            "TensorScatter",
+            call.value(cache),
+            heads_first(new, call.kv_heads, size),
+            lengths,
+            axis=2,
+        )
         for cache, new, size in (
             ("key_cache_BKCD", key, call.key_size),
             ("value_cache_BKCD", value, call.value_size),
@@ -229,7 +235,9 @@ def _spelled_out(
     new = builder.dim(ids, 1)
 
     def shape(*parts: int | ir.Value) -> ir.Value:
-        return builder.op("Concat", *(builder.ints(p) if isinstance(p, int) else p for p in parts), axis=0)
+        return builder.op(
+            "Concat", *(builder.ints(p) if isinstance(p, int) else p for p in parts), axis=0
+        )
 
     rows = builder.shared("Mul", new, builder.ints(group))
     query = builder.op("Reshape", query_BHSD, shape(0, call.kv_heads, rows, call.key_size))

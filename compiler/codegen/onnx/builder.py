@@ -41,10 +41,17 @@ class Builder:
         self._count = 0
 
     def op(
-        self, kind: str, *inputs: ir.Value | None, domain: str = "", name: str | None = None, **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Any,
     ) -> ir.Value:
         """A node with one result."""
-        return self.multi(kind, 1, *inputs, domain=domain, names=[name] if name else None, **attributes)[0]
+        return self.multi(
+            kind, 1, *inputs, domain=domain, names=[name] if name else None, **attributes
+        )[0]
 
     def multi(
         self,
@@ -66,7 +73,9 @@ class Builder:
         self.nodes.append(node)
         return list(node.outputs)
 
-    def shared(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def shared(
+        self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         """Like `op`, but an equal node that was made before is used again."""
         key = (kind, domain, inputs, tuple(sorted((k, str(v)) for k, v in attributes.items())))
         if key not in self._shared:
@@ -105,7 +114,9 @@ class Builder:
         shown = tuple(place.shape if shape is None else shape)
         kind = dtype or DTYPES[place.dtype]
         plain = start == 0 and shown == place.shape and dtype is None
-        label = name if plain else f"{name}[{start}:{'x'.join(map(str, shown))}:{kind.name.lower()}]"
+        label = (
+            name if plain else f"{name}[{start}:{'x'.join(map(str, shown))}:{kind.name.lower()}]"
+        )
         if label not in self.initializers:
             tensor = ir.ExternalTensor(
                 self.weights_file,
@@ -120,7 +131,10 @@ class Builder:
 
     def _initializer(self, name: str, tensor: Any) -> ir.Value:
         value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.initializers[name] = value
         return value

@@ -17,21 +17,33 @@ def rms_norm_ort(context: Context, node: fx.Node) -> ir.Value:
     x, weight, eps = node.args
     # In the default domain by history, not by standard: onnxruntime knows it under no other name.
     return context.builder.op(
-        "SimplifiedLayerNormalization", context.value(x), context.value(weight), axis=-1, epsilon=eps, stash_type=1
+        "SimplifiedLayerNormalization",
+        context.value(x),
+        context.value(weight),
+        axis=-1,
+        epsilon=eps,
+        stash_type=1,
     )
 
 
 @lowering(einfold_ops.rms_norm.default, flavour="portable")
 def rms_norm_portable(context: Context, node: fx.Node) -> ir.Value:
     x, weight, eps = node.args
-    return context.builder.op("RMSNormalization", context.value(x), context.value(weight), axis=-1, epsilon=eps)
+    return context.builder.op(
+        "RMSNormalization", context.value(x), context.value(weight), axis=-1, epsilon=eps
+    )
 
 
 @lowering(einfold_ops.layer_norm.default)
 def layer_norm(context: Context, node: fx.Node) -> ir.Value:
     x, weight, bias, eps = node.args
     return context.builder.op(
-        "LayerNormalization", context.value(x), context.value(weight), context.value(bias), axis=-1, epsilon=eps
+        "LayerNormalization",
+        context.value(x),
+        context.value(weight),
+        context.value(bias),
+        axis=-1,
+        epsilon=eps,
     )
 
 
@@ -103,7 +115,9 @@ def linear_portable(context: Context, node: fx.Node) -> ir.Value:
     return product(context, x, context.value(weight), context.optional(bias), node)
 
 
-def product(context: Context, x: Any, weight_NM: ir.Value, bias: ir.Value | None, node: fx.Node) -> ir.Value:
+def product(
+    context: Context, x: Any, weight_NM: ir.Value, bias: ir.Value | None, node: fx.Node
+) -> ir.Value:
     """x @ weight.T + bias by Gemm, over x flattened to two axes where it has more."""
     builder = context.builder
     value, shape = context.value(x), context.shape(x)
@@ -171,13 +185,20 @@ def _swish(context: Context, x: ir.Value, alpha: float) -> ir.Value:
 
 @lowering(einfold_ops.rotary.default)
 def rotary(context: Context, node: fx.Node) -> ir.Value:
-    x, positions, cos, sin, interleaved = node.args
+    x, positions, cos, sin, interleaved = context.arguments(node).values()
     _, _, heads, size = context.shape(x)
     assert heads is not None and size is not None
     flat = context.builder.reshape(context.value(x), [0, 0, heads * size])
     turned = rotate(
-        context, flat, context.value(positions), context.value(cos), context.value(sin),
-        heads, 2 * int(cos.meta["val"].shape[1]), size, bool(interleaved),  # type: ignore[union-attr]
+        context,
+        flat,
+        context.value(positions),
+        context.value(cos),
+        context.value(sin),
+        heads,
+        2 * int(cos.meta["val"].shape[1]),
+        size,
+        bool(interleaved),
     )
     return context.builder.reshape(turned, [0, 0, heads, size])
 

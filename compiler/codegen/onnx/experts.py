@@ -79,7 +79,9 @@ def _quantized_project(context: Context, found: dict[str, Any], part: str, width
         scale = expert_slice(context, scales, expert)
         weight = builder.op("DequantizeLinear", codes, scale, offsets, axis=1, block_size=block)
         if width != groups * block:
-            weight = builder.op("Slice", weight, builder.ints(0), builder.ints(width), builder.ints(1))
+            weight = builder.op(
+                "Slice", weight, builder.ints(0), builder.ints(width), builder.ints(1)
+            )
         return builder.op("Gemm", x, weight, _bias(context, bias, expert), transB=1)
 
     return ort if context.flavour == "ort" else portable
@@ -115,14 +117,20 @@ def _route(
     for expert in range(count):
         chosen = builder.op("Equal", index, builder.constant(expert, np.int64))
         # NonZero has no kernel for bool everywhere; float is supported by all.
-        places = builder.op("NonZero", builder.op("Cast", chosen, to=int(ir.DataType.FLOAT)))  # [2, n]
+        places = builder.op(
+            "NonZero", builder.op("Cast", chosen, to=int(ir.DataType.FLOAT))
+        )  # [2, n]
         token = builder.op("Gather", places, builder.constant(0, np.int64), axis=0)
         rows = builder.op("Gather", x, token, axis=0)
         gate, up = builder.multi("Split", 2, gate_up(expert, rows), axis=-1, num_outputs=2)
         hidden = gate_of(context, gate, up, found["kind"], found["alpha"], found["limit"])
         share = builder.op("GatherND", weight, builder.transpose(places, 1, 0))
-        result = builder.op("Mul", down(expert, hidden), builder.op("Unsqueeze", share, builder.ints(1)))
-        where = builder.op("Expand", builder.op("Unsqueeze", token, builder.ints(1)), builder.op("Shape", result))
+        result = builder.op(
+            "Mul", down(expert, hidden), builder.op("Unsqueeze", share, builder.ints(1))
+        )
+        where = builder.op(
+            "Expand", builder.op("Unsqueeze", token, builder.ints(1)), builder.op("Shape", result)
+        )
         out = builder.op("ScatterElements", out, where, result, axis=0, reduction="add")
     assert width
     return out

@@ -42,7 +42,9 @@ def _exported(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Mod
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             level = logging.root.manager.disable
-            logging.disable(logging.ERROR)  # the exporter speaks of packages that nothing here needs
+            logging.disable(
+                logging.ERROR
+            )  # the exporter speaks of packages that nothing here needs
             try:
                 context.exported[key] = _export(context, node, sources)
             finally:

@@ -103,7 +103,9 @@ def lower(
             inputs.append(context.values[node])
         elif node.op == "get_attr":
             # Packed weights are shown to their readers under other types; they read them by name.
-            context.values[node] = None if _packed(program, node) else builder.weight(str(node.target))
+            context.values[node] = (
+                None if _packed(program, node) else builder.weight(str(node.target))
+            )
         elif node.op == "call_function":
             context.values[node] = _lower_node(context, node, fallback.lower_by_torch)
     outputs = _outputs(context)
@@ -120,25 +122,27 @@ def lower(
 
 def _lower_node(context: Context, node: fx.Node, fallback: Lowering) -> Any:
     if node.target is operator.getitem:
-        return context.values[node.args[0]][node.args[1]]
+        source, index = node.args
+        return context.values[source][index]  # type: ignore[index]
     if not isinstance(node.meta["val"], (torch.Tensor, tuple, list)):
         return None  # sizes are read where a shape needs them, see standard_ops.shape_operand
     function = _TABLE.get((node.target, context.flavour), fallback)
     return function(context, node)
 
 
-
-
-
 def _outputs(context: Context) -> list[ir.Value]:
     output = context.program.output
-    values = []
+    values: list[ir.Value] = []
     for name, node in zip(output.meta["names"], output.args[0], strict=True):  # type: ignore[arg-type]
         value = context.value(node)
         taken = any(value is other for other in values)
         if value.producer() is None or taken or value.name != name:
             # An output has its own name; a cache output is the input's name with a prefix.
-            wanted = f"present.{name}" if any(name == str(p.target) for p in context.program.placeholders()) else name
+            wanted = (
+                f"present.{name}"
+                if any(name == str(p.target) for p in context.program.placeholders())
+                else name
+            )
             if value.producer() is None or taken:
                 value = context.builder.op("Identity", value, name=wanted)
             else:
@@ -169,4 +173,6 @@ def _has_contrib(builder: Builder) -> bool:
 
 
 def unsupported(node: fx.Node, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"{op_name(node.target)} at %{node.name} cannot be lowered to ONNX: {reason}")
+    return UnsupportedError(
+        f"{op_name(node.target)} at %{node.name} cannot be lowered to ONNX: {reason}"
+    )

@@ -18,7 +18,17 @@ _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 @lowering(einfold_ops.quantized_linear.default, flavour="ort")
 def quantized_linear_ort(context: Context, node: fx.Node) -> ir.Value:
     x, packed, scales, zeros, bias, bits, block = node.args
-    return matmul_nbits(context, context.value(x), packed, scales, zeros, context.optional(bias), bits, block, _width(context, x))
+    return matmul_nbits(
+        context,
+        context.value(x),
+        packed,
+        scales,
+        zeros,
+        context.optional(bias),
+        bits,
+        block,
+        _width(context, x),
+    )
 
 
 def matmul_nbits(
@@ -60,7 +70,14 @@ def quantized_linear_portable(context: Context, node: fx.Node) -> ir.Value:
 
 
 def dequantized(
-    context: Context, node: fx.Node, packed: object, scales: object, zeros: object, bits: object, block: object, width: int
+    context: Context,
+    node: fx.Node,
+    packed: object,
+    scales: object,
+    zeros: object,
+    bits: object,
+    block: object,
+    width: int,
 ) -> ir.Value:
     """The float weight [N, width] by DequantizeLinear with blocks along axis 1."""
     builder = context.builder
@@ -68,13 +85,21 @@ def dequantized(
     rows, groups, _ = builder.placements[name].shape
     assert isinstance(bits, int) and isinstance(block, int)
     if bits not in _UNSIGNED or bits == 2:
-        raise unsupported(node, f"standard operators of opset {context.opset} have no {bits}-bit weights")
+        raise unsupported(
+            node, f"standard operators of opset {context.opset} have no {bits}-bit weights"
+        )
     if zeros is None:
-        raise unsupported(node, "standard operators need explicit zero points (the pass explicit_zeros adds them)")
+        raise unsupported(
+            node, "standard operators need explicit zero points (the pass explicit_zeros adds them)"
+        )
     if bits == 4 and groups % 2:
-        raise unsupported(node, "an odd number of groups, whose zero points ONNX would pack across rows")
+        raise unsupported(
+            node, "an odd number of groups, whose zero points ONNX would pack across rows"
+        )
     codes = builder.weight(name, shape=(rows, groups * block), dtype=_UNSIGNED[bits])
-    offsets = builder.weight(context.weight_name(zeros), shape=(rows, groups), dtype=_UNSIGNED[bits])
+    offsets = builder.weight(
+        context.weight_name(zeros), shape=(rows, groups), dtype=_UNSIGNED[bits]
+    )
     weight = builder.op(
         "DequantizeLinear", codes, context.value(scales), offsets, axis=1, block_size=block
     )
@@ -85,11 +110,11 @@ def dequantized(
 
 @lowering(einfold_ops.quantized_embedding.default, flavour="ort")
 def quantized_embedding_ort(context: Context, node: fx.Node) -> ir.Value:
-    ids, packed, scales, zeros, bits, block, width = node.args
+    ids, packed, scales, zeros, bits, block, width = context.arguments(node).values()
     builder = context.builder
     name = context.weight_name(packed)
     rows, groups, size = builder.placements[name].shape
-    if bits == 2 or width != groups * int(block):  # type: ignore[arg-type,operator]
+    if bits == 2 or width != groups * int(block):
         return _gathered(context, node)
     return builder.op(
         "GatherBlockQuantized",
@@ -113,17 +138,27 @@ def quantized_embedding_portable(context: Context, node: fx.Node) -> ir.Value:
 def _gathered(context: Context, node: fx.Node) -> ir.Value:
     """Gathers the packed rows, then unpacks those alone: the table is never dequantized as a whole."""
     ids, packed, scales, zeros, bits, block, width = node.args
-    assert isinstance(bits, int) and isinstance(block, int) and isinstance(width, int) and bits in BITS
+    assert (
+        isinstance(bits, int) and isinstance(block, int) and isinstance(width, int) and bits in BITS
+    )
     builder = context.builder
     name = context.weight_name(packed)
     _, groups, _ = builder.placements[name].shape
-    rows = builder.op("Gather", builder.weight(name), context.value(ids), axis=0)  # [B, S, G, bytes]
+    rows = builder.op(
+        "Gather", builder.weight(name), context.value(ids), axis=0
+    )  # [B, S, G, bytes]
     codes = builder.reshape(_unpacked(context, rows, bits), [0, 0, groups, block])
-    scale = builder.op("Unsqueeze", builder.op("Gather", context.value(scales), context.value(ids), axis=0), builder.ints(-1))
+    scale = builder.op(
+        "Unsqueeze",
+        builder.op("Gather", context.value(scales), context.value(ids), axis=0),
+        builder.ints(-1),
+    )
     if zeros is None:
         offset = builder.floats(float(1 << (bits - 1)))
     else:
-        zero_rows = builder.op("Gather", builder.weight(context.weight_name(zeros)), context.value(ids), axis=0)
+        zero_rows = builder.op(
+            "Gather", builder.weight(context.weight_name(zeros)), context.value(ids), axis=0
+        )
         whole = builder.reshape(_unpacked(context, zero_rows, bits), [0, 0, -1])
         cut = builder.op("Slice", whole, builder.ints(0), builder.ints(groups), builder.ints(2))
         offset = builder.op("Unsqueeze", cut, builder.ints(-1))
@@ -144,7 +179,9 @@ def _unpacked(context: Context, packed: ir.Value, bits: int) -> ir.Value:
     for index in range(8 // bits):
         moved = packed
         if index:
-            moved = builder.op("BitShift", packed, builder.constant(bits * index, np.uint8), direction="RIGHT")
+            moved = builder.op(
+                "BitShift", packed, builder.constant(bits * index, np.uint8), direction="RIGHT"
+            )
         part = builder.op("BitwiseAnd", moved, mask)
         parts.append(builder.op("Unsqueeze", part, builder.ints(-1)))
     return builder.op("Cast", builder.op("Concat", *parts, axis=-1), to=int(ir.DataType.FLOAT))

@@ -66,7 +66,9 @@ def operand(context: Context, value: Any, like: fx.Node) -> ir.Value:
             return context.builder.cast(size_of(context, value), like.meta["val"].dtype)
         wanted, has = like.meta["val"].dtype, value.meta["val"].dtype
         found = context.value(value)
-        return found if has == wanted or wanted == torch.bool else context.builder.cast(found, wanted)
+        return (
+            found if has == wanted or wanted == torch.bool else context.builder.cast(found, wanted)
+        )
     array = torch.tensor(value, dtype=like.meta["val"].dtype).numpy()
     return context.builder.constant(array, array.dtype)
 
@@ -121,14 +123,18 @@ def gelu(context: Context, node: fx.Node) -> ir.Value:
 @lowering(aten.clamp.default)
 def clamp(context: Context, node: fx.Node) -> ir.Value:
     found = context.arguments(node)
-    bounds = [None if found[key] is None else operand(context, found[key], node) for key in ("min", "max")]
+    bounds = [
+        None if found[key] is None else operand(context, found[key], node) for key in ("min", "max")
+    ]
     return context.builder.op("Clip", context.value(found["self"]), *bounds)
 
 
 @lowering(aten.masked_fill.Scalar)
 def masked_fill(context: Context, node: fx.Node) -> ir.Value:
     x, mask, value = node.args
-    return context.builder.op("Where", context.value(mask), operand(context, value, node), context.value(x))
+    return context.builder.op(
+        "Where", context.value(mask), operand(context, value, node), context.value(x)
+    )
 
 
 @lowering(aten.gather.default)
@@ -154,12 +160,18 @@ def matmul(context: Context, node: fx.Node) -> ir.Value:
 
 @lowering(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
 def reduce(context: Context, node: fx.Node) -> ir.Value:
-    kind = {aten.sum.dim_IntList: "ReduceSum", aten.mean.dim: "ReduceMean", aten.amax.default: "ReduceMax"}[
+    kind = {
+        aten.sum.dim_IntList: "ReduceSum",
+        aten.mean.dim: "ReduceMean",
+        aten.amax.default: "ReduceMax",
+    }[
         node.target  # type: ignore[index]
     ]
     found = context.arguments(node)
     axes = context.builder.ints(*_ints(found["dim"])) if found["dim"] else None
-    return context.builder.op(kind, operand(context, found["self"], node), axes, keepdims=int(found["keepdim"]))
+    return context.builder.op(
+        kind, operand(context, found["self"], node), axes, keepdims=int(found["keepdim"])
+    )
 
 
 @lowering(aten.topk.default)
@@ -187,14 +199,22 @@ def size_of(context: Context, size: Any) -> ir.Value:
         return builder.ints(size)
     if size.target is aten.sym_size.int:
         return builder.dim(context.value(size.args[0]), int(size.args[1]))
-    kinds = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div", operator.mod: "Mod"}
+    kinds = {
+        operator.add: "Add",
+        operator.sub: "Sub",
+        operator.mul: "Mul",
+        operator.floordiv: "Div",
+        operator.mod: "Mod",
+    }
     if size.target in kinds:
         left, right = (size_of(context, part) for part in size.args)
         return builder.shared(kinds[size.target], left, right)
     raise unsupported(size, "an integer computed in a way that ONNX shapes do not express")
 
 
-def shape_operand(context: Context, sizes: Sequence[Any], source: fx.Node | None = None) -> ir.Value:
+def shape_operand(
+    context: Context, sizes: Sequence[Any], source: fx.Node | None = None
+) -> ir.Value:
     """A shape; with `source`, dims that stay where they are become 0 and one unknown dim -1."""
     builder = context.builder
     have = source.meta["val"].shape if source is not None else ()
@@ -215,7 +235,14 @@ def shape_operand(context: Context, sizes: Sequence[Any], source: fx.Node | None
         return builder.ints(*dims)
     if source is not None:
         dims = [size_of(context, sizes[i]) if dim == 0 else dim for i, dim in enumerate(dims)]
-    parts = [builder.ints(dim) if isinstance(dim, int) else dim if isinstance(dim, ir.Value) else size_of(context, dim) for dim in dims]
+    parts = [
+        builder.ints(dim)
+        if isinstance(dim, int)
+        else dim
+        if isinstance(dim, ir.Value)
+        else size_of(context, dim)
+        for dim in dims
+    ]
     return builder.op("Concat", *parts, axis=0)
 
 
@@ -228,7 +255,9 @@ def reshape(context: Context, node: fx.Node) -> ir.Value:
     for index, size in enumerate(node.meta["val"].shape):
         if wanted[index] == -1 and isinstance(size, int):
             wanted[index] = size
-    return context.builder.op("Reshape", context.value(source), shape_operand(context, wanted, source))
+    return context.builder.op(
+        "Reshape", context.value(source), shape_operand(context, wanted, source)
+    )
 
 
 @lowering(aten.expand.default)
@@ -240,9 +269,9 @@ def expand(context: Context, node: fx.Node) -> ir.Value:
 @lowering(aten.transpose.int, aten.t.default)
 def transpose(context: Context, node: fx.Node) -> ir.Value:
     rank = node.meta["val"].dim()
-    first, second = (node.args[1], node.args[2]) if node.target is aten.transpose.int else (0, 1)
+    found = context.arguments(node)
     perm = list(range(rank))
-    a, b = int(first) % rank, int(second) % rank  # type: ignore[call-overload]
+    a, b = found.get("dim0", 0) % rank, found.get("dim1", 1) % rank
     perm[a], perm[b] = perm[b], perm[a]
     return context.builder.transpose(context.value(node.args[0]), *perm)
 
@@ -250,17 +279,23 @@ def transpose(context: Context, node: fx.Node) -> ir.Value:
 @lowering(aten.permute.default)
 def permute(context: Context, node: fx.Node) -> ir.Value:
     rank = node.meta["val"].dim()
-    return context.builder.transpose(context.value(node.args[0]), *(d % rank for d in _ints(node.args[1])))
+    return context.builder.transpose(
+        context.value(node.args[0]), *(d % rank for d in _ints(node.args[1]))
+    )
 
 
 @lowering(aten.unsqueeze.default)
 def unsqueeze(context: Context, node: fx.Node) -> ir.Value:
-    return context.builder.op("Unsqueeze", context.value(node.args[0]), context.builder.ints(*_ints([node.args[1]])))
+    return context.builder.op(
+        "Unsqueeze", context.value(node.args[0]), context.builder.ints(*_ints([node.args[1]]))
+    )
 
 
 @lowering(aten.squeeze.dim)
 def squeeze(context: Context, node: fx.Node) -> ir.Value:
-    return context.builder.op("Squeeze", context.value(node.args[0]), context.builder.ints(*_ints([node.args[1]])))
+    return context.builder.op(
+        "Squeeze", context.value(node.args[0]), context.builder.ints(*_ints([node.args[1]]))
+    )
 
 
 @lowering(aten.cat.default)
@@ -272,7 +307,9 @@ def cat(context: Context, node: fx.Node) -> ir.Value:
 @lowering(aten.split_with_sizes.default)
 def split(context: Context, node: fx.Node) -> list[ir.Value]:
     found = context.arguments(node)
-    return context.builder.split(context.value(found["self"]), _ints(found["split_sizes"]), found["dim"])
+    return context.builder.split(
+        context.value(found["self"]), _ints(found["split_sizes"]), found["dim"]
+    )
 
 
 @lowering(aten.slice.Tensor)
@@ -282,7 +319,12 @@ def slice_(context: Context, node: fx.Node) -> ir.Value:
     start = size_of(context, found["start"] or 0)
     end = size_of(context, 2**62 if found["end"] is None else found["end"])
     return builder.op(
-        "Slice", context.value(found["self"]), start, end, builder.ints(found["dim"]), builder.ints(found["step"])
+        "Slice",
+        context.value(found["self"]),
+        start,
+        end,
+        builder.ints(found["dim"]),
+        builder.ints(found["step"]),
     )
 
 
@@ -296,7 +338,9 @@ def select(context: Context, node: fx.Node) -> ir.Value:
 @lowering(aten.index_select.default)
 def index_select(context: Context, node: fx.Node) -> ir.Value:
     found = context.arguments(node)
-    return context.builder.op("Gather", context.value(found["self"]), context.value(found["index"]), axis=found["dim"])
+    return context.builder.op(
+        "Gather", context.value(found["self"]), context.value(found["index"]), axis=found["dim"]
+    )
 
 
 @lowering(aten.full.default)
@@ -315,7 +359,12 @@ def arange(context: Context, node: fx.Node) -> ir.Value:
         bounds.append(1)
     dtype = node.meta["val"].dtype
     builder = context.builder
-    scalars = [builder.op("Squeeze", operand(context, bound, node)) if isinstance(bound, fx.Node) else operand(context, bound, node) for bound in bounds]
+    scalars = [
+        builder.op("Squeeze", operand(context, bound, node))
+        if isinstance(bound, fx.Node)
+        else operand(context, bound, node)
+        for bound in bounds
+    ]
     if dtype not in (torch.int64, torch.float32):
         raise unsupported(node, f"a range of {dtype}")
     return builder.op("Range", *scalars)
@@ -325,11 +374,12 @@ def arange(context: Context, node: fx.Node) -> ir.Value:
 def where(context: Context, node: fx.Node) -> ir.Value:
     condition, left, right = node.args
     return context.builder.op(
-        "Where", context.value(condition), operand(context, left, node), operand(context, right, node)
+        "Where",
+        context.value(condition),
+        operand(context, left, node),
+        operand(context, right, node),
     )
 
 
 def _ints(values: Any) -> list[int]:
     return [int(value) for value in values]
-
-

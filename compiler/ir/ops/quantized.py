@@ -27,7 +27,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     pad = -values.shape[-1] % per_byte
     parts = functional.pad(values.to(torch.uint8), (0, pad)).unflatten(-1, (-1, per_byte))
-    packed = parts[..., 0].clone()
+    packed: Tensor = parts[..., 0].clone()
     for index in range(1, per_byte):
         packed |= parts[..., index] << (bits * index)
     return packed
@@ -85,7 +85,13 @@ def _(
 
 @torch.library.custom_op("einfold::quantized_embedding", mutates_args=())
 def quantized_embedding(
-    ids: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, width: int
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    block: int,
+    width: int,
 ) -> Tensor:
     """Rows `ids` of the dequantized table [V, width]."""
     zero_rows = None if zeros is None else zeros[ids]
@@ -94,7 +100,13 @@ def quantized_embedding(
 
 @quantized_embedding.register_fake
 def _(
-    ids: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, width: int
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    block: int,
+    width: int,
 ) -> Tensor:
     return scales.new_empty((*ids.shape, width))
 
@@ -120,7 +132,9 @@ def quantized_experts(
 ) -> Tensor:
     """`einfold::experts` over packed weights: a leading axis E on every weight."""
 
-    def apply(expert: int, rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    def apply(
+        expert: int, rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
+    ) -> Tensor:
         weight = dequantize(
             packed[expert], scales[expert], pick(zeros, expert), bits, block, rows.shape[-1]
         )

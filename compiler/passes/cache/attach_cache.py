@@ -36,7 +36,9 @@ class AttachCache(Pass):
         if not nodes:
             result.skipped("graph", "no attention in the graph")
             return result
-        program.layout = CacheLayout(tuple(_full_cache(node, Storage(self.storage)) for node in nodes))
+        program.layout = CacheLayout(
+            tuple(_full_cache(node, Storage(self.storage)) for node in nodes)
+        )
         lengths = editor.input("lengths", ["B"], torch.int64)
         names: list[str] = []
         values: list[fx.Node] = []
@@ -44,7 +46,9 @@ class AttachCache(Pass):
             layer = int(call_arguments(node)["layer"])
             caches = [
                 editor.input(
-                    f"{cache_name(layer, 0)}.{part}", _cache_shape(program.layout[layer], part), DTYPES[self.storage]
+                    f"{cache_name(layer, 0)}.{part}",
+                    _cache_shape(program.layout[layer], part),
+                    DTYPES[self.storage],
                 )
                 for part in ("key", "value")
             ]
@@ -52,7 +56,9 @@ class AttachCache(Pass):
             values += updated
             names += [str(cache.target) for cache in caches]
             window = int(call_arguments(node)["window"])
-            result.applied(f"layer {layer}", "full cache" + (f", window {window} by mask" if window else ""))
+            result.applied(
+                f"layer {layer}", "full cache" + (f", window {window} by mask" if window else "")
+            )
         present = list(program.output.args[0])  # type: ignore[arg-type]
         editor.set_output(present + values, program.output_names() + names)
         remove_dead_nodes(program)
@@ -64,14 +70,18 @@ def _full_cache(node: fx.Node, storage: Storage) -> LayerCache:
     keys, values = found["k_BSKD"].meta["val"], found["v_BSKD"].meta["val"]
     heads = int(keys.shape[2])
     group = HeadGroup(heads=tuple(range(heads)), storage=storage)
-    return LayerCache(int(found["layer"]), heads, int(keys.shape[3]), int(values.shape[3]), (group,))
+    return LayerCache(
+        int(found["layer"]), heads, int(keys.shape[3]), int(values.shape[3]), (group,)
+    )
 
 
 def _cache_shape(cache: LayerCache, part: str) -> list[int | str]:
     return ["B", cache.kv_heads, "C", cache.key_size if part == "key" else cache.value_size]
 
 
-def _attach(editor: Editor, node: fx.Node, caches: list[fx.Node], lengths: fx.Node) -> list[fx.Node]:
+def _attach(
+    editor: Editor, node: fx.Node, caches: list[fx.Node], lengths: fx.Node
+) -> list[fx.Node]:
     """Replaces one attention; gives the updated caches."""
     found = call_arguments(node)
     query, key, rotary = _without_rotary(found["q_BSHD"], found["k_BSKD"])

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...ir.ops import einfold_ops
-from ...ir.program import Editor, Program, remove_dead_nodes
+from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ..base import Pass, PassResult
 
 aten = torch.ops.aten
@@ -57,23 +57,31 @@ def _reshapes(program: Program) -> bool:
 def _transposes(program: Program) -> bool:
     changed, editor = False, Editor(program)
     for node in program.nodes(aten.transpose.int):
-        source, *dims = node.args
-        assert isinstance(source, fx.Node)
-        rank = source.meta["val"].dim()
-        axes = {int(dim) % rank for dim in dims}  # type: ignore[call-overload]
-        if source.target is aten.transpose.int and {int(d) % rank for d in source.args[1:]} == axes:  # type: ignore[call-overload,arg-type]
-            editor.replace(node, source.args[0])  # type: ignore[arg-type]
+        source: fx.Node = call_arguments(node)["self"]
+        axes = _axes(node)
+        if source.target is aten.transpose.int and _axes(source) == axes:
+            editor.replace(node, call_arguments(source)["self"])
             changed = True
         elif len(axes) == 1:
             editor.replace(node, source)
             changed = True
     for node in program.nodes(*_LAST_AXIS):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if source.target is aten.transpose.int and _keeps_last(source) and _on_last_axis(node):
+        source = next(iter(call_arguments(node).values()))
+        last = source.meta["val"].dim() - 1
+        if (
+            source.target is aten.transpose.int
+            and last not in _axes(source)
+            and _on_last_axis(node)
+        ):
             _sink_transpose(editor, source, node)
             changed = True
     return changed
+
+
+def _axes(transpose: fx.Node) -> set[int]:
+    """The two axes that a transpose swaps, counted from the front."""
+    found, rank = call_arguments(transpose), transpose.meta["val"].dim()
+    return {found["dim0"] % rank, found["dim1"] % rank}
 
 
 def _sink_transpose(editor: Editor, transpose: fx.Node, node: fx.Node) -> None:
@@ -93,48 +101,44 @@ def _sink_transpose(editor: Editor, transpose: fx.Node, node: fx.Node) -> None:
 
 
 def _on_last_axis(node: fx.Node) -> bool:
-    if node.target is einfold_ops.rms_norm.default:
-        return True
-    place = 2 if node.target is aten.split_with_sizes.default else 1
-    dim = int(node.args[place]) if len(node.args) > place else 0  # type: ignore[arg-type]
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return dim % source.meta["val"].dim() == source.meta["val"].dim() - 1
+    found = call_arguments(node)
+    if "dim" not in found:
+        return True  # norms have no choice of axis
+    rank: int = found["self"].meta["val"].dim()
+    return bool(found["dim"] % rank == rank - 1)
 
 
 def _slices(program: Program) -> bool:
     """Slices that together cut a last axis into pieces become one split (Phi-3's fused projections)."""
     changed, editor = False, Editor(program)
     for source in list(program.graph.nodes):
-        cuts = [user for user in source.users if user.target is aten.slice.Tensor and _on_last_axis(user)]
-        if len(cuts) < 2 or len(cuts) != len(source.users):
+        cuts = {user: _span(user) for user in source.users}
+        if len(cuts) < 2 or not all(cuts.values()):
             continue
-        size = source.meta["val"].shape[-1]
-        spans = sorted((_span(cut, size), cut) for cut in cuts if _span(cut, size) is not None)
-        edges = [span[0] for span, _ in spans] + [size]
-        if len(spans) != len(cuts) or edges[0] != 0 or any(s[1] != e for (s, _), e in zip(spans, edges[1:], strict=True)):
+        ordered = sorted(cuts, key=lambda cut: cuts[cut] or (0, 0))
+        spans = [cuts[cut] or (0, 0) for cut in ordered]
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        if [0, *ends] != [*starts, source.meta["val"].shape[-1]]:
             continue
-        with editor.before(min(cuts, key=list(program.graph.nodes).index)):
-            sizes = [end - start for (start, end), _ in spans]
+        with editor.after(source):
+            sizes = [end - start for start, end in spans]
             split = editor.call(aten.split_with_sizes.default, source, sizes, -1)
-        for (_, cut), part in zip(spans, editor.results(split), strict=True):
+        for cut, part in zip(ordered, editor.results(split), strict=True):
             editor.replace(cut, part)
         changed = True
     return changed
 
 
-def _span(cut: fx.Node, size: int) -> tuple[int, int] | None:
-    _, _, start, end, step = (*cut.args, 0, None, 1)[:5] if len(cut.args) == 2 else (*cut.args, *(None, 1)[len(cut.args) - 3 :])[:5]
-    if step != 1 or not all(isinstance(v, (int, type(None))) for v in (start, end)):
+def _span(node: fx.Node) -> tuple[int, int] | None:
+    """(start, end) of a slice along the last axis with fixed bounds; None for anything else."""
+    if node.target is not aten.slice.Tensor or not _on_last_axis(node):
         return None
-    low = int(start or 0)  # type: ignore[call-overload]
-    high = size if end is None else min(int(end), size)  # type: ignore[call-overload]
-    return (low % size if low < 0 else low, high % size if high < 0 else high)
-
-
-def _keeps_last(transpose: fx.Node) -> bool:
-    rank = transpose.meta["val"].dim()
-    return all(int(dim) % rank != rank - 1 for dim in transpose.args[1:])  # type: ignore[call-overload]
+    found = call_arguments(node)
+    size = found["self"].meta["val"].shape[-1]
+    start, end = found["start"] or 0, size if found["end"] is None else found["end"]
+    if found["step"] != 1 or not all(isinstance(value, int) for value in (size, start, end)):
+        return None
+    return start % size if start < 0 else start, end % size if end < 0 else min(end, size)
 
 
 def _merge_equal(program: Program) -> bool:

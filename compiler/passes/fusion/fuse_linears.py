@@ -56,14 +56,19 @@ def _fuse(program: Program, editor: Editor, group: list[fx.Node], result: PassRe
     weights = [program.weights[str(read.target)] for read in reads]
     names = [str(read.target) for read in reads]
     stem = common_stem(names)
-    label = "_".join(name.removeprefix(stem + ".").removesuffix(".weight").removesuffix("_proj") for name in names)
+    label = "_".join(
+        name.removeprefix(stem + ".").removesuffix(".weight").removesuffix("_proj")
+        for name in names
+    )
     sizes = [weight.shape[0] for weight in weights]
     biases = [argument["bias"] for argument in arguments]
     with editor.before(group[0]):
         stacked = editor.weight(f"{stem}.{label}.weight", _stack(weights))
         bias = None
         if any(biases):
-            bias = editor.weight(f"{stem}.{label}.bias", _stack(_bias_weights(program, biases, weights)))
+            bias = editor.weight(
+                f"{stem}.{label}.bias", _stack(_bias_weights(program, biases, weights))
+            )
         whole = editor.call(einfold_ops.linear.default, arguments[0]["x"], stacked, bias)
         parts = editor.call(aten.split_with_sizes.default, whole, sizes, -1)
     for node, part in zip(group, editor.results(parts), strict=True):
@@ -75,7 +80,9 @@ def _bias_weights(
     program: Program, biases: Sequence[fx.Node | None], weights: Sequence[Weight]
 ) -> list[Weight]:
     return [
-        program.weights[str(bias.target)] if bias is not None else Weight.of(torch.zeros(weight.shape[0]))
+        program.weights[str(bias.target)]
+        if bias is not None
+        else Weight.of(torch.zeros(weight.shape[0]))
         for bias, weight in zip(biases, weights, strict=True)
     ]
 

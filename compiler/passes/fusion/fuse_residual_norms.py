@@ -40,12 +40,17 @@ class FuseResidualNorms(Pass):
             if not _same_type(program, left, right):
                 result.skipped(place_of(node), "the addition before the norm broadcasts")
                 continue
-            if any(user is not node and user.target in _FUSED and user.args[0] is total for user in total.users):
+            if any(
+                user is not node and user.target in _FUSED and user.args[0] is total
+                for user in total.users
+            ):
                 result.skipped(place_of(node), "two norms read the same sum")
                 continue
             with editor.before(total):
                 # The norm's weights are read where they stand first; move them ahead of the sum.
-                weights = [editor.read(str(w.target)) for w in node.args[1:] if isinstance(w, fx.Node)]
+                weights = [
+                    editor.read(str(w.target)) for w in node.args[1:] if isinstance(w, fx.Node)
+                ]
                 rest = [value for value in node.args[1:] if not isinstance(value, fx.Node)]
                 fused = editor.call(_FUSED[node.target], left, right, *weights, *rest)  # type: ignore[index]
             normed, summed = editor.results(fused)

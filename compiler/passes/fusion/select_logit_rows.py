@@ -47,14 +47,11 @@ class SelectLogitRows(Pass):
         head = chain[0]
         with editor.before(head):
             picked = editor.call(einfold_ops.select_rows.default, head.args[0], rows)
-        new: fx.Node = picked
+        old, new = head.args[0], picked
         for node in chain:
             with editor.before(node):
-                args = [picked if node is head and i == 0 else a for i, a in enumerate(node.args)]
-                if node is not head:
-                    args = [new if a is previous else a for a in args]
-                new = editor.call(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
-            previous = node
+                args = [new if argument is old else argument for argument in node.args]
+                old, new = node, editor.call(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
         values[names.index("logits")] = new
         editor.set_output(values, names)
         for node in reversed(chain):

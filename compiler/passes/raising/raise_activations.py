@@ -15,7 +15,9 @@ from ..base import Pass, PassResult, place_of
 aten = torch.ops.aten
 
 _X = Node("x")
-_CUBE = Call(aten.mul.Tensor, Call(aten.pow.Tensor_Scalar, _X, Number(value=3)), Number(value=0.044715))
+_CUBE = Call(
+    aten.mul.Tensor, Call(aten.pow.Tensor_Scalar, _X, Number(value=3)), Number(value=0.044715)
+)
 _INNER = Call(aten.mul.Tensor, Call(aten.add.Tensor, _X, _CUBE), Number(value=0.7978845608))
 _GELU_TANH = Call(
     aten.mul.Tensor,
@@ -50,14 +52,18 @@ class RaiseActivations(Pass):
         remove_dead_nodes(program)
         return result
 
-    def _raise_gate(self, program: Program, editor: Editor, node: fx.Node, result: PassResult) -> None:
+    def _raise_gate(
+        self, program: Program, editor: Editor, node: fx.Node, result: PassResult
+    ) -> None:
         found = match(Call(aten.mul.Tensor, Call(_ACTIVATIONS, Node("gate")), Node("up")), node)
         if found is None:
             return
         gate, up = found["gate"], found["up"]
         if program.shapes.describe(gate.meta["val"]) != program.shapes.describe(up.meta["val"]):
             return
-        activation = next(a for a in node.args if isinstance(a, fx.Node) and a.target in _ACTIVATIONS)
+        activation = next(
+            a for a in node.args if isinstance(a, fx.Node) and a.target in _ACTIVATIONS
+        )
         with editor.before(node):
             new = editor.call(einfold_ops.gated_activation.default, gate, up, _kind(activation))
         result.applied(place_of(gate), f"gated_activation ({_kind(activation)})")

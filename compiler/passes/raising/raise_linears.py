@@ -45,8 +45,12 @@ class RaiseLinears(Pass):
         remove_dead_nodes(program)
         return result
 
-    def _raise_product(self, program: Program, editor: Editor, node: fx.Node, result: PassResult) -> None:
-        bias, x, matrix = (None, *node.args[:2]) if node.target is not aten.addmm.default else node.args[:3]
+    def _raise_product(
+        self, program: Program, editor: Editor, node: fx.Node, result: PassResult
+    ) -> None:
+        bias, x, matrix = (
+            (None, *node.args[:2]) if node.target is not aten.addmm.default else node.args[:3]
+        )
         weight = program.weight_of(matrix)
         scaled = any(call_arguments(node).get(key, 1) != 1 for key in ("beta", "alpha"))
         if weight is None or len(weight.shape) != 2 or scaled:

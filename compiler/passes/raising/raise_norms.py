@@ -28,7 +28,9 @@ _MEAN_OF_X = Call(aten.mean.dim, _X, [-1], True)
 _CENTRED = Call(aten.sub.Tensor, _X, _MEAN_OF_X)
 _VARIANCE = Call(aten.mean.dim, Call(aten.pow.Tensor_Scalar, _CENTRED, Number(value=2)), [-1], True)
 _STANDARD = Call(
-    aten.mul.Tensor, _CENTRED, Call(aten.rsqrt.default, Call(aten.add.Tensor, _VARIANCE, Number("eps")))
+    aten.mul.Tensor,
+    _CENTRED,
+    Call(aten.rsqrt.default, Call(aten.add.Tensor, _VARIANCE, Number("eps"))),
 )
 _LAYER_NORMED = Call(aten.mul.Tensor, _STANDARD, Node("weight", where=lambda n: n.op == "get_attr"))
 
@@ -49,7 +51,11 @@ class RaiseNorms(Pass):
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
-        for pattern, raise_one in ((_LAYER_NORMED, _raise_spelled), (_SCALED, _raise_rms), (_NORMED, _raise_rms)):
+        for pattern, raise_one in (
+            (_LAYER_NORMED, _raise_spelled),
+            (_SCALED, _raise_rms),
+            (_NORMED, _raise_rms),
+        ):
             for node in program.nodes(aten.mul.Tensor):
                 found = match(pattern, node) if node.users else None
                 if found is not None:
@@ -58,7 +64,9 @@ class RaiseNorms(Pass):
         for node in program.nodes(aten.layer_norm.default):
             _raise_layer_norm(program, editor, node, result)
         for node in program.nodes(aten.rsqrt.default):
-            result.skipped(place_of(node), "a reciprocal square root that is no RMSNorm over the last axis")
+            result.skipped(
+                place_of(node), "a reciprocal square root that is no RMSNorm over the last axis"
+            )
         return result
 
 
@@ -104,8 +112,12 @@ def _raise_layer_norm(program: Program, editor: Editor, node: fx.Node, result: P
         result.skipped(place_of(node), "layer_norm over more than the last axis")
         return
     with editor.before(node):
-        weight = arguments["weight"] or editor.weight(f"{node.name}.weight", Weight.of(torch.ones(width)))
-        bias = arguments["bias"] or editor.weight(f"{node.name}.bias", Weight.of(torch.zeros(width)))
+        weight = arguments["weight"] or editor.weight(
+            f"{node.name}.weight", Weight.of(torch.ones(width))
+        )
+        bias = arguments["bias"] or editor.weight(
+            f"{node.name}.bias", Weight.of(torch.zeros(width))
+        )
         new = editor.call(
             einfold_ops.layer_norm.default, arguments["input"], weight, bias, arguments["eps"]
         )

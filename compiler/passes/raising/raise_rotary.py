@@ -17,7 +17,13 @@ from torch import Tensor, fx
 from ...ir.interpreter import evaluate_cone
 from ...ir.ops import einfold_ops
 from ...ir.ops.rotary import rotary_reference
-from ...ir.program import Editor, Program, attention_nodes, remove_dead_nodes
+from ...ir.program import (
+    Editor,
+    Program,
+    attention_nodes,
+    call_arguments,
+    remove_dead_nodes,
+)
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
 
@@ -131,7 +137,9 @@ class _Raiser:
                 if isinstance(data.meta["val"], Tensor) and data.meta["val"].dim() == 4:
                     return _Cone(output, data, frozenset(angles))
             latest = max(leaves, key=lambda node: self.order[node])
-            builtin = latest.op == "call_function" and not isinstance(latest.target, torch._ops.OpOverload)
+            builtin = latest.op == "call_function" and not isinstance(
+                latest.target, torch._ops.OpOverload
+            )
             if latest.op != "call_function" or not (latest.target in _INSIDE or builtin):
                 return None
             leaves.remove(latest)
@@ -161,7 +169,9 @@ class _Raiser:
                 einfold_ops.rotary.default, data, self.positions, cosine, sine, tables.interleaved
             )
         node.update_arg(argument, new)
-        self.result.applied(where, f"rotary over {2 * tables.cos_PR.shape[1]} of {cone.head_size} coordinates")
+        self.result.applied(
+            where, f"rotary over {2 * tables.cos_PR.shape[1]} of {cone.head_size} coordinates"
+        )
 
     def read_tables(self, cone: _Cone) -> _Tables | str:
         """The tables of a cone, or why it is no rotary embedding."""
@@ -184,7 +194,9 @@ class _Raiser:
     def find_form(self, cone: _Cone) -> tuple[int, bool] | str:
         """(rotary width, interleaved), from which coordinates the first one is mixed with."""
         size = cone.head_size
-        out = self.apply(cone, torch.eye(size).reshape(size, 1, 1, size), torch.tensor([1]))[:, 0, 0]
+        out = self.apply(cone, torch.eye(size).reshape(size, 1, 1, size), torch.tensor([1]))[
+            :, 0, 0
+        ]
         partner = [int(i) for i in out[0].nonzero().flatten() if int(i) != 0]
         if len(partner) != 1:
             return f"the first coordinate is mixed with {len(partner)} others, a rotation mixes it with one"
@@ -195,7 +207,9 @@ class _Raiser:
     def check(self, cone: _Cone, tables: _Tables) -> str:
         """Why the cone is not the rotation by these tables; empty where it is."""
         rows = torch.linspace(0, self.program.model.context - 1, _CHECKED_POSITIONS).long()
-        probe = torch.randn(1, len(rows), 1, cone.head_size, generator=torch.Generator().manual_seed(0))
+        probe = torch.randn(
+            1, len(rows), 1, cone.head_size, generator=torch.Generator().manual_seed(0)
+        )
         want = self.apply(cone, probe, rows)[:, :, :1]
         got = rotary_reference(probe, rows[None], tables.cos_PR, tables.sin_PR, tables.interleaved)
         error = float((got - want).abs().max())
@@ -212,7 +226,7 @@ class _Raiser:
             self.positions: rows[None].expand(batch, -1).contiguous(),
         }
         for node in self.program.nodes(aten.sym_size.int):
-            known[node] = (batch, len(rows))[int(node.args[1])]  # type: ignore[call-overload,arg-type]
+            known[node] = (batch, len(rows))[call_arguments(node)["dim"]]
         out: Tensor = evaluate_cone([cone.output], known, self.program)[0]
         return out
 

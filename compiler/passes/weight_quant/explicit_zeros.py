@@ -42,13 +42,19 @@ class ExplicitZeros(Pass):
             for scales_name, zeros_name in _ARGUMENTS[node.target]:  # type: ignore[index]
                 found = call_arguments(node)
                 if found[zeros_name] is None:
-                    zeros = self._zeros(program, editor, node, found[scales_name], int(found["bits"]))
+                    zeros = self._zeros(
+                        program, editor, node, found[scales_name], int(found["bits"])
+                    )
                     node.update_arg(names.index(zeros_name), zeros)
                     added = program.weights[str(zeros.target)].nbytes
-                    result.applied(str(found[scales_name].target), "zero points written out", -added)
+                    result.applied(
+                        str(found[scales_name].target), "zero points written out", -added
+                    )
         return result
 
-    def _zeros(self, program: Program, editor: Editor, node: fx.Node, scales: fx.Node, bits: int) -> fx.Node:
+    def _zeros(
+        self, program: Program, editor: Editor, node: fx.Node, scales: fx.Node, bits: int
+    ) -> fx.Node:
         name = str(scales.target).removesuffix(".scales") + ".zeros"
         *lead, groups = program.weights[str(scales.target)].shape
         shape = (*lead, math.ceil(groups * bits / 8))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ....errors import RecipeError
 from ...ir.ops import einfold_ops
 from ...ir.ops.quantized import BITS
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.weights import Weight, derive
-from ....errors import RecipeError
 from ..base import Pass, PassResult
 from .rtn import quantize_rtn, relative_error
 
@@ -53,7 +52,9 @@ class RoundToNearest(Pass):
         head = _head(program)
         for node in program.nodes(einfold_ops.linear.default):
             if _routes(node):
-                result.skipped(str(node.args[1]), "a router: its rounding would change which experts run")
+                result.skipped(
+                    str(node.args[1]), "a router: its rounding would change which experts run"
+                )
             else:
                 run.linear(node, (self.head_bits or self.bits) if node is head else self.bits)
         for node in program.nodes(einfold_ops.experts.default):
@@ -83,7 +84,9 @@ class _Run:
             stem = name.removesuffix(".weight")
             names: list[str | None] = []
             for label, part in zip(("packed", "scales", "zeros"), parts, strict=True):
-                names.append(None if part is None else self.program.weights.add(f"{stem}.{label}", part))
+                names.append(
+                    None if part is None else self.program.weights.add(f"{stem}.{label}", part)
+                )
             self.done[name] = (names, bits)
             saved = weight.nbytes - sum(part.nbytes for part in parts if part is not None)
             kind = "symmetric" if self.config.symmetric else "asymmetric"
@@ -104,7 +107,9 @@ class _Run:
         def compute() -> list[Tensor]:
             data = weight.load().float()
             packed, scales, zeros = quantize_rtn(data, bits, config.block, config.symmetric)
-            self.result.measured[name] = relative_error(data, packed, scales, zeros, bits, config.block)
+            self.result.measured[name] = relative_error(
+                data, packed, scales, zeros, bits, config.block
+            )
             return [part for part in (packed, scales, zeros) if part is not None]
 
         parts = derive(shapes, compute)
@@ -160,7 +165,12 @@ class _Run:
         with self.editor.before(node):
             parts, bits = self.pack(table, bits)
             new = self.editor.call(
-                einfold_ops.quantized_embedding.default, node.args[0], *parts, bits, self.config.block, width
+                einfold_ops.quantized_embedding.default,
+                node.args[0],
+                *parts,
+                bits,
+                self.config.block,
+                width,
             )
         self.editor.replace(node, new)
 
@@ -180,5 +190,3 @@ def _head(program: Program) -> fx.Node | None:
     """The linear that makes the logits: the last one of the graph."""
     linears = list(program.nodes(einfold_ops.linear.default))
     return linears[-1] if linears and program.is_sequence_model() else None
-
-

@@ -21,7 +21,9 @@ def quantize_rtn(
     `weight` is [..., M]. Gives (packed [..., G, block*bits/8] uint8, scales [..., G] float32,
     zeros [..., ceil(G*bits/8)] uint8 or None).
     """
-    groups = functional.pad(weight.float(), (0, -weight.shape[-1] % block)).unflatten(-1, (-1, block))
+    groups = functional.pad(weight.float(), (0, -weight.shape[-1] % block)).unflatten(
+        -1, (-1, block)
+    )
     top = (1 << bits) - 1
     middle = 1 << (bits - 1)
     if symmetric:

@@ -1,0 +1,263 @@
+"""Bad input gets one clear sentence and a non-zero exit, and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from .. import models
+from .test_cli import einfold
+
+
+@pytest.fixture
+def model(text_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(text_model, tmp_path / "model"))
+
+
+def refused(*arguments: str | Path, code: int, says: str) -> None:
+    """The exit code, one sentence that says this, and the same sentence as JSON."""
+    text = einfold(*arguments, code=code)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text
+    assert says in errors[0]
+
+
+def compile_refused(model: Path | str, out: Path, *more: str, code: int, says: str) -> None:
+    refused("compile", model, "-o", out, *more, code=code, says=says)
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}*"))
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_refused(tmp_path / "absent", out, code=3, says="there is no model folder")
+    (tmp_path / "empty").mkdir()
+    compile_refused(tmp_path / "empty", out, code=3, says="is empty")
+    (tmp_path / "empty" / "note.txt").write_text("x")
+    compile_refused(tmp_path / "empty", out, code=3, says="has no config.json")
+    compile_refused(tmp_path / "empty" / "note.txt", out, code=3, says="is a file")
+
+
+def test_configs_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
+    out, config = tmp_path / "out", model / "config.json"
+    original = json.loads(config.read_text())
+    config.write_text("{broken")
+    compile_refused(model, out, code=3, says="config.json")
+    config.write_text(json.dumps({}))
+    compile_refused(model, out, code=3, says="names no model_type")
+    config.write_text(json.dumps(original | {"model_type": "perceptron9"}))
+    compile_refused(model, out, code=4, says="architecture 'perceptron9'")
+    config.write_text(json.dumps(original | {"intermediate_size": 80}))
+    compile_refused(model, out, code=3, says="but config.json asks for [")
+    config.write_text(json.dumps(original | {"num_hidden_layers": 3}))
+    compile_refused(model, out, code=3, says="lacks")
+
+
+def test_architectures_without_a_hook_name_the_layer(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    compile_refused(
+        tmp_path / "bloom", tmp_path / "out", code=4, says="architecture 'bloom' cannot be compiled"
+    )
+
+
+def test_weights_that_are_damaged(model: Path, tmp_path: Path) -> None:
+    out, weights = tmp_path / "out", model / "model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-100])
+    compile_refused(model, out, code=3, says="truncated or damaged")
+    weights.write_bytes(original[:20])
+    compile_refused(model, out, code=3, says="cut off in its header")
+    weights.write_bytes(b"\xff" * 8 + original[8:])
+    compile_refused(model, out, code=3, says="model.safetensors")
+    weights.write_bytes(original[:8] + b"!" + original[9:])
+    compile_refused(model, out, code=3, says="header of")
+    weights.write_bytes(original)
+    state = load_file(weights)
+    state.pop("model.norm.weight")
+    save_file(state, weights, metadata={"format": "pt"})
+    compile_refused(model, out, code=3, says="model.norm.weight")
+    weights.unlink()
+    compile_refused(model, out, code=3, says="holds no *.safetensors")
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    compile_refused(model, out, code=3, says="pickled weights can run code")
+
+
+def test_a_shard_that_is_missing(model: Path, tmp_path: Path) -> None:
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"},
+    }
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    compile_refused(
+        model, tmp_path / "out", code=3, says="lacks the weight file model-00002.safetensors"
+    )
+
+
+def test_nan_weights_are_not_shipped(model: Path, tmp_path: Path) -> None:
+    weights = model / "model.safetensors"
+    state = load_file(weights)
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, weights, metadata={"format": "pt"})
+    compile_refused(model, tmp_path / "out", code=1, says="not finite")
+
+
+def test_outputs_that_exist(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    einfold("compile", text_model, "-o", out)
+    before = (out / "manifest.json").read_bytes()
+    refused("compile", text_model, "-o", out, code=6, says="exists already")
+    assert (out / "manifest.json").read_bytes() == before
+    einfold("compile", text_model, "-o", out, "--force", "--weights", "int8")
+    assert (out / "manifest.json").read_bytes() != before
+    # --force never deletes what is no artifact, and a failed compile leaves the old one.
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    refused("compile", text_model, "-o", precious, "--force", code=6, says="no einfold artifact")
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    before = (out / "manifest.json").read_bytes()
+    refused("compile", tmp_path / "absent", "-o", out, "--force", code=3, says="no model folder")
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_outputs_that_cannot_be_written(text_model: Path, tmp_path: Path) -> None:
+    refused(
+        "compile", text_model, "-o", tmp_path / "no" / "such" / "out", code=6, says="does not exist"
+    )
+    refused("compile", text_model, "-o", "/proc/out", code=6, says="/proc")
+
+
+def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
+    from einfold.compiler import driver
+
+    real = driver.write_weights
+
+    def full(*arguments: Any) -> None:
+        real(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with mock.patch.object(driver, "write_weights", full):
+        compile_refused(text_model, tmp_path / "out", code=6, says="the disk is full")
+
+
+def test_recipes(text_model: Path, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "r.toml"
+    for text, says in (
+        ("speed = 9\n", "unknown key 'speed'"),
+        ("[weights]\nbits = 4\n", "unknown key 'weights.bits'"),
+        ('[weights]\nformat = "int5"\n', "weights.format"),
+        ("[weights\n", "not valid TOML"),
+        ("context = 1\n", "context"),
+        ("context = 100000\n", "longer than the 256 tokens"),
+        ('[weights]\nformat = "int4"\nblock = 48\n', "power of two"),
+    ):
+        recipe.write_text(text)
+        compile_refused(text_model, out, "--recipe", str(recipe), code=7, says=says)
+    compile_refused(
+        text_model, out, "--recipe", str(tmp_path / "absent.toml"), code=7, says="no recipe file"
+    )
+    compile_refused(text_model, out, "--target", "triton", code=4, says="--target triton")
+
+
+def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
+    refused("run", text_artifact, "-p", "word " * 300, code=8, says="compiled for a context of 256")
+    refused(
+        "run",
+        text_artifact,
+        "--ids",
+        "5 9999",
+        code=8,
+        says="token 9999 at position 1 is out of range",
+    )
+    refused("run", text_artifact, "--ids", "5 x", code=8, says="--ids takes numbers")
+    refused("run", text_artifact, code=8, says="give one prompt")
+    refused("run", text_artifact, "-f", tmp_path / "absent", code=8, says="cannot read the prompt")
+    refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")
+    refused("run", tmp_path, "-p", "x", code=5, says="no einfold artifact")
+    error = json.loads(
+        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("\nerror:")[0]
+    )
+    assert error["kind"] == "ArtifactError"
+
+
+def test_evaluations(text_artifact: Path, text_model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    refused(
+        "eval", text_artifact, "--against", text_model, "--text", empty, code=8, says="is empty"
+    )
+    refused("eval", text_artifact, "--against", tmp_path, code=3, says="config.json")
+    other = models.save("llama", tmp_path / "other")
+    text = tmp_path / "t.txt"
+    text.write_text("some words")
+    refused("eval", text_artifact, "--against", other, "--text", text, code=3, says="another model")
+
+
+def test_sizes(text_model: Path) -> None:
+    refused("estimate", text_model, "--budget", "much", code=7, says="is no size")
+
+
+def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
+    text_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import time; from einfold.compiler import driver\n"
+        "def hang(*a, **k):\n"
+        "    print('staged', flush=True); time.sleep(60)\n"
+        "driver.write_weights = hang\n"
+        "from einfold.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "compile", str(text_model), "-o", str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "staged\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert len(list(tmp_path.glob(".out.einfold-*"))) == 1
+    einfold("compile", text_model, "-o", out)
+    assert out.is_dir()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import time; from einfold.compiler import driver\n"
+        "def hang(*a, **k):\n"
+        "    print('staged', flush=True); time.sleep(60)\n"
+        "driver.write_weights = hang\n"
+        "from einfold.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "compile", str(text_model), "-o", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob(".out*"))

@@ -1,0 +1,226 @@
+"""The stable core of the command line, as scripts use it: arguments in, stdout and an exit code out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from einfold.cli import main
+
+
+def einfold(*arguments: str | Path, stdin: str | None = None, code: int = 0) -> str:
+    """Runs the command line in this process; gives stdout, or both streams where an error is expected."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["einfold", *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin or "")),
+        mock.patch.dict("os.environ", {"COLUMNS": "200", "NO_COLOR": "1"}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+            found = 0
+        except SystemExit as stop:
+            found = int(stop.code or 0)
+    assert found == code, f"exit {found}: {err.getvalue()}\n{out.getvalue()}"
+    assert "Traceback" not in err.getvalue()
+    return out.getvalue() if code == 0 else out.getvalue() + err.getvalue()
+
+
+def as_json(*arguments: str | Path, **options: Any) -> Any:
+    return json.loads(einfold(*arguments, "--json", **options))
+
+
+def test_compile_run_eval_inspect_diff(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    made = as_json("compile", text_model, "-o", out, "--weights", "int8")
+    assert made["manifest"]["recipe"]["weights"]["format"] == "int8"
+    assert {p["name"] for p in made["passes"]} >= {
+        "raise_rotary",
+        "round_to_nearest",
+        "attach_cache",
+    }
+    assert all(0 < error < 0.02 for p in made["passes"] for error in p["measured"].values())
+
+    ran = as_json(
+        "run",
+        out,
+        "-p",
+        "the pass key",
+        "--max-new-tokens",
+        "7",
+        "--temperature",
+        "0",
+        "--ignore-eos",
+    )
+    assert len(ran["tokens"]) == 7
+    assert isinstance(ran["text"], str)
+    assert ran["timings"]["decode_tokens"] == 6
+    (tmp_path / "prompt.txt").write_text("the pass key")
+    plain = einfold(
+        "run", out, "-f", tmp_path / "prompt.txt", "--max-new-tokens", "7", "--ignore-eos"
+    )
+    assert plain == ran["text"] + "\n"
+    assert (
+        einfold(
+            "run", out, "-f", "-", "--max-new-tokens", "7", "--ignore-eos", stdin="the pass key"
+        )
+        == plain
+    )
+    chat = as_json(
+        "run",
+        out,
+        "-p",
+        "hi",
+        "--chat",
+        "--system",
+        "be brief",
+        "--max-new-tokens",
+        "2",
+        "--ignore-eos",
+    )
+    assert len(chat["tokens"]) == 2
+
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "The pass key is 12. Remember it. What is the pass key? The pass key is 12.\n\f\nthe text"
+    )
+    measured = as_json("eval", out, "--against", text_model, "--text", text)
+    assert measured["keys"] == 1
+    assert measured["documents"] == 2
+    assert measured["recall"] in (0.0, 1.0)
+    assert measured["bytes"]["predicted"] == measured["bytes"]["measured"]
+    assert measured["bytes"]["weights"] == made["manifest"]["weight_bytes"]
+    assert abs(measured["perplexity"] / measured["reference_perplexity"] - 1) < 0.05
+    assert 0 <= measured["kl"] < 0.05
+    assert 0.8 < measured["top1"] <= 1
+
+    text.write_text("nothing is asked here")
+    assert as_json("eval", out, "--against", text_model, "--text", text)["recall"] is None
+
+    shown = as_json("inspect", out)
+    assert shown["manifest"] == made["manifest"]
+    assert "round_to_nearest" in einfold("inspect", out)
+    graph = einfold("inspect", out, "--graph")
+    assert graph.startswith("einfold.ir 1\n")
+    assert as_json("diff", out, out)["same"] is True
+    (tmp_path / "other.eir").write_text(graph.replace("silu", "relu"))
+    changed = json.loads(einfold("diff", out, tmp_path / "other.eir", "--json", code=1))
+    assert changed["same"] is False
+    assert any("relu" in line for line in changed["lines"])
+
+
+def test_fp32_is_exact_against_the_original(
+    text_model: Path, text_artifact: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the pass key is hidden in the text of the model " * 5)
+    measured = as_json("eval", text_artifact, "--against", text_model, "--text", text)
+    assert measured["perplexity"] == pytest.approx(measured["reference_perplexity"], rel=1e-5)
+    assert measured["kl"] < 1e-8
+    assert measured["top1"] == 1.0
+
+
+def test_estimate_agrees_with_the_artifact(text_model: Path, text_artifact: Path) -> None:
+    told = as_json("estimate", text_model, "--context", "100", "--batch", "3")
+    manifest = as_json("inspect", text_artifact)["manifest"]
+    assert told["weights"] == manifest["weight_bytes"]
+    assert told["cache"] == 3 * 100 * 512
+    assert told["total"] == told["weights"] + told["cache"] + told["activations"]
+    small = as_json("estimate", text_model, "--budget", "900KB")["largest_context"]
+    large = as_json("estimate", text_model, "--budget", "100MB")["largest_context"]
+    assert 0 < small < large == 256
+    assert as_json("estimate", text_model, "--budget", "1KB")["largest_context"] == 0
+
+
+def test_bench_passes_help_version(text_artifact: Path) -> None:
+    speed = as_json(
+        "bench",
+        text_artifact,
+        "--prompt-tokens",
+        "16",
+        "--context",
+        "32",
+        "--new-tokens",
+        "2",
+        "--repeat",
+        "1",
+    )
+    assert speed["prefill_tokens_per_second"] > 0
+    assert speed["decode_tokens_per_second"]["32"] > 0
+    listed = as_json("passes", "--weights", "int4", "--portable")
+    names = [row["name"] for row in listed]
+    assert (
+        names.index("fuse_linears")
+        < names.index("round_to_nearest")
+        < names.index("explicit_zeros")
+    )
+    assert all(row["what"] for row in listed)
+    assert einfold("--version").startswith("einfold 0.")
+    for verb in ("compile", "run", "eval", "bench", "estimate", "inspect", "diff", "passes"):
+        assert "--json" in einfold(verb, "--help")
+    assert "storage format" in " ".join(einfold("compile", "--help").split())
+
+
+def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'context = 64\n[weights]\nformat = "int4"\nblock = 16\nsymmetric = false\nhead = "same"\n'
+    )
+    made = as_json(
+        "compile", text_model, "-o", tmp_path / "a", "--recipe", recipe, "--weights", "int8"
+    )
+    resolved = made["manifest"]["recipe"]
+    assert resolved["weights"] == {
+        "format": "int8",
+        "block": 16,
+        "symmetric": False,
+        "head": "same",
+        "embedding": True,
+    }
+    assert made["manifest"]["model"]["context"] == 64
+
+
+def test_run_is_light(text_artifact: Path) -> None:
+    """Running an ONNX artifact loads neither torch nor transformers nor sympy."""
+    script = (
+        "import sys, einfold; m = einfold.load(sys.argv[1]); m.generate('the', max_new_tokens=2);"
+        "print([n for n in ('torch', 'transformers', 'sympy', 'onnx') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(text_artifact)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_as_a_process(text_artifact: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "einfold",
+        "run",
+        str(text_artifact),
+        "-p",
+        "the",
+        "--max-new-tokens",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert "tokens/s" in done.stderr
+    broken = subprocess.run([*command, "--top-p", "9"], capture_output=True, text=True, check=False)
+    assert broken.returncode == 7
+    assert broken.stderr.startswith("error: top_p")
+    assert broken.stdout == ""
