@@ -220,6 +220,7 @@ def build_skeleton(config: Any, source: ModelSource) -> Any:
     try:
         with hooks.hollow_parameters(), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.tie_weights()  # left out under no_init_weights; a tied head would be stored twice
     except Exception as error:
         raise UnsupportedError(
             f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
