@@ -221,3 +221,16 @@ def test_reference_engine_agrees(
     got = compiled.generate_batch(prompts[:2], max_new_tokens=NEW, ignore_eos=True)
     for row in range(2):
         check_tokens(original, prompts[row], expected[row], got[row].tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_tied_embeddings_are_one_weight(name: str, weights: str, tmp_path: Path) -> None:
+    """Embedding and head that share a weight read one weight of the program, however it is stored."""
+    changes = {} if name == "gpt2" else {"tie_word_embeddings": True}
+    folder = models.save(name, tmp_path / "model", **changes)
+    program, _ = trace(open_model(folder), Recipe.build({"weights": {"format": weights}}))
+    tables = [
+        key for key in program.weights if "embed_tokens" in key or "wte" in key or "lm_head" in key
+    ]
+    assert len({key.rsplit(".", 1)[0] for key in tables}) == 1
