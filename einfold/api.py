@@ -78,7 +78,7 @@ def resolve_recipe(
     elif isinstance(recipe, dict):
         base = Recipe.build(recipe)
     else:
-        base = Recipe.read(Path(recipe))
+        base = Recipe.read(find_recipe(recipe))
     data = base.model_dump()
     if weights is not None:
         data["weights"]["format"] = weights
@@ -89,6 +89,12 @@ def resolve_recipe(
     if target is not None:
         data["target"] = target
     return Recipe.build(data, "the options")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe file, or one that comes with einfold by its name: `int4`, `int4-128`, `int4-exact`."""
+    own = Path(__file__).with_name("recipes") / f"{name}.toml"
+    return own if not Path(name).exists() and Path(name).name == str(name) and own.is_file() else Path(name)
 
 
 def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:

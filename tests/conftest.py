@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from . import models
 
 torch.set_num_threads(1)
+# Shared machines are slow at times; a slow example is no failure.
+settings.register_profile("einfold", deadline=None)
+settings.load_profile("einfold")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,43 @@
+# Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= auto
+
+.PHONY: demo test check bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+## Compile the shipped trained model, run it, measure it, show the report.
+demo: $(READY)
+	$(BIN)/einfold compile examples/tiny_llama -o build/demo --weights int4 --force
+	@echo; echo '--- it writes:'
+	$(BIN)/einfold run build/demo -p 'def read_lines(path):' --max-new-tokens 64
+	@echo; echo '--- it remembers:'
+	$(BIN)/einfold run build/demo --max-new-tokens 5 -p "$$(cat examples/pass_key.txt)"
+	@echo; echo '--- what it cost:'
+	$(BIN)/einfold eval build/demo --against examples/tiny_llama
+	@echo; echo '--- what was done:'
+	$(BIN)/einfold inspect build/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+## Style, types, tests.
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/cpu_peers.py
+
+clean:
+	rm -rf build dist *.egg-info

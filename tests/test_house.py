@@ -1,0 +1,97 @@
+"""Rules of the house: imports run one way, and the names of the four folders stay out of the way."""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: Who may import whom, by the first folder or file of a module's name inside `einfold`.
+ALLOWED = {
+    "errors": set(),
+    "compiler.ir": {"errors"},
+    "compiler.analysis": {"errors", "compiler.ir"},
+    "compiler.frontend": {"errors", "compiler.ir"},
+    "compiler.passes": {"errors", "compiler.ir", "compiler.analysis"},
+    "compiler.codegen": {"errors", "compiler.ir"},
+    "compiler": {"errors", "compiler"},
+    "runtime": {"errors", "compiler.ir"},
+    "": {"", "errors", "compiler", "runtime"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for top in ("compiler", "runtime", "einfold"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            relative = path.relative_to(ROOT)
+            if top == "einfold" and relative.parts[1] in ("compiler", "runtime"):
+                continue  # the links
+            parts = relative.with_suffix("").parts
+            name = ".".join(parts if top != "einfold" else parts[1:])
+            found.append((name.removesuffix(".__init__"), path))
+    return found
+
+
+def home(module: str) -> str:
+    """The longest prefix that the table names."""
+    prefixes = [key for key in ALLOWED if key and (module == key or module.startswith(key + "."))]
+    return max(prefixes, key=len, default="")
+
+
+def imports(path: Path, module: str) -> list[str]:
+    """Modules of einfold that a file imports, by their names inside it."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] == "einfold"]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                above = node.level - 1
+                assert above <= len(package), f"{path}: relative import leaves einfold"
+                base = package[: len(package) - above]
+                found.append(".".join([*base, *(node.module or "").split(".")]).strip("."))
+            elif (node.module or "").split(".")[0] == "einfold":
+                found.append(str(node.module))
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    for module, path in modules():
+        for target in imports(path, module):
+            name = target.removeprefix("einfold").lstrip(".")
+            allowed = ALLOWED[home(module)]
+            ok = home(name) == home(module) or any(
+                name == a or (a and name.startswith(a + ".")) or (a == "" and home(name) == "")
+                for a in allowed
+            )
+            assert ok, f"{path.relative_to(ROOT)} imports {target}"
+
+
+@pytest.mark.parametrize("top", ["compiler", "runtime", "einfold", "tests", "benchmarks", "examples"])
+def test_nothing_imports_the_bare_names(top: str) -> None:
+    """`import compiler` would claim names that users' own folders have."""
+    for path in sorted((ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            assert not [n for n in names if n.split(".")[0] in ("compiler", "runtime")], path
+
+
+def test_the_links_are_relative() -> None:
+    for name in ("compiler", "runtime"):
+        assert os.readlink(ROOT / "einfold" / name) == f"../{name}"
+
+
+def test_the_ir_that_the_runtime_needs_is_light() -> None:
+    """cache_layout and manifest load neither torch nor sympy, so that running an artifact starts at once."""
+    for name in ("cache_layout", "manifest"):
+        text = (ROOT / "compiler" / "ir" / f"{name}.py").read_text()
+        top = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
+        assert not [line for line in top if "torch" in line or "sympy" in line]
