@@ -94,7 +94,11 @@ def resolve_recipe(
 def find_recipe(name: str | Path) -> Path:
     """A recipe file, or one that comes with einfold by its name: `int4`, `int4-128`, `int4-exact`."""
     own = Path(__file__).with_name("recipes") / f"{name}.toml"
-    return own if not Path(name).exists() and Path(name).name == str(name) and own.is_file() else Path(name)
+    return (
+        own
+        if not Path(name).exists() and Path(name).name == str(name) and own.is_file()
+        else Path(name)
+    )
 
 
 def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:
@@ -145,7 +149,8 @@ def estimate(
     is in bytes.
     """
     found = open_model(model)
-    program, _ = trace(found, resolve_recipe(recipe, weights=weights))
+    chosen = resolve_recipe(recipe, weights=weights)
+    program, _ = trace(found, chosen)
     layout = program.layout
     assert layout is not None
     limit = program.model.context
@@ -153,7 +158,9 @@ def estimate(
 
     def parts(tokens: int) -> tuple[int, int]:
         dims = {"B": 1, "S": min(chunk, tokens), "N": 1, "C": tokens}
-        return int(layout.bytes(batch, tokens)), peak_activation_bytes(program, dims)
+        return int(layout.bytes(batch, tokens)), peak_activation_bytes(
+            program, dims, chosen.onnx.portable
+        )
 
     weight_bytes = program.weights.nbytes
     largest = None

@@ -73,7 +73,9 @@ def test_imports_run_one_way() -> None:
             assert ok, f"{path.relative_to(ROOT)} imports {target}"
 
 
-@pytest.mark.parametrize("top", ["compiler", "runtime", "einfold", "tests", "benchmarks", "examples"])
+@pytest.mark.parametrize(
+    "top", ["compiler", "runtime", "einfold", "tests", "benchmarks", "examples"]
+)
 def test_nothing_imports_the_bare_names(top: str) -> None:
     """`import compiler` would claim names that users' own folders have."""
     for path in sorted((ROOT / top).rglob("*.py")):

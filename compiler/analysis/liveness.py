@@ -19,18 +19,20 @@ _VIEWS = {
 }
 
 
-def peak_activation_bytes(program: Program, dims: Mapping[str, int]) -> int:
+def peak_activation_bytes(program: Program, dims: Mapping[str, int], portable: bool = False) -> int:
     """The largest sum of live intermediate values, with dims such as B, S, C, N given as numbers.
 
-    Inputs, caches and weights are not counted. Attention is charged what an implementation that
-    holds its logits takes: B * H * S * C numbers. Operators run in the graph's order.
+    Inputs, caches and weights are not counted; operators run in the graph's order. Attention is
+    charged what its ONNX lowering takes: onnxruntime's GroupQueryAttention works in tiles, but holds
+    B * H * S * C logits where it caps them or has sinks (measured with onnxruntime 1.31), and the
+    `portable` flavour holds them always, twice where the softmax is spelled out.
     """
     sizes = {node: _bytes(program, node, dims) for node in program.graph.nodes}
     last = _last_use(program)
     live, peak = 0, 0
     for index, node in enumerate(program.graph.nodes):
         live += sizes[node]
-        peak = max(peak, live + _scratch(program, node, dims))
+        peak = max(peak, live + _scratch(program, node, dims, portable))
         for dead in last.get(index, ()):
             live -= sizes[dead]
     return peak
@@ -75,9 +77,11 @@ def _value_bytes(program: Program, value: Any, dims: Mapping[str, int]) -> int:
     return total
 
 
-def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: bool) -> int:
     if node.target is not einfold_ops.cached_attention.default:
         return 0
-    query = call_arguments(node)["q_BSHD"].meta["val"]
-    rows = [program.shapes.evaluate(size, dims) for size in query.shape[:3]]
-    return 4 * rows[0] * rows[1] * rows[2] * dims["C"]
+    found = call_arguments(node)
+    query = found["q_BSHD"].meta["val"]
+    batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
+    spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
+    return 4 * batch * new * heads * dims["C"] * (int(portable) + int(spelled_out))

@@ -294,6 +294,15 @@ def special_tokens(
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, or None where it has none."""
+    files = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "spiece.model",
+        "tokenizer_config.json",
+    )
+    if source.folder is not None and not any((source.folder / name).is_file() for name in files):
+        return None  # transformers would make an empty one up
     try:
         return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except Exception:  # absent or of an unknown kind: the artifact then takes token ids

@@ -45,8 +45,11 @@ ModelName = Annotated[
 ]
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", help="TOML file that sets every knob, or the name of a recipe that comes with einfold "
-        "(int4, int4-128, int4-exact); options override it."),
+    typer.Option(
+        "--recipe",
+        help="TOML file that sets every knob, or the name of a recipe that comes with einfold "
+        "(int4, int4-128, int4-exact); options override it.",
+    ),
 ]
 WeightsOption = Annotated[
     Weights | None,

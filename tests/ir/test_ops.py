@@ -147,9 +147,9 @@ def test_rounding_error_is_bounded_by_half_a_step(
     bits: int, block: int, width: int, symmetric: bool, seed: int, size: float
 ) -> None:
     weight = randn(3, width, seed=seed) * size
-    packed, scales, zeros = quantize_rtn(weight, bits, block, symmetric)
-    restored = dequantize(packed, scales, zeros, bits, block, width)
-    step = scales.abs().repeat_interleave(block, dim=-1)[:, :width]
+    found = quantize_rtn(weight, bits, block, symmetric)
+    restored = dequantize(found.packed, found.scales, found.zeros, bits, block, width)
+    step = found.scales.abs().repeat_interleave(block, dim=-1)[:, :width]
     # A symmetric grid has one level less on one side: what lies there is cut by up to a whole step.
     bound = step * (1.0 if symmetric else 0.5) * 1.001 + 1e-6 * size
     if not symmetric:
@@ -159,9 +159,26 @@ def test_rounding_error_is_bounded_by_half_a_step(
 
 def test_zero_weights_stay_zero() -> None:
     for symmetric in (True, False):
-        packed, scales, zeros = quantize_rtn(torch.zeros(2, 32), 4, 32, symmetric)
-        assert bool((dequantize(packed, scales, zeros, 4, 32, 32) == 0).all())
-        assert bool(torch.isfinite(scales).all())
+        found = quantize_rtn(torch.zeros(2, 32), 4, 32, symmetric)
+        restored = dequantize(found.packed, found.scales, found.zeros, 4, 32, 32)
+        assert bool((restored == 0).all())
+        assert bool(torch.isfinite(found.scales).all())
+        assert found.error == 0
+
+
+def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from einfold.compiler.passes.weight_quant import rtn
+
+    weight = randn(3, 5, 40)
+    whole = quantize_rtn(weight, 4, 16, False)
+    monkeypatch.setattr(rtn, "_SLAB", 100)
+    cut = quantize_rtn(weight, 4, 16, False)
+    assert torch.equal(whole.packed, cut.packed)
+    assert torch.equal(whole.scales, cut.scales)
+    assert whole.zeros is not None and cut.zeros is not None
+    assert torch.equal(whole.zeros, cut.zeros)
+    restored = dequantize(cut.packed, cut.scales, cut.zeros, 4, 16, 40)
+    assert cut.error == pytest.approx(float((restored - weight).norm() / weight.norm()), rel=1e-5)
 
 
 FAKES: list[tuple[Any, tuple[Any, ...]]] = [

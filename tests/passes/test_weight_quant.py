@@ -64,10 +64,10 @@ def test_the_graph_computes_with_what_was_rounded(bits: int, symmetric: bool, bl
     found = program(TIED)
     weight = found.weights["down.weight"].load()
     RoundToNearest(bits=bits, block=block, symmetric=symmetric).run(found)
-    packed, scales, zeros = quantize_rtn(weight, bits, block, symmetric)
-    assert torch.equal(found.weights["down.packed"].load(), packed)
-    assert torch.equal(found.weights["down.scales"].load(), scales)
-    assert ("down.zeros" in found.weights) == (zeros is not None)
+    want = quantize_rtn(weight, bits, block, symmetric)
+    assert torch.equal(found.weights["down.packed"].load(), want.packed)
+    assert torch.equal(found.weights["down.scales"].load(), want.scales)
+    assert ("down.zeros" in found.weights) == (want.zeros is not None)
 
 
 def test_errors_are_measured_when_weights_are_written() -> None:

@@ -21,6 +21,9 @@ from .experts import pick, route
 
 BITS = (2, 4, 8)
 
+#: Weights that are widened at a time in a product: bounds its memory at some tens of megabytes.
+_SLAB = 1 << 22
+
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Packs integers 0..2^bits-1 of the last axis into uint8, low bits first, padding with zeros."""
@@ -51,8 +54,7 @@ def dequantize(
         offset: Tensor | float = float(1 << (bits - 1))
     else:
         offset = unpack_bits(zeros, bits, groups).to(scales.dtype)[..., None]
-    weight = (codes - offset) * scales[..., None]
-    return weight.flatten(-2)[..., :width]
+    return codes.sub_(offset).mul_(scales[..., None]).flatten(-2)[..., :width]
 
 
 @torch.library.custom_op("einfold::quantized_linear", mutates_args=())
@@ -66,8 +68,24 @@ def quantized_linear(
     block: int,
 ) -> Tensor:
     """x @ dequantized.T + bias, for x [..., M]."""
-    weight = dequantize(packed, scales, zeros, bits, block, x.shape[-1])
-    return functional.linear(x, weight, bias)
+    width = x.shape[-1]
+    step = max(1, _SLAB // width)
+    parts = [
+        functional.linear(
+            x,
+            dequantize(
+                packed[start : start + step],
+                scales[start : start + step],
+                None if zeros is None else zeros[start : start + step],
+                bits,
+                block,
+                width,
+            ),
+        )
+        for start in range(0, packed.shape[0], step)
+    ]
+    out = torch.cat(parts, dim=-1)
+    return out if bias is None else out + bias
 
 
 @quantized_linear.register_fake

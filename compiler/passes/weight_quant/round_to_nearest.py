@@ -14,7 +14,7 @@ from ...ir.ops.quantized import BITS
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.weights import Weight, derive
 from ..base import Pass, PassResult
-from .rtn import quantize_rtn, relative_error
+from .rtn import quantize_rtn
 
 Named = tuple[Weight, Weight, Weight | None]
 
@@ -105,12 +105,9 @@ class _Run:
             shapes.append(((*lead, math.ceil(groups * bits / 8)), torch.uint8))
 
         def compute() -> list[Tensor]:
-            data = weight.load().float()
-            packed, scales, zeros = quantize_rtn(data, bits, config.block, config.symmetric)
-            self.result.measured[name] = relative_error(
-                data, packed, scales, zeros, bits, config.block
-            )
-            return [part for part in (packed, scales, zeros) if part is not None]
+            found = quantize_rtn(weight.load(), bits, config.block, config.symmetric)
+            self.result.measured[name] = found.error
+            return [part for part in (found.packed, found.scales, found.zeros) if part is not None]
 
         parts = derive(shapes, compute)
         return parts[0], parts[1], None if config.symmetric else parts[2]

@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...ir.ops.quantized import dequantize, pack_bits
 
+#: Numbers that are rounded at a time: bounds the memory of intermediates at a few tens of megabytes.
+_SLAB = 1 << 21
 
-def quantize_rtn(
-    weight: Tensor, bits: int, block: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Quantizes each group of `block` weights along the last axis to the nearest of 2^bits levels.
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight [..., M] in packed form, and |w - restored|_F / |w|_F.
+
+    packed uint8 [..., G, block*bits/8], scales float32 [..., G], zeros uint8 [..., ceil(G*bits/8)] or None.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    error: float
+
+
+def quantize_rtn(weight: Tensor, bits: int, block: int, symmetric: bool) -> Rounded:
+    """Rounds each group of `block` weights along the last axis to the nearest of 2^bits levels.
 
     Symmetric: scale = the weight of largest magnitude, with its sign, over -2^(bits-1), so that it is
     met exactly and the level range is used in full; zero point 2^(bits-1), not stored. Asymmetric:
-    levels spread over [min(w, 0), max(w, 0)], zero point rounded to a level.
-
-    `weight` is [..., M]. Gives (packed [..., G, block*bits/8] uint8, scales [..., G] float32,
-    zeros [..., ceil(G*bits/8)] uint8 or None).
+    levels spread over [min(w, 0), max(w, 0)], zero point rounded to a level. Works on a few rows at a
+    time, in float32.
     """
-    groups = functional.pad(weight.float(), (0, -weight.shape[-1] % block)).unflatten(
-        -1, (-1, block)
+    lead, width = weight.shape[:-1], weight.shape[-1]
+    rows = weight.reshape(-1, width)
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    missed = total = 0.0
+    for slab in rows.split(max(1, _SLAB // width)):
+        values = slab.float()
+        packed, scales, zeros = _round_rows(values, bits, block, symmetric)
+        restored = dequantize(packed, scales, zeros, bits, block, width)
+        missed += float((restored - values).square().sum(dtype=torch.float64))
+        total += float(values.square().sum(dtype=torch.float64))
+        parts.append((packed, scales, zeros))
+    packed, scales = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+    all_zeros = [zeros for _, _, zeros in parts if zeros is not None]
+    joined = torch.cat(all_zeros) if all_zeros else None
+    return Rounded(
+        packed.reshape(*lead, *packed.shape[1:]),
+        scales.reshape(*lead, -1),
+        None if joined is None else joined.reshape(*lead, -1),
+        math.sqrt(missed / total) if total else 0.0,
     )
-    top = (1 << bits) - 1
-    middle = 1 << (bits - 1)
+
+
+def _round_rows(
+    values: Tensor, bits: int, block: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    groups = functional.pad(values, (0, -values.shape[-1] % block)).unflatten(-1, (-1, block))
+    top, middle = (1 << bits) - 1, 1 << (bits - 1)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if symmetric:
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        scales = largest / -middle
+        scales = torch.where(high > -low, high, low) / -middle
         zeros = torch.full_like(scales, middle)
     else:
-        low = groups.amin(-1, keepdim=True).clamp(max=0)
-        high = groups.amax(-1, keepdim=True).clamp(min=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         scales = (high - low) / top
         zeros = torch.where(scales == 0, 0, (-low / scales).round()).clamp(0, top)
     scales = torch.where(scales == 0, 1.0, scales)
-    codes = (groups / scales + zeros).round_().clamp_(0, top)
+    codes = (groups / scales).add_(zeros).round_().clamp_(0, top)
     packed_zeros = None if symmetric else pack_bits(zeros.squeeze(-1), bits)
     return pack_bits(codes, bits), scales.squeeze(-1), packed_zeros
-
-
-def relative_error(
-    weight: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int
-) -> float:
-    """|w - dequantized|_F / |w|_F."""
-    restored = dequantize(packed, scales, zeros, bits, block, weight.shape[-1])
-    return float((restored - weight).norm() / weight.norm().clamp(min=1e-30))
