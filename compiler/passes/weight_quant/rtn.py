@@ -48,7 +48,7 @@ def quantize_rtn(weight: Tensor, bits: int, block: int, symmetric: bool) -> Roun
         total += float(values.square().sum(dtype=torch.float64))
         parts.append((packed, scales, zeros))
     packed, scales = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-    all_zeros = [part[2] for part in parts if part[2] is not None]
+    all_zeros = [zeros for _, _, zeros in parts if isinstance(zeros, Tensor)]
     joined = torch.cat(all_zeros) if all_zeros else None
     return Rounded(
         packed.reshape(*lead, *packed.shape[1:]),
