@@ -74,19 +74,19 @@ def evaluate_cone(
 ) -> list[Any]:
     """The values of `roots` from the values of some nodes that they depend on, and weights."""
     values: dict[fx.Node, Any] = dict(known)
-
-    def value_of(node: fx.Node) -> Any:
-        if node not in values:
-            if node.op == "get_attr":
-                values[node] = program.weights[str(node.target)].load()
-            elif node.op == "call_function":
-                for source in node.all_input_nodes:
-                    value_of(source)
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            else:
-                raise IRError(f"%{node.name} is an input whose value is not known")
-        return values[node]
-
     with torch.no_grad():
-        return [value_of(root) for root in roots]
+        return [_value_of(root, values, program) for root in roots]
+
+
+def _value_of(node: fx.Node, values: dict[fx.Node, Any], program: Program) -> Any:
+    if node not in values:
+        if node.op == "get_attr":
+            values[node] = program.weights[str(node.target)].load()
+        elif node.op == "call_function":
+            for source in node.all_input_nodes:
+                _value_of(source, values, program)
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            raise IRError(f"%{node.name} is an input whose value is not known")
+    return values[node]

@@ -50,7 +50,7 @@ _INSIDE = {
     aten.expand.default,
     aten.repeat_interleave.self_int,
 }
-_CHUNK = 4096
+_CHUNK = 1024
 _CHECKED_POSITIONS = 32
 
 
@@ -60,8 +60,8 @@ class _Cone:
 
     output: fx.Node
     data: fx.Node
-    angles: frozenset[fx.Node]
-    """The position-only tensors that it reads: cones with equal angles have equal tables."""
+    angles: frozenset[int]
+    """The position-only values that it reads: cones with equal angles have equal tables."""
 
     @property
     def heads(self) -> int:
@@ -116,7 +116,7 @@ class _Raiser:
         self.positions = program.placeholder("position_ids")
         self.order = {node: index for index, node in enumerate(program.graph.nodes)}
         self.pure = _position_only(program, self.positions)
-        self.tables: dict[tuple[frozenset[fx.Node], int], _Tables | str] = {}
+        self.tables: dict[tuple[frozenset[int], int], _Tables | str] = {}
         self.nodes: dict[bytes, tuple[fx.Node, fx.Node]] = {}
 
     def run(self) -> None:
@@ -130,7 +130,7 @@ class _Raiser:
 
     def find_cone(self, output: fx.Node) -> _Cone | None:
         """Walks back from `output` until one data tensor and position-only tensors are all that it reads."""
-        leaves, angles = {output}, set[fx.Node]()
+        leaves, angles = {output}, set[int]()
         for _ in range(64):
             if len(leaves) == 1 and angles:
                 (data,) = leaves
@@ -146,7 +146,7 @@ class _Raiser:
             for source in latest.all_input_nodes:
                 if source in self.pure:
                     if isinstance(source.meta["val"], Tensor):
-                        angles.add(source)
+                        angles.add(self.pure[source])
                 elif source.op != "get_attr":
                     leaves.add(source)
         return None
@@ -241,11 +241,22 @@ class _Raiser:
         return self.nodes[key]
 
 
-def _position_only(program: Program, positions: fx.Node) -> set[fx.Node]:
-    """Nodes that depend on positions, sizes and weights, but on no token."""
-    pure = {positions, *program.nodes(aten.sym_size.int)}
+def _position_only(program: Program, positions: fx.Node) -> dict[fx.Node, int]:
+    """Nodes that depend on positions, sizes and weights, but on no token, with the number of their value.
+
+    Equal expressions have one number: a model spells its angles anew in each layer.
+    """
+    numbers: dict[tuple[object, str], int] = {}
+    pure: dict[fx.Node, int] = {}
+
+    def add(node: fx.Node) -> None:
+        spelled = fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{pure.get(n, n.target)}")
+        pure[node] = numbers.setdefault((node.target, repr(spelled)), len(numbers))
+
+    for node in (positions, *program.nodes(aten.sym_size.int)):
+        add(node)
     for node in program.graph.nodes:
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
         if node.op == "call_function" and sources and all(source in pure for source in sources):
-            pure.add(node)
+            add(node)
     return pure

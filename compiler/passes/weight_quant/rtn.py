@@ -47,9 +47,9 @@ def quantize_rtn(weight: Tensor, bits: int, block: int, symmetric: bool) -> Roun
         missed += float((restored - values).square().sum(dtype=torch.float64))
         total += float(values.square().sum(dtype=torch.float64))
         parts.append((packed, scales, zeros))
-    packed, scales = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-    all_zeros = [zeros for _, _, zeros in parts if isinstance(zeros, Tensor)]
-    joined = torch.cat(all_zeros) if all_zeros else None
+    packed, scales = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    points = [part[2] for part in parts]
+    joined = None if symmetric else torch.cat([point for point in points if point is not None])
     return Rounded(
         packed.reshape(*lead, *packed.shape[1:]),
         scales.reshape(*lead, -1),
