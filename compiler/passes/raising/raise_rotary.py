@@ -181,15 +181,18 @@ class _Raiser:
         width, interleaved = form
         first = slice(0, width, 2) if interleaved else slice(0, width // 2)
         second = slice(1, width, 2) if interleaved else slice(width // 2, width)
-        cos_rows, sin_rows = [], []
-        for start in range(0, self.program.model.context, _CHUNK):
-            rows = torch.arange(start, min(start + _CHUNK, self.program.model.context))
+        context = self.program.model.context
+        tables = _Tables(
+            torch.empty(context, width // 2), torch.empty(context, width // 2), interleaved
+        )
+        for start in range(0, context, _CHUNK):
+            rows = torch.arange(start, min(start + _CHUNK, context))
             probe = torch.zeros(1, len(rows), 1, cone.head_size)
             probe[..., first] = 1.0
             out = self.apply(cone, probe, rows)[0, :, 0]
-            cos_rows.append(out[:, first].clone())
-            sin_rows.append(out[:, second].clone())
-        return _Tables(torch.cat(cos_rows), torch.cat(sin_rows), interleaved)
+            tables.cos_PR[start : start + len(rows)] = out[:, first]
+            tables.sin_PR[start : start + len(rows)] = out[:, second]
+        return tables
 
     def find_form(self, cone: _Cone) -> tuple[int, bool] | str:
         """(rotary width, interleaved), from which coordinates the first one is mixed with."""
