@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -19,8 +19,9 @@ def check_output(out: Path, force: bool) -> None:
     """Refuses an output that exists (without `force`), or that cannot be written.
 
     `force` replaces an artifact or an empty folder, and nothing else: a folder of another kind is
-    never deleted. Leftovers of compiles that were killed are removed.
+    never deleted.
     """
+    clear_leftovers(out)
     if out.is_symlink() or out.exists():
         replaceable = (
             out.is_dir()
@@ -35,13 +36,22 @@ def check_output(out: Path, force: bool) -> None:
             raise OutputError(
                 f"{out} is no einfold artifact, so --force does not replace it; remove it yourself"
             )
-    parent = out.resolve().parent
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
     if not parent.is_dir():
-        raise OutputError(f"the folder {parent} does not exist; create it first")
+        raise OutputError(f"{parent} is a file; {out} needs a folder there")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {parent} cannot be written")
-    for stale in parent.glob(f".{out.name}.einfold-*"):
-        if not _alive(stale.name.rpartition("-")[2]):
+
+
+def clear_leftovers(out: Path) -> None:
+    """Removes what a killed compile left beside `out`; puts back what it was about to replace."""
+    for stale in sorted(out.resolve().parent.glob(f".{out.name}.einfold-*")):
+        number, _, kind = stale.name.removeprefix(f".{out.name}.einfold-").partition("-")
+        if _alive(number):
+            continue
+        if kind == "old" and not out.exists():
+            stale.rename(out)
+        else:
             shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -60,24 +70,25 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     check_output(out, force)
     staging = out.resolve().parent / f".{out.name}.einfold-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
+    made = [folder for folder in staging.parents if not folder.exists()]
     try:
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
-    try:
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
         yield staging
         _swap(staging, out)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        for folder in made:
+            with suppress(OSError):  # something else may have been put there meanwhile
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"the disk is full: {out} could not be written; nothing was left behind"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(f"cannot write {out}: {error.strerror}") from error
-        raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
         raise
 
 

@@ -135,10 +135,28 @@ def test_outputs_that_exist(text_model: Path, tmp_path: Path) -> None:
 
 
 def test_outputs_that_cannot_be_written(text_model: Path, tmp_path: Path) -> None:
-    refused(
-        "compile", text_model, "-o", tmp_path / "no" / "such" / "out", code=6, says="does not exist"
-    )
     refused("compile", text_model, "-o", "/proc/out", code=6, says="/proc")
+    (tmp_path / "file").write_text("")
+    refused("compile", text_model, "-o", tmp_path / "file" / "out", code=6, says="is a file")
+
+
+def test_folders_around_the_output_are_made_and_unmade(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "no" / "such" / "out"
+    refused("compile", tmp_path / "absent", "-o", out, code=3, says="no model folder")
+    assert not (tmp_path / "no").exists()
+    einfold("compile", text_model, "-o", out)
+    assert (out / "manifest.json").is_file()
+
+
+def test_killed_between_two_renames(text_model: Path, tmp_path: Path) -> None:
+    """A compile killed after it moved the old artifact aside: the next one finds the old one again."""
+    out = tmp_path / "out"
+    einfold("compile", text_model, "-o", out)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    out.rename(tmp_path / f".out.einfold-{dead.pid}-old")
+    refused("compile", text_model, "-o", out, code=6, says="exists already")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
