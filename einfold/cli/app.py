@@ -218,7 +218,10 @@ def eval_(
     artifact: Artifact,
     against: Annotated[
         str,
-        typer.Option(help="The original model's folder; it runs in float32.", show_default=False),
+        typer.Option(
+            help="The original model's folder (it runs in float32), or another artifact of it.",
+            show_default=False,
+        ),
     ],
     text: Annotated[
         Path | None,

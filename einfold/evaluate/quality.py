@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..compiler.ir.manifest import NAME
 from ..errors import ModelError, PromptError
 from ..model import Model
 from .texts import DEFAULT, Document, read_documents
@@ -66,7 +67,7 @@ def evaluate(
     window: int | None = None,
     progress: Progress | None = None,
 ) -> Quality:
-    """Measures `model` against the original in the folder `against`.
+    """Measures `model` against the original in the folder `against`, or against another artifact of it.
 
     `text` is a file of documents, separated by lines that hold a form feed; the original's own
     `eval.txt` or a built-in text where it is not given. Documents longer than `window` tokens (the
@@ -78,7 +79,9 @@ def evaluate(
     if limit < 2:
         raise PromptError("an evaluation window needs two tokens at least")
     tell("loading the original", 0.0)
-    original = _Original(against)
+    original: _Reference = (
+        _Artifact(Path(against)) if (Path(against) / NAME).is_file() else _Original(against)
+    )
     if original.vocabulary != model.engine.vocabulary:
         raise ModelError(
             f"{against} has {original.vocabulary} tokens, the artifact {model.engine.vocabulary}: "
@@ -151,6 +154,13 @@ def _windows(
             yield part, keys
 
 
+class _Reference(Protocol):
+    vocabulary: int
+
+    def log_probabilities(self, tokens: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """(start, log-probabilities [tokens of the step, V]) of each step."""
+
+
 class _Original:
     """The original model in float32, read in steps."""
 
@@ -161,7 +171,6 @@ class _Original:
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
 
     def log_probabilities(self, tokens: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """(start, log-probabilities [tokens of the step, V]) of each step."""
         ids = torch.tensor([tokens])
         past = None
         for start in range(0, len(tokens), _STEP):
@@ -173,8 +182,22 @@ class _Original:
             yield start, torch.log_softmax(out.logits[0].float(), dim=-1)
 
 
+class _Artifact:
+    """Another artifact of the same model, such as the other ONNX flavour, in place of the original."""
+
+    def __init__(self, folder: Path) -> None:
+        from .. import load
+
+        self.model = load(folder)
+        self.vocabulary = self.model.engine.vocabulary
+
+    def log_probabilities(self, tokens: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for start, logits in self.model.logits(tokens):
+            yield start, torch.log_softmax(torch.from_numpy(logits), dim=-1)
+
+
 def _measure(
-    model: Model, original: _Original, tokens: list[int], keys: list[list[int]], sums: _Sums
+    model: Model, original: _Reference, tokens: list[int], keys: list[list[int]], sums: _Sums
 ) -> None:
     best = np.zeros(len(tokens), np.int64)
     reference_best = np.zeros(len(tokens), np.int64)

@@ -130,6 +130,19 @@ def test_fp32_is_exact_against_the_original(
     assert measured["top1"] == 1.0
 
 
+def test_one_flavour_against_the_other(
+    text_model: Path, text_artifact: Path, tmp_path: Path
+) -> None:
+    einfold("compile", text_model, "-o", tmp_path / "portable", "--portable")
+    text = tmp_path / "text.txt"
+    text.write_text("the pass key is hidden in the text of the model " * 5)
+    measured = as_json("eval", tmp_path / "portable", "--against", text_artifact, "--text", text)
+    assert measured["kl"] < 1e-8
+    einfold("compile", text_model, "-o", tmp_path / "int4", "--weights", "int4")
+    measured = as_json("eval", tmp_path / "int4", "--against", text_artifact, "--text", text)
+    assert measured["kl"] > 1e-6
+
+
 def test_estimate_agrees_with_the_artifact(text_model: Path, text_artifact: Path) -> None:
     told = as_json("estimate", text_model, "--context", "100", "--batch", "3")
     manifest = as_json("inspect", text_artifact)["manifest"]

@@ -16,54 +16,24 @@ from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.recipe import Recipe
 
 from .. import models
+from ..greedy import check_tokens, greedy_batch
 
 NEW = 64
 #: Short, longer than a chunk, and past the sliding window; together past several chunks.
 LENGTHS = (5, 23, 60)
 CHUNK = 16
-NEAR_TIE = 1e-4
 
 _references: dict[str, Any] = {}
 
 
 def reference(name: str, folder: Path) -> tuple[Any, list[list[int]], list[list[int]]]:
-    """The model, the prompts, and what `generate` continues them with (a batch, padded on the left)."""
+    """The model, the prompts, and what `generate` continues them with."""
     if name not in _references:
         model = models.build(name)
         random = np.random.default_rng(7)
         prompts = [random.integers(3, models.VOCABULARY, length).tolist() for length in LENGTHS]
-        longest = max(LENGTHS)
-        ids, mask = (
-            torch.zeros(3, longest, dtype=torch.long),
-            torch.zeros(3, longest, dtype=torch.long),
-        )
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        with torch.no_grad():
-            out = model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=NEW,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        _references[name] = model, prompts, out[:, longest:].tolist()
+        _references[name] = model, prompts, greedy_batch(model, prompts, NEW)
     return _references[name]  # type: ignore[no-any-return]
-
-
-def check_tokens(model: Any, prompt: list[int], expected: list[int], found: list[int]) -> None:
-    """Equal tokens; a difference only where the reference's two best logits are a near-tie."""
-    assert len(found) == NEW
-    for place, (want, got) in enumerate(zip(expected, found, strict=True)):
-        if want == got:
-            continue
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + expected[:place]])).logits[0, -1]
-        best = logits.topk(2).values
-        assert best[0] - best[1] < NEAR_TIE, f"token {place}: {got} where {want} was expected"
-        return  # after a near-tie the texts may part
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
