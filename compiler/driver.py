@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError, RecipeError
 from .artifact import check_output, check_target, file_entry, staged
+from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import write_weights
 from .frontend import huggingface
@@ -53,6 +54,8 @@ class CompileReport:
     passes: list[PassRecord]
     seconds: dict[str, float]
     check: dict[str, Any] = field(default_factory=dict)
+    calibration: str = ""
+    """What the model was calibrated on."""
     peak_rss: int = 0
     """Largest resident memory of the process so far, bytes."""
 
@@ -62,6 +65,7 @@ class CompileReport:
             "passes": [record.summary() for record in self.passes],
             "seconds": self.seconds,
             "check": self.check,
+            "calibration": self.calibration,
             "peak_rss": self.peak_rss,
         }
 
@@ -130,12 +134,17 @@ def compile_to(
     check_target(recipe.target)
     tell = progress or (lambda text, share: None)
     clock = _Clock()
+    calibrated = "nothing needed it"
     with staged(out, force) as folder:
         with clock.phase("load"):
             tell("loading weights", 0.0)
             _load(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress)
+        if program.calibrations:
+            with clock.phase("calibrate"):
+                tell("calibrating", 0.0)
+                calibrated = _calibrate(model, program, recipe)
         model.state = (
             None  # from here on only the program holds the weights, and lets go as they are written
         )
@@ -153,7 +162,7 @@ def compile_to(
             (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
             _save_tokenizer(model, folder)
         manifest = _manifest(model, program, recipe, flavour, folder, digest)
-        report = CompileReport(manifest, records, clock.seconds)
+        report = CompileReport(manifest, records, clock.seconds, calibration=calibrated)
         if check is not None:
             with clock.phase("check"):
                 tell("checking against the reference", 0.0)
@@ -214,6 +223,21 @@ def _context(model: Input, recipe: Recipe) -> int:
 def _load(model: Input) -> None:
     if model.state is None:
         model.state = huggingface.load_state(model.source, model.config)
+
+
+def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
+    """Runs what the passes want to know of the model; gives what was read."""
+    tokens, origin = calibration_tokens(
+        model.tokenizer or huggingface.load_tokenizer(model.source),
+        recipe.calibration.text,
+        recipe.calibration.tokens,
+        program.model.vocabulary,
+        program.model.context,
+    )
+    for calibration in program.calibrations:
+        calibration.run(tokens)
+    program.calibrations.clear()
+    return f"{tokens.numel()} tokens of {origin}"
 
 
 def _manifest(

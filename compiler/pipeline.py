@@ -14,6 +14,7 @@ from .ir.program import Program
 from .ir.verifier import verify
 from .passes.base import Note, Pass
 from .passes.cache.attach_cache import AttachCache
+from .passes.cache.plan_cache import PlanCache
 from .passes.cleanup.fold_constants import FoldConstants
 from .passes.cleanup.simplify import Simplify
 from .passes.fusion.fuse_linears import FuseLinears
@@ -40,15 +41,17 @@ def raising_passes() -> list[Pass]:
 def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = ()) -> list[Pass]:
     """The pipeline of a causal language model.
 
-    `weights` are the passes that the recipe chose for weights, `cache` those for the KV cache.
+    `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout.
     """
     return [
         *raising_passes(),
         FuseLinears(),  # before quantization: a matrix is then packed once, in its final shape
         FuseResidualNorms(),
         SelectLogitRows(),
+        PlanCache(),
+        *cache,  # before the weights: what is measured is the model as it was, not as it is rounded
         *weights,
-        *(cache or [AttachCache()]),  # near the end: earlier passes see attention without its cache
+        AttachCache(),  # near the end: earlier passes see attention without its cache
         Simplify(),
     ]
 

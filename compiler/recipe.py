@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RecipeError
 from .passes.base import Pass
-from .passes.cache.attach_cache import AttachCache
+from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
 from .passes.weight_quant.round_to_nearest import RoundToNearest
 from .passes.weight_quant.store_half import StoreHalf
@@ -45,7 +45,16 @@ class WeightsSection(_Section):
 class CacheSection(_Section):
     """How the KV cache is stored."""
 
-    storage: Literal["f32"] = "f32"
+    storage: Literal["f32", "int8"] = "f32"
+    """int8: a fixed scale a channel, from the calibration text."""
+
+
+class CalibrationSection(_Section):
+    """The text that methods measure a model on before they decide."""
+
+    text: Path | None = None
+    """A UTF-8 file; a short built-in text where it is not given."""
+    tokens: int = Field(default=2048, ge=256)
 
 
 class OnnxSection(_Section):
@@ -64,7 +73,17 @@ class Recipe(_Section):
     """Tokens of context to compile for; the model's own limit where it is not given."""
     weights: WeightsSection = WeightsSection()
     cache: CacheSection = CacheSection()
+    calibration: CalibrationSection = CalibrationSection()
     onnx: OnnxSection = OnnxSection()
+
+    @model_validator(mode="after")
+    def _cache_fits_flavour(self) -> Recipe:
+        if self.onnx.portable and self.cache.storage != "f32":
+            raise ValueError(
+                "the portable flavour has no operator that reads an int8 cache, it could only widen "
+                "all of it at every step; use cache.storage f32, or the default flavour"
+            )
+        return self
 
     @staticmethod
     def read(path: Path) -> Recipe:
@@ -89,6 +108,8 @@ class Recipe(_Section):
             key = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
                 raise RecipeError(f"{where} has an unknown key {key!r}") from error
+            if first["type"] == "value_error":
+                raise RecipeError(f"{where}: {first['ctx']['error']}") from error
             raise RecipeError(
                 f"{where}: {key}: {first['msg']}, found {first.get('input')!r}"
             ) from error
@@ -113,5 +134,5 @@ class Recipe(_Section):
         return passes
 
     def cache_passes(self) -> list[Pass]:
-        """The passes over the KV cache."""
-        return [AttachCache(storage=self.cache.storage)]
+        """The passes that refine the cache layout."""
+        return [StaticInt8()] if self.cache.storage == "int8" else []

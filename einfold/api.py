@@ -27,6 +27,7 @@ def compile(
     out: str | Path,
     *,
     weights: str | None = None,
+    cache: str | None = None,
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
@@ -49,7 +50,7 @@ def compile(
     from .evaluate.self_check import self_check
 
     chosen = resolve_recipe(
-        recipe, weights=weights, portable=portable, context=context, target=target
+        recipe, weights=weights, cache=cache, portable=portable, context=context, target=target
     )
     return compile_to(
         _input(model, tokenizer),
@@ -66,6 +67,7 @@ def resolve_recipe(
     recipe: str | Path | Recipe | dict[str, Any] | None,
     *,
     weights: str | None = None,
+    cache: str | None = None,
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
@@ -82,6 +84,8 @@ def resolve_recipe(
     data = base.model_dump()
     if weights is not None:
         data["weights"]["format"] = weights
+    if cache is not None:
+        data["cache"]["storage"] = cache
     if portable is not None:
         data["onnx"]["portable"] = portable
     if context is not None:
@@ -136,6 +140,7 @@ def estimate(
     model: str | Path,
     *,
     weights: str | None = None,
+    cache: str | None = None,
     recipe: str | Path | Recipe | dict[str, Any] | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -149,7 +154,7 @@ def estimate(
     is in bytes.
     """
     found = open_model(model)
-    chosen = resolve_recipe(recipe, weights=weights)
+    chosen = resolve_recipe(recipe, weights=weights, cache=cache)
     program, _ = trace(found, chosen)
     layout = program.layout
     assert layout is not None
@@ -171,10 +176,10 @@ def estimate(
             fits = weight_bytes + sum(parts(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         largest = low
-    cache, activations = parts(wanted)
+    cache_bytes, activations = parts(wanted)
     return Estimate(
         weight_bytes,
-        cache,
+        cache_bytes,
         activations,
         wanted,
         batch,

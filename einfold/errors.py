@@ -53,3 +53,9 @@ class IRError(EinfoldError):
     """The graph breaks a rule of the IR, or its textual form does not parse."""
 
     exit_code = 9
+
+
+class CalibrationError(EinfoldError):
+    """The calibration text is missing or too short, or the model gives no finite numbers on it."""
+
+    exit_code = 10

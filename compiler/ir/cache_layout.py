@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Bytes of a number of each dtype that a cache may be stored in.
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1}
 
+#: What is cached of each token.
+PARTS = ("key", "value")
+
 
 @dataclass(frozen=True)
 class Full:
@@ -41,13 +44,28 @@ class Full:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a kept token is stored: plain numbers of one dtype, by its name in the IR."""
+    """How a kept token is stored: numbers of one dtype, plain or with a fixed scale a channel.
+
+    Printed as `f32`, or `i8/channel`. The scales [heads, size] are weights of the program.
+    """
 
     dtype: str = "f32"
+    scales: str = "none"
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise IRError(f"a cache can be stored as {', '.join(ITEM_BYTES)}, not {self.dtype!r}")
+        if self.scales not in ("none", "channel"):
+            raise IRError(f"a cache has scales of kind none or channel, not {self.scales!r}")
+
+    def __str__(self) -> str:
+        return self.dtype if self.scales == "none" else f"{self.dtype}/{self.scales}"
+
+    @staticmethod
+    def parse(text: str) -> Storage:
+        """Reads what `str` gives."""
+        dtype, _, scales = text.partition("/")
+        return Storage(dtype, scales or "none")
 
 
 @dataclass(frozen=True)
@@ -90,12 +108,16 @@ class LayerCache:
                 f"but each of the {self.kv_heads} KV heads must stand in exactly one group"
             )
 
+    def size(self, part: str) -> int:
+        """Numbers a head and token of the "key" or the "value"."""
+        return self.key_size if part == "key" else self.value_size
+
     def buffers(self, batch: Size, capacity: Size) -> Iterator[Buffer]:
         for index, group in enumerate(self.groups):
             prefix = cache_name(self.layer, index)
             tokens = group.policy.tokens(capacity)
-            for part, size in (("key", self.key_size), ("value", self.value_size)):
-                shape = (batch, len(group.heads), tokens, size)
+            for part in PARTS:
+                shape = (batch, len(group.heads), tokens, self.size(part))
                 yield Buffer(f"{prefix}.{part}", shape, group.storage.dtype)
 
 
@@ -138,7 +160,7 @@ class CacheLayout:
                 yield (
                     f"cache {layer.layer}.{index} heads={heads} of={layer.kv_heads} "
                     f"key={layer.key_size} value={layer.value_size} "
-                    f"policy={group.policy.name} storage={group.storage.dtype}"
+                    f"policy={group.policy.name} storage={group.storage}"
                 )
 
     @staticmethod
@@ -180,7 +202,7 @@ def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
             )
         group = HeadGroup(
             heads=tuple(int(head) for head in fields["heads"].split(",")),
-            storage=Storage(fields["storage"]),
+            storage=Storage.parse(fields["storage"]),
         )
     except (KeyError, ValueError) as error:
         raise IRError(f"cannot read the cache line {line!r}: {error}") from None

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -45,6 +45,13 @@ class ModelInfo:
     hidden: int = 0
 
 
+class Calibration(Protocol):
+    """Statistics that a pass asked for; the driver runs it once the pipeline is through."""
+
+    def run(self, tokens_BS: torch.Tensor) -> None:
+        """Reads the text. Raises CalibrationError where it gives no usable numbers."""
+
+
 @dataclass
 class Program:
     """The unit that passes work on."""
@@ -54,6 +61,10 @@ class Program:
     graph: fx.Graph = field(default_factory=fx.Graph)
     weights: WeightStore = field(default_factory=WeightStore)
     layout: CacheLayout | None = None
+    cache_weights: dict[str, Weight] = field(default_factory=dict)
+    """Weights that the cache's storage needs, such as scales, until `attach_cache` puts them in the graph."""
+    calibrations: list[Calibration] = field(default_factory=list)
+    """What must read a calibration text before the weights that it decides can be loaded."""
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """The call nodes of these operators, in order, over a snapshot of the graph."""

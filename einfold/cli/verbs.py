@@ -19,6 +19,7 @@ def compile_model(
     output: Path,
     target: str | None,
     weights: str | None,
+    cache: str | None,
     recipe: Path | None,
     context: int | None,
     portable: bool | None,
@@ -38,6 +39,7 @@ def compile_model(
             model,
             output,
             weights=weights,
+            cache=cache,
             portable=portable,
             context=context,
             target=target,
@@ -218,6 +220,7 @@ def bench_artifact(
 def estimate_model(
     model: str,
     weights: str | None,
+    cache: str | None,
     recipe: Path | None,
     context: int | None,
     batch: int,
@@ -232,6 +235,7 @@ def estimate_model(
     found = estimate(
         model,
         weights=weights,
+        cache=cache,
         recipe=recipe,
         context=context,
         batch=batch,
@@ -288,7 +292,10 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}",
         ),
         ("context", f"{model.context:,} tokens"),
-        ("KV cache", f"{manifest.cache_bytes} bytes for B rows of C tokens"),
+        (
+            "KV cache",
+            f"{manifest.recipe['cache']['storage']}, {manifest.cache_bytes} bytes for B rows of C tokens",
+        ),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, value)
@@ -331,14 +338,18 @@ def _graph_text(path: Path) -> str:
 
 
 def list_passes(
-    weights: str | None, recipe: Path | None, portable: bool | None, as_json: bool
+    weights: str | None,
+    cache: str | None,
+    recipe: Path | None,
+    portable: bool | None,
+    as_json: bool,
 ) -> None:
     import inspect as python_inspect
 
     from ..api import resolve_recipe
     from ..compiler.pipeline import language_model_passes
 
-    chosen = resolve_recipe(recipe, weights=weights, portable=portable)
+    chosen = resolve_recipe(recipe, weights=weights, cache=cache, portable=portable)
     pipeline = language_model_passes(chosen.weight_passes(), chosen.cache_passes())
     rows: list[dict[str, Any]] = [
         {

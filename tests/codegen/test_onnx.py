@@ -255,22 +255,28 @@ CACHED = """
     input %q "q" : f32[B, S, {heads}, {size}]
     input %k "k" : f32[B, S, {kv}, {size}]
     input %v "v" : f32[B, S, {kv}, {value}]
-    input %kc "cache.0.0.key" : f32[B, {kv}, C, {size}]
-    input %vc "cache.0.0.value" : f32[B, {kv}, C, {value}]
+    weight @ks : f32[{kv}, {size}]
+    weight @vs : f32[{kv}, {value}]
+    input %kc "cache.0.0.key" : {cache}[B, {kv}, C, {size}]
+    input %vc "cache.0.0.value" : {cache}[B, {kv}, C, {value}]
     input %past "lengths" : i64[B]
     read %cos "cos" : f32[64, {half}]
     read %sin "sin" : f32[64, {half}]
     read %sinks "sinks" : f32[{heads}]
+    read %ks "ks" : f32[{kv}, {size}]
+    read %vs "vs" : f32[{kv}, {value}]
     call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, {arguments}) : ({types})
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {value}]
-    call %k2 = builtin.getitem(%a, 1) : f32[B, {kv}, C, {size}]
-    call %v2 = builtin.getitem(%a, 2) : f32[B, {kv}, C, {value}]
+    call %k2 = builtin.getitem(%a, 1) : {cache}[B, {kv}, C, {size}]
+    call %v2 = builtin.getitem(%a, 2) : {cache}[B, {kv}, C, {value}]
     output "o" = %o
     output "cache.0.0.key" = %k2
     output "cache.0.0.value" = %v2
 """
 
-VARIANTS = {
+INT8 = {"cache": "i8", "scales": "%ks, %vs"}
+
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one group": {"heads": 2, "kv": 2},
     "window": {"window": 3},
@@ -284,6 +290,16 @@ VARIANTS = {
     "head of 12": {"rotary": "%pos, %cos, %sin", "size": 12, "half": 6, "value": 12},
     "head of 20, window": {"size": 20, "value": 20, "window": 2},
     "values of another size": {"value": 8},
+    "int8": INT8,
+    "int8, rotary": {**INT8, "rotary": "%pos, %cos, %sin"},
+    "int8, head of 24, partial rotary": {
+        **INT8,
+        "rotary": "%pos, %cos, %sin",
+        "size": 24,
+        "value": 24,
+        "half": 4,
+    },
+    "int8, all of it": {**INT8, "window": 4, "softcap": 2.0, "sinks": "%sinks"},
 }
 
 
@@ -302,13 +318,25 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         "sinks": "none",
         "rotary": "none, none, none",
         "pairing": "false",
+        "cache": "f32",
+        "scales": "none, none",
     }
     options |= VARIANTS[variant]
-    arguments = "{sinks}, {rotary}, 0, 0.3, {window}, {softcap}, {pairing}".format(**options)
-    types = "f32[B, S, {heads}, {value}], f32[B, {kv}, C, {size}], f32[B, {kv}, C, {value}]".format(
+    arguments = "{sinks}, {rotary}, {scales}, 0, 0.3, {window}, {softcap}, {pairing}".format(
         **options
     )
-    found = program(CACHED.format(**options, arguments=arguments, types=types))
+    types = (
+        "f32[B, S, {heads}, {value}], {cache}[B, {kv}, C, {size}], {cache}[B, {kv}, C, {value}]"
+    ).format(**options)
+    scales = {
+        name: torch.rand(options["kv"], options[part]) * 0.03 + 0.01
+        for name, part in (("ks", "size"), ("vs", "value"))
+    }
+    found = program(CACHED.format(**options, arguments=arguments, types=types), **scales)
+    if options["cache"] == "i8" and flavour == "portable":
+        with pytest.raises(UnsupportedError, match=r"layer 0: .* int8"):
+            build(found, flavour, tmp_path)
+        return
     session, _ = build(found, flavour, tmp_path)
     reference = Interpreter(found)
     used = {node.name for node in session.get_inputs()}
@@ -347,9 +375,10 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         want.pop("o")
         return want
 
+    stored = torch.int8 if options["cache"] == "i8" else torch.float32
     empty = {
-        "cache.0.0.key": torch.zeros(2, kv, 24, size),
-        "cache.0.0.value": torch.zeros(2, kv, 24, value),
+        "cache.0.0.key": torch.zeros(2, kv, 24, size, dtype=stored),
+        "cache.0.0.value": torch.zeros(2, kv, 24, value, dtype=stored),
     }
     one = {name: tensor[:1].clone() for name, tensor in empty.items()}
     one = step(1, [0], 7, one)

@@ -25,7 +25,8 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
         edges = [0, *cuts, heads]
         groups = tuple(
             HeadGroup(
-                tuple(order[a:b]), storage=Storage(draw(st.sampled_from(["f32", "f16", "i8"])))
+                tuple(order[a:b]),
+                storage=Storage.parse(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel"]))),
             )
             for a, b in itertools.pairwise(edges)
         )
@@ -66,6 +67,7 @@ def test_each_head_stands_in_one_group(groups: tuple[tuple[int, ...], ...]) -> N
     [
         "cache 0.0 heads=0 of=1 key=8 value=8 policy=none storage=f32",
         "cache 0.0 heads=0 of=1 key=8 value=8 policy=full storage=f31",
+        "cache 0.0 heads=0 of=1 key=8 value=8 policy=full storage=i8/token",
         "cache 0.0 heads=x of=1 key=8 value=8 policy=full storage=f32",
         "cache zero heads=0",
     ],

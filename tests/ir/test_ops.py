@@ -80,6 +80,8 @@ def test_cached_attention_in_steps_is_attention(window: int, rotary: bool) -> No
             positions[:, start:end] if rotary else None,
             cos if rotary else None,
             sin if rotary else None,
+            None,
+            None,
             0,
             0.35,
             window,
@@ -96,11 +98,24 @@ def test_rows_of_unequal_length_do_not_see_padding() -> None:
     lengths = torch.tensor([6, 3])  # row 1 holds three tokens and three of padding
     none = (None, None, None)
     _, keys, values = ops.cached_attention(
-        q, k, v, *caches, torch.zeros(2, dtype=torch.long), None, *none, 0, 0.5, 0, 0.0, False
+        q,
+        k,
+        v,
+        *caches,
+        torch.zeros(2, dtype=torch.long),
+        None,
+        *none,
+        None,
+        None,
+        0,
+        0.5,
+        0,
+        0.0,
+        False,
     )
     new = randn(2, 1, 2, 4, seed=3)
     out, keys, values = ops.cached_attention(
-        new, new, new, keys, values, lengths, None, *none, 0, 0.5, 0, 0.0, False
+        new, new, new, keys, values, lengths, None, *none, None, None, 0, 0.5, 0, 0.0, False
     )
     text = torch.cat((k[1:, :3], new[1:]), 1)
     want = ops.attention(
@@ -114,6 +129,27 @@ def test_rows_of_unequal_length_do_not_see_padding() -> None:
         0.0,
     )
     torch.testing.assert_close(out[1, 0], want[0, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_int8_cache_is_attended_as_it_is_stored() -> None:
+    """Codes round to nearest and stop at the ends; attention reads the codes times their scales."""
+    q, k, v = randn(1, 5, 2, 4), randn(1, 5, 2, 4, seed=1), randn(1, 5, 2, 4, seed=2)
+    scales = [torch.rand(2, 4) * 0.02 + 0.002 for _ in range(2)]
+    caches = [torch.zeros(1, 2, 8, 4, dtype=torch.int8) for _ in range(2)]
+    lengths = torch.zeros(1, dtype=torch.long)
+    none = [None] * 4
+    out, keys, values = ops.cached_attention(
+        q, k, v, *caches, lengths, *none, *scales, 0, 0.5, 0, 0.0, False
+    )
+    stored = []
+    for new, codes, scale in ((k, keys, scales[0]), (v, values, scales[1])):
+        assert codes.dtype == torch.int8
+        want = torch.clamp(torch.round(new / scale), -128, 127)
+        assert torch.equal(codes[:, :, :5].transpose(1, 2).float(), want)
+        assert int((codes.abs() >= 127).sum()) > 0  # some were cut
+        stored.append(want * scale)
+    exact = ops.attention(q, *stored, None, 0, 0.5, 0, 0.0)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [8, 4])

@@ -4,6 +4,7 @@ import torch
 
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
+from einfold.compiler.passes.cache.plan_cache import PlanCache
 
 from ..programs import calls, program, run
 
@@ -28,16 +29,17 @@ def test_attention_gets_a_cache_and_takes_the_rotary_in() -> None:
     q, k, positions = torch.randn(1, 7, 4, 8), torch.randn(1, 7, 2, 8), torch.arange(7)[None]
     ids = torch.zeros(1, 7, dtype=torch.long)
     want = run(found, input_ids=ids, position_ids=positions, q=q, k=k)["o"]
+    PlanCache().run(found)
     result = AttachCache().run(found)
     verify(found, deep=True)
     assert calls(found)[0] == (
         "einfold.cached_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %lengths, none, "
-        "%position_ids, %cos, %sin, 3, 0.25, 5, 0.0, false)"
+        "%position_ids, %cos, %sin, none, none, 3, 0.25, 5, 0.0, false)"
     )
     assert found.output_names() == ["o", "cache.3.0.key", "cache.3.0.value"]
     assert found.layout is not None
     assert found.layout.bytes(2, 10) == 2 * 2 * 10 * (8 + 8) * 4
-    assert result.notes[0].what == "full cache, window 5 by mask"
+    assert result.notes[0].what == "full cache in f32, window 5 by mask"
     caches = {b.name: torch.zeros(b.shape) for b in found.layout.buffers(1, 9)}  # type: ignore[arg-type]
     got = run(
         found, input_ids=ids, position_ids=positions, q=q, k=k, lengths=torch.tensor([0]), **caches
@@ -51,6 +53,7 @@ def test_without_attention_there_is_nothing_to_do() -> None:
         call %y = aten.neg.default(%x) : f32[B, 4]
         output "y" = %y
     """)
+    PlanCache().run(found)
     result = AttachCache().run(found)
     assert not result.changed
     assert result.notes[0].action == "skipped"
@@ -59,6 +62,7 @@ def test_without_attention_there_is_nothing_to_do() -> None:
 def test_a_rotary_of_the_query_alone_stays_in_front() -> None:
     body = BODY.replace("%rq, %rk, %k, none", "%rq, %k, %k, none")
     found = program(body)
+    PlanCache().run(found)
     AttachCache().run(found)
     assert calls(found)[0].startswith("einfold.rotary(%q")
-    assert "none, none, none, none, 3" in calls(found)[1]
+    assert "none, none, none, none, none, none, 3" in calls(found)[1]

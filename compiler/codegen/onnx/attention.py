@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from ....errors import UnsupportedError
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB
 from .einfold_ops import rotate
@@ -50,6 +51,11 @@ class _Call:
     @property
     def value_size(self) -> int:
         return int(self.found["v_BSKD"].meta["val"].shape[3])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the cache holds int8."""
+        return self.found["key_scale_KD"] is not None
 
     @property
     def rotary_width(self) -> int:
@@ -88,13 +94,24 @@ class _Call:
 def cached_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
     call = _Call(context, node, context.arguments(node))
     if call.key_size % 8 or call.value_size != call.key_size:
+        if call.quantized:
+            raise UnsupportedError(
+                f"layer {call.found['layer']}: an int8 cache needs one head size for keys and values, a "
+                f"multiple of 8, and has {call.key_size} and {call.value_size}; use cache.storage f32"
+            )
         return _standard(call)
     return _group_query(call)
 
 
 @lowering(einfold_ops.cached_attention.default, flavour="portable")
 def cached_attention_portable(context: Context, node: fx.Node) -> list[ir.Value]:
-    return _standard(_Call(context, node, context.arguments(node)))
+    call = _Call(context, node, context.arguments(node))
+    if call.quantized:
+        raise UnsupportedError(
+            f"layer {call.found['layer']}: no standard operator reads an int8 cache; "
+            "use cache.storage f32, or the default flavour"
+        )
+    return _standard(call)
 
 
 def _group_query(call: _Call) -> list[ir.Value]:
@@ -125,7 +142,12 @@ def _group_query(call: _Call) -> list[ir.Value]:
         call.value("positions_BS") if in_op else None,
         None,
         context.optional(found["sinks_H"]),
+        context.optional(found["key_scale_KD"]),
+        context.optional(found["value_scale_KD"]),
         domain=CONTRIB,
+        kv_cache_bit_width=8 if call.quantized else None,
+        k_quant_type="PER_CHANNEL" if call.quantized else None,
+        v_quant_type="PER_CHANNEL" if call.quantized else None,
         num_heads=call.heads,
         kv_num_heads=call.kv_heads,
         scale=found["scale"],

@@ -98,6 +98,8 @@ def cached_attention(
     positions_BS: Tensor | None,
     cos_PR: Tensor | None,
     sin_PR: Tensor | None,
+    key_scale_KD: Tensor | None,
+    value_scale_KD: Tensor | None,
     layer: int,
     scale: float,
     window: int,
@@ -110,6 +112,9 @@ def cached_attention(
     sees the cache up to index lengths[b] + s, so causality goes by cache index, never by position.
     `window` counts cache indices in the same way as `einfold::attention`.
 
+    With scales the caches hold int8: x is stored as clamp(round(x / scale), -128, 127), and what is
+    attended to, the new tokens too, is what is stored times its scale.
+
     Gives (out [B, S, H, D], key cache, value cache). A target may write the caches in place.
     """
     if cos_PR is not None and sin_PR is not None and positions_BS is not None:
@@ -117,18 +122,34 @@ def cached_attention(
         k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
     new, capacity = q_BSHD.shape[1], key_cache_BKCD.shape[2]
     slot_BS = lengths_B[:, None] + torch.arange(new, device=lengths_B.device)
-    keys = _write(key_cache_BKCD, k_BSKD, slot_BS)
-    values = _write(value_cache_BKCD, v_BSKD, slot_BS)
+    keys = _write(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
+    values = _write(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
     index_C = torch.arange(capacity, device=lengths_B.device)
     visible_BSC = index_C <= slot_BS[:, :, None]
     if window:
         visible_BSC &= slot_BS[:, :, None] - index_C < window
-    out = masked_attention(q_BSHD, keys, values, visible_BSC, sinks_H, scale, softcap)
+    out = masked_attention(
+        q_BSHD,
+        _read(keys, key_scale_KD),
+        _read(values, value_scale_KD),
+        visible_BSC,
+        sinks_H,
+        scale,
+        softcap,
+    )
     return out, keys, values
 
 
-def _write(cache_BKCD: Tensor, new_BSKD: Tensor, slot_BS: Tensor) -> Tensor:
+def _read(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:
+    return cache_BKCD if scale_KD is None else cache_BKCD * scale_KD[:, None]
+
+
+def _write(
+    cache_BKCD: Tensor, new_BSKD: Tensor, slot_BS: Tensor, scale_KD: Tensor | None
+) -> Tensor:
     slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
+    if scale_KD is not None:
+        new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127)
     return cache_BKCD.scatter(2, slots, new_BSKD.transpose(1, 2).to(cache_BKCD.dtype))
 
 
@@ -144,6 +165,8 @@ def _(
     positions_BS: Tensor | None,
     cos_PR: Tensor | None,
     sin_PR: Tensor | None,
+    key_scale_KD: Tensor | None,
+    value_scale_KD: Tensor | None,
     layer: int,
     scale: float,
     window: int,

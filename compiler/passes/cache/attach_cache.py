@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...ir.cache_layout import CacheLayout, HeadGroup, LayerCache, Storage, cache_name
+from ...ir.cache_layout import PARTS, cache_name
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
+from ...ir.weights import Weight
 from ..base import Pass, PassResult
 
 
@@ -26,38 +27,38 @@ class AttachCache(Pass):
     """
 
     name = "attach_cache"
+    requires = frozenset({"cache planned"})
     ensures = frozenset({"cache attached"})
-
-    storage: str = "f32"
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
         nodes = attention_nodes(program)
-        if not nodes:
+        if not nodes or program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result
-        program.layout = CacheLayout(
-            tuple(_full_cache(node, Storage(self.storage)) for node in nodes)
-        )
         lengths = editor.input("lengths", ["B"], torch.int64)
         names: list[str] = []
         values: list[fx.Node] = []
         for node in nodes:
             layer = int(call_arguments(node)["layer"])
+            cache = program.layout[layer]
+            storage = cache.groups[0].storage
             caches = [
                 editor.input(
                     f"{cache_name(layer, 0)}.{part}",
-                    _cache_shape(program.layout[layer], part),
-                    DTYPES[self.storage],
+                    ["B", cache.kv_heads, "C", cache.size(part)],
+                    DTYPES[storage.dtype],
                 )
-                for part in ("key", "value")
+                for part in PARTS
             ]
-            updated = _attach(editor, node, caches, lengths)
+            scales = [program.cache_weights.pop(f"{c.target}_scale", None) for c in caches]
+            updated = _attach(editor, node, caches, lengths, scales)
             values += updated
             names += [str(cache.target) for cache in caches]
             window = int(call_arguments(node)["window"])
             result.applied(
-                f"layer {layer}", "full cache" + (f", window {window} by mask" if window else "")
+                f"layer {layer}",
+                f"full cache in {storage}" + (f", window {window} by mask" if window else ""),
             )
         present = list(program.output.args[0])  # type: ignore[arg-type]
         editor.set_output(present + values, program.output_names() + names)
@@ -65,27 +66,21 @@ class AttachCache(Pass):
         return result
 
 
-def _full_cache(node: fx.Node, storage: Storage) -> LayerCache:
-    found = call_arguments(node)
-    keys, values = found["k_BSKD"].meta["val"], found["v_BSKD"].meta["val"]
-    heads = int(keys.shape[2])
-    group = HeadGroup(heads=tuple(range(heads)), storage=storage)
-    return LayerCache(
-        int(found["layer"]), heads, int(keys.shape[3]), int(values.shape[3]), (group,)
-    )
-
-
-def _cache_shape(cache: LayerCache, part: str) -> list[int | str]:
-    return ["B", cache.kv_heads, "C", cache.key_size if part == "key" else cache.value_size]
-
-
 def _attach(
-    editor: Editor, node: fx.Node, caches: list[fx.Node], lengths: fx.Node
+    editor: Editor,
+    node: fx.Node,
+    caches: list[fx.Node],
+    lengths: fx.Node,
+    scales: list[Weight | None],
 ) -> list[fx.Node]:
     """Replaces one attention; gives the updated caches."""
     found = call_arguments(node)
     query, key, rotary = _without_rotary(found["q_BSHD"], found["k_BSKD"])
     with editor.before(node):
+        read = [
+            None if scale is None else editor.weight(f"{cache.target}_scale", scale)
+            for cache, scale in zip(caches, scales, strict=True)
+        ]
         new = editor.call(
             einfold_ops.cached_attention.default,
             query,
@@ -95,6 +90,7 @@ def _attach(
             lengths,
             found["sinks_H"],
             *rotary[:3],
+            *read,
             found["layer"],
             found["scale"],
             found["window"],

@@ -1,0 +1,1 @@
+"""Statistics that a model shows on a little text, for the passes that decide by them."""

@@ -1,0 +1,47 @@
+"""The tokens that a model is calibrated on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CalibrationError
+
+DEFAULT = Path(__file__).with_name("default.txt")
+
+#: Tokens read together in one row. More rows bound the memory of attention, not its meaning.
+_ROW = 256
+
+
+def calibration_tokens(
+    tokenizer: Any, text: Path | None, count: int, vocabulary: int, context: int
+) -> tuple[Tensor, str]:
+    """(token ids [rows, tokens of a row], where they are from), about `count` in all.
+
+    Without a tokenizer they are random. Raises CalibrationError where the text cannot be read or holds
+    fewer tokens than one row.
+    """
+    row = min(_ROW, context)
+    rows = max(1, count // row)
+    if tokenizer is None:
+        ids = torch.randint(vocabulary, (rows, row), generator=torch.Generator().manual_seed(0))
+        return ids, "random tokens, for the model has no tokenizer"
+    path = text or DEFAULT
+    try:
+        written = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read the calibration text {path}: {error}") from error
+    found = torch.tensor(tokenizer.encode(written, add_special_tokens=False), dtype=torch.long)
+    if len(found) < row:
+        raise CalibrationError(
+            f"the calibration text {path} has {len(found)} tokens; {row} are needed at least"
+        )
+    if len(found) and int(found.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer gives token {int(found.max())}, but the model has {vocabulary} tokens"
+        )
+    rows = min(rows, len(found) // row)
+    return found[: rows * row].reshape(rows, row), text.name if text else "the built-in text"

@@ -1,0 +1,1 @@
+"""Quantization of the KV cache, one method a file."""

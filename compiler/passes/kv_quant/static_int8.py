@@ -1,0 +1,59 @@
+"""static_int8: keys and values in int8, with one scale a channel that is fixed at compile time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...calibrate.kv_ranges import KVRanges
+from ...ir.cache_layout import PARTS, CacheLayout, Storage, cache_name
+from ...ir.program import Program
+from ...ir.weights import Weight
+from ..base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class StaticInt8(Pass):
+    """Stores the whole cache as int8, a quarter of the bytes of float32.
+
+    Before: `cache 0.0 heads=0,1 .. storage=f32`
+    After:  `cache 0.0 heads=0,1 .. storage=i8/channel`, and the weights `cache.0.0.key_scale` and
+    `cache.0.0.value_scale` [heads, size].
+
+    The scale of a channel is its largest magnitude on the calibration text over 127; what is larger
+    later is cut there. The two channels that a rotary embedding turns into each other share the larger
+    bound that holds at every position, so a short text decides for a long context too. Scales by channel
+    and not by token follow KIVI (Liu et al. 2024, section 3), which found outlier channels in keys.
+    """
+
+    name = "static_int8"
+    requires = frozenset({"cache planned"})
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        if program.layout is None:
+            result.skipped("graph", "no attention in the graph")
+            return result
+        ranges = KVRanges(program)
+        layers = []
+        for layer in program.layout.layers:
+            groups = []
+            for index, group in enumerate(layer.groups):
+                groups.append(replace(group, storage=Storage("i8", "channel")))
+                for part in PARTS:
+                    program.cache_weights[f"{cache_name(layer.layer, index)}.{part}_scale"] = (
+                        Weight(
+                            (len(group.heads), layer.size(part)),
+                            torch.float32,
+                            ranges.scale(layer.layer, part, group.heads),
+                        )
+                    )
+            layers.append(replace(layer, groups=tuple(groups)))
+            per_token = layer.kv_heads * (layer.key_size + layer.value_size)
+            result.applied(
+                f"layer {layer.layer}", f"{per_token} bytes a token, from {4 * per_token}"
+            )
+        program.layout = CacheLayout(tuple(layers))
+        program.calibrations.append(ranges)
+        return result
