@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,20 @@ class Builder:
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
             self._constants[key] = self._initializer(name, ir.tensor(array, name=name))
+        return self._constants[key]
+
+    def filled(self, shape: tuple[int, int], value: int, dtype: ir.DataType) -> ir.Value:
+        """A constant matrix of one 4- or 8-bit number, one for each shape."""
+        key = (str(dtype), shape, value.to_bytes(1, "little"))
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            if dtype == ir.DataType.UINT8:
+                tensor: ir.TensorProtocol = ir.tensor(np.full(shape, value, np.uint8), name=name)
+            else:
+                size = (math.prod(shape) + 1) // 2
+                packed = np.full(size, value | value << 4, np.uint8)
+                tensor = ir.PackedTensor(packed, dtype, shape=ir.Shape(shape), name=name)
+            self._constants[key] = self._initializer(name, tensor)
         return self._constants[key]
 
     def ints(self, *values: int) -> ir.Value:

@@ -88,18 +88,19 @@ def dequantized(
         raise unsupported(
             node, f"standard operators of opset {context.opset} have no {bits}-bit weights"
         )
-    if zeros is None:
-        raise unsupported(
-            node, "standard operators need explicit zero points (the pass explicit_zeros adds them)"
-        )
-    if bits == 4 and groups % 2:
-        raise unsupported(
-            node, "an odd number of groups, whose zero points ONNX would pack across rows"
-        )
     codes = builder.weight(name, shape=(rows, groups * block), dtype=_UNSIGNED[bits])
-    offsets = builder.weight(
-        context.weight_name(zeros), shape=(rows, groups), dtype=_UNSIGNED[bits]
-    )
+    if zeros is None:
+        offsets = builder.filled((rows, groups), 1 << (bits - 1), _UNSIGNED[bits])
+    elif groups * bits % 8:
+        raise unsupported(
+            node,
+            "an odd number of groups with zero points of their own, which ONNX would pack across "
+            "rows; use symmetric weights or another block",
+        )
+    else:
+        offsets = builder.weight(
+            context.weight_name(zeros), shape=(rows, groups), dtype=_UNSIGNED[bits]
+        )
     weight = builder.op(
         "DequantizeLinear", codes, context.value(scales), offsets, axis=1, block_size=block
     )

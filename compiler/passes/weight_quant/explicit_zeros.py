@@ -41,15 +41,20 @@ class ExplicitZeros(Pass):
             names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
             for scales_name, zeros_name in _ARGUMENTS[node.target]:  # type: ignore[index]
                 found = call_arguments(node)
-                if found[zeros_name] is None:
+                scales = str(found[scales_name].target)
+                if program.weights[scales].shape[-1] * int(found["bits"]) % 8:
+                    result.skipped(
+                        scales,
+                        "an odd number of groups: ONNX packs zero points across rows; the code "
+                        "generator writes a constant",
+                    )
+                elif found[zeros_name] is None:
                     zeros = self._zeros(
                         program, editor, node, found[scales_name], int(found["bits"])
                     )
                     node.update_arg(names.index(zeros_name), zeros)
                     added = program.weights[str(zeros.target)].nbytes
-                    result.applied(
-                        str(found[scales_name].target), "zero points written out", -added
-                    )
+                    result.applied(scales, "zero points written out", -added)
         return result
 
     def _zeros(
