@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -204,9 +205,16 @@ def load(
     defaults to the processors at hand; `chunk` bounds the tokens of a prefill step. Raises
     ArtifactError where the folder is damaged or no artifact.
     """
-    artifact = Artifact.open(folder, verify)
+    artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
-    runner = _runner(artifact, engine, threads)
+    # Hashing the weights and packing them for the processor are what loading takes; they go side by side.
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(artifact.check_weights) if verify else None
+        try:
+            runner = _runner(artifact, engine, threads)
+        finally:
+            if checked is not None:
+                checked.result()  # damage explains best what the loader may have met
     return Model(
         artifact,
         Engine(runner, manifest.layout(), manifest.model.vocabulary, manifest.model.context, chunk),

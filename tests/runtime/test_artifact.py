@@ -42,6 +42,8 @@ def test_a_changed_byte_anywhere_is_found(copy: Path) -> None:
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             with pytest.raises(ArtifactError, match=path.name):
                 Artifact.open(copy)
+        with pytest.raises(ArtifactError, match=path.name):
+            einfold.load(copy)
         path.write_bytes(data)
     Artifact.open(copy)
 
