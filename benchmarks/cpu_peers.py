@@ -48,7 +48,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the small shape up to 4,096 tokens")
     parser.add_argument("--tiny", action="store_true", help="try the benchmark, not the engines")
     parser.add_argument("--prepare", action="store_true", help="only make the models")
-    parser.add_argument("--resume", action="store_true", help="go on with the last run of that name")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the last run of that name"
+    )
     parser.add_argument("--name", help="name of the results; default: date and machine")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the models")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -112,4 +114,3 @@ def prepare(kitchen: Kitchen, arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-

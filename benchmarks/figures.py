@@ -96,8 +96,7 @@ class Figures:
     def load(self, entry: str, whole: bool = False) -> float | None:
         """Seconds to the first token, the median; `whole` counts from the start of the process."""
         times = [
-            r["load"] + r["first"] + (r["start"] if whole else 0.0)
-            for r in self._of(entry, "load")
+            r["load"] + r["first"] + (r["start"] if whole else 0.0) for r in self._of(entry, "load")
         ]
         return statistics.median(times) if times else None
 
@@ -139,6 +138,4 @@ class Figures:
         return [r["busy"] for r in self._records if r["measure"] == "round"]
 
     def _of(self, entry: str, measure: str) -> list[dict[str, Any]]:
-        return [
-            r for r in self._records if r.get("entry") == entry and r["measure"] == measure
-        ]
+        return [r for r in self._records if r.get("entry") == entry and r["measure"] == measure]

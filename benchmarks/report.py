@@ -109,7 +109,9 @@ def _shape(figures: Figures, shape: str) -> list[str]:
     measures = figures.measures()
     decodes = [m for m in measures if m.startswith("d")]
     head = ["engine", *measures, f"roofline % {'/'.join(m[1:] for m in decodes)}"]
-    lines = [[row.entry, *(_rate(row, m) for m in measures), _rooflines(row, decodes)] for row in rows]
+    lines = [
+        [row.entry, *(_rate(row, m) for m in measures), _rooflines(row, decodes)] for row in rows
+    ]
     for line, row in zip(lines, rows, strict=True):
         line += [_seconds(row.load), _seconds(row.start), _megabytes(row.memory)]
     parts = [

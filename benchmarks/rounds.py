@@ -197,7 +197,7 @@ class Run:
                 self.journal.add(**key, seconds=seconds, tokens=measure.tokens)
 
     def _fill(self, entry: Entry, measure: Measure) -> None:
-        if measure.context is not None:
+        if measure.context is not None and entry.name != BANDWIDTH:
             self.workers[entry.name].ask("fill", context=measure.context, room=ROOM)
 
     def _time(self, entry: Entry, measure: Measure) -> float:
