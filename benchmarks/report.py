@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .entries import BANDWIDTH, ENTRIES, EINFOLD
+from .entries import BANDWIDTH, EINFOLD, ENTRIES
 from .figures import Figures, Records, Row
 from .shapes import SHAPES
 from .targets import TARGETS, Target

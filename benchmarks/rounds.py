@@ -114,6 +114,8 @@ class Run:
                     self.tell(f"loading {entry.name} ({number + 1} of {times})")
                     with self._guard(entry):
                         self._load(entry, paths[entry.name], number)
+                    if entry.name not in self.workers:
+                        del paths[entry.name]  # it failed
 
     def _load(self, entry: Entry, path: str, number: int) -> None:
         if entry.name in self.workers:
@@ -174,9 +176,9 @@ class Run:
             if number and limit is not None and begun - started + longest > limit:
                 self.tell(f"stopped after {number} rounds: no time for another")
                 return
-            self.journal.add(
-                shape=self.shape, measure="round", round=number, busy=os.getloadavg()[0]
-            )
+            key = {"shape": self.shape, "measure": "round", "round": number}
+            if not self.journal.has(**key):
+                self.journal.add(**key, busy=os.getloadavg()[0])
             for measure in self.plan.measures:
                 self._round(measure, number)
             longest = max(longest, time.monotonic() - begun)
@@ -215,6 +217,7 @@ class Run:
         return _Guard(self, entry)
 
     def _skip(self, entry: Entry, reason: str) -> None:
+        reason = reason.replace(str(self.kitchen.cache), "CACHE")
         self.tell(f"{entry.name} is left out: {reason}")
         self.journal.add(shape=self.shape, entry=entry.name, measure="skipped", reason=reason)
 
