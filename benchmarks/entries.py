@@ -88,6 +88,7 @@ ENTRIES = (
         Form("genai", ("prune_lm_head=true", "shared_embeddings=false", _HEAD8)),
         "the same, head in 8 bits, embedding apart in float32",
         requires="onnxruntime_genai",
+        options={"embedding_apart": True},
         longest=128,
     ),
     Entry(

@@ -14,13 +14,18 @@ PACKAGES = ("onnxruntime-genai", "onnxruntime")
 
 
 class GenAIEngine(Engine):
+    """Options: `embedding_apart` where a float32 embedding lies beside the head: no step reads it."""
+
     def __init__(self, model: str, threads: int, options: dict[str, Any]) -> None:
         config = og.Config(model)
         session = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = og.Model(config)
-        decoder = json.loads(Path(model, "genai_config.json").read_text())["model"]["decoder"]
+        described = json.loads(Path(model, "genai_config.json").read_text())["model"]
+        decoder = described["decoder"]
         self.weight_bytes = Path(model, f"{decoder['filename']}.data").stat().st_size
+        if options.get("embedding_apart"):
+            self.weight_bytes -= 4 * described["vocab_size"] * decoder["hidden_size"]
         per_layer = 2 * decoder["num_key_value_heads"] * decoder["head_size"] * 4
         self.cache_bytes = decoder["num_hidden_layers"] * per_layer
         self._generators: dict[int, Any] = {}
