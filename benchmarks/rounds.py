@@ -60,8 +60,9 @@ class Journal:
         if not resume or not path.exists():
             path.write_text("")
             return Journal(path)
-        lines = path.read_text().splitlines()
-        return Journal(path, [json.loads(line) for line in lines if line.endswith("}")])
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        path.write_text("".join(lines))  # without a last line that was cut
+        return Journal(path, [json.loads(line) for line in lines])
 
     def add(self, **record: Any) -> None:
         self.records.append(record)
