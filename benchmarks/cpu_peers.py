@@ -70,6 +70,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         arguments.entries = choose([w for w in arguments.entries.split(",") if w])
     except ValueError as error:
         parser.error(str(error))
+    if os.sep in arguments.peers_python:
+        # Workers run in the checkout's folder. Not resolved: a link is what makes it that environment's.
+        arguments.peers_python = os.path.abspath(arguments.peers_python)
     return arguments
 
 
