@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from .client import ROOT, WorkerError
-from .entries import choose
+from .entries import Entry, choose
 from .prepare import Kitchen, default_cache, own_python
 from .report import data, machine, markdown, slug
 from .rounds import Journal, Measure, Plan, Run
@@ -36,6 +36,11 @@ def plan(arguments: argparse.Namespace) -> Plan:
     measures = (Measure(512), *(Measure(STEPS[c], c) for c in contexts))
     rounds = arguments.rounds or (2 if arguments.quick else 5)
     return Plan(measures, rounds, 1 if arguments.quick else 3, seconds)
+
+
+def able(entries: list[Entry], shape: str) -> list[Entry]:
+    """The entries that are run on a shape."""
+    return [entry for entry in entries if SHAPES[shape].small or not entry.small]
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -92,7 +97,8 @@ def main(words: list[str] | None = None) -> int:
     journal = Journal.open(cache / "runs" / f"{name}.jsonl", arguments.resume)
     for shape in arguments.shapes:
         tell(f"shape {shape}")
-        Run(shape, plan(arguments), arguments.entries, kitchen, journal, tell)()
+        entries = able(arguments.entries, shape)
+        Run(shape, plan(arguments), entries, kitchen, journal, tell)()
     page = markdown(journal.records, found, f"CPU, {name}")
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / f"{name}.md").write_text(page, encoding="utf-8")
@@ -106,7 +112,7 @@ def prepare(kitchen: Kitchen, arguments: argparse.Namespace) -> int:
     """Makes every model that a run with these options loads."""
     failed = 0
     for shape in arguments.shapes:
-        for form in {entry.form: None for entry in arguments.entries if entry.form}:
+        for form in {e.form: None for e in able(arguments.entries, shape) if e.form}:
             try:
                 kitchen.form(shape, form)
             except WorkerError as error:

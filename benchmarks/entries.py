@@ -45,6 +45,9 @@ class Entry:
     longest: int = 1 << 30
     """Longest context that is worth its time."""
 
+    small: bool = False
+    """Whether it is run on the small shapes only."""
+
     loads: int | None = None
     """Times it is loaded afresh, where loading takes long; otherwise as often as the run asks."""
 
@@ -90,6 +93,7 @@ ENTRIES = (
         requires="onnxruntime_genai",
         options={"embedding_apart": True},
         longest=128,
+        small=True,
     ),
     Entry(
         "llama.cpp Q4_0",
@@ -125,6 +129,7 @@ ENTRIES = (
         requires="transformers",
         options={"dtype": "bfloat16", "compile": True},
         longest=128,
+        small=True,
         loads=1,
     ),
 )

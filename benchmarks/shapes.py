@@ -24,6 +24,8 @@ class Shape:
     model_type: str
     config: dict[str, Any]
 
+    small: bool = True
+
 
 SHAPES = {
     "qwen2.5-0.5b": Shape(
@@ -55,6 +57,7 @@ SHAPES = {
             "max_position_embeddings": 131072,
             "rope_theta": 5e5,
         },
+        small=False,
     ),
     # For trying out the benchmark itself: its figures mean nothing.
     "tiny": Shape(

@@ -18,12 +18,13 @@ class Reader(Engine):
 
     def __init__(self, model: str, threads: int, options: dict[str, Any]) -> None:
         # Written, not zeroed: untouched pages would all be one page that stays in the cache.
-        words = np.arange(BYTES // 8, dtype=np.int64)
-        self._parts = np.array_split(words, threads)
+        numbers = np.arange(BYTES // 4, dtype=np.float32)
+        self._parts = np.array_split(numbers, threads)
         self._pool = ThreadPoolExecutor(threads)
         self.weight_bytes, self.cache_bytes = BYTES, 0
 
     def prefill(self, ids: list[int]) -> None:
+        # Of numpy's reductions this one reads fastest: sums and dot products wait for their chain.
         list(self._pool.map(np.maximum.reduce, self._parts))
 
     def fill(self, context: int, room: int) -> None: ...
