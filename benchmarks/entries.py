@@ -65,6 +65,12 @@ ENTRIES = (
         "block 32, head in 8 bits, cache in float32",
     ),
     Entry(
+        "einfold int4 int8 cache",
+        "einfold_engine",
+        Form(EINFOLD, ("benchmarks/recipes/int4-kv8.toml",)),
+        "the same, cache in int8 with a scale a channel",
+    ),
+    Entry(
         "einfold int4 head4",
         "einfold_engine",
         Form(EINFOLD, (_HEAD4_RECIPE,)),

@@ -43,7 +43,7 @@ TARGETS = (
     Target("genai, block 128", "ratio", "einfold int4-128", 1.2, "d128", _GENAI),
     Target("genai, block 128", "ratio", "einfold int4-128", 1.2, "pp512", _GENAI),
     Target("llama.cpp", "ratio", "einfold int4", 1.25, "d128", _LLAMA),
-    Target("llama.cpp, f16 cache", "ratio", "einfold int4", 1.6, "d4096", _LLAMA),
+    Target("llama.cpp, f16 cache", "ratio", "einfold int4 int8 cache", 1.6, "d4096", _LLAMA),
     Target("llama.cpp", "ratio", "einfold int4", 1.0, "pp512", _LLAMA),
     Target("Hugging Face float32", "ratio", "einfold int4", 6.0, "d128", "Hugging Face fp32"),
     Target("roofline (stretch)", "roofline", "einfold int4", 0.75, "d128"),

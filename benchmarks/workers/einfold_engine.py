@@ -35,8 +35,10 @@ class EinfoldEngine(Engine):
         random = np.random.default_rng(0)
         cache = Cache.allocate(self._engine.layout, 1, context + room)
         for buffer in cache.buffers.values():
-            values = random.standard_normal(buffer.shape[1:], np.float32)
-            buffer[:] = values.astype(buffer.dtype)
+            if buffer.dtype == np.int8:
+                buffer[:] = random.integers(-127, 128, buffer.shape, np.int8)
+            else:
+                buffer[:] = random.standard_normal(buffer.shape, np.float32)
         self._caches[context] = cache
 
     def rewind(self, context: int) -> None:
