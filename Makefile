@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
+PEERS ?= .venv-peers
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-peers clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,9 +36,19 @@ check: $(READY)
 	$(BIN)/mypy
 	$(MAKE) test
 
+## einfold beside Hugging Face and inductor, and onnxruntime-genai and llama.cpp after `make bench-peers`.
+## BENCH takes options: make bench BENCH='--quick --minutes 10'
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/cpu_peers.py
+	$(BIN)/python -m benchmarks.cpu_peers $(if $(wildcard $(PEERS)/.ready),--peers-python $(PEERS)/bin/python) $(BENCH)
+
+## Peers of the benchmark, in an environment of their own. llama.cpp is built for this CPU: some minutes.
+bench-peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	CMAKE_ARGS='-DGGML_NATIVE=ON' $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info

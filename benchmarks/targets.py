@@ -1,0 +1,52 @@
+"""The targets that the project set itself, and whether a run meets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .figures import Figures
+
+Kind = Literal["ratio", "roofline", "load"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`entry` against `peer` on a measure of one shape; roofline and load have no peer."""
+
+    title: str
+    kind: Kind
+    entry: str
+    wanted: float
+    measure: str = ""
+    peer: str = ""
+    shape: str = "qwen2.5-0.5b"
+
+    def value(self, figures: Figures) -> float | None:
+        if self.kind == "ratio":
+            return figures.ratio(self.entry, self.peer, self.measure)
+        if self.kind == "roofline":
+            return figures.roofline(self.entry, self.measure)
+        return figures.load(self.entry)
+
+    def met(self, value: float) -> bool:
+        return value <= self.wanted if self.kind == "load" else value >= self.wanted
+
+
+_GENAI, _LLAMA = "genai int4", "llama.cpp Q4_0"
+
+TARGETS = (
+    Target("genai, same bits", "ratio", "einfold int4 head4", 1.0, "d128", _GENAI),
+    Target("genai, same bits", "ratio", "einfold int4 head4", 1.0, "pp512", _GENAI),
+    Target("genai, same bits, head in 8", "ratio", "einfold int4", 1.0, "d128", f"{_GENAI} head8"),
+    Target("genai, same bits, head in 8", "ratio", "einfold int4", 1.0, "pp512", f"{_GENAI} head8"),
+    Target("genai, block 128", "ratio", "einfold int4-128", 1.2, "d128", _GENAI),
+    Target("genai, block 128", "ratio", "einfold int4-128", 1.2, "pp512", _GENAI),
+    Target("llama.cpp", "ratio", "einfold int4", 1.25, "d128", _LLAMA),
+    Target("llama.cpp, f16 cache", "ratio", "einfold int4 int8 cache", 1.6, "d4096", _LLAMA),
+    Target("llama.cpp", "ratio", "einfold int4", 1.0, "pp512", _LLAMA),
+    Target("Hugging Face float32", "ratio", "einfold int4", 6.0, "d128", "Hugging Face fp32"),
+    Target("roofline (stretch)", "roofline", "einfold int4", 0.75, "d128"),
+    Target("roofline (stretch)", "roofline", "einfold int4", 0.50, "d4096"),
+    Target("seconds to load", "load", "einfold int4", 0.7),
+)
