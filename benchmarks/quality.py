@@ -1,6 +1,6 @@
 """What each storage of the weights costs in quality, measured on a trained model.
 
-python benchmarks/quality.py [MODEL] [--text FILE] [--out FILE]
+python -m benchmarks.quality [MODEL] [--text FILE] [--out FILE]
 
 Compiles the model in every form below, measures each with what `einfold eval` measures, and the two ONNX
 flavours of each form against each other. Prints a Markdown table; `--out` writes it to a file.

@@ -109,6 +109,7 @@ def lower(
         elif node.op == "call_function":
             context.values[node] = _lower_node(context, node, fallback.lower_by_torch)
     outputs = _outputs(context)
+    builder.nodes = _live(builder.nodes, outputs)
     graph = ir.Graph(
         inputs,
         outputs,
@@ -161,6 +162,17 @@ def _dims(program: Program, node: Any) -> list[str | int]:
 
 def _packed(program: Program, node: fx.Node) -> bool:
     return program.weights[str(node.target)].dtype == torch.uint8
+
+
+def _live(nodes: list[ir.Node], outputs: list[ir.Value]) -> list[ir.Node]:
+    """The nodes that an output depends on: onnxruntime runs the others too, such as parts of a packed QKV."""
+    needed = set(outputs)
+    kept = []
+    for node in reversed(nodes):
+        if any(value in needed for value in node.outputs):
+            kept.append(node)
+            needed.update(value for value in node.inputs if value is not None)
+    return kept[::-1]
 
 
 def _used(builder: Builder) -> list[ir.Value]:
