@@ -156,7 +156,9 @@ def _group_query(call: _Call) -> list[ir.Value]:
         do_rotary=int(in_op),
         rotary_interleaved=int(found["interleaved"]),
     )
-    return [builder.reshape(out, [0, 0, call.heads, call.value_size]), keys, values]
+    heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
+    context.flat[heads] = out
+    return [heads, keys, values]
 
 
 def _packed_qkv(call: _Call) -> ir.Value | None:

@@ -55,6 +55,8 @@ class Context:
     opset: int = 23
     exported: dict[Any, ir.Model] = field(default_factory=dict)
     """Calls that torch's exporter translated."""
+    flat: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """Values [B, S, H, D] that came as [B, S, H * D], with what they came as."""
 
     def value(self, node: Any) -> ir.Value:
         """The ONNX value of a graph node."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -250,6 +251,10 @@ def shape_operand(
 def reshape(context: Context, node: fx.Node) -> ir.Value:
     source, sizes = node.args[0], node.args[1]
     assert isinstance(source, fx.Node)
+    flat = context.flat.get(context.value(source))
+    width = math.prod(source.meta["val"].shape[2:])
+    if flat is not None and context.shape(node) == [None, None, width]:
+        return flat
     # The sizes in the graph may hold -1; the inferred shape names every dim.
     wanted = list(sizes)  # type: ignore[arg-type]
     for index, size in enumerate(node.meta["val"].shape):
