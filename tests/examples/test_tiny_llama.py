@@ -23,13 +23,22 @@ CHUNK = 64
 PROMPTS = (40, 300, 1500)
 
 
-@pytest.fixture(scope="module")
-def original() -> Any:
+def load_original(dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    return load_original(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Any:
+    return load_original(torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def quality(compiled: Callable[..., Path], short_text: Path) -> Callable[..., Qu
 
 @pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
 def test_greedy_tokens_and_logits(
-    portable: bool, original: Any, compiled: Callable[..., Path]
+    portable: bool, original: Any, exact: Any, compiled: Callable[..., Path]
 ) -> None:
     model = einfold.load(compiled(portable=portable), chunk=CHUNK, threads=1)
     code = next(doc.text for doc in read_documents(MODEL / "eval.txt") if not doc.keys)
@@ -88,9 +97,10 @@ def test_greedy_tokens_and_logits(
     alone = model.generate(prompts[2], max_new_tokens=NEW, ignore_eos=True)
     check_tokens(original, prompts[2], expected[2], alone.tokens)
 
+    # The exact logits: of this trained model two float32 runs each err by up to 7e-5, Hugging Face's too.
     text = prompts[2] + expected[2]
     with torch.no_grad():
-        want_logits = original(torch.tensor([text])).logits[0].numpy()
+        want_logits = exact(torch.tensor([text])).logits[0].numpy()
     got_logits = np.concatenate([logits.copy() for _, logits in model.logits(text)])
     assert np.abs(got_logits - want_logits).max() < 1e-4
 
