@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from blake3 import blake3
@@ -45,10 +46,11 @@ def check_output(out: Path, force: bool) -> None:
 
 def clear_leftovers(out: Path) -> None:
     """Removes what a killed compile left beside `out`; puts back what it was about to replace."""
-    for stale in sorted(out.resolve().parent.glob(f".{out.name}.einfold-*")):
-        number, _, kind = stale.name.removeprefix(f".{out.name}.einfold-").partition("-")
-        if _alive(number):
-            continue
+    name = out.resolve().name
+    for stale in sorted(out.resolve().parent.glob(f".{escape(name)}.einfold-*")):
+        number, _, kind = stale.name.removeprefix(f".{name}.einfold-").partition("-")
+        if not number.isdigit() or kind not in ("", "old") or _alive(int(number)):
+            continue  # somebody's own, or a compile that still runs
         if kind == "old" and not out.exists():
             stale.rename(out)
         else:
@@ -68,7 +70,7 @@ def check_target(target: str) -> None:
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and goes when it does not."""
     check_output(out, force)
-    staging = out.resolve().parent / f".{out.name}.einfold-{os.getpid()}"
+    staging = out.resolve().parent / f".{out.resolve().name}.einfold-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     made = [folder for folder in staging.parents if not folder.exists()]
     try:
@@ -106,16 +108,14 @@ def _swap(staging: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _alive(pid: str) -> bool:
-    if not pid.isdigit():
-        return False
+def _alive(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return int(pid) != os.getpid()
+    return pid != os.getpid()
 
 
 def file_entry(path: Path, known_hash: str | None = None) -> FileEntry:

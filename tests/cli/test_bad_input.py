@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
+from einfold.compiler.artifact import clear_leftovers
+
 from .. import models
 from .test_cli import einfold
 
@@ -157,6 +159,18 @@ def test_killed_between_two_renames(text_model: Path, tmp_path: Path) -> None:
     out.rename(tmp_path / f".out.einfold-{dead.pid}-old")
     refused("compile", text_model, "-o", out, code=6, says="exists already")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"):
+        (tmp_path / name).mkdir()  # somebody's own, a live process's, another output's
+    (tmp_path / f".a*.einfold-{dead.pid}").mkdir()
+    clear_leftovers(tmp_path / "a*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"]
+    )
 
 
 def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
