@@ -23,6 +23,15 @@ def check_output(out: Path, force: bool) -> None:
     never deleted.
     """
     clear_leftovers(out)
+    _check_replaceable(out, force)
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file; {out} needs a folder there")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {parent} cannot be written")
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
     if out.is_symlink() or out.exists():
         replaceable = (
             out.is_dir()
@@ -37,11 +46,6 @@ def check_output(out: Path, force: bool) -> None:
             raise OutputError(
                 f"{out} is no einfold artifact, so --force does not replace it; remove it yourself"
             )
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file; {out} needs a folder there")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder {parent} cannot be written")
 
 
 def clear_leftovers(out: Path) -> None:
@@ -79,6 +83,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
         yield staging
+        _check_replaceable(out, force)  # again: somebody may have put something there meanwhile
         _swap(staging, out)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)

@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from einfold.compiler.artifact import clear_leftovers
+from einfold.compiler.artifact import clear_leftovers, staged
+from einfold.errors import OutputError
 
 from .. import models
 from .test_cli import einfold
@@ -171,6 +172,15 @@ def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"]
     )
+
+
+def test_what_appeared_while_compiling_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="exists already"), staged(out, force=False):
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
