@@ -46,6 +46,23 @@ def _check_replaceable(out: Path, force: bool) -> None:
             raise OutputError(
                 f"{out} is no einfold artifact, so --force does not replace it; remove it yourself"
             )
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise OutputError(
+                f"{out} holds the current folder, which cannot be replaced; go elsewhere first"
+            )
+
+
+def check_dump(dump: Path, out: Path) -> None:
+    """Makes the folder for dumps; refuses one that cannot be made, or that the output would replace."""
+    if dump.resolve().is_relative_to(out.resolve()):
+        raise OutputError(
+            f"the dump folder {dump} lies in the output {out}, which is put in place as a whole; "
+            "choose one outside it"
+        )
+    try:
+        dump.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the dump folder {dump}: {error.strerror}") from error
 
 
 def clear_leftovers(out: Path) -> None:

@@ -143,6 +143,19 @@ def test_outputs_that_cannot_be_written(text_model: Path, tmp_path: Path) -> Non
     refused("compile", text_model, "-o", tmp_path / "file" / "out", code=6, says="is a file")
 
 
+def test_dumps_that_cannot_be_written(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_refused(text_model, out, "--dump", "/proc/x", code=6, says="the dump folder /proc/x")
+    compile_refused(text_model, out, "--dump", str(out / "d"), code=6, says="lies in the output")
+
+
+def test_the_current_folder_is_not_replaced(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused("compile", text_model, "-o", ".", "--force", code=6, says="holds the current folder")
+
+
 def test_folders_around_the_output_are_made_and_unmade(text_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "no" / "such" / "out"
     refused("compile", tmp_path / "absent", "-o", out, code=3, says="no model folder")
