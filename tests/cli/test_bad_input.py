@@ -241,6 +241,11 @@ def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
     refused("run", text_artifact, "--ids", "5 x", code=8, says="--ids takes numbers")
     refused("run", text_artifact, code=8, says="give one prompt")
     refused("run", text_artifact, "-f", tmp_path / "absent", code=8, says="cannot read the prompt")
+    refused("run", text_artifact, "-p", "x\udcff", code=8, says="not valid UTF-8 at character 1")
+    refused("run", text_artifact, "--ids", "1 2", "--chat", code=8, says="--chat needs a prompt of")
+    refused("run", text_artifact, "-p", "x", "--system", "y", code=8, says="--system needs --chat")
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    refused("run", text_artifact, "-f", tmp_path / "latin1", code=8, says="cannot read the prompt")
     refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")
     refused("run", tmp_path, "-p", "x", code=5, says="no einfold artifact")
     error = json.loads(
