@@ -249,7 +249,7 @@ def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
     refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")
     refused("run", tmp_path, "-p", "x", code=5, says="no einfold artifact")
     error = json.loads(
-        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("\nerror:")[0]
+        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("error:")[0]
     )
     assert error["kind"] == "ArtifactError"
 
@@ -319,5 +319,5 @@ def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert "Traceback" not in err
+    assert err == "interrupted\n"
     assert not list(tmp_path.glob(".out*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +249,22 @@ def test_a_prompt_is_read_as_it_stands(text_artifact: Path, tmp_path: Path) -> N
     for file, stdin in ((tmp_path / "prompt.txt", b""), ("-", prompt.encode())):
         found = as_json("run", text_artifact, "-f", file, *options, stdin=stdin)
         assert found["prompt_tokens"] == want
+
+
+def test_a_locale_that_cannot_write_the_text(text_artifact: Path) -> None:
+    """Text comes out escaped, JSON as JSON, whatever stdout's encoding is."""
+    command = [sys.executable, "-m", "einfold", "run", str(text_artifact), "-p", "the"]
+    command += ["--max-new-tokens", "20", "--ignore-eos"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    plain = subprocess.run(command, capture_output=True, check=True, env=ascii_only)
+    found = subprocess.run([*command, "--json"], capture_output=True, check=True, env=ascii_only)
+    text = json.loads(found.stdout.decode("ascii"))["text"]
+    assert not text.isascii()
+    assert plain.stdout.decode("ascii") == text.encode("ascii", "backslashreplace").decode() + "\n"
+    with open("/dev/full", "wb") as full:
+        refused = subprocess.run(
+            [*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert refused.returncode == 6
+    assert refused.stderr.startswith("error: the disk is full")
+    assert "Traceback" not in refused.stderr
