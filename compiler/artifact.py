@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from blake3 import blake3
@@ -22,6 +23,15 @@ def check_output(out: Path, force: bool) -> None:
     never deleted.
     """
     clear_leftovers(out)
+    _check_replaceable(out, force)
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file; {out} needs a folder there")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {parent} cannot be written")
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
     if out.is_symlink() or out.exists():
         replaceable = (
             out.is_dir()
@@ -36,19 +46,32 @@ def check_output(out: Path, force: bool) -> None:
             raise OutputError(
                 f"{out} is no einfold artifact, so --force does not replace it; remove it yourself"
             )
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file; {out} needs a folder there")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder {parent} cannot be written")
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise OutputError(
+                f"{out} holds the current folder, which cannot be replaced; go elsewhere first"
+            )
+
+
+def check_dump(dump: Path, out: Path) -> None:
+    """Makes the folder for dumps; refuses one that cannot be made, or that the output would replace."""
+    if dump.resolve().is_relative_to(out.resolve()):
+        raise OutputError(
+            f"the dump folder {dump} lies in the output {out}, which is put in place as a whole; "
+            "choose one outside it"
+        )
+    try:
+        dump.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the dump folder {dump}: {error.strerror}") from error
 
 
 def clear_leftovers(out: Path) -> None:
     """Removes what a killed compile left beside `out`; puts back what it was about to replace."""
-    for stale in sorted(out.resolve().parent.glob(f".{out.name}.einfold-*")):
-        number, _, kind = stale.name.removeprefix(f".{out.name}.einfold-").partition("-")
-        if _alive(number):
-            continue
+    name = out.resolve().name
+    for stale in sorted(out.resolve().parent.glob(f".{escape(name)}.einfold-*")):
+        number, _, kind = stale.name.removeprefix(f".{name}.einfold-").partition("-")
+        if not number.isdigit() or kind not in ("", "old") or _alive(int(number)):
+            continue  # somebody's own, or a compile that still runs
         if kind == "old" and not out.exists():
             stale.rename(out)
         else:
@@ -68,7 +91,7 @@ def check_target(target: str) -> None:
 def staged(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and goes when it does not."""
     check_output(out, force)
-    staging = out.resolve().parent / f".{out.name}.einfold-{os.getpid()}"
+    staging = out.resolve().parent / f".{out.resolve().name}.einfold-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     made = [folder for folder in staging.parents if not folder.exists()]
     try:
@@ -77,6 +100,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
         yield staging
+        _check_replaceable(out, force)  # again: somebody may have put something there meanwhile
         _swap(staging, out)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -106,16 +130,14 @@ def _swap(staging: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _alive(pid: str) -> bool:
-    if not pid.isdigit():
-        return False
+def _alive(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return int(pid) != os.getpid()
+    return pid != os.getpid()
 
 
 def file_entry(path: Path, known_hash: str | None = None) -> FileEntry:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
-from .artifact import check_output, check_target, file_entry, staged
+from .artifact import check_dump, check_output, check_target, file_entry, staged
 from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import write_weights
@@ -132,6 +132,8 @@ def compile_to(
     """
     check_output(out, force)  # before anything long is begun
     check_target(recipe.target)
+    if dump is not None:
+        check_dump(dump, out)
     tell = progress or (lambda text, share: None)
     clock = _Clock()
     calibrated = "nothing needed it"

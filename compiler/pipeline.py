@@ -130,4 +130,6 @@ class PassManager:
     def _write_dump(self, program: Program, index: int, name: str) -> None:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
-            (self.dump / f"{index:02d}-{name}.eir").write_text(print_program(program))
+            (self.dump / f"{index:02d}-{name}.eir").write_text(
+                print_program(program), encoding="utf-8"
+            )

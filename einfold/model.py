@@ -135,10 +135,9 @@ class Model:
 
     def logits(self, tokens: Sequence[int]) -> Iterator[tuple[int, Floats]]:
         """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V])."""
-        row = np.asarray(tokens, np.int64)
+        row = self.engine.check_tokens(tokens)
         if row.size > self.engine.context:
             raise PromptError(f"{row.size} tokens do not fit the context of {self.engine.context}")
-        self.engine.check_prompt(row[:1])
         cache = self.engine.cache = Cache.allocate(self.engine.layout, 1, row.size)
         yield from self.engine.stream(cache, row, all_logits=True)
 

@@ -84,15 +84,7 @@ class Engine:
 
     def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
         """The prompt as an array; raises PromptError with the position of what is wrong."""
-        row = np.asarray(prompt, dtype=np.int64)
-        if row.ndim != 1 or row.size == 0:
-            raise PromptError("the prompt is empty; give at least one token")
-        wrong = np.flatnonzero((row < 0) | (row >= self.vocabulary))
-        if wrong.size:
-            raise PromptError(
-                f"token {row[wrong[0]]} at position {wrong[0]} is out of range: "
-                f"the vocabulary has {self.vocabulary} tokens"
-            )
+        row = self.check_tokens(prompt)
         if row.size >= self.context:
             raise PromptError(
                 f"the prompt has {row.size} tokens, but the artifact was compiled for a context "
@@ -100,6 +92,21 @@ class Engine:
                 "shorten the prompt or compile with a larger --context"
             )
         return row
+
+    def check_tokens(self, tokens: Sequence[int] | Ints) -> Ints:
+        """Token ids as an array; raises PromptError where there are none, or one is out of range."""
+        row = np.asarray(tokens)
+        if row.size == 0:
+            raise PromptError("the prompt is empty; give at least one token")
+        if row.ndim != 1 or row.dtype.kind not in "iuO":
+            raise PromptError("a prompt is a text, or a flat list of token ids (whole numbers)")
+        wrong = np.flatnonzero((row < 0) | (row >= self.vocabulary))
+        if wrong.size:
+            raise PromptError(
+                f"token {row[wrong[0]]} at position {wrong[0]} is out of range: "
+                f"the vocabulary has {self.vocabulary} tokens"
+            )
+        return row.astype(np.int64)
 
     def _timed_prefill(self, cache: Cache, rows: list[Ints]) -> Floats:
         started = time.perf_counter()

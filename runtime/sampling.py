@@ -30,11 +30,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = [
-            (self.temperature >= 0, "temperature must be 0 or more"),
+            (0 <= self.temperature < np.inf, "temperature must be 0 or more, and finite"),
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
-            (self.repetition_penalty > 0, "repetition_penalty must be above 0"),
+            (0 < self.repetition_penalty < np.inf, "repetition_penalty must be above 0, and finite"),
+            (self.seed is None or self.seed >= 0, "seed must be 0 or more"),
         ]
         for good, message in checks:
             if not good:
@@ -57,7 +58,9 @@ class Sampler:
         if settings.temperature == 0:
             return int(np.argmax(logits))
         # float64: the sum of the probabilities must be 1 for the draw
-        scaled = logits.astype(np.float64) / settings.temperature
+        scaled = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature leaves only the likeliest
+            scaled = (scaled - scaled.max()) / settings.temperature
         keep = np.argsort(-scaled, kind="stable")
         if settings.top_k:
             keep = keep[: settings.top_k]

@@ -28,6 +28,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model puts around it."""
+        _check_text(text)
         ids: list[int] = self._fast.encode(text).ids
         return ids
 
@@ -64,6 +65,7 @@ class Tokenizer:
             raise PromptError(
                 f"the model's chat template refuses the conversation: {error}"
             ) from error
+        _check_text(text)
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -100,6 +102,14 @@ class TokenStream:
         text = self._tokenizer.decode(self._tokens[self._window :])
         self._window = self._shown = len(self._tokens)
         return text[len(before) :]
+
+
+def _check_text(text: str) -> None:
+    """Bytes that are no UTF-8 come from the command line as lone surrogates, which are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the prompt is not valid UTF-8 at character {error.start}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

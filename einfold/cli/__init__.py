@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import sys
 
 __all__ = ["main"]
@@ -13,15 +14,16 @@ def main() -> None:
     from .app import app
     from .common import explain_error
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot write is no error
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     try:
         app(prog_name="einfold", standalone_mode=True)
-    except BrokenPipeError:  # the reader, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's for Ctrl-C, of which it says nothing
+            print("interrupted", file=sys.stderr)
+        raise
     except Exception as error:
         if debug:
             raise

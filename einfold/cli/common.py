@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +36,8 @@ _UNITS = {
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout, and nothing else."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    readable = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=not readable) + "\n")
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def explain_error(error: Exception, as_json: bool) -> int:
     ):
         text, code = "out of memory; `einfold estimate` tells what a model and a context need", 12
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text, code = f"the disk is full: {error.filename or 'nothing'} could not be written", 6
+        text, code = f"the disk is full: {error.filename or 'the output'} could not be written", 6
     elif isinstance(error, ModuleNotFoundError):
         text, code = (
             f"the package {error.name!r} is needed for this; "
@@ -80,9 +81,10 @@ def explain_error(error: Exception, as_json: bool) -> int:
             "(run again with --debug for the traceback, and report it)",
             70,
         )
-    if as_json:
-        print_json({"error": text, "kind": type(error).__name__})
     err.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
+    if as_json:
+        with suppress(OSError):  # stdout itself may be what failed
+            print_json({"error": text, "kind": type(error).__name__})
     return code
 
 

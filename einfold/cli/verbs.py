@@ -81,6 +81,10 @@ def run_artifact(
     from ..model import load
 
     text = _read_prompt(prompt, file, ids)
+    if chat and ids is not None:
+        raise PromptError("--chat needs a prompt of text, not --ids")
+    if system is not None and not chat:
+        raise PromptError("--system needs --chat")
     started = time.perf_counter()
     model = load(artifact, **loading)
     load_seconds = time.perf_counter() - started
@@ -90,8 +94,6 @@ def run_artifact(
     elif chat:
         messages = [{"role": "system", "content": system}] if system else []
         tokens = model.chat([*messages, {"role": "user", "content": str(text)}])
-    elif system:
-        raise PromptError("--system needs --chat")
     show = None if as_json else _write_piece
     result = model.generate(tokens, on_text=show, **options)
     times = model.timings
@@ -141,7 +143,9 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: str | None) -> str 
     if file is None:
         return prompt
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        # Bytes, so that neither the locale's encoding nor its line ends change a prompt.
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"cannot read the prompt {file}: {error}") from error
 

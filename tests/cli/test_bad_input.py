@@ -16,6 +16,9 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
+from einfold.compiler.artifact import clear_leftovers, staged
+from einfold.errors import OutputError
+
 from .. import models
 from .test_cli import einfold
 
@@ -140,6 +143,19 @@ def test_outputs_that_cannot_be_written(text_model: Path, tmp_path: Path) -> Non
     refused("compile", text_model, "-o", tmp_path / "file" / "out", code=6, says="is a file")
 
 
+def test_dumps_that_cannot_be_written(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_refused(text_model, out, "--dump", "/proc/x", code=6, says="the dump folder /proc/x")
+    compile_refused(text_model, out, "--dump", str(out / "d"), code=6, says="lies in the output")
+
+
+def test_the_current_folder_is_not_replaced(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused("compile", text_model, "-o", ".", "--force", code=6, says="holds the current folder")
+
+
 def test_folders_around_the_output_are_made_and_unmade(text_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "no" / "such" / "out"
     refused("compile", tmp_path / "absent", "-o", out, code=3, says="no model folder")
@@ -157,6 +173,27 @@ def test_killed_between_two_renames(text_model: Path, tmp_path: Path) -> None:
     out.rename(tmp_path / f".out.einfold-{dead.pid}-old")
     refused("compile", text_model, "-o", out, code=6, says="exists already")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"):
+        (tmp_path / name).mkdir()  # somebody's own, a live process's, another output's
+    (tmp_path / f".a*.einfold-{dead.pid}").mkdir()
+    clear_leftovers(tmp_path / "a*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"]
+    )
+
+
+def test_what_appeared_while_compiling_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="exists already"), staged(out, force=False):
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
@@ -204,10 +241,15 @@ def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
     refused("run", text_artifact, "--ids", "5 x", code=8, says="--ids takes numbers")
     refused("run", text_artifact, code=8, says="give one prompt")
     refused("run", text_artifact, "-f", tmp_path / "absent", code=8, says="cannot read the prompt")
+    refused("run", text_artifact, "-p", "x\udcff", code=8, says="not valid UTF-8 at character 1")
+    refused("run", text_artifact, "--ids", "1 2", "--chat", code=8, says="--chat needs a prompt of")
+    refused("run", text_artifact, "-p", "x", "--system", "y", code=8, says="--system needs --chat")
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    refused("run", text_artifact, "-f", tmp_path / "latin1", code=8, says="cannot read the prompt")
     refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")
     refused("run", tmp_path, "-p", "x", code=5, says="no einfold artifact")
     error = json.loads(
-        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("\nerror:")[0]
+        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("error:")[0]
     )
     assert error["kind"] == "ArtifactError"
 
@@ -277,5 +319,5 @@ def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert "Traceback" not in err
+    assert err == "interrupted\n"
     assert not list(tmp_path.glob(".out*"))

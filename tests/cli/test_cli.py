@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,12 @@ import pytest
 from einfold.cli import main
 
 
-def einfold(*arguments: str | Path, stdin: str | None = None, code: int = 0) -> str:
+def einfold(*arguments: str | Path, stdin: bytes = b"", code: int = 0) -> str:
     """Runs the command line in this process; gives stdout, or both streams where an error is expected."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["einfold", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin or "")),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii")),
         mock.patch.dict("os.environ", {"COLUMNS": "200", "NO_COLOR": "1"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -72,7 +73,7 @@ def test_compile_run_eval_inspect_diff(text_model: Path, tmp_path: Path) -> None
     assert plain == ran["text"] + "\n"
     assert (
         einfold(
-            "run", out, "-f", "-", "--max-new-tokens", "7", "--ignore-eos", stdin="the pass key"
+            "run", out, "-f", "-", "--max-new-tokens", "7", "--ignore-eos", stdin=b"the pass key"
         )
         == plain
     )
@@ -237,3 +238,33 @@ def test_as_a_process(text_artifact: Path) -> None:
     assert broken.returncode == 7
     assert broken.stderr.startswith("error: top_p")
     assert broken.stdout == ""
+
+
+def test_a_prompt_is_read_as_it_stands(text_artifact: Path, tmp_path: Path) -> None:
+    """UTF-8 and line ends reach the tokenizer whole, from a file and from stdin alike."""
+    prompt = "the naïve\r\ntext 日本"
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+    options = ("--max-new-tokens", "1", "--ignore-eos")
+    want = as_json("run", text_artifact, "-p", prompt, *options)["prompt_tokens"]
+    for file, stdin in ((tmp_path / "prompt.txt", b""), ("-", prompt.encode())):
+        found = as_json("run", text_artifact, "-f", file, *options, stdin=stdin)
+        assert found["prompt_tokens"] == want
+
+
+def test_a_locale_that_cannot_write_the_text(text_artifact: Path) -> None:
+    """Text comes out escaped, JSON as JSON, whatever stdout's encoding is."""
+    command = [sys.executable, "-m", "einfold", "run", str(text_artifact), "-p", "the"]
+    command += ["--max-new-tokens", "20", "--ignore-eos"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    plain = subprocess.run(command, capture_output=True, check=True, env=ascii_only)
+    found = subprocess.run([*command, "--json"], capture_output=True, check=True, env=ascii_only)
+    text = json.loads(found.stdout.decode("ascii"))["text"]
+    assert not text.isascii()
+    assert plain.stdout.decode("ascii") == text.encode("ascii", "backslashreplace").decode() + "\n"
+    with open("/dev/full", "wb") as full:
+        refused = subprocess.run(
+            [*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert refused.returncode == 6
+    assert refused.stderr.startswith("error: the disk is full")
+    assert "Traceback" not in refused.stderr

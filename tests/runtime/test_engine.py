@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,13 +105,24 @@ def test_seeded_sampling_repeats_in_a_batch(artifact: Callable[..., Path]) -> No
         ([], "empty"),
         ([3, 4, models.VOCABULARY], "token 128 at position 2 is out of range"),
         ([3, -1], "token -1 at position 1 is out of range"),
+        ([3, 10**30], "at position 1 is out of range"),
+        ([1.5, 2.0], "whole numbers"),
+        (["one", "two"], "whole numbers"),
+        ([[3, 4], [5, 6]], "whole numbers"),
         (list(range(3, 103)) * 3, "the prompt has 300 tokens.*context of 256"),
     ],
 )
-def test_bad_prompts(tokens: list[int], message: str, artifact: Callable[..., Path]) -> None:
+def test_bad_prompts(tokens: Any, message: str, artifact: Callable[..., Path]) -> None:
     model = einfold.load(artifact("llama"), threads=1)
     with pytest.raises(PromptError, match=message):
         model.generate(tokens)
+
+
+def test_logits_checks_every_token(artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("llama"), threads=1)
+    for wrong in (-1, models.VOCABULARY):
+        with pytest.raises(PromptError, match="at position 1 is out of range"):
+            next(model.logits([3, wrong]))
 
 
 def test_text_needs_a_tokenizer(artifact: Callable[..., Path]) -> None:

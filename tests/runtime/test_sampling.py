@@ -47,6 +47,11 @@ def test_low_temperature_sharpens() -> None:
     assert draws(Sampling(temperature=0.2, seed=0))[0] > 0.95
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    assert draws(Sampling(temperature=1e-310, seed=0), 10)[0] == 1
+
+
 def test_repetition_penalty_on_both_signs() -> None:
     logits = np.array([1.0, 0.9, -0.5, -0.4], np.float32)
     assert Sampler(Sampling(repetition_penalty=1.3)).pick(logits, np.array([0]), []) == 1
@@ -81,6 +86,9 @@ def test_a_seed_repeats_a_draw(
         {"top_p": 1.1},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"temperature": float("inf")},
+        {"repetition_penalty": float("nan")},
+        {"seed": -1},
     ],
 )
 def test_impossible_settings(wrong: dict[str, float]) -> None:
