@@ -44,10 +44,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input, read at plain coordinates of these ranks."""
+    """An input, read at plain coordinates of these ranks. `kind` is real, integer or bool."""
 
     name: str
     ranks: tuple[str, ...]
+    kind: str = "real"
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,14 @@ class Frame:
         return replace(self, only={**self.only, rank: coordinates})
 
 
-def frame_of(cascade: Cascade, arrays: Mapping[str, Array]) -> Frame:
-    """The frame that the inputs' shapes give. Raises IRError where two inputs disagree."""
-    sizes: dict[str, int] = {}
+def frame_of(
+    cascade: Cascade, arrays: Mapping[str, Array], known: Mapping[str, int] | None = None
+) -> Frame:
+    """The frame that the inputs' shapes give, with the sizes of ranks `known` beside them.
+
+    Raises IRError where two inputs disagree, or a rank's size is nowhere to be found.
+    """
+    sizes: dict[str, int] = dict(known or {})
     for tensor in cascade.inputs.values():
         shape = np.shape(arrays[tensor.name])
         if len(shape) != len(tensor.ranks):
@@ -56,12 +61,12 @@ def frame_of(cascade: Cascade, arrays: Mapping[str, Array]) -> Frame:
             if sizes.setdefault(rank, size) != size:
                 raise IRError(f"input {tensor.name}: {rank} is {size}, elsewhere {sizes[rank]}")
     extents = {cascade.ranks[rank].extent: size for rank, size in sizes.items()}
-    for name, rank in cascade.ranks.items():
+    for name, declared in cascade.ranks.items():
         if name not in sizes:
-            size = int(rank.extent) if rank.extent.isdigit() else extents.get(rank.extent)
-            if size is None:
-                raise IRError(f"the extent {rank.extent} of {name} is known from no input")
-            sizes[name] = size
+            extent = declared.extent
+            if not extent.isdigit() and extent not in extents:
+                raise IRError(f"the extent {extent} of {name} is known from no input")
+            sizes[name] = int(extent) if extent.isdigit() else extents[extent]
     return Frame(cascade.ranks, sizes, {}, {})
 
 
@@ -124,7 +129,9 @@ def _store(item: Statement, frame: Frame, values: dict[str, Array], value: Array
         values[item.name] = value
         return
     # A tensor that starts at a fixed coordinate grows along it as its steps are written.
-    place, shape, at = [], [], 0
+    place: list[slice | int] = []
+    shape: list[int] = []
+    at = 0
     for index in item.indices:
         if index.rank and index.rank not in frame.steps:
             place.append(slice(None))
@@ -185,17 +192,10 @@ def evaluate_expr(expr: Expr, axes: list[str], frame: Frame, values: Mapping[str
 
 
 def _read(expr: Ref, axes: list[str], frame: Frame, values: Mapping[str, Array]) -> Array:
-    array, names = values[expr.tensor], []
-    for index in reversed(expr.indices):
-        axis = len(expr.indices) - 1 - len(names)
-        names.append("" if _fixed(index, frame) is not None else index.rank)
-        at = _fixed(index, frame)
-        if at is not None:
-            array = np.expand_dims(np.take(array, at, axis), axis)
-    names.reverse()
-    keep = [i for i, name in enumerate(names) if name]
-    array = array.reshape([array.shape[i] for i in keep])
-    return _along(array, [names[i] for i in keep], axes)
+    at = [_fixed(index, frame) for index in expr.indices]
+    array = values[expr.tensor][tuple(slice(None) if step is None else step for step in at)]
+    names = [i.rank for i, step in zip(expr.indices, at, strict=True) if step is None]
+    return _along(array, names, axes)
 
 
 def _fixed(index: Index, frame: Frame) -> int | None:

@@ -90,6 +90,8 @@ class Apply:
 Expr = Union[Const, Ref, Pos, Size, Virtual, Apply]  # noqa: UP007 - a name used in annotations above
 
 ZERO, ONE = Const(0.0), Const(1.0)
+#: The one NaN that expressions hold, so that equal expressions compare equal.
+NAN = Const(float("nan"))
 
 
 def ref(tensor: str, *ranks: str) -> Ref:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ....errors import IRError
 from .cascade import Cascade, Rank, Statement, Tensor
-from .expr import Apply, Const, Expr, Index, Pos, Ref, Size, Virtual
+from .expr import NAN, Apply, Const, Expr, Index, Pos, Ref, Size, Virtual
 from .operators import OPERATORS, REDUCTIONS, SYMBOLS
 from .printer import FORMAT
 
@@ -16,7 +16,7 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.?\d*(?:e[+-]?\d+)?))|(?P<word>[A-Za-z_][\w.]*)"
     r"|(?P<mark>::|\*\*|//|<=|>=|==|!=|[-+*/%<>&|()\[\],=:#]))"
 )
-_CONSTANTS = {"true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
+_CONSTANTS = {"true": True, "false": False, "inf": float("inf"), "nan": NAN.value}
 #: Deeper text than any graph gives would exhaust the stack.
 _DEPTH = 200
 
@@ -122,7 +122,11 @@ class _Parser:
 
     def tensor(self) -> Tensor:
         name = self.word()
-        return Tensor(name, tuple(index.rank for index in self.indices()))
+        ranks = tuple(index.rank for index in self.indices())
+        kind = self.word() if self.accept(":") else "real"
+        if kind not in ("real", "integer", "bool"):
+            raise IRError(f"{kind!r} is no kind of input")
+        return Tensor(name, ranks, kind)
 
     def statement(self) -> Statement:
         name, indices = self.word(), self.indices()

@@ -52,7 +52,8 @@ def print_rank(rank: Rank) -> str:
 
 def print_input(tensor: Tensor) -> str:
     """An input's line."""
-    return f"input {tensor.name}[{', '.join(tensor.ranks)}]"
+    kind = "" if tensor.kind == "real" else f" : {tensor.kind}"
+    return f"input {tensor.name}[{', '.join(tensor.ranks)}]{kind}"
 
 
 def print_statement(item: Statement) -> str:

@@ -21,6 +21,9 @@ def verify(cascade: Cascade) -> None:
         if len(set(tensor.ranks)) != len(tensor.ranks):
             raise IRError(f"input {tensor.name} has the same rank twice")
     written: dict[str, Statement] = {}
+    for name in [*cascade.inputs, *(item.name for item in cascade.statements)]:
+        if "." in name:
+            raise IRError(f"{name}: names with a dot are for what plans add")
     for item in cascade.statements:
         _check_statement(cascade, item, written)
         written[item.name] = item
