@@ -368,7 +368,13 @@ def per_token() -> tuple[Tensor, ...]:
 
 @form("K/V dequantized, per token", per_token)
 def dequantized_per_token(
-    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, k_zero: Tensor, v_zero: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    k_zero: Tensor,
+    v_zero: Tensor,
 ) -> Tensor:
     k = (k.double() - k_zero.double()) * k_scale
     v = (v.double() - v_zero.double()) * v_scale
@@ -382,7 +388,13 @@ def per_channel() -> tuple[Tensor, ...]:
 
 @form("K/V dequantized, per channel", per_channel)
 def dequantized_per_channel(
-    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, k_zero: Tensor, v_zero: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    k_zero: Tensor,
+    v_zero: Tensor,
 ) -> Tensor:
     k = (k.double() - k_zero.double()) * k_scale
     v = (v.double() - v_zero.double()) * v_scale
@@ -467,7 +479,7 @@ def with_probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return weights @ v, weights
 
 
-@form("a second hop over the same keys", qkv, "refused", "M2")
+@form("a second hop over the same keys", qkv, "refused", "matmul_1[b, h, s, d]")
 def second_hop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     first = torch.softmax(q @ k.mT, dim=-1) @ k
     return torch.softmax(first @ k.mT, dim=-1) @ v

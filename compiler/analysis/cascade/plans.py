@@ -43,7 +43,7 @@ def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
     Raises IRError where the cascade breaks a rule of the IR, and WrongFoldError, an IRError too, where a
     derived plan fails its checks, so that a wrong plan is never returned.
     """
-    plain, names = canonical(cascade)
+    plain, names = canonical(cascade.pruned())
     text = f"{VERSION}\n{names.rank(rank)}\n{print_cascade(plain)}"
     key = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
     path = (cache or cache_folder()) / f"{key}.json"
@@ -56,6 +56,7 @@ def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
 
 def derive_checked(cascade: Cascade, rank: str) -> Folding:
     """`derive` and all its checks, without the cache."""
+    cascade = cascade.pruned()
     found = derive(cascade, rank)
     if not dead_rows_agree(cascade, found.plans):
         found = replace(found, plans=tuple(with_dead_rows(plan) for plan in found.plans))

@@ -33,6 +33,8 @@ class Split:
     exponent: tuple[tuple[float, Expr], ...]
     scale: Expr | None
     centres: tuple[tuple[Expr, Expr, int], ...]
+    #: Tests of rows alone: they select at the end, since what they hide may be 0/0.
+    tests: tuple[Expr, ...]
 
 
 def fold_sum(builder: Builder, item: Statement) -> None:
@@ -44,6 +46,8 @@ def fold_sum(builder: Builder, item: Statement) -> None:
     for term, parts in zip(terms, splits, strict=True):
         state, left = _state(builder, item, term, parts, alone)
         value = rebuild(parts.outside, state.ref)
+        for test in parts.tests:
+            value = apply("where", test, value, 0.0)
         if left:
             ranks = builder.order(ranks_of(value) - set(left), item.ranks)
             part = statement(builder.name(f"{item.name}.sum"), ranks, value, "sum", left)
@@ -84,7 +88,8 @@ def split(builder: Builder, term: Term) -> Split:
             _exponential(term),
         )
     kept = scale if has_scale else None
-    return Split(tuple(outside), tuple(inside), tuple(streamed), kept, tuple(centres))
+    tests = tuple(test for test in term.tests if builder.is_row(test))
+    return Split(tuple(outside), tuple(inside), tuple(streamed), kept, tuple(centres), tests)
 
 
 def _exponential(term: Term) -> Expr:
@@ -126,7 +131,7 @@ def _state(
     over = (*item.over, *(r for r in term.over if r not in item.over))
     if len(set(item.over) & set(term.over)) or set(term.over) & set(item.ranks):
         raise RefusedError(f"{item.name} sums twice over one rank", item.expr)
-    rows = ranks_of(rebuild(parts.outside))
+    rows = ranks_of(rebuild(parts.outside)).union(*(ranks_of(test) for test in parts.tests))
     scale = None
     if parts.scale is not None:
         scale = builder.reference("scale", parts.scale, item.ranks)
@@ -137,7 +142,7 @@ def _state(
     left = tuple(rank for rank in over if rank in rows)
     kept = tuple(rank for rank in over if rank not in rows)
     references = [scale, *centres] if scale is not None else centres
-    exact = alone and not parts.outside and not left and term.coefficient == 1
+    exact = alone and not parts.outside and not parts.tests and not left and term.coefficient == 1
     # The highest power comes last: its correction reads those below it.
     powers = [power for *_, power in parts.centres]
     family: dict[tuple[int, ...], State] = {}
@@ -190,7 +195,8 @@ def _body(
             value = mul(value, sub(streamed, centre.ref))
     value = rebuild(parts.inside, value)
     for test in term.tests:
-        value = apply("where", test, value, 0.0)
+        if test not in parts.tests:
+            value = apply("where", test, value, 0.0)
     return value
 
 

@@ -24,7 +24,9 @@ from ...ir.cascade.expr import (
     is_number,
     mul,
     ranks_of,
+    reads,
     sub,
+    walk,
 )
 from ...ir.cascade.operators import OPERATORS
 from ...ir.cascade.printer import print_expr
@@ -121,10 +123,26 @@ class Normaliser:
 
     def refuse(self, expr: Expr) -> RefusedError:
         """The refusal of a factor that no rule takes apart."""
-        names = ", ".join(sorted(self.scope.needs_of(expr)))
+        for part in walk(expr):
+            tests = isinstance(part, Apply) and OPERATORS[part.op].truth
+            if tests and self.scope.kind(part) is Kind.MIXED:
+                return self._refuse_test(part)
+        inner = self.scope.statements.get(expr.tensor) if isinstance(expr, Ref) else None
+        if inner is not None:
+            expr = inner.expr
+        completed = [r.tensor for r in reads(expr) if self.scope.kind(r) is Kind.ROW]
+        names = ", ".join(dict.fromkeys(completed)) or ", ".join(sorted(self.scope.needs_of(expr)))
         return RefusedError(
             f"`{print_expr(expr)}` mixes values along {self.scope.rank} with the completed {names}",
             expr,
+        )
+
+    def _refuse_test(self, test: Expr) -> RefusedError:
+        test = self.scope.inline(test)
+        return RefusedError(
+            f"`{print_expr(test)}` is a test of values along {self.scope.rank} against completed reductions "
+            "over it",
+            test,
         )
 
     def _free(self, expr: Expr) -> list[Term]:
@@ -216,18 +234,12 @@ class Normaliser:
 
     def _where(self, expr: Apply) -> list[Term]:
         test, yes, no = expr.args
-        kind = self.scope.kind(test)
-        if kind is Kind.MIXED:
-            raise RefusedError(
-                f"`{print_expr(self.scope.inline(test))}` is a test of values along {self.scope.rank} "
-                "against completed reductions over it",
-                test,
-            )
+        if self.scope.kind(test) is Kind.MIXED:
+            raise self._refuse_test(test)
         found: list[Term] = []
         for chosen, value in ((test, yes), (negation(test), no)):
             if not is_number(value, 0):
-                guard = Term(tests=(chosen,)) if kind is Kind.FREE else _indicator(chosen)
-                found += _product([guard], self.terms(value))
+                found += _product([Term(tests=(chosen,))], self.terms(value))
         return found
 
     def _inner_sum(self, expr: Ref) -> list[Term]:
@@ -317,10 +329,6 @@ class Normaliser:
 
 def _product(a: list[Term], b: list[Term]) -> list[Term]:
     return [x.times(y) for x in a for y in b]
-
-
-def _indicator(test: Expr) -> Term:
-    return Term(factors=((apply("where", test, 1.0, 0.0), Fraction(1)),))
 
 
 def negation(test: Expr) -> Expr:

@@ -1,9 +1,9 @@
 """What an import has built so far, and the few moves that all operators are made of.
 
-    align     several values over the same dimensions, as broadcasting does
-    state     a statement for an expression, read by name afterwards
-    reduce    a reduction over dimensions
-    instance  the same value walked along another rank, with all that it is computed from
+align     several values over the same dimensions, as broadcasting does
+state     a statement for an expression, read by name afterwards
+reduce    a reduction over dimensions
+instance  the same value walked along another rank, with all that it is computed from
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...ir.cascade.cascade import Statement, statement
-from ...ir.cascade.expr import Apply, Const, Expr, Ref, Virtual, apply, ranks_of, ref, rename_ranks, rewrite
+from ...ir.cascade.expr import (
+    Apply,
+    Const,
+    Expr,
+    Ref,
+    Virtual,
+    apply,
+    ranks_of,
+    ref,
+    rename_ranks,
+    rewrite,
+)
 from ...ir.cascade.operators import REDUCTIONS
 from .ranks import NotExpressedError, RankTable
 
@@ -69,7 +80,9 @@ class Context:
         self._taken.add(found)
         return found
 
-    def source(self, wanted: str, key: object, sizes: Sequence[int], kind: str, extents: Sequence[str]) -> Value:
+    def source(
+        self, wanted: str, key: object, sizes: Sequence[int], kind: str, extents: Sequence[str]
+    ) -> Value:
         """A new input with ranks of its own."""
         dims = tuple(
             (self.ranks.fresh(size, extent),) if size != 1 else ()
@@ -131,7 +144,9 @@ class Context:
         dims = tuple(tuple(names.get(rank, rank) for rank in dim) for dim in value.dims)
         # An instance along a rank with virtual coordinates knows the real ones only.
         real = frozenset(names.get(r, r) for r in value.real)
-        real |= {new for old, new in names.items() if self._more_virtual(new, old) and old in value.ranks}
+        real |= {
+            new for old, new in names.items() if self._more_virtual(new, old) and old in value.ranks
+        }
         return Value(dims, self._instance_expr(value.expr, names), value.kind, real)
 
     def _more_virtual(self, new: str, old: str) -> bool:
@@ -157,7 +172,8 @@ class Context:
         if name in self.sources:
             source = self.sources[name]
             dims = tuple(
-                tuple(names.get(rank, rank) for rank in self.ranks.resolve(dim)) for dim in source.dims
+                tuple(names.get(rank, rank) for rank in self.ranks.resolve(dim))
+                for dim in source.dims
             )
             self.sources[made] = Source(made, source.key, dims, source.kind)
             return made
@@ -218,9 +234,7 @@ class Context:
         values = [self.now(value) for value in values]
         for at in range(1, len(values)):
             values[at] = self._apart_from(values[:at], values[at])
-        dims = tuple(
-            next((v.dims[at] for v in values if v.dims[at]), ()) for at in range(width)
-        )
+        dims = tuple(next((v.dims[at] for v in values if v.dims[at]), ()) for at in range(width))
         self.ranks.keep_apart([rank for dim in dims for rank in dim])
         return values, dims
 

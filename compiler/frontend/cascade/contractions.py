@@ -13,7 +13,9 @@ from .reductions import combine, softmax
 from .views import permute, repeat_interleave, squeeze, unsqueeze
 
 
-def product(context: Context, name: str, a: Value, b: Value, labels_a: str, labels_b: str, out: str) -> Value:
+def product(
+    context: Context, name: str, a: Value, b: Value, labels_a: str, labels_b: str, out: str
+) -> Value:
     """An einsum of two tensors, a letter a dimension. Letters that `out` lacks are summed."""
     a, b = _number(context.now(a)), _number(context.now(b))
     for at, letter in enumerate(labels_a):
@@ -23,7 +25,9 @@ def product(context: Context, name: str, a: Value, b: Value, labels_a: str, labe
     clash = [rank for rank in alone if rank in a.ranks]
     if clash:
         b = context.distinct(b, clash)
-    alone_a = [r for at, letter in enumerate(labels_a) if letter not in labels_b for r in a.dims[at]]
+    alone_a = [
+        r for at, letter in enumerate(labels_a) if letter not in labels_b for r in a.dims[at]
+    ]
     if any(rank in b.ranks for rank in alone_a):
         a = context.distinct(a, [rank for rank in alone_a if rank in b.ranks])
     dims = dict(zip(labels_b, b.dims, strict=True))
@@ -33,7 +37,10 @@ def product(context: Context, name: str, a: Value, b: Value, labels_a: str, labe
     order = [*out, *summed]
     # Masked values are selected after the product, so that what they hide may be anything.
     value = Value(
-        tuple(dims[letter] for letter in order), apply("mul", a.expr, b.expr), "real", a.real | b.real
+        tuple(dims[letter] for letter in order),
+        apply("mul", a.expr, b.expr),
+        "real",
+        a.real | b.real,
     )
     if not summed:
         return value
@@ -119,7 +126,11 @@ def attention(
             raise NotExpressedError("a causal mask over a merged dimension")
         before = apply("le", *(Pos(dim[0]) if dim else ZERO for dim in (column, row)))
         scores = replace(scores, expr=apply("where", before, scores.expr, -math.inf))
-    weights = safe_softmax(context, name, scores, -1) if mask is not None else softmax(context, name, scores, -1)
+    weights = (
+        safe_softmax(context, name, scores, -1)
+        if mask is not None
+        else softmax(context, name, scores, -1)
+    )
     return matmul(context, f"{name}_out", weights, value)
 
 
@@ -153,10 +164,13 @@ def gather(context: Context, name: str, value: Value, dim: int, index: Value) ->
     if index.dims[at]:
         raise NotExpressedError("a gather of several elements a row")
     value = context.state(f"{name}_of", value)
-    if len(value.dims[at]) != 1 or value.dims[at][0] in value.real or context.ranks.virtual.get(value.dims[at][0]):
+    if (
+        len(value.dims[at]) != 1
+        or value.dims[at][0] in value.real
+        or context.ranks.virtual.get(value.dims[at][0])
+    ):
         raise NotExpressedError("a gather along a merged or joined dimension")
     (value, index), dims = context.align([value, index])
     (rank,) = value.dims[at]
     picked = apply("where", apply("eq", Pos(rank), index.expr), value.expr, 0.0)
     return context.reduce(name, "sum", Value(dims, picked, value.kind, value.real), [at], True)
-

@@ -116,23 +116,34 @@ RULES: dict[str, Rule] = {
     "__rshift__": _binary("shift_right"),
     "bitwise_right_shift": _binary("shift_right"),
     "entr": lambda x: apply("neg", apply("mul", x, apply("log", x))),
-    **{name: _unary(name) for name in ("neg", "exp", "log", "sqrt", "abs", "sign", "tanh", "sigmoid")},
-    **{name: _unary(name) for name in ("relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc")},
+    **{
+        name: _unary(name)
+        for name in ("neg", "exp", "log", "sqrt", "abs", "sign", "tanh", "sigmoid")
+    },
+    **{
+        name: _unary(name)
+        for name in ("relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc")
+    },
     **{name: _binary(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "isfinite": _unary("isfinite"),
     "special_entr": lambda x: apply("neg", apply("mul", x, apply("log", x))),
     "bitwise_not": _unary("not"),
     "bitwise_and": _binary("bits"),
+    "__and__": _binary("bits"),
     "bitwise_or": _binary("or"),
+    "__or__": _binary("or"),
 }
 
 #: Of truth values these mean something else than of whole numbers.
-_OF_TRUTH = {"bitwise_and": "and", "mul": "and", "bitwise_or": "or", "bitwise_not": "not"}
+_OF_TRUTH = {"bitwise_and": "and", "__and__": "and", "mul": "and"}
+_OF_TRUTH |= {"bitwise_or": "or", "__or__": "or", "bitwise_not": "not"}
 _TRUTH = {"logical_and", "logical_or", "logical_not", "isnan", "isinf", "isfinite"}
 _TRUTH |= {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
-def elementwise(context: Context, name: str, args: list[Any], kwargs: dict[str, Any], kind: str) -> Value:
+def elementwise(
+    context: Context, name: str, args: list[Any], kwargs: dict[str, Any], kind: str
+) -> Value:
     """The value of a pointwise operator whose result is of `kind`. Raises NotExpressedError."""
     rule = RULES[name]
     at = [i for i, arg in enumerate(args) if isinstance(arg, Value)]
@@ -144,7 +155,7 @@ def elementwise(context: Context, name: str, args: list[Any], kwargs: dict[str, 
     real = frozenset().union(*(value.real for value in values))
     if only_truth and name in _OF_TRUTH:
         return Value(dims, apply(_OF_TRUTH[name], *filled), "bool", real)
-    if name in ("bitwise_or", "bitwise_not"):
+    if name in ("bitwise_or", "__or__", "bitwise_not"):
         raise NotExpressedError(f"{name} of whole numbers")
     constants = [Const(a) if isinstance(a, (bool, int, float)) else a for a in filled]
     pick = constants if name in ("where", "masked_fill", "maximum", "minimum") else filled

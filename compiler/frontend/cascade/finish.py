@@ -75,4 +75,3 @@ def _letter(at: int) -> str:
 def _extent(text: str) -> str:
     """An extent as one word: a computed size such as `2*s0` has no name of its own."""
     return text if text.isalnum() else "N" + "".join(c if c.isalnum() else "_" for c in text)
-

@@ -11,6 +11,7 @@ computes, and ranks follow the values.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +103,16 @@ def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]
         for name, target in signature.inputs_to_lifted_tensor_constants.items()
         if target in known
     }
-    return import_graph(exported.graph, constants)
+    names = dict(zip(signature.user_inputs, _parameters(function, len(inputs)), strict=False))
+    return import_graph(exported.graph, constants, names)
+
+
+def _parameters(function: Callable[..., Any], count: int) -> list[str]:
+    """The names of a function's parameters, as far as they are simple."""
+    called = function.forward if isinstance(function, torch.nn.Module) else function
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(called).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind in plain][:count]
 
 
 def _mutates(graph: fx.Graph) -> bool:
@@ -112,12 +122,17 @@ def _mutates(graph: fx.Graph) -> bool:
     )
 
 
-def import_graph(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None = None) -> Imported:
-    """The cascade of a graph whose nodes carry `meta["val"]`; `constants` gives known placeholders.
+def import_graph(
+    graph: fx.Graph,
+    constants: Mapping[str, torch.Tensor] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Imported:
+    """The cascade of a graph whose nodes carry `meta["val"]`.
 
+    `constants` gives placeholders whose value is known, `names` what others are called in the cascade.
     Raises UnsupportedError where an output is no cascade.
     """
-    return _Importer(constants or {}).run(graph)
+    return _Importer(constants or {}, names or {}).run(graph)
 
 
 @dataclass(frozen=True)
@@ -129,8 +144,8 @@ class _Symbol:
 
 
 class _Importer:
-    def __init__(self, constants: Mapping[str, torch.Tensor]) -> None:
-        self.constants = constants
+    def __init__(self, constants: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+        self.constants, self.names = constants, names
         self.context = Context()
         self.values: dict[fx.Node, Any] = {}
         self.opaque: dict[str, str] = {}
@@ -171,7 +186,8 @@ class _Importer:
     def _source(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             sizes, extents = _sizes(value)
-            return self.context.source(node.name, node.name, sizes, _kind(value.dtype), extents)
+            name = self.names.get(node.name, node.name)
+            return self.context.source(name, name, sizes, _kind(value.dtype), extents)
         if isinstance(value, (tuple, list)):
             return tuple(None for _ in value)
         if isinstance(value, torch.SymInt):
@@ -185,6 +201,8 @@ class _Importer:
             return item if item is not None else self._source(node, node.meta["val"])
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
             return _Symbol(_hint(node.meta["val"]), self._size_of(node))
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
         try:
             value = self._express(node)
         except NotExpressedError as error:
@@ -213,8 +231,10 @@ class _Importer:
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise NotExpressedError(f"{target} is no ATen operator")
         name = target._schema.name.split("::")[1]
-        meta = node.meta["val"]
+        meta = node.meta.get("val")
         first = meta[0] if isinstance(meta, (tuple, list)) else meta
+        if not isinstance(first, torch.Tensor):
+            raise NotExpressedError(f"aten.{name} computes no tensor")
         sizes, extents = _sizes(first)
         kind = _kind(first.dtype)
         if name in RULES:
@@ -254,7 +274,9 @@ class _Importer:
         value = self.context.now(value)
         for rank in value.ranks:
             if self.context.ranks.virtual.get(rank) and rank not in value.real:
-                raise UnsupportedError(f"output {node} holds a joined tensor, which a cascade does not write")
+                raise UnsupportedError(
+                    f"output {node} holds a joined tensor, which a cascade does not write"
+                )
         expr = value.expr
         written = isinstance(expr, Ref) and expr.tensor not in self.context.sources
         if not written or not isinstance(expr, Ref) or expr.ranks != value.ranks:
@@ -288,4 +310,3 @@ def _kind(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "bool"
     return "real" if dtype.is_floating_point else "integer"
-

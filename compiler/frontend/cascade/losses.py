@@ -25,9 +25,7 @@ def cross_entropy(
 ) -> Value:
     """-(1 - a) log p[target] - a mean(log p), over rows whose target is not ignored. Classes are dim 1."""
     log_p = softmax(context, f"{name}_log", logits, 1 if len(logits.dims) > 1 else 0, log=True)
-    return negative_log_likelihood(
-        context, name, log_p, target, reduction, ignore_index, smoothing
-    )
+    return negative_log_likelihood(context, name, log_p, target, reduction, ignore_index, smoothing)
 
 
 def negative_log_likelihood(

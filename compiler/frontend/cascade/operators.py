@@ -152,7 +152,17 @@ def _arange(call: Call) -> Value:
     )
 
 
-@_handles("full", "full_like", "zeros", "ones", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones")
+@_handles(
+    "full",
+    "full_like",
+    "zeros",
+    "ones",
+    "zeros_like",
+    "ones_like",
+    "new_full",
+    "new_zeros",
+    "new_ones",
+)
 @_handles("scalar_tensor")
 def _filled(call: Call) -> Value:
     fill = call.fill_value if call.fill_value is not None else call.s
@@ -317,7 +327,13 @@ def _cross_entropy(call: Call) -> Value:
     reduction = 1 if call.reduction is None else call.reduction
     ignore = -100 if call.ignore_index is None else call.ignore_index
     return losses.cross_entropy(
-        call.context, call.name, call.self, call.target, reduction, ignore, call.label_smoothing or 0.0
+        call.context,
+        call.name,
+        call.self,
+        call.target,
+        reduction,
+        ignore,
+        call.label_smoothing or 0.0,
     )
 
 

@@ -76,7 +76,9 @@ class RankTable:
     def split(self, rank: str, outer: int) -> tuple[str, str]:
         """Cuts a rank into an outer one of this size and an inner one."""
         if self.sizes[rank] % outer or self.virtual.get(rank):
-            raise NotExpressedError(f"a dimension of {self.sizes[rank]} cannot be cut into {outer} parts")
+            raise NotExpressedError(
+                f"a dimension of {self.sizes[rank]} cannot be cut into {outer} parts"
+            )
         pair = (self.fresh(outer), self.fresh(self.sizes[rank] // outer))
         self._into[rank] = pair
         self.keep_apart(pair)

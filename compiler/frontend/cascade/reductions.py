@@ -68,7 +68,9 @@ def variance(
     found = context.state(name, replace(total, expr=apply("div", total.expr, size)))
     if not keep:
         gone = set(dims)
-        middle = replace(middle, dims=tuple(d for at, d in enumerate(middle.dims) if at not in gone))
+        middle = replace(
+            middle, dims=tuple(d for at, d in enumerate(middle.dims) if at not in gone)
+        )
     return found, middle
 
 

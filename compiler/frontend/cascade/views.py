@@ -137,7 +137,9 @@ def arange(context: Context, start: float, step: float, size: int, extent: str) 
     return Value(((rank,),), expr, "integer")
 
 
-def filled(context: Context, sizes: Sequence[int], extents: Sequence[str], fill: float | bool, kind: str) -> Value:
+def filled(
+    context: Context, sizes: Sequence[int], extents: Sequence[str], fill: float | bool, kind: str
+) -> Value:
     """A tensor of one number."""
     dims = tuple(
         (context.ranks.fresh(size, extent),) if size != 1 else ()

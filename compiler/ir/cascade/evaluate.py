@@ -60,7 +60,7 @@ def frame_of(
         for rank, size in zip(tensor.ranks, shape, strict=True):
             if sizes.setdefault(rank, size) != size:
                 raise IRError(f"input {tensor.name}: {rank} is {size}, elsewhere {sizes[rank]}")
-    extents = {cascade.ranks[rank].extent: size for rank, size in sizes.items()}
+    extents = {r.extent: sizes[name] for name, r in cascade.ranks.items() if name in sizes}
     for name, declared in cascade.ranks.items():
         if name not in sizes:
             extent = declared.extent

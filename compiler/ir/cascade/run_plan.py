@@ -183,7 +183,9 @@ def _over(array: Array, ranks: Sequence[str], target: Sequence[str]) -> Array:
 
 
 def random_tiles(length: int, random: np.random.Generator) -> list[Array]:
-    """All coordinates, shuffled into tiles of random sizes, some of one element."""
+    """All coordinates, shuffled into tiles of random sizes, more than one where there is a choice."""
     order = random.permutation(length)
-    cuts = np.sort(random.integers(0, length + 1, size=int(random.integers(0, length + 1))))
+    if length < 2:
+        return [order]
+    cuts = np.sort(random.integers(1, length, size=int(random.integers(1, length))))
     return [tile for tile in np.split(order, cuts) if len(tile)]
