@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 B, H, K, S, T, D = 2, 4, 2, 5, 12, 8
 NEG = -1e30
@@ -101,7 +101,7 @@ def softmax_by_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @form("softmax by log_softmax", qkv)
 def softmax_by_log(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.log_softmax(q @ k.mT, dim=-1).exp() @ v
+    return functional.log_softmax(q @ k.mT, dim=-1).exp() @ v
 
 
 @form("softmax by base two", qkv)
@@ -143,12 +143,12 @@ def projections(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
 
 @form("scaled_dot_product_attention", with_extra(bool_mask))
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @form("scaled_dot_product_attention, causal", square)
 def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 @form("scale by division", qkv)
@@ -269,13 +269,13 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @form("linear attention", qkv, "one already")
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k = F.elu(q) + 1, F.elu(k) + 1
+    q, k = functional.elu(q) + 1, functional.elu(k) + 1
     return (q @ (k.mT @ v)) / (q * k.sum(-2, keepdim=True)).sum(-1, keepdim=True)
 
 
 @form("linear attention, causal", square, "one pass")
 def linear_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.tril((F.elu(q) + 1) @ (F.elu(k) + 1).mT)
+    scores = torch.tril((functional.elu(q) + 1) @ (functional.elu(k) + 1).mT)
     return (scores / scores.sum(-1, keepdim=True)) @ v
 
 
@@ -296,7 +296,7 @@ def differential(
 
 @form("cosine attention", qkv)
 def cosine(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+    scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
     return torch.softmax(scores * 10.0, dim=-1) @ v
 
 
@@ -417,7 +417,7 @@ def moments(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @form("entropy of the attention", qkv)
 def entropy(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    logs = F.log_softmax(q @ k.mT, dim=-1)
+    logs = functional.log_softmax(q @ k.mT, dim=-1)
     weights = logs.exp()
     return weights @ v, -(weights * logs).sum(-1)
 
@@ -455,7 +455,7 @@ def classes() -> tuple[Tensor, ...]:
 
 @form("cross-entropy, smoothed, with z-loss", classes)
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits, target, label_smoothing=0.1)
+    loss = functional.cross_entropy(logits, target, label_smoothing=0.1)
     return loss + 1e-4 * torch.logsumexp(logits, -1).square().mean()
 
 
@@ -465,7 +465,7 @@ def normed() -> tuple[Tensor, ...]:
 
 @form("LayerNorm into a matrix product", normed)
 def norm_matmul(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor) -> Tensor:
-    return F.linear(F.layer_norm(x, (16,), weight, bias), w)
+    return functional.linear(functional.layer_norm(x, (16,), weight, bias), w)
 
 
 @form("RMSNorm into a matrix product", normed)

@@ -47,10 +47,10 @@ def finish_cascade(
         tuple(dict.fromkeys(names)),
     ).pruned()
     sizes = {letters[r]: table.sizes[r] for r in dict.fromkeys(order)}
-    bound = [
+    bound: list[Bound] = [
         (context.sources[name].key, name, _renamed(dims[name], letters)) for name in cascade.inputs
     ]
-    done = [
+    done: list[Bound] = [
         (node, name, _renamed(value.dims, letters))
         for (node, value), name in zip(written, names, strict=True)
     ]

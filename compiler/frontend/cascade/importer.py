@@ -197,7 +197,7 @@ class _Importer:
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             found = self.values[node.args[0]]  # type: ignore[index]
-            item = found[node.args[1]] if isinstance(found, tuple) else None
+            item = found[int(node.args[1])] if isinstance(found, tuple) else None  # type: ignore[arg-type]
             return item if item is not None else self._source(node, node.meta["val"])
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
             return _Symbol(_hint(node.meta["val"]), self._size_of(node))

@@ -118,9 +118,9 @@ def cut(context: Context, value: Value, dim: int, start: int, end: int, step: in
         return value
     rank = group[0] if len(group) == 1 else ""
     front = context.fronts.get(rank, 0)
-    if rank and context.ranks.virtual.get(rank) and rank not in value.real:
-        if (start, end) == (front, front + context.ranks.sizes[rank]):
-            return replace(value, real=value.real | {rank})
+    joined = rank and context.ranks.virtual.get(rank) and rank not in value.real
+    if joined and (start, end) == (front, front + context.ranks.sizes[rank]):
+        return replace(value, real=value.real | {rank})
     raise NotExpressedError("a slice of a rank")
 
 
