@@ -13,7 +13,8 @@ from ..errors import UnsupportedError
 from .analysis.cascade.choose import choose_rank
 from .analysis.cascade.fold import Folding
 from .analysis.cascade.plans import fold
-from .frontend.cascade.importer import Imported, import_function
+from .frontend.cascade.imported import Imported
+from .frontend.cascade.importer import import_function
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from ...ir.cascade.cascade import Cascade, statement
 from ...ir.cascade.expr import Expr, Ref, ranks_of, ref
 from ...ir.cascade.plan import OLD, Reference, State, Step
+from .normalise import Normaliser
 from .scope import Kind, Scope
-from .terms import Normaliser
 
 
 @dataclass

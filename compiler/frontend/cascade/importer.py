@@ -12,66 +12,26 @@ computes, and ranks follow the values.
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx
 
 from ....errors import IRError, UnsupportedError
-from ...ir.cascade.cascade import Cascade, statement
+from ...ir.cascade.cascade import statement
 from ...ir.cascade.expr import Expr, Ref, Size, reads
 from ...ir.cascade.verifier import verify
-from .context import Context, Dim, Value
+from . import view_operators  # noqa: F401 - registers its handlers
+from .context import Context, Value
 from .elementwise import RULES, elementwise
 from .finish import finish_cascade
-from .operators import HANDLERS, Call, constant
+from .imported import Binding, Imported
+from .operators import constant
 from .ranks import NotExpressedError
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A tensor of the graph and one of the cascade: `dims` has the ranks of each dimension."""
-
-    node: str
-    name: str
-    dims: tuple[Dim, ...]
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A cascade with the graph's tensors that it reads and writes.
-
-    `opaque` has, for each operator that became an input, the reason.
-    """
-
-    cascade: Cascade
-    inputs: tuple[Binding, ...]
-    outputs: tuple[Binding, ...]
-    opaque: Mapping[str, str]
-    sizes: Mapping[str, int]
-
-    def arrays(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """The cascade's inputs from the graph's tensors, by node name: dimensions cut into ranks."""
-        found = {}
-        for binding in self.inputs:
-            shape = [self.sizes[rank] for dim in binding.dims for rank in dim]
-            found[binding.name] = np.asarray(tensors[binding.node]).reshape(shape)
-        return found
-
-    def restored(self, arrays: Mapping[str, Array]) -> list[Array]:
-        """The graph's outputs from the cascade's: ranks merged to dimensions."""
-        return [
-            arrays[b.name].reshape([math.prod(self.sizes[r] for r in dim) for dim in b.dims])
-            for b in self.outputs
-        ]
+from .registry import HANDLERS, Call
 
 
 def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Imported:
