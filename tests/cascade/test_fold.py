@@ -132,7 +132,7 @@ def test_log_sum_exp_leaves_the_maximum_free() -> None:
     lines = body(text)
     assert "reference M.ref[s] follows M scale free" in lines
     # Written by hand it is NaN for a row without a live key, and stays so.
-    assert "finish D.live[s] = where(isfinite(M.ref[s]), D[s], nan)" in lines
+    assert "row D.live[s] = where(isfinite(M.ref[s]), D[s], nan)" in lines
 
 
 REFUSED = {

@@ -2,7 +2,7 @@
 
 Written out, a row whose maximum is -inf computes -inf - (-inf), so its sums are NaN. A plan subtracts 0
 there and its sums are 0. For most outputs 0/0 comes to the same; where it does not (a log-sum-exp
-written by hand), the sums are made NaN again before they are used.
+written by hand), a row beside the state is NaN there, and is read in the state's place.
 """
 
 from __future__ import annotations
@@ -11,64 +11,59 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...ir.cascade.cascade import Statement, statement
-from ...ir.cascade.expr import NAN, Expr, apply, reads, rename_tensors
-from ...ir.cascade.plan import OLD, Plan, Reference, State, Step
+from ...ir.cascade.expr import NAN, Expr, apply, rename_tensors
+from ...ir.cascade.plan import OLD, Plan, Reference, State, Step, step_reads
 
-LIVE = ".live"
+LIVE, KEPT = ".live", ".kept"
 
 
 def with_dead_rows(plan: Plan) -> Plan:
-    """The plan whose finish reads NaN for sums under a reference that is not finite.
+    """The plan that reads NaN for sums under a reference that is not finite.
 
     A static reference would hide which rows those are, so none is kept.
     """
-    scales = {r.name: r for r in plan.references if r.kind == "scale"}
-    used = {read.tensor for item in (*plan.finish, *plan.emit) for read in reads(item.expr)}
-    used |= set(plan.outputs)
-    rows: list[Statement] = []
-    names: dict[str, str] = {}
-    for state in plan.states:
-        over = [scales[name] for name in state.references if name in scales]
-        if not over or state.name not in used:
-            continue
-        value: Expr = state.ref
-        for scale in over:
-            value = apply("where", apply("isfinite", scale.ref), value, NAN)
-        names[state.name] = f"{state.name}{LIVE}"
-        rows.append(statement(names[state.name], state.ranks, value))
-    shown = {name: f"{name}.kept" for name in names if name in plan.outputs}
-    if shown:
-        # The row takes over the output's name, and the state steps aside.
-        plan = _renamed(plan, shown)
-        rows = [_shown(row, shown) for row in rows]
-        names = {name: name if name in shown else row for name, row in names.items()}
-    finish = tuple(replace(s, expr=rename_tensors(s.expr, names)) for s in plan.finish)
-    emit = tuple(replace(s, expr=rename_tensors(s.expr, names)) for s in plan.emit)
-    steps = tuple(replace(s, static=None) if isinstance(s, Reference) else s for s in plan.steps)
-    return replace(plan, steps=steps, finish=(*rows, *finish), emit=emit)
-
-
-def _shown(row: Statement, shown: Mapping[str, str]) -> Statement:
-    name = row.name.removesuffix(LIVE)
-    if name not in shown:
-        return row
-    return replace(row, name=name, expr=rename_tensors(row.expr, shown))
-
-
-def _renamed(plan: Plan, names: Mapping[str, str]) -> Plan:
-    """The plan with states renamed in its steps; what finishes reads the old names still."""
-    every = {**names, **{f"{name}{OLD}": f"{new}{OLD}" for name, new in names.items()}}
+    used = {name for item in (*plan.finish, *plan.emit) for name in step_reads(item)}
+    for step in plan.steps:
+        if not isinstance(step, State):
+            used |= step_reads(step)
+    poisoned = [s.name for s in plan.states if s.references and s.name in used | set(plan.outputs)]
+    # Where the state is an output, the row takes over its name and the state steps aside.
+    states = {name: f"{name}{KEPT}" for name in poisoned if name in plan.outputs}
+    rows = {name: name if name in states else f"{name}{LIVE}" for name in poisoned}
+    references = {reference.name: reference for reference in plan.references}
     steps: list[Step] = []
     for step in plan.steps:
-        if isinstance(step, State):
-            correct = None if step.correct is None else rename_tensors(step.correct, every)
-            body = rename_tensors(step.body, every)
-            steps.append(
-                replace(step, name=names.get(step.name, step.name), body=body, correct=correct)
-            )
-        elif isinstance(step, Reference):
-            guards = tuple(names.get(name, name) for name in step.guards)
-            steps.append(replace(step, source=names.get(step.source, step.source), guards=guards))
-        else:
-            steps.append(replace(step, expr=rename_tensors(step.expr, every)))
-    return replace(plan, steps=tuple(steps))
+        if not isinstance(step, State):
+            steps.append(_read_rows(step, rows))
+            continue
+        state = _renamed(step, states)
+        steps.append(state)
+        if step.name in rows:
+            value: Expr = state.ref
+            for name in step.references:
+                value = apply("where", apply("isfinite", references[name].ref), value, NAN)
+            steps.append(statement(rows[step.name], step.ranks, value))
+    return replace(
+        plan,
+        steps=tuple(steps),
+        finish=tuple(_renamed_reads(item, rows) for item in plan.finish),
+        emit=tuple(_renamed_reads(item, rows) for item in plan.emit),
+    )
+
+
+def _renamed_reads(item: Statement, names: Mapping[str, str]) -> Statement:
+    return replace(item, expr=rename_tensors(item.expr, names))
+
+
+def _read_rows(step: Statement | Reference, rows: Mapping[str, str]) -> Statement | Reference:
+    if isinstance(step, Statement):
+        return _renamed_reads(step, rows)
+    return replace(step, source=rows.get(step.source, step.source), static=None)
+
+
+def _renamed(state: State, names: Mapping[str, str]) -> State:
+    """A state under its new name, reading others under theirs."""
+    every = {**names, **{f"{name}{OLD}": f"{new}{OLD}" for name, new in names.items()}}
+    correct = None if state.correct is None else rename_tensors(state.correct, every)
+    body = rename_tensors(state.body, every)
+    return replace(state, name=names.get(state.name, state.name), body=body, correct=correct)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ....errors import IRError
 from ...ir.cascade.cascade import Cascade, Statement, Tensor
 from ...ir.cascade.expr import reads
 from ...ir.cascade.plan import Plan
@@ -68,6 +69,8 @@ def derive(cascade: Cascade, rank: str) -> Folding:
     Raises IRError where the cascade breaks a rule of the IR.
     """
     verify(cascade)
+    if rank not in cascade.ranks:
+        raise IRError(f"{rank!r} is no rank of the cascade, which has {', '.join(cascade.ranks)}")
     before = count_passes(cascade, rank)
     plans: list[Plan] = []
     refusals: list[Refusal] = []
@@ -102,6 +105,10 @@ def _one_pass(
     scope = Scope(cascade, rank)
     builder = Builder(cascade, scope)
     found = _sort(cascade, builder)
+    if found.waiting:
+        # What is written along the rank is written in the next pass, which streams it anyhow.
+        late = [item for item in found.emit if item.name in cascade.outputs]
+        found.waiting += late
     waiting = {item.name for item in found.waiting}
     outputs = [name for name in cascade.outputs if name not in waiting]
     # Rows cross to the next pass; what carries the rank is streamed again.

@@ -82,9 +82,14 @@ def pad_inputs(cascade: Cascade, frame: Frame, arrays: Mapping[str, Array]) -> d
     return padded
 
 
-def evaluate(cascade: Cascade, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The outputs of a cascade for inputs by name, each of the shape that its ranks give."""
-    frame = frame_of(cascade, arrays)
+def evaluate(
+    cascade: Cascade, arrays: Mapping[str, Array], sizes: Mapping[str, int] | None = None
+) -> dict[str, Array]:
+    """The outputs of a cascade for inputs by name, each of the shape that its ranks give.
+
+    `sizes` gives ranks that no input has, such as queries known by their positions alone.
+    """
+    frame = frame_of(cascade, arrays, sizes)
     values = pad_inputs(cascade, frame, arrays)
     with np.errstate(all="ignore"):
         run_statements(cascade.statements, frame, values)

@@ -16,8 +16,8 @@ A step is one of three:
   `free`, any value gives the same outputs: it may be kept while the source moves little (lazy), or be
   the number `static` from the start, and then the source is not needed.
 
-Edge rules. Where an old reference is not finite, the old value is left as it is. Where a new one is not
-finite, bodies and corrections read 0 in its place.
+The streamed rank has at least one coordinate. Edge rules: where an old reference is not finite, the old
+value is left as it is; where a new one is not finite, bodies and corrections read 0 in its place.
 """
 
 from __future__ import annotations
