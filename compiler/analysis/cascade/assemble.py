@@ -88,9 +88,7 @@ def _steps(builder: Builder) -> list[Step]:
     steps: list[Step] = []
     for item in builder.items:
         if isinstance(item, Reference):
-            steps.append(
-                replace(item, source=rows.get(item.source, item.source), guards=_guards(item, rows))
-            )
+            steps.append(replace(item, source=rows.get(item.source, item.source)))
         elif isinstance(item, State):
             steps.append(item)
         elif item.name in rows:
@@ -99,10 +97,6 @@ def _steps(builder: Builder) -> list[Step]:
                 expr = _counted(builder, steps, expr)
             steps.append(replace(item, name=rows[item.name], expr=expr))
     return steps
-
-
-def _guards(item: Reference, rows: dict[str, str]) -> tuple[str, ...]:
-    return tuple(rows.get(name, name) for name in item.guards if name != item.source)
 
 
 def _counted(builder: Builder, steps: list[Step], expr: Expr) -> Expr:

@@ -66,15 +66,11 @@ class Builder:
         found = self._references.get((kind, expr))
         if found is None:
             source = self.row("plan.row", expr, first)
-            # A centre moves states that have a scale too, and the scale guards them.
-            needs = self.scope.needs_of(expr) if kind == "scale" else frozenset()
-            extremes = sorted(name for name in needs if self.is_extreme(name))
             found = Reference(
                 self.name(f"{source.tensor}.{'ref' if kind == 'scale' else 'mid'}"),
                 source.ranks,
                 source.tensor,
                 kind,
-                tuple(extremes),
             )
             self.items.append(found)
             self.scope.depend(found.name, self.scope.needs_of(expr))

@@ -234,18 +234,18 @@ def run_plans(
 ) -> dict[str, Array]:
     """The outputs of plans run in order, each over random tiles.
 
-    `way`: in sequence, each coordinate alone, as a tree of merges, the same with lazy references, or in
-    sequence with static ones.
+    `way`: "sequence"; "each" coordinate alone; the same with "lazy" references; a "tree" of merges; in
+    sequence with "static" references.
     """
     values = dict(arrays)
     for plan in plans:
         inputs = {name: values[name] for name in plan.inputs}
         runner = Runner.of(plan, inputs, 1.0 if way == "lazy" else None, way == "static", sizes)
         tiles = random_tiles(runner.length, random)
-        if way == "each":
+        if way in ("each", "lazy"):
             tiles = [np.asarray([at]) for at in random.permutation(runner.length)]
         found = (
-            runner.as_tree(tiles, random) if way in ("tree", "lazy") else runner.in_sequence(tiles)
+            runner.as_tree(tiles, random) if way == "tree" else runner.in_sequence(tiles)
         )
         values |= found
     return values

@@ -82,8 +82,7 @@ def rename_plan(plan: Plan, names: Names, ranks: Mapping[str, Rank]) -> Plan:
                 value,
                 name=every[value.name],
                 ranks=over(value.ranks),
-                source=every[value.source],
-                guards=tuple(every[name] for name in value.guards),
+                source=every.get(value.source, ""),
             )
         assert isinstance(value, State)
         return replace(

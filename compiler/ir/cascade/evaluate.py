@@ -99,7 +99,7 @@ def evaluate(
 def _output(cascade: Cascade, frame: Frame, name: str, value: Array) -> Array:
     ranks = cascade.ranks_of(name)
     real = value[tuple(slice(0, frame.sizes[rank]) for rank in ranks)]
-    return np.nan_to_num(real, nan=0.0) if cascade.dead == "zero" else real
+    return np.where(np.isnan(real), 0.0, real) if cascade.dead == "zero" else real
 
 
 def run_statements(statements: Iterable[Statement], frame: Frame, values: dict[str, Array]) -> None:

@@ -16,8 +16,9 @@ A step is one of three:
   `free`, any value gives the same outputs: it may be kept while the source moves little (lazy), or be
   the number `static` from the start, and then the source is not needed.
 
-The streamed rank has at least one coordinate. Edge rules: where an old reference is not finite, the old
-value is left as it is; where a new one is not finite, bodies and corrections read 0 in its place.
+The streamed rank has at least one coordinate. Edge rules: a reference that is not finite counts as 0, old
+or new, in bodies and in corrections; and what is 0 stays 0 under a correction whose factor overflows (a
+kernel may cap the factor instead).
 """
 
 from __future__ import annotations
@@ -59,15 +60,13 @@ class State:
 class Reference:
     """A value that states are kept relative to: a running maximum under exp, or a running mean.
 
-    `kind` is "scale" (subtracted inside exp) or "centre" (subtracted from the streamed value). `guards`
-    are the states that must be finite, beside the reference itself, for an old value to be corrected.
+    `kind` is "scale" (subtracted inside exp) or "centre" (subtracted from the streamed value).
     """
 
     name: str
     ranks: tuple[str, ...]
     source: str
     kind: str
-    guards: tuple[str, ...] = ()
     free: bool = False
     static: float | None = None
 
@@ -117,9 +116,7 @@ class Plan:
     def with_static_references(self) -> Plan:
         """The plan with each static reference a number, without the states that only fed it."""
         steps = tuple(
-            replace(s, source="", guards=())
-            if isinstance(s, Reference) and s.static is not None
-            else s
+            replace(s, source="") if isinstance(s, Reference) and s.static is not None else s
             for s in self.steps
         )
         needed: set[str] = set(self.outputs)
@@ -139,7 +136,7 @@ def step_reads(step: Step) -> set[str]:
     if isinstance(step, Statement):
         return {read.tensor for read in reads(step.expr)}
     if isinstance(step, Reference):
-        return {step.source, *step.guards} - {""}
+        return {step.source} - {""}
     found = {read.tensor for read in reads(step.body)} | set(step.references)
     if step.correct is not None:
         found |= {read.tensor.removesuffix(OLD) for read in reads(step.correct)}

@@ -30,7 +30,7 @@ FORMAT = "einfold.plan 1"
 _HEAD = re.compile(rf"{re.escape(FORMAT)} over (\w+), passes (\d+) -> (\d+)(, dead rows zero)?$")
 _REFERENCE = re.compile(
     r"([\w.]+)\[([^\]]*)\] follows ([\w.]*) (scale|centre)"
-    r"(?: guarded by ([\w., ]+?))?( free)?(?: static (\S+))?$"
+    r"( free)?(?: static (\S+))?$"
 )
 _PARTS = ("before", "stream", "finish", "emit")
 
@@ -62,11 +62,10 @@ def _step_lines(step: Step) -> Iterator[str]:
     if isinstance(step, Statement):
         yield f"row {print_statement(step)}"
     elif isinstance(step, Reference):
-        guards = f" guarded by {', '.join(step.guards)}" if step.guards else ""
         free = " free" if step.free else ""
         static = "" if step.static is None else f" static {print_number(step.static)}"
         ranks = ", ".join(step.ranks)
-        yield f"reference {step.name}[{ranks}] follows {step.source} {step.kind}{guards}{free}{static}"
+        yield f"reference {step.name}[{ranks}] follows {step.source} {step.kind}{free}{static}"
     else:
         under = f" under {', '.join(step.references)}" if step.references else ""
         body = statement(step.name, step.ranks, step.body, step.op, step.over)
@@ -128,13 +127,12 @@ def _parse_step(word: str, rest: str) -> Step:
     found = _REFERENCE.match(rest)
     if found is None:
         raise IRError(f"{rest!r} is no reference")
-    name, ranks, source, kind, guards, free, static = found.groups()
+    name, ranks, source, kind, free, static = found.groups()
     return Reference(
         name,
         _names(ranks),
         source,
         kind,
-        _names(guards or ""),
         bool(free),
         None if static is None else float(static),
     )

@@ -20,7 +20,7 @@ from .evaluate import (
     pad_inputs,
     run_statements,
 )
-from .expr import Expr
+from .expr import Expr, reads
 from .operators import REDUCTIONS
 from .plan import OLD, Plan, Reference, State, frame_cascade
 
@@ -99,7 +99,7 @@ class Runner:
             elif isinstance(step, Reference):
                 value = self._renew(step, parts, new)
                 new[step.name] = value
-                clean[step.name] = np.where(np.isfinite(value), value, 0.0)
+                clean[step.name] = _clean(value)
             else:
                 start, join = REDUCTIONS[step.op]
                 value = np.asarray(start)
@@ -128,16 +128,17 @@ class Runner:
         old = part[state.name]
         if state.correct is None:
             return old
-        env = {**self.values, **{name + OLD: value for name, value in part.items()}, **clean}
-        corrected = self._spread(state.correct, state, env, frame)
-        usable = np.asarray(True)
+        past = {name + OLD: value for name, value in part.items()}
         for reference in self.plan.references:
-            if reference.name in state.references:
-                for name in (reference.name, *reference.guards):
-                    ranks = self.plan.ranks_of(name)
-                    finite = np.isfinite(part[name])
-                    usable = usable & _over(finite, ranks, state.ranks)
-        return np.where(usable, corrected, old)
+            past[reference.name + OLD] = _clean(part[reference.name])
+        env = {**self.values, **past, **clean}
+        corrected = self._spread(state.correct, state, env, frame)
+        zero = np.asarray(True)
+        for name in {read.tensor.removesuffix(OLD) for read in reads(state.correct)}:
+            if any(other.name == name for other in self.plan.states):
+                ranks = self.plan.ranks_of(name)
+                zero = zero & _over(part[name] == 0, ranks, state.ranks)
+        return np.where(zero, old, corrected)
 
     def _spread(self, expr: Expr, state: State, env: Mapping[str, Array], frame: Frame) -> Array:
         shape = [len(frame.coordinates(rank)) for rank in state.ranks]
@@ -155,7 +156,7 @@ class Runner:
     def _output(self, name: str, value: Array) -> Array:
         ranks = self.plan.ranks_of(name)
         real = value[tuple(slice(0, self.frame.sizes[rank]) for rank in ranks)]
-        return np.nan_to_num(real, nan=0.0) if self.plan.dead == "zero" else real
+        return np.where(np.isnan(real), 0.0, real) if self.plan.dead == "zero" else real
 
     def in_sequence(self, tiles: Sequence[Array]) -> Values:
         """The outputs after streaming tiles one after another."""
@@ -172,6 +173,11 @@ class Runner:
             b = parts.pop(int(random.integers(len(parts))))
             parts.append(self.merge(a, b))
         return self.finish(parts[0])
+
+
+def _clean(reference: Array) -> Array:
+    """A reference as bodies and corrections read it."""
+    return np.where(np.isfinite(reference), reference, 0.0)
 
 
 def _over(array: Array, ranks: Sequence[str], target: Sequence[str]) -> Array:
