@@ -1,0 +1,1 @@
+"""What is known about a cascade: how many passes it takes, and how it folds to fewer."""

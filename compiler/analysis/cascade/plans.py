@@ -1,0 +1,119 @@
+"""`fold`: derive, check, remember. Derived plans are kept on disk, keyed by the cascade's text.
+
+A file holds the plans as text that the project's own parser reads; nothing in it is evaluated. The key
+has the version of the derivation in it, so that a better derivation never meets an older one's plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ....errors import IRError
+from ...ir.cascade.canonical import Names, canonical, rename_plan
+from ...ir.cascade.cascade import Cascade
+from ...ir.cascade.plan_text import parse_plan, print_plan
+from ...ir.cascade.printer import print_cascade
+from .check import check_corrections, check_numbers, dead_rows_agree
+from .edges import with_dead_rows
+from .fold import Folding, Refusal, derive
+
+#: Part of every key: raised whenever the derivation or the text of plans changes.
+VERSION = 1
+
+
+def cache_folder() -> Path:
+    """Where plans are kept: `EINFOLD_CACHE`, or the user's cache folder."""
+    named = os.environ.get("EINFOLD_CACHE")
+    home = (
+        Path(named)
+        if named
+        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "einfold"
+    )
+    return home / "plans"
+
+
+def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
+    """The checked folding of a cascade over a rank, from the cache (`cache` or the user's) if it is known.
+
+    Raises IRError where the cascade breaks a rule of the IR, and WrongFoldError, an IRError too, where a
+    derived plan fails its checks, so that a wrong plan is never returned.
+    """
+    plain, names = canonical(cascade.pruned())
+    text = f"{VERSION}\n{names.rank(rank)}\n{print_cascade(plain)}"
+    key = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+    path = (cache or cache_folder()) / f"{key}.json"
+    found = _load(path, text)
+    if found is None:
+        found = derive_checked(plain, names.rank(rank))
+        _store(path, text, found)
+    return _renamed(found, names.backwards(), cascade)
+
+
+def derive_checked(cascade: Cascade, rank: str) -> Folding:
+    """`derive` and all its checks, without the cache."""
+    cascade = cascade.pruned()
+    found = derive(cascade, rank)
+    if not dead_rows_agree(cascade, found.plans):
+        found = replace(found, plans=tuple(with_dead_rows(plan) for plan in found.plans))
+    for plan in found.plans:
+        check_corrections(plan)
+    check_numbers(cascade, found.plans)
+    return found
+
+
+def _renamed(folding: Folding, names: Names, cascade: Cascade) -> Folding:
+    plans = tuple(rename_plan(plan, names, cascade.ranks) for plan in folding.plans)
+    refusals = tuple(
+        Refusal(*(_in_words(text, names) for text in (r.statement, r.factor, r.reason)))
+        for r in folding.refusals
+    )
+    return replace(folding, rank=names.rank(folding.rank), plans=plans, refusals=refusals)
+
+
+def _in_words(text: str, names: Names) -> str:
+    """A sentence under the cascade's own names."""
+    import re
+
+    def word(match: re.Match[str]) -> str:
+        found = match.group(0)
+        return names.tensor(found) if found.split(".")[0] in names.tensors else names.rank(found)
+
+    return re.sub(r"\b[abr]\d+(?:\.\w+)*\b", word, text)
+
+
+def _load(path: Path, text: str) -> Folding | None:
+    try:
+        data = json.loads(path.read_text())
+        if data["cascade"] != text:
+            return None
+        plans = tuple(parse_plan(plan) for plan in data["plans"])
+        refusals = tuple(Refusal(*refusal) for refusal in data["refusals"])
+        return Folding(data["rank"], plans, refusals, int(data["before"]), int(data["after"]))
+    except (OSError, ValueError, KeyError, TypeError, IRError):
+        # Absent, cut short or of another make: derived again and written anew.
+        return None
+
+
+def _store(path: Path, text: str, folding: Folding) -> None:
+    data = {
+        "cascade": text,
+        "rank": folding.rank,
+        "before": folding.passes_before,
+        "after": folding.passes_after,
+        "plans": [print_plan(plan) for plan in folding.plans],
+        "refusals": [[r.statement, r.factor, r.reason] for r in folding.refusals],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file)
+        os.replace(name, path)
+    except OSError:
+        # A cache that cannot be written costs time, not correctness.
+        return

@@ -1,0 +1,97 @@
+"""Plans on disk: the same under other names, quick to read, never trusted further than text."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from einfold.compiler.analysis.cascade import plans
+from einfold.compiler.ir.cascade.parser import parse
+from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan
+from einfold.errors import IRError
+
+from .test_check import MOMENTS
+from .texts import NAIVE
+
+
+@pytest.mark.parametrize("text", [NAIVE, MOMENTS])
+def test_a_plan_comes_back_as_it_was(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cascade = parse(text)
+    start = time.perf_counter()
+    first = plans.fold(cascade, "t", tmp_path)
+    assert time.perf_counter() - start < 5
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(plans, "derive_checked", None)  # deriving again would fail
+    best = 1.0
+    for _ in range(5):
+        start = time.perf_counter()
+        assert plans.fold(cascade, "t", tmp_path) == first
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.05
+
+
+def test_other_names_and_sizes_are_the_same_cascade(tmp_path: Path) -> None:
+    plans.fold(parse(NAIVE), "t", tmp_path)
+    other = NAIVE.replace("SD", "total").replace(" : T", " : 4096").replace("GM", "top")
+    other = other.replace("rank s", "rank q").replace("[s", "[q")
+    found = plans.fold(parse(other), "t", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert found.plan is not None
+    assert [state.name for state in found.plan.states] == ["top", "total", "AV.0"]
+    assert found.plan.ranks["t"].extent == "4096"
+
+
+def test_refusals_are_kept_under_the_cascade_s_own_names(tmp_path: Path) -> None:
+    text = NAIVE.replace("SN[s, t] / SD[s]", "round(SN[s, t] / SD[s])")
+    first = plans.fold(parse(text), "t", tmp_path)
+    assert first == plans.fold(parse(text), "t", tmp_path)
+    assert "with the completed GM, SD" in first.reason
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"cascade": "another"}', "plan", "version"])
+def test_a_damaged_file_is_derived_again(damage: str, tmp_path: Path) -> None:
+    cascade = parse(NAIVE)
+    first = plans.fold(cascade, "t", tmp_path)
+    (path,) = tmp_path.iterdir()
+    if damage == "plan":
+        data = json.loads(path.read_text())
+        data["plans"] = ["einfold.plan 1 over t, passes 3 -> 1\nstate M[s] = __import__('os')\n"]
+        path.write_text(json.dumps(data))
+    elif damage == "version":
+        path.write_text(path.read_text().replace("einfold.plan 1", "einfold.plan 9"))
+    else:
+        path.write_text(damage)
+    assert plans.fold(cascade, "t", tmp_path) == first
+    assert json.loads(path.read_text())["plans"]
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert plans.fold(parse(NAIVE), "t", blocked / "plans").plan is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "state M[s] = S[s, t]",
+        "correct M = M.old[s]",
+        "reference M.ref[s] watches M",
+        "before x",
+        "nothing at all",
+    ],
+)
+def test_text_that_is_no_plan_is_refused_with_its_line(line: str) -> None:
+    with pytest.raises(IRError, match="line 2"):
+        parse_plan(f"einfold.plan 1 over t, passes 3 -> 1\n{line}\n")
+
+
+def test_a_plan_s_text_is_stable() -> None:
+    plan = plans.derive_checked(parse(NAIVE), "t").plan
+    assert plan is not None
+    assert print_plan(parse_plan(print_plan(plan))) == print_plan(plan)
