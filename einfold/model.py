@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from .errors import PromptError
 from .runtime.artifact import Artifact
 from .runtime.cache import Cache

@@ -189,9 +189,14 @@ def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
 
 def test_what_appeared_while_compiling_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="exists already"), staged(out, force=False):
-        out.mkdir()
-        (out / "thesis.txt").write_text("years of work")
+
+    def compile_slowly() -> None:
+        with staged(out, force=False):
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(OutputError, match="exists already"):
+        compile_slowly()
     assert (out / "thesis.txt").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -248,9 +253,7 @@ def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
     refused("run", text_artifact, "-f", tmp_path / "latin1", code=8, says="cannot read the prompt")
     refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")
     refused("run", tmp_path, "-p", "x", code=5, says="no einfold artifact")
-    error = json.loads(
-        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("error:")[0]
-    )
+    error = json.loads(einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("error:")[0])
     assert error["kind"] == "ArtifactError"
 
 
