@@ -126,19 +126,25 @@ def check_weight_files(source: ModelSource) -> None:
 
 
 def _check_safetensors(file: Path) -> None:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 < length <= min(size - 8, 100_000_000):
-            raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
-        try:
-            header = json.loads(stream.read(length))
-            ends = [
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"the header of {file} is damaged: {error}") from error
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 < length <= min(size - 8, 100_000_000):
+                raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
+            text = stream.read(length)
+    except OSError as error:  # a folder, a link to nowhere, a file of somebody else's
+        raise ModelError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+        ends = [
+            int(entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"the header of {file} is damaged: {error}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelError(

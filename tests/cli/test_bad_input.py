@@ -94,6 +94,12 @@ def test_weights_that_are_damaged(model: Path, tmp_path: Path) -> None:
     save_file(state, weights, metadata={"format": "pt"})
     compile_refused(model, out, code=3, says="model.norm.weight")
     weights.unlink()
+    weights.mkdir()
+    compile_refused(model, out, code=3, says="model.safetensors: Is a directory")
+    weights.rmdir()
+    weights.symlink_to("nowhere")
+    compile_refused(model, out, code=3, says="model.safetensors: No such file")
+    weights.unlink()
     compile_refused(model, out, code=3, says="holds no *.safetensors")
     (model / "pytorch_model.bin").write_bytes(b"pickle")
     compile_refused(model, out, code=3, says="pickled weights can run code")
@@ -207,6 +213,22 @@ def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
 
     with mock.patch.object(driver, "write_weights", full):
         compile_refused(text_model, tmp_path / "out", code=6, says="the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.EFBIG, "File too large"), 6, "cannot write"),
+        (PermissionError(errno.EACCES, "Permission denied", "/model/x"), 74, "/model/x: Permission"),
+    ],
+)
+def test_errors_of_the_system_name_the_right_file(
+    error: OSError, code: int, says: str, text_model: Path, tmp_path: Path
+) -> None:
+    from einfold.compiler import driver
+
+    with mock.patch.object(driver, "write_weights", side_effect=error):
+        compile_refused(text_model, tmp_path / "out", code=code, says=says)
 
 
 def test_recipes(text_model: Path, tmp_path: Path) -> None:
