@@ -67,7 +67,7 @@ class Model:
         prompt: Prompt,
         *,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         on_text: Callable[[str], None] | None = None,
         temperature: float = 0.0,
@@ -77,7 +77,11 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> Completion:
-        """Continues one prompt, text or token ids. `on_text` is given each new piece of text."""
+        """Continues one prompt, text or token ids, until a `stop` text, an end token or the limit.
+
+        `on_text` is given each new piece of text. The stop text is left out of the text that is
+        given, and its tokens stay among the tokens.
+        """
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
         return self.generate_batch(
             [prompt],
@@ -93,18 +97,21 @@ class Model:
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """Continues several prompts of any lengths together."""
+        if isinstance(prompts, str):
+            raise PromptError("generate_batch takes a list of prompts; this is one text")
+        stop = [stop] if isinstance(stop, str) else list(stop)
         rows = [self.encode(prompt) for prompt in prompts]
         has_text = self.artifact.has("tokenizer.json")
         if stop and not has_text:
             raise PromptError("stop strings need a tokenizer, and the artifact holds none")
         listeners = (
-            [_Listener(self.tokenizer.stream(), list(stop)) for _ in rows] if has_text else []
+            [_Listener(self.tokenizer.stream(), stop) for _ in rows] if has_text else []
         )
 
         def on_token(row: int, token: int) -> bool:

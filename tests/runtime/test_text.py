@@ -60,9 +60,16 @@ def test_generation_streams_what_it_returns(text_artifact: Path) -> None:
     assert "".join(pieces) == result.text
     assert result.prompt_tokens == len(model.encode("the pass"))
     stop = result.text[5:8]
-    again = model.generate("the pass", max_new_tokens=30, stop=[stop], ignore_eos=True)
+    again = model.generate("the pass", max_new_tokens=30, stop=stop, ignore_eos=True)
     assert again.finish_reason == "stop"
     assert again.text == result.text[: result.text.index(stop)]
+    # A stop text that the last token completes is why the row ends, not the limit.
+    exact = model.generate(
+        "the pass", max_new_tokens=len(again.tokens), stop=[stop], ignore_eos=True
+    )
+    assert (exact.text, exact.finish_reason) == (again.text, "stop")
+    with pytest.raises(PromptError, match="a list of prompts"):
+        model.generate_batch("the pass")
 
 
 def test_chat_template_errors_are_sentences(text_artifact: Path, tmp_path: Path) -> None:
