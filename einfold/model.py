@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from .errors import PromptError
+from .errors import PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.cache import Cache
 from .runtime.engine import CHUNK, Engine, Generated, Timings
@@ -209,8 +209,11 @@ def load(
 
     `engine` "onnx" runs it on onnxruntime, "reference" by the operators' meaning in torch. `threads`
     defaults to the processors at hand; `chunk` bounds the tokens of a prefill step. Raises
-    ArtifactError where the folder is damaged or no artifact.
+    ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option.
     """
+    if threads is not None and not 1 <= threads <= 1024:
+        # onnxruntime takes a negative number for one, and dies slowly of a hundred thousand
+        raise RecipeError(f"threads must be between 1 and 1024, not {threads}")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.

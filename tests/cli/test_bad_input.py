@@ -16,8 +16,9 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
+from einfold import load
 from einfold.compiler.artifact import clear_leftovers, staged
-from einfold.errors import OutputError
+from einfold.errors import OutputError, RecipeError
 
 from .. import models
 from .test_cli import einfold
@@ -287,6 +288,23 @@ def test_evaluations(text_artifact: Path, text_model: Path, tmp_path: Path) -> N
     text = tmp_path / "t.txt"
     text.write_text("some words")
     refused("eval", text_artifact, "--against", other, "--text", text, code=3, says="another model")
+
+
+def test_numbers_out_of_range(text_model: Path, text_artifact: Path) -> None:
+    for command in (
+        ("run", text_artifact, "-p", "x", "--threads", "-3"),
+        ("run", text_artifact, "-p", "x", "--threads", "100000"),
+        ("run", text_artifact, "-p", "x", "--chunk", "0"),
+        ("bench", text_artifact, "--context", "-3"),
+        ("eval", text_artifact, "--against", text_model, "--window", "0"),
+        ("estimate", text_model, "--context", "-5"),
+        ("estimate", text_model, "--chunk", "0"),
+        ("diff", text_artifact, text_artifact, "--context", "-4"),
+    ):
+        assert "Invalid value" in einfold(*command, code=2)
+    refused("estimate", text_model, "--context", "100000", code=7, says="and the 256 tokens of")
+    with pytest.raises(RecipeError, match="threads"):
+        load(text_artifact, threads=100_000)
 
 
 def test_sizes(text_model: Path) -> None:
