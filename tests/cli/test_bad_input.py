@@ -220,7 +220,11 @@ def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
     ("error", "code", "says"),
     [
         (OSError(errno.EFBIG, "File too large"), 6, "cannot write"),
-        (PermissionError(errno.EACCES, "Permission denied", "/model/x"), 74, "/model/x: Permission"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/model/x"),
+            74,
+            "/model/x: Permission",
+        ),
     ],
 )
 def test_errors_of_the_system_name_the_right_file(
@@ -271,9 +275,7 @@ def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
     refused("run", text_artifact, "-f", tmp_path / "latin1", code=8, says="cannot read the prompt")
     refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")
     refused("run", tmp_path, "-p", "x", code=5, says="no einfold artifact")
-    error = json.loads(
-        einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("error:")[0]
-    )
+    error = json.loads(einfold("run", tmp_path, "-p", "x", "--json", code=5).partition("error:")[0])
     assert error["kind"] == "ArtifactError"
 
 
