@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -211,6 +211,8 @@ def load(
     defaults to the processors at hand; `chunk` bounds the tokens of a prefill step. Raises
     ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option.
     """
+    if engine not in get_args(EngineName):
+        raise RecipeError(f"engine {engine!r} is none of {', '.join(get_args(EngineName))}")
     if threads is not None and not 1 <= threads <= 1024:
         # onnxruntime takes a negative number for one, and dies slowly of a hundred thousand
         raise RecipeError(f"threads must be between 1 and 1024, not {threads}")
