@@ -111,9 +111,17 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
             raise OutputError(
                 f"the disk is full: {out} could not be written; nothing was left behind"
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _about(error, staging):
             raise OutputError(f"cannot write {out}: {error.strerror}") from error
         raise
+
+
+_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.EIO)
+
+
+def _about(error: OSError, folder: Path) -> bool:
+    """Whether an error concerns a folder, or names no file; the model that is read may fail as well."""
+    return error.filename is None or str(error.filename).startswith(str(folder))
 
 
 def _swap(staging: Path, out: Path) -> None:

@@ -23,7 +23,7 @@ from .artifact import check_dump, check_output, check_target, file_entry, staged
 from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import write_weights
-from .frontend import huggingface
+from .frontend import huggingface, tokens
 from .frontend.export import capture_language_model, capture_module
 from .frontend.huggingface import ModelSource
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
@@ -72,18 +72,20 @@ class CompileReport:
 
 @dataclass
 class Input:
-    """A model to compile: where it is from, its config, and its weights once they are loaded."""
+    """A model to compile: where it is from, its configs, and its weights once they are loaded."""
 
     source: ModelSource
     config: Any
     state: Mapping[str, Tensor] | None = None
     tokenizer: Any = None
+    generation: Any = None
 
 
 def open_model(name: str | Path) -> Input:
     """Finds a model by folder or hub id and reads its config; no weight is read."""
     source = huggingface.find_model(name)
-    return Input(source, huggingface.read_config(source))
+    config = huggingface.read_config(source)
+    return Input(source, config, generation=tokens.read_generation_config(source))
 
 
 def wrap_model(model: Any, tokenizer: Any = None) -> Input:
@@ -96,7 +98,10 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
         )
     name = str(getattr(config, "name_or_path", "") or type(model).__name__)
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.state_dict())
-    return Input(ModelSource(name, None), config, state, tokenizer)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
+    source = ModelSource(name, None, in_memory=True)
+    return Input(source, config, state, tokenizer, getattr(model, "generation_config", None))
 
 
 def trace(
@@ -229,17 +234,17 @@ def _load(model: Input) -> None:
 
 def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
-    tokens, origin = calibration_tokens(
-        model.tokenizer or huggingface.load_tokenizer(model.source),
+    ids, origin = calibration_tokens(
+        model.tokenizer or tokens.load_tokenizer(model.source),
         recipe.calibration.text,
         recipe.calibration.tokens,
         program.model.vocabulary,
         program.model.context,
     )
     for calibration in program.calibrations:
-        calibration.run(tokens)
+        calibration.run(ids)
     program.calibrations.clear()
-    return f"{tokens.numel()} tokens of {origin}"
+    return f"{ids.numel()} tokens of {origin}"
 
 
 def _manifest(
@@ -250,7 +255,7 @@ def _manifest(
         path.name: file_entry(path, digest if path.name == WEIGHTS else None)
         for path in sorted(folder.iterdir())
     }
-    eos, bos, pad = huggingface.special_tokens(model.source, model.config)
+    eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
         einfold=metadata.version("einfold"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -286,7 +291,7 @@ def _save_tokenizer(model: Input, folder: Path) -> None:
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, folder / name)
         return
-    tokenizer = model.tokenizer or huggingface.load_tokenizer(model.source)
+    tokenizer = model.tokenizer or tokens.load_tokenizer(model.source)
     if tokenizer is None:
         return
     staging = folder / "tokenizer"

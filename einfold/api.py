@@ -19,6 +19,7 @@ from .compiler.driver import (
 )
 from .compiler.ir.manifest import MODEL
 from .compiler.recipe import Recipe
+from .errors import RecipeError
 from .runtime.engine import CHUNK
 
 
@@ -159,7 +160,11 @@ def estimate(
     layout = program.layout
     assert layout is not None
     limit = program.model.context
-    wanted = min(context or limit, limit)
+    wanted = limit if context is None else context
+    if not 1 <= wanted <= limit:
+        raise RecipeError(f"context {wanted} is not between 1 and the {limit} tokens of {model}")
+    if batch < 1 or chunk < 1:
+        raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
 
     def parts(tokens: int) -> tuple[int, int]:
         dims = {"B": 1, "S": min(chunk, tokens), "N": 1, "C": tokens}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from .errors import PromptError
+from .errors import PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.cache import Cache
 from .runtime.engine import CHUNK, Engine, Generated, Timings
@@ -65,7 +65,7 @@ class Model:
         prompt: Prompt,
         *,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         on_text: Callable[[str], None] | None = None,
         temperature: float = 0.0,
@@ -75,7 +75,11 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> Completion:
-        """Continues one prompt, text or token ids. `on_text` is given each new piece of text."""
+        """Continues one prompt, text or token ids, until a `stop` text, an end token or the limit.
+
+        `on_text` is given each new piece of text. The stop text is left out of the text that is
+        given, and its tokens stay among the tokens.
+        """
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
         return self.generate_batch(
             [prompt],
@@ -91,18 +95,21 @@ class Model:
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """Continues several prompts of any lengths together."""
+        if isinstance(prompts, str):
+            raise PromptError("generate_batch takes a list of prompts; this is one text")
+        stop = [stop] if isinstance(stop, str) else list(stop)
         rows = [self.encode(prompt) for prompt in prompts]
         has_text = self.artifact.has("tokenizer.json")
         if stop and not has_text:
             raise PromptError("stop strings need a tokenizer, and the artifact holds none")
         listeners = (
-            [_Listener(self.tokenizer.stream(), list(stop)) for _ in rows] if has_text else []
+            [_Listener(self.tokenizer.stream(), stop) for _ in rows] if has_text else []
         )
 
         def on_token(row: int, token: int) -> bool:
@@ -200,8 +207,13 @@ def load(
 
     `engine` "onnx" runs it on onnxruntime, "reference" by the operators' meaning in torch. `threads`
     defaults to the processors at hand; `chunk` bounds the tokens of a prefill step. Raises
-    ArtifactError where the folder is damaged or no artifact.
+    ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option.
     """
+    if engine not in get_args(EngineName):
+        raise RecipeError(f"engine {engine!r} is none of {', '.join(get_args(EngineName))}")
+    if threads is not None and not 1 <= threads <= 1024:
+        # onnxruntime takes a negative number for one, and dies slowly of a hundred thousand
+        raise RecipeError(f"threads must be between 1 and 1024, not {threads}")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.

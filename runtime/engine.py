@@ -69,14 +69,16 @@ class Engine:
         Raises PromptError for an empty prompt, a token out of range, or a prompt that leaves no room.
         """
         rows = [self.check_prompt(prompt) for prompt in prompts]
-        if not rows or max_new_tokens < 1:
+        if max_new_tokens < 0:
+            raise PromptError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+        self.timings = Timings()
+        if not rows or not max_new_tokens:
             return [Generated() for _ in rows]
         sampler = Sampler(sampling or Sampling())
         longest = max(len(row) for row in rows)
         # The last token written is never read back, so it needs no slot.
         capacity = min(longest + max_new_tokens - 1, self.context)
         cache = self.cache = Cache.allocate(self.layout, len(rows), capacity)
-        self.timings = Timings()
         logits = self._timed_prefill(cache, rows)
         return self._decode(
             cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token
@@ -185,7 +187,7 @@ class Engine:
                     else False
                 )
                 if reason or ended:
-                    results[index].finish_reason = reason or "stop"
+                    results[index].finish_reason = "stop" if ended else reason
                     running[index] = False
             if not running.any():
                 break

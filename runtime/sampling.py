@@ -34,7 +34,10 @@ class Sampling:
             (self.top_k >= 0, "top_k must be 0 (off) or more"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
-            (0 < self.repetition_penalty < np.inf, "repetition_penalty must be above 0, and finite"),
+            (
+                0 < self.repetition_penalty < np.inf,
+                "repetition_penalty must be above 0, and finite",
+            ),
             (self.seed is None or self.seed >= 0, "seed must be 0 or more"),
         ]
         for good, message in checks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,26 @@ class Tokenizer:
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_template_error
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = _to_json
         special = {
             key: _token_text(self._config.get(key))
             for key in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
         try:
             template = environment.from_string(self._template)
-            text = template.render(messages=messages, add_generation_prompt=True, **special)
-        except TemplateError as error:
+            text = template.render(
+                messages=messages,
+                tools=None,  # many templates ask `tools is not none`, which an absent name passes
+                documents=None,
+                add_generation_prompt=True,
+                **special,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise PromptError(
                 f"the model's chat template refuses the conversation: {error}"
             ) from error
@@ -127,7 +138,15 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
+    if isinstance(template, list):  # several by name; "default" is for plain conversations
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **rest: Any) -> str:
+    """JSON as it stands: Jinja's own filter escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **rest)
 
 
 def _token_text(token: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
@@ -23,10 +23,11 @@ from . import hooks
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a folder, or the id of a repository on the Hugging Face hub."""
+    """Where a model comes from: a folder, the id of a repository on the Hugging Face hub, or memory."""
 
     name: str
     folder: Path | None
+    in_memory: bool = False
 
     @property
     def location(self) -> str:
@@ -82,7 +83,9 @@ def _quiet() -> None:
 def _config_error(source: ModelSource, error: Exception) -> Exception:
     first = first_line(error)
     if source.folder is None:
-        return ModelError(f"cannot fetch {source.name!r} from the Hugging Face hub: {first}")
+        return ModelError(
+            f"there is no folder {source.name}, and the Hugging Face hub gives no such model: {first}"
+        )
     try:
         raw = json.loads((source.folder / "config.json").read_text())
     except (OSError, ValueError) as reason:
@@ -126,19 +129,25 @@ def check_weight_files(source: ModelSource) -> None:
 
 
 def _check_safetensors(file: Path) -> None:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 < length <= min(size - 8, 100_000_000):
-            raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
-        try:
-            header = json.loads(stream.read(length))
-            ends = [
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"the header of {file} is damaged: {error}") from error
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 < length <= min(size - 8, 100_000_000):
+                raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
+            text = stream.read(length)
+    except OSError as error:  # a folder, a link to nowhere, a file of somebody else's
+        raise ModelError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+        ends = [
+            int(entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"the header of {file} is damaged: {error}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelError(
@@ -271,39 +280,3 @@ def context_limit(config: Any) -> int | None:
 def parameter_count(config: Any, source: ModelSource) -> int:
     """Parameters of the model, shared ones once, from the config alone."""
     return sum(math.prod(p.shape) for p in build_skeleton(config, source).parameters())
-
-
-def special_tokens(
-    source: ModelSource, config: Any
-) -> tuple[tuple[int, ...], int | None, int | None]:
-    """(end-of-text ids, begin-of-text id, padding id), from generation_config.json before config.json."""
-    found: dict[str, Any] = {}
-    path = source.folder / "generation_config.json" if source.folder else None
-    if path is not None and path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise ModelError(f"{path} is damaged: {error}") from error
-    eos, bos, pad = (
-        found.get(key, getattr(config, key, None))
-        for key in ("eos_token_id", "bos_token_id", "pad_token_id")
-    )
-    ends = eos if isinstance(eos, (list, tuple)) else [eos]
-    return tuple(e for e in ends if isinstance(e, int)), bos, pad
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, or None where it has none."""
-    files = (
-        "tokenizer.json",
-        "tokenizer.model",
-        "vocab.json",
-        "spiece.model",
-        "tokenizer_config.json",
-    )
-    if source.folder is not None and not any((source.folder / name).is_file() for name in files):
-        return None  # transformers would make an empty one up
-    try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-    except Exception:  # absent or of an unknown kind: the artifact then takes token ids
-        return None

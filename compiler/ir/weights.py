@@ -31,9 +31,11 @@ class Weight:
 
     @staticmethod
     def of(tensor: Tensor, dtype: torch.dtype | None = None) -> Weight:
-        """A weight that exists; cast to `dtype` each time that it is loaded, never before."""
+        """A weight that exists, on any device; cast to `dtype` when it is loaded, never before."""
         target = dtype or tensor.dtype
-        return Weight(tuple(tensor.shape), target, lambda: tensor.detach().to(target).contiguous())
+        return Weight(
+            tuple(tensor.shape), target, lambda: tensor.detach().to("cpu", target).contiguous()
+        )
 
     @staticmethod
     def absent(shape: Sequence[int], dtype: torch.dtype, name: str) -> Weight:

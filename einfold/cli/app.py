@@ -76,10 +76,15 @@ CacheOption = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Threads to compute with. [default: all processors]", show_default=False),
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Threads to compute with. [default: all processors]",
+        show_default=False,
+    ),
 ]
 Chunk = Annotated[
-    int, typer.Option(help="Tokens of a prefill step; bounds the memory of activations.")
+    int, typer.Option(min=1, help="Tokens of a prefill step; bounds the memory of activations.")
 ]
 
 
@@ -250,6 +255,7 @@ def eval_(
     window: Annotated[
         int | None,
         typer.Option(
+            min=2,
             help="Tokens read at a stretch. [default: the context, at most 2048]",
             show_default=False,
         ),
@@ -282,6 +288,7 @@ def bench(
     context: Annotated[
         list[int] | None,
         typer.Option(
+            min=0,
             help="Tokens of context to decode at; may be given again. [default: 128]",
             show_default=False,
         ),
@@ -311,7 +318,7 @@ def estimate(
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of context. [default: the model's own limit]", show_default=False
+            min=1, help="Tokens of context. [default: the model's own limit]", show_default=False
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 1,
@@ -353,7 +360,7 @@ def diff(
         typer.Argument(help="A graph's text (.eir) or an artifact folder.", show_default=False),
     ],
     after: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
-    context: Annotated[int, typer.Option(help="Lines shown around a change.")] = 2,
+    context: Annotated[int, typer.Option(min=0, help="Lines shown around a change.")] = 2,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

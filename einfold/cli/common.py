@@ -12,12 +12,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from ..errors import EinfoldError, RecipeError
 
 #: Results go to stdout, everything said on the way to stderr.
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+#: Neither reads markup: paths and names of models may hold brackets.
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 Tell = Callable[[str, float], None]
 
@@ -69,6 +71,8 @@ def explain_error(error: Exception, as_json: bool) -> int:
         text, code = "out of memory; `einfold estimate` tells what a model and a context need", 12
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         text, code = f"the disk is full: {error.filename or 'the output'} could not be written", 6
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        text, code = f"{error.filename}: {error.strerror}", 74
     elif isinstance(error, ModuleNotFoundError):
         text, code = (
             f"the package {error.name!r} is needed for this; "
@@ -81,17 +85,11 @@ def explain_error(error: Exception, as_json: bool) -> int:
             "(run again with --debug for the traceback, and report it)",
             70,
         )
-    err.print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
+    err.print(Text.assemble(("error:", "bold red"), " ", text))
     if as_json:
         with suppress(OSError):  # stdout itself may be what failed
             print_json({"error": text, "kind": type(error).__name__})
     return code
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def parse_bytes(text: str) -> int:

@@ -312,7 +312,6 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
                 out.print(
                     f"    {note['action']} {note['where']}: {note['what']}",
                     style="dim",
-                    markup=False,
                 )
 
 
@@ -324,10 +323,10 @@ def diff_graphs(before: Path, after: Path, context: int, as_json: bool) -> None:
         print_json({"same": found.same, "counts": found.counts, "lines": list(found.lines)})
     else:
         for op, (old, new) in found.counts.items():
-            out.print(f"{op}: {old} -> {new}", markup=False)
+            out.print(f"{op}: {old} -> {new}")
         for line in found.lines:
             style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
-            out.print(line, style=style, markup=False)
+            out.print(line, style=style)
     raise typer.Exit(0 if found.same else 1)
 
 
@@ -370,5 +369,5 @@ def list_passes(
         return
     for number, row in enumerate(rows, start=1):
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        out.print(f"{number:2d} {row['name']}" + (f" ({options})" if options else ""), markup=False)
-        out.print(f"   {row['what']}", style="dim", markup=False)
+        out.print(f"{number:2d} {row['name']}" + (f" ({options})" if options else ""))
+        out.print(f"   {row['what']}", style="dim")

@@ -75,7 +75,7 @@ def evaluate(
     """
     tell = progress or (lambda message, share: None)
     documents = read_documents(find_text(text, Path(against)))
-    limit = min(window or 2048, model.engine.context)
+    limit = min(2048 if window is None else window, model.engine.context)
     if limit < 2:
         raise PromptError("an evaluation window needs two tokens at least")
     tell("loading the original", 0.0)

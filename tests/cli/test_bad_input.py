@@ -16,8 +16,9 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
+from einfold import load
 from einfold.compiler.artifact import clear_leftovers, staged
-from einfold.errors import OutputError
+from einfold.errors import OutputError, RecipeError
 
 from .. import models
 from .test_cli import einfold
@@ -93,6 +94,12 @@ def test_weights_that_are_damaged(model: Path, tmp_path: Path) -> None:
     state.pop("model.norm.weight")
     save_file(state, weights, metadata={"format": "pt"})
     compile_refused(model, out, code=3, says="model.norm.weight")
+    weights.unlink()
+    weights.mkdir()
+    compile_refused(model, out, code=3, says="model.safetensors: Is a directory")
+    weights.rmdir()
+    weights.symlink_to("nowhere")
+    compile_refused(model, out, code=3, says="model.safetensors: No such file")
     weights.unlink()
     compile_refused(model, out, code=3, says="holds no *.safetensors")
     (model / "pytorch_model.bin").write_bytes(b"pickle")
@@ -214,6 +221,26 @@ def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
         compile_refused(text_model, tmp_path / "out", code=6, says="the disk is full")
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.EFBIG, "File too large"), 6, "cannot write"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/model/x"),
+            74,
+            "/model/x: Permission",
+        ),
+    ],
+)
+def test_errors_of_the_system_name_the_right_file(
+    error: OSError, code: int, says: str, text_model: Path, tmp_path: Path
+) -> None:
+    from einfold.compiler import driver
+
+    with mock.patch.object(driver, "write_weights", side_effect=error):
+        compile_refused(text_model, tmp_path / "out", code=code, says=says)
+
+
 def test_recipes(text_model: Path, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", tmp_path / "r.toml"
     for text, says in (
@@ -268,6 +295,23 @@ def test_evaluations(text_artifact: Path, text_model: Path, tmp_path: Path) -> N
     text = tmp_path / "t.txt"
     text.write_text("some words")
     refused("eval", text_artifact, "--against", other, "--text", text, code=3, says="another model")
+
+
+def test_numbers_out_of_range(text_model: Path, text_artifact: Path) -> None:
+    for command in (
+        ("run", text_artifact, "-p", "x", "--threads", "-3"),
+        ("run", text_artifact, "-p", "x", "--threads", "100000"),
+        ("run", text_artifact, "-p", "x", "--chunk", "0"),
+        ("bench", text_artifact, "--context", "-3"),
+        ("eval", text_artifact, "--against", text_model, "--window", "0"),
+        ("estimate", text_model, "--context", "-5"),
+        ("estimate", text_model, "--chunk", "0"),
+        ("diff", text_artifact, text_artifact, "--context", "-4"),
+    ):
+        assert "Invalid value" in einfold(*command, code=2)
+    refused("estimate", text_model, "--context", "100000", code=7, says="and the 256 tokens of")
+    with pytest.raises(RecipeError, match="threads"):
+        load(text_artifact, threads=100_000)
 
 
 def test_sizes(text_model: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,3 +269,11 @@ def test_a_locale_that_cannot_write_the_text(text_artifact: Path) -> None:
     assert refused.returncode == 6
     assert refused.stderr.startswith("error: the disk is full")
     assert "Traceback" not in refused.stderr
+
+
+def test_names_with_brackets_are_no_markup(text_model: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "a[/b]", tmp_path / "m[x]"
+    assert f"error: there is no artifact folder {out}" in einfold("inspect", out, code=5)
+    shutil.copytree(text_model, model)
+    assert einfold("compile", model, "-o", out, "--no-check").startswith(f"{out}: ")
+    assert "m[x] (llama)" in einfold("inspect", out)

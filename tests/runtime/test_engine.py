@@ -118,6 +118,15 @@ def test_bad_prompts(tokens: Any, message: str, artifact: Callable[..., Path]) -
         model.generate(tokens)
 
 
+def test_no_new_tokens(artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("llama"), threads=1)
+    model.generate(prompt(5), max_new_tokens=2)
+    assert model.generate(prompt(5), max_new_tokens=0).tokens == []
+    assert model.timings.prefill_tokens == 0
+    with pytest.raises(PromptError, match="max_new_tokens must be 0 or more"):
+        model.generate(prompt(5), max_new_tokens=-1)
+
+
 def test_logits_checks_every_token(artifact: Callable[..., Path]) -> None:
     model = einfold.load(artifact("llama"), threads=1)
     for wrong in (-1, models.VOCABULARY):

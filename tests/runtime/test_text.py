@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -60,9 +63,16 @@ def test_generation_streams_what_it_returns(text_artifact: Path) -> None:
     assert "".join(pieces) == result.text
     assert result.prompt_tokens == len(model.encode("the pass"))
     stop = result.text[5:8]
-    again = model.generate("the pass", max_new_tokens=30, stop=[stop], ignore_eos=True)
+    again = model.generate("the pass", max_new_tokens=30, stop=stop, ignore_eos=True)
     assert again.finish_reason == "stop"
     assert again.text == result.text[: result.text.index(stop)]
+    # A stop text that the last token completes is why the row ends, not the limit.
+    exact = model.generate(
+        "the pass", max_new_tokens=len(again.tokens), stop=[stop], ignore_eos=True
+    )
+    assert (exact.text, exact.finish_reason) == (again.text, "stop")
+    with pytest.raises(PromptError, match="a list of prompts"):
+        model.generate_batch("the pass")
 
 
 def test_chat_template_errors_are_sentences(text_artifact: Path, tmp_path: Path) -> None:
@@ -75,3 +85,37 @@ def test_chat_template_errors_are_sentences(text_artifact: Path, tmp_path: Path)
     (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(PromptError, match="refuses"):
         Tokenizer(folder).chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if tools is not none %}TOOLS{% endif %}{{ messages[0].content }}",
+        "{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}{{ documents is none }}",
+        "{{ bos_token }}{{ strftime_now('%Y') | length }}\n\n  {{ eos_token }}",
+        [
+            {"name": "default", "template": "{{ messages[0]['content'] }}"},
+            {"name": "x", "template": "no"},
+        ],
+    ],
+)
+def test_templates_see_what_transformers_gives_them(
+    template: Any, text_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(text_model, tmp_path / "m"))
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    messages = [{"role": "user", "content": "a <b> & 'é'"}]
+    want = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert Tokenizer(folder).chat(messages) == want
+
+
+def test_a_template_that_fails_is_a_sentence(text_artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((text_artifact / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    with pytest.raises(PromptError, match="refuses the conversation"):
+        Tokenizer(tmp_path).chat([{"role": "user", "content": "hi"}])

@@ -1,0 +1,67 @@
+"""Begin, end and padding tokens; tokenizers; models in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import einfold
+from einfold.compiler.frontend.huggingface import ModelSource
+from einfold.compiler.frontend.tokens import load_tokenizer, special_tokens
+from einfold.errors import ModelError, RecipeError
+
+from .. import models
+
+
+class _Config:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def test_the_generation_config_goes_before_the_config() -> None:
+    config = _Config(eos_token_id=2, bos_token_id=1, pad_token_id=None)
+    assert special_tokens(config) == ((2,), 1, None)
+    assert special_tokens(config, _Config(eos_token_id=[7, 2])) == ((7, 2), 1, None)
+    assert special_tokens(_Config(), _Config(bos_token_id=[3])) == ((), 3, None)
+    for wrong in ("2", [2, "x"], -1, 1.5):
+        with pytest.raises(ModelError, match="eos_token_id"):
+            special_tokens(config, _Config(eos_token_id=wrong))
+
+
+def test_a_damaged_generation_config(text_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(text_model, tmp_path / "m"))
+    for text in ("[]", "{", json.dumps({"eos_token_id": "2"})):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"generation_config\.json|eos_token_id"):
+            einfold.compile(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_asks_no_hub(text_model: Path, tmp_path: Path) -> None:
+    """It keeps its own end tokens; without a tokenizer the artifact takes token ids."""
+    model = models.build("llama")
+    model.generation_config.eos_token_id = [2, 9]
+    with mock.patch.object(AutoTokenizer, "from_pretrained", side_effect=AssertionError):
+        assert load_tokenizer(ModelSource("LlamaForCausalLM", None, in_memory=True)) is None
+        made = einfold.compile(model, tmp_path / "out")
+    assert made.manifest.model.eos_ids == (2, 9)
+    assert "tokenizer.json" not in made.manifest.files
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    made = einfold.compile(model, tmp_path / "out", tokenizer=tokenizer, force=True)
+    assert {"tokenizer.json", "chat_template.jinja"} <= made.manifest.files.keys()
+
+
+def test_weights_without_numbers_and_engines_without_name(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(models.build("llama").config)
+    with pytest.raises(ModelError, match="meta device"):
+        einfold.compile(hollow, tmp_path / "out")
+    with pytest.raises(RecipeError, match="'onyx' is none of onnx, reference"):
+        einfold.load(tmp_path, engine="onyx")  # type: ignore[arg-type]
