@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/cpu_peers.py
+
+## Writes the table of docs/attention.md; a test checks that the committed one is current.
+docs: $(READY)
+	$(BIN)/python docs/attention_table.py
 
 clean:
 	rm -rf build dist *.egg-info
