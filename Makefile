@@ -6,7 +6,11 @@ READY := $(VENV)/.ready
 WORKERS ?= auto
 PEERS ?= .venv-peers
 
+<<<<<<< HEAD
 .PHONY: demo test check bench bench-peers clean
+=======
+.PHONY: demo test check bench docs clean
+>>>>>>> cascade
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +53,10 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	CMAKE_ARGS='-DGGML_NATIVE=ON' $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+## Writes the table of docs/attention.md; a test checks that the committed one is current.
+docs: $(READY)
+	$(BIN)/python docs/attention_table.py
 
 clean:
 	rm -rf build dist *.egg-info

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from einfold.compiler.analysis.cascade.check import (
     check_corrections,
     check_numbers,
-    dead_rows_agree,
     random_inputs,
     random_sizes,
     run_plans,
@@ -42,6 +41,9 @@ def test_random_cascades_in_random_tiles(cascade: Cascade, seed: int) -> None:
     assert folding.passes_after <= folding.passes_before
     for plan in folding.plans:
         assert parse_plan(print_plan(plan)) == plan
+    if not folding.plans:
+        assert "without a live key" in folding.reason
+        return
     random = np.random.default_rng(seed)
     sizes = random_sizes(cascade, random, most=9)
     arrays = random_inputs(cascade, random, sizes)
@@ -128,8 +130,6 @@ def test_a_mean_far_from_zero_keeps_its_variance() -> None:
 def test_checks_do_not_depend_on_the_seed(cascade: Cascade) -> None:
     assume("t" in cascade.ranks)
     folding = derive(cascade, "t")
-    if not dead_rows_agree(cascade, folding.plans):
-        return
     for plan in folding.plans:
         check_corrections(plan)
     check_numbers(cascade, folding.plans, seed=7)

@@ -46,7 +46,10 @@ def _with_free(plan: Plan, reference: Reference) -> Plan | None:
     if any(name in names for name in plan.outputs):
         return None
     scaled = {state.name for state in plan.states if reference.name in state.references}
-    if not is_free_of(reference, scaled, [*finish, *emit], plan.outputs):
+    rows = [step for step in steps if isinstance(step, Statement)]
+    # A centre is trusted to be the final value of its source, so that must not move either.
+    centres = [other.source for other in plan.references if other.kind == "centre"]
+    if not is_free_of(reference, scaled, [*rows, *finish, *emit], [*plan.outputs, *centres]):
         return None
     free = replace(reference, free=True, static=_static(plan, reference))
     steps = [free if step is reference else step for step in steps]

@@ -26,7 +26,7 @@ from ...ir.cascade.operators import OPERATORS
 from ...ir.cascade.printer import print_expr
 from .intervals import bounds
 from .scope import Kind, RefusedError, Scope
-from .terms import Term, negation, plus, product_of, rebuild, spine, summed
+from .terms import Term, fraction, negation, plus, product_of, rebuild, spine, summed
 
 #: Products of sums are multiplied out to at most this many terms.
 _LIMIT = 64
@@ -154,7 +154,7 @@ class Normaliser:
         exponent = expr.args[1]
         if not isinstance(exponent, Const):
             raise self.refuse(expr)
-        power = Fraction(exponent.value).limit_denominator(64)
+        power = fraction(float(exponent.value))
         if power.denominator == 1 and 0 <= power <= 4:
             found = [Term()]
             for _ in range(int(power)):

@@ -60,6 +60,10 @@ def derive_checked(cascade: Cascade, rank: str) -> Folding:
     found = derive(cascade, rank)
     if not dead_rows_agree(cascade, found.plans):
         found = replace(found, plans=tuple(with_dead_rows(plan) for plan in found.plans))
+        if not dead_rows_agree(cascade, found.plans):
+            reason = "rows without a live key would not give what the statements give"
+            refusal = Refusal("", "", reason)
+            return Folding(rank, (), (refusal,), found.passes_before, found.passes_before)
     for plan in found.plans:
         check_corrections(plan)
     check_numbers(cascade, found.plans)

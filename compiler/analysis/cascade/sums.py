@@ -19,7 +19,7 @@ from ...ir.cascade.plan import Reference, State
 from ...ir.cascade.printer import print_expr
 from .builder import Builder, old
 from .scope import Kind, RefusedError
-from .terms import Term, plus, rebuild, spine
+from .terms import Term, fraction, plus, rebuild, spine
 
 Factors = tuple[tuple[Expr, Fraction], ...]
 
@@ -87,6 +87,10 @@ def split(builder: Builder, term: Term) -> Split:
             f"the stabiliser was lost: `{shown}` would be summed with no maximum subtracted",
             _exponential(term),
         )
+    if has_scale and not streamed:
+        # Nothing streamed stands under exp, so there is nothing to keep small.
+        outside.append((apply("exp", apply("neg", scale)), Fraction(1)))
+        has_scale = False
     kept = scale if has_scale else None
     tests = tuple(test for test in term.tests if builder.is_row(test))
     return Split(tuple(outside), tuple(inside), tuple(streamed), kept, tuple(centres), tests)
@@ -102,7 +106,7 @@ def _exponential(term: Term) -> Expr:
 
 def _outer_exp(coefficient: float, addend: Expr) -> tuple[Expr, Fraction]:
     if isinstance(addend, Apply) and addend.op == "log":
-        return addend.args[0], Fraction(coefficient).limit_denominator(64)
+        return addend.args[0], fraction(coefficient)
     return apply("exp", plus(Const(0.0), coefficient, addend)), Fraction(1)
 
 
@@ -188,8 +192,6 @@ def _body(
         for coefficient, addend in parts.exponent:
             inside = plus(inside, coefficient, addend)
         value = apply("exp", inside if scale is None else sub(inside, scale.ref))
-    elif scale is not None:
-        value = apply("exp", apply("neg", scale.ref))
     for (streamed, _, _), centre, power in zip(parts.centres, centres, index, strict=True):
         for _ in range(power):
             value = mul(value, sub(streamed, centre.ref))

@@ -94,6 +94,12 @@ def negation(test: Expr) -> Expr:
     return apply("not", test)
 
 
+def fraction(value: float) -> Fraction:
+    """A float as a fraction, the simple one where it is that very float."""
+    simple = Fraction(value).limit_denominator(64)
+    return simple if float(simple) == value else Fraction(value)
+
+
 def spine(expr: Expr, sign: float = 1.0) -> list[tuple[float, Expr]]:
     """The addends of a sum, as written, with their signs; float casts between them are passed through."""
     if isinstance(expr, Apply):

@@ -12,6 +12,7 @@ computes, and ranks follow the values.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,9 +173,21 @@ class _Importer:
                 if isinstance(used, Value) and not self._is_outside(used):
                     self.extra.append((source.name, used))
             return self._source(node, node.meta.get("val"))
+        self._check_shape(node, value)
         if isinstance(value, Value) and len(node.users) > 1 and any(reads(value.expr)):
             return self.context.state(node.name, value)
         return value
+
+    def _check_shape(self, node: fx.Node, value: Any) -> None:
+        """The ranks of a result must multiply to its shape; otherwise an operator was read wrongly."""
+        if isinstance(value, Value):
+            value = self.context.now(value)
+            ranks, real = self.context.ranks, value.real
+            found = [math.prod(ranks.size(rank, real) for rank in dim) for dim in value.dims]
+            if found != _sizes(node.meta["val"])[0]:
+                raise UnsupportedError(
+                    f"{node.name} was read as {found}, but is {node.meta['val'].shape}"
+                )
 
     def _is_outside(self, value: Value) -> bool:
         return isinstance(value.expr, Ref) and value.expr.tensor in self.context.sources
@@ -190,6 +203,10 @@ class _Importer:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise NotExpressedError(f"{target} is no ATen operator")
+        if target._schema.is_mutable:
+            raise UnsupportedError(
+                f"{target} writes into its argument; functionalize the graph first"
+            )
         name = target._schema.name.split("::")[1]
         meta = node.meta.get("val")
         first = meta[0] if isinstance(meta, (tuple, list)) else meta

@@ -184,6 +184,8 @@ def evaluate_expr(expr: Expr, axes: list[str], frame: Frame, values: Mapping[str
         return np.asarray(expr.value)
     if isinstance(expr, Size):
         return np.asarray(float(frame.sizes[expr.rank]))
+    if isinstance(expr, Pos) and expr.rank in frame.steps:
+        return np.asarray(frame.steps[expr.rank])
     if isinstance(expr, (Pos, Virtual)):
         at = frame.coordinates(expr.rank)
         if isinstance(expr, Virtual):
