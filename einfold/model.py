@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-
 from .errors import PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.cache import Cache
@@ -110,9 +108,7 @@ class Model:
         has_text = self.artifact.has("tokenizer.json")
         if stop and not has_text:
             raise PromptError("stop strings need a tokenizer, and the artifact holds none")
-        listeners = (
-            [_Listener(self.tokenizer.stream(), stop) for _ in rows] if has_text else []
-        )
+        listeners = [_Listener(self.tokenizer.stream(), stop) for _ in rows] if has_text else []
 
         def on_token(row: int, token: int) -> bool:
             piece = listeners[row].push(token)

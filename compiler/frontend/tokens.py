@@ -64,9 +64,7 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
     """(the model's tokenizer, "") or (None, why there is none); one in memory is given its own."""
     if source.in_memory:
         return None, "none was given with the model"
-    found = [
-        name for name in _FILES if source.folder is None or (source.folder / name).is_file()
-    ]
+    found = [name for name in _FILES if source.folder is None or (source.folder / name).is_file()]
     if not found:
         return None, "the model has none"  # transformers would make an empty one up
     try:

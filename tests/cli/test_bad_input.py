@@ -196,9 +196,14 @@ def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
 
 def test_what_appeared_while_compiling_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="exists already"), staged(out, force=False):
-        out.mkdir()
-        (out / "thesis.txt").write_text("years of work")
+
+    def compile_for_long() -> None:
+        with staged(out, force=False):
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(OutputError, match="exists already"):
+        compile_for_long()
     assert (out / "thesis.txt").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
