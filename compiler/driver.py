@@ -264,7 +264,7 @@ def _manifest(
         target="onnx",
         flavour="portable" if flavour == "portable" else "ort",
         model=ModelEntry(
-            source=Path(model.source.location).name,
+            source=Path(model.source.location).name or Path(model.source.location).resolve().name,
             architecture=program.model.architecture,
             vocabulary=program.model.vocabulary,
             context=program.model.context,
