@@ -123,6 +123,8 @@ def test_nan_weights_are_not_shipped(model: Path, tmp_path: Path) -> None:
     state["model.norm.weight"][3] = float("nan")
     save_file(state, weights, metadata={"format": "pt"})
     compile_refused(model, tmp_path / "out", code=1, says="not finite")
+    einfold("compile", model, "-o", tmp_path / "out", "--no-check")
+    refused("eval", tmp_path / "out", "--against", model, code=3, says="not finite")
 
 
 def test_outputs_that_exist(text_model: Path, tmp_path: Path) -> None:
