@@ -208,7 +208,8 @@ def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> No
 def test_run_is_light(text_artifact: Path) -> None:
     """Running an ONNX artifact loads neither torch nor transformers nor sympy."""
     script = (
-        "import sys, einfold; einfold.errors.EinfoldError; m = einfold.load(sys.argv[1]); m.generate('the', max_new_tokens=2);"
+        "import sys, einfold; einfold.errors.EinfoldError;"
+        "m = einfold.load(sys.argv[1]); m.generate('the', max_new_tokens=2);"
         "print([n for n in ('torch', 'transformers', 'sympy', 'onnx') if n in sys.modules])"
     )
     done = subprocess.run(
