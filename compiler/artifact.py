@@ -15,7 +15,6 @@ from blake3 import blake3
 from ..errors import OutputError, UnsupportedError
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry
 
-
 #: What `export_onnx` writes of a module.
 _EXPORT = {MODEL, WEIGHTS, GRAPH}
 
