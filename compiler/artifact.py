@@ -13,14 +13,17 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..errors import OutputError, UnsupportedError
-from .ir.manifest import NAME, FileEntry
+from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry
+
+#: What `export_onnx` writes of a module.
+_EXPORT = {MODEL, WEIGHTS, GRAPH}
 
 
 def check_output(out: Path, force: bool) -> None:
     """Refuses an output that exists (without `force`), or that cannot be written.
 
-    `force` replaces an artifact or an empty folder, and nothing else: a folder of another kind is
-    never deleted.
+    `force` replaces an artifact, an exported module or an empty folder, and nothing else: a folder of
+    another kind is never deleted.
     """
     clear_leftovers(out)
     _check_replaceable(out, force)
@@ -36,7 +39,7 @@ def _check_replaceable(out: Path, force: bool) -> None:
         replaceable = (
             out.is_dir()
             and not out.is_symlink()
-            and ((out / NAME).is_file() or not any(out.iterdir()))
+            and ((out / NAME).is_file() or {path.name for path in out.iterdir()} <= _EXPORT)
         )
         if not force:
             raise OutputError(

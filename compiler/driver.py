@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -53,6 +52,8 @@ class CompileReport:
     manifest: Manifest
     passes: list[PassRecord]
     seconds: dict[str, float]
+    tokenizer: str
+    """Where the tokenizer is from, or why there is none."""
     check: dict[str, Any] = field(default_factory=dict)
     calibration: str = ""
     """What the model was calibrated on."""
@@ -64,6 +65,7 @@ class CompileReport:
             "manifest": self.manifest.model_dump(mode="json"),
             "passes": [record.summary() for record in self.passes],
             "seconds": self.seconds,
+            "tokenizer": self.tokenizer,
             "check": self.check,
             "calibration": self.calibration,
             "peak_rss": self.peak_rss,
@@ -167,9 +169,9 @@ def compile_to(
             lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
             ir.save(lowered, folder / MODEL)
             (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
-            _save_tokenizer(model, folder)
+            tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
         manifest = _manifest(model, program, recipe, flavour, folder, digest)
-        report = CompileReport(manifest, records, clock.seconds, calibration=calibrated)
+        report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
         if check is not None:
             with clock.phase("check"):
                 tell("checking against the reference", 0.0)
@@ -235,7 +237,7 @@ def _load(model: Input) -> None:
 def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
     ids, origin = calibration_tokens(
-        model.tokenizer or tokens.load_tokenizer(model.source),
+        model.tokenizer or tokens.load_tokenizer(model.source)[0],
         recipe.calibration.text,
         recipe.calibration.tokens,
         program.model.vocabulary,
@@ -262,7 +264,7 @@ def _manifest(
         target="onnx",
         flavour="portable" if flavour == "portable" else "ort",
         model=ModelEntry(
-            source=Path(model.source.location).name,
+            source=Path(model.source.location).name or Path(model.source.location).resolve().name,
             architecture=program.model.architecture,
             vocabulary=program.model.vocabulary,
             context=program.model.context,
@@ -280,23 +282,3 @@ def _manifest(
         | {"python": platform.python_version()},
         files=files,
     )
-
-
-def _save_tokenizer(model: Input, folder: Path) -> None:
-    """Copies the fast tokenizer's files, or has transformers write them; a model may have none."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    origin = model.source.folder
-    if model.tokenizer is None and origin is not None and (origin / "tokenizer.json").is_file():
-        for name in names:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
-        return
-    tokenizer = model.tokenizer or tokens.load_tokenizer(model.source)
-    if tokenizer is None:
-        return
-    staging = folder / "tokenizer"
-    tokenizer.save_pretrained(staging)
-    for name in names:
-        if (staging / name).is_file():
-            (staging / name).rename(folder / name)
-    shutil.rmtree(staging)

@@ -31,7 +31,7 @@ def report_page(data: dict[str, Any]) -> str:
     model = manifest["model"]
     sections = [
         f"<h1>{escape(model['source'])}: compiled by einfold {escape(manifest['einfold'])}</h1>",
-        _facts(manifest),
+        _facts(manifest, data["tokenizer"]),
         "<h2>Where the time went</h2>",
         _bars(data["seconds"]),
         "<h2>Passes</h2>",
@@ -49,7 +49,7 @@ def report_page(data: dict[str, Any]) -> str:
     return f"<!doctype html><html lang=en>{head}{body}</html>\n"
 
 
-def _facts(manifest: dict[str, Any]) -> str:
+def _facts(manifest: dict[str, Any], tokenizer: str) -> str:
     model = manifest["model"]
     return _pairs(
         {
@@ -59,6 +59,7 @@ def _facts(manifest: dict[str, Any]) -> str:
             "context": f"{model['context']:,} tokens",
             "weights": f"{manifest['recipe']['weights']['format']}, {human_bytes(manifest['weight_bytes'])}",
             "float32 would take": human_bytes(4 * model["parameters"]),
+            "tokenizer": tokenizer,
         }
     )
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import errors
+
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
     from .model import Model, load
 
-__all__ = ["Model", "compile", "estimate", "export_onnx", "load"]
+__all__ = ["Model", "compile", "errors", "estimate", "export_onnx", "load"]
 
 _HOMES = {
     "compile": "api",

@@ -38,6 +38,7 @@ class Artifact:
 
     def check_weights(self) -> None:
         """Checks the hash of the weights; raises ArtifactError where they are damaged."""
+        self.file(WEIGHTS)
         self._check(WEIGHTS, self.manifest.files[WEIGHTS], True)
 
     def file(self, name: str) -> Path:

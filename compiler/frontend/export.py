@@ -102,7 +102,12 @@ def capture_module(
 ) -> Program:
     """Any module as a program over its tensor inputs; weights are shared with the module, not copied."""
     name = type(module).__name__
-    exported = _export(module.eval(), example_inputs, dynamic_shapes, name)
+    modes = {part: part.training for part in module.modules()}
+    try:
+        exported = _export(module.eval(), example_inputs, dynamic_shapes, name)
+    finally:
+        for part, training in modes.items():  # the caller goes on training, perhaps
+            part.training = training
     state = dict(module.state_dict(keep_vars=True)) | dict(module.named_buffers())
     state |= dict(exported.constants)
 

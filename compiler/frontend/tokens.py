@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from ...errors import ModelError
 from .huggingface import ModelSource, first_line
+
+#: Any of these says that a folder holds a tokenizer.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+)
+
+#: What an artifact keeps of a tokenizer; the first is the tokenizer itself.
+_SAVED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def read_generation_config(source: ModelSource) -> Any:
@@ -43,20 +60,43 @@ def special_tokens(
     return ends, begins[0] if begins else None, pads[0] if pads else None
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, or None where it has none; one in memory is given its own."""
+def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
+    """(the model's tokenizer, "") or (None, why there is none); one in memory is given its own."""
     if source.in_memory:
-        return None
-    files = (
-        "tokenizer.json",
-        "tokenizer.model",
-        "vocab.json",
-        "spiece.model",
-        "tokenizer_config.json",
-    )
-    if source.folder is not None and not any((source.folder / name).is_file() for name in files):
-        return None  # transformers would make an empty one up
+        return None, "none was given with the model"
+    found = [name for name in _FILES if source.folder is None or (source.folder / name).is_file()]
+    if not found:
+        return None, "the model has none"  # transformers would make an empty one up
     try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
-    except Exception:  # absent or of an unknown kind: the artifact then takes token ids
-        return None
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False), ""
+    except Exception as error:  # of an unknown kind, or it needs a package
+        return None, f"transformers cannot load it: {first_line(error)}"
+
+
+def save_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> str:
+    """Copies the fast tokenizer's files, or has transformers write them; tells what was done.
+
+    A model may have none: its artifact then takes token ids. Raises ModelError for one that is damaged.
+    """
+    if tokenizer is None and source.folder and (source.folder / _SAVED[0]).is_file():
+        for name in _SAVED:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, folder / name)
+        try:
+            FastTokenizer.from_file(str(folder / _SAVED[0]))
+        except Exception as error:  # the library raises a bare Exception
+            raise ModelError(f"{source.folder}/{_SAVED[0]} is damaged: {error}") from error
+        return "copied from the model"
+    reason = ""
+    if tokenizer is None:
+        tokenizer, reason = load_tokenizer(source)
+    if tokenizer is None:
+        return f"none: {reason}"
+    with TemporaryDirectory(dir=folder) as staging:
+        tokenizer.save_pretrained(staging)
+        for name in _SAVED:
+            if (Path(staging) / name).is_file():
+                (Path(staging) / name).rename(folder / name)
+    if not (folder / _SAVED[0]).is_file():
+        return f"none: {type(tokenizer).__name__} has no fast form that could be written"
+    return "written by transformers"

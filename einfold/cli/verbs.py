@@ -64,6 +64,9 @@ def compile_model(
         f"({human_bytes(4 * parameters)} in float32), context {report.manifest.model.context:,}, "
         f"{seconds:.1f} s, peak memory {human_bytes(report.peak_rss)}"
     )
+    if report.tokenizer.startswith("none"):
+        reason = report.tokenizer.removeprefix("none: ")
+        err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")
     out.print(f"report: {output / 'report.html'}")
 
 

@@ -95,6 +95,9 @@ def evaluate(
         largest = max(largest, len(tokens))
     if not sums.tokens:
         raise PromptError("the text has no document of two tokens or more")
+    for name, loss in ((model.artifact.folder, sums.loss), (against, sums.reference_loss)):
+        if not math.isfinite(loss):
+            raise ModelError(f"{name} gives logits that are not finite on the text")
     count = sums.tokens
     return Quality(
         perplexity=math.exp(sums.loss / count),

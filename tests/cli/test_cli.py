@@ -208,7 +208,8 @@ def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> No
 def test_run_is_light(text_artifact: Path) -> None:
     """Running an ONNX artifact loads neither torch nor transformers nor sympy."""
     script = (
-        "import sys, einfold; m = einfold.load(sys.argv[1]); m.generate('the', max_new_tokens=2);"
+        "import sys, einfold; einfold.errors.EinfoldError;"
+        "m = einfold.load(sys.argv[1]); m.generate('the', max_new_tokens=2);"
         "print([n for n in ('torch', 'transformers', 'sympy', 'onnx') if n in sys.modules])"
     )
     done = subprocess.run(
@@ -277,3 +278,11 @@ def test_names_with_brackets_are_no_markup(text_model: Path, tmp_path: Path) -> 
     shutil.copytree(text_model, model)
     assert einfold("compile", model, "-o", out, "--no-check").startswith(f"{out}: ")
     assert "m[x] (llama)" in einfold("inspect", out)
+
+
+def test_the_current_folder_as_the_model(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text_model)
+    made = as_json("compile", ".", "-o", tmp_path / "out", "--no-check")
+    assert made["manifest"]["model"]["source"] == text_model.name

@@ -133,3 +133,17 @@ def test_a_graph_that_is_no_graph_is_not_evaluated(copy: Path) -> None:
     rewrite(copy, lambda data: data["files"].update({"graph.eir": entry.model_dump()}))
     with pytest.raises(einfold.errors.EinfoldError, match="not an operator"):
         einfold.load(copy, engine="reference")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.onnx"])
+def test_a_manifest_that_leaves_out_a_file(copy: Path, name: str) -> None:
+    rewrite(copy, lambda data: data["files"].pop(name))
+    with pytest.raises(ArtifactError, match=f"has no {name}"):
+        einfold.load(copy)
+
+
+@pytest.mark.parametrize("line", ["", "layer 0", "layer 0 heads x"])
+def test_a_cache_that_is_none(copy: Path, line: str) -> None:
+    rewrite(copy, lambda data: data.update(cache=[line]))
+    with pytest.raises(einfold.errors.EinfoldError):
+        einfold.load(copy)

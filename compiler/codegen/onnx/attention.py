@@ -233,7 +233,6 @@ def _visible(call: _Call) -> ir.Value:
     def count(size: ir.Value) -> ir.Value:
         return builder.shared("Range", zero, builder.shared("Squeeze", size), one)
 
-    capacity = builder.dim(call.value("key_cache_BKCD"), 2)
     first = next(iter(context.program.nodes(einfold_ops.cached_attention.default)))
     capacity = builder.dim(context.value(context.arguments(first)["key_cache_BKCD"]), 2)
     starts = builder.shared("Unsqueeze", call.value("lengths_B"), builder.ints(1, 2))

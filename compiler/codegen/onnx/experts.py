@@ -112,7 +112,6 @@ def _route(
 ) -> ir.Value:
     builder = context.builder
     x, index, weight = (context.value(found[key]) for key in ("x_TM", "index_TJ", "weight_TJ"))
-    width = int(found["x_TM"].meta["val"].shape[1])
     out = builder.op("Mul", x, builder.floats(0.0))
     for expert in range(count):
         chosen = builder.op("Equal", index, builder.constant(expert, np.int64))
@@ -132,5 +131,4 @@ def _route(
             "Expand", builder.op("Unsqueeze", token, builder.ints(1)), builder.op("Shape", result)
         )
         out = builder.op("ScatterElements", out, where, result, axis=0, reduction="add")
-    assert width
     return out

@@ -1,0 +1,188 @@
+"""Where a compile writes: nothing of the user's is lost, and nothing half-made is left."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from einfold.compiler.artifact import clear_leftovers, staged
+from einfold.errors import OutputError
+
+from .test_bad_input import compile_refused, refused
+from .test_cli import einfold
+
+
+def test_outputs_that_exist(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    einfold("compile", text_model, "-o", out)
+    before = (out / "manifest.json").read_bytes()
+    refused("compile", text_model, "-o", out, code=6, says="exists already")
+    assert (out / "manifest.json").read_bytes() == before
+    einfold("compile", text_model, "-o", out, "--force", "--weights", "int8")
+    assert (out / "manifest.json").read_bytes() != before
+    # --force never deletes what is no artifact, and a failed compile leaves the old one.
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    refused("compile", text_model, "-o", precious, "--force", code=6, says="no einfold artifact")
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    before = (out / "manifest.json").read_bytes()
+    refused("compile", tmp_path / "absent", "-o", out, "--force", code=3, says="no model folder")
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_outputs_that_cannot_be_written(text_model: Path, tmp_path: Path) -> None:
+    refused("compile", text_model, "-o", "/proc/out", code=6, says="/proc")
+    (tmp_path / "file").write_text("")
+    refused("compile", text_model, "-o", tmp_path / "file" / "out", code=6, says="is a file")
+
+
+def test_dumps_that_cannot_be_written(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compile_refused(text_model, out, "--dump", "/proc/x", code=6, says="the dump folder /proc/x")
+    compile_refused(text_model, out, "--dump", str(out / "d"), code=6, says="lies in the output")
+
+
+def test_the_current_folder_is_not_replaced(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused("compile", text_model, "-o", ".", "--force", code=6, says="holds the current folder")
+
+
+def test_folders_around_the_output_are_made_and_unmade(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "no" / "such" / "out"
+    refused("compile", tmp_path / "absent", "-o", out, code=3, says="no model folder")
+    assert not (tmp_path / "no").exists()
+    einfold("compile", text_model, "-o", out)
+    assert (out / "manifest.json").is_file()
+
+
+def test_killed_between_two_renames(text_model: Path, tmp_path: Path) -> None:
+    """A compile killed after it moved the old artifact aside: the next one finds the old one again."""
+    out = tmp_path / "out"
+    einfold("compile", text_model, "-o", out)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    out.rename(tmp_path / f".out.einfold-{dead.pid}-old")
+    refused("compile", text_model, "-o", out, code=6, says="exists already")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"):
+        (tmp_path / name).mkdir()  # somebody's own, a live process's, another output's
+    (tmp_path / f".a*.einfold-{dead.pid}").mkdir()
+    clear_leftovers(tmp_path / "a*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"]
+    )
+
+
+def test_what_appeared_while_compiling_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def compile_for_long() -> None:
+        with staged(out, force=False):
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(OutputError, match="exists already"):
+        compile_for_long()
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
+    from einfold.compiler import driver
+
+    real = driver.write_weights
+
+    def full(*arguments: Any) -> None:
+        real(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with mock.patch.object(driver, "write_weights", full):
+        compile_refused(text_model, tmp_path / "out", code=6, says="the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.EFBIG, "File too large"), 6, "cannot write"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/model/x"),
+            74,
+            "/model/x: Permission",
+        ),
+    ],
+)
+def test_errors_of_the_system_name_the_right_file(
+    error: OSError, code: int, says: str, text_model: Path, tmp_path: Path
+) -> None:
+    from einfold.compiler import driver
+
+    with mock.patch.object(driver, "write_weights", side_effect=error):
+        compile_refused(text_model, tmp_path / "out", code=code, says=says)
+
+
+def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
+    text_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import time; from einfold.compiler import driver\n"
+        "def hang(*a, **k):\n"
+        "    print('staged', flush=True); time.sleep(60)\n"
+        "driver.write_weights = hang\n"
+        "from einfold.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "compile", str(text_model), "-o", str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "staged\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert len(list(tmp_path.glob(".out.einfold-*"))) == 1
+    einfold("compile", text_model, "-o", out)
+    assert out.is_dir()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import time; from einfold.compiler import driver\n"
+        "def hang(*a, **k):\n"
+        "    print('staged', flush=True); time.sleep(60)\n"
+        "driver.write_weights = hang\n"
+        "from einfold.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "compile", str(text_model), "-o", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err == "interrupted\n"
+    assert not list(tmp_path.glob(".out*"))
