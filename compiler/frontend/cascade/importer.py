@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +65,7 @@ def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]
         if target in known
     }
     names = dict(zip(signature.user_inputs, _parameters(function, len(inputs)), strict=False))
-    return import_graph(exported.graph, constants, names)
+    return import_graph(exported.graph, constants, names, signature.inputs_to_parameters)
 
 
 def _parameters(function: Callable[..., Any], count: int) -> list[str]:
@@ -87,13 +87,15 @@ def import_graph(
     graph: fx.Graph,
     constants: Mapping[str, torch.Tensor] | None = None,
     names: Mapping[str, str] | None = None,
+    weights: Iterable[str] = (),
 ) -> Imported:
     """The cascade of a graph whose nodes carry `meta["val"]`.
 
-    `constants` gives placeholders whose value is known, `names` what others are called in the cascade.
+    `constants` gives placeholders whose value is known, `names` what others are called in the cascade,
+    `weights` which of them are parameters.
     Raises UnsupportedError where an output is no cascade.
     """
-    return _Importer(constants or {}, names or {}).run(graph)
+    return _Importer(constants or {}, names or {}, frozenset(weights)).run(graph)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,13 @@ class _Symbol:
 
 
 class _Importer:
-    def __init__(self, constants: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-        self.constants, self.names = constants, names
+    def __init__(
+        self,
+        constants: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        weights: frozenset[str],
+    ) -> None:
+        self.constants, self.names, self.weights = constants, names, weights
         self.context = Context()
         self.values: dict[fx.Node, Any] = {}
         self.opaque: dict[str, str] = {}
@@ -124,7 +131,7 @@ class _Importer:
                 self.values[node] = self._call(node)
         results += self.extra
         bindings = [self._output(name, value) for name, value in results]
-        cascade, inputs, outputs, sizes = finish_cascade(self.context, bindings)
+        cascade, inputs, outputs, nodes, sizes = finish_cascade(self.context, bindings)
         try:
             verify(cascade)
         except IRError as error:
@@ -135,6 +142,8 @@ class _Importer:
             tuple(Binding(str(key), name, dims) for key, name, dims in outputs),
             self.opaque,
             sizes,
+            frozenset(name for key, name, _ in inputs if key in self.weights),
+            {name: Binding(str(key), name, dims) for key, name, dims in nodes},
         )
 
     def _given(self, node: fx.Node) -> Any:
@@ -174,9 +183,16 @@ class _Importer:
                     self.extra.append((source.name, used))
             return self._source(node, node.meta.get("val"))
         self._check_shape(node, value)
+        self._remember(node, value)
         if isinstance(value, Value) and len(node.users) > 1 and any(reads(value.expr)):
-            return self.context.state(node.name, value)
+            value = self.context.state(node.name, value)
+            self._remember(node, value)
         return value
+
+    def _remember(self, node: fx.Node, value: Any) -> None:
+        """Which tensor of the graph a statement holds, where it holds one."""
+        if isinstance(value, Value) and isinstance(value.expr, Ref) and not value.real:
+            self.context.origins.setdefault(value.expr.tensor, (node.name, value.dims))
 
     def _check_shape(self, node: fx.Node, value: Any) -> None:
         """The ranks of a result must multiply to its shape; otherwise an operator was read wrongly."""

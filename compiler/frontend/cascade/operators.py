@@ -90,7 +90,9 @@ def _logsumexp(call: Call) -> Value:
 
 @handles("layer_norm", "native_layer_norm", "rms_norm")
 def _layer_norm(call: Call) -> Any:
-    epsilon = 1e-5 if call.eps is None else call.eps
+    epsilon = call.eps
+    if epsilon is None:
+        epsilon = torch.finfo(call.dtype).eps if call.operator == "rms_norm" else 1e-5
     found = reductions.layer_norm(
         call.context,
         call.name,
