@@ -15,7 +15,7 @@ from .analysis.cascade.fold import Folding
 from .analysis.cascade.plans import fold
 from .analysis.cascade.regions import regions
 from .frontend.cascade.imported import Imported
-from .frontend.cascade.importer import import_function
+from .frontend.cascade.trace import import_function
 from .ir.cascade.cascade import Cascade
 
 
