@@ -148,6 +148,16 @@ def test_in_place_operators() -> None:
     assert not report.imported.opaque
 
 
+def test_attention_after_dispatch() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q.mul_(0.5)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    report = explain_function(function, [random(1, 2, 6, 8) for _ in range(3)])
+    assert not report.imported.opaque
+    assert (report.passes_before, report.passes_after) == (3, 1)
+
+
 def test_a_joined_tensor_cannot_be_an_output() -> None:
     def function(x: Tensor, sink: Tensor) -> Tensor:
         return torch.softmax(torch.cat([x, sink], dim=-1), dim=-1)
