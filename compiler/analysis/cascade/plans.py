@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,6 @@ def _renamed(folding: Folding, names: Names, cascade: Cascade) -> Folding:
 
 def _in_words(text: str, names: Names) -> str:
     """A sentence under the cascade's own names."""
-    import re
 
     def word(match: re.Match[str]) -> str:
         found = match.group(0)
