@@ -13,6 +13,7 @@ from torch import Tensor
 
 from einfold.compiler.explain import explain_function
 from einfold.compiler.frontend.cascade.imported import Imported
+from einfold.compiler.frontend.cascade.importer import import_graph
 from einfold.compiler.frontend.cascade.trace import import_function
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.cascade.printer import print_statement
@@ -123,8 +124,6 @@ def test_dynamic_sizes_name_their_extents() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
 
-    from einfold.compiler.frontend.cascade.importer import import_graph
-
     keys = torch.export.Dim("keys", min=2)
     exported: Any = torch.export.export(
         Attention(),
@@ -135,6 +134,23 @@ def test_dynamic_sizes_name_their_extents() -> None:
     cascade = import_graph(exported.graph).cascade
     extents = {rank.extent for rank in cascade.ranks.values()}
     assert {"2", "4", "3"} < extents and len(extents) == 4
+
+
+def test_options_without_a_rule_are_not_passed_over() -> None:
+    imported = import_function(lambda x: torch.round(x, decimals=2).sum(0), (random(3, 4),))
+    assert imported.opaque == {"round_1": "aten.round with decimals"}
+
+
+def test_a_graph_that_writes_in_place_is_refused() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ x.mT
+            y.mul_(2)
+            return y.sum(0)
+
+    exported: Any = torch.export.export(Scaled(), (random(3, 4),), strict=False)
+    with pytest.raises(UnsupportedError, match="functionalize"):
+        import_graph(exported.graph)
 
 
 def test_in_place_operators() -> None:

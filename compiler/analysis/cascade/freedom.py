@@ -73,7 +73,7 @@ def _static(plan: Plan, reference: Reference) -> float | None:
                     return None
                 found.append(bounds(part.args[0].args[0], cascade, statements))
     low, high = min((i.low for i in found), default=0), max((i.high for i in found), default=0)
-    if not found or not high - low <= 2 * _REACH:
+    if not found or not 0 <= high - low <= 2 * _REACH:
         return None
     return (low + high) / 2
 

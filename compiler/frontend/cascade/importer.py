@@ -183,7 +183,9 @@ class _Importer:
         kind = _kind(first.dtype)
         if name in RULES:
             args = [self._argument(arg, True) for arg in node.args]
-            kwargs = {key: arg for key, arg in node.kwargs.items() if key in _KEPT}
+            kwargs = {key: self._argument(arg, True) for key, arg in node.kwargs.items()}
+            if any(isinstance(arg, Value) or key not in _OPTIONS for key, arg in kwargs.items()):
+                raise NotExpressedError(f"aten.{name} with {', '.join(kwargs)}")
             return elementwise(self.context, name, args, kwargs, kind)
         if name not in HANDLERS:
             raise NotExpressedError(f"aten.{name} has no form as a cascade")
@@ -230,7 +232,8 @@ class _Importer:
         return node, value
 
 
-_KEPT = {"alpha", "rounding_mode", "approximate", "min", "max", "nan", "posinf", "neginf", "beta"}
+#: What pointwise operators take by keyword and their rules understand.
+_OPTIONS = {"alpha", "rounding_mode", "approximate", "nan", "posinf", "neginf", "beta"}
 
 
 def _flat(value: Any) -> list[fx.Node]:

@@ -70,6 +70,8 @@ def _variance(call: Call) -> Any:
 def _norm(call: Call) -> Value:
     order = call.ord if call.ord is not None else call.p
     dims = reductions.dims_of(call.self, call.dim)
+    if isinstance(order, str):
+        raise NotExpressedError(f"a norm of kind {order}")
     order = 2.0 if order is None else float(order)
     return reductions.norm(call.context, call.name, call.self, order, dims, bool(call.keepdim))
 
