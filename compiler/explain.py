@@ -13,15 +13,18 @@ from ..errors import UnsupportedError
 from .analysis.cascade.choose import choose_rank
 from .analysis.cascade.fold import Folding
 from .analysis.cascade.plans import fold
+from .analysis.cascade.regions import regions
 from .frontend.cascade.imported import Imported
-from .frontend.cascade.importer import import_function
+from .frontend.cascade.trace import import_function
+from .ir.cascade.cascade import Cascade
 
 
 @dataclass(frozen=True)
 class CascadeReport:
-    """One cascade: its import, the rank that is streamed, and its folding."""
+    """One cascade, all of an import or a region of it: the rank that is streamed, and its folding."""
 
     imported: Imported
+    cascade: Cascade
     rank: str
     folding: Folding
 
@@ -57,4 +60,14 @@ def explain_function(
     rank = choose_rank(imported.cascade, imported.sizes)
     if not rank:
         raise UnsupportedError("nothing is reduced here, so there is nothing to fold")
-    return CascadeReport(imported, rank, fold(imported.cascade, rank, cache))
+    cascade = imported.cascade
+    return CascadeReport(imported, cascade, rank, fold(cascade, rank, cache))
+
+
+def explain_regions(imported: Imported, cache: Path | None = None) -> list[CascadeReport]:
+    """The reports on the regions of a whole model's import: each attention, each norm before a product."""
+    found = regions(imported.cascade, imported.weights)
+    return [
+        CascadeReport(imported, part.cascade, part.rank, fold(part.cascade, part.rank, cache))
+        for part in found
+    ]

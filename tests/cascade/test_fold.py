@@ -127,6 +127,17 @@ def test_a_maximum_that_is_an_output_is_not_free() -> None:
     assert not plan.references[0].free
 
 
+def test_one_maximum_under_two_names_is_one_reference() -> None:
+    again = SOFTMAX.replace("M[", "M2[").replace("E[", "E2[").replace("D[", "D2[")
+    text = scores(
+        SOFTMAX + again.replace("P[", "P2[") + "O[s, f] = P[s, t] * V[t, f] :: sum(t)\n",
+        output="O D2",
+    )
+    plan = derive_checked(parse(text), "t").plan
+    assert plan is not None
+    assert [(r.name, r.free) for r in plan.references] == [("M.ref", False)]
+
+
 def test_log_sum_exp_leaves_the_maximum_free() -> None:
     text = scores(SOFTMAX + "L[s] = M[s] + log(D[s])\n", output="L")
     lines = body(text)

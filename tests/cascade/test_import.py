@@ -13,7 +13,8 @@ from torch import Tensor
 
 from einfold.compiler.explain import explain_function
 from einfold.compiler.frontend.cascade.imported import Imported
-from einfold.compiler.frontend.cascade.importer import import_function
+from einfold.compiler.frontend.cascade.importer import import_graph
+from einfold.compiler.frontend.cascade.trace import import_function
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.cascade.printer import print_statement
 from einfold.errors import UnsupportedError
@@ -123,8 +124,6 @@ def test_dynamic_sizes_name_their_extents() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
 
-    from einfold.compiler.frontend.cascade.importer import import_graph
-
     keys = torch.export.Dim("keys", min=2)
     exported: Any = torch.export.export(
         Attention(),
@@ -137,6 +136,23 @@ def test_dynamic_sizes_name_their_extents() -> None:
     assert {"2", "4", "3"} < extents and len(extents) == 4
 
 
+def test_options_without_a_rule_are_not_passed_over() -> None:
+    imported = import_function(lambda x: torch.round(x, decimals=2).sum(0), (random(3, 4),))
+    assert imported.opaque == {"round_1": "aten.round with decimals"}
+
+
+def test_a_graph_that_writes_in_place_is_refused() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ x.mT
+            y.mul_(2)
+            return y.sum(0)
+
+    exported: Any = torch.export.export(Scaled(), (random(3, 4),), strict=False)
+    with pytest.raises(UnsupportedError, match="functionalize"):
+        import_graph(exported.graph)
+
+
 def test_in_place_operators() -> None:
     def function(q: Tensor, k: Tensor, live: Tensor) -> Tensor:
         scores = q @ k.mT
@@ -146,6 +162,16 @@ def test_in_place_operators() -> None:
 
     report = explain_function(function, (random(3, 4), random(5, 4), torch.rand(3, 5) < 2))
     assert not report.imported.opaque
+
+
+def test_attention_after_dispatch() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q.mul_(0.5)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    report = explain_function(function, [random(1, 2, 6, 8) for _ in range(3)])
+    assert not report.imported.opaque
+    assert (report.passes_before, report.passes_after) == (3, 1)
 
 
 def test_a_joined_tensor_cannot_be_an_output() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from einfold.compiler.analysis.cascade import plans
+from einfold.compiler.analysis.cascade.check import WrongFoldError
 from einfold.compiler.ir.cascade.parser import parse
 from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan
 from einfold.errors import IRError
@@ -68,6 +69,19 @@ def test_a_damaged_file_is_derived_again(damage: str, tmp_path: Path) -> None:
         path.write_text(damage)
     assert plans.fold(cascade, "t", tmp_path) == first
     assert json.loads(path.read_text())["plans"]
+
+
+def test_a_plan_that_fails_its_check_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise WrongFoldError("output AV differs")
+
+    monkeypatch.setattr(plans, "check_numbers", fail)
+    found = plans.fold(parse(NAIVE), "t", tmp_path)
+    assert found.plan is None and not found.plans
+    assert "check rejected the derived plan: output AV differs" in found.reason
+    assert found.passes_after == 3 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:

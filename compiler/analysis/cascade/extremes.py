@@ -25,6 +25,7 @@ def fold_extreme(builder: Builder, item: Statement) -> None:
         state = builder.state(item.name, str(item.op), item.over, expr, item.ranks)
         if state.name != item.name:
             builder.items.append(statement(item.name, item.ranks, state.ref))
+            builder.scope.hoisted[item.name] = state.ref
         return
     expr = _grouped(builder, expr)
     leaf = _leaf(builder, expr)

@@ -47,9 +47,9 @@ def _with_free(plan: Plan, reference: Reference) -> Plan | None:
         return None
     scaled = {state.name for state in plan.states if reference.name in state.references}
     rows = [step for step in steps if isinstance(step, Statement)]
-    # A centre is trusted to be the final value of its source, so that must not move either.
-    centres = [other.source for other in plan.references if other.kind == "centre"]
-    if not is_free_of(reference, scaled, [*rows, *finish, *emit], [*plan.outputs, *centres]):
+    # Other references are trusted to end at the final value of their sources: those must not move either.
+    others = [other.source for other in plan.references if other is not reference]
+    if not is_free_of(reference, scaled, [*rows, *finish, *emit], [*plan.outputs, *others]):
         return None
     free = replace(reference, free=True, static=_static(plan, reference))
     steps = [free if step is reference else step for step in steps]
@@ -73,7 +73,7 @@ def _static(plan: Plan, reference: Reference) -> float | None:
                     return None
                 found.append(bounds(part.args[0].args[0], cascade, statements))
     low, high = min((i.low for i in found), default=0), max((i.high for i in found), default=0)
-    if not found or not high - low <= 2 * _REACH:
+    if not found or not 0 <= high - low <= 2 * _REACH:
         return None
     return (low + high) / 2
 

@@ -8,7 +8,7 @@ streams over R, or values kept along all of R, whatever the mapping.
 from __future__ import annotations
 
 from ...ir.cascade.cascade import Cascade, Statement
-from ...ir.cascade.expr import Ref, ranks_of, reads
+from ...ir.cascade.expr import ranks_of, reads
 
 
 def count_passes(cascade: Cascade, rank: str) -> int:
@@ -23,20 +23,17 @@ def passes_by_statement(cascade: Cascade, rank: str) -> dict[str, int]:
     """
     passes: dict[str, int] = {}
     for item in cascade.statements:
-        touches = rank in (ranks_of(item.expr) | set(item.over) | set(item.ranks))
-        found = 1 if touches else 0
+        along = touches(item, rank)
+        found = int(along)
         for read in reads(item.expr):
             source = cascade.of(read.tensor)
             if source is None:
                 continue
             behind = passes.get(read.tensor, 0)
-            found = max(found, behind + (touches and behind > 0 and not _carries(read, rank)))
+            completed = along and behind > 0 and rank not in read.ranks
+            found = max(found, behind + completed)
         passes[item.name] = max(found, passes.get(item.name, 0))
     return {name: count for name, count in passes.items() if count}
-
-
-def _carries(read: Ref, rank: str) -> bool:
-    return rank in read.ranks
 
 
 def touches(item: Statement, rank: str) -> bool:

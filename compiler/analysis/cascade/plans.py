@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
 from ...ir.cascade.plan_text import parse_plan, print_plan
 from ...ir.cascade.printer import print_cascade
-from .check import check_corrections, check_numbers, dead_rows_agree
+from .check import WrongFoldError, check_corrections, check_numbers, dead_rows_agree
 from .edges import with_dead_rows
 from .fold import Folding, Refusal, derive
+from .passes import count_passes
 
 #: Part of every key: raised whenever the derivation or the text of plans changes.
 VERSION = 1
@@ -40,8 +42,8 @@ def cache_folder() -> Path:
 def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
     """The checked folding of a cascade over a rank, from the cache (`cache` or the user's) if it is known.
 
-    Raises IRError where the cascade breaks a rule of the IR, and WrongFoldError, an IRError too, where a
-    derived plan fails its checks, so that a wrong plan is never returned.
+    A plan that fails its checks is never returned: the folding then is a refusal that says so. Raises
+    IRError where the cascade breaks a rule of the IR.
     """
     plain, names = canonical(cascade.pruned())
     text = f"{VERSION}\n{names.rank(rank)}\n{print_cascade(plain)}"
@@ -49,25 +51,36 @@ def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
     path = (cache or cache_folder()) / f"{key}.json"
     found = _load(path, text)
     if found is None:
-        found = derive_checked(plain, names.rank(rank))
+        try:
+            found = derive_checked(plain, names.rank(rank))
+        except WrongFoldError as error:
+            return _refused(
+                cascade, rank, f"einfold's own check rejected the derived plan: {error}"
+            )
         _store(path, text, found)
     return _renamed(found, names.backwards(), cascade)
 
 
 def derive_checked(cascade: Cascade, rank: str) -> Folding:
-    """`derive` and all its checks, without the cache."""
+    """`derive` and all its checks, without the cache. Raises WrongFoldError where one fails."""
     cascade = cascade.pruned()
     found = derive(cascade, rank)
     if not dead_rows_agree(cascade, found.plans):
         found = replace(found, plans=tuple(with_dead_rows(plan) for plan in found.plans))
         if not dead_rows_agree(cascade, found.plans):
-            reason = "rows without a live key would not give what the statements give"
-            refusal = Refusal("", "", reason)
-            return Folding(rank, (), (refusal,), found.passes_before, found.passes_before)
+            return _refused(
+                cascade, rank, "rows without a live key would not give what the statements give"
+            )
     for plan in found.plans:
         check_corrections(plan)
     check_numbers(cascade, found.plans)
     return found
+
+
+def _refused(cascade: Cascade, rank: str, reason: str) -> Folding:
+    """A folding without plans: the cascade stays as it is written."""
+    before = count_passes(cascade, rank)
+    return Folding(rank, (), (Refusal("", "", reason),), before, before)
 
 
 def _renamed(folding: Folding, names: Names, cascade: Cascade) -> Folding:
@@ -81,7 +94,6 @@ def _renamed(folding: Folding, names: Names, cascade: Cascade) -> Folding:
 
 def _in_words(text: str, names: Names) -> str:
     """A sentence under the cascade's own names."""
-    import re
 
     def word(match: re.Match[str]) -> str:
         found = match.group(0)

@@ -67,6 +67,8 @@ class Context:
     statements: list[Statement] = field(default_factory=list)
     #: How many virtual coordinates stand ahead of the real ones in the graph's tensor.
     fronts: dict[str, int] = field(default_factory=dict)
+    #: Of statements that hold a tensor of the graph: its name there, and the ranks of each dimension.
+    origins: dict[str, tuple[str, tuple[Dim, ...]]] = field(default_factory=dict)
     _instances: dict[tuple[str, tuple[tuple[str, str], ...]], str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
@@ -171,12 +173,12 @@ class Context:
         made = self._instances[key] = self.name(name)
         if name in self.sources:
             source = self.sources[name]
-            dims = tuple(
-                tuple(names.get(rank, rank) for rank in self.ranks.resolve(dim))
-                for dim in source.dims
-            )
+            dims = self._renamed(source.dims, names)
             self.sources[made] = Source(made, source.key, dims, source.kind)
             return made
+        if name in self.origins:
+            node, dims = self.origins[name]
+            self.origins[made] = node, self._renamed(dims, names)
         item = next(s for s in self.statements if s.name == name)
         ranks = [names.get(rank, rank) for rank in self.ranks.resolve(item.ranks)]
         over = self.ranks.resolve(item.over)
@@ -186,6 +188,10 @@ class Context:
         self.ranks.keep_apart([*ranks, *bound])
         self.statements.append(statement(made, ranks, expr, item.op, bound))
         return made
+
+    def _renamed(self, dims: tuple[Dim, ...], names: Mapping[str, str]) -> tuple[Dim, ...]:
+        resolved = (self.ranks.resolve(dim) for dim in dims)
+        return tuple(tuple(names.get(rank, rank) for rank in dim) for dim in resolved)
 
     def distinct(self, value: Value, ranks: Sequence[str]) -> Value:
         """The value along fresh ranks where it has one of `ranks`."""

@@ -159,7 +159,11 @@ def elementwise(
         raise NotExpressedError(f"{name} of whole numbers")
     constants = [Const(a) if isinstance(a, (bool, int, float)) else a for a in filled]
     pick = constants if name in ("where", "masked_fill", "maximum", "minimum") else filled
-    return Value(dims, rule(*_numbers(pick), **kwargs), kind, real)
+    try:
+        expr = rule(*_numbers(pick), **kwargs)
+    except TypeError as error:
+        raise NotExpressedError(f"aten.{name} with arguments of its own") from error
+    return Value(dims, expr, kind, real)
 
 
 def _numbers(args: list[Any]) -> list[Any]:

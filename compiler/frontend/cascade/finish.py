@@ -16,8 +16,9 @@ Bound = tuple[object, str, tuple[Dim, ...]]
 
 def finish_cascade(
     context: Context, outputs: Sequence[tuple[str, Value]]
-) -> tuple[Cascade, list[Bound], list[Bound], dict[str, int]]:
-    """The cascade, its inputs and outputs as (node, name, ranks a dimension), and the sizes of ranks."""
+) -> tuple[Cascade, list[Bound], list[Bound], list[Bound], dict[str, int]]:
+    """The cascade; its inputs, outputs and other tensors of the graph, each as (node, name, ranks a
+    dimension); and the sizes of ranks."""
     table = context.ranks
     items = [_resolved(context, item) for item in context.statements]
     dims = {name: tuple(table.resolve(d) for d in s.dims) for name, s in context.sources.items()}
@@ -54,7 +55,14 @@ def finish_cascade(
         (node, name, _renamed(value.dims, letters))
         for (node, value), name in zip(written, names, strict=True)
     ]
-    return cascade, bound, done, sizes
+    nodes: list[Bound] = []
+    for item in cascade.statements:
+        if item.name in context.origins:
+            node, at = context.origins[item.name]
+            at = tuple(table.resolve(dim) for dim in at)
+            if all(rank in letters for dim in at for rank in dim):
+                nodes.append((node, item.name, _renamed(at, letters)))
+    return cascade, bound, done, nodes, sizes
 
 
 def _resolved(context: Context, item: Statement) -> Statement:

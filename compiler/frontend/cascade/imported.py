@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class Binding:
 class Imported:
     """A cascade with the graph's tensors that it reads and writes.
 
-    `opaque` has, for each operator that became an input, the reason.
+    `opaque` has, for each operator that became an input, the reason; `weights` the inputs that are
+    parameters; `nodes` the statements whose result is a tensor of the graph.
     """
 
     cascade: Cascade
@@ -37,6 +38,8 @@ class Imported:
     outputs: tuple[Binding, ...]
     opaque: Mapping[str, str]
     sizes: Mapping[str, int]
+    weights: frozenset[str] = frozenset()
+    nodes: Mapping[str, Binding] = field(default_factory=dict)
 
     def arrays(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The cascade's inputs from the graph's tensors, by node name: dimensions cut into ranks."""

@@ -11,10 +11,9 @@ computes, and ranks follow the values.
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,65 +34,19 @@ from .ranks import NotExpressedError
 from .registry import HANDLERS, Call
 
 
-def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Imported:
-    """The cascade of a function or module of tensors, traced by `torch.export` on example inputs.
-
-    Raises UnsupportedError where it cannot be traced, or where an output is no cascade.
-    """
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = function if isinstance(function, torch.nn.Module) else None
-
-        def forward(self, *args: torch.Tensor) -> Any:
-            return function(*args)
-
-    try:
-        with torch.no_grad():
-            exported: Any = torch.export.export(Wrapped(), tuple(inputs), strict=False)
-            if _mutates(exported.graph):
-                exported = exported.run_decompositions({})
-    except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedError(f"torch.export cannot trace the function: {line}") from error
-    signature = exported.graph_signature
-    known = dict(exported.constants)
-    constants = {
-        name: known[target]
-        for name, target in signature.inputs_to_lifted_tensor_constants.items()
-        if target in known
-    }
-    names = dict(zip(signature.user_inputs, _parameters(function, len(inputs)), strict=False))
-    return import_graph(exported.graph, constants, names)
-
-
-def _parameters(function: Callable[..., Any], count: int) -> list[str]:
-    """The names of a function's parameters, as far as they are simple."""
-    called = function.forward if isinstance(function, torch.nn.Module) else function
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    found = inspect.signature(called).parameters.values()
-    return [parameter.name for parameter in found if parameter.kind in plain][:count]
-
-
-def _mutates(graph: fx.Graph) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in graph.nodes
-    )
-
-
 def import_graph(
     graph: fx.Graph,
     constants: Mapping[str, torch.Tensor] | None = None,
     names: Mapping[str, str] | None = None,
+    weights: Iterable[str] = (),
 ) -> Imported:
     """The cascade of a graph whose nodes carry `meta["val"]`.
 
-    `constants` gives placeholders whose value is known, `names` what others are called in the cascade.
+    `constants` gives placeholders whose value is known, `names` what others are called in the cascade,
+    `weights` which of them are parameters.
     Raises UnsupportedError where an output is no cascade.
     """
-    return _Importer(constants or {}, names or {}).run(graph)
+    return _Importer(constants or {}, names or {}, frozenset(weights)).run(graph)
 
 
 @dataclass(frozen=True)
@@ -105,8 +58,13 @@ class _Symbol:
 
 
 class _Importer:
-    def __init__(self, constants: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-        self.constants, self.names = constants, names
+    def __init__(
+        self,
+        constants: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        weights: frozenset[str],
+    ) -> None:
+        self.constants, self.names, self.weights = constants, names, weights
         self.context = Context()
         self.values: dict[fx.Node, Any] = {}
         self.opaque: dict[str, str] = {}
@@ -124,7 +82,7 @@ class _Importer:
                 self.values[node] = self._call(node)
         results += self.extra
         bindings = [self._output(name, value) for name, value in results]
-        cascade, inputs, outputs, sizes = finish_cascade(self.context, bindings)
+        cascade, inputs, outputs, nodes, sizes = finish_cascade(self.context, bindings)
         try:
             verify(cascade)
         except IRError as error:
@@ -135,6 +93,8 @@ class _Importer:
             tuple(Binding(str(key), name, dims) for key, name, dims in outputs),
             self.opaque,
             sizes,
+            frozenset(name for key, name, _ in inputs if key in self.weights),
+            {name: Binding(str(key), name, dims) for key, name, dims in nodes},
         )
 
     def _given(self, node: fx.Node) -> Any:
@@ -174,9 +134,16 @@ class _Importer:
                     self.extra.append((source.name, used))
             return self._source(node, node.meta.get("val"))
         self._check_shape(node, value)
+        self._remember(node, value)
         if isinstance(value, Value) and len(node.users) > 1 and any(reads(value.expr)):
-            return self.context.state(node.name, value)
+            value = self.context.state(node.name, value)
+            self._remember(node, value)
         return value
+
+    def _remember(self, node: fx.Node, value: Any) -> None:
+        """Which tensor of the graph a statement holds, where it holds one."""
+        if isinstance(value, Value) and isinstance(value.expr, Ref) and not value.real:
+            self.context.origins.setdefault(value.expr.tensor, (node.name, value.dims))
 
     def _check_shape(self, node: fx.Node, value: Any) -> None:
         """The ranks of a result must multiply to its shape; otherwise an operator was read wrongly."""
@@ -216,7 +183,9 @@ class _Importer:
         kind = _kind(first.dtype)
         if name in RULES:
             args = [self._argument(arg, True) for arg in node.args]
-            kwargs = {key: arg for key, arg in node.kwargs.items() if key in _KEPT}
+            kwargs = {key: self._argument(arg, True) for key, arg in node.kwargs.items()}
+            if any(isinstance(arg, Value) or key not in _OPTIONS for key, arg in kwargs.items()):
+                raise NotExpressedError(f"aten.{name} with {', '.join(kwargs)}")
             return elementwise(self.context, name, args, kwargs, kind)
         if name not in HANDLERS:
             raise NotExpressedError(f"aten.{name} has no form as a cascade")
@@ -263,7 +232,8 @@ class _Importer:
         return node, value
 
 
-_KEPT = {"alpha", "rounding_mode", "approximate", "min", "max", "nan", "posinf", "neginf", "beta"}
+#: What pointwise operators take by keyword and their rules understand.
+_OPTIONS = {"alpha", "rounding_mode", "approximate", "nan", "posinf", "neginf", "beta"}
 
 
 def _flat(value: Any) -> list[fx.Node]:

@@ -70,6 +70,8 @@ def _variance(call: Call) -> Any:
 def _norm(call: Call) -> Value:
     order = call.ord if call.ord is not None else call.p
     dims = reductions.dims_of(call.self, call.dim)
+    if isinstance(order, str):
+        raise NotExpressedError(f"a norm of kind {order}")
     order = 2.0 if order is None else float(order)
     return reductions.norm(call.context, call.name, call.self, order, dims, bool(call.keepdim))
 
@@ -90,7 +92,9 @@ def _logsumexp(call: Call) -> Value:
 
 @handles("layer_norm", "native_layer_norm", "rms_norm")
 def _layer_norm(call: Call) -> Any:
-    epsilon = 1e-5 if call.eps is None else call.eps
+    epsilon = call.eps
+    if epsilon is None:
+        epsilon = torch.finfo(call.dtype).eps if call.operator == "rms_norm" else 1e-5
     found = reductions.layer_norm(
         call.context,
         call.name,
@@ -134,24 +138,34 @@ def _einsum(call: Call) -> Value:
     return contractions.einsum(call.context, call.name, call.equation, call.tensors)
 
 
-@handles("scaled_dot_product_attention")
-def _attention(call: Call) -> Value:
+#: What dispatch makes of scaled_dot_product_attention; only the first result is expressed.
+_AFTER_DISPATCH = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_attention_math",
+)
+
+
+@handles("scaled_dot_product_attention", *_AFTER_DISPATCH)
+def _attention(call: Call) -> Any:
     if call.dropout_p:
         raise NotExpressedError("attention with dropout")
     width = call.context.ranks
     head = math.prod(width.sizes[rank] for rank in call.query.dims[-1])
     scale = 1 / math.sqrt(head) if call.scale is None else float(call.scale)
-    return contractions.attention(
+    found = contractions.attention(
         call.context,
         call.name,
         call.query,
         call.key,
         call.value,
-        call.attn_mask,
+        call.attn_mask if call.attn_mask is not None else call.attn_bias,
         bool(call.is_causal),
         scale,
         bool(call.enable_gqa),
     )
+    return (found, None) if call.operator in _AFTER_DISPATCH else found
 
 
 @handles("gather")

@@ -11,7 +11,7 @@ from .views import permute
 
 @handles("alias", "detach", "contiguous", "clone", "lift_fresh_copy", "lift", "_conj", "dropout")
 def _same(call: Call) -> Value:
-    if call.name.startswith("dropout") and call.train:
+    if call.operator == "dropout" and call.train:
         raise NotExpressedError("dropout in training")
     found: Value = call.self if call.self is not None else call.input
     return found
