@@ -39,7 +39,9 @@ def _check_replaceable(out: Path, force: bool) -> None:
         replaceable = (
             out.is_dir()
             and not out.is_symlink()
-            and ((out / NAME).is_file() or {path.name for path in out.iterdir()} <= _EXPORT)
+            and (
+                (out / NAME).is_file() or {path.name for path in out.iterdir()} in (set(), _EXPORT)
+            )
         )
         if not force:
             raise OutputError(

@@ -36,5 +36,8 @@ def test_an_exported_module_is_replaced_by_force_alone(tmp_path: Path) -> None:
         einfold.export_onnx(net, tmp_path / "net", (x,))
     einfold.export_onnx(net, tmp_path / "net", (x,), force=True)
     (tmp_path / "net" / "notes.txt").write_text("mine")
-    with pytest.raises(einfold.errors.OutputError, match="no einfold artifact"):
-        einfold.export_onnx(net, tmp_path / "net", (x,), force=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.onnx").write_text("of another tool")
+    for folder in ("net", "other"):
+        with pytest.raises(einfold.errors.OutputError, match="no einfold artifact"):
+            einfold.export_onnx(net, tmp_path / folder, (x,), force=True)
