@@ -74,24 +74,18 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
 
 
 def save_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> str:
-    """Copies the fast tokenizer's files, or has transformers write them; tells what was done.
+    """Has transformers write the fast tokenizer as it runs it, which its files alone may not tell.
 
-    A model may have none: its artifact then takes token ids. Raises ModelError for one that is damaged.
+    A model may have none: its artifact then takes token ids. Files that transformers cannot read are
+    copied. Raises ModelError for one that is damaged.
     """
-    if tokenizer is None and source.folder and (source.folder / _SAVED[0]).is_file():
-        for name in _SAVED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
-        try:
-            FastTokenizer.from_file(str(folder / _SAVED[0]))
-        except Exception as error:  # the library raises a bare Exception
-            raise ModelError(f"{source.folder}/{_SAVED[0]} is damaged: {error}") from error
-        return "copied from the model"
     reason = ""
     if tokenizer is None:
         tokenizer, reason = load_tokenizer(source)
     if tokenizer is None:
-        return f"none: {reason}"
+        if source.folder is None or not (source.folder / _SAVED[0]).is_file():
+            return f"none: {reason}"
+        return _copy_tokenizer(source.folder, folder)
     with TemporaryDirectory(dir=folder) as staging:
         tokenizer.save_pretrained(staging)
         for name in _SAVED:
@@ -100,3 +94,14 @@ def save_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> str:
     if not (folder / _SAVED[0]).is_file():
         return f"none: {type(tokenizer).__name__} has no fast form that could be written"
     return "written by transformers"
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> str:
+    for name in _SAVED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    try:
+        FastTokenizer.from_file(str(folder / _SAVED[0]))
+    except Exception as error:  # the library raises a bare Exception
+        raise ModelError(f"{source}/{_SAVED[0]} is damaged: {error}") from error
+    return "copied from the model"

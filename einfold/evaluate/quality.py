@@ -122,7 +122,11 @@ def find_text(text: str | Path | None, against: Path) -> Path:
 
 
 def measure_bytes(model: Model, batch: int, tokens: int) -> dict[str, int]:
-    """Bytes by the account and as they are held: `predicted` and `measured` must be equal."""
+    """Bytes by the account and as they are held: `predicted` and `measured` must be equal.
+
+    Weights are counted as they lie in the file that the runtime maps. The copies that onnxruntime packs
+    for the processor come on top; the benchmarks' peak memory shows them.
+    """
     from ..runtime.cache import Cache
 
     manifest = model.artifact.manifest

@@ -103,3 +103,18 @@ def test_a_slow_tokenizer_is_converted(text_model: Path, tmp_path: Path) -> None
     text = "the pass key is naïve"
     want = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     assert einfold.load(tmp_path / "out").encode(text) == want
+
+
+def test_what_transformers_adds_is_kept(text_model: Path, tmp_path: Path) -> None:
+    """A token that transformers puts in front, of which tokenizer.json knows nothing."""
+    folder = Path(shutil.copytree(text_model, tmp_path / "m"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "the"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    einfold.compile(folder, tmp_path / "out")
+    model = einfold.load(tmp_path / "out")
+    for text in ("a pass key", "", "  12\n"):
+        assert (model.encode(text) if text else model.tokenizer.encode(text)) == tokenizer(text)[
+            "input_ids"
+        ]
