@@ -141,7 +141,8 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
 ) -> None:
     out = tmp_path / "out"
     script = (
-        "import time; from einfold.compiler import driver\n"
+        "import signal, time; from einfold.compiler import driver\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "def hang(*a, **k):\n"
         "    print('staged', flush=True); time.sleep(60)\n"
         "driver.write_weights = hang\n"
@@ -166,7 +167,8 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
 def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = (
-        "import time; from einfold.compiler import driver\n"
+        "import signal, time; from einfold.compiler import driver\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "def hang(*a, **k):\n"
         "    print('staged', flush=True); time.sleep(60)\n"
         "driver.write_weights = hang\n"

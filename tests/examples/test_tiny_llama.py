@@ -63,8 +63,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def short_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few documents of the evaluation text: code first, then some with pass keys."""
     documents = read_documents(MODEL / "eval.txt")
-    chosen = [doc.text for doc in documents if not doc.keys][:3]
-    chosen += [doc.text for doc in documents if doc.keys][:8]
+    chosen = [doc.text for doc in documents if not doc.keys][:1]
+    chosen += [doc.text for doc in documents if doc.keys][:6]
     path = tmp_path_factory.mktemp("text") / "eval.txt"
     path.write_text("\n\f\n".join(chosen), encoding="utf-8")
     return path
@@ -110,7 +110,7 @@ def test_fp32_loses_nothing(quality: Callable[..., Quality]) -> None:
     assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-5)
     assert found.kl < 1e-7
     assert found.recall == found.reference_recall
-    assert found.recall is not None and found.recall >= 0.875  # of 8 keys at most one is lost
+    assert found.recall is not None and found.recall >= 0.8  # of 6 keys at most one is lost
     assert found.bytes["predicted"] == found.bytes["measured"]
 
 
