@@ -1,0 +1,85 @@
+"""From Dynamo's graphs to the ATen level, before dispatch, at which everything else works.
+
+    self.q_proj(x)                     aten.linear(x, weight)
+    F.scaled_dot_product_attention ->  aten.scaled_dot_product_attention, still whole
+    cache.index_copy_(...)             aten.index_copy_, still in place
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+#: Casts that may turn out to change nothing. Their result is then the input itself.
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+_NOTHING = {aten._assert_tensor_metadata.default}
+
+
+def example_values(gm: fx.GraphModule) -> list[Any]:
+    """The fake tensors and symbolic sizes that Dynamo gave the graph's inputs."""
+    return [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def fake_mode_of(values: list[Any]) -> FakeTensorMode | None:
+    """The fake mode that the tensors belong to; None where there is no tensor."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """The same graph in ATen operators before dispatch, on the same symbols, without casts that do nothing.
+
+    Inputs stay as they are and in their order. In-place operators stay in place and in order.
+    """
+    # Without a tracing context of its own, make_fx takes Dynamo's, whose fake mode is another one.
+    with mode, tracing(None):
+        traced: fx.GraphModule = make_fx(
+            gm, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )(*values)
+    drop_idle_casts(traced)
+    return traced
+
+
+def drop_idle_casts(gm: fx.GraphModule) -> None:
+    """x.to(float32) of a float32 tensor is x itself: an alias that would hide what follows from what."""
+    for node in list(gm.graph.nodes):
+        if node.target in _CASTS and _is_idle(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif node.target in _NOTHING:
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code(is_impure_node=is_impure)
+    gm.recompile()
+
+
+def _is_idle(node: fx.Node) -> bool:
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if node.kwargs.get("copy") or any(arg is True for arg in node.args[2:]):
+        return False
+    same = before.dtype == after.dtype and before.device == after.device
+    return same and before.stride() == after.stride()
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node does something beside computing its value.
+
+    torch's own test takes in-place operators for pure and would drop the counter of a static cache.
+    """
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function":
+        return node.is_impure()
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable) or node.is_impure()
+    return node.target is not operator.getitem and node.is_impure()
