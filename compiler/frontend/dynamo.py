@@ -43,13 +43,19 @@ def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.G
         traced: fx.GraphModule = make_fx(
             gm, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*values)
-    drop_idle_casts(traced)
+    normalise(traced)
     return traced
 
 
-def drop_idle_casts(gm: fx.GraphModule) -> None:
-    """x.to(float32) of a float32 tensor is x itself: an alias that would hide what follows from what."""
+def normalise(gm: fx.GraphModule) -> None:
+    """Drops casts that change nothing, and lets views be of any memory order.
+
+    x.to(float32) of a float32 tensor is x itself: an alias that would hide what follows from what. A
+    view wants the strides that it was traced with, which what replaces its source need not have.
+    """
     for node in list(gm.graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
         if node.target in _CASTS and _is_idle(node):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
