@@ -25,7 +25,8 @@ from .analysis.cascade.plans import fold
 from .codegen.cpu.frame import NotLoweredError, Signature
 from .codegen.cpu.one_tile import OneTile
 from .codegen.cpu.sdpa import ThroughSdpa
-from .frontend.cascade.importer import Imported, import_graph
+from .frontend.cascade.imported import Imported
+from .frontend.cascade.importer import import_graph
 from .frontend.regions import WHOLE, Region, find_regions, name_of, region_at
 from .frontend.subgraphs import Place, extract, key_of, place_of
 from .ir.cascade.printer import print_cascade

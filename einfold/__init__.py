@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
+    from .explaining import explain
     from .model import Model, load
 
-__all__ = ["Model", "compile", "estimate", "export_onnx", "load"]
+__all__ = ["Model", "compile", "estimate", "explain", "export_onnx", "load"]
 
 _HOMES = {
     "compile": "api",
     "estimate": "api",
+    "explain": "explaining",
     "export_onnx": "api",
     "Model": "model",
     "load": "model",

@@ -23,7 +23,8 @@ from .errors import RecipeError
 _reports: deque[GraphReport] = deque(maxlen=256)
 
 CACHE_REASON = "the caller owns the cache, so passes over its layout are skipped"
-MEASURE = ("auto", "never")
+#: einfold's own options and their values, the default first. All others are Inductor's.
+OPTIONS = {"measure": ("auto", "never"), "rest": ("inductor", "eager")}
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,20 @@ def einfold(
 ) -> Callable[..., Any]:
     """Compiles one graph of Dynamo's.
 
-    Of `options`, "measure" is einfold's: "auto" measures each kind of region once and keeps what is fastest,
-    "never" takes the first lowering that expresses it. The others, and `mode`, go to Inductor.
+    Two of `options` are einfold's. "measure": "auto" times each kind of region once and keeps what is
+    fastest, "never" takes the first lowering that expresses it. "rest": who compiles what is left,
+    "inductor", or "eager" for nobody, to look for faults. The others, and `mode`, go to Inductor.
     """
     options = dict(options or {})
-    measure = options.pop("measure", "auto")
-    if measure not in MEASURE:
-        raise RecipeError(f"option measure is {measure!r}; it can be {' or '.join(MEASURE)}")
-    fused, report = rewritten(gm, measure)
+    own = {name: options.pop(name, values[0]) for name, values in OPTIONS.items()}
+    for name, value in own.items():
+        if value not in OPTIONS[name]:
+            raise RecipeError(f"option {name} is {value!r}; it can be {' or '.join(OPTIONS[name])}")
+    fused, report = rewritten(gm, own["measure"])
     _reports.append(report)
+    if own["rest"] == "eager":
+        forward: Callable[..., Any] = fused.forward
+        return forward
     return _inductor(fused, example_inputs, options, mode)
 
 

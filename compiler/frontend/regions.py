@@ -19,7 +19,6 @@ import torch
 from torch import fx
 
 from .cascade.elementwise import RULES
-from .cascade.operators import HANDLERS
 
 CONTRACTIONS = {"matmul", "bmm", "mm", "einsum"}
 #: An operator that is an attention by itself.
