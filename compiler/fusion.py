@@ -8,15 +8,14 @@ and its entry in the report says why.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import EinfoldError, UnsupportedError
 from .analysis.cascade.choose import choose_rank
@@ -27,6 +26,7 @@ from .codegen.cpu.one_tile import OneTile
 from .codegen.cpu.sdpa import ThroughSdpa
 from .frontend.cascade.imported import Imported
 from .frontend.cascade.importer import import_graph
+from .frontend.dynamo import trace_function
 from .frontend.regions import WHOLE, Region, find_regions, name_of, region_at
 from .frontend.subgraphs import Place, extract, key_of, place_of
 from .ir.cascade.printer import print_cascade
@@ -215,10 +215,10 @@ def _replace(
         return _entry(region, decision, AS_WRITTEN, place.reason)
     # Regions of one key have their inputs in one order; names are this graph's own.
     inputs = [region.inputs[at] for at in decision.reads]
-    with mode, tracing(None):
-        traced = make_fx(decision.function, pre_dispatch=True, _allow_non_fake_inputs=True)(
-            *[node.meta["val"] for node in inputs]
-        )
+    traced = trace_function(decision.function, [node.meta["val"] for node in inputs], mode)
+    for node, holder in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
+        holder._rename(node.name)
+        holder.target = holder.name
     wrong = _differs(region, traced)
     if wrong:
         return _entry(region, decision, AS_WRITTEN, wrong)
@@ -268,7 +268,7 @@ def _entry(
     if folding is not None and not folding.refusals and not left:
         reason = folding.reason
     return FusedCascade(
-        str(region.anchor.name),
+        place_in_model(region.anchor),
         "refused" if left else "fused",
         folding.passes_before if folding else 0,
         folding.passes_after if folding else 0,
@@ -278,6 +278,16 @@ def _entry(
         print_cascade(imported.cascade) if imported else "",
         decision.seconds,
     )
+
+
+def place_in_model(node: fx.Node) -> str:
+    """The module that a node belongs to, such as layers.3.self_attn, or else the node's name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, tuple)]
+    if not paths:
+        return str(node.name)
+    path = paths[-1].replace("L['self']", "")
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]|\._modules", r".\1", path).strip(".") or str(node.name)
 
 
 def _source(decision: Decision, graph: fx.Graph) -> str:

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from .frontend.dynamo import trace_function
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -116,9 +117,7 @@ def _compiled(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> C
 
     with tracing(None), torch.no_grad():
         mode = FakeTensorMode()
-        with mode:
-            fakes = [mode.from_tensor(x) for x in inputs]
-            traced = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        traced = trace_function(function, [mode.from_tensor(x) for x in inputs], mode)
         compiled = compile_fx(traced, list(inputs))
 
     def run(given: list[Any]) -> Any:

@@ -8,19 +8,24 @@
 from __future__ import annotations
 
 import operator
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
 
 aten = torch.ops.aten
 
 #: Casts that may turn out to change nothing. Their result is then the input itself.
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
-_NOTHING = {aten._assert_tensor_metadata.default}
+_SHAPES = {aten.reshape.default, aten.expand.default}
+_NOTHING = {aten._assert_tensor_metadata.default, aten.promote_types.default}
 
 
 def example_values(gm: fx.GraphModule) -> list[Any]:
@@ -39,12 +44,46 @@ def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.G
     Inputs stay as they are and in their order. In-place operators stay in place and in order.
     """
     # Without a tracing context of its own, make_fx takes Dynamo's, whose fake mode is another one.
-    with mode, tracing(None):
+    with mode, tracing(None), preserve_node_meta():
         traced: fx.GraphModule = make_fx(
-            gm, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+            fx.Interpreter(gm).run,
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
         )(*values)
+    given = gm.graph.find_nodes(op="placeholder")
+    for old, new in zip(given, traced.graph.find_nodes(op="placeholder"), strict=True):
+        # L_q_ is what Dynamo makes of a local q.
+        name = re.sub(r"^L_(.+?)_?$", r"\1", old.name, flags=re.IGNORECASE)
+        new._rename(re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name))
+        new.target = new.name
     normalise(traced)
     return traced
+
+
+def trace_function(
+    function: Callable[..., Any], values: Sequence[Any], mode: FakeTensorMode
+) -> fx.GraphModule:
+    """A pure function of tensors as a graph in the same form, each value computed once."""
+    with mode, tracing(None):
+        traced: fx.GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(
+            *values
+        )
+    drop_idle(traced.graph)
+    graph = fx_graph_cse(traced.graph)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(traced, graph)
+
+
+def drop_idle(graph: fx.Graph) -> None:
+    """Drops what gives its argument back: casts, reshapes and expansions to what is there."""
+    for node in list(graph.nodes):
+        if node.target in _CASTS | _SHAPES and _is_idle(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in _NOTHING:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def normalise(gm: fx.GraphModule) -> None:
@@ -72,7 +111,12 @@ def _is_idle(node: fx.Node) -> bool:
     if node.kwargs.get("copy") or any(arg is True for arg in node.args[2:]):
         return False
     same = before.dtype == after.dtype and before.device == after.device
-    return same and before.stride() == after.stride()
+    # Compared as text: asking symbols whether they are equal would add a guard.
+    return same and _layout(before) == _layout(after)
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {list(tensor.stride())}"
 
 
 def is_impure(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ir.cascade.cascade import Statement
-from ...ir.cascade.expr import Expr, Ref, reads, rename_tensors, rewrite
+from ...ir.cascade.expr import Const, Expr, Ref, reads, rename_tensors, rewrite
 from ...ir.cascade.plan import Plan, Reference, State
 from .expressions import on_real, on_virtual
 from .frame import Frame, NotLoweredError, Signature, Value
@@ -99,6 +99,8 @@ def with_virtual(frame: Frame, step: State, body: Expr, real: Value) -> Value:
             raise NotLoweredError("a virtual coordinate reads what is streamed")
         if set(step.over) != {rank}:
             raise NotLoweredError("a virtual coordinate of a reduction over several ranks")
+        if step.op == "sum" and extra == Const(0.0):
+            continue
         value = mapped(frame, extra, step.ranks)
         a, b = real.over(step.ranks), value.over(step.ranks)
         joined = a + b if step.op == "sum" else torch.maximum(a, b)
