@@ -174,8 +174,9 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
         try:
             wrong = agrees(trial, function)
         except NotLoweredError as error:
-            why.append(f"{name}: {error}")
-            continue
+            wrong = str(error)
+        except Exception as error:  # whatever it is, the region as written is right
+            wrong = f"it fails: {type(error).__name__}: {error}"
         if wrong:
             why.append(f"{name}: {wrong}")
         else:
@@ -215,7 +216,13 @@ def _replace(
         return _entry(region, decision, AS_WRITTEN, place.reason)
     # Regions of one key have their inputs in one order; names are this graph's own.
     inputs = [region.inputs[at] for at in decision.reads]
-    traced = trace_function(decision.function, [node.meta["val"] for node in inputs], mode)
+    try:
+        traced = trace_function(decision.function, [node.meta["val"] for node in inputs], mode)
+    except NotLoweredError as error:
+        return _entry(region, decision, AS_WRITTEN, f"{decision.lowering}: {error}")
+    except Exception as error:  # whatever it is, the region as written is right
+        why = f"{decision.lowering} fails: {type(error).__name__}: {error}"
+        return _entry(region, decision, AS_WRITTEN, why)
     for node, holder in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
         holder._rename(node.name)
         holder.target = holder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,19 +59,7 @@ class Frame:
     @classmethod
     def of(cls, plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> Frame:
         """The inputs over their ranks. Raises NotLoweredError where the size of a rank is not known."""
-        sizes: dict[str, Any] = {}
-        for (_, dims), tensor in zip(signature.inputs, tensors, strict=True):
-            for dim, size in zip(dims, tensor.shape, strict=True):
-                if len(dim) == 1:
-                    sizes.setdefault(dim[0], size)
-                elif isinstance(size, int):
-                    for rank in dim:
-                        sizes.setdefault(rank, signature.sizes[rank])
-                else:
-                    raise NotLoweredError("a dimension of varying size is made of several ranks")
-        for name, rank in plan.ranks.items():
-            if rank.extent.isdigit():
-                sizes.setdefault(name, int(rank.extent))
+        sizes = _sizes(plan, signature, tensors)
         frame = cls(plan, sizes, {}, tensors[0].device)
         for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):
             ranks = tuple(rank for dim in dims for rank in dim)
@@ -101,3 +90,31 @@ class Frame:
             tensor = self.values[name].over(ranks).expand([self.size(rank) for rank in ranks])
             found.append(tensor.reshape(shape).to(dtype))
         return tuple(found)
+
+
+def _sizes(
+    plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Sizes of ranks: of dimensions that are one rank, of fixed dimensions, and what then remains."""
+    dims = [
+        (dim, size)
+        for (_, own), tensor in zip(signature.inputs, tensors, strict=True)
+        for dim, size in zip(own, tensor.shape, strict=True)
+    ]
+    sizes: dict[str, Any] = {}
+    for dim, size in dims:
+        if len(dim) == 1:
+            sizes.setdefault(dim[0], size)
+        elif isinstance(size, int):
+            sizes |= {rank: signature.sizes[rank] for rank in dim if rank not in sizes}
+    for name, rank in plan.ranks.items():
+        if rank.extent.isdigit():
+            sizes.setdefault(name, int(rank.extent))
+    for dim, size in dims:
+        unknown = [rank for rank in dim if rank not in sizes]
+        if len(unknown) > 1:
+            raise NotLoweredError("a dimension of varying size is made of several ranks")
+        for rank in unknown:
+            known = [sizes[other] for other in dim if other != rank]
+            sizes[rank] = size // math.prod(known)
+    return sizes

@@ -146,6 +146,8 @@ def attend(
         if statistics:
             if not _same(q.shape[-1], v.shape[-1]):
                 raise NotLoweredError("the kernel's statistics want values as wide as keys")
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.where(mask, 0.0, -torch.inf).to(q.dtype)
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, attn_mask=mask, scale=scale
             )
