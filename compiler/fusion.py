@@ -64,14 +64,15 @@ class FusedCascade:
 class Decision:
     """What is done with every region of one key and one class of sizes.
 
-    `function` takes those of the region's inputs that `reads` names by place; without it the region stays.
+    `functions` are lowerings, the best first; each takes those of the region's inputs that `reads` names
+    by place. Without any the region stays.
     """
 
     lowering: str
     reason: str
     imported: Imported | None = None
     folding: Folding | None = None
-    function: Lowering | None = None
+    functions: tuple[tuple[str, Lowering], ...] = ()
     reads: tuple[int, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -184,15 +185,16 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
     if not able:
         return Decision(AS_WRITTEN, "no lowering on this device; " + "; ".join(why), imported, folding)
     if measure == "never":
-        name = next(iter(able))
-        return Decision(name, "", imported, folding, able[name], reads)
+        return Decision("", "", imported, folding, tuple(able.items()), reads)
     seconds = measured(trial, able)
-    best = min(able, key=lambda name: seconds[name])
-    if seconds[best] >= seconds[AS_WRITTEN]:
+    faster = [name for name in able if seconds[name] < seconds[AS_WRITTEN]]
+    if not faster:
         ratios = ", ".join(f"{n} {seconds[AS_WRITTEN] / seconds[n]:.2f}" for n in able)
         reason = f"left to Inductor, which was measured as fast (speed beside it: {ratios})"
         return Decision(AS_WRITTEN, reason, imported, folding, seconds=seconds)
-    return Decision(best, "", imported, folding, able[best], reads, seconds)
+    best = sorted(faster, key=lambda name: seconds[name])
+    functions = tuple((name, able[name]) for name in best)
+    return Decision("", "", imported, folding, functions, reads, seconds)
 
 
 def _signature(region: Region, imported: Imported) -> Signature:
@@ -208,29 +210,32 @@ def _signature(region: Region, imported: Imported) -> Signature:
 def _replace(
     gm: fx.GraphModule, region: Region, decision: Decision, mode: FakeTensorMode
 ) -> FusedCascade:
-    if decision.function is None:
+    if not decision.functions:
         source = "" if decision.lowering == AS_WRITTEN else _source(decision, extract(region))
         return _entry(region, decision, decision.lowering, decision.reason, source)
     place = place_of(region, list(gm.graph.nodes))
     if place.before is None:
         return _entry(region, decision, AS_WRITTEN, place.reason)
-    # Regions of one key have their inputs in one order; names are this graph's own.
-    inputs = [region.inputs[at] for at in decision.reads]
-    try:
-        traced = trace_function(decision.function, [node.meta["val"] for node in inputs], mode)
-    except NotLoweredError as error:
-        return _entry(region, decision, AS_WRITTEN, f"{decision.lowering}: {error}")
-    except Exception as error:  # whatever it is, the region as written is right
-        why = f"{decision.lowering} fails: {type(error).__name__}: {error}"
-        return _entry(region, decision, AS_WRITTEN, why)
-    for node, holder in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
-        holder._rename(node.name)
-        holder.target = holder.name
-    wrong = _differs(region, traced)
-    if wrong:
-        return _entry(region, decision, AS_WRITTEN, wrong)
-    _insert(gm, region, place, inputs, traced)
-    return _entry(region, decision, decision.lowering, "", _source(decision, traced.graph))
+    why: list[str] = []
+    for name, function in decision.functions:
+        # Regions of one key have their inputs in one order; names are this graph's own.
+        inputs = [region.inputs[at] for at in decision.reads]
+        try:
+            traced = trace_function(function, [node.meta["val"] for node in inputs], mode)
+            wrong = _differs(region, traced)
+        except NotLoweredError as error:
+            wrong = str(error)
+        except Exception as error:  # whatever it is, the region as written is right
+            wrong = f"it fails: {type(error).__name__}: {error}"
+        if wrong:
+            why.append(f"{name}: {wrong}")
+            continue
+        for node, holder in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
+            holder._rename(node.name)
+            holder.target = holder.name
+        _insert(gm, region, place, inputs, traced)
+        return _entry(region, decision, name, "", _source(decision, traced.graph))
+    return _entry(region, decision, AS_WRITTEN, "; ".join(why))
 
 
 def _differs(region: Region, traced: fx.GraphModule) -> str:
