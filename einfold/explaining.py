@@ -72,16 +72,15 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
         return forward
 
     compiled = torch.compile(target, backend=note)
-    torch._dynamo.reset()
+    # Each call is a compilation of its own, however often the function was explained before.
+    unlimited = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), unlimited, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled(*inputs, **options)
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"the function does not run on these inputs: {line}") from error
-    finally:
-        torch._dynamo.reset()
     cascades = tuple(item for graph in graphs for item in graph.cascades)
     if not cascades:
         cascades = (_whole(target, inputs, options),)
