@@ -8,7 +8,6 @@ and its entry in the report says why.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from .frontend.cascade.importer import import_graph
 from .frontend.dynamo import trace_function
 from .frontend.regions import WHOLE, Region, find_regions, name_of, region_at
 from .frontend.subgraphs import Place, extract, key_of, place_of
+from .fused import AS_WRITTEN, FusedCascade, place_in_model
 from .ir.cascade.printer import print_cascade
 from .measure import Trial, agrees, hints_of, measured
 
@@ -39,25 +39,6 @@ LOWERINGS: dict[str, Callable[[Any, Signature], Lowering]] = {
     "sdpa": ThroughSdpa,
     "one tile": OneTile,
 }
-AS_WRITTEN = "as written"
-
-
-@dataclass(frozen=True)
-class FusedCascade:
-    """One region in the report.
-
-    `lowering` names what runs in its place; `source` is that as code; `seconds` has what was measured.
-    """
-
-    where: str
-    status: str
-    passes_before: int
-    passes_after: int
-    reason: str
-    lowering: str
-    source: str = ""
-    cascade: str = ""
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,7 +164,9 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
         else:
             able[name] = function
     if not able:
-        return Decision(AS_WRITTEN, "no lowering on this device; " + "; ".join(why), imported, folding)
+        return Decision(
+            AS_WRITTEN, "no lowering on this device; " + "; ".join(why), imported, folding
+        )
     if measure == "never":
         return Decision("", "", imported, folding, tuple(able.items()), reads)
     seconds = measured(trial, able)
@@ -244,7 +227,9 @@ def _differs(region: Region, traced: fx.GraphModule) -> str:
     for old, new in zip(region.outputs, output.args[0], strict=True):
         a, b = old.meta["val"], new.meta["val"]
         if a.dtype != b.dtype or str(list(a.shape)) != str(list(b.shape)):
-            return f"{old.name} would be {b.dtype}{list(b.shape)} in place of {a.dtype}{list(a.shape)}"
+            return (
+                f"{old.name} would be {b.dtype}{list(b.shape)} in place of {a.dtype}{list(a.shape)}"
+            )
     return ""
 
 
@@ -290,16 +275,6 @@ def _entry(
         print_cascade(imported.cascade) if imported else "",
         decision.seconds,
     )
-
-
-def place_in_model(node: fx.Node) -> str:
-    """The module that a node belongs to, such as layers.3.self_attn, or else the node's name."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, tuple)]
-    if not paths:
-        return str(node.name)
-    path = paths[-1].replace("L['self']", "")
-    return re.sub(r"\[['\"]?(\w+)['\"]?\]|\._modules", r".\1", path).strip(".") or str(node.name)
 
 
 def _source(decision: Decision, graph: fx.Graph) -> str:

@@ -14,10 +14,10 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .frontend.dynamo import trace_function
+from .fused import AS_WRITTEN
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
-AS_WRITTEN = "as written"
 #: A trial ends after this many rounds or seconds, whichever comes first.
 ROUNDS, SECONDS = 15, 0.5
 #: A challenger must beat what was written by this much, or noise decides.
@@ -73,7 +73,9 @@ def agrees(trial: Trial, function: Function) -> str:
         found = function(*[trial.inputs[at] for at in trial.reads])
     for want, got in zip(expected, found, strict=True):
         if want.shape != got.shape or want.dtype != got.dtype:
-            return f"it gives {got.dtype}{list(got.shape)} in place of {want.dtype}{list(want.shape)}"
+            return (
+                f"it gives {got.dtype}{list(got.shape)} in place of {want.dtype}{list(want.shape)}"
+            )
         half = want.dtype in (torch.float16, torch.bfloat16)
         tolerance = 3e-2 if half else 1e-4
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -87,7 +89,9 @@ def measured(trial: Trial, lowerings: Mapping[str, Function]) -> dict[str, float
 
     def written(*given: torch.Tensor) -> Any:
         rest = iter(given)
-        return trial.module(*[next(rest) if isinstance(x, torch.Tensor) else x for x in trial.inputs])
+        return trial.module(
+            *[next(rest) if isinstance(x, torch.Tensor) else x for x in trial.inputs]
+        )
 
     runs: dict[str, tuple[Callable[..., Any], list[Any]]] = {
         AS_WRITTEN: (_compiled(written, tensors), tensors)
@@ -98,7 +102,7 @@ def measured(trial: Trial, lowerings: Mapping[str, Function]) -> dict[str, float
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + SECONDS
     with torch.no_grad():
-        for name, (run, given) in runs.items():
+        for run, given in runs.values():
             run(list(given))
         for _ in range(ROUNDS):
             for name, (run, given) in runs.items():

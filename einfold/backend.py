@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compiler.fusion import FusedCascade, fuse
+from .compiler.fused import FusedCascade
+from .compiler.fusion import fuse
 from .errors import RecipeError
 
 #: What happens to each graph in turn; the last ones are kept.

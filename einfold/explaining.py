@@ -12,7 +12,7 @@ from torch import fx
 
 from .backend import GraphReport, rewritten
 from .compiler.explain import explain_function
-from .compiler.fusion import AS_WRITTEN, FusedCascade
+from .compiler.fused import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
 from .errors import UnsupportedError
 
@@ -33,7 +33,8 @@ class Explanation:
         return {
             "cascades": [asdict(item) for item in self.cascades],
             "graphs": [
-                {"nodes": g.nodes, "fused": g.fused, "skipped": dict(g.skipped)} for g in self.graphs
+                {"nodes": g.nodes, "fused": g.fused, "skipped": dict(g.skipped)}
+                for g in self.graphs
             ],
         }
 
@@ -87,10 +88,14 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
     return Explanation(cascades, tuple(graphs))
 
 
-def _whole(target: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]) -> FusedCascade:
+def _whole(
+    target: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]
+) -> FusedCascade:
     """All of a function as one cascade."""
     if options or not inputs or not all(isinstance(item, torch.Tensor) for item in inputs):
-        raise UnsupportedError("no attention was found, and a function of tensors alone is needed to read it whole")
+        raise UnsupportedError(
+            "no attention was found, and a function of tensors alone is needed to read it whole"
+        )
     report = explain_function(target, inputs)
     return FusedCascade(
         "function",

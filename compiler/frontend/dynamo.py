@@ -1,8 +1,8 @@
 """From Dynamo's graphs to the ATen level, before dispatch, at which everything else works.
 
-    self.q_proj(x)                     aten.linear(x, weight)
-    F.scaled_dot_product_attention ->  aten.scaled_dot_product_attention, still whole
-    cache.index_copy_(...)             aten.index_copy_, still in place
+self.q_proj(x)                     aten.linear(x, weight)
+F.scaled_dot_product_attention ->  aten.scaled_dot_product_attention, still whole
+cache.index_copy_(...)             aten.index_copy_, still in place
 """
 
 from __future__ import annotations

@@ -33,7 +33,16 @@ REDUCTIONS |= {"linalg_vector_norm", "norm", "any"}
 POINTWISE = set(RULES) | {"_to_copy", "to", "type_as", "float", "half", "bfloat16", "double"}
 POINTWISE |= {"dropout", "tril", "triu"}
 CREATION = {"arange", "full", "zeros", "ones", "scalar_tensor"}
-MADE = {"full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "cat", "concat"}
+MADE = {
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "new_full",
+    "new_zeros",
+    "new_ones",
+    "cat",
+    "concat",
+}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def explain_target(function: str, as_json: bool) -> None:
         raise ModelError(f"{path} has no function {name!r}; it has {', '.join(have) or 'none'}")
     inputs = getattr(module, "example_inputs", None)
     if not callable(inputs):
-        raise ModelError(f"{path} has no function example_inputs(), which gives the inputs to call with")
+        raise ModelError(
+            f"{path} has no function example_inputs(), which gives the inputs to call with"
+        )
     from ..explaining import explain
 
     report = explain(target, *_tuple(inputs()))

@@ -14,7 +14,9 @@ QUICK = {"measure": "never", "rest": "eager"}
 
 
 @pytest.fixture(autouse=True)
-def _fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """No test sees what another compiled; plans are kept for the session, not in the user's folder."""
     monkeypatch.setenv("EINFOLD_CACHE", str(_plans(tmp_path_factory)))
     torch._dynamo.reset()

@@ -77,7 +77,9 @@ def test_random_numbers_and_compiled_code_are_left_alone() -> None:
         (lambda n: n + 1, [3], "a function of tensors alone is needed"),
     ],
 )
-def test_what_cannot_be_explained_is_said(function: object, inputs: list[object], sentence: str) -> None:
+def test_what_cannot_be_explained_is_said(
+    function: object, inputs: list[object], sentence: str
+) -> None:
     with pytest.raises(UnsupportedError, match=sentence):
         einfold.explain(function, *inputs)  # type: ignore[arg-type]
 

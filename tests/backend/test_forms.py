@@ -170,11 +170,18 @@ def test_a_refused_form_stays_as_written(run: Callable[..., Any]) -> None:
 
 def test_sizes_may_vary(run: Callable[..., Any]) -> None:
     compiled = torch.compile(
-        sinks_of_any_size, backend="einfold", dynamic=True, options={"measure": "never", "rest": "eager"}
+        sinks_of_any_size,
+        backend="einfold",
+        dynamic=True,
+        options={"measure": "never", "rest": "eager"},
     )
     with torch.no_grad():
         for keys in (7, 12, 33):
-            q, k, v = torch.randn(B, H, S, D), torch.randn(B, K, keys, D), torch.randn(B, K, keys, D)
+            q, k, v = (
+                torch.randn(B, H, S, D),
+                torch.randn(B, K, keys, D),
+                torch.randn(B, K, keys, D),
+            )
             sink = torch.randn(H)
             torch.testing.assert_close(
                 compiled(q, k, v, sink), sinks_of_any_size(q, k, v, sink), rtol=1e-4, atol=1e-5

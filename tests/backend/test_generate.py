@@ -71,9 +71,9 @@ def test_at_most_two_recompilations_in_64_tokens(cache: str) -> None:
     assert len(compare("llama", cache, 64, QUICK)) <= 3
 
 
-def test_past_the_window(cache: str = "static") -> None:
+def test_past_the_window() -> None:
     """A full window is a graph of its own in transformers' static cache, and fused like the others."""
-    assert len(compare("gemma2", cache, models.WINDOW + 4, QUICK)) <= 3
+    assert len(compare("gemma2", "static", models.WINDOW + 4, QUICK)) <= 3
 
 
 def test_through_inductor() -> None:

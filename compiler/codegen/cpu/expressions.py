@@ -195,9 +195,7 @@ def simplified(expr: Expr) -> Expr:
 
 
 def _is(expr: Expr, value: float) -> bool:
-    return (
-        isinstance(expr, Const) and not isinstance(expr.value, bool) and expr.value == value
-    )
+    return isinstance(expr, Const) and not isinstance(expr.value, bool) and expr.value == value
 
 
 def factors(expr: Expr) -> list[Expr]:

@@ -53,14 +53,14 @@ class Frame:
 
     plan: Plan
     sizes: dict[str, Any]
+    device: torch.device
     values: dict[str, Value] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
 
     @classmethod
     def of(cls, plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> Frame:
         """The inputs over their ranks. Raises NotLoweredError where the size of a rank is not known."""
         sizes = _sizes(plan, signature, tensors)
-        frame = cls(plan, sizes, {}, tensors[0].device)
+        frame = cls(plan, sizes, tensors[0].device)
         for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):
             ranks = tuple(rank for dim in dims for rank in dim)
             shape = [frame.size(rank) for rank in ranks]
@@ -92,9 +92,7 @@ class Frame:
         return tuple(found)
 
 
-def _sizes(
-    plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]
-) -> dict[str, Any]:
+def _sizes(plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Sizes of ranks: of dimensions that are one rank, of fixed dimensions, and what then remains."""
     dims = [
         (dim, size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,11 +20,9 @@ from ...ir.cascade.expr import Apply, Const, Expr, Pos, ranks_of, reads
 from ...ir.cascade.plan import Plan
 from .expressions import as_tensor, evaluate, factors, on_real, order_of, product
 from .frame import Frame, NotLoweredError, Value
+from .logits import Logits
 from .one_tile import inlined
 from .sums import operand
-
-if TYPE_CHECKING:
-    from .sdpa import Logits
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,7 @@ def _is_short(frame: Frame, ranks: Sequence[str]) -> bool:
     return isinstance(size, int) and size <= 1
 
 
-def attend(
-    frame: Frame, heads: Heads, statistics: bool
-) -> tuple[list[Value], Value | None]:
+def attend(frame: Frame, heads: Heads, statistics: bool) -> tuple[list[Value], Value | None]:
     """The attention of each value, and the log-sum-exp of the scores where it is wanted."""
     q, scale = _query(frame, heads)
     key_order = [*heads.batch, *heads.heads, heads.rank, *heads.inner]
@@ -185,9 +181,7 @@ def _query(frame: Frame, heads: Heads) -> tuple[torch.Tensor, float]:
     return q.reshape(shape), scale
 
 
-def _four(
-    frame: Frame, tensor: torch.Tensor, heads: Heads, last: Sequence[str]
-) -> torch.Tensor:
+def _four(frame: Frame, tensor: torch.Tensor, heads: Heads, last: Sequence[str]) -> torch.Tensor:
     shape = [
         frame.count(heads.batch),
         frame.count(heads.heads),
@@ -234,4 +228,3 @@ def _as_test(bias: Expr) -> Expr | None:
     if no == Const(0.0) and yes == Const(-torch.inf):
         return Apply("not", (test,))
     return None
-

@@ -52,9 +52,7 @@ class OneTile:
 def run_maps(frame: Frame, items: Sequence[Statement]) -> None:
     """Statements in order, at real coordinates."""
     for item in items:
-        frame.values[item.name] = reduced(
-            frame, on_real(item.expr), item.op, item.over, item.ranks
-        )
+        frame.values[item.name] = reduced(frame, on_real(item.expr), item.op, item.over, item.ranks)
 
 
 def run_step(frame: Frame, step: State | Statement | Reference) -> None:

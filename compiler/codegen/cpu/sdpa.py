@@ -18,24 +18,13 @@ from dataclasses import dataclass
 import torch
 
 from ...ir.cascade.cascade import Statement
-from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads, rewrite
+from ...ir.cascade.expr import Apply, Const, Expr, Ref, reads, rewrite
 from ...ir.cascade.plan import Plan, Reference, State
 from .expressions import factors, on_real, product, simplified
 from .frame import Frame, NotLoweredError, Signature, Value
 from .heads import Heads, attend
-from .one_tile import CLEAN, cleaned, inlined, run_maps, with_virtual
-
-#: A finite mask value below which no score shows, so that it may be added where it was selected.
-_HIDDEN = -1e20
-
-
-@dataclass(frozen=True)
-class Logits:
-    """L = scale * scores + bias, the scores a sum of products named `scores`."""
-
-    scores: str
-    scale: Expr
-    bias: Expr
+from .logits import Logits, decomposed
+from .one_tile import CLEAN, cleaned, run_maps, with_virtual
 
 
 @dataclass(frozen=True)
@@ -126,7 +115,7 @@ def attentions(plan: Plan) -> list[Attention]:
     if not found:
         raise NotLoweredError("nothing is weighted by exponentials")
     for state in plan.states:
-        if len([r for r in state.references]) > 1:
+        if len(state.references) > 1:
             raise NotLoweredError(f"state {state.name} has two references")
     return found
 
@@ -152,9 +141,7 @@ def _attention(plan: Plan, reference: Reference) -> Attention:
     if logits is None or maximum is None or maximum.op != "max" or not weighted:
         raise NotLoweredError(f"{reference.name} has no weighted sum")
     # What the weights are relative to must bound these very scores.
-    return Attention(
-        reference, maximum, decomposed(plan, logits), tuple(sums), tuple(weighted)
-    )
+    return Attention(reference, maximum, decomposed(plan, logits), tuple(sums), tuple(weighted))
 
 
 def _feeds(plan: Plan, state: State, reference: Reference) -> bool:
@@ -183,61 +170,6 @@ def _weights(state: State, reference: Reference) -> tuple[Expr, list[Expr]]:
     if scores is None:
         raise NotLoweredError(f"state {state.name} is weighted by no exponential")
     return scores, rest
-
-
-def decomposed(plan: Plan, expr: Expr) -> Logits:
-    """The scores as scale * product + bias. Raises NotLoweredError where they are not of that form."""
-    expr = on_real(inlined(plan, expr))
-    sums = {item.name for item in plan.stream if item.op == "sum"}
-    scale, scores, bias = _linear(expr, sums)
-    if scores is None:
-        raise NotLoweredError("scores without a product")
-    if plan.rank in ranks_of(scale):
-        raise NotLoweredError("scores are scaled key by key")
-    return Logits(scores, scale, simplified(bias))
-
-
-def _linear(expr: Expr, sums: set[str]) -> tuple[Expr, str | None, Expr]:
-    zero, one = Const(0.0), Const(1.0)
-    if not any(read.tensor in sums for read in reads(expr)):
-        return zero, None, expr
-    if isinstance(expr, Ref):
-        return one, expr.tensor, zero
-    assert isinstance(expr, Apply)
-    parts = [_linear(arg, sums) for arg in expr.args]
-    if expr.op in ("mul", "div") and parts[-1][1] is None:
-        scale, name, bias = parts[0]
-        return _both(expr.op, scale, expr.args[1]), name, _both(expr.op, bias, expr.args[1])
-    if expr.op == "mul" and parts[0][1] is None:
-        scale, name, bias = parts[1]
-        return _both("mul", scale, expr.args[0]), name, _both("mul", bias, expr.args[0])
-    if expr.op in ("add", "sub") and (parts[0][1] is None) != (parts[1][1] is None):
-        if parts[1][1] is None:
-            scale, name, bias = parts[0]
-            return scale, name, simplified(Apply(expr.op, (bias, expr.args[1])))
-        scale, name, bias = parts[1]
-        if expr.op == "add":
-            return scale, name, simplified(Apply("add", (expr.args[0], bias)))
-    if expr.op == "where":
-        return _hidden(expr, parts)
-    raise NotLoweredError(f"scores go through {expr.op}")
-
-
-def _both(op: str, left: Expr, right: Expr) -> Expr:
-    return simplified(Apply(op, (left, right))) if left != Const(0.0) else left
-
-
-def _hidden(
-    expr: Apply, parts: list[tuple[Expr, str | None, Expr]]
-) -> tuple[Expr, str | None, Expr]:
-    for at, other in ((1, 2), (2, 1)):
-        value = expr.args[other]
-        low = isinstance(value, Const) and float(value.value) <= _HIDDEN
-        if low and parts[at][1] is not None and parts[0][1] is None:
-            scale, name, bias = parts[at]
-            args = (expr.args[0], bias, value) if at == 1 else (expr.args[0], value, bias)
-            return scale, name, Apply("where", args)
-    raise NotLoweredError("scores are chosen between")
 
 
 def _can_hide(frame: Frame, bias: Expr) -> bool:

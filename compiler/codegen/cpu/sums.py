@@ -1,7 +1,7 @@
 """Reductions of expressions: matrix products where the body is a product, sums and extremes otherwise.
 
-    scores[b, h, g, s, t] = q[b, h, g, s, d] * k[b, h, t, d] :: sum(d)
-      -> q as [b, h, (g s), d]  @  k as [b, h, d, t]: grouped heads share their keys, nothing is repeated
+scores[b, h, g, s, t] = q[b, h, g, s, d] * k[b, h, t, d] :: sum(d)
+  -> q as [b, h, (g s), d]  @  k as [b, h, d, t]: grouped heads share their keys, nothing is repeated
 """
 
 from __future__ import annotations
