@@ -122,7 +122,7 @@ def _compiled(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> C
     with tracing(None), torch.no_grad():
         mode = FakeTensorMode()
         traced = trace_function(function, [mode.from_tensor(x) for x in inputs], mode)
-        compiled = compile_fx(traced, list(inputs))
+        compiled: Any = compile_fx(traced, list(inputs))
 
     def run(given: list[Any]) -> Any:
         return compiled(*given)

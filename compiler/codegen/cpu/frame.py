@@ -105,9 +105,9 @@ def _sizes(plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) ->
             sizes.setdefault(dim[0], size)
         elif isinstance(size, int):
             sizes |= {rank: signature.sizes[rank] for rank in dim if rank not in sizes}
-    for name, rank in plan.ranks.items():
-        if rank.extent.isdigit():
-            sizes.setdefault(name, int(rank.extent))
+    for name, declared in plan.ranks.items():
+        if declared.extent.isdigit():
+            sizes.setdefault(name, int(declared.extent))
     for dim, size in dims:
         unknown = [rank for rank in dim if rank not in sizes]
         if len(unknown) > 1:
