@@ -65,7 +65,7 @@ def _value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the region may stand as one call: ahead of `before`; or why it may stand nowhere."""
+    """Where the region may stand as one piece: ahead of `before`; or why it may stand nowhere."""
 
     before: fx.Node | None
     reason: str = ""
@@ -86,6 +86,8 @@ def place_of(region: Region, order: Sequence[fx.Node]) -> Place:
     if last_input >= first_use:
         return Place(None, "something reads it before all that it needs is there")
     start = min(at[node] for node in region.nodes)
+    # As early as it was complete, so that it is moved across as little as can be.
+    first_use = min(first_use, max(at[node] for node in region.nodes) + 1)
     touched = {_root(node) for node in (*region.inputs, *region.nodes)}
     for node in order[start:first_use]:
         target = node.target
