@@ -16,13 +16,15 @@ from . import errors
 
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
+    from .explaining import explain
     from .model import Model, load
 
-__all__ = ["Model", "compile", "errors", "estimate", "export_onnx", "load"]
+__all__ = ["Model", "compile", "errors", "estimate", "explain", "export_onnx", "load"]
 
 _HOMES = {
     "compile": "api",
     "estimate": "api",
+    "explain": "explaining",
     "export_onnx": "api",
     "Model": "model",
     "load": "model",

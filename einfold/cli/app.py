@@ -387,5 +387,25 @@ def passes(
     list_passes(_name(weights), _name(cache), recipe, portable or None, json)
 
 
+@app.command()
+def explain(
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py::NAME",
+            help="A function or module of a Python file, which also gives its `example_inputs()`. "
+            "The file is run.",
+            show_default=False,
+        ),
+    ],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show each attention of a function: passes before and after, what runs for it, or why it stays."""
+    from .explain import explain_target
+
+    explain_target(function, json)
+
+
 def _name(choice: Enum | None) -> str | None:
     return None if choice is None else str(choice.value)

@@ -1,0 +1,118 @@
+"""Tensors over named ranks, and the sizes of ranks as the tensors of a call give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...ir.cascade.plan import Plan
+
+Dim = tuple[str, ...]
+
+
+class NotLoweredError(Exception):
+    """This way of lowering does not express the plan; the message says why."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The tensors of a graph that a plan reads and writes: a name in the plan, and ranks a dimension."""
+
+    inputs: tuple[tuple[str, tuple[Dim, ...]], ...]
+    outputs: tuple[tuple[str, tuple[Dim, ...]], ...]
+    sizes: Mapping[str, int]
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor with a rank for each of its dimensions."""
+
+    tensor: torch.Tensor
+    ranks: Dim
+
+    def over(self, order: Sequence[str]) -> torch.Tensor:
+        """The tensor with dimensions in this order, of size one where it has no such rank."""
+        own = [rank for rank in order if rank in self.ranks]
+        tensor = self.tensor
+        if tuple(own) != self.ranks:
+            tensor = tensor.permute([self.ranks.index(rank) for rank in own])
+        for at, rank in enumerate(order):
+            if rank not in self.ranks:
+                tensor = tensor.unsqueeze(at)
+        return tensor
+
+
+@dataclass
+class Frame:
+    """What a call works on: sizes of ranks, values by name."""
+
+    plan: Plan
+    sizes: dict[str, Any]
+    device: torch.device
+    values: dict[str, Value] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> Frame:
+        """The inputs over their ranks. Raises NotLoweredError where the size of a rank is not known."""
+        sizes = _sizes(plan, signature, tensors)
+        frame = cls(plan, sizes, tensors[0].device)
+        for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):
+            ranks = tuple(rank for dim in dims for rank in dim)
+            shape = [frame.size(rank) for rank in ranks]
+            split = any(len(dim) != 1 for dim in dims)
+            frame.values[name] = Value(tensor.reshape(shape) if split else tensor, ranks)
+        return frame
+
+    def size(self, rank: str) -> Any:
+        """How many real coordinates a rank has."""
+        if rank not in self.sizes:
+            raise NotLoweredError(f"the size of rank {rank} is known from no input")
+        return self.sizes[rank]
+
+    def count(self, ranks: Sequence[str]) -> Any:
+        """The product of the sizes of ranks."""
+        total: Any = 1
+        for rank in ranks:
+            total = total * self.size(rank)
+        return total
+
+    def results(self, signature: Signature) -> tuple[torch.Tensor, ...]:
+        """The outputs in the graph's own dimensions and types."""
+        found = []
+        for (name, dims), dtype in zip(signature.outputs, signature.dtypes, strict=True):
+            ranks = [rank for dim in dims for rank in dim]
+            shape = [self.count(dim) for dim in dims]
+            tensor = self.values[name].over(ranks).expand([self.size(rank) for rank in ranks])
+            found.append(tensor.reshape(shape).to(dtype))
+        return tuple(found)
+
+
+def _sizes(plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Sizes of ranks: of dimensions that are one rank, of fixed dimensions, and what then remains."""
+    dims = [
+        (dim, size)
+        for (_, own), tensor in zip(signature.inputs, tensors, strict=True)
+        for dim, size in zip(own, tensor.shape, strict=True)
+    ]
+    sizes: dict[str, Any] = {}
+    for dim, size in dims:
+        if len(dim) == 1:
+            sizes.setdefault(dim[0], size)
+        elif isinstance(size, int):
+            sizes |= {rank: signature.sizes[rank] for rank in dim if rank not in sizes}
+    for name, declared in plan.ranks.items():
+        if declared.extent.isdigit():
+            sizes.setdefault(name, int(declared.extent))
+    for dim, size in dims:
+        unknown = [rank for rank in dim if rank not in sizes]
+        if len(unknown) > 1:
+            raise NotLoweredError("a dimension of varying size is made of several ranks")
+        for rank in unknown:
+            known = [sizes[other] for other in dim if other != rank]
+            sizes[rank] = size // math.prod(known)
+    return sizes

@@ -1,0 +1,82 @@
+"""Scores taken apart as scale * product + bias, which is what attention kernels take.
+
+where(pos(t) <= pos(s), scores * 0.25 + mask, -inf)
+  -> scale 0.25, bias where(pos(t) <= pos(s), mask, -inf)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads
+from ...ir.cascade.plan import Plan
+from .expressions import on_real, simplified
+from .frame import NotLoweredError
+from .one_tile import inlined
+
+#: A finite mask value below which no score shows, so that it may be added where it was selected.
+_HIDDEN = -1e20
+
+
+@dataclass(frozen=True)
+class Logits:
+    """L = scale * scores + bias, the scores a sum of products named `scores`."""
+
+    scores: str
+    scale: Expr
+    bias: Expr
+
+
+def decomposed(plan: Plan, expr: Expr) -> Logits:
+    """The scores as scale * product + bias. Raises NotLoweredError where they are not of that form."""
+    expr = on_real(inlined(plan, expr))
+    sums = {item.name for item in plan.stream if item.op == "sum"}
+    scale, scores, bias = _linear(expr, sums)
+    if scores is None:
+        raise NotLoweredError("scores without a product")
+    if plan.rank in ranks_of(scale):
+        raise NotLoweredError("scores are scaled key by key")
+    return Logits(scores, scale, simplified(bias))
+
+
+def _linear(expr: Expr, sums: set[str]) -> tuple[Expr, str | None, Expr]:
+    zero, one = Const(0.0), Const(1.0)
+    if not any(read.tensor in sums for read in reads(expr)):
+        return zero, None, expr
+    if isinstance(expr, Ref):
+        return one, expr.tensor, zero
+    assert isinstance(expr, Apply)
+    parts = [_linear(arg, sums) for arg in expr.args]
+    if expr.op in ("mul", "div") and parts[-1][1] is None:
+        scale, name, bias = parts[0]
+        return _both(expr.op, scale, expr.args[1]), name, _both(expr.op, bias, expr.args[1])
+    if expr.op == "mul" and parts[0][1] is None:
+        scale, name, bias = parts[1]
+        return _both("mul", scale, expr.args[0]), name, _both("mul", bias, expr.args[0])
+    if expr.op in ("add", "sub") and (parts[0][1] is None) != (parts[1][1] is None):
+        if parts[1][1] is None:
+            scale, name, bias = parts[0]
+            return scale, name, simplified(Apply(expr.op, (bias, expr.args[1])))
+        scale, name, bias = parts[1]
+        if expr.op == "add":
+            return scale, name, simplified(Apply("add", (expr.args[0], bias)))
+    if expr.op == "where":
+        return _hidden(expr, parts)
+    raise NotLoweredError(f"scores go through {expr.op}")
+
+
+def _both(op: str, left: Expr, right: Expr) -> Expr:
+    return simplified(Apply(op, (left, right))) if left != Const(0.0) else left
+
+
+def _hidden(
+    expr: Apply, parts: list[tuple[Expr, str | None, Expr]]
+) -> tuple[Expr, str | None, Expr]:
+    for at, other in ((1, 2), (2, 1)):
+        value = expr.args[other]
+        low = isinstance(value, Const) and float(value.value) <= _HIDDEN
+        if low and parts[at][1] is not None and parts[0][1] is None:
+            scale, name, bias = parts[at]
+            args = (expr.args[0], bias, value) if at == 1 else (expr.args[0], value, bias)
+            return scale, name, Apply("where", args)
+    raise NotLoweredError("scores are chosen between")

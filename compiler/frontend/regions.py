@@ -1,0 +1,280 @@
+"""Finds attention in an ATen graph by dataflow: reductions that feed contractions.
+
+    scores = q @ k            contraction
+    p = softmax(f(scores))    reductions and point-by-point work        one region
+    out = p @ v               contraction of what was reduced
+
+A region is grown backwards from the last contraction to the contractions that it comes from, with the
+masks and biases that only it uses, and forwards over what follows point by point. Operators are told
+apart by what they do to dimensions; no sequence of them is looked for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .cascade.elementwise import RULES
+
+CONTRACTIONS = {"matmul", "bmm", "mm", "einsum"}
+#: An operator that is an attention by itself.
+WHOLE = {"scaled_dot_product_attention"}
+VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as"}
+VIEWS |= {"permute", "transpose", "t", "mT", "movedim", "unsqueeze", "squeeze", "expand", "alias"}
+VIEWS |= {"expand_as", "broadcast_to", "slice", "narrow", "select", "contiguous", "clone", "detach"}
+VIEWS |= {"repeat", "repeat_interleave", "swapaxes", "adjoint", "mH", "numpy_T"}
+REDUCTIONS = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"}
+REDUCTIONS |= {"amax", "amin", "max", "min", "sum", "mean", "var", "std", "var_mean", "std_mean"}
+REDUCTIONS |= {"linalg_vector_norm", "norm", "any"}
+POINTWISE = set(RULES) | {"_to_copy", "to", "type_as", "float", "half", "bfloat16", "double"}
+POINTWISE |= {"dropout", "tril", "triu"}
+CREATION = {"arange", "full", "zeros", "ones", "scalar_tensor"}
+MADE = {
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "new_full",
+    "new_zeros",
+    "new_ones",
+    "cat",
+    "concat",
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a graph: its nodes in order, what it reads from outside, what outside reads of it."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    anchor: fx.Node
+
+
+def name_of(node: fx.Node) -> str:
+    """The ATen name of what a node calls, or "" where it is none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    return target._schema.name.split("::")[1]
+
+
+def find_regions(graph: fx.Graph, outside: frozenset[fx.Node] = frozenset()) -> list[Region]:
+    """The regions of a graph, none overlapping, in order. Nodes of `outside` are never part of one."""
+    taken: set[fx.Node] = set(outside)
+    found: list[Region] = []
+    places = {node: at for at, node in enumerate(graph.nodes)}
+    # From the back, so that of two chained contractions the later one has the first choice.
+    for node in reversed(list(graph.nodes)):
+        if node in taken or name_of(node) not in CONTRACTIONS | WHOLE:
+            continue
+        region = region_at(node, places, taken)
+        if region is not None:
+            found.append(region)
+            taken |= set(region.nodes)
+    return found[::-1]
+
+
+def region_at(
+    anchor: fx.Node, places: dict[fx.Node, int], outside: set[fx.Node] | frozenset[fx.Node]
+) -> Region | None:
+    """The region whose last contraction is `anchor`; None where nothing reduced feeds it."""
+    grown = _Growth(set(outside))
+    if name_of(anchor) in WHOLE:
+        grown.region.add(anchor)
+        grown.core.add(anchor)
+        grown.light(anchor)
+    elif not grown.contraction(anchor):
+        return None
+    grown.follow()
+    grown.prune()
+    nodes = tuple(sorted(grown.region, key=places.__getitem__))
+    if anchor not in grown.region:
+        return None
+    return Region(nodes, _inputs(nodes), _outputs(nodes), anchor)
+
+
+class _Growth:
+    """A region while it grows. `core` has what lies between the first contractions and the last."""
+
+    def __init__(self, outside: set[fx.Node]) -> None:
+        self.outside = outside
+        self.region: set[fx.Node] = set()
+        self.core: set[fx.Node] = set()
+
+    def contraction(self, anchor: fx.Node) -> bool:
+        """Takes the anchor and, of its operands, those that a reduction of scores feeds."""
+        self.region.add(anchor)
+        fed = [arg for arg in anchor.all_input_nodes if self._is_reduced_scores(arg)]
+        if not fed:
+            return False
+        for arg in fed:
+            self._scores(arg)
+        self.light(anchor, [arg for arg in anchor.all_input_nodes if arg not in fed])
+        starts = [n for n in self.region if name_of(n) in CONTRACTIONS and n is not anchor]
+        reached = _reach(starts, lambda n: n.users, self.region)
+        self.core = reached & (
+            _reach([anchor], lambda n: n.all_input_nodes, self.region) | {anchor}
+        )
+        return True
+
+    def _is_inside(self, node: fx.Node) -> bool:
+        name = name_of(node)
+        known = name in POINTWISE | REDUCTIONS | VIEWS | CREATION | MADE or _is_item(node)
+        return known and node not in self.outside and _has_tensor(node) and not _is_mutable(node)
+
+    def _is_reduced_scores(self, node: fx.Node) -> bool:
+        """Whether a contraction reaches this value through a reduction."""
+        work, seen = [(node, False)], set()
+        while work:
+            item = work.pop()
+            if item in seen:
+                continue
+            seen.add(item)
+            at, reduced = item
+            if name_of(at) in CONTRACTIONS and at not in self.outside:
+                if reduced:
+                    return True
+                continue
+            if self._is_inside(at):
+                now = reduced or name_of(at) in REDUCTIONS
+                work += [(arg, now) for arg in at.all_input_nodes]
+        return False
+
+    def _scores(self, node: fx.Node) -> None:
+        work = [node]
+        while work:
+            at = work.pop()
+            if at in self.region or at in self.outside:
+                continue
+            if name_of(at) in CONTRACTIONS:
+                self.region.add(at)
+                self.light(at)
+            elif self._is_inside(at):
+                self.region.add(at)
+                work += at.all_input_nodes
+
+    def light(self, node: fx.Node, operands: Iterable[fx.Node] | None = None) -> None:
+        """Takes what only rearranges, scales or dequantizes the operands of a contraction."""
+        work = list(node.all_input_nodes if operands is None else operands)
+        while work:
+            at = work.pop()
+            if at in self.region or not self._is_inside(at) or not _is_light(at):
+                continue
+            if self._only_here(at):
+                self.region.add(at)
+                work += at.all_input_nodes
+
+    def _only_here(self, node: fx.Node) -> bool:
+        return all(user in self.region for user in node.users)
+
+    def follow(self) -> None:
+        """Takes what is computed point by point, or reduced, from the region alone."""
+        work = [user for node in self.core for user in node.users]
+        taken: set[fx.Node] = set()
+        while work:
+            at = work.pop()
+            if at in self.region or not self._is_inside(at):
+                continue
+            if not all(arg in self.core for arg in at.all_input_nodes):
+                continue
+            self.region.add(at)
+            self.core.add(at)
+            taken.add(at)
+            work += at.users
+        # What only rearranges a result is left to whoever reads it.
+        while True:
+            loose = [
+                n
+                for n in taken
+                if name_of(n) in VIEWS and not any(user in self.region for user in n.users)
+            ]
+            if not loose:
+                return
+            for node in loose:
+                taken.discard(node)
+                self.core.discard(node)
+                self.region.discard(node)
+
+    def prune(self) -> None:
+        """Lets go of masks and operands that others use too: they are computed once, outside."""
+        while True:
+            shared = [
+                node
+                for node in self.region - self.core
+                if not self._only_here(node) or not _is_used(node, self.region)
+            ]
+            if not shared:
+                return
+            self.region -= set(shared)
+
+
+def _reach(
+    starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]], within: set[fx.Node]
+) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    work = list(starts)
+    while work:
+        at = work.pop()
+        if at in within and at not in found:
+            found.add(at)
+            work += step(at)
+    return found
+
+
+def _is_used(node: fx.Node, region: set[fx.Node]) -> bool:
+    return any(user in region for user in node.users)
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.target is operator.getitem and name_of(node.args[0]) in REDUCTIONS  # type: ignore[arg-type]
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(first, torch.Tensor)
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)
+
+
+def _is_light(node: fx.Node) -> bool:
+    name = name_of(node)
+    if name in VIEWS or _of_integers(node):
+        return True
+    return name in ("mul", "div") and not isinstance(node.args[1], fx.Node)
+
+
+def _of_integers(node: fx.Node, depth: int = 6) -> bool:
+    """Whether a point-by-point value starts from whole numbers: it dequantizes."""
+    if depth == 0 or name_of(node) not in POINTWISE | VIEWS:
+        return False
+    for arg in node.all_input_nodes:
+        value = arg.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype in _WHOLE_NUMBERS:
+            return True
+        if _of_integers(arg, depth - 1):
+            return True
+    return False
+
+
+_WHOLE_NUMBERS = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
+
+
+def _inputs(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    inside = set(nodes)
+    return tuple(
+        dict.fromkeys(arg for n in nodes for arg in n.all_input_nodes if arg not in inside)
+    )
+
+
+def _outputs(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    inside = set(nodes)
+    return tuple(node for node in nodes if any(user not in inside for user in node.users))

@@ -1,0 +1,130 @@
+"""Which of several ways to compute a region is fastest: each compiled by Inductor, on random tensors."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .frontend.dynamo import trace_function
+from .fused import AS_WRITTEN
+
+Function = Callable[..., tuple[torch.Tensor, ...]]
+
+#: A trial ends after this many rounds or seconds, whichever comes first.
+ROUNDS, SECONDS = 15, 0.5
+#: A challenger must beat what was written by this much, or noise decides.
+MARGIN = 0.97
+#: Elements of the largest input beyond which results are not compared on random tensors.
+LARGEST = 2**26
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A region as a module, its inputs at their hinted sizes, and which of them a lowering reads."""
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    reads: Sequence[int]
+
+
+def hints_of(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
+    """Random tensors like the nodes' values, sizes that vary at their hints.
+
+    Drawn from a generator of their own, so that the program's random numbers are not touched.
+    """
+    random = torch.Generator().manual_seed(0)
+    return tuple(_like(node.meta.get("val"), random) for node in nodes)
+
+
+def _like(value: Any, random: torch.Generator) -> Any:
+    if isinstance(value, torch.SymInt):
+        return int(value.node.hint)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape, stride = [_hint(s) for s in value.shape], [_hint(s) for s in value.stride()]
+    reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True) if size)
+    if value.dtype == torch.bool:
+        flat = torch.rand(reach, generator=random) < 0.8
+    elif value.dtype.is_floating_point:
+        flat = torch.randn(reach, generator=random, dtype=torch.float32).to(value.dtype)
+    else:
+        flat = torch.randint(0, 8, (reach,), generator=random).to(value.dtype)
+    return flat.as_strided(shape, stride)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def agrees(trial: Trial, function: Function) -> str:
+    """Runs a lowering beside the region; a sentence on how they differ, or ""."""
+    if any(isinstance(x, torch.Tensor) and x.numel() > LARGEST for x in trial.inputs):
+        return ""
+    with torch.no_grad(), tracing(None):
+        expected = trial.module(*trial.inputs)
+        found = function(*[trial.inputs[at] for at in trial.reads])
+    for want, got in zip(expected, found, strict=True):
+        if want.shape != got.shape or want.dtype != got.dtype:
+            return (
+                f"it gives {got.dtype}{list(got.shape)} in place of {want.dtype}{list(want.shape)}"
+            )
+        half = want.dtype in (torch.float16, torch.bfloat16)
+        tolerance = 3e-2 if half else 1e-4
+        if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return "it does not agree with the region on random tensors"
+    return ""
+
+
+def measured(trial: Trial, lowerings: Mapping[str, Function]) -> dict[str, float]:
+    """Seconds a call of the region as written and of each lowering, compiled; medians, interleaved."""
+    tensors = [x for x in trial.inputs if isinstance(x, torch.Tensor)]
+
+    def written(*given: torch.Tensor) -> Any:
+        rest = iter(given)
+        return trial.module(
+            *[next(rest) if isinstance(x, torch.Tensor) else x for x in trial.inputs]
+        )
+
+    runs: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+        AS_WRITTEN: (_compiled(written, tensors), tensors)
+    }
+    for name, function in lowerings.items():
+        used = [trial.inputs[at] for at in trial.reads]
+        runs[name] = (_compiled(function, used), used)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + SECONDS
+    with torch.no_grad():
+        for run, given in runs.values():
+            run(list(given))
+        for _ in range(ROUNDS):
+            for name, (run, given) in runs.items():
+                start = time.perf_counter()
+                run(list(given))
+                times[name].append(time.perf_counter() - start)
+            if time.perf_counter() > end:
+                break
+    found = {name: statistics.median(values) for name, values in times.items()}
+    found[AS_WRITTEN] *= MARGIN
+    return found
+
+
+def _compiled(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    with tracing(None), torch.no_grad():
+        mode = FakeTensorMode()
+        traced = trace_function(function, [mode.from_tensor(x) for x in inputs], mode)
+        compiled: Any = compile_fx(traced, list(inputs))
+
+    def run(given: list[Any]) -> Any:
+        return compiled(*given)
+
+    return run

@@ -1,0 +1,131 @@
+"""The backend `einfold` of torch.compile. torch finds it by its entry point; nothing need be imported.
+
+    model.compile(backend="einfold")
+
+Dynamo's graph is read at ATen level, attention is fused where that is faster, and the rest, with what was
+fused in it, is compiled by Inductor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compiler.fused import FusedCascade
+from .compiler.fusion import fuse
+from .errors import RecipeError
+
+#: What happens to each graph in turn; the last ones are kept.
+_reports: deque[GraphReport] = deque(maxlen=256)
+
+CACHE_REASON = "the caller owns the cache, so passes over its layout are skipped"
+#: einfold's own options and their values, the default first. All others are Inductor's.
+OPTIONS = {"measure": ("auto", "never"), "rest": ("inductor", "eager")}
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What became of one graph that Dynamo handed over.
+
+    `skipped` maps what was not done to the reason.
+    """
+
+    nodes: int
+    cascades: tuple[FusedCascade, ...]
+    skipped: Mapping[str, str]
+
+    @property
+    def fused(self) -> int:
+        """How many regions run fused."""
+        return sum(cascade.status == "fused" for cascade in self.cascades)
+
+    def __str__(self) -> str:
+        lines = [f"graph of {self.nodes} nodes, {self.fused} of {len(self.cascades)} fused"]
+        for item in self.cascades:
+            passes = f"{item.passes_before} -> {item.passes_after} passes"
+            lines.append(f"  {item.where}: {item.status}, {passes}, {item.lowering}")
+            if item.reason:
+                lines.append(f"    {item.reason}")
+        lines += [f"  skipped {what}: {why}" for what, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def reports() -> list[GraphReport]:
+    """The reports on the graphs that were compiled, oldest first."""
+    return list(_reports)
+
+
+def clear_reports() -> None:
+    """Forgets all reports."""
+    _reports.clear()
+
+
+def einfold(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compiles one graph of Dynamo's.
+
+    Two of `options` are einfold's. "measure": "auto" times each kind of region once and keeps what is
+    fastest, "never" takes the first lowering that expresses it. "rest": who compiles what is left,
+    "inductor", or "eager" for nobody, to look for faults. The others, and `mode`, go to Inductor.
+    """
+    options = dict(options or {})
+    own = {name: options.pop(name, values[0]) for name, values in OPTIONS.items()}
+    for name, value in own.items():
+        if value not in OPTIONS[name]:
+            raise RecipeError(f"option {name} is {value!r}; it can be {' or '.join(OPTIONS[name])}")
+    fused, report = rewritten(gm, own["measure"])
+    _reports.append(report)
+    if own["rest"] == "eager":
+        forward: Callable[..., Any] = fused.forward
+        return forward
+    return _inductor(fused, example_inputs, options, mode)
+
+
+def rewritten(gm: fx.GraphModule, measure: str = "auto") -> tuple[fx.GraphModule, GraphReport]:
+    """The graph with attention fused, or the graph itself where nothing was, and the report."""
+    from .compiler.frontend.dynamo import example_values, fake_mode_of, to_aten
+
+    skipped = {"cache passes": CACHE_REASON}
+    values = example_values(gm)
+    mode = fake_mode_of(values)
+    nodes = len(gm.graph.nodes)
+    if _needs_gradients(values):
+        skipped["fusion"] = "the graph needs gradients; it goes to Inductor untouched"
+        return gm, GraphReport(nodes, (), skipped)
+    if mode is None:
+        skipped["fusion"] = "the graph has no tensor inputs"
+        return gm, GraphReport(nodes, (), skipped)
+    if any(isinstance(v, torch.Tensor) and v.device.type != "cpu" for v in values):
+        skipped["fusion"] = "no lowering for this device yet; the graph goes to Inductor untouched"
+        return gm, GraphReport(nodes, (), skipped)
+    traced = to_aten(gm, values, mode)
+    cascades = tuple(fuse(traced, mode, measure))
+    report = GraphReport(nodes, cascades, skipped)
+    changed = any(item.status == "fused" and item.source for item in cascades)
+    return (traced if changed else gm), report
+
+
+def _needs_gradients(values: Sequence[Any]) -> bool:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any], mode: str | None
+) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **options}
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
+    return compiled  # type: ignore[no-any-return]

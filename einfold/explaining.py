@@ -1,0 +1,109 @@
+"""`einfold.explain`: what becomes of a function's attention under the backend, and why not more."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .backend import GraphReport, rewritten
+from .compiler.explain import explain_function
+from .compiler.fused import AS_WRITTEN, FusedCascade
+from .compiler.ir.cascade.printer import print_cascade
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The report: one entry a cascade, in the order of the graph, and the graphs they are of.
+
+    Each of `cascades` has `status` ("fused" or "refused"), `passes_before`, `passes_after`, `reason` and
+    `source`, the code that stands for it, empty where it stays as written.
+    """
+
+    cascades: tuple[FusedCascade, ...]
+    graphs: tuple[GraphReport, ...]
+
+    def data(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "cascades": [asdict(item) for item in self.cascades],
+            "graphs": [
+                {"nodes": g.nodes, "fused": g.fused, "skipped": dict(g.skipped)}
+                for g in self.graphs
+            ],
+        }
+
+    def __str__(self) -> str:
+        fused = sum(item.status == "fused" for item in self.cascades)
+        lines = [f"{fused} of {len(self.cascades)} cascades fused"]
+        for item in self.cascades:
+            lines += ["", _heading(item)]
+            if item.reason:
+                lines.append(f"  {item.reason}")
+            lines += [f"  {line}" for line in (item.source or item.cascade).splitlines()]
+        skipped = {what: why for graph in self.graphs for what, why in graph.skipped.items()}
+        lines += ["", *(f"skipped {what}: {why}" for what, why in skipped.items())]
+        return "\n".join(lines).rstrip()
+
+
+def _heading(item: FusedCascade) -> str:
+    lowering = f", {item.lowering}" if item.lowering != AS_WRITTEN else ""
+    passes = f"{item.passes_before} -> {item.passes_after} passes"
+    return f"{item.where}: {item.status}, {passes}{lowering}"
+
+
+def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explanation:
+    """What the backend makes of a function or module, called once on `inputs` and keyword `options`.
+
+    The call runs without gradients. Nothing is compiled and nothing is timed: of several lowerings the
+    first that expresses a cascade is shown. A function without attention in it is read as one cascade.
+
+    Raises UnsupportedError where the call fails, or where nothing in it is reduced.
+    """
+    graphs: list[GraphReport] = []
+
+    def note(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(rewritten(gm, "never")[1])
+        forward: Callable[..., Any] = gm.forward
+        return forward
+
+    compiled = torch.compile(target, backend=note)
+    # Each call is a compilation of its own, however often the function was explained before.
+    unlimited = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+    try:
+        with torch.no_grad(), unlimited, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled(*inputs, **options)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(f"the function does not run on these inputs: {line}") from error
+    cascades = tuple(item for graph in graphs for item in graph.cascades)
+    if not cascades:
+        cascades = (_whole(target, inputs, options),)
+    return Explanation(cascades, tuple(graphs))
+
+
+def _whole(
+    target: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]
+) -> FusedCascade:
+    """All of a function as one cascade."""
+    if options or not inputs or not all(isinstance(item, torch.Tensor) for item in inputs):
+        raise UnsupportedError(
+            "no attention was found, and a function of tensors alone is needed to read it whole"
+        )
+    report = explain_function(target, inputs)
+    return FusedCascade(
+        "function",
+        report.status,
+        report.passes_before,
+        report.passes_after,
+        report.reason,
+        AS_WRITTEN,
+        "",
+        print_cascade(report.imported.cascade),
+    )

@@ -1,0 +1,107 @@
+"""`einfold.explain` and its verb: what is fused, what is refused and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import einfold
+from einfold.errors import UnsupportedError
+
+from .. import models
+from ..cli.test_cli import einfold as cli
+from .test_forms import inputs_of, sinks, softcap
+
+FILE = """
+import torch
+
+def attention(q, k, v):
+    return torch.softmax(torch.tanh(q @ k.mT) * 9, dim=-1) @ v
+
+def rounded(q, k, v):
+    p = torch.softmax(q @ k.mT, dim=-1)
+    s = p.amax(-1, keepdim=True) / 127
+    return (torch.round(p / s) @ v) * s
+
+def example_inputs():
+    return [torch.ones(1, 2, 5, 8) for _ in range(3)]
+"""
+
+
+def test_a_fused_form() -> None:
+    report = einfold.explain(sinks, *inputs_of(sinks))
+    (cascade,) = report.cascades
+    assert (cascade.status, cascade.passes_before, cascade.passes_after) == ("fused", 4, 1)
+    assert not cascade.reason
+    assert "_scaled_dot_product_flash_attention_for_cpu" in cascade.source
+    assert "# rank" in cascade.source, "the cascade stands above the code"
+    assert "1 of 1 cascades fused" in str(report)
+    assert "the caller owns the cache" in str(report)
+
+
+def test_a_model_by_its_layers() -> None:
+    model = models.build("gpt_oss")
+    report = einfold.explain(model, torch.arange(3, 10)[None])
+    assert [c.where for c in report.cascades] == [
+        f"model.layers.{layer}.self_attn" for layer in range(2)
+    ]
+    assert {c.status for c in report.cascades} == {"fused"}
+
+
+def test_what_has_no_region_is_read_whole() -> None:
+    def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(q @ k.transpose(2, 3)) @ v
+
+    (cascade,) = einfold.explain(sigmoid, *(torch.randn(1, 2, 4, 8) for _ in range(3))).cascades
+    assert (cascade.passes_before, cascade.passes_after) == (1, 1)
+
+
+def test_random_numbers_and_compiled_code_are_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    inputs = inputs_of(softcap)
+    torch.manual_seed(3)
+    einfold.explain(softcap, *inputs)
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "sentence"),
+    [
+        (lambda x: x + 1, [torch.ones(3)], "nothing"),
+        (lambda x: x @ x, [torch.ones(3, 4)], "does not run on these inputs"),
+        (lambda n: n + 1, [3], "a function of tensors alone is needed"),
+    ],
+)
+def test_what_cannot_be_explained_is_said(
+    function: object, inputs: list[object], sentence: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=sentence):
+        einfold.explain(function, *inputs)  # type: ignore[arg-type]
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    path = tmp_path / "form.py"
+    path.write_text(FILE)
+    text = cli("explain", f"{path}::attention")
+    assert "matmul_1: fused, 3 -> 1 passes, one tile" in text
+    data = json.loads(cli("explain", f"{path}::rounded", "--json"))
+    (cascade,) = data["cascades"]
+    assert cascade["status"] == "refused"
+    assert "round(" in cascade["reason"]
+    assert {"passes_before", "passes_after", "source"} <= set(cascade)
+
+
+def test_mistakes_at_the_verb(tmp_path: Path) -> None:
+    path = tmp_path / "form.py"
+    path.write_text("def attention(q):\n    return q\n")
+    assert "like attention.py::forward" in cli("explain", "form.py", code=3)
+    assert "is no file" in cli("explain", f"{tmp_path / 'none.py'}::f", code=3)
+    assert "has no function 'f'; it has attention" in cli("explain", f"{path}::f", code=3)
+    assert "example_inputs()" in cli("explain", f"{path}::attention", code=3)
+    path.write_text("import nothing_of_that_name\n")
+    assert "does not run: ModuleNotFoundError" in cli("explain", f"{path}::f", code=3)
