@@ -92,7 +92,8 @@ class Walk:
 
     def _renew(self, step: Reference) -> None:
         if not step.source:
-            self.new[step.name] = self.block.bound[step.name] = number(step.static or 0.0)
+            fixed = number(step.static or 0.0)
+            self.new[step.name] = (self.block.outer or self.block).bound[step.name] = fixed
             return
         value = self.new[step.source]
         if self.lazy is not None and lagging(step, True):
