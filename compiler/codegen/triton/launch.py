@@ -155,7 +155,7 @@ def _run(
         return
     left = _parts(kernel, parts, programs, rows, next(iter(tensors.values())).device)
     values = _arguments(kernel, kernel.functions["part"], tensors, found, left, sizes)
-    kernel.function("part")[(*grid, parts)](*values, PARTS=parts, **whole, **compiler)
+    kernel.function("part")[(grid[0], grid[1], parts)](*values, PARTS=parts, **whole, **compiler)
     values = _arguments(kernel, kernel.functions["merge"], tensors, found, left, sizes)
     merge = merge_tiles(tiles)
     merging = (-(-rows // merge.rows) if roles.rows else 1, programs)
