@@ -212,7 +212,7 @@ def run_plan(
     torch_values.run([*plan.finish, *plan.emit])
     found = {name: torch_values.real(name) for name in plan.outputs}
     if plan.dead == "zero":
-        found = {name: torch.nan_to_num(value, nan=0.0) for name, value in found.items()}
+        found = {name: torch.where(value.isnan(), 0.0, value) for name, value in found.items()}
     return found
 
 

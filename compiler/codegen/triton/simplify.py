@@ -5,7 +5,7 @@ A graph that returns a log-sum-exp beside its softmax follows the same maximum t
 are the same reference, and the sums under them the same sum.
 
     row top.run[s] = where(abs(m[s]) == inf, 0, m[s])
-    reference top.ref[s] follows top.run scale guarded by m    ->   (m.ref, which there is already)
+    reference top.ref[s] follows top.run scale                 ->   (m.ref, which there is already)
     state sum_1[s] = exp(x[s, t] - top.ref[s]) :: sum(t)       ->   (sum_0, which there is already)
 """
 
@@ -36,9 +36,7 @@ def _without_twins(plan: Plan) -> Plan:
         if reference.kind != "scale" or not reference.source or reference.name in running:
             continue
         root, zeroed = _root(reference.source, steps)
-        if {_root(name, steps)[0] for name in reference.guards} - {root}:
-            continue
-        first = firsts.setdefault(root, replace(reference, source=root, guards=()))
+        first = firsts.setdefault(root, replace(reference, source=root))
         if first.ranks != reference.ranks or not (zeroed or first.name != reference.name):
             continue
         names[reference.name] = first.name
@@ -106,8 +104,7 @@ def _without_equal_states(plan: Plan) -> Plan:
     for step in plan.steps:
         every = {**names, **{name + OLD: new + OLD for name, new in names.items()}}
         if isinstance(step, Reference):
-            guards = tuple(names.get(name, name) for name in step.guards)
-            step = replace(step, source=names.get(step.source, step.source), guards=guards)
+            step = replace(step, source=names.get(step.source, step.source))
         elif isinstance(step, Statement):
             step = replace(step, expr=rename_tensors(step.expr, every))
         else:

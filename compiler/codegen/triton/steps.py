@@ -1,7 +1,7 @@
 """The steps of a plan, in a tile or in a merge: states corrected, references renewed.
 
-Edge rules, as the plan states them: an old value made under a reference that is not finite stays as it
-is; a new reference that is not finite is read as 0.
+Edge rules, as the plan states them: a reference that is not finite is read as 0, and what is 0 stays 0
+under a correction whose factor overflows; factors are capped for that.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from ...ir.cascade.operators import REDUCTIONS
 from ...ir.cascade.plan import OLD, Plan, Reference, State, Step
 from .block import Block
 from .memory import shape
-from .reduce import identity, joined, reduce
-from .roles import STREAM
+from .reduce import joined, reduce
 from .values import TEST, Value, number, operate
 
 Values = dict[str, Value]
+
+#: Nearly the largest float32: a factor of a state that is 0 anyway.
+_CAP = 3e38
 
 
 def carried(plan: Plan, lazy: bool) -> list[Step]:
@@ -29,7 +31,7 @@ def carried(plan: Plan, lazy: bool) -> list[Step]:
     for reference in plan.references:
         if lagging(reference, lazy):
             needed.add(reference.name)
-        needed |= {reference.source, *reference.guards} - {""}
+        needed |= {reference.source} - {""}
     for state in plan.states:
         if state.correct is not None:
             old = {
@@ -99,9 +101,7 @@ class Walk:
         if self.lazy is not None and lagging(step, True):
             value = self._lagged(step, value)
         self.new[step.name] = value
-        finite = operate("isfinite", [value], self.order)
-        clean = operate("where", [finite, value, number(0.0)], self.order)
-        self.block.bound[step.name] = self.block.keep(step.name, replace(clean, inner=True))
+        self.block.bound[step.name] = self._clean(step.name, value)
 
     def _lagged(self, step: Reference, value: Value) -> Value:
         kept = self.parts[0][step.name]
@@ -140,57 +140,47 @@ class Walk:
         old = part[step.name]
         if step.correct is None:
             return old
-        env = {f"{name}{OLD}": value for name, value in self._olds(part).items()}
-        usable = self._usable(step, at, part)
+        env = self._olds(at, part, step)
         factor = _factor(step.correct, step)
         if factor is not None:
-            key = (at, factor, step.references)
+            key = (at, factor)
             if key not in self.kept:
-                value = self.block.value(factor, env)
-                value = operate("where", [usable, value, number(1.0)], self.order)
+                value = operate("min", [self.block.value(factor, env), number(_CAP)], self.order)
                 self.kept[key] = self.block.keep("rescale", replace(value, inner=True))
             return operate("mul", [old, self.kept[key]], self.order)
+        names = {read.tensor.removesuffix(OLD) for read in reads(step.correct)}
+        size: Value | None = None
+        for state in self.plan.states:
+            if state.name in names:
+                mine = operate("abs", [part[state.name]], self.order)
+                size = mine if size is None else operate("add", [size, mine], self.order)
         value = self.block.value(step.correct, env)
-        return self.block.keep(
-            f"{step.name}_moved",
-            replace(operate("where", [usable, value, old], self.order), inner=True),
-        )
+        if size is not None:
+            zero = operate("eq", [size, number(0.0)], self.order)
+            value = operate("where", [zero, old, value], self.order)
+        return self.block.keep(f"{step.name}_moved", replace(value, inner=True))
 
-    def _olds(self, part: Mapping[str, Value]) -> Values:
-        """Old values by name; a reference that follows its source at once has its source's."""
-        found = dict(part)
+    def _olds(self, at: int, part: Mapping[str, Value], step: State) -> Values:
+        """Old values by name; a reference is its source's where it follows it at once, and clean."""
+        assert step.correct is not None
+        found = {f"{name}{OLD}": value for name, value in part.items()}
         for reference in self.plan.references:
+            if not any(read.tensor == f"{reference.name}{OLD}" for read in reads(step.correct)):
+                continue
             if not reference.source:
-                found[reference.name] = number(reference.static or 0.0)
-            elif reference.name not in found:
-                found[reference.name] = part[reference.source]
+                found[f"{reference.name}{OLD}"] = number(reference.static or 0.0)
+                continue
+            key = ("old", at, reference.name)
+            if key not in self.kept:
+                value = part.get(reference.name) or part[reference.source]
+                self.kept[key] = self._clean(f"{reference.name}_old", value)
+            found[f"{reference.name}{OLD}"] = self.kept[key]
         return found
 
-    def _usable(self, step: State, at: int, part: Values) -> Value:
-        olds = self._olds(part)
-        names: dict[str, None] = {}
-        for reference in self.plan.references:
-            if reference.name in step.references:
-                shown = (
-                    reference.name
-                    if lagging(reference, self.lazy is not None)
-                    else reference.source
-                )
-                names |= dict.fromkeys([shown or reference.name, *reference.guards])
-        tests = [
-            operate("isfinite", [olds[name]], self.order)
-            for name in names
-            if olds[name].type != "const"
-        ]
-        key = ("usable", at, tuple(names))
-        if key not in self.kept:
-            value = tests[0] if tests else Value("True", (), "i1")
-            for test in tests[1:]:
-                value = operate("and", [value, test], self.order)
-            self.kept[key] = (
-                self.block.keep("usable", replace(value, inner=True)) if tests else value
-            )
-        return self.kept[key]
+    def _clean(self, wanted: str, value: Value) -> Value:
+        finite = operate("isfinite", [value], self.order)
+        clean = operate("where", [finite, value, number(0.0)], self.order)
+        return self.block.keep(wanted, replace(clean, inner=True))
 
 
 def _factor(correct: Expr, step: State) -> Expr | None:
@@ -210,13 +200,3 @@ def _factor(correct: Expr, step: State) -> Expr | None:
                 rest if len({r for x in reads(rest) for r in x.ranks}) <= len(step.ranks) else None
             )
     return None
-
-
-def unhidden(plan: Plan, hidden: str | None) -> frozenset[str]:
-    """The states that must hide coordinates past the end themselves."""
-    if hidden is not None:
-        return frozenset()
-    return frozenset(step.name for step in plan.states)
-
-
-__all__ = ["STREAM", "Values", "Walk", "carried", "identity", "lagging", "starting", "unhidden"]
