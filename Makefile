@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs aot clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ bench: $(READY)
 ## Writes the table of docs/attention.md; a test checks that the committed one is current.
 docs: $(READY)
 	$(BIN)/python docs/attention_table.py
+
+## Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU and writes benchmarks/results/aot.md.
+aot: $(READY)
+	$(BIN)/python benchmarks/aot.py
 
 clean:
 	rm -rf build dist *.egg-info

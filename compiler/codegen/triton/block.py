@@ -25,7 +25,7 @@ class Function:
 
     `types` are storage types of tensors, `padded` the sizes of lanes as powers of two, `names` the
     identifiers. The rest collects what is met: tensors and extents that become arguments, helpers that are
-    called, and products of three axes that no matrix instruction takes.
+    called, and axes of what stays in registers beside states and scores.
     """
 
     plan: Plan

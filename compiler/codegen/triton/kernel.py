@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ....errors import UnsupportedError
 from ...ir.cascade.plan import Plan
 from .emit import Generated
-from .options import Options, Tiles
+from .options import Options, Tiles, merge_tiles
 from .roles import Division
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Kernel:
         """One of the functions compiled for a GPU of this compute capability (80, 90, 100), with no GPU."""
         from .ahead import compile_ahead
 
-        return compile_ahead(self, capability, kind, tiles or self.tiles)
+        usual = self.tiles if kind != "merge" else merge_tiles(self.tiles)
+        return compile_ahead(self, capability, kind, tiles or usual)
 
     def function(self, kind: str) -> Any:
         """The Triton function. Its source is this module's own text, made from the plan."""

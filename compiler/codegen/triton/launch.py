@@ -15,7 +15,7 @@ from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, walk
 from ..torch_plan import TorchStatements
 from .emit import Generated
 from .gates import reads_inputs
-from .options import Tiles
+from .options import Tiles, merge_tiles
 
 if TYPE_CHECKING:
     from .kernel import Kernel
@@ -161,11 +161,6 @@ def _run(
     merging = (-(-rows // merge.rows) if roles.rows else 1, programs)
     options = {"num_warps": merge.warps, "num_stages": merge.stages, "enable_fp_fusion": True}
     kernel.function("merge")[merging](*values, PARTS=parts, ROWS=merge.rows, **options)
-
-
-def merge_tiles(tiles: Tiles) -> Tiles:
-    """Tiles of the merge: few rows a program, since there are as many programs as that leaves."""
-    return Tiles(min(tiles.rows, 16), 0, 4, 1)
 
 
 def split_count(kernel: Kernel, programs: int, length: int, tiles: Tiles, tensor: Tensor) -> int:

@@ -37,6 +37,11 @@ class Tiles:
     stages: int = 2
 
 
+def merge_tiles(tiles: Tiles) -> Tiles:
+    """Tiles of a merge: few rows a program, since there are as many programs as that leaves."""
+    return Tiles(min(tiles.rows, 16), 0, 4, 1)
+
+
 @dataclass(frozen=True)
 class Options:
     """How a plan becomes a kernel.

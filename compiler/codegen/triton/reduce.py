@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ...ir.cascade.expr import Apply, Expr, is_number
 from .block import Block
+from .moments import as_moment
 from .roles import ROW, STREAM
 from .values import PRODUCT, REAL, SUM, Value, number, operate, union
 
@@ -47,6 +48,9 @@ def reduce(
     """
     if op == "sum" and len(over) == 1:
         found = _as_dot(block, expr, over[0], env or {}, mask, onto)
+        if found is None and over == (STREAM,):
+            found = as_moment(block, expr, env or {}, mask)
+            found = found and joined(block, op, onto, found)
         if found is not None:
             return found
     value = block.value(expr, env)

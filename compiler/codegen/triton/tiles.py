@@ -41,8 +41,8 @@ def candidates() -> list[Tiles]:
     found = []
     for rows in (16, 32, 64, 128):
         for stream in (16, 32, 64, 128):
-            warps = 8 if rows == 128 else 4
-            found += [Tiles(rows, stream, warps, stages) for stages in (2, 3)]
+            for warps in (4, 8)[rows == 128 :]:
+                found += [Tiles(rows, stream, warps, stages) for stages in (2, 3)]
     return found
 
 
@@ -73,6 +73,14 @@ def fits(
     live = sum(_elements(division, sizes, roles.axes(s.ranks), tile) for s in plan.states)
     # Scores are alive beside the weights made of them.
     live += 2 * tile.rows * tile.stream if any(s.over for s in plan.stream) else 0
+    # What is made of keys element by element stands beside the keys themselves.
+    for item in plan.stream:
+        axes = roles.axes(item.ranks)
+        if STREAM in axes and set(axes) & set(roles.lanes):
+            live += 2 * _elements(division, sizes, axes, tile)
+    # Masks and biases come in another layout than scores have, and wait in registers to be turned.
+    pairs = [t for t in plan.inputs.values() if {ROW, STREAM} <= set(roles.axes(t.ranks))]
+    live += 2 * len(pairs) * tile.rows * tile.stream
     cube = max((_elements(division, sizes, axes, tile) for axes in cubes), default=0)
     if (live + 2 * cube) / threads > device.registers_a_thread * 0.7:
         return False
@@ -107,4 +115,6 @@ def cost(
     rescales = turns * (tile.rows * lanes * _RESCALE + _TURN)
     # Deeper pipelines hide latency, which short streams do not have.
     depth = 1.0 if tile.stages == (3 if turns > 4 else 2) else 1.02
+    # More warps than the tile has work for wait for each other.
+    depth *= 1.05 if tile.warps == 8 and tile.rows < 128 else 1.0
     return math.ceil(rows / tile.rows) * (work + rescales) * depth
