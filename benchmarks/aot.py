@@ -103,7 +103,7 @@ queries and keys, a `part` and its `merge` for one query. Spilled bytes are the 
 matrix instructions are counted in the PTX. **No kernel of this table has run on a GPU yet**: it shows that
 they compile and what they use, not how fast they are.
 
-{count} functions in {seconds:.0f} s on two shared cores; {lacking} of those that stream lack the newest matrix
+{count} functions in {seconds:.0f} s on two shared cores; {lacking} that stream lack the newest matrix
 instruction of their target, {spilling} spill.
 """
 

@@ -21,6 +21,12 @@ needs_triton = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
+def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of plans for the session."""
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="session")
 def interpreted(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., dict[str, float]]]:

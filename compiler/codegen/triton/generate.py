@@ -63,7 +63,18 @@ def generate(
         for part in [_header(shown, cascade), helpers(made), *(item.text for item in made)]
         if part
     )
-    return Kernel(plan, division, text, functions, dict(types), dict(sizes), options, tiles, dot)
+    return Kernel(
+        plan,
+        division,
+        text,
+        functions,
+        dict(types),
+        dict(sizes),
+        options,
+        tiles,
+        dot,
+        frozenset(cubes),
+    )
 
 
 def _uncorrected(plan: Plan) -> Plan:

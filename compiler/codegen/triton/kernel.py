@@ -28,7 +28,7 @@ class Kernel:
 
     `plan` is the plan as it was generated from, `division` what of it the kernel computes; `functions`
     has "whole", "part" and "merge". `types` and `sizes` are those of `generate`, `dot` the type of matrix
-    products.
+    products, `cubes` the axes of what stays in registers beside states and scores.
     """
 
     plan: Plan
@@ -40,6 +40,7 @@ class Kernel:
     options: Options
     tiles: Tiles
     dot: str
+    cubes: frozenset[tuple[str, ...]] = frozenset()
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
