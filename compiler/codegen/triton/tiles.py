@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from .options import Device, Tiles
 from .roles import ROW, STREAM, Division
-from .values import BYTES
+from .values import BYTES, WHOLE
 
 #: Relative costs of one byte from L2, one multiply-add of a matrix product, one rescaled number and one
 #: turn of the loop for one row tile. Only their order of magnitude matters to the choice.
@@ -78,6 +78,11 @@ def fits(
         axes = roles.axes(item.ranks)
         if STREAM in axes and set(axes) & set(roles.lanes):
             live += 2 * _elements(division, sizes, axes, tile)
+    for name, tensor in plan.inputs.items():
+        axes = roles.axes(tensor.ranks)
+        # Integers become floats in registers ahead of a product.
+        if types[name] in WHOLE and STREAM in axes and set(axes) & set(roles.lanes):
+            live += _elements(division, sizes, axes, tile)
     # Masks and biases come in another layout than scores have, and wait in registers to be turned.
     pairs = [t for t in plan.inputs.values() if {ROW, STREAM} <= set(roles.axes(t.ranks))]
     live += 2 * len(pairs) * tile.rows * tile.stream
