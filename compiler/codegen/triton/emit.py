@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.cascade.cascade import Statement
-from ...ir.cascade.expr import reads
-from ...ir.cascade.plan import OLD, Reference, State, Step, step_reads
+from ...ir.cascade.plan import Reference, Step, step_reads
 from .block import Block, Function
 from .gates import Bound, bounds, hiding_place
-from .memory import masks, shape, store
+from .memory import masks, store
+from .places import places, stretch
 from .reduce import reduce
 from .roles import ROW, STREAM, Division
-from .steps import Values, Walk, carried, lagging, starting
+from .steps import Values, Walk, carried, starting
 from .values import Value, number, operate
 
 _HELPERS = {
@@ -67,26 +67,25 @@ class Emitter:
         self.bounds = bounds(self.plan)
         self.outputs: list[str] = []
         self.parts: list[str] = []
-        self.skips = False
+        self.asks = False
 
     def whole(self) -> Generated:
         """One pass: everything from inputs to outputs."""
-        lines = [*self._places(), *self._range(False)]
+        self.asks = stretch(self.head, self.bounds, False)
         self._tiles()
         self._finish()
-        return self._assembled([*lines], ["ROWS", "STREAM"])
+        return self._assembled("whole", ["ROWS", "STREAM"])
 
     def part(self) -> Generated:
         """The states of one part of the stream."""
-        lines = [*self._places(), *self._range(True)]
+        self.asks = stretch(self.head, self.bounds, True)
         self._tiles()
         for step in self.carried:
             self._part_access(step, self.tail, self._variable(step))
-        return self._assembled(lines, ["PARTS", "ROWS", "STREAM"])
+        return self._assembled("part", ["PARTS", "ROWS", "STREAM"])
 
     def merge(self) -> Generated:
         """The outputs, from the states of all parts."""
-        lines = self._places()
         old: Values = {}
         part: Values = {}
         for step in self.carried:
@@ -95,78 +94,11 @@ class Emitter:
         new = Walk(self.loop, [old, part], False, self.lazy, frozenset()).run()
         self._advance(new)
         self._finish()
-        return self._assembled(lines, ["PARTS", "ROWS"])
+        return self._assembled("merge", ["PARTS", "ROWS"])
 
     def _variable(self, step: Step) -> Value:
         name = self.kernel.variable(step.name)
         return Value(name, self.roles.axes(step.ranks), "fp32", True)
-
-    def _places(self) -> list[str]:
-        """Lines for the coordinates of this program."""
-        roles, kernel = self.roles, self.kernel
-        lines = []
-        if roles.grid:
-            lines.append("program = tl.program_id(1)")
-        for at in range(len(roles.grid) - 1, -1, -1):
-            rank = roles.grid[at]
-            index = kernel.index(rank).text
-            lines.append(f"{index} = program" + (f" % {kernel.extent(rank).text}" if at else ""))
-            if at:
-                lines.append(f"program = program // {kernel.extent(rank).text}")
-        if roles.rows:
-            lines += self._rows()
-        for lane in roles.lanes:
-            lines.append(f"{kernel.index(lane).text} = tl.arange(0, {kernel.padded(lane)})")
-        return lines
-
-    def _rows(self) -> list[str]:
-        roles, kernel = self.roles, self.kernel
-        total = " * ".join(kernel.extent(rank).text for rank in roles.rows)
-        tile = "tl.program_id(0)"
-        if any(bound.upper for bound in self.bounds):
-            # The last rows see the most keys: they start first.
-            tile = "(tl.num_programs(0) - 1 - tl.program_id(0))"
-        lines = [f"row = {tile} * ROWS + tl.arange(0, ROWS)", f"live_row = row < {total}"]
-        rest = "row"
-        for at in range(len(roles.rows) - 1, -1, -1):
-            rank = roles.rows[at]
-            size = kernel.extent(rank).text
-            index = kernel.index(rank).text
-            lines.append(f"{index} = {rest}" + (f" % {size}" if at else ""))
-            rest = f"{rest} // {size}" if rest == "row" else f"({rest}) // {size}"
-        return lines
-
-    def _range(self, split: bool) -> list[str]:
-        """Lines, in the head, for the first and last coordinate that any row of the tile can need."""
-        head, size = self.head, self.kernel.extent(self.roles.stream).text
-        head.put("start = 0")
-        head.put(f"end = {size}")
-        for bound in self.bounds:
-            value = head.value(bound.value)
-            if value.axes:
-                edge = ("-2147483648", "2147483647")[not bound.upper]
-                reach = f"tl.where(live_row, {value.over((ROW,), 0)}, {edge})"
-                text = f"tl.{'max' if bound.upper else 'min'}({reach}, 0)"
-            else:
-                text = value.text
-            text = text.replace(".0", "") if value.type == "const" else text
-            test = "end" if bound.upper else "start"
-            new = f"tl.minimum(end, {text} + 1)" if bound.upper else f"tl.maximum(start, {text})"
-            if bound.finite:
-                self.skips = True
-                new = f"tl.where(skip != 0, {new}, {test})"
-            head.put(f"{test} = {new}")
-        if self.bounds:
-            head.put("start = start // STREAM * STREAM")
-            head.put("end = tl.maximum(start, end)")
-        if split:
-            head.put("part = tl.program_id(2)")
-            head.put("share = tl.cdiv(tl.cdiv(end - start, STREAM), PARTS) * STREAM")
-            head.put("stop = end")
-            head.put("start = start + part * share")
-            head.put("end = tl.maximum(start, tl.minimum(stop, start + share))")
-        self.split = split
-        return []
 
     def _tiles(self) -> None:
         """The body of the loop: the streamed statements, the steps, and the new values for the old."""
@@ -227,7 +159,7 @@ class Emitter:
                     Value(f"tl.where({value.text} == {value.text}, {value.text}, 0.0)", value.axes),
                 )
             self.outputs.append(name)
-            store(tail, name, ranks_of(self.division, name), value)
+            store(tail, name, self.plan.ranks_of(name), value)
 
     def _part_access(self, step: Step, block: Block, value: Value | None) -> Value:
         """Stores a state of this part, or loads one of another part."""
@@ -236,7 +168,6 @@ class Emitter:
         pointer = kernel.names.of(("part", step.name), f"{kernel.variable(step.name)}_parts")
         self.parts.append(step.name)
         offset = "(part * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)"
-        spread: list[str] = []
         if ROW in axes:
             total = " * ".join(kernel.extent(rank).text for rank in self.roles.rows)
             offset = f"({offset} * ({total}) + row)"
@@ -244,7 +175,7 @@ class Emitter:
             offset = f"({offset} + tl.zeros((), tl.int64))"
         block.put(f"{pointer}_at = {pointer} + {offset} * {_lane_count(kernel, axes)}")
         base = Value(f"{pointer}_at", (ROW,) if ROW in axes else ())
-        spread.append(base.over(axes))
+        spread = [base.over(axes)]
         step_size = 1
         for axis in reversed([a for a in axes if a != ROW]):
             spread.append(f"{kernel.index(axis).over(axes)} * {step_size}")
@@ -257,12 +188,13 @@ class Emitter:
         text = f"tl.load({place}{f', mask={mask}, other=0' if mask else ''})"
         return block.keep(f"{kernel.variable(step.name)}_part", Value(text, axes, "fp32", True))
 
-    def _assembled(self, places: list[str], constants: list[str]) -> Generated:
+    def _assembled(self, kind: str, constants: list[str]) -> Generated:
         kernel = self.kernel
-        if STREAM in [a for c in constants for a in [c.lower()]] or "STREAM" in constants:
-            places = [*places, "off_t = tl.arange(0, STREAM)"]
+        where = places(kernel, any(bound.upper for bound in self.bounds))
+        if "STREAM" in constants:
+            where.append("off_t = tl.arange(0, STREAM)")
         inits = [f"{kernel.variable(s.name)} = {starting(self.head, s)}" for s in self.carried]
-        body = [*places, *self.head.lines, *inits, *self._loop_lines(), *self.tail.lines]
+        body = [*where, *self.head.lines, *inits, *self._loop_lines(kind), *self.tail.lines]
         arguments = self._arguments()
         names = [a.name for a in arguments] + [f"{c}: tl.constexpr" for c in constants]
         signature = ",\n".join(f"    {name}" for name in names)
@@ -273,15 +205,15 @@ class Emitter:
         )
         return Generated(self.name, text, arguments, frozenset(kernel.helpers), tuple(self.bounds))
 
-    def _loop_lines(self) -> list[str]:
-        if not hasattr(self, "split"):
+    def _loop_lines(self, kind: str) -> list[str]:
+        if kind == "merge":
             return ["for part in range(0, PARTS):", *(f"    {line}" for line in self.loop.lines)]
         size = self.kernel.extent(self.roles.stream).text
         index = self.kernel.index(self.roles.stream).text
         inside = [f"{index} = first + off_t", f"live_t = {index} < {size}", *self.loop.lines]
         if not self.kernel.virtual:
             return ["for first in range(start, end, STREAM):", *(f"    {line}" for line in inside)]
-        last = "(part == PARTS - 1).to(tl.int32)" if self.split else "1"
+        last = "(part == PARTS - 1).to(tl.int32)" if kind == "part" else "1"
         inside[1:2] = [
             f"real_t = {index} < {size}",
             f"live_t = {index} < tl.where(virtual, {size} + {self.kernel.virtual}, {size})",
@@ -303,13 +235,11 @@ class Emitter:
             Argument(kernel.names.of(("part", name), name), "part", name) for name in self.parts
         ]
         found += [Argument(kernel.extent(rank).text, "extent", rank) for rank in kernel.extents]
-        if self.skips:
+        if self.asks:
             found.append(Argument("skip", "skip", ""))
         for name in [*kernel.tensors, *self.outputs]:
             ranks = (
-                kernel.tensors[name].ranks
-                if name in kernel.tensors
-                else ranks_of(self.division, name)
+                kernel.tensors[name].ranks if name in kernel.tensors else self.plan.ranks_of(name)
             )
             found += [Argument(kernel.stride(name, rank), "stride", name, rank) for rank in ranks]
         return tuple(found)
@@ -323,25 +253,7 @@ def _lane_count(kernel: Function, axes: tuple[str, ...]) -> int:
     return count
 
 
-def ranks_of(division: Division, name: str) -> tuple[str, ...]:
-    """The ranks of an output of the kernel."""
-    return division.plan.ranks_of(name)
-
-
 def helpers(functions: list[Generated]) -> str:
     """The small functions that the generated ones call."""
     used = sorted({name for function in functions for name in function.helpers})
     return "\n\n".join(_HELPERS[name] for name in used)
-
-
-__all__ = [
-    "OLD",
-    "Argument",
-    "Emitter",
-    "Generated",
-    "State",
-    "helpers",
-    "lagging",
-    "reads",
-    "shape",
-]

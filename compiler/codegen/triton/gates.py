@@ -233,11 +233,6 @@ def _line(expr: Expr, plan: Plan) -> tuple[int, Expr] | None:
     return None
 
 
-def has_virtual(plan: Plan) -> bool:
-    """Whether the streamed rank has virtual coordinates."""
-    return plan.ranks[plan.rank].virtual > 0
-
-
 def reads_inputs(expr: Expr) -> bool:
     """Whether a bound needs a tensor to be known."""
     return any(isinstance(part, Ref) for part in walk(expr))
