@@ -6,11 +6,7 @@ READY := $(VENV)/.ready
 WORKERS ?= auto
 PEERS ?= .venv-peers
 
-<<<<<<< HEAD
-.PHONY: demo test check bench bench-peers clean
-=======
-.PHONY: demo test check bench docs clean
->>>>>>> cascade
+.PHONY: demo test check bench bench-peers docs aot clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +53,10 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 ## Writes the table of docs/attention.md; a test checks that the committed one is current.
 docs: $(READY)
 	$(BIN)/python docs/attention_table.py
+
+## Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU and writes benchmarks/results/aot.md.
+aot: $(READY)
+	$(BIN)/python benchmarks/aot.py
 
 clean:
 	rm -rf build dist *.egg-info

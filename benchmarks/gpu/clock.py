@@ -1,0 +1,47 @@
+"""Time on a CUDA device: events, a flushed L2, the median; and what the device can do at most."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+
+class Clock:
+    """Times calls on the current device in microseconds."""
+
+    def __init__(self, repeats: int = 30, warmup: int = 5) -> None:
+        self.repeats, self.warmup = repeats, warmup
+        size = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.empty(max(4 * size, 64 << 20), dtype=torch.int8, device="cuda")
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """The median time of a call with nothing of its inputs in L2."""
+        for _ in range(self.warmup):
+            run()
+        taken = []
+        for _ in range(self.repeats):
+            self.flush.zero_()
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            taken.append(start.elapsed_time(end) * 1000)
+        return statistics.median(taken)
+
+
+def copy_bandwidth(clock: Clock) -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / clock(lambda: target.copy_(source)) * 1e6
+
+
+def matrix_rate(clock: Clock, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * size**3 / clock(lambda: a @ b) * 1e6

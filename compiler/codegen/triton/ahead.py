@@ -1,0 +1,185 @@
+"""Kernels compiled with no GPU, and what the compiler says of them: registers, shared memory, spills.
+
+The arguments are taken as a launch usually has them: tensors contiguous over their ranks, pointers
+aligned to 16 bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....errors import UnsupportedError
+from .emit import Argument, Generated
+from .options import Tiles
+
+if TYPE_CHECKING:
+    from .kernel import Kernel
+
+#: The matrix instruction of each capability, as PTX writes it.
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function compiled for a capability.
+
+    `registers` a thread, `shared` bytes a block, `spills` bytes that did not fit the registers
+    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX.
+    """
+
+    capability: int
+    kind: str
+    tiles: Tiles
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    matrix: Mapping[str, int]
+    seconds: float
+    ptx: str
+    cubin: bytes
+
+
+def compile_ahead(
+    kernel: Kernel, capability: int, kind: str, tiles: Tiles, parts: int = 8
+) -> Compiled:
+    """One function of a kernel compiled for a capability. Raises UnsupportedError where Triton refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    generated = kernel.functions[kind]
+    signature, constants, attributes = describe(kernel, generated)
+    known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
+    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
+        signature[name] = "constexpr"
+        constants[name] = known[name]
+    start = time.perf_counter()
+    source = ASTSource(kernel.function(kind), signature, constants, attributes)
+    options = {
+        "num_warps": tiles.warps,
+        "num_stages": max(1, tiles.stages),
+        "enable_fp_fusion": True,
+    }
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(
+            f"Triton does not compile {generated.name} for sm_{capability}: {reason[-1:]}"
+        ) from error
+    seconds = time.perf_counter() - start
+    ptx, cubin = made.asm["ptx"], made.asm["cubin"]
+    usage = _usage(cubin)
+    matrix = {
+        name: ptx.count(f"{name}.") for name in sorted(set(MATRIX.values())) if f"{name}." in ptx
+    }
+    return Compiled(
+        capability,
+        kind,
+        tiles,
+        usage.get("REG", 0),
+        int(made.metadata.shared),
+        usage.get("STACK", 0),
+        spilled(ptx, capability),
+        matrix,
+        seconds,
+        ptx,
+        cubin,
+    )
+
+
+def describe(
+    kernel: Kernel, generated: Generated
+) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """The signature of a function, its constants, and what is known of its arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for at, argument in enumerate(generated.arguments):
+        signature[argument.name] = _type(kernel, argument)
+        if signature[argument.name] == "constexpr":
+            constants[argument.name] = 1
+        elif _aligned(kernel, argument):
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type(kernel: Kernel, argument: Argument) -> str:
+    if argument.kind == "part":
+        return "*fp32"
+    if argument.kind == "input":
+        return f"*{kernel.types[argument.of]}"
+    if argument.kind == "output":
+        from .launch import TYPES, output_type
+
+        return f"*{TYPES[output_type(kernel, argument.of)]}"
+    if (
+        argument.kind == "stride"
+        and kernel.division.plan.ranks_of(argument.of)[-1] == argument.rank
+    ):
+        return "constexpr"
+    return "i32"
+
+
+def _aligned(kernel: Kernel, argument: Argument) -> bool:
+    """Pointers are aligned; so are strides whose last rank is a lane of a multiple of 16."""
+    if argument.kind != "stride":
+        return argument.kind in ("input", "output", "part")
+    last = kernel.division.plan.ranks_of(argument.of)[-1]
+    return last in kernel.division.roles.lanes and kernel.sizes[last] % 16 == 0
+
+
+def tool(name: str) -> Path:
+    """A program of the CUDA toolkit that Triton brings. Raises UnsupportedError where it has none."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise UnsupportedError(f"this Triton brings no {name}")
+    return path
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and the like from `cuobjdump`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool("cuobjdump")), "-res-usage", str(path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", found.stdout)}
+
+
+def spilled(ptx: str, capability: int) -> int:
+    """Bytes that the assembler stores and loads again for want of registers."""
+    name = "ptxas-blackwell" if capability >= 90 else "ptxas"
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        arch = target.group(1) if target else f"sm_{capability}"
+        tools = [name, "ptxas-blackwell", "ptxas"]
+        for each in dict.fromkeys(tools):
+            try:
+                command = [
+                    str(tool(each)),
+                    "-v",
+                    f"--gpu-name={arch}",
+                    str(path),
+                    "-o",
+                    f"{folder}/out",
+                ]
+            except UnsupportedError:
+                continue
+            found = subprocess.run(command, capture_output=True, text=True, check=False)
+            if found.returncode == 0:
+                stores = re.findall(r"(\d+) bytes spill stores", found.stderr + found.stdout)
+                return sum(map(int, stores))
+    raise UnsupportedError(f"no assembler of this Triton takes PTX for {arch}")

@@ -1,0 +1,54 @@
+"""The GPU benchmark's parts that need no GPU: the models' attention, their kernels, and the refusal."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks.gpu import attention
+from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, work
+from einfold.compiler.codegen.torch_plan import run_plan
+
+SMALL = [Shape(2, 9, 9), Shape(2, 1, 9)]
+
+
+def small(model: Model) -> Model:
+    window = None if model.window is None else 4
+    return Model(
+        model.name, 4, 2, 16, model.softcap, window, sinks=model.sinks, normed=model.normed
+    )
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=["prefill", "decode"])
+@pytest.mark.parametrize("model", MODELS, ids=[model.name for model in MODELS])
+def test_the_plan_of_a_model_computes_its_attention(model: Model, shape: Shape) -> None:
+    torch.manual_seed(0)
+    model = small(model)
+    report, kernel, given, inputs = attention.prepared(model, shape, "cpu", torch.float32)
+    assert report.passes_after == 1
+    # Each program has the queries of one KV head of one row of the batch.
+    roles = kernel.division.roles
+    assert [report.imported.sizes[rank] for rank in roles.grid] == [2, 2]
+    assert kernel.division.ahead == () and kernel.division.after == ()
+    (found,) = run_plan(kernel.plan, given, report.imported.sizes).values()
+    expected = function_of(model, shape)(*inputs)
+    torch.testing.assert_close(
+        found.float().reshape(expected.shape), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_must_be_done_is_counted() -> None:
+    moved, done = work(Model("one", 1, 1, 64), Shape(1, 1, 128))
+    assert moved == 2 * 64 * (2 * 128 + 2)
+    assert done == 4 * 64 * 128
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["attention"])
+    assert attention.main() == 1
+    assert "No CUDA device" in capsys.readouterr().err
