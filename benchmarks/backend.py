@@ -34,7 +34,8 @@ def expanded(x: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ expanded(k).transpose(2, 3) * WIDTH**-0.5
+    found: Tensor = q @ expanded(k).transpose(2, 3) * WIDTH**-0.5
+    return found
 
 
 def softmax_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

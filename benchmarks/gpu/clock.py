@@ -30,7 +30,7 @@ class Clock:
             end.record()
             torch.cuda.synchronize()
             taken.append(start.elapsed_time(end) * 1000)
-        return statistics.median(taken)
+        return float(statistics.median(taken))
 
 
 def copy_bandwidth(clock: Clock) -> float:
