@@ -236,8 +236,10 @@ def _load(model: Input) -> None:
 
 def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
+    if model.tokenizer is None:  # kept: the artifact gets it too
+        model.tokenizer, _ = tokens.load_tokenizer(model.source)
     ids, origin = calibration_tokens(
-        model.tokenizer or tokens.load_tokenizer(model.source)[0],
+        model.tokenizer,
         recipe.calibration.text,
         recipe.calibration.tokens,
         program.model.vocabulary,

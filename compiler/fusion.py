@@ -155,10 +155,8 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
         function = make(folding.plan, signature)
         try:
             wrong = agrees(trial, function)
-        except NotLoweredError as error:
-            wrong = str(error)
         except Exception as error:  # whatever it is, the region as written is right
-            wrong = f"it fails: {type(error).__name__}: {error}"
+            wrong = _failure(error)
         if wrong:
             why.append(f"{name}: {wrong}")
         else:
@@ -178,6 +176,13 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
     best = sorted(faster, key=lambda name: seconds[name])
     functions = tuple((name, able[name]) for name in best)
     return Decision("", "", imported, folding, functions, reads, seconds)
+
+
+def _failure(error: Exception) -> str:
+    """Why a lowering cannot be used."""
+    if isinstance(error, NotLoweredError):
+        return str(error)
+    return f"it fails: {type(error).__name__}: {error}"
 
 
 def _signature(region: Region, imported: Imported) -> Signature:
@@ -206,10 +211,8 @@ def _replace(
         try:
             traced = trace_function(function, [node.meta["val"] for node in inputs], mode)
             wrong = _differs(region, traced)
-        except NotLoweredError as error:
-            wrong = str(error)
         except Exception as error:  # whatever it is, the region as written is right
-            wrong = f"it fails: {type(error).__name__}: {error}"
+            wrong = _failure(error)
         if wrong:
             why.append(f"{name}: {wrong}")
             continue

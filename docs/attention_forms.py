@@ -366,28 +366,14 @@ def per_token() -> tuple[Tensor, ...]:
     return _random(B, H, S, D), kv[0], kv[1], scale[0], scale[1], zero[0], zero[1]
 
 
-@form("K/V dequantized, per token", per_token)
-def dequantized_per_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    k_zero: Tensor,
-    v_zero: Tensor,
-) -> Tensor:
-    k = (k.double() - k_zero.double()) * k_scale
-    v = (v.double() - v_zero.double()) * v_scale
-    return torch.softmax(q @ k.mT, dim=-1) @ v
-
-
 def per_channel() -> tuple[Tensor, ...]:
     kv, scale, zero = _integers(2, B, H, T, D), _scale(2, B, H, 1, D), _integers(2, B, H, 1, D)
     return _random(B, H, S, D), kv[0], kv[1], scale[0], scale[1], zero[0], zero[1]
 
 
 @form("K/V dequantized, per channel", per_channel)
-def dequantized_per_channel(
+@form("K/V dequantized, per token", per_token)
+def dequantized(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+import einfold
 
 NEAR_TIE = 1e-4
 
@@ -27,6 +31,11 @@ def greedy_batch(model: Any, prompts: list[list[int]], new: int) -> list[list[in
             pad_token_id=0,
         )
     return out[:, longest:].tolist()  # type: ignore[no-any-return]
+
+
+def all_logits(model: einfold.Model, tokens: list[int]) -> npt.NDArray[np.float32]:
+    """An artifact's logits behind every token of a text, [tokens, V]."""
+    return np.concatenate([logits.copy() for _, logits in model.logits(tokens)])
 
 
 def check_tokens(model: Any, prompt: list[int], expected: list[int], found: list[int]) -> None:

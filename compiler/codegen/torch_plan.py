@@ -16,8 +16,10 @@ from torch.nn import functional
 from ..ir.cascade.cascade import Statement, statement
 from ..ir.cascade.expr import Apply, Const, Expr, Pos, Ref, Size, Virtual, ranks_of
 from ..ir.cascade.plan import Plan, Reference
+from .torch_functions import FUNCTIONS
 
 _MEANINGS: dict[str, Callable[..., Tensor]] = {
+    **FUNCTIONS,
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
@@ -38,25 +40,8 @@ _MEANINGS: dict[str, Callable[..., Tensor]] = {
     "where": torch.where,
     "max": torch.maximum,
     "min": torch.minimum,
-    "exp": torch.exp,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "abs": torch.abs,
-    "sign": torch.sign,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-    "softplus": functional.softplus,
-    "erf": torch.erf,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "round": torch.round,
-    "trunc": torch.trunc,
     "shift_right": torch.bitwise_right_shift,
     "bits": torch.bitwise_and,
-    "isfinite": torch.isfinite,
 }
 _CASTS = ("f64", "f32", "f16", "bf16")
 _REDUCE: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}

@@ -136,10 +136,8 @@ def test_errors_of_the_system_name_the_right_file(
         compile_refused(text_model, tmp_path / "out", code=code, says=says)
 
 
-def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
-    text_model: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+def hanging_compile(model: Path, out: Path) -> subprocess.Popen[str]:
+    """A compile in a process of its own, stopped where it would write the weights."""
     script = (
         "import signal, time; from einfold.compiler import driver\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
@@ -149,12 +147,21 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
         "from einfold.cli import main; main()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "compile", str(text_model), "-o", str(out)],
+        [sys.executable, "-c", script, "compile", str(model), "-o", str(out)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "staged\n"
+    return process
+
+
+def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
+    text_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = hanging_compile(text_model, out)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
@@ -166,22 +173,7 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
 
 def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    script = (
-        "import signal, time; from einfold.compiler import driver\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
-        "def hang(*a, **k):\n"
-        "    print('staged', flush=True); time.sleep(60)\n"
-        "driver.write_weights = hang\n"
-        "from einfold.cli import main; main()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "compile", str(text_model), "-o", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
+    process = hanging_compile(text_model, out)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()

@@ -16,7 +16,7 @@ from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.recipe import Recipe
 
 from .. import models
-from ..greedy import check_tokens, greedy_batch
+from ..greedy import all_logits, check_tokens, greedy_batch
 
 NEW = 64
 #: Short, longer than a chunk, and past the sliding window; together past several chunks.
@@ -52,7 +52,7 @@ def test_greedy_tokens_and_logits(
     text = prompts[2] + expected[2]
     with torch.no_grad():
         want_logits = original(torch.tensor([text])).logits[0].numpy()
-    got_logits = np.concatenate([logits.copy() for _, logits in compiled.logits(text)])
+    got_logits = all_logits(compiled, text)
     assert np.abs(got_logits - want_logits).max() < 1e-4
 
 
@@ -161,7 +161,7 @@ def test_bf16_checkpoint_is_computed_in_float32(tmp_path: Path) -> None:
     text = np.random.default_rng(1).integers(3, models.VOCABULARY, 50).tolist()
     with torch.no_grad():
         want = models_in_float32(tmp_path / "model")(torch.tensor([text])).logits[0].numpy()
-    got = np.concatenate([logits.copy() for _, logits in compiled.logits(text)])
+    got = all_logits(compiled, text)
     assert np.abs(got - want).max() < 1e-4
 
 

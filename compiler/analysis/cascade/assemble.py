@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...ir.cascade.cascade import Cascade, Statement
 from ...ir.cascade.expr import Apply, Const, Expr, Size, Virtual, ref, rename_tensors, rewrite, walk
 from ...ir.cascade.expr import reads as reads_of
-from ...ir.cascade.plan import Plan, Reference, State, Step, step_reads
+from ...ir.cascade.plan import Plan, Reference, State, Step, needed_steps, step_reads
 from .builder import Builder
 
 RUN = ".run"
@@ -24,13 +24,7 @@ def assemble(
     """The plan for `outputs`. Rows that references follow are kept running, the rest is finished once."""
     finish = [item for item in builder.items if isinstance(item, Statement)]
     kept_finish, kept_emit, needed = _needed(finish, emit, outputs)
-    steps = _steps(builder)
-    used: list[Step] = []
-    for step in reversed(steps):
-        if step.name in needed:
-            used.append(step)
-            needed |= step_reads(step)
-    used.reverse()
+    used = needed_steps(_steps(builder), needed)
     streamed, _, needed = _needed(stream, [], tuple(needed | set(outputs)))
     once, _, needed = _needed(before, [], tuple(needed | set(outputs)))
     cascade = Cascade(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Ref, Size, Virtual, ranks_of, rewrite
+from ..torch_functions import FUNCTIONS
 from .frame import Frame, NotLoweredError, Value
 
 Number = Any
@@ -33,25 +34,6 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "not": lambda a: torch.logical_not(a) if isinstance(a, torch.Tensor) else not a,
     "shift_right": lambda a, b: a >> int(b),
     "bits": lambda a, b: a & int(b),
-}
-_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "exp": torch.exp,
-    "log": torch.log,
-    "sqrt": torch.sqrt,
-    "abs": torch.abs,
-    "sign": torch.sign,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-    "softplus": torch.nn.functional.softplus,
-    "erf": torch.erf,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "round": torch.round,
-    "trunc": torch.trunc,
-    "isfinite": torch.isfinite,
 }
 #: Narrowing is transparent to the algebra; everything point by point is computed in float32.
 _CASTS = {"f64", "f32", "f16", "bf16"}
@@ -102,10 +84,10 @@ def _apply(op: str, args: list[Any]) -> Any:
         return _extreme(op, *args)
     if op == "where":
         return _where(*args)
-    if op in _FUNCTIONS:
+    if op in FUNCTIONS:
         if not isinstance(args[0], torch.Tensor):
             args = [torch.tensor(float(args[0]))]
-        return _FUNCTIONS[op](_real(args[0]) if op not in ("abs", "sign") else args[0])
+        return FUNCTIONS[op](_real(args[0]) if op not in ("abs", "sign") else args[0])
     if op not in _OPERATORS:
         raise NotLoweredError(f"no torch operator for {op}")
     return _OPERATORS[op](*[_plain(arg) for arg in args])

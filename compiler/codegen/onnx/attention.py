@@ -94,24 +94,13 @@ class _Call:
 def cached_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
     call = _Call(context, node, context.arguments(node))
     if call.key_size % 8 or call.value_size != call.key_size:
-        if call.quantized:
-            raise UnsupportedError(
-                f"layer {call.found['layer']}: an int8 cache needs one head size for keys and values, a "
-                f"multiple of 8, and has {call.key_size} and {call.value_size}; use cache.storage f32"
-            )
         return _standard(call)
     return _group_query(call)
 
 
 @lowering(einfold_ops.cached_attention.default, flavour="portable")
 def cached_attention_portable(context: Context, node: fx.Node) -> list[ir.Value]:
-    call = _Call(context, node, context.arguments(node))
-    if call.quantized:
-        raise UnsupportedError(
-            f"layer {call.found['layer']}: no standard operator reads an int8 cache; "
-            "use cache.storage f32, or the default flavour"
-        )
-    return _standard(call)
+    return _standard(_Call(context, node, context.arguments(node)))
 
 
 def _group_query(call: _Call) -> list[ir.Value]:
@@ -193,6 +182,12 @@ def _lengths(call: _Call) -> tuple[ir.Value, ir.Value]:
 
 def _standard(call: _Call) -> list[ir.Value]:
     context, found, builder = call.context, call.found, call.context.builder
+    if call.quantized:
+        raise UnsupportedError(
+            f"layer {found['layer']}: an int8 cache is read by GroupQueryAttention alone, which wants the "
+            "default flavour and one head size for keys and values, a multiple of 8 (here "
+            f"{call.key_size} and {call.value_size}); use cache.storage f32"
+        )
     context.opset = 24  # TensorScatter
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     key = call.turned(call.flat("k_BSKD", call.kv_heads, call.key_size), call.kv_heads)

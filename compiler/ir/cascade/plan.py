@@ -23,7 +23,7 @@ kernel may cap the factor instead).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Union
 
@@ -122,13 +122,17 @@ class Plan:
         needed: set[str] = set(self.outputs)
         for item in [*self.finish, *self.emit]:
             needed |= {read.tensor for read in reads(item.expr)}
-        kept: list[Step] = []
-        for step in reversed(steps):
-            if step.name in needed:
-                kept.append(step)
-                needed |= step_reads(step)
-        kept.reverse()
-        return replace(self, steps=tuple(kept))
+        return replace(self, steps=tuple(needed_steps(steps, needed)))
+
+
+def needed_steps(steps: Sequence[Step], needed: set[str]) -> list[Step]:
+    """The steps that give what is needed, in order; adds to `needed` what they read themselves."""
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if step.name in needed:
+            kept.append(step)
+            needed |= step_reads(step)
+    return kept[::-1]
 
 
 def step_reads(step: Step) -> set[str]:
