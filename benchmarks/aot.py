@@ -1,6 +1,6 @@
 """Compiles the kernel of every form for sm_80, sm_90 and sm_100 with no GPU, and writes what came out.
 
-    python benchmarks/aot.py                 all forms, to benchmarks/results/aot.md
+    python benchmarks/aot.py [--out FILE]    all forms, to benchmarks/results/aot.md
     python benchmarks/aot.py softmax ALiBi   these, to the terminal
 
 What is compiled is kept in build/ under a hash of its source, so that a run that was cut short goes on where
@@ -10,6 +10,7 @@ compiler/codegen/triton/limits.py. A first run takes a quarter of an hour and mo
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import warnings
@@ -59,7 +60,7 @@ HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 
 @dataclass(frozen=True)
 class Job:
-    """One function to compile: the heading and the name that its row has, the kernel, "whole" and the like."""
+    """One function to compile: the heading and name of its row, the kernel, "whole" and the like."""
 
     section: str
     name: str
@@ -78,7 +79,9 @@ class Job:
         described = describe(self.kernel, generated)
         helped = [self.kernel.functions[kind].helpers for kind in sorted(self.kernel.functions)]
         given = (generated.text, described, sorted(map(sorted, helped)), self.tiles)
-        return blake2b(repr((version, self.capability, *given)).encode(), digest_size=12).hexdigest()
+        return blake2b(
+            repr((version, self.capability, *given)).encode(), digest_size=12
+        ).hexdigest()
 
 
 def catalogue(**sizes: int) -> ModuleType:
@@ -209,14 +212,15 @@ HEAD = (
 
 ABOUT = """# Kernels compiled ahead of time
 
-Written by `make aot` with Triton {version}: every form of [the catalogue](../../docs/attention.md) (int8 where
-it is quantized), compiled with no GPU. A `whole` has tiles for {usual} queries and keys, a `part` and its `merge`
-for one query. Registers are those of a thread, shared memory is a block's; spilled bytes are the stores a thread
-that `ptxas -v` counts; matrix instructions are counted in the PTX. **Nothing here was run**: the table shows that
-kernels compile and what they use, not how fast they are.
+Written by `python benchmarks/aot.py` with Triton {version}: every form of
+[the catalogue](../../docs/attention.md) (int8 where it is quantized), compiled with no GPU. A `whole` has tiles
+for {usual} queries and keys, a `part` and its `merge` for one query. Registers are those of a thread, shared
+memory is a block's; spilled bytes are the stores a thread that `ptxas -v` counts; matrix instructions are
+counted in the PTX, where those of three targets do different amounts of work. **Nothing here was run**: the
+table shows that kernels compile and what they use, not how fast they are.
 
-{count} functions, {seconds:.0f} s of compiling. {spilling} spill, {worst} bytes at most; the limit is {limit}
-([limits.py](../../compiler/codegen/triton/limits.py)). {outside}
+{count} functions, {seconds:.0f} s of compiling. {spilling} spill, {worst} bytes at most; the limits are
+{limit} bytes on sm_80, sm_90 and sm_100 ([limits.py](../../compiler/codegen/triton/limits.py)). {outside}
 """
 
 
@@ -230,8 +234,10 @@ def text_of(rows: list[dict[str, Any]], refused: dict[str, str], version: str) -
         seconds=sum(found["seconds"] for found in rows),
         spilling=sum(found["spills"] > 0 for found in rows),
         worst=max(found["spills"] for found in rows),
-        limit=limits_of(version, 80).spills,
-        outside=f"{len(outside)} are outside their limits." if outside else "All are within limits.",
+        limit=", ".join(str(limits_of(version, each).spills) for each in CAPABILITIES),
+        outside=f"{len(outside)} are outside their limits."
+        if outside
+        else "All are within limits.",
     )
     for section in dict.fromkeys(found["section"] for found in rows):
         lines = [HEAD, *(row(found) for found in rows if found["section"] == section)]
@@ -251,10 +257,14 @@ def _said(found: dict[str, Any]) -> str:
 
 def main() -> int:
     """Writes the table, or prints the rows of the forms that are named."""
+    parser = argparse.ArgumentParser(description="Compiles every kernel with no GPU.")
+    parser.add_argument("forms", nargs="*", help="only these, to the terminal")
+    parser.add_argument("--out", type=Path, default=TARGET, help="where the table goes")
+    given = parser.parse_args()
     warnings.simplefilter("ignore")
     import triton
 
-    version, wanted = triton.__version__, set(sys.argv[1:])
+    version, wanted = triton.__version__, set(given.forms)
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     refused: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
@@ -265,9 +275,9 @@ def main() -> int:
         except UnsupportedError as error:
             refused[f"{job.name}, {job.kind}, sm_{job.capability}"] = str(error)
     if rows and not wanted:
-        beside = TARGET.with_suffix(".part")
+        beside = given.out.with_suffix(".part")
         beside.write_text(text_of(rows, refused, version))
-        beside.replace(TARGET)
+        beside.replace(given.out)
     outside = [_said(found) for found in rows if found["outside"]]
     print("\n".join(outside), file=sys.stderr)
     return 1 if outside else 0

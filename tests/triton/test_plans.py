@@ -158,5 +158,7 @@ def test_tiles_fit_the_device(plan_cache: Path) -> None:
         assert kernel.tiles.rows >= 64, "a prefill has many rows a tile"
         decode = generate(report.folding.plans[0], types, {**sizes, "s": 1}, Options(device=device))
         assert decode.tiles.rows == 16, "one query needs the smallest tile"
-    assert not fits(division, types, {**sizes, "f": 512}, Demand(), DEVICES[80], Tiles(128, 128, 8, 3))
+    assert not fits(
+        division, types, {**sizes, "f": 512}, Demand(), DEVICES[80], Tiles(128, 128, 8, 3)
+    )
     assert len(candidates()) == len(set(candidates()))

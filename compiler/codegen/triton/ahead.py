@@ -102,7 +102,7 @@ def compile_ahead(
 
 
 def _said(log: str, what: str) -> int:
-    """A number from the assembler's log. Raises UnsupportedError where this Triton's says it in other words."""
+    """A number from the assembler's log. Raises UnsupportedError where it is said in other words."""
     found = re.search(what, log)
     if found is None:
         raise UnsupportedError(f"the assembler's log does not have {what!r}: {log.strip()[-200:]}")

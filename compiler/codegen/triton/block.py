@@ -81,11 +81,13 @@ class Function:
         """The identifier of a tensor's first element."""
         return self.names.of(("pointer", tensor), f"{self.variable(tensor)}_ptr")
 
-    def multiplies(self, left: tuple[str, str], right: tuple[str, str], still: bool) -> None:
-        """Takes note of a matrix product in the kernel's own type: what registers it needs."""
+    def multiplies(
+        self, left: tuple[str, str], right: tuple[str, str], still: bool, made: bool
+    ) -> None:
+        """Takes note of a matrix product in the kernel's own type, for the registers that it needs."""
         wide = self.dot == "fp32"
         split, exact = wide and self.precision == "tf32x3", wide and self.precision == "ieee"
-        self.products.add(Product(left, right, 4 if wide else 2, still, split, exact))
+        self.products.add(Product(left, right, 4 if wide else 2, still, made, split, exact))
 
     def live(self, axis: str) -> str | None:
         """The mask of an axis, over that axis alone; None where all of it is live."""

@@ -95,7 +95,7 @@ def _emit(
     )
     precision = kernel.precision if kernel.dot == "fp32" else "tf32"
     if kernel.dot == "fp32":
-        kernel.multiplies((ROW, STREAM), (STREAM, lane), False)
+        kernel.multiplies((ROW, STREAM), (STREAM, lane), False, True)
     else:
         kernel.products.add(Product((ROW, STREAM), (STREAM, lane), 4, False))
 

@@ -6,11 +6,12 @@
     mma.sync   takes both sides from registers: each warp holds the whole of its rows and of its columns
     wgmma      reads both sides from shared memory, unless they are made in registers
     tcgen05    the same, and leaves results in a memory of its own
-    no matrix instruction (exact float32): both sides in registers, every thread its share
+    no matrix instruction (exact float32): sides come from shared memory piece by piece, but what is made
+               in registers stays there along the whole of the summed axis
 
-A float32 product as three of tf32 ("tf32x3") splits each side into two in registers, whatever takes them. The
-factors were fitted to what `ptxas` reports for kernels of head size 128 at many tiles
-(benchmarks/results/aot.md); they are wrong by some tens of registers, which is why the limit on spills is not 0.
+A float32 product as three of tf32 ("tf32x3") splits each side into two in registers, whatever takes them.
+The factors were fitted to what `ptxas` of Triton 3.9 reports for kernels of head size 128 at many tiles; they
+are wrong by some tens of registers, which is why the limits on spills (`limits.py`) are not 0.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ class Product:
     """A matrix product: the axes of its sides, the bytes of a number, the way in which float32 is taken.
 
     `split` says that it is three products of tf32, `exact` that it has no matrix instruction; `still` that
-    the left side stays as it is from tile to tile.
+    the left side stays as it is from tile to tile, `made` that the right one is computed and not loaded.
     """
 
     left: tuple[str, str]
     right: tuple[str, str]
     width: int
     still: bool
+    made: bool = False
     split: bool = False
     exact: bool = False
 
@@ -103,10 +105,11 @@ def values(
         axes = roles.axes(item.ranks)
         if STREAM in axes and set(axes) & set(roles.lanes):
             live += 2 * elements(sizes, axes, tile)
+    wide = any(product.split or product.exact for product in demand.products)
     for name, tensor in plan.inputs.items():
         axes = roles.axes(tensor.ranks)
-        # Integers become floats in registers ahead of a product.
-        if types[name] in WHOLE and STREAM in axes and set(axes) & set(roles.lanes):
+        # Integers become floats in registers ahead of a product; operands of float32 are counted as such.
+        if not wide and types[name] in WHOLE and STREAM in axes and set(axes) & set(roles.lanes):
             live += elements(sizes, axes, tile)
     # Masks and biases come in another layout than scores have, and wait in registers to be turned.
     pairs = [t for t in plan.inputs.values() if {ROW, STREAM} <= set(roles.axes(t.ranks))]
@@ -122,13 +125,21 @@ def operands(
     stay, most = 0.0, 0.0
     for product in demand.products:
         if product.exact:
-            most = max(most, 2 * values)
+            most = max(most, _exact(sizes, product, tile, values))
             continue
         rows = elements(sizes, product.left[:1], tile)
         still, moving = _sides(sizes, product, device, tile, rows)
         stay += still
         most = max(most, moving)
     return stay + most
+
+
+def _exact(sizes: Mapping[str, int], product: Product, tile: Tiles, values: float) -> float:
+    """Registers for both sides of a product without matrix instructions."""
+    if not product.made:
+        return 2 * values
+    results = elements(sizes, (product.left[0], product.right[1]), tile) / (tile.warps * 32)
+    return max(1.0, results) * elements(sizes, product.left[1:], tile)
 
 
 def _sides(
@@ -146,7 +157,11 @@ def _sides(
     elif product.split:
         threads = 32 * tile.warps
         results = _RESULTS * elements(sizes, (product.left[0], product.right[1]), tile) / threads
-        left, right = left / threads, right / threads + results * (device.capability >= 100)
+        if device.capability >= 100:
+            left, right = left / threads, right / threads + results
+        else:
+            # A group of four warps has 64 rows and all that is to the left of them.
+            left, right = left / (128 * min(tile.warps // 4, rows // 64)), right / threads
         part = 1.0
     else:
         return 0.0, 0.0

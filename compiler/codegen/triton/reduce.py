@@ -152,7 +152,9 @@ def _as_dot(
     b = _operand(block, right, (axis, second), hide[1], axis)
     inner = any(f.value.inner for f in inside)
     still = inner and not any(f.value.inner for f in left)
-    block.kernel.multiplies((first, axis), (axis, second), still)
+    stored = len(right) == 1 and right[0].value.type == block.kernel.dot
+    made = not (stored and _is_loaded(block, right))
+    block.kernel.multiplies((first, axis), (axis, second), still, made)
     precision = (
         f', input_precision="{block.kernel.precision}"' if block.kernel.dot == "fp32" else ""
     )
