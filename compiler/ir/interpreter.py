@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,19 @@ from .program import Program
 
 
 class Interpreter:
-    """Executes a program node by node; intermediate values go as soon as nothing reads them."""
+    """Executes a program node by node; intermediate values go as soon as nothing reads them.
 
-    def __init__(self, program: Program, keep_weights: bool = True) -> None:
+    `instead` names operators that another function stands in for, such as one that writes in place.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        keep_weights: bool = True,
+        instead: Mapping[Any, Callable[..., Any]] | None = None,
+    ) -> None:
         self.program = program
+        self._instead = dict(instead or {})
         self._kept: dict[str, Tensor] | None = {} if keep_weights else None
         self._dead_after = _last_uses(program.graph)
 
@@ -43,7 +52,8 @@ class Interpreter:
         if node.op == "get_attr":
             return self._weight(str(node.target))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        function: Any = self._instead.get(node.target, node.target)
+        return function(*args, **kwargs)
 
     def _weight(self, name: str) -> Tensor:
         if self._kept is None:
