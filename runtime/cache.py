@@ -63,7 +63,7 @@ class Cache:
             groups,
         )
         for name, used in cache.clocks.items():
-            used += groups[name].policy.compensation  # slot 0 is taken from the start
+            used += groups[name].policy.compensated  # slot 0 is taken from the start
         return cache
 
     @property
@@ -83,9 +83,9 @@ class Cache:
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
         rooms = [
-            maintenance.slots_of(self, name) - group.policy.lead - group.recent
+            maintenance.slots_of(self, name) - group.policy.lead - group.newest
             for name, group in self.groups.items()
-            if maintenance.slots_of(self, name) < self.capacity + group.policy.compensation
+            if maintenance.slots_of(self, name) < self.capacity + group.policy.compensated
             and not (self.prompt is not None and group.exact)
         ]
         return min([self.capacity, *rooms])
@@ -114,7 +114,7 @@ class Cache:
         self.lengths[:] = tokens
         for name, used in self.clocks.items():
             group = self.groups[name]
-            used[:] = min(tokens + group.policy.compensation, group.policy.lead + group.recent)
+            used[:] = min(tokens + group.policy.compensated, group.policy.lead + group.newest)
         self.prompt = None
 
     def row(self, index: int) -> Cache:

@@ -156,11 +156,11 @@ class Engine:
         Yields (start, logits) of each chunk, or of the last one only.
         """
         chunk = min(self.chunk, cache.step_limit())
-        for start in range(start, len(row), chunk):
-            ids = row[None, start : start + chunk]
+        for place in range(start, len(row), chunk):
+            ids = row[None, place : place + chunk]
             size = ids.shape[1]
-            positions = np.arange(start, start + size)[None]
-            final = start + size == len(row)
+            positions = np.arange(place, place + size)[None]
+            final = place + size == len(row)
             wanted = (
                 np.arange(size) if all_logits else np.arange(size - 1, size)[: 1 if final else 0]
             )
@@ -168,7 +168,7 @@ class Engine:
             logits = self.runner.step(cache, ids, positions, wanted)
             cache.advance(size, self.runner.observed)
             if all_logits or final:
-                yield start, logits
+                yield place, logits
 
     def _decode(
         self,

@@ -68,7 +68,7 @@ def settle(cache: Cache) -> None:
 
 def _leaving(group: HeadGroup, used: int) -> int:
     """How many tokens leave a row that uses so many slots."""
-    movable = used - group.policy.lead - group.recent
+    movable = used - group.policy.lead - group.newest
     return max(0, movable // group.storage.granule * group.storage.granule)
 
 
@@ -85,7 +85,7 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
         return
     group, prefix = layer.groups[index], cache_name(layer.layer, index)
     first, last = group.policy.lead, group.policy.lead + leaving
-    if group.policy.compensation:
+    if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]

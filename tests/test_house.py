@@ -93,7 +93,7 @@ def test_the_links_are_relative() -> None:
 
 
 def test_the_ir_that_the_runtime_needs_is_light() -> None:
-    """The cache layout and the manifest load neither torch nor sympy, so that running an artifact starts at once."""
+    """Layout and manifest load neither torch nor sympy, so that running an artifact starts at once."""
     ir = ROOT / "compiler" / "ir"
     for path in (*(ir / "cache").glob("*.py"), ir / "manifest.py"):
         text = path.read_text()

@@ -7,7 +7,7 @@ from torch import fx
 
 from ...errors import IRError
 from .ops import einfold_ops
-from .program import Program, attention_nodes, call_arguments, infer, op_name
+from .program import Program, call_arguments, infer, op_name
 from .types import DTYPES
 
 

@@ -68,7 +68,7 @@ class HeadGroup:
     @property
     def packed(self) -> bool:
         """Whether older tokens leave the slots for bulk buffers."""
-        return self.storage.slack > 0
+        return self.storage.waiting > 0
 
     @property
     def scored(self) -> bool:
@@ -81,18 +81,18 @@ class HeadGroup:
         return self.packed or not isinstance(self.policy, Full)
 
     @property
-    def recent(self) -> int:
+    def newest(self) -> int:
         """The newest tokens, which stay in the slots when others leave."""
-        return self.storage.residual if self.packed else self.policy.recent
+        return self.storage.newest if self.packed else self.policy.newest
 
     def slots(self, capacity: Size, prompt: Size | None = None) -> Size:
         """Slots a row and head: once the prompt has been read, or while `prompt` tokens are."""
         if prompt is not None and self.exact:
-            return prompt + int(self.policy.compensation)
+            return prompt + int(self.policy.compensated)
         kept = self.policy.slots(capacity)
         if not self.packed:
             return kept
-        return least(kept, self.policy.lead + self.storage.residual + self.storage.slack)
+        return least(kept, self.policy.lead + self.storage.newest + self.storage.waiting)
 
     def describe(self) -> str:
         """`window(sinks=4,..) f32`, in one word each."""
@@ -139,9 +139,9 @@ class LayerCache:
             return
         slots = group.slots(capacity, prompt)
         for part in PARTS:
-            size = (batch, shape.heads, slots, shape.size(part))
-            yield Buffer(f"{prefix}.{part}", size, group.storage.dtype)
-        if group.policy.compensation:
+            slot = (batch, shape.heads, slots, shape.size(part))
+            yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
+        if group.policy.compensated:
             yield Buffer(f"{prefix}.count", (batch, shape.heads), "f32", "read")
             for part in PARTS:
                 mean = (batch, shape.heads, shape.size(part))
@@ -191,9 +191,9 @@ class CacheLayout:
         return next(n for n, other in self.clocks().items() if other.describe() == described)
 
     def slot_dims(self, capacity: int) -> dict[str, int]:
-        """The graph's named sizes of slots: C for groups that keep every token there, C0, C1 .. by counter."""
+        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter."""
         named = {slots_dim(name): group.slots(capacity) for name, group in self.clocks().items()}
-        return {"C": capacity} | named  # type: ignore[return-value]
+        return {"C": capacity} | named
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
         """Every buffer of the cache, in the order of layers and groups.

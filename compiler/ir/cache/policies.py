@@ -9,7 +9,7 @@ wraps in front of a chunk of several tokens, and no step pays for a move that on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from ....errors import IRError
 from .sizes import Size, least
@@ -19,52 +19,51 @@ from .sizes import Size, least
 PREFILLS = ("exact", "streaming")
 
 
-class Policy(Protocol):
-    """What the layout asks of a policy."""
+@dataclass(frozen=True)
+class Policy:
+    """What the layout asks of a policy; here with the answers of one that keeps everything."""
 
     name: ClassVar[str]
 
     @property
     def lead(self) -> int:
         """Slots in front that never leave: the compensation token and the sinks."""
+        return 0
 
     @property
-    def recent(self) -> int:
+    def newest(self) -> int:
         """The newest tokens, which stay when others leave."""
+        return 0
 
     @property
-    def compensation(self) -> bool:
+    def compensated(self) -> bool:
         """Whether slot 0 stands for the mean of what left."""
+        return False
 
     @property
     def scored(self) -> bool:
         """Whether tokens are kept by how much attention they got."""
+        return False
 
     @property
     def exact(self) -> bool:
         """Whether everything is kept until the prompt has been read."""
+        return False
 
     def slots(self, capacity: Size) -> Size:
         """Slots a row and head once the prompt has been read, in a context of `capacity` tokens."""
-
-
-@dataclass(frozen=True)
-class Full:
-    """Every token of the context is kept."""
-
-    name = "full"
-    lead = 0
-    recent = 0
-    compensation = False
-    scored = False
-    exact = False
-
-    def slots(self, capacity: Size) -> Size:
         return capacity
 
 
 @dataclass(frozen=True)
-class Window:
+class Full(Policy):
+    """Every token of the context is kept."""
+
+    name = "full"
+
+
+@dataclass(frozen=True)
+class Window(Policy):
     """The first `sinks` tokens, the newest `recent` (up to `slack` more between moves), and, with
     `compensation`, one token that stands for all that left.
 
@@ -80,7 +79,6 @@ class Window:
     prefill: str = "exact"
 
     name = "window"
-    scored = False
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.recent < 1 or self.slack < 1:
@@ -92,7 +90,15 @@ class Window:
 
     @property
     def lead(self) -> int:
-        return self.sinks + self.compensation
+        return self.sinks + int(self.compensation)
+
+    @property
+    def newest(self) -> int:
+        return self.recent
+
+    @property
+    def compensated(self) -> bool:
+        return self.compensation
 
     @property
     def exact(self) -> bool:

@@ -23,7 +23,7 @@ def least(a: Size, b: Size) -> Size:
 def most(*sizes: Size) -> Size:
     """The largest of some sizes."""
     if all(isinstance(size, int) for size in sizes):
-        return max(sizes)  # type: ignore[type-var]
+        return max(sizes)
     import sympy
 
     larger: sympy.Expr = sympy.Max(*sizes)

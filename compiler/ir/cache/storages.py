@@ -1,7 +1,7 @@
 """Storages: how the tokens that a group keeps are stored.
 
 Every group appends new tokens to plain slots. A plain storage has nothing else. A packed one keeps the
-newest `residual` tokens there, and the runtime packs older ones, `granule` at a time, into *bulk* buffers,
+newest tokens there, and the runtime packs older ones, `granule` at a time, into *bulk* buffers,
 which a step only reads.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from ....errors import IRError
 from .sizes import Size
@@ -32,47 +32,51 @@ class GroupShape:
         return self.key_size if part == "key" else self.value_size
 
 
-class Storage(Protocol):
-    """What the layout asks of a storage."""
+@dataclass(frozen=True)
+class Storage:
+    """What the layout asks of a storage; here with the answers of one that packs nothing."""
 
     name: ClassVar[str]
 
     @property
-    def dtype(self) -> str:
+    def slot_dtype(self) -> str:
         """Type of the slots."""
+        return "f32"
 
     @property
-    def scales(self) -> str:
-        """ "channel" where slots hold integers with a scale for each head and channel, a weight; "none"."""
-
-    @property
-    def residual(self) -> int:
+    def newest(self) -> int:
         """Newest tokens that are never packed."""
+        return 0
 
     @property
-    def slack(self) -> int:
-        """Tokens that may wait in the slots beyond the residual; 0 where nothing is packed."""
+    def waiting(self) -> int:
+        """Tokens that may wait in the slots beyond those; 0 where nothing is packed."""
+        return 0
 
     @property
     def granule(self) -> int:
         """Tokens that are packed together."""
+        return 1
 
     @property
     def exact(self) -> bool:
         """Whether nothing is packed until the prompt has been read."""
+        return False
 
     @property
     def scored(self) -> bool:
         """Whether packing asks how much attention tokens got."""
+        return False
 
     def bulk(
         self, shape: GroupShape, batch: Size, tokens: Size
     ) -> Iterator[tuple[str, tuple[Size, ...], str]]:
         """(name, shape, dtype) of the buffers that hold up to `tokens` packed tokens a row."""
+        return iter(())
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Storage):
     """Numbers of one dtype, plain or with a fixed scale a channel.
 
     Printed as `f32`, or `i8/channel`. The scales [heads, size] are weights of the program.
@@ -82,11 +86,6 @@ class Plain:
     scales: str = "none"
 
     name = "plain"
-    residual = 0
-    slack = 0
-    granule = 1
-    exact = False
-    scored = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -97,10 +96,9 @@ class Plain:
     def __str__(self) -> str:
         return self.dtype if self.scales == "none" else f"{self.dtype}/{self.scales}"
 
-    def bulk(
-        self, shape: GroupShape, batch: Size, tokens: Size
-    ) -> Iterator[tuple[str, tuple[Size, ...], str]]:
-        return iter(())
+    @property
+    def slot_dtype(self) -> str:
+        return self.dtype
 
 
 #: Every packed storage by its name in the textual form.

@@ -111,7 +111,7 @@ class Attachment:
                 shape = ["B", spec.shape[1], slots, spec.shape[3]][: len(spec.shape)]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
-                    shape,  # type: ignore[arg-type]
+                    shape,
                     DTYPES[spec.dtype],
                 )
         return found
