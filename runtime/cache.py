@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,14 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 
 Array = npt.NDArray[np.generic]
 
+#: Makes a zeroed buffer of a shape and a dtype of the layout, where the runner keeps its caches.
+Make = Callable[[tuple[int, ...], str], Any]
+
+
+def in_memory(shape: tuple[int, ...], dtype: str) -> Array:
+    """A zeroed buffer in NumPy."""
+    return np.zeros(shape, DTYPES[dtype])
+
 
 @dataclass
 class Cache:
@@ -29,10 +38,10 @@ class Cache:
     capacity: int
 
     @staticmethod
-    def allocate(layout: CacheLayout, batch: int, capacity: int) -> Cache:
+    def allocate(layout: CacheLayout, batch: int, capacity: int, make: Make = in_memory) -> Cache:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them."""
         buffers = {
-            spec.name: np.zeros(spec.shape, DTYPES[spec.dtype])
+            spec.name: make(spec.shape, spec.dtype)
             for spec in layout.buffers(batch, capacity)
         }
         return Cache(buffers, np.zeros(batch, np.int64), capacity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,18 @@ from .program import Program
 class Interpreter:
     """Executes a program node by node; intermediate values go as soon as nothing reads them."""
 
-    def __init__(self, program: Program, keep_weights: bool = True) -> None:
+    def __init__(
+        self,
+        program: Program,
+        keep_weights: bool = True,
+        instead: Mapping[fx.Node, Callable[..., Any]] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`instead` gives functions that run in place of some nodes' operators; tensors that an operator
+        makes from nothing are made on `device`."""
         self.program = program
+        self._instead = instead or {}
+        self._device = device
         self._kept: dict[str, Tensor] | None = {} if keep_weights else None
         self._dead_after = _last_uses(program.graph)
 
@@ -43,6 +53,10 @@ class Interpreter:
         if node.op == "get_attr":
             return self._weight(str(node.target))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+        if node in self._instead:
+            return self._instead[node](*args, **kwargs)
+        if self._device is not None and _names_device(node.target):
+            kwargs["device"] = self._device
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _weight(self, name: str) -> Tensor:
@@ -51,6 +65,13 @@ class Interpreter:
         if name not in self._kept:
             self._kept[name] = self.program.weights[name].load()
         return self._kept[name]
+
+
+def _names_device(target: object) -> bool:
+    """Whether an operator can be told where to make its result; the IR itself has no devices."""
+    return isinstance(target, torch._ops.OpOverload) and any(
+        argument.name == "device" for argument in target._schema.arguments
+    )
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
