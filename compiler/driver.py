@@ -205,7 +205,7 @@ def export_module(
 
 def _write_code(
     program: Program,
-    placements: Mapping[str, Placement],
+    placements: dict[str, Placement],
     recipe: Recipe,
     folder: Path,
     tell: Progress,

@@ -41,8 +41,7 @@ class Cache:
     def allocate(layout: CacheLayout, batch: int, capacity: int, make: Make = in_memory) -> Cache:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them."""
         buffers = {
-            spec.name: make(spec.shape, spec.dtype)
-            for spec in layout.buffers(batch, capacity)
+            spec.name: make(spec.shape, spec.dtype) for spec in layout.buffers(batch, capacity)
         }
         return Cache(buffers, np.zeros(batch, np.int64), capacity)
 

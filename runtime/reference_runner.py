@@ -27,9 +27,7 @@ def read_program(artifact: Artifact, device: str = "cpu") -> Program:
             raise ArtifactError(
                 f"{artifact.folder}/{WEIGHTS} lacks the weight {name} that the graph reads"
             )
-        return Weight(
-            declared.shape, declared.dtype, lambda: weights.get_tensor(name).to(device)
-        )
+        return Weight(declared.shape, declared.dtype, lambda: weights.get_tensor(name).to(device))
 
     return parse(artifact.file(GRAPH).read_text(), load)
 

@@ -87,9 +87,7 @@ def _parts(made: AttentionKernel, q_BSHD: Tensor, cache_BKCD: Tensor) -> int:
     return max(parts for parts in SPLITS if parts <= wanted)
 
 
-def _write(
-    cache_BKCD: Tensor, new_BSKD: Tensor, slot_BS: Tensor, scale_KD: Tensor | None
-) -> None:
+def _write(cache_BKCD: Tensor, new_BSKD: Tensor, slot_BS: Tensor, scale_KD: Tensor | None) -> None:
     """The operator's own write, in place: rounded by the scales where there are any."""
     slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
     if scale_KD is not None:

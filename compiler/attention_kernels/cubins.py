@@ -52,7 +52,10 @@ def variants(made: AttentionKernel) -> Iterator[Variant]:
 
 
 def compile_cubins(program: Program, architecture: str) -> dict[str, bytes]:
-    """The files of all kernels of a program for a GPU such as "sm_90". Raises UnsupportedError without Triton."""
+    """The files of all kernels of a program for a GPU such as "sm_90".
+
+    Raises UnsupportedError without Triton, or where it refuses a kernel.
+    """
     capability = int(architecture.removeprefix("sm_"))
     found: dict[str, bytes] = {}
     for made in attention_kernels(program, capability):

@@ -25,7 +25,7 @@ def source_text(made: AttentionKernel) -> str:
     layers = ", ".join(map(str, made.layers))
     return (
         f"# Cached attention of layer{'s' if len(made.layers) > 1 else ''} {layers}.\n"
-        "# This file is for reading: einfold makes the kernel anew from graph.eir and never runs it from here.\n"
+        "# This file is to be read: einfold makes the kernel anew from graph.eir, and runs nothing of this.\n"
         f"#\n{made.kernel.source}"
     )
 

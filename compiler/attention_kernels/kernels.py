@@ -83,10 +83,8 @@ def _kernel(
         raise UnsupportedError(f"layers {layers}: attention does not fold: {folding.reason}")
     # GPUs newer than the table get the tiles of its newest.
     device = DEVICES[max(known for known in DEVICES if known <= max(capability, min(DEVICES)))]
-    sizes = {
-        **{"b": 1, "s": _PREFILL, "k": kind.kv_heads, "g": kind.group},
-        **{"c": context, "d": kind.key_size, "f": kind.value_size},
-    }
+    sizes = {"b": 1, "s": _PREFILL, "k": kind.kv_heads, "g": kind.group}
+    sizes |= {"c": context, "d": kind.key_size, "f": kind.value_size}
     kernel = generate(
         folding.plan,
         types_of(kind),
@@ -95,9 +93,7 @@ def _kernel(
         cascade,
         name,
     )
-    decode = choose_tiles(
-        kernel.division, kernel.types, {**sizes, "s": 1}, kernel.cubes, device
-    )
+    decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.cubes, device)
     return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
 
 

@@ -54,7 +54,7 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Stands for a Triton function, `f[grid](*values, **constants)`, and serves what it can from compiled ones."""
+    """Stands for a Triton function, `f[grid](*values, **constants)`; compiled ones serve what they can."""
 
     compiled: tuple[Shipped, ...]
     otherwise: Any

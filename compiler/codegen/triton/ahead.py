@@ -93,8 +93,14 @@ def compile_ahead(
         seconds,
         ptx,
         cubin,
-        json.loads(json.dumps(made.metadata._asdict(), default=vars)),
+        _plain(made.metadata),
     )
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """Triton's metadata as plain data, without the paths of the machine that compiled."""
+    found: dict[str, Any] = json.loads(json.dumps(metadata._asdict(), default=vars))
+    return {**found, "extern_libs": []} if "extern_libs" in found else found
 
 
 def signature_of(
