@@ -180,7 +180,7 @@ def estimate(
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
 
     def parts(tokens: int) -> tuple[int, int]:
-        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, "C": tokens}
+        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens)}
         return int(layout.bytes(batch, tokens)), peak_activation_bytes(
             program, dims, chosen.onnx.portable
         )

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from .errors import PromptError, RecipeError
 from .runtime.artifact import Artifact
-from .runtime.cache import Make, in_memory
+from .runtime.cache import Make, empty
 from .runtime.engine import CHUNK, Engine, Generated, Timings
 from .runtime.runner import Floats, Runner
 from .runtime.sampling import Sampling
@@ -226,7 +226,7 @@ def load(
         finally:
             if checked is not None:
                 checked.result()  # damage explains best what the loader may have met
-    make: Make = getattr(runner, "make", in_memory)
+    make: Make = getattr(runner, "make", empty)
     return Model(
         artifact,
         Engine(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compiler.ir.cache.layout import Buffer
 from ..compiler.ir.interpreter import Interpreter
+from ..compiler.ir.ops import IN_PLACE
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import DTYPES
 from .cache import Cache
@@ -30,27 +32,27 @@ class KernelRunner:
         weight_bytes: int,
     ) -> None:
         self.device = device
-        self.interpreter = Interpreter(program, instead=instead, device=device)
+        self.interpreter = Interpreter(program, instead={**IN_PLACE, **instead}, device=device)
+        self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
 
     @property
     def weight_bytes(self) -> int:
         return self._weight_bytes
 
-    def make(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A zeroed buffer of a cache, on the device."""
-        return torch.zeros(shape, dtype=DTYPES[dtype], device=self.device)
+    def make(self, spec: Buffer) -> Tensor:
+        """The zeroed tensor that a buffer of the cache asks for, on the device."""
+        return torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        inputs: dict[str, Any] = {
-            name: torch.tensor(array, device=self.device)
-            for name, array in {
-                "input_ids": input_ids,
-                "position_ids": position_ids,
-                "lengths": cache.lengths,
-                "logit_rows": logit_rows,
-            }.items()
+        arrays = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "logit_rows": logit_rows,
+            **cache.counters,
         }
+        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
         outputs = self.interpreter.run(inputs | cache.buffers)
-        logits: Floats = outputs["logits"].cpu().numpy()
+        logits: Floats = outputs.pop("logits").cpu().numpy()
+        self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits

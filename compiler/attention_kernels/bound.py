@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen.triton.launch import DTYPES, split_count
+from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.rotary import rotary_reference
-from ..ir.program import Program, call_arguments
+from ..ir.program import Program
 from .kernels import SPLITS, AttentionKernel
-from .kinds import cached_attentions
+from .kinds import cached_attentions, kind_of
 
 Function = Callable[..., Any]
 
 
 def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, Function]:
     """For each attention of the program, the function to call with its arguments instead."""
-    of_layer = {layer: made for made in kernels for layer in made.layers}
+    of_kind = {made.kind: made for made in kernels}
     for made in kernels:
         made.kernel.function("whole")  # an absent Triton is told of now, not at the first token
-    return {
-        node: _in_place(of_layer[int(call_arguments(node)["layer"])])
-        for node in cached_attentions(program)
-    }
+    return {node: _in_place(of_kind[kind_of(node)]) for node in cached_attentions(program)}
 
 
 def _in_place(made: AttentionKernel) -> Function:
@@ -37,7 +35,8 @@ def _in_place(made: AttentionKernel) -> Function:
         v_BSKD: Tensor,
         key_cache_BKCD: Tensor,
         value_cache_BKCD: Tensor,
-        lengths_B: Tensor,
+        used_B: Tensor,
+        count_BK: Tensor | None,
         sinks_H: Tensor | None,
         positions_BS: Tensor | None,
         cos_PR: Tensor | None,
@@ -54,15 +53,17 @@ def _in_place(made: AttentionKernel) -> Function:
             q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
             k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
         new = q_BSHD.shape[1]
-        slot_BS = lengths_B[:, None] + torch.arange(new, device=lengths_B.device)
-        _write(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
-        _write(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
+        slot_BS = new_slots(used_B, new)
+        write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
+        write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
         inputs = {
             "query": q_BSHD.unflatten(2, (kind.kv_heads, kind.group)),
             "key": key_cache_BKCD,
             "value": value_cache_BKCD,
-            "length": lengths_B.to(torch.int32),
+            "used": used_B.to(torch.int32),
         }
+        if count_BK is not None:
+            inputs["count"] = count_BK
         if sinks_H is not None:
             inputs["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, (kind.kv_heads, kind.group))
         if key_scale_KD is not None and value_scale_KD is not None:
@@ -85,11 +86,3 @@ def _parts(made: AttentionKernel, q_BSHD: Tensor, cache_BKCD: Tensor) -> int:
     programs = batch * made.kind.kv_heads * -(-new * made.kind.group // tiles.rows)
     wanted = split_count(made.kernel, programs, cache_BKCD.shape[2], tiles, cache_BKCD)
     return max(parts for parts in SPLITS if parts <= wanted)
-
-
-def _write(cache_BKCD: Tensor, new_BSKD: Tensor, slot_BS: Tensor, scale_KD: Tensor | None) -> None:
-    """The operator's own write, in place: rounded by the scales where there are any."""
-    slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
-    if scale_KD is not None:
-        new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127)
-    cache_BKCD.scatter_(2, slots, new_BSKD.transpose(1, 2).to(cache_BKCD.dtype))

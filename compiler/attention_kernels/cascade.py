@@ -3,8 +3,9 @@
     b rows, s new tokens, k KV heads, g query heads of a KV head, c slots of the cache,
     d size of a key, f size of a value
 
-Slot c is seen by new token s where c <= length[b] + s, the slot that the token itself is written to, so
-every query sees one key at least. A sink is one more, virtual, slot with a logit and no value.
+Row b uses used[b] slots. Slot c is seen by new token s where c <= used[b] + s, the slot that the token
+itself is written to, so every query sees one key at least. A sink is one more, virtual, slot with a logit
+and no value. With counts, slot 0 stands for count[b, k] tokens, or for none and is hidden.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def _declarations(kind: AttentionKind) -> list[str]:
         "input query[b, s, k, g, d]",
         f"input key[b, k, c, d]{integer}",
         f"input value[b, k, c, f]{integer}",
-        "input length[b] : integer",
+        "input used[b] : integer",
     ]
+    lines += ["input count[b, k]"] if kind.counted else []
     lines += ["input sink[k, g]"] if kind.sinks else []
     lines += ["input key_scale[k, d]", "input value_scale[k, f]"] if kind.scaled else []
     return lines
@@ -54,9 +56,12 @@ def _statements(kind: AttentionKind) -> list[str]:
     if kind.softcap:
         cap = print_number(kind.softcap)
         logit = f"tanh({logit} / {cap}) * {cap}"
-    seen = "pos(c) <= length[b] + pos(s)"
+    seen = "pos(c) <= used[b] + pos(s)"
     if kind.window:
-        seen += f" & length[b] + pos(s) - pos(c) < {kind.window}"
+        seen += f" & used[b] + pos(s) - pos(c) < {kind.window}"
+    if kind.counted:
+        seen += " & (pos(c) > 0 | count[b, k] > 0)"
+        logit += " + where(pos(c) == 0, log(max(count[b, k], 1)), 0)"
     logit = f"where({seen}, {logit}, -inf)"
     if kind.sinks:
         logit = f"where(virtual(c, 0), sink[k, g], {logit})"

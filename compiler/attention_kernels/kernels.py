@@ -99,9 +99,11 @@ def _kernel(
 
 def types_of(kind: AttentionKind) -> dict[str, str]:
     """The storage types of a kernel's inputs."""
-    types = {"query": kind.query, "key": kind.cache, "value": kind.cache, "length": "i32"}
+    types = {"query": kind.query, "key": kind.cache, "value": kind.cache, "used": "i32"}
     if kind.sinks:
         types["sink"] = kind.query
+    if kind.counted:
+        types["count"] = "fp32"
     if kind.scaled:
         types |= {"key_scale": "fp32", "value_scale": "fp32"}
     return types

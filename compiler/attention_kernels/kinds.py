@@ -18,7 +18,8 @@ class AttentionKind:
     """What a cached attention's kernel depends on: shapes, options and types; everything but the layer.
 
     `group` query heads share a KV head. `query` and `cache` are types as kernels name them; `scaled` says
-    that cached numbers are multiplied by a scale a channel when they are read.
+    that cached numbers are multiplied by a scale a channel when they are read, `counted` that slot 0 stands
+    for a number of tokens.
     """
 
     kv_heads: int
@@ -32,6 +33,7 @@ class AttentionKind:
     query: str
     cache: str
     scaled: bool
+    counted: bool = False
 
     @property
     def name(self) -> str:
@@ -41,6 +43,7 @@ class AttentionKind:
         parts += [f"window{self.window}"] if self.window else []
         parts += ["softcap"] if self.softcap else []
         parts += ["sinks"] if self.sinks else []
+        parts += ["counted"] if self.counted else []
         return "_".join([*parts, self.cache])
 
 
@@ -51,6 +54,11 @@ def kind_of(node: fx.Node) -> AttentionKind:
     values = found["value_cache_BKCD"].meta["val"]
     kv_heads = int(keys.shape[1])
     layer = int(found["layer"])
+    heads = int(query.shape[2])
+    if not kv_heads or heads % kv_heads:
+        raise UnsupportedError(
+            f"layer {layer}: {heads} query heads cannot share {kv_heads} KV heads"
+        )
     if keys.dtype != values.dtype:
         raise UnsupportedError(
             f"layer {layer} caches keys as {keys.dtype} and values as {values.dtype}; "
@@ -58,7 +66,7 @@ def kind_of(node: fx.Node) -> AttentionKind:
         )
     return AttentionKind(
         kv_heads=kv_heads,
-        group=int(query.shape[2]) // kv_heads,
+        group=heads // kv_heads,
         key_size=int(keys.shape[3]),
         value_size=int(values.shape[3]),
         scale=float(found["scale"]),
@@ -68,6 +76,7 @@ def kind_of(node: fx.Node) -> AttentionKind:
         query=_type(query.dtype, layer),
         cache=_type(keys.dtype, layer),
         scaled=found["key_scale_KD"] is not None,
+        counted=found["count_BK"] is not None,
     )
 
 
@@ -86,5 +95,8 @@ def kinds_of(program: Program) -> dict[AttentionKind, list[int]]:
     """Every kind of a program with its layers, in the order of the graph."""
     kinds: dict[AttentionKind, list[int]] = {}
     for node in cached_attentions(program):
-        kinds.setdefault(kind_of(node), []).append(int(call_arguments(node)["layer"]))
+        layers = kinds.setdefault(kind_of(node), [])
+        layer = int(call_arguments(node)["layer"])
+        if layer not in layers:  # groups of a layer's heads may be of one kind
+            layers.append(layer)
     return kinds

@@ -13,20 +13,22 @@ from .program import Program
 
 
 class Interpreter:
-    """Executes a program node by node; intermediate values go as soon as nothing reads them."""
+    """Executes a program node by node; intermediate values go as soon as nothing reads them.
+
+    `instead` names operators, or single nodes, that another function stands in for, such as one that
+    writes in place. Tensors that an operator makes from nothing are made on `device`.
+    """
 
     def __init__(
         self,
         program: Program,
         keep_weights: bool = True,
-        instead: Mapping[fx.Node, Callable[..., Any]] | None = None,
+        instead: Mapping[Any, Callable[..., Any]] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """`instead` gives functions that run in place of some nodes' operators; tensors that an operator
-        makes from nothing are made on `device`."""
         self.program = program
-        self._instead = instead or {}
         self._device = device
+        self._instead = dict(instead or {})
         self._kept: dict[str, Tensor] | None = {} if keep_weights else None
         self._dead_after = _last_uses(program.graph)
 
@@ -53,11 +55,10 @@ class Interpreter:
         if node.op == "get_attr":
             return self._weight(str(node.target))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        if node in self._instead:
-            return self._instead[node](*args, **kwargs)
-        if self._device is not None and _names_device(node.target):
+        function: Any = self._instead.get(node) or self._instead.get(node.target, node.target)
+        if self._device is not None and _names_device(function):
             kwargs["device"] = self._device
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)
 
     def _weight(self, name: str) -> Tensor:
         if self._kept is None:
@@ -67,10 +68,10 @@ class Interpreter:
         return self._kept[name]
 
 
-def _names_device(target: object) -> bool:
+def _names_device(function: object) -> bool:
     """Whether an operator can be told where to make its result; the IR itself has no devices."""
-    return isinstance(target, torch._ops.OpOverload) and any(
-        argument.name == "device" for argument in target._schema.arguments
+    return isinstance(function, torch._ops.OpOverload) and any(
+        argument.name == "device" for argument in function._schema.arguments
     )
 
 

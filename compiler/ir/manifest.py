@@ -10,7 +10,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...errors import ArtifactError
-from .cache_layout import CacheLayout
+from .cache.layout import CacheLayout
 
 #: Version of the folder's layout. A reader refuses what is newer than it knows.
 FORMAT = 1

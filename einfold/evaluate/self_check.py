@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
-from ..runtime.cache import Cache, Make, in_memory
+from ..runtime.cache import Cache, Make, empty
 from ..runtime.reference_runner import ReferenceRunner
 from ..runtime.runner import Floats, Runner
 
@@ -77,11 +77,14 @@ def _logits(artifact: Artifact, runner: Runner, prompt: int) -> Floats:
     total = min(_PROMPT + _STEPS, manifest.model.context)
     prompt = min(prompt, total)
     ids = np.random.default_rng(0).integers(0, manifest.model.vocabulary, (1, total))
-    make: Make = getattr(runner, "make", in_memory)
-    cache = Cache.allocate(manifest.layout(), 1, total, make)
+    make: Make = getattr(runner, "make", empty)
+    cache = Cache.allocate(manifest.layout(), 1, total, prompt, make)
     out = []
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, total))]:
         positions = np.arange(start, end)[None]
+        cache.make_room(end - start)
         out.append(runner.step(cache, ids[:, start:end], positions, np.arange(end - start)).copy())
-        cache.lengths += end - start
+        cache.advance(end - start, runner.observed)
+        if end == prompt:
+            cache.settle()
     return np.concatenate(out)

@@ -69,7 +69,7 @@ def prefill_seconds(model: Model, tokens: int, seed: int = 0) -> float:
     """Seconds to run a prompt of random tokens into an empty cache."""
     engine = model.engine
     ids = np.random.default_rng(seed).integers(0, engine.vocabulary, tokens)
-    cache = engine.allocate(1, tokens)
+    cache = engine.allocate(1, tokens, tokens)
     started = time.perf_counter()
     engine.prefill(cache, [ids])
     return time.perf_counter() - started
@@ -90,12 +90,13 @@ def decode_seconds(
             if isinstance(buffer, np.ndarray)
             else buffer.new_tensor(noise)
         )
-    cache.lengths[:] = context
+    cache.assume(context)
     ids = random.integers(0, engine.vocabulary, (batch, 1))
     rows = np.arange(batch)
     started = time.perf_counter()
     for _ in range(new_tokens):
+        cache.make_room(1)
         logits = engine.runner.step(cache, ids, cache.lengths[:, None], rows)
         ids = logits.argmax(-1)[:, None]
-        cache.lengths += 1
+        cache.advance(1, engine.runner.observed)
     return (time.perf_counter() - started) / new_tokens
