@@ -34,7 +34,11 @@ class Completion:
 
 @dataclass
 class Model:
-    """A loaded artifact. Make it with `load`."""
+    """A loaded artifact. Make it with `load`.
+
+    One thread at a time: a generation keeps its cache and its bound buffers here. Load the folder once
+    for each thread; the weights in the file are mapped, and shared.
+    """
 
     artifact: Artifact
     engine: Engine
