@@ -9,6 +9,7 @@ import torch
 
 from .compiler.attention_kernels import AttentionKernel, attention_kernels, bind, differences
 from .compiler.attention_kernels.files import FOLDER
+from .compiler.codegen.triton.options import DEVICES, Device
 from .errors import ArtifactError, ArtifactWarning, UnsupportedError
 from .runtime.artifact import Artifact
 from .runtime.kernel_runner import KernelRunner
@@ -23,7 +24,7 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
     """
     device = find_device()
     program = read_program(artifact, str(device))
-    kernels = attention_kernels(program, capability(device))
+    kernels = attention_kernels(program, described(device))
     for difference in differences(kernels, _texts(artifact)):
         _warn(artifact, f"{difference}; it is not used")
     if trust:
@@ -43,12 +44,16 @@ def find_device() -> torch.device:
     )
 
 
-def capability(device: torch.device) -> int:
-    """The compute capability as one number, such as 90; that of the usual choice without a GPU."""
+def described(device: torch.device) -> Device:
+    """What the choice of tiles must know of the device; in the interpreter, of a usual one."""
     if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+        return DEVICES[90]
+    found = torch.cuda.get_device_properties(device)
+    return Device(
+        found.major * 10 + found.minor,
+        found.shared_memory_per_block_optin,
+        found.multi_processor_count,
+    )
 
 
 def _with_compiled(
@@ -59,7 +64,7 @@ def _with_compiled(
         return kernels
     from .compiler.attention_kernels.trusted import with_compiled
 
-    architecture = f"sm_{capability(device)}"
+    architecture = f"sm_{described(device).capability}"
     files = {name: artifact.file(name) for name in artifact.manifest.files}
     kernels, missing = with_compiled(kernels, architecture, files)
     if missing:

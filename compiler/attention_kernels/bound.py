@@ -23,10 +23,11 @@ def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, 
     of_kind = {made.kind: made for made in kernels}
     for made in kernels:
         made.kernel.function("whole")  # an absent Triton is told of now, not at the first token
-    return {node: _in_place(of_kind[kind_of(node)]) for node in cached_attentions(program)}
+    return {node: attend_in_place(of_kind[kind_of(node)]) for node in cached_attentions(program)}
 
 
-def _in_place(made: AttentionKernel) -> Function:
+def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function:
+    """What takes the operator's arguments; `parts` cuts every step so, None as the device wants it."""
     kind = made.kind
 
     def attend(
@@ -70,7 +71,7 @@ def _in_place(made: AttentionKernel) -> Function:
             inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
         found = made.kernel(
             inputs,
-            parts=_parts(made, q_BSHD, key_cache_BKCD),
+            parts=parts or _parts(made, q_BSHD, key_cache_BKCD),
             dtypes={"out": DTYPES[kind.query]},
             tiles=made.tiles(new),
         )

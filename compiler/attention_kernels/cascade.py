@@ -60,8 +60,8 @@ def _statements(kind: AttentionKind) -> list[str]:
     if kind.window:
         seen += f" & used[b] + pos(s) - pos(c) < {kind.window}"
     if kind.counted:
-        seen += " & (pos(c) > 0 | count[b, k] > 0)"
-        logit += " + where(pos(c) == 0, log(max(count[b, k], 1)), 0)"
+        # The logarithm of no tokens at all is -inf, which hides the slot.
+        logit += " + where(pos(c) == 0, log(max(count[b, k], 0)), 0)"
     logit = f"where({seen}, {logit}, -inf)"
     if kind.sinks:
         logit = f"where(virtual(c, 0), sink[k, g], {logit})"

@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from ..codegen.triton.ahead import compile_ahead
-from ..codegen.triton.options import Tiles, merge_tiles
+from ..codegen.triton.options import DEVICES, Tiles, merge_tiles
 from ..ir.program import Program
 from .files import FOLDER
 from .kernels import SPLITS, AttentionKernel, attention_kernels
@@ -58,7 +58,7 @@ def compile_cubins(program: Program, architecture: str) -> dict[str, bytes]:
     """
     capability = int(architecture.removeprefix("sm_"))
     found: dict[str, bytes] = {}
-    for made in attention_kernels(program, capability):
+    for made in attention_kernels(program, DEVICES[capability]):
         for variant in variants(made):
             compiled = compile_ahead(
                 made.kernel, capability, variant.kind, variant.tiles, variant.parts

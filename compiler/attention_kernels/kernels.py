@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import UnsupportedError
 from ..analysis.cascade.plans import fold
 from ..codegen.triton import Kernel, Options, generate
-from ..codegen.triton.options import DEVICES, Tiles
+from ..codegen.triton.options import DEVICES, Device, Tiles
 from ..codegen.triton.tiles import choose_tiles
 from ..ir.cascade.cascade import Cascade
 from ..ir.cascade.plan import Plan
@@ -44,9 +44,9 @@ class AttentionKernel:
 
 
 def attention_kernels(
-    program: Program, capability: int = 90, cache: Path | None = None
+    program: Program, device: Device = DEVICES[90], cache: Path | None = None
 ) -> list[AttentionKernel]:
-    """The kernels of a program's attentions, with tiles for a GPU of this compute capability.
+    """The kernels of a program's attentions, with tiles for a device.
 
     `cache` is where plans are kept. Raises UnsupportedError, naming layers, for attention without a kernel.
     """
@@ -55,12 +55,12 @@ def attention_kernels(
         name = kind.name
         same = sum(other.kind.name == name for other in made)
         made.append(
-            _kernel(
+            attention_kernel(
                 kind,
                 f"{name}_{same}" if same else name,
                 tuple(layers),
                 program.model.context,
-                capability,
+                device,
                 cache,
             )
         )
@@ -69,20 +69,19 @@ def attention_kernels(
     return made
 
 
-def _kernel(
+def attention_kernel(
     kind: AttentionKind,
     name: str,
     layers: tuple[int, ...],
     context: int,
-    capability: int,
-    cache: Path | None,
+    device: Device = DEVICES[90],
+    cache: Path | None = None,
 ) -> AttentionKernel:
+    """The kernel of one kind, for so many tokens of context; otherwise as `attention_kernels`."""
     cascade = cascade_of(kind)
     folding = fold(cascade, STREAM, cache)
     if folding.plan is None:
         raise UnsupportedError(f"layers {layers}: attention does not fold: {folding.reason}")
-    # GPUs newer than the table get the tiles of its newest.
-    device = DEVICES[max(known for known in DEVICES if known <= max(capability, min(DEVICES)))]
     sizes = {"b": 1, "s": _PREFILL, "k": kind.kv_heads, "g": kind.group}
     sizes |= {"c": context, "d": kind.key_size, "f": kind.value_size}
     kernel = generate(
