@@ -51,7 +51,8 @@ def described(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     return Device(
         found.major * 10 + found.minor,
-        found.shared_memory_per_block_optin,
+        # What a block may ask for; the smaller figure is what it has without asking.
+        int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)),
         found.multi_processor_count,
     )
 

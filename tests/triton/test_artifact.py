@@ -64,14 +64,15 @@ def _own_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def compiled(
     model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[str, Path] = {}
 
-    def get(name: str, cache: str = "f32") -> Path:
-        if (name, cache) not in made:
+    def get(name: str, **cache: Any) -> Path:
+        key = f"{name} {cache}"
+        if key not in made:
             out = tmp_path_factory.mktemp("triton") / name
-            einfold.compile(model_folder(name), out, target="triton", cache=cache)
-            made[name, cache] = out
-        return made[name, cache]
+            einfold.compile(model_folder(name), out, target="triton", recipe={"cache": cache})
+            made[key] = out
+        return made[key]
 
     return get
 
@@ -126,18 +127,19 @@ def test_a_kernel_does_what_the_operator_does(
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
-        ("llama", "f32"),
-        ("llama", "int8"),
-        ("gemma2", "f32"),
-        ("gpt_oss", "f32"),
-        ("mistral", "int8"),
+        ("llama", {}),
+        ("llama", {"storage": "int8"}),
+        ("gemma2", {}),
+        ("gpt_oss", {}),
+        ("mistral", {"storage": "int8"}),
+        ("llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
-    interpreter: Ask, compiled: Callable[..., Path], name: str, cache: str
+    interpreter: Ask, compiled: Callable[..., Path], name: str, cache: dict[str, Any]
 ) -> None:
     """Prompts past the window, rows of unequal length, and one prompt in chunks."""
-    artifact = str(compiled(name, cache))
+    artifact = str(compiled(name, **cache))
     prompts = [list(range(3, 23)), [7, 5, 90]]
     together = interpreter(artifact=artifact, prompts=prompts, new=5)
     chunked = interpreter(artifact=artifact, prompts=prompts[:1], new=3, chunk=7)
