@@ -181,13 +181,19 @@ def compiled(job: Job, version: str, kept: dict[str, Any]) -> dict[str, Any]:
     if key not in kept:
         made = job.kernel.compile_ahead(job.capability, job.kind)
         found = asdict(made)
-        del found["ptx"], found["cubin"]
+        del found["ptx"], found["cubin"], found["metadata"]
         kept[key] = found
         KEPT.parent.mkdir(exist_ok=True)
         beside = KEPT.with_suffix(".part")
         beside.write_text(json.dumps(kept))
         beside.replace(KEPT)
-    fields = {**kept[key], "tiles": Tiles(**kept[key]["tiles"]), "ptx": "", "cubin": b""}
+    fields = {
+        **kept[key],
+        "tiles": Tiles(**kept[key]["tiles"]),
+        "ptx": "",
+        "cubin": b"",
+        "metadata": {},
+    }
     outside = exceeded(job.kernel, Compiled(**fields), limits_of(version, job.capability))
     return {**kept[key], "name": job.name, "section": job.section, "outside": outside}
 
@@ -213,11 +219,11 @@ HEAD = (
 ABOUT = """# Kernels compiled ahead of time
 
 Written by `python benchmarks/aot.py` with Triton {version}: every form of
-[the catalogue](../../docs/attention.md) (int8 where it is quantized), compiled with no GPU. A `whole` has tiles
-for {usual} queries and keys, a `part` and its `merge` for one query. Registers are those of a thread, shared
-memory is a block's; spilled bytes are the stores a thread that `ptxas -v` counts; matrix instructions are
-counted in the PTX, where those of three targets do different amounts of work. **Nothing here was run**: the
-table shows that kernels compile and what they use, not how fast they are.
+[the catalogue](../../docs/attention.md) (int8 where it is quantized), compiled with no GPU. A `whole` has
+tiles for {usual} queries and keys, a `part` and its `merge` for one query. Registers are those of a thread,
+shared memory is a block's; spilled bytes are the stores a thread that `ptxas -v` counts; matrix instructions
+are counted in the PTX, where those of three targets do different amounts of work. **Nothing here was run**:
+the table shows that kernels compile and what they use, not how fast they are.
 
 {count} functions, {seconds:.0f} s of compiling. {spilling} spill, {worst} bytes at most; the limits are
 {limit} bytes on sm_80, sm_90 and sm_100 ([limits.py](../../compiler/codegen/triton/limits.py)). {outside}

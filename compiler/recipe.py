@@ -6,10 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import RecipeError
 from .passes.base import Pass
+from .passes.cache_methods import FAMILIES, method_pass, resolved
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
 from .passes.weight_quant.round_to_nearest import RoundToNearest
@@ -46,7 +55,29 @@ class CacheSection(_Section):
     """How the KV cache is stored."""
 
     storage: Literal["f32", "int8"] = "f32"
-    """int8: a fixed scale a channel, from the calibration text."""
+    """Of tokens that are not packed. int8: a fixed scale a channel, from the calibration text."""
+    share: dict[str, Any] | None = None
+    """A method by which layers share, or channels shrink, and its options."""
+    prune: dict[str, Any] | None = None
+    """A method that keeps fewer tokens, and its options."""
+    quant: dict[str, Any] | None = None
+    """A method that packs tokens into few bits, and its options."""
+
+    @field_validator(*FAMILIES, mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any, info: ValidationInfo) -> Any:
+        """A method by its name alone takes its defaults; every option is written out."""
+        if value is None or not isinstance(value, (str, dict)):
+            return value
+        return resolved(
+            str(info.field_name), {"method": value} if isinstance(value, str) else value
+        )
+
+    def passes(self) -> list[Pass]:
+        """The passes that these choices stand for, in the order of the families."""
+        chosen = [(family, getattr(self, family)) for family in FAMILIES]
+        found = [method_pass(family, table) for family, table in chosen if table is not None]
+        return [*found, StaticInt8()] if self.storage == "int8" else found
 
 
 class CalibrationSection(_Section):
@@ -65,6 +96,13 @@ class OnnxSection(_Section):
     """MatMulNBits: 4 multiplies in int8, 0 and 1 in float32 (slower, exact)."""
 
 
+class TritonSection(_Section):
+    """Code generation for Triton."""
+
+    cubins: tuple[Literal["sm_80", "sm_90", "sm_100"], ...] = ()
+    """GPUs to compile the kernels for ahead of time; loading uses these only where it is told to trust."""
+
+
 class Recipe(_Section):
     """The resolved recipe goes into the artifact's manifest as it is."""
 
@@ -75,6 +113,15 @@ class Recipe(_Section):
     cache: CacheSection = CacheSection()
     calibration: CalibrationSection = CalibrationSection()
     onnx: OnnxSection = OnnxSection()
+    triton: TritonSection = TritonSection()
+
+    @model_validator(mode="after")
+    def _options_fit_target(self) -> Recipe:
+        if self.target != "onnx" and self.onnx.portable:
+            raise ValueError("portable is for the target onnx; leave it out")
+        if self.target != "triton" and self.triton.cubins:
+            raise ValueError("cubins are for the target triton; add --target triton")
+        return self
 
     @model_validator(mode="after")
     def _cache_fits_flavour(self) -> Recipe:
@@ -135,4 +182,4 @@ class Recipe(_Section):
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""
-        return [StaticInt8()] if self.cache.storage == "int8" else []
+        return self.cache.passes()

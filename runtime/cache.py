@@ -1,41 +1,84 @@
-"""The KV cache in memory: the buffers that the layout names, allocated once."""
+"""The KV cache in memory: the buffers that the layout names, and how far each row fills them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache_layout import CacheLayout
+from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup
+from . import maintenance
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "f32": np.float32,
     "f16": np.float16,
     "i8": np.int8,
     "u8": np.uint8,
+    "i32": np.int32,
 }
 
 Array = npt.NDArray[np.generic]
+Counts = npt.NDArray[np.int64]
+
+#: Makes the zeroed array that a buffer asks for, where the runner keeps its cache.
+Make = Callable[[Buffer], Any]
+
+
+def empty(spec: Buffer) -> Array:
+    """The zeroed array in NumPy."""
+    return np.zeros(spec.shape, DTYPES[spec.dtype])
 
 
 @dataclass
 class Cache:
-    """Buffers by name, each [batch, heads, tokens, size], and how many tokens each row holds."""
+    """Buffers by name, the tokens that each row has seen, and the slots that each row uses.
 
-    buffers: dict[str, Array]
-    lengths: npt.NDArray[np.int64]
+    Around every step: `make_room` before it, `advance` after it; `settle` once the prompt has been read.
+    """
+
+    layout: CacheLayout
+    buffers: dict[str, Any]
+    lengths: Counts
+    clocks: dict[str, Counts]
+    """Used slots of each row, by the name of a counter; see `CacheLayout.clocks`."""
     capacity: int
+    """Tokens that a row may see."""
+    prompt: int | None = None
+    """Tokens of the longest prompt while it is being read, None afterwards."""
+    groups: dict[str, HeadGroup] = field(default_factory=dict)
+    """For each counter a group that goes by it."""
+    make: Make = empty
 
     @staticmethod
-    def allocate(layout: CacheLayout, batch: int, capacity: int) -> Cache:
-        """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them."""
-        buffers = {
-            spec.name: np.zeros(spec.shape, DTYPES[spec.dtype])
-            for spec in layout.buffers(batch, capacity)
-        }
-        return Cache(buffers, np.zeros(batch, np.int64), capacity)
+    def allocate(
+        layout: CacheLayout,
+        batch: int,
+        capacity: int,
+        prompt: int | None = None,
+        make: Make = empty,
+    ) -> Cache:
+        """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them.
+
+        `prompt` is the length of the longest prompt that is to be read and then settled; without it the
+        cache starts as one whose prompt has been read.
+        """
+        groups = layout.clocks()
+        cache = Cache(
+            layout,
+            {spec.name: make(spec) for spec in layout.buffers(batch, capacity, prompt)},
+            np.zeros(batch, np.int64),
+            {name: np.zeros(batch, np.int64) for name in groups},
+            capacity,
+            prompt,
+            groups,
+            make,
+        )
+        for name, used in cache.clocks.items():
+            used += groups[name].policy.compensated  # slot 0 is taken from the start
+        return cache
 
     @property
     def batch(self) -> int:
@@ -46,9 +89,58 @@ class Cache:
         """Bytes of the live buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
+    @property
+    def counters(self) -> dict[str, Counts]:
+        """Every counter that a step of the graph may read, by its name there."""
+        return {TOKENS: self.lengths} | self.clocks
+
+    def step_limit(self) -> int:
+        """The most tokens that one step may bring, however full the cache is."""
+        rooms = [
+            maintenance.slots_of(self, name) - group.policy.lead - group.newest
+            for name, group in self.groups.items()
+            if maintenance.slots_of(self, name) < self.capacity + group.policy.compensated
+            and not (self.prompt is not None and group.exact)
+        ]
+        return min([self.capacity, *rooms])
+
+    def make_room(self, size: int) -> None:
+        """Sees to it that each row has slots for `size` more tokens."""
+        maintenance.make_room(self, size)
+
+    def advance(self, sizes: int | Counts, observed: Mapping[str, Array] | None = None) -> None:
+        """Counts the tokens that a step wrote, `sizes` of each row.
+
+        `observed` are the step's results beside logits and cache, which scored groups learn from.
+        """
+        self.lengths += sizes
+        for used in self.clocks.values():
+            used += sizes
+
+    def settle(self) -> None:
+        """Ends the reading of prompts: groups that kept all of them are compressed, one by one."""
+        if self.prompt is not None:
+            maintenance.settle(self)
+            self.prompt = None
+
+    def assume(self, tokens: int) -> None:
+        """Counts as if each row had seen so many tokens and settled, whatever the buffers hold."""
+        self.lengths[:] = tokens
+        for name, used in self.clocks.items():
+            group = self.groups[name]
+            used[:] = min(tokens + group.policy.compensated, group.policy.lead + group.newest)
+        self.prompt = None
+
     def row(self, index: int) -> Cache:
         """One row as a cache of its own that shares the memory."""
         rows = slice(index, index + 1)
         return Cache(
-            {n: b[rows] for n, b in self.buffers.items()}, self.lengths[rows], self.capacity
+            self.layout,
+            {name: buffer[rows] for name, buffer in self.buffers.items()},
+            self.lengths[rows],
+            {name: used[rows] for name, used in self.clocks.items()},
+            self.capacity,
+            self.prompt,
+            self.groups,
+            self.make,
         )

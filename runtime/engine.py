@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..compiler.ir.cache_layout import CacheLayout
+from ..compiler.ir.cache.layout import CacheLayout
 from ..errors import PromptError
-from .cache import Cache
+from .cache import Cache, Make, empty
 from .runner import Floats, Ints, Runner
 from .sampling import Sampler, Sampling
 
@@ -44,8 +44,15 @@ class Engine:
     """Generates with a runner. `context` bounds prompt and new tokens together."""
 
     def __init__(
-        self, runner: Runner, layout: CacheLayout, vocabulary: int, context: int, chunk: int = CHUNK
+        self,
+        runner: Runner,
+        layout: CacheLayout,
+        vocabulary: int,
+        context: int,
+        chunk: int = CHUNK,
+        make: Make = empty,
     ) -> None:
+        """`make` makes the cache's buffers where the runner wants them."""
         if chunk < 1:
             raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
         self.runner = runner
@@ -53,6 +60,7 @@ class Engine:
         self.vocabulary = vocabulary
         self.context = context
         self.chunk = chunk
+        self.make = make
         self.timings = Timings()
         self.cache: Cache | None = None
 
@@ -74,15 +82,19 @@ class Engine:
         self.timings = Timings()
         if not rows or not max_new_tokens:
             return [Generated() for _ in rows]
-        sampler = Sampler(sampling or Sampling())
+        samplers = [Sampler(sampling or Sampling(), row) for row in range(len(rows))]
         longest = max(len(row) for row in rows)
         # The last token written is never read back, so it needs no slot.
         capacity = min(longest + max_new_tokens - 1, self.context)
-        cache = self.cache = Cache.allocate(self.layout, len(rows), capacity)
+        cache = self.cache = self.allocate(len(rows), capacity, longest)
         logits = self._timed_prefill(cache, rows)
         return self._decode(
-            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token
+            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), samplers, on_token
         )
+
+    def allocate(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
+        """An empty cache that the runner can step over; see `Cache.allocate`."""
+        return Cache.allocate(self.layout, batch, capacity, prompt, self.make)
 
     def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
         """The prompt as an array; raises PromptError with the position of what is wrong."""
@@ -118,19 +130,23 @@ class Engine:
         return logits
 
     def prefill(self, cache: Cache, rows: list[Ints]) -> Floats:
-        """Runs the prompts into an empty cache; gives the logits behind each row's last token, [B, V].
+        """Runs the prompts into an empty cache and settles it; gives the logits behind each row's last
+        token, [B, V].
 
         A batch that fits in one chunk runs at once, padded on the right: causality keeps the padding
         out of every real token's sight, and decoding writes over it. A larger one runs row by row, in
         chunks, each into its own slice of the cache.
         """
         longest = max(len(row) for row in rows)
-        if len(rows) > 1 and len(rows) * longest <= self.chunk:
-            return self._prefill_together(cache, rows, longest)
-        out = np.empty((len(rows), self.vocabulary), np.float32)
-        for index, row in enumerate(rows):
-            for _, logits in self.stream(cache.row(index), row, all_logits=False):
-                out[index] = logits[-1]
+        together = len(rows) > 1 and len(rows) * longest <= self.chunk
+        if together and longest <= cache.step_limit():
+            out = self._prefill_together(cache, rows, longest)
+        else:
+            out = np.empty((len(rows), self.vocabulary), np.float32)
+            for index, row in enumerate(rows):
+                for _, logits in self.stream(cache.row(index), row, all_logits=False):
+                    out[index] = logits[-1]
+        cache.settle()
         return out
 
     def _prefill_together(self, cache: Cache, rows: list[Ints], longest: int) -> Floats:
@@ -141,23 +157,30 @@ class Engine:
         lengths = np.array([len(row) for row in rows])
         last = np.arange(len(rows)) * longest + lengths - 1
         logits: Floats = self.runner.step(cache, padded, positions, last).copy()
-        cache.lengths[:] = lengths
+        cache.advance(lengths, self.runner.observed)
         return logits
 
-    def stream(self, cache: Cache, row: Ints, all_logits: bool) -> Iterator[tuple[int, Floats]]:
-        """Runs one row through in chunks; yields (start, logits) of each chunk, or of the last one only."""
-        for start in range(0, len(row), self.chunk):
-            ids = row[None, start : start + self.chunk]
+    def stream(
+        self, cache: Cache, row: Ints, all_logits: bool, start: int = 0
+    ) -> Iterator[tuple[int, Floats]]:
+        """Runs tokens from `start` on through in chunks, behind those that the cache has seen.
+
+        Yields (start, logits) of each chunk, or of the last one only.
+        """
+        chunk = min(self.chunk, cache.step_limit())
+        for place in range(start, len(row), chunk):
+            ids = row[None, place : place + chunk]
             size = ids.shape[1]
-            positions = np.arange(start, start + size)[None]
-            final = start + size == len(row)
+            positions = np.arange(place, place + size)[None]
+            final = place + size == len(row)
             wanted = (
                 np.arange(size) if all_logits else np.arange(size - 1, size)[: 1 if final else 0]
             )
+            cache.make_room(size)
             logits = self.runner.step(cache, ids, positions, wanted)
-            cache.lengths += size
+            cache.advance(size, self.runner.observed)
             if all_logits or final:
-                yield start, logits
+                yield place, logits
 
     def _decode(
         self,
@@ -166,7 +189,7 @@ class Engine:
         logits: Floats,
         max_new_tokens: int,
         stop: frozenset[int],
-        sampler: Sampler,
+        samplers: list[Sampler],
         on_token: OnToken | None,
     ) -> list[Generated]:
         results = [Generated() for _ in rows]
@@ -176,7 +199,7 @@ class Engine:
         started = time.perf_counter()
         while True:
             for index in np.flatnonzero(running):
-                token = sampler.pick(logits[index], rows[index], results[index].tokens)
+                token = samplers[index].pick(logits[index], rows[index], results[index].tokens)
                 ids[index] = token
                 reason = self._accept(
                     results[index], token, cache.lengths[index], max_new_tokens, stop
@@ -193,8 +216,9 @@ class Engine:
                 break
             # A row that has ended stays where it is and writes one slot again and again.
             np.minimum(cache.lengths, cache.capacity - 1, out=cache.lengths)
+            cache.make_room(1)
             logits = self.runner.step(cache, ids, cache.lengths[:, None], every_row)
-            cache.lengths[running] += 1
+            cache.advance(running.astype(np.int64), self.runner.observed)
             self.timings.decode_tokens += int(running.sum())
         self.timings.decode_seconds = time.perf_counter() - started
         return results

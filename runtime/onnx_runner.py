@@ -12,7 +12,7 @@ import onnxruntime as ort
 from ..compiler.ir.manifest import MODEL
 from ..errors import ArtifactError
 from .artifact import Artifact
-from .cache import Cache
+from .cache import Array, Cache
 from .runner import Floats, Ints
 
 
@@ -22,11 +22,10 @@ class _Binding:
 
     cache: Cache
     io: Any
-    input_ids: Ints
-    position_ids: Ints
-    lengths: Ints
-    logit_rows: Ints
-    logits: Floats
+    inputs: dict[str, Ints]
+    """Token ids, positions, rows of logits, and the cache's counters."""
+    outputs: dict[str, Array]
+    """The logits, and the queries of scored groups."""
 
     def fits(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> bool:
         same = self.cache.buffers.keys() == cache.buffers.keys() and all(
@@ -34,8 +33,8 @@ class _Binding:
         )
         return (
             same
-            and self.input_ids.shape == input_ids.shape
-            and self.logit_rows.shape == logit_rows.shape
+            and self.inputs["input_ids"].shape == input_ids.shape
+            and self.inputs["logit_rows"].shape == logit_rows.shape
         )
 
 
@@ -65,6 +64,9 @@ class OnnxRunner:
         self._vocabulary = artifact.manifest.model.vocabulary
         self._weight_bytes = artifact.weight_bytes()
         self._binding: _Binding | None = None
+        self._inputs = {node.name for node in self.session.get_inputs()}
+        self._outputs = {node.name: node.shape for node in self.session.get_outputs()}
+        self.observed: dict[str, Array] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -76,32 +78,34 @@ class OnnxRunner:
             binding = self._bind(cache, input_ids, logit_rows)
             # Bindings of a decode step are kept; a prefill chunk's shapes come once.
             self._binding = binding if input_ids.shape[1] == 1 else None
-        binding.input_ids[:] = input_ids
-        binding.position_ids[:] = position_ids
-        binding.lengths[:] = cache.lengths
-        binding.logit_rows[:] = logit_rows
+        given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
+        for name, array in (given | cache.counters).items():
+            binding.inputs[name][:] = array
         self.session.run_with_iobinding(binding.io)
-        return binding.logits
+        self.observed = {name: a for name, a in binding.outputs.items() if name != "logits"}
+        logits: Floats = binding.outputs["logits"]  # type: ignore[assignment]
+        return logits
 
     def _bind(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> _Binding:
         io = self.session.io_binding()
-        binding = _Binding(
-            cache,
-            io,
-            np.empty_like(input_ids),
-            np.empty_like(input_ids),
-            np.empty_like(cache.lengths),
-            np.empty_like(logit_rows),
-            np.empty((len(logit_rows), self._vocabulary), np.float32),
-        )
-        for name in ("input_ids", "position_ids", "lengths", "logit_rows"):
-            _bind_array(io.bind_input, name, getattr(binding, name))
-        _bind_array(io.bind_output, "logits", binding.logits)
-        for name, buffer in cache.buffers.items():
+        given = {"input_ids": input_ids, "position_ids": input_ids, "logit_rows": logit_rows}
+        inputs = {name: np.empty_like(array) for name, array in (given | cache.counters).items()}
+        outputs: dict[str, Array] = {
+            name: np.empty((*input_ids.shape, *shape[2:]), np.float32)
+            for name, shape in self._outputs.items()
+            if name != "logits" and not name.startswith("present.")
+        }
+        outputs["logits"] = np.empty((len(logit_rows), self._vocabulary), np.float32)
+        for name, array in (inputs | cache.buffers).items():
+            if name in self._inputs:
+                _bind_array(io.bind_input, name, array)
+        for name, array in outputs.items():
+            _bind_array(io.bind_output, name, array)
+        for name, array in cache.buffers.items():
             # Past and present are one buffer: the new tokens are written where they stay.
-            _bind_array(io.bind_input, name, buffer)
-            _bind_array(io.bind_output, f"present.{name}", buffer)
-        return binding
+            if f"present.{name}" in self._outputs:
+                _bind_array(io.bind_output, f"present.{name}", array)
+        return _Binding(cache, io, inputs, outputs)
 
 
 def _bind_array(bind: Any, name: str, array: Any) -> None:

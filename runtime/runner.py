@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .cache import Cache
+from .cache import Array, Cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -20,9 +21,13 @@ class Runner(Protocol):
     def weight_bytes(self) -> int:
         """Bytes of the weights that are held."""
 
+    @property
+    def observed(self) -> Mapping[str, Array]:
+        """What the last step gave beside logits and cache: queries of scored groups, by name."""
+
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
         """Processes `input_ids` [B, S] behind `cache.lengths`; gives logits [len(logit_rows), V].
 
-        Writes keys and values into the cache's buffers and leaves `cache.lengths` as it is: the caller
-        knows how many of the S tokens are real. The result is valid until the next step.
+        Writes keys and values into the cache's buffers and leaves its counters as they are: the caller
+        has made room, and knows how many of the S tokens are real. The result is valid until the next step.
         """

@@ -27,7 +27,7 @@ class EinfoldEngine(Engine):
         self._rows = np.zeros(1, np.int64)
 
     def prefill(self, ids: list[int]) -> None:
-        cache = Cache.allocate(self._engine.layout, 1, len(ids))
+        cache = Cache.allocate(self._engine.layout, 1, len(ids), len(ids))
         self._engine.prefill(cache, [np.asarray(ids)])
 
     def fill(self, context: int, room: int) -> None:
@@ -43,15 +43,16 @@ class EinfoldEngine(Engine):
 
     def rewind(self, context: int) -> None:
         self._cache = self._caches[context]
-        self._cache.lengths[:] = context
+        self._cache.assume(context)
 
     def step(self) -> None:
         cache = self._cache
         assert cache is not None
         positions = cache.lengths[:, None]
+        cache.make_room(1)
         logits = self._engine.runner.step(cache, self._ids, positions, self._rows)
         self._ids[0, 0] = logits[0].argmax()
-        cache.lengths += 1
+        cache.advance(1, self._engine.runner.observed)
 
 
 if __name__ == "__main__":

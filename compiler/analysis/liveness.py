@@ -84,4 +84,5 @@ def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable:
     query = found["q_BSHD"].meta["val"]
     batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
     spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
-    return 4 * batch * new * heads * dims["C"] * (int(portable) + int(spelled_out))
+    slots = program.shapes.evaluate(found["key_cache_BKCD"].meta["val"].shape[2], dims)
+    return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))

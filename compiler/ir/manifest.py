@@ -10,7 +10,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...errors import ArtifactError
-from .cache_layout import CacheLayout
+from .cache.layout import CacheLayout
 
 #: Version of the folder's layout. A reader refuses what is newer than it knows.
 FORMAT = 1
@@ -51,8 +51,9 @@ class Manifest(_Part):
     format: int = FORMAT
     einfold: str
     created: str
-    target: Literal["onnx"]
-    flavour: Literal["ort", "portable"]
+    target: Literal["onnx", "triton"]
+    flavour: Literal["ort", "portable", "torch"]
+    """Which operators of the target: onnxruntime's own or the standard ones; torch beside Triton kernels."""
     model: ModelEntry
     recipe: dict[str, Any]
     cache: tuple[str, ...]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from ...errors import IRError
-from .cache_layout import CacheLayout
+from .cache.layout import CacheLayout
 from .printer import FORMAT
 from .program import Editor, ModelInfo, Program, find_op
 from .types import DTYPES

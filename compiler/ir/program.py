@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ...errors import IRError
-from .cache_layout import CacheLayout
+from .cache.layout import CacheLayout
 from .ops import einfold_ops
 from .types import Shapes
 from .weights import Weight, WeightStore

@@ -7,7 +7,7 @@ from torch import fx
 
 from ...errors import IRError
 from .ops import einfold_ops
-from .program import Program, attention_nodes, call_arguments, infer, op_name
+from .program import Program, call_arguments, infer, op_name
 from .types import DTYPES
 
 
@@ -63,13 +63,16 @@ def _check_output(program: Program) -> None:
 
 
 def _check_attention(program: Program) -> None:
-    layers = [int(call_arguments(node)["layer"]) for node in attention_nodes(program)]
+    layers = [
+        int(call_arguments(node)["layer"]) for node in program.nodes(einfold_ops.attention.default)
+    ]
     if len(set(layers)) != len(layers):
         twice = next(layer for layer in layers if layers.count(layer) > 1)
         raise IRError(f"layer {twice} calls attention more than once, and a layer has one cache")
     if program.layout is None:
         return
     specs = {spec.name: spec for spec in program.layout.buffers(batch=1, capacity=1)}
+    attached: set[str] = set()
     for node in program.nodes(einfold_ops.cached_attention.default):
         for name in ("key_cache_BKCD", "value_cache_BKCD"):
             cache = call_arguments(node)[name]
@@ -80,3 +83,6 @@ def _check_attention(program: Program) -> None:
             fixed = [spec.shape[1], spec.shape[3]]
             if value.dtype != DTYPES[spec.dtype] or [value.shape[1], value.shape[3]] != fixed:
                 raise IRError(f"%{node.name}: {cache.target} disagrees with the cache layout")
+            if cache.target in attached:
+                raise IRError(f"%{node.name}: {cache.target} is written by another attention too")
+            attached.add(str(cache.target))

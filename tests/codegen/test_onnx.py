@@ -265,7 +265,7 @@ CACHED = """
     read %sinks "sinks" : f32[{heads}]
     read %ks "ks" : f32[{kv}, {size}]
     read %vs "vs" : f32[{kv}, {value}]
-    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, {arguments}) : ({types})
+    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, none, {arguments}) : ({types})
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {value}]
     call %k2 = builtin.getitem(%a, 1) : {cache}[B, {kv}, C, {size}]
     call %v2 = builtin.getitem(%a, 2) : {cache}[B, {kv}, C, {value}]

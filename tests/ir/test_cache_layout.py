@@ -10,9 +10,24 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache_layout import CacheLayout, HeadGroup, LayerCache, Storage
+from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.policies import Full, Policy, Window
+from einfold.compiler.ir.cache.storages import read_storage
 from einfold.errors import IRError
 from einfold.runtime.cache import Cache
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    if draw(st.booleans()):
+        return Full()
+    return Window(
+        draw(st.integers(0, 4)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 8)),
+        draw(st.booleans()),
+        draw(st.sampled_from(["exact", "streaming"])),
+    )
 
 
 @st.composite
@@ -26,7 +41,8 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
         groups = tuple(
             HeadGroup(
                 tuple(order[a:b]),
-                storage=Storage.parse(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel"]))),
+                draw(policies()),
+                read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel"]))),
             )
             for a, b in itertools.pairwise(edges)
         )
@@ -43,6 +59,20 @@ def test_account_equals_allocation(layout: CacheLayout, batch: int, capacity: in
     account = layout.account().subs({symbols["B"]: batch, symbols["C"]: capacity})
     assert cache.nbytes == layout.bytes(batch, capacity) == account
     assert cache.nbytes == sum(np.prod(b.shape) * b.itemsize for b in cache.buffers.values())
+
+
+@given(layouts(), st.integers(1, 3), st.integers(1, 40), st.data())
+def test_while_a_prompt_is_read_and_after(
+    layout: CacheLayout, batch: int, capacity: int, data: st.DataObject
+) -> None:
+    prompt = data.draw(st.integers(1, capacity))
+    cache = Cache.allocate(layout, batch, capacity, prompt)
+    assert cache.nbytes == layout.bytes(batch, capacity, prompt)
+    assert cache.nbytes <= layout.peak_bytes(batch, capacity, prompt)
+    cache.advance(prompt)
+    cache.settle()
+    assert cache.nbytes == layout.bytes(batch, capacity)
+    assert cache.nbytes <= layout.peak_bytes(batch, capacity, prompt)
 
 
 @given(layouts())

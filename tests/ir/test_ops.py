@@ -77,6 +77,7 @@ def test_cached_attention_in_steps_is_attention(window: int, rotary: bool) -> No
             value_cache,
             lengths,
             None,
+            None,
             positions[:, start:end] if rotary else None,
             cos if rotary else None,
             sin if rotary else None,
@@ -104,6 +105,7 @@ def test_rows_of_unequal_length_do_not_see_padding() -> None:
         *caches,
         torch.zeros(2, dtype=torch.long),
         None,
+        None,
         *none,
         None,
         None,
@@ -115,7 +117,7 @@ def test_rows_of_unequal_length_do_not_see_padding() -> None:
     )
     new = randn(2, 1, 2, 4, seed=3)
     out, keys, values = ops.cached_attention(
-        new, new, new, keys, values, lengths, None, *none, None, None, 0, 0.5, 0, 0.0, False
+        new, new, new, keys, values, lengths, None, None, *none, None, None, 0, 0.5, 0, 0.0, False
     )
     text = torch.cat((k[1:, :3], new[1:]), 1)
     want = ops.attention(
@@ -131,13 +133,38 @@ def test_rows_of_unequal_length_do_not_see_padding() -> None:
     torch.testing.assert_close(out[1, 0], want[0, -1], rtol=1e-5, atol=1e-6)
 
 
+def test_slot_zero_stands_for_as_many_tokens_as_are_counted() -> None:
+    """n equal keys and values are the same as one that counts n; a count of 0 hides the slot."""
+    new = randn(1, 1, 2, 4)
+    key, value = randn(1, 2, 1, 4, seed=1), randn(1, 2, 1, 4, seed=2)
+    rest = randn(1, 2, 3, 4, seed=3)
+    none = [None] * 6
+
+    def attend(lead: int, count: torch.Tensor | None) -> torch.Tensor:
+        slots = [
+            torch.cat((part.expand(-1, -1, lead, -1), rest, torch.zeros(1, 2, 2, 4)), 2)
+            for part in (key, value)
+        ]
+        used = torch.tensor([lead + 3])
+        out, _, _ = ops.cached_attention(
+            new, new, new, *slots, used, count, *none, 0, 0.5, 0, 0.0, False
+        )
+        return out
+
+    counted = attend(1, torch.full((1, 2), 5.0))
+    torch.testing.assert_close(counted, attend(5, None), rtol=1e-5, atol=1e-6)
+    hidden = attend(1, torch.zeros(1, 2))
+    torch.testing.assert_close(hidden, attend(0, None), rtol=1e-5, atol=1e-6)
+    assert (counted - hidden).abs().max() > 1e-2
+
+
 def test_an_int8_cache_is_attended_as_it_is_stored() -> None:
     """Codes round to nearest and stop at the ends; attention reads the codes times their scales."""
     q, k, v = randn(1, 5, 2, 4), randn(1, 5, 2, 4, seed=1), randn(1, 5, 2, 4, seed=2)
     scales = [torch.rand(2, 4) * 0.02 + 0.002 for _ in range(2)]
     caches = [torch.zeros(1, 2, 8, 4, dtype=torch.int8) for _ in range(2)]
     lengths = torch.zeros(1, dtype=torch.long)
-    none = [None] * 4
+    none = [None] * 5
     out, keys, values = ops.cached_attention(
         q, k, v, *caches, lengths, *none, *scales, 0, 0.5, 0, 0.0, False
     )

@@ -33,7 +33,7 @@ def test_attention_gets_a_cache_and_takes_the_rotary_in() -> None:
     result = AttachCache().run(found)
     verify(found, deep=True)
     assert calls(found)[0] == (
-        "einfold.cached_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %lengths, none, "
+        "einfold.cached_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %lengths, none, none, "
         "%position_ids, %cos, %sin, none, none, 3, 0.25, 5, 0.0, false)"
     )
     assert found.output_names() == ["o", "cache.3.0.key", "cache.3.0.value"]
@@ -65,4 +65,4 @@ def test_a_rotary_of_the_query_alone_stays_in_front() -> None:
     PlanCache().run(found)
     AttachCache().run(found)
     assert calls(found)[0].startswith("einfold.rotary(%q")
-    assert "none, none, none, none, none, none, 3" in calls(found)[1]
+    assert "none, none, none, none, none, none, none, 3" in calls(found)[1]

@@ -171,7 +171,7 @@ def _packed_qkv(call: _Call) -> ir.Value | None:
 def _lengths(call: _Call) -> tuple[ir.Value, ir.Value]:
     """(index of the last valid token of each row, longest total length), int32, shared by all layers."""
     context, builder = call.context, call.context.builder
-    lengths = call.value("lengths_B")
+    lengths = call.value("used_B")
     ids = context.value(context.program.placeholder("input_ids"))
     totals = builder.shared("Add", lengths, builder.dim(ids, 1))
     last = builder.shared("Sub", totals, builder.ints(1))
@@ -192,7 +192,7 @@ def _standard(call: _Call) -> list[ir.Value]:
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     key = call.turned(call.flat("k_BSKD", call.kv_heads, call.key_size), call.kv_heads)
     value = call.flat("v_BSKD", call.kv_heads, call.value_size)
-    lengths = call.value("lengths_B")
+    lengths = call.value("used_B")
 
     def heads_first(x: ir.Value, heads: int, size: int) -> ir.Value:
         return builder.transpose(builder.reshape(x, [0, 0, heads, size]), 0, 2, 1, 3)
@@ -230,7 +230,7 @@ def _visible(call: _Call) -> ir.Value:
 
     first = next(iter(context.program.nodes(einfold_ops.cached_attention.default)))
     capacity = builder.dim(context.value(context.arguments(first)["key_cache_BKCD"]), 2)
-    starts = builder.shared("Unsqueeze", call.value("lengths_B"), builder.ints(1, 2))
+    starts = builder.shared("Unsqueeze", call.value("used_B"), builder.ints(1, 2))
     steps = builder.shared("Unsqueeze", count(builder.dim(ids, 1)), builder.ints(1))
     slots = builder.shared("Add", starts, steps)  # [B, S, 1], the slot of each new token
     slots = builder.shared("Unsqueeze", slots, builder.ints(1))

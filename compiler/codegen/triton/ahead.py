@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import time
 from collections.abc import Mapping
@@ -30,7 +31,8 @@ class Compiled:
     """A function compiled for a capability.
 
     `registers` a thread, `shared` bytes a block, `spills` bytes that did not fit the registers
-    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX.
+    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX;
+    `metadata` is what Triton's loader wants to know, as plain data.
     """
 
     capability: int
@@ -44,6 +46,7 @@ class Compiled:
     seconds: float
     ptx: str
     cubin: bytes
+    metadata: Mapping[str, Any]
 
 
 def compile_ahead(
@@ -55,11 +58,8 @@ def compile_ahead(
     from triton.compiler import ASTSource
 
     generated = kernel.functions[kind]
-    signature, constants, attributes = describe(kernel, generated)
     known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
-    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
-        signature[name] = "constexpr"
-        constants[name] = known[name]
+    signature, constants, attributes = signature_of(kernel, generated, known)
     source = ASTSource(kernel.function(kind), signature, constants, attributes)
     options = {
         "num_warps": tiles.warps,
@@ -98,6 +98,7 @@ def compile_ahead(
         seconds,
         ptx,
         made.asm["cubin"],
+        _plain(made.metadata),
     )
 
 
@@ -107,6 +108,23 @@ def _said(log: str, what: str) -> int:
     if found is None:
         raise UnsupportedError(f"the assembler's log does not have {what!r}: {log.strip()[-200:]}")
     return int(found.group(1))
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """Triton's metadata as plain data, without the paths of the machine that compiled."""
+    found: dict[str, Any] = json.loads(json.dumps(metadata._asdict(), default=vars))
+    return {**found, "extern_libs": []} if "extern_libs" in found else found
+
+
+def signature_of(
+    kernel: Kernel, generated: Generated, known: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """As `describe`, with the constants of tiles and parts, in the order of the function."""
+    signature, constants, attributes = describe(kernel, generated)
+    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
+        signature[name] = "constexpr"
+        constants[name] = known[name]
+    return signature, constants, attributes
 
 
 def describe(

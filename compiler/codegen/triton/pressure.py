@@ -150,7 +150,7 @@ def _sides(
     left = elements(sizes, product.left, tile) * words
     right = elements(sizes, product.right, tile) * words
     scores = set(product.left) == {ROW, STREAM}
-    if device.capability < 90 or rows < 64:
+    if not device.asynchronous or rows < 64:
         down = min(tile.warps, max(1, rows // 16))
         left, right = left / (32 * down), right / (32 * (tile.warps // down))
         part = 1.0 if product.split else _PIECE

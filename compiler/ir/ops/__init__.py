@@ -18,6 +18,7 @@ import torch
 from . import activation, attention, experts, linear, norm, quantized, rotary, rows
 
 __all__ = [
+    "IN_PLACE",
     "activation",
     "attention",
     "einfold_ops",
@@ -31,3 +32,6 @@ __all__ = [
 
 #: The namespace `torch.ops.einfold`; importing this module is what registers the operators.
 einfold_ops = torch.ops.einfold
+
+#: What may stand for operators that give updated caches, where the caller lets them be written in place.
+IN_PLACE = {einfold_ops.cached_attention.default: attention.cached_attention_in_place}

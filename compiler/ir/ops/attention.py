@@ -16,8 +16,9 @@ def masked_attention(
     sinks_H: Tensor | None,
     scale: float,
     softcap: float,
+    bias_BKT: Tensor | None = None,
 ) -> Tensor:
-    """softmax(cap(scale * q k^T)) v over the visible keys, grouped heads, gives [B, S, H, D].
+    """softmax(cap(scale * q k^T) + bias) v over the visible keys, grouped heads, gives [B, S, H, D].
 
     `softcap` c > 0 caps a logit as c * tanh(x / c) (Gemma 2, section 2). `sinks` holds a learned logit
     a head that takes part in the softmax and has no value (GPT-OSS). A query that sees no key at all
@@ -30,6 +31,8 @@ def masked_attention(
     logits = (q @ k_BKTD.transpose(2, 3)).reshape(batch, kv_heads, group, new, total) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias_BKT is not None:
+        logits = logits + bias_BKT[:, :, None, None]
     logits = logits.masked_fill(~visible_BST[:, None, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.reshape(1, kv_heads, group, 1, 1).expand(batch, -1, -1, new, 1)
@@ -93,7 +96,8 @@ def cached_attention(
     v_BSKD: Tensor,
     key_cache_BKCD: Tensor,
     value_cache_BKCD: Tensor,
-    lengths_B: Tensor,
+    used_B: Tensor,
+    count_BK: Tensor | None,
     sinks_H: Tensor | None,
     positions_BS: Tensor | None,
     cos_PR: Tensor | None,
@@ -106,51 +110,120 @@ def cached_attention(
     softcap: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of S new tokens over a cache that holds `lengths[b]` tokens of row b.
+    """Attention of S new tokens over a cache of which row b uses `used[b]` slots.
 
     The new keys (rotated first, where tables are given) and values are written behind them; query s
-    sees the cache up to index lengths[b] + s, so causality goes by cache index, never by position.
-    `window` counts cache indices in the same way as `einfold::attention`.
+    sees the cache up to slot used[b] + s, so causality goes by cache index, never by position.
+    `window` counts slots in the same way as `einfold::attention`.
+
+    With `count`, slot 0 of KV head h stands for count[b, h] tokens: log(count) is added to its logit, and
+    a count of 0 hides it.
 
     With scales the caches hold int8: x is stored as clamp(round(x / scale), -128, 127), and what is
     attended to, the new tokens too, is what is stored times its scale.
 
     Gives (out [B, S, H, D], key cache, value cache). A target may write the caches in place.
     """
+    return cached_attention_in_place(
+        q_BSHD,
+        k_BSKD,
+        v_BSKD,
+        key_cache_BKCD.clone(),
+        value_cache_BKCD.clone(),
+        used_B,
+        count_BK,
+        sinks_H,
+        positions_BS,
+        cos_PR,
+        sin_PR,
+        key_scale_KD,
+        value_scale_KD,
+        layer,
+        scale,
+        window,
+        softcap,
+        interleaved,
+    )
+
+
+def cached_attention_in_place(
+    q_BSHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    key_cache_BKCD: Tensor,
+    value_cache_BKCD: Tensor,
+    used_B: Tensor,
+    count_BK: Tensor | None,
+    sinks_H: Tensor | None,
+    positions_BS: Tensor | None,
+    cos_PR: Tensor | None,
+    sin_PR: Tensor | None,
+    key_scale_KD: Tensor | None,
+    value_scale_KD: Tensor | None,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`einfold::cached_attention` that writes the caches it is given and gives them back."""
     if cos_PR is not None and sin_PR is not None and positions_BS is not None:
         q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
         k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-    new, capacity = q_BSHD.shape[1], key_cache_BKCD.shape[2]
-    slot_BS = lengths_B[:, None] + torch.arange(new, device=lengths_B.device)
-    keys = _write(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
-    values = _write(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
-    index_C = torch.arange(capacity, device=lengths_B.device)
-    visible_BSC = index_C <= slot_BS[:, :, None]
-    if window:
-        visible_BSC &= slot_BS[:, :, None] - index_C < window
+    slot_BS = new_slots(used_B, q_BSHD.shape[1])
+    write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
+    write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
+    visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], window, count_BK)
     out = masked_attention(
         q_BSHD,
-        _read(keys, key_scale_KD),
-        _read(values, value_scale_KD),
+        _read(key_cache_BKCD, key_scale_KD),
+        _read(value_cache_BKCD, value_scale_KD),
         visible_BSC,
         sinks_H,
         scale,
         softcap,
+        compensation_bias(count_BK, key_cache_BKCD.shape[2]),
     )
-    return out, keys, values
+    return out, key_cache_BKCD, value_cache_BKCD
+
+
+def new_slots(used_B: Tensor, new: int) -> Tensor:
+    """The slots [B, S] that the new tokens take."""
+    return used_B[:, None] + torch.arange(new, device=used_B.device)
+
+
+def visible_slots(slot_BS: Tensor, slots: int, window: int, count_BK: Tensor | None) -> Tensor:
+    """Which slots each new token sees, bool [B, S, C]; slot 0 only where it stands for something."""
+    index_C = torch.arange(slots, device=slot_BS.device)
+    visible_BSC = index_C <= slot_BS[:, :, None]
+    if window:
+        visible_BSC &= slot_BS[:, :, None] - index_C < window
+    if count_BK is not None:
+        visible_BSC &= (index_C > 0) | (count_BK[:, :1, None] > 0)
+    return visible_BSC
+
+
+def compensation_bias(count_BK: Tensor | None, slots: int) -> Tensor | None:
+    """What is added to the logits of each slot, [B, K, C]: log(count) at slot 0."""
+    if count_BK is None:
+        return None
+    index_C = torch.arange(slots, device=count_BK.device)
+    log_BK = torch.log(count_BK.clamp(min=1))
+    return torch.where(index_C == 0, log_BK[:, :, None], torch.zeros((), device=count_BK.device))
 
 
 def _read(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:
     return cache_BKCD if scale_KD is None else cache_BKCD * scale_KD[:, None]
 
 
-def _write(
+def write_slots(
     cache_BKCD: Tensor, new_BSKD: Tensor, slot_BS: Tensor, scale_KD: Tensor | None
-) -> Tensor:
+) -> None:
+    """Writes new tokens into their slots, in place."""
     slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
     if scale_KD is not None:
         new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127)
-    return cache_BKCD.scatter(2, slots, new_BSKD.transpose(1, 2).to(cache_BKCD.dtype))
+    cache_BKCD.scatter_(2, slots, new_BSKD.transpose(1, 2).to(cache_BKCD.dtype))
 
 
 @cached_attention.register_fake
@@ -160,7 +233,8 @@ def _(
     v_BSKD: Tensor,
     key_cache_BKCD: Tensor,
     value_cache_BKCD: Tensor,
-    lengths_B: Tensor,
+    used_B: Tensor,
+    count_BK: Tensor | None,
     sinks_H: Tensor | None,
     positions_BS: Tensor | None,
     cos_PR: Tensor | None,

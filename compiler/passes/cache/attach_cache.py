@@ -7,12 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...ir.cache_layout import PARTS, cache_name
+from ....errors import IRError
+from ...ir.cache.layout import (
+    PARTS,
+    TOKENS,
+    CacheLayout,
+    HeadGroup,
+    LayerCache,
+    cache_name,
+    slots_dim,
+)
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -20,9 +31,11 @@ class AttachCache(Pass):
     """Turns attention over the tokens of a call into attention over a cache, as the layout says.
 
     Before: `%o = attention(%q, %k, %v, none, layer, ..)`
-    After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %lengths, ..)`
-    New inputs: `lengths` [B], tokens that each row's cache holds, and two buffers a head group; the
-    buffers are outputs too. A rotary embedding in front of q and k moves into the operator, so that a
+    After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
+    New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
+    let tokens go; the buffers of each head group, of which those that a step writes are outputs too. A
+    layer whose heads are cached in several ways gets one call a group, over its heads, and their results
+    are put together again. A rotary embedding in front of q and k moves into the operator, so that a
     target may turn them while it writes the cache.
     """
 
@@ -31,75 +44,162 @@ class AttachCache(Pass):
     ensures = frozenset({"cache attached"})
 
     def run(self, program: Program) -> PassResult:
-        result, editor = PassResult(), Editor(program)
+        result = PassResult()
         nodes = attention_nodes(program)
         if not nodes or program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result
-        lengths = editor.input("lengths", ["B"], torch.int64)
-        names: list[str] = []
-        values: list[fx.Node] = []
+        attachment = Attachment(program, program.layout)
         for node in nodes:
-            layer = int(call_arguments(node)["layer"])
-            cache = program.layout[layer]
-            storage = cache.groups[0].storage
-            caches = [
-                editor.input(
-                    f"{cache_name(layer, 0)}.{part}",
-                    ["B", cache.kv_heads, "C", cache.size(part)],
-                    DTYPES[storage.dtype],
+            found = call_arguments(node)
+            cache = program.layout[int(found["layer"])]
+            attachment.attach(node, cache)
+            window = int(found["window"])
+            for group in cache.groups:
+                heads = "" if len(cache.groups) == 1 else f"heads {_listed(group.heads)}: "
+                result.applied(
+                    f"layer {cache.layer}",
+                    f"{heads}{group.policy.name} cache in {group.describe().split()[-1]}"
+                    + (f", window {window} by mask" if window else ""),
                 )
-                for part in PARTS
-            ]
-            scales = [program.cache_weights.pop(f"{c.target}_scale", None) for c in caches]
-            updated = _attach(editor, node, caches, lengths, scales)
-            values += updated
-            names += [str(cache.target) for cache in caches]
-            window = int(call_arguments(node)["window"])
-            result.applied(
-                f"layer {layer}",
-                f"full cache in {storage}" + (f", window {window} by mask" if window else ""),
-            )
         present = list(program.output.args[0])  # type: ignore[arg-type]
-        editor.set_output(present + values, program.output_names() + names)
+        attachment.editor.set_output(
+            present + attachment.values, program.output_names() + attachment.names
+        )
         remove_dead_nodes(program)
         return result
 
 
-def _attach(
-    editor: Editor,
-    node: fx.Node,
-    caches: list[fx.Node],
-    lengths: fx.Node,
-    scales: list[Weight | None],
-) -> list[fx.Node]:
-    """Replaces one attention; gives the updated caches."""
-    found = call_arguments(node)
-    query, key, rotary = _without_rotary(found["q_BSHD"], found["k_BSKD"])
-    with editor.before(node):
-        read = [
-            None if scale is None else editor.weight(f"{cache.target}_scale", scale)
-            for cache, scale in zip(caches, scales, strict=True)
-        ]
-        new = editor.call(
+def _listed(heads: tuple[int, ...]) -> str:
+    return ",".join(map(str, heads))
+
+
+class Attachment:
+    """Builds the calls over the cache, and keeps the inputs and outputs that they need."""
+
+    def __init__(self, program: Program, layout: CacheLayout) -> None:
+        self.program = program
+        self.layout = layout
+        self.editor = Editor(program)
+        self.names: list[str] = []
+        self.values: list[fx.Node] = []
+        self._counters = {
+            name: self.editor.input(name, ["B"], torch.int64) for name in (TOKENS, *layout.clocks())
+        }
+
+    def attach(self, node: fx.Node, cache: LayerCache) -> None:
+        """Replaces one attention."""
+        found = call_arguments(node)
+        query, key, rotary = _without_rotary(found["q_BSHD"], found["k_BSKD"])
+        whole = (query, key, found["v_BSKD"], found["sinks_H"])
+        inputs = [self._inputs(cache, index) for index in range(len(cache.groups))]
+        with self.editor.before(node):
+            parts = []
+            for index, group in enumerate(cache.groups):
+                new = self._heads(whole, cache, group)
+                parts.append(self._call(cache, index, new, inputs[index], found, rotary))
+            out = parts[0] if len(parts) == 1 else self._joined(parts, cache)
+        self.editor.replace(node, out)
+
+    def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
+        """Inputs for the buffers of a group that a step reads, by the last part of their names."""
+        slots = slots_dim(self.layout.clock(cache.groups[index]))
+        prefix = cache_name(cache.layer, index)
+        found = {}
+        for spec in cache.group_buffers(index, 1, 1):
+            if spec.role != "host":
+                shape = ["B", spec.shape[1], slots, spec.shape[3]][: len(spec.shape)]
+                found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
+                    spec.name,
+                    shape,
+                    DTYPES[spec.dtype],
+                )
+        return found
+
+    def _call(
+        self,
+        cache: LayerCache,
+        index: int,
+        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        inputs: dict[str, fx.Node],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """The call over one group's cache; gives its output [B, S, heads, D]."""
+        group = cache.groups[index]
+        if group.packed or group.owner is not None:
+            raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
+        query, key, value, sinks = new
+        call = self.editor.call(
             einfold_ops.cached_attention.default,
             query,
             key,
-            found["v_BSKD"],
-            *caches,
-            lengths,
-            found["sinks_H"],
+            value,
+            inputs["key"],
+            inputs["value"],
+            self._counters[self.layout.clock(group)],
+            inputs.get("count"),
+            sinks,
             *rotary[:3],
-            *read,
+            *(self._scale(inputs[part]) for part in PARTS),
             found["layer"],
             found["scale"],
             found["window"],
             found["softcap"],
             rotary[3],
         )
-    out, *updated = editor.results(new)
-    editor.replace(node, out)
-    return updated
+        out, *updated = self.editor.results(call)
+        self.values += updated
+        self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
+        return out
+
+    def _scale(self, cache: fx.Node) -> fx.Node | None:
+        scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)
+        return None if scale is None else self.editor.weight(f"{cache.target}_scale", scale)
+
+    def _heads(
+        self,
+        whole: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        cache: LayerCache,
+        group: HeadGroup,
+    ) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
+        """q, k, v and sinks of a group's heads."""
+        query, key, value, sinks = whole
+        if len(cache.groups) == 1:
+            return whole
+        each = int(query.meta["val"].shape[2]) // cache.kv_heads
+        of_query = tuple(head * each + i for head in group.heads for i in range(each))
+        return (
+            self._chosen(query, 2, of_query),
+            self._chosen(key, 2, group.heads),
+            self._chosen(value, 2, group.heads),
+            None if sinks is None else self._chosen(sinks, 0, of_query),
+        )
+
+    def _chosen(self, x: fx.Node, axis: int, heads: tuple[int, ...]) -> fx.Node:
+        """Some heads of x: a slice where they stand side by side."""
+        first, last = heads[0], heads[-1] + 1
+        if heads == tuple(range(first, last)):
+            return self.editor.call(aten.slice.Tensor, x, axis, first, last)
+        return self.editor.call(aten.index_select.default, x, axis, self._indices(heads))
+
+    def _joined(self, parts: list[fx.Node], cache: LayerCache) -> fx.Node:
+        """The groups' outputs as one, heads in their order."""
+        out = self.editor.call(aten.cat.default, parts, 2)
+        each = int(out.meta["val"].shape[2]) // cache.kv_heads
+        heads = [head for group in cache.groups for head in group.heads]
+        if heads == sorted(heads):
+            return out
+        order = tuple(
+            heads.index(head) * each + i for head in range(len(heads)) for i in range(each)
+        )
+        return self.editor.call(aten.index_select.default, out, 2, self._indices(order))
+
+    def _indices(self, heads: tuple[int, ...]) -> fx.Node:
+        name = "heads." + ".".join(map(str, heads))
+        if name in self.program.weights:
+            return self.editor.read(name)
+        return self.editor.weight(name, Weight.of(torch.tensor(heads)))
 
 
 def _without_rotary(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, list[object]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...ir.cache_layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import Pass, PassResult
 

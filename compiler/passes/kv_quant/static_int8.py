@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...calibrate.kv_ranges import KVRanges
-from ...ir.cache_layout import PARTS, CacheLayout, Storage, cache_name
+from ...ir.cache.layout import PARTS, CacheLayout, cache_name
+from ...ir.cache.storages import Plain
 from ...ir.program import Program
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
@@ -40,7 +41,7 @@ class StaticInt8(Pass):
         for layer in program.layout.layers:
             groups = []
             for index, group in enumerate(layer.groups):
-                groups.append(replace(group, storage=Storage("i8", "channel")))
+                groups.append(replace(group, storage=Plain("i8", "channel")))
                 for part in PARTS:
                     program.cache_weights[f"{cache_name(layer.layer, index)}.{part}_scale"] = (
                         Weight(

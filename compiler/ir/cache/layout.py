@@ -1,0 +1,298 @@
+"""The CacheLayout: the one table that says what the KV cache holds, where, and in how many bytes.
+
+For each attention layer the KV heads are partitioned into groups. A group has a *policy* (which
+tokens it keeps), a *storage* (how a kept token is stored), and an *owner* (itself, or another layer
+whose tokens it reads). Passes refine the table; `buffers()` is the only place that turns it into tensors,
+so what the runtime allocates is what `bytes()` accounts for.
+
+Sizes are given batch rows and a capacity in tokens. Both may be numbers, as when the runtime
+allocates, or SymPy symbols, as in the account: one formula serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ....errors import IRError
+from .policies import POLICIES, Full, Policy
+from .sizes import Size, least, most
+from .storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
+from .text import read, show
+
+if TYPE_CHECKING:
+    import sympy
+
+#: What is cached of each token.
+PARTS = ("key", "value")
+
+#: The graph's input that counts the tokens of each row; groups that keep every token in slots go by it.
+TOKENS = "lengths"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One buffer to allocate.
+
+    `role` says how a step of the graph meets it: it reads and writes `slots`, only reads what is `read`,
+    and never sees what is for the `host`, which the runtime keeps books in between steps.
+    """
+
+    name: str
+    shape: tuple[Size, ...]
+    dtype: str
+    role: str = "slots"
+
+    def bytes(self) -> Size:
+        total: Size = math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return total
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """KV heads of one layer that are cached alike."""
+
+    heads: tuple[int, ...]
+    policy: Policy = field(default_factory=Full)
+    storage: Storage = field(default_factory=Plain)
+    owner: int | None = None
+    """The layer whose slots this group reads, where it has none of its own."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything is kept in slots until the prompt has been read."""
+        return self.policy.exact or self.storage.exact
+
+    @property
+    def packed(self) -> bool:
+        """Whether older tokens leave the slots for bulk buffers."""
+        return self.storage.waiting > 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether the runtime must know how much attention each token got."""
+        return self.policy.scored or self.storage.scored
+
+    @property
+    def moves(self) -> bool:
+        """Whether tokens leave the slots, so that a slot's index is not the token's place in the text."""
+        return self.packed or not isinstance(self.policy, Full)
+
+    @property
+    def newest(self) -> int:
+        """The newest tokens, which stay in the slots when others leave."""
+        return self.storage.newest if self.packed else self.policy.newest
+
+    def slots(self, capacity: Size, prompt: Size | None = None) -> Size:
+        """Slots a row and head: once the prompt has been read, or while `prompt` tokens are."""
+        if prompt is not None and self.exact:
+            return prompt + int(self.policy.compensated)
+        kept = self.policy.slots(capacity)
+        if not self.packed:
+            return kept
+        return least(kept, self.policy.lead + self.storage.newest + self.storage.waiting)
+
+    def describe(self) -> str:
+        """`window(sinks=4,..) f32`, in one word each."""
+        return f"{show(self.policy)} {show_storage(self.storage)}"
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The cache of one attention layer."""
+
+    layer: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    groups: tuple[HeadGroup, ...]
+
+    def __post_init__(self) -> None:
+        listed = sorted(head for group in self.groups for head in group.heads)
+        if listed != list(range(self.kv_heads)):
+            raise IRError(
+                f"cache of layer {self.layer}: the groups hold heads {listed}, "
+                f"but each of the {self.kv_heads} KV heads must stand in exactly one group"
+            )
+
+    def size(self, part: str) -> int:
+        """Numbers a head and token of the "key" or the "value"."""
+        return self.key_size if part == "key" else self.value_size
+
+    def shape(self, group: HeadGroup) -> GroupShape:
+        """The sizes of one of this layer's groups."""
+        return GroupShape(len(group.heads), self.key_size, self.value_size)
+
+    def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
+        for index in range(len(self.groups)):
+            yield from self.group_buffers(index, batch, capacity, prompt)
+
+    def group_buffers(
+        self, index: int, batch: Size, capacity: Size, prompt: Size | None = None
+    ) -> Iterator[Buffer]:
+        """The buffers of one group."""
+        group = self.groups[index]
+        prefix, shape = cache_name(self.layer, index), self.shape(group)
+        if group.owner is not None:
+            return
+        slots = group.slots(capacity, prompt)
+        for part in PARTS:
+            slot = (batch, shape.heads, slots, shape.size(part))
+            yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
+        if group.policy.compensated:
+            yield Buffer(f"{prefix}.count", (batch, shape.heads), "f32", "read")
+            for part in PARTS:
+                mean = (batch, shape.heads, shape.size(part))
+                yield Buffer(f"{prefix}.mean_{part}", mean, "f32", "host")
+        if group.scored:
+            yield Buffer(f"{prefix}.score", (batch, shape.heads, slots), "f32", "host")
+        if group.packed and not (prompt is not None and group.exact):
+            for name, size, dtype in group.storage.bulk(shape, batch, group.policy.slots(capacity)):
+                yield Buffer(f"{prefix}.{name}", size, dtype, "read")
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The caches of all attention layers."""
+
+    layers: tuple[LayerCache, ...]
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        for entry in self.layers:
+            if entry.layer == layer:
+                return entry
+        raise IRError(f"the cache layout has no layer {layer}")
+
+    def groups(self) -> Iterator[tuple[LayerCache, int, HeadGroup]]:
+        """Every group with its layer and index, in order."""
+        for layer in self.layers:
+            for index, group in enumerate(layer.groups):
+                yield layer, index, group
+
+    def clocks(self) -> dict[str, HeadGroup]:
+        """The counters of used slots, by name, each with a group that goes by it.
+
+        Groups with the same policy and storage move their tokens at the same time, so they share a
+        counter a row. Groups that keep every token in slots go by the count of tokens, `lengths`.
+        """
+        found: dict[str, HeadGroup] = {}
+        for _, _, group in self.groups():
+            if group.moves and group.describe() not in [g.describe() for g in found.values()]:
+                found[f"slots.{len(found)}"] = group
+        return found
+
+    def clock(self, group: HeadGroup) -> str:
+        """The counter that a group goes by."""
+        if not group.moves:
+            return TOKENS
+        described = group.describe()
+        return next(n for n, other in self.clocks().items() if other.describe() == described)
+
+    def slot_dims(self, capacity: int) -> dict[str, int]:
+        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter."""
+        named = {slots_dim(name): group.slots(capacity) for name, group in self.clocks().items()}
+        return {"C": capacity} | named
+
+    def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
+        """Every buffer of the cache, in the order of layers and groups.
+
+        With `prompt`, what is live while a prompt of so many tokens is read; else what stays after it.
+        """
+        for layer in self.layers:
+            yield from layer.buffers(batch, capacity, prompt)
+
+    def bytes(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Size:
+        """Bytes of all buffers; a number for numbers, an expression for symbols."""
+        return _total(self.buffers(batch, capacity, prompt))
+
+    def peak_bytes(self, batch: Size, capacity: Size, prompt: Size) -> Size:
+        """The most bytes that are ever live when a prompt of so many tokens is read and continued.
+
+        Once the prompt has been read, groups that kept all of it are compressed one after the other: each
+        takes its final buffers, then lets go of the larger ones.
+        """
+        live: Any = self.bytes(batch, capacity, prompt)
+        peaks: list[Size] = [live]
+        for layer, index, group in self.groups():
+            if not group.exact or group.owner is not None:
+                continue
+            final = _total(layer.group_buffers(index, batch, capacity))
+            peaks.append(live + final)
+            live = live + final - _total(layer.group_buffers(index, batch, capacity, prompt))
+        return most(*peaks, live)
+
+    def account(self) -> sympy.Expr:
+        """Bytes as a SymPy expression in B (batch rows) and C (capacity in tokens)."""
+        import sympy
+
+        batch, capacity = sympy.symbols("B C", integer=True, positive=True)
+        return sympy.expand(self.bytes(batch, capacity))
+
+    def lines(self) -> Iterator[str]:
+        """The textual form, a line a group; `parse` reads it back."""
+        for layer, index, group in self.groups():
+            heads = ",".join(map(str, group.heads))
+            owner = "" if group.owner is None else f" owner={group.owner}"
+            yield (
+                f"cache {layer.layer}.{index} heads={heads} of={layer.kv_heads} "
+                f"key={layer.key_size} value={layer.value_size} "
+                f"policy={show(group.policy)} storage={show_storage(group.storage)}{owner}"
+            )
+
+    @staticmethod
+    def parse(lines: list[str]) -> CacheLayout | None:
+        """Reads what `lines` prints; None where there are none."""
+        layers: dict[int, list[tuple[dict[str, str], HeadGroup]]] = {}
+        for line in lines:
+            layer, fields, group = _parse_line(line)
+            layers.setdefault(layer, []).append((fields, group))
+        if not layers:
+            return None
+        return CacheLayout(
+            tuple(
+                LayerCache(
+                    layer=layer,
+                    kv_heads=int(groups[0][0]["of"]),
+                    key_size=int(groups[0][0]["key"]),
+                    value_size=int(groups[0][0]["value"]),
+                    groups=tuple(group for _, group in groups),
+                )
+                for layer, groups in layers.items()
+            )
+        )
+
+
+def _total(buffers: Iterator[Buffer]) -> Size:
+    total: Any = 0
+    for buffer in buffers:
+        total = total + buffer.bytes()
+    return total
+
+
+def cache_name(layer: int, group: int) -> str:
+    """Prefix of the names of a group's buffers, in graphs and in the runtime."""
+    return f"cache.{layer}.{group}"
+
+
+def slots_dim(clock: str) -> str:
+    """The name that a counter's number of slots has in the graph's shapes."""
+    return "C" if clock == TOKENS else f"C{clock.rpartition('.')[2]}"
+
+
+def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
+    try:
+        _, place, *rest = line.split()
+        fields = dict(item.split("=", 1) for item in rest)
+        layer = int(place.split(".")[0])
+        owner = fields.get("owner")
+        group = HeadGroup(
+            heads=tuple(int(head) for head in fields["heads"].split(",")),
+            policy=read(fields["policy"], POLICIES, "cache policy"),
+            storage=read_storage(fields["storage"]),
+            owner=None if owner is None else int(owner),
+        )
+    except (KeyError, ValueError) as error:
+        raise IRError(f"cannot read the cache line {line!r}: {error}") from None
+    return layer, fields, group

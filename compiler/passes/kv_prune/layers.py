@@ -1,0 +1,55 @@
+"""What the pruning methods share: which layers they may prune, and how the layout is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ....errors import RecipeError
+from ...ir.cache.layout import CacheLayout, LayerCache
+from ...ir.cache.policies import Policy
+from ...ir.program import Program, attention_nodes, call_arguments
+from ..base import PassResult
+
+
+def prunable(program: Program, result: PassResult, kept: int) -> Iterator[LayerCache]:
+    """The layers whose caches hold every token; the others are noted as skipped, with the reason.
+
+    Raises RecipeError where the context has no more tokens than a method would keep.
+    """
+    if program.layout is None:
+        result.skipped("graph", "no attention in the graph")
+        return
+    if kept >= program.model.context:
+        raise RecipeError(
+            f"the cache would keep {kept} tokens, but the context has {program.model.context}: nothing "
+            "would be pruned; keep fewer tokens, or compile for a longer context"
+        )
+    windows = {
+        int(found["layer"]): int(found["window"])
+        for found in map(call_arguments, attention_nodes(program))
+    }
+    for layer in program.layout.layers:
+        window = windows[layer.layer]
+        if window:
+            result.skipped(
+                f"layer {layer.layer}", f"has a sliding window of {window} tokens of its own"
+            )
+        elif any(group.moves or group.owner is not None for group in layer.groups):
+            result.skipped(f"layer {layer.layer}", "an earlier pass decided what it keeps")
+        else:
+            yield layer
+
+
+def with_policy(program: Program, layer: LayerCache, policy: Policy) -> None:
+    """Gives every group of a layer a policy."""
+    groups = tuple(replace(group, policy=policy) for group in layer.groups)
+    with_layer(program, replace(layer, groups=groups))
+
+
+def with_layer(program: Program, layer: LayerCache) -> None:
+    """Puts a layer's cache in the place of the one that the layout holds."""
+    assert program.layout is not None
+    program.layout = CacheLayout(
+        tuple(layer if old.layer == layer.layer else old for old in program.layout.layers)
+    )

@@ -1,0 +1,125 @@
+"""What happens to a cache between steps: tokens leave the slots, and prompts settle.
+
+A group's slots hold, in order, the compensation token (with some policies), the sinks, and the tokens
+since. When a step would not fit, the tokens between the sinks and the newest `recent` leave: they are
+dropped, added to the compensation token, or packed, as policy and storage say. Rows are moved one by one,
+so each row's window goes by its own length.
+
+Arrays may be NumPy's or torch's: only what both understand is asked of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name
+from ..errors import EinfoldError
+
+if TYPE_CHECKING:
+    from .cache import Cache
+
+
+def slots_of(cache: Cache, clock: str) -> int:
+    """Slots of the groups that go by a counter."""
+    name = next(
+        cache_name(layer.layer, index)
+        for layer, index, group in cache.layout.groups()
+        if group.owner is None and cache.layout.clock(group) == clock
+    )
+    return int(cache.buffers[f"{name}.key"].shape[2])
+
+
+def make_room(cache: Cache, size: int) -> None:
+    """Moves tokens out of the slots of every row that has no room for `size` more."""
+    for clock, group in cache.groups.items():
+        used, slots = cache.clocks[clock], slots_of(cache, clock)
+        for row in np.flatnonzero(used + size > slots):
+            leaving = _leaving(group, int(used[row]))
+            if used[row] - leaving + size > slots:
+                raise EinfoldError(
+                    f"{size} tokens in one step do not fit {slots} slots of a cache that keeps "
+                    f"{group.describe()}; give it more slack or smaller steps"
+                )
+            _leave(cache, clock, int(row), leaving)
+            used[row] -= leaving
+
+
+def settle(cache: Cache) -> None:
+    """Compresses the groups that kept the whole prompt, one by one, into their final buffers."""
+    for layer, index, group in cache.layout.groups():
+        if not group.exact or group.owner is not None:
+            continue
+        used = cache.clocks[cache.layout.clock(group)]
+        final = {
+            spec.name: spec for spec in layer.group_buffers(index, cache.batch, cache.capacity)
+        }
+        slots = final[f"{cache_name(layer.layer, index)}.key"].shape[2]
+        for row in np.flatnonzero(used > slots):
+            _move(cache, layer, index, int(row), int(used[row]), _leaving(group, int(used[row])))
+        _shrink(cache, final)
+    for clock, group in cache.groups.items():
+        if group.exact:
+            used, slots = cache.clocks[clock], slots_of(cache, clock)
+            for row in np.flatnonzero(used > slots):
+                used[row] -= _leaving(group, int(used[row]))
+
+
+def _leaving(group: HeadGroup, used: int) -> int:
+    """How many tokens leave a row that uses so many slots."""
+    movable = used - group.policy.lead - group.newest
+    return max(0, movable // group.storage.granule * group.storage.granule)
+
+
+def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
+    used = int(cache.clocks[clock][row])
+    for layer, index, group in cache.layout.groups():
+        if group.owner is None and group.moves and cache.layout.clock(group) == clock:
+            _move(cache, layer, index, row, used, leaving)
+
+
+def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:
+    """Takes `leaving` tokens behind the lead out of one row of one group, and closes the gap."""
+    if not leaving:
+        return
+    group, prefix = layer.groups[index], cache_name(layer.layer, index)
+    first, last = group.policy.lead, group.policy.lead + leaving
+    if group.policy.compensated:
+        _compensate(cache, prefix, row, first, last)
+    for part in PARTS:
+        slots_KND = cache.buffers[f"{prefix}.{part}"][row]
+        slots_KND[:, first : used - leaving] = slots_KND[:, last:used] + 0  # a copy: they overlap
+
+
+def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> None:
+    """Adds slots `first` to `last` to the running mean, and puts the mean into slot 0."""
+    count_K = cache.buffers[f"{prefix}.count"][row]
+    count_K += last - first
+    for part in PARTS:
+        slots_KND = cache.buffers[f"{prefix}.{part}"][row]
+        mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
+        left_KTD = slots_KND[:, first:last]
+        if _holds_integers(slots_KND):
+            left_KTD = left_KTD * np.float32(1)
+        mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
+        slots_KND[:, 0] = _rounded(mean_KD, slots_KND)
+
+
+def _rounded(values: Any, like: Any) -> Any:
+    """Values as they can be stored: integers where the slots hold integers."""
+    return values.round().clip(-128, 127) if _holds_integers(like) else values
+
+
+def _holds_integers(slots: Any) -> bool:
+    return str(slots.dtype) in ("int8", "torch.int8")
+
+
+def _shrink(cache: Cache, final: dict[str, Any]) -> None:
+    """Replaces a group's buffers by its final ones, one at a time."""
+    for name, spec in final.items():
+        old, new = cache.buffers.get(name), cache.make(spec)
+        if old is not None:
+            part = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+            new[part] = old[part]
+        cache.buffers[name] = new
