@@ -18,7 +18,8 @@ from einfold import on_triton
 from einfold.compiler.artifact import file_entry
 from einfold.compiler.attention_kernels import attention_kernels, differences, kernel_files
 from einfold.compiler.attention_kernels.cascade import cascade_of
-from einfold.compiler.attention_kernels.kernels import AttentionKernel
+from einfold.compiler.attention_kernels.cubins import variants
+from einfold.compiler.attention_kernels.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.attention_kernels.kinds import AttentionKind
 from einfold.compiler.attention_kernels.trusted import with_compiled
 from einfold.compiler.codegen.triton.options import DEVICES
@@ -284,6 +285,29 @@ def test_options_that_do_not_go_together(
 ) -> None:
     with pytest.raises(RecipeError, match=says):
         einfold.compile(model_folder("llama"), tmp_path / "out", **options)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        (AttentionKind(8, 4, 128, 128, 0.09, 0, 0.0, False, "fp32", "i8", True), 90),
+        (AttentionKind(8, 2, 256, 256, 0.06, 4096, 50.0, False, "fp32", "fp32", False), 80),
+    ],
+    ids=["head size 128 over int8", "head size 256"],
+)
+def test_kernels_fit_the_gpu_that_they_are_compiled_for(
+    kind: AttentionKind, capability: int
+) -> None:
+    """Products in three parts need room twice; a kernel that asks for more than there is cannot start."""
+    made = attention_kernel(kind, "tested", (0,), 8192, DEVICES[capability])
+    assert not made.kernel.division.ahead and not made.kernel.division.after
+    for variant in variants(made):
+        if variant.name in ("prefill", "decode"):
+            found = made.kernel.compile_ahead(capability, variant.kind, variant.tiles)
+            assert found.shared <= DEVICES[capability].shared_bytes
+            assert found.spills <= 512
+            assert any(name.startswith(("mma", "wgmma")) for name in found.matrix)
 
 
 class Recorder:
