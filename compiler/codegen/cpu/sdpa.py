@@ -70,7 +70,7 @@ class ThroughSdpa:
     def _run(
         self, frame: Frame, item: Attention, finish: tuple[Statement, ...], virtual: bool
     ) -> tuple[Statement, ...]:
-        can_die = _can_hide(frame, item.logits.bias)
+        can_die = _can_hide(self.plan, item.logits.bias)
         finish, zeroed = _without_dead_zero(finish, item)
         needs_statistics = virtual or _reads_any(finish, item)
         heads = Heads.of(frame, self.plan, item.logits, [v for _, v in item.weighted])
@@ -96,7 +96,7 @@ class ThroughSdpa:
             for state in (*item.sums, *(state for state, _ in item.weighted)):
                 body = cleaned(frame, state.body)
                 frame.values[state.name] = with_virtual(
-                    frame, state, body, frame.values[state.name]
+                    frame, self.plan, state, body, frame.values[state.name]
                 )
             return finish
         ones = {state.name for state in item.sums} if not one.ndim else set()
@@ -172,16 +172,16 @@ def _weights(state: State, reference: Reference) -> tuple[Expr, list[Expr]]:
     return scores, rest
 
 
-def _can_hide(frame: Frame, bias: Expr) -> bool:
+def _can_hide(plan: Plan, bias: Expr) -> bool:
     """Whether a row may have no live key: a value of -inf is written, or a mask may hold one."""
     if isinstance(bias, Apply) and bias.op == "where":
-        return any(_can_hide(frame, arg) for arg in bias.args[1:])
+        return any(_can_hide(plan, arg) for arg in bias.args[1:])
     if isinstance(bias, Const):
         return float(bias.value) == -math.inf
     if isinstance(bias, Apply) and bias.op in ("add", "sub", "mul", "neg", "div"):
-        return any(_can_hide(frame, arg) for arg in bias.args)
+        return any(_can_hide(plan, arg) for arg in bias.args)
     if isinstance(bias, Ref):
-        tensor = frame.plan.inputs.get(bias.tensor)
+        tensor = plan.inputs.get(bias.tensor)
         return tensor is None or tensor.kind == "real"
     return any(isinstance(read, Ref) for read in reads(bias))
 
