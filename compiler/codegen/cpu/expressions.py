@@ -63,6 +63,8 @@ def evaluate(frame: Frame, expr: Expr, order: Sequence[str]) -> Any:
     """The expression as a tensor that broadcasts over `order`, or as a number where it has no tensor."""
     if isinstance(expr, Const):
         return expr.value
+    if isinstance(expr, Ref) and expr.tensor in frame.numbers:
+        return frame.numbers[expr.tensor]
     if isinstance(expr, Ref):
         return wide(frame, frame.values[expr.tensor].over(order))
     if isinstance(expr, Size):

@@ -60,18 +60,18 @@ class Frame:
     dtype: torch.dtype = torch.float32
     virtual: Mapping[str, int] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
+    #: Inputs that come as numbers. They stay numbers, which Inductor lets vary without compiling again.
+    numbers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> Frame:
-        """The inputs over their ranks. Raises NotLoweredError where the size of a rank is not known."""
+    def of(cls, plan: Plan, signature: Signature, tensors: Sequence[Any]) -> Frame:
+        """The inputs, tensors or numbers, over their ranks. Raises NotLoweredError where the size of a rank is not known."""
         device = next(x.device for x in tensors if isinstance(x, torch.Tensor))
-        # A number of the program that varies comes as a number, symbolic or not.
-        tensors = [
-            x if isinstance(x, torch.Tensor) else torch.scalar_tensor(x, device=device)
-            for x in tensors
-        ]
         frame = cls(_sizes(plan, signature, tensors), device)
         for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):
+            if not isinstance(tensor, torch.Tensor):
+                frame.numbers[name] = tensor
+                continue
             ranks = tuple(rank for dim in dims for rank in dim)
             shape = frame.shape(ranks)
             split = any(len(dim) != 1 for dim in dims)
@@ -110,11 +110,12 @@ class Frame:
         return tuple(found)
 
 
-def _sizes(plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _sizes(plan: Plan, signature: Signature, tensors: Sequence[Any]) -> dict[str, Any]:
     """Sizes of ranks: of dimensions that are one rank, of fixed dimensions, and what then remains."""
     dims = [
         (dim, size)
         for (_, own), tensor in zip(signature.inputs, tensors, strict=True)
+        if own
         for dim, size in zip(own, tensor.shape, strict=True)
     ]
     sizes: dict[str, Any] = {}

@@ -171,7 +171,7 @@ def _query(frame: Frame, heads: Heads) -> tuple[torch.Tensor, float]:
         if not ranks_of(heads.scale) <= {*heads.order}:
             raise NotLoweredError("the scale varies along what is summed")
         factor = evaluate(frame, heads.scale, [*heads.order, *heads.inner])
-        q = q * as_tensor(frame, factor).to(q.dtype)
+        q = q * (factor.to(q.dtype) if isinstance(factor, torch.Tensor) else factor)
     shape = [
         frame.count(heads.batch),
         frame.count((*heads.heads, *heads.groups)),

@@ -35,12 +35,10 @@ class OneTile:
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Raises NotLoweredError where the plan has no form in plain torch."""
-        plan = self.plan
-        if torch.float16 not in (tensor.dtype for tensor in tensors):
-            # At a fixed reference exp reaches past what float16 can hold.
-            plan = plan.with_static_references()
-        frame = Frame.of(plan, self.signature, tensors)
-        run_whole(frame, plan)
+        frame = Frame.of(self.plan, self.signature, tensors)
+        halves = any(value.tensor.dtype == torch.float16 for value in frame.values.values())
+        # At a fixed reference exp reaches past what float16 can hold.
+        run_whole(frame, self.plan if halves else self.plan.with_static_references())
         return frame.results(self.signature)
 
 

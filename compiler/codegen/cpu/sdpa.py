@@ -61,7 +61,8 @@ class ThroughSdpa:
             if state.name not in grouped:
                 raise NotLoweredError(f"state {state.name} belongs to no attention")
         for item in finish:
-            missing = [r.tensor for r in reads(item.expr) if r.tensor not in frame.values]
+            known = {*frame.values, *frame.numbers}
+            missing = [r.tensor for r in reads(item.expr) if r.tensor not in known]
             if missing:
                 raise NotLoweredError(f"what follows reads {missing[0]}")
             run_maps(frame, [item])

@@ -88,7 +88,7 @@ def _dot_operands(
 
 def operand(frame: Frame, expr: Expr, order: list[str]) -> torch.Tensor:
     """An expression over all of `order`; a tensor as it stands keeps its type."""
-    if isinstance(expr, Ref):
+    if isinstance(expr, Ref) and expr.tensor in frame.values:
         tensor = frame.values[expr.tensor].over(order)
         if not tensor.dtype.is_floating_point:
             tensor = tensor.to(frame.dtype)
