@@ -101,10 +101,10 @@ class Heads:
                 wanted |= {read.tensor for read in reads(item.expr)}
         return found[::-1]
 
-    def dead(self, frame: Frame) -> Value:
-        """Whether a row's bias hides all its keys."""
-        own = order_of(self.bias, self.order)
-        bias = as_tensor(frame, evaluate(frame, self.bias, [*own, self.rank]))
+    def dead(self, frame: Frame, hiding: Expr) -> Value:
+        """Whether the part of a row's bias that may hide keys hides all of them."""
+        own = order_of(hiding, self.order)
+        bias = as_tensor(frame, evaluate(frame, hiding, [*own, self.rank]))
         return Value(bias.amax(-1) == -torch.inf, own)
 
     def is_causal(self, frame: Frame) -> bool:

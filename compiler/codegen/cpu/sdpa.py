@@ -71,7 +71,7 @@ class ThroughSdpa:
     def _run(
         self, frame: Frame, item: Attention, finish: tuple[Statement, ...], virtual: bool
     ) -> tuple[Statement, ...]:
-        can_die = _can_hide(self.plan, item.logits.bias)
+        hiding = _hiding(self.plan, item.logits.bias)
         finish, zeroed = _without_dead_zero(finish, item)
         needs_statistics = virtual or _reads_any(finish, item)
         heads = Heads.of(frame, self.plan, item.logits, [v for _, v in item.weighted])
@@ -81,8 +81,8 @@ class ThroughSdpa:
             frame.values[state.name] = value
         ranks = item.reference.ranks
         one: torch.Tensor = torch.ones((), device=frame.device)
-        if can_die and not (zeroed and not virtual):
-            dead = heads.dead(frame)
+        if hiding != Const(0.0) and not (zeroed and not virtual):
+            dead = heads.dead(frame, hiding)
             one = torch.where(dead.over(ranks), 0.0, 1.0)
             if statistic is not None:
                 hidden = torch.where(dead.over(ranks), -math.inf, statistic.over(ranks))
@@ -171,6 +171,14 @@ def _weights(state: State, reference: Reference) -> tuple[Expr, list[Expr]]:
     if scores is None:
         raise NotLoweredError(f"state {state.name} is weighted by no exponential")
     return scores, rest
+
+
+def _hiding(plan: Plan, bias: Expr) -> Expr:
+    """What of the bias may be -inf: its finite terms say nothing on whether a row has a live key."""
+    if isinstance(bias, Apply) and bias.op in ("add", "sub"):
+        terms = [_hiding(plan, arg) for arg in bias.args]
+        return simplified(Apply(bias.op, tuple(terms)))
+    return bias if _can_hide(plan, bias) else Const(0.0)
 
 
 def _can_hide(plan: Plan, bias: Expr) -> bool:
