@@ -259,7 +259,7 @@ def _permute(
 ) -> None:
     """Gives a node a weight that it reads with its rows or columns in another order."""
     arguments = call_arguments(node)
-    stem, _, kind = str(arguments[name].target).rpartition(".")
+    *stem, kind = str(arguments[name].target).split(".")
     weight = program.weights[str(arguments[name].target)]
 
     def compute() -> tuple[Tensor]:
@@ -267,5 +267,5 @@ def _permute(
 
     (ordered,) = derive([(weight.shape, weight.dtype)], compute)
     with editor.before(node):
-        read = editor.weight(f"{stem}.by_group.{kind}", ordered)
+        read = editor.weight(".".join([*stem, "by_group", kind]), ordered)
     node.update_arg(list(arguments).index(name), read)
