@@ -34,7 +34,11 @@ class Completion:
 
 @dataclass
 class Model:
-    """A loaded artifact. Make it with `load`."""
+    """A loaded artifact. Make it with `load`.
+
+    One thread at a time: a generation keeps its cache and its bound buffers here. Load the folder once
+    for each thread; the weights in the file are mapped, and shared.
+    """
 
     artifact: Artifact
     engine: Engine
@@ -136,13 +140,22 @@ class Model:
         """The prompt of a conversation ([{"role": .., "content": ..}]) by the model's template."""
         return self.tokenizer.chat(messages)
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[int, Floats]]:
-        """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V])."""
+    def logits(self, tokens: Sequence[int], prompt: int = 0) -> Iterator[tuple[int, Floats]]:
+        """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V]).
+
+        With `prompt`, the first so many tokens are read as a prompt, and the cache is compressed as it is
+        when one is answered; then the rest goes through it, and only their logits are given.
+        """
         row = self.engine.check_tokens(tokens)
         if row.size > self.engine.context:
             raise PromptError(f"{row.size} tokens do not fit the context of {self.engine.context}")
-        cache = self.engine.cache = Cache.allocate(self.engine.layout, 1, row.size)
-        yield from self.engine.stream(cache, row, all_logits=True)
+        if not 0 <= prompt < row.size:
+            raise PromptError(f"a prompt of {prompt} tokens leaves nothing of {row.size} to read")
+        cache = Cache.allocate(self.engine.layout, 1, row.size, prompt or None)
+        self.engine.cache = cache
+        if prompt:
+            self.engine.prefill(cache, [row[:prompt]])
+        yield from self.engine.stream(cache, row, all_logits=True, start=prompt)
 
     def _completion(
         self, prompt: list[int], result: Generated, listener: _Listener | None

@@ -74,14 +74,14 @@ class Engine:
         self.timings = Timings()
         if not rows or not max_new_tokens:
             return [Generated() for _ in rows]
-        sampler = Sampler(sampling or Sampling())
+        samplers = [Sampler(sampling or Sampling(), row) for row in range(len(rows))]
         longest = max(len(row) for row in rows)
         # The last token written is never read back, so it needs no slot.
         capacity = min(longest + max_new_tokens - 1, self.context)
         cache = self.cache = Cache.allocate(self.layout, len(rows), capacity, longest)
         logits = self._timed_prefill(cache, rows)
         return self._decode(
-            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token
+            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), samplers, on_token
         )
 
     def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
@@ -177,7 +177,7 @@ class Engine:
         logits: Floats,
         max_new_tokens: int,
         stop: frozenset[int],
-        sampler: Sampler,
+        samplers: list[Sampler],
         on_token: OnToken | None,
     ) -> list[Generated]:
         results = [Generated() for _ in rows]
@@ -187,7 +187,7 @@ class Engine:
         started = time.perf_counter()
         while True:
             for index in np.flatnonzero(running):
-                token = sampler.pick(logits[index], rows[index], results[index].tokens)
+                token = samplers[index].pick(logits[index], rows[index], results[index].tokens)
                 ids[index] = token
                 reason = self._accept(
                     results[index], token, cache.lengths[index], max_new_tokens, stop

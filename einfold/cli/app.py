@@ -260,6 +260,14 @@ def eval_(
             show_default=False,
         ),
     ] = None,
+    prompt: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Where the cache lets tokens go: the share of each window that is read as a prompt and "
+            "compressed; measured is the rest. Questions for pass keys are never part of a prompt.",
+        ),
+    ] = 0.5,
     engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = EngineName.onnx,
     threads: Threads = None,
     chunk: Chunk = 512,
@@ -274,6 +282,7 @@ def eval_(
         against,
         text,
         window,
+        prompt,
         {"engine": engine.value, "threads": threads, "chunk": chunk},
         json,
     )

@@ -165,6 +165,7 @@ def evaluate_artifact(
     against: str,
     text: Path | None,
     window: int | None,
+    prompt: float,
     loading: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -172,7 +173,7 @@ def evaluate_artifact(
     from ..model import load
 
     with progress(as_json) as tell:
-        quality = evaluate(load(artifact, **loading), against, text, window, tell)
+        quality = evaluate(load(artifact, **loading), against, text, window, tell, prompt)
     if as_json:
         print_json(quality.data())
         return
@@ -190,10 +191,22 @@ def evaluate_artifact(
             f"{100 * quality.recall:.1f} % of {quality.keys}  "
             f"(original {100 * quality.reference_recall:.1f} %)",
         )
-    table.add_row("read", f"{quality.tokens:,} tokens in {quality.documents} documents")
+    for part in quality.recall_by_depth:
+        where = f"at depths to {100 * part['to']:.0f} %"
+        table.add_row(f"  {where}", _recall_row(part))
+    for part in quality.recall_by_length:
+        table.add_row(f"  after {part['above']:.0f} to {part['to']:.0f} tokens", _recall_row(part))
+    table.add_row("measured", f"{quality.tokens:,} tokens in {quality.documents} documents")
+    if quality.prompt is not None:
+        table.add_row("", f"behind prompts of {100 * quality.prompt:.0f} % of each window")
     for name, count in quality.bytes.items():
         table.add_row(f"bytes, {name}", f"{count:,} ({human_bytes(count)})")
     out.print(table)
+
+
+def _recall_row(part: dict[str, Any]) -> str:
+    original = f"(original {100 * part['reference_recall']:.1f} %)"
+    return f"{100 * part['recall']:.1f} % of {part['keys']}  {original}"
 
 
 def bench_artifact(
