@@ -53,7 +53,9 @@ class Statistics:
             )
         tokens = repeated_tokens(period, program.model.vocabulary)
         origin = f"{period} random tokens, {REPEATS} times"
-        return self._measured(f"retrieval-{period}", program, tokens, [RetrievalHeads(period)], origin)
+        return self._measured(
+            f"retrieval-{period}", program, tokens, [RetrievalHeads(period)], origin
+        )
 
     def of_text(self, program: Program) -> dict[int, dict[str, Tensor]]:
         """What `AttentionMass` and `KeyValues` find of each layer on the calibration text."""
@@ -106,5 +108,3 @@ def fingerprint(files: Sequence[Path]) -> str:
 def kv_scores(scores_H: Tensor, kv_heads: int) -> Tensor:
     """The score of each KV head: the largest of its query heads, [K]."""
     return scores_H.reshape(kv_heads, -1).amax(1)
-
-

@@ -189,5 +189,7 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 
 def test_a_context_without_room_for_the_probe_is_refused() -> None:
     statistics: Any = Statistics(lambda: (torch.zeros(1, 1), ""))
-    with pytest.raises(CalibrationError, match="a probe of 8 in a context of 64 tokens is too short"):
+    with pytest.raises(
+        CalibrationError, match="a probe of 8 in a context of 64 tokens is too short"
+    ):
         statistics.retrieval_heads(program(BODY), 8)

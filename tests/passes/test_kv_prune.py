@@ -125,9 +125,7 @@ def test_a_window_of_the_models_own_is_freed() -> None:
         "cache 1.0 heads=0,1,2,3 policy=window(sinks=0,recent=5,slack=4,compensation=0,"
         "prefill=streaming) storage=f32",
     ]
-    assert [note.what for note in result.notes] == [
-        "keeps its window of 5 tokens and a slack of 4"
-    ]
+    assert [note.what for note in result.notes] == ["keeps its window of 5 tokens and a slack of 4"]
     AttachCache().run(found)
     verify(found, deep=True)
 
@@ -143,7 +141,10 @@ def test_a_window_as_long_as_the_context_stays() -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("engine", ["onnx", "reference"])
 def test_freed_windows_write_the_same_tokens(
-    name: str, engine: str, model_folder: Callable[[str], Path], artifact: Callable[..., Path],
+    name: str,
+    engine: str,
+    model_folder: Callable[[str], Path],
+    artifact: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     """Past the window and past several moves, alone and in rows of unequal lengths."""

@@ -45,5 +45,7 @@ class NativeWindow(Pass):
                 )
                 continue
             with_policy(program, layer, Window(0, window, self.slack, prefill="streaming"))
-            result.applied(where, f"keeps its window of {window} tokens and a slack of {self.slack}")
+            result.applied(
+                where, f"keeps its window of {window} tokens and a slack of {self.slack}"
+            )
         return result

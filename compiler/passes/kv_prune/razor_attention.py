@@ -104,9 +104,7 @@ def choose(
     return {*first, *sorted(rest, key=lambda head: -echo[head])[:by_echo]}
 
 
-def split_heads(
-    program: Program, layer: LayerCache, full: tuple[int, ...], window: Window
-) -> None:
+def split_heads(program: Program, layer: LayerCache, full: tuple[int, ...], window: Window) -> None:
     """Gives the heads that are not in `full` a window, in a group of their own."""
     (group,) = layer.groups
     rest = tuple(head for head in range(layer.kv_heads) if head not in full)
