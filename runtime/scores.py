@@ -1,8 +1,8 @@
 """How much attention tokens got, and which of them stay by it.
 
-A step shows the queries of the groups that choose by attention. They are attended with here once more, over the
-keys in the slots, and the attention is added up for each token and KV head, over its query heads. Padding behind
-a row's tokens neither pays nor gets attention.
+A step shows the queries of the groups that choose by attention. They are attended with here once more,
+over the keys in the slots, and the attention is added up for each token and KV head, over its query
+heads. Padding behind a row's tokens neither pays nor gets attention.
 
 Arrays may be NumPy's or torch's; what is chosen is decided in NumPy.
 """
@@ -34,7 +34,7 @@ _BLOCK = 1 << 22
 
 
 def observe(cache: Cache, sizes: npt.NDArray[np.int64], observed: Mapping[str, Any]) -> None:
-    """Adds what the tokens of a step, `sizes` of each row, attended to; they are in the slots, not yet counted."""
+    """Adds what the tokens of a step attended to, `sizes` of each row; they are not counted yet."""
     for layer, index, group in cache.layout.groups():
         if not group.observed or group.owner is not None:
             continue
@@ -78,8 +78,8 @@ def _add(cache: Cache, group: HeadGroup, prefix: str, row: int, used: int, q_SHD
 def attention_sums(q_SHD: Floats, keys_KTD: Any, first: int, weights_MS: Floats) -> Floats:
     """Sums [K, M, T] over queries and the query heads of a KV head of the attention to each slot.
 
-    Query s stands at slot `first` + s and sees the slots up to it. Each query counts by its weight, in M ways. Queries
-    are scaled such that their product with the keys is the logit.
+    Query s stands at slot `first` + s and sees the slots up to it. Each query counts by its weight, in
+    M ways. Queries are scaled such that their product with the keys is the logit.
     """
     heads, total = keys_KTD.shape[:2]
     found = np.zeros((heads, len(weights_MS), total), np.float32)
@@ -114,7 +114,7 @@ def staying(
         voters = cache.buffers.get(f"{prefix}.voters")
         if voters is None:
             return None  # the prompt was read: what was chosen stays in front
-        score_KT = _votes(cache, policy, prefix, row, used)[:, :older]
+        score_KT = _votes(cache, policy, prefix, row, used)
     elif isinstance(policy, HeavyHitters):
         score_KT = _score(cache, prefix, row)[:, :older]
     else:
@@ -159,7 +159,7 @@ def _score(cache: Cache, prefix: str, row: int) -> Floats:
 
 
 def _votes(cache: Cache, policy: Voted, prefix: str, row: int, used: int) -> Floats:
-    """Attention of the last tokens of the prompt to each slot, [K, used], the largest of `kernel` neighbours."""
+    """Attention of the prompt's last tokens to each older slot, [K, older], pooled over neighbours."""
     voters = min(policy.observe, used)
     q_SHD = _host(cache.buffers[f"{prefix}.voters"][row])[:, policy.observe - voters :].swapaxes(
         0, 1

@@ -65,7 +65,7 @@ class Statistics:
         return self._measured("text", program, tokens, observers, where)
 
     def similarity(self, program: Program, part: str) -> Tensor:
-        """Mean cosine [L, L] of the "key"s or "value"s (rotated, all heads of a token) of each pair of layers."""
+        """Mean cosine [L, L] between layers of the "key"s (rotated) or "value"s of a token, all heads."""
         found = self.of_text(program)
         return similarity([found[layer][f"{part}_sample"] for layer in sorted(found)])
 

@@ -1,8 +1,9 @@
 """Reads a sample through a model once, layer by layer, and shows its attention to observers.
 
-Weights are loaded one at a time and let go, the sample's activations are kept, and attention is computed in
-blocks of rows, so that memory is bounded by the sample and one layer. What was found of each layer can be kept in
-a folder; a run that was interrupted goes on behind the last layer that is there.
+Weights are loaded one at a time and let go, the sample's activations are kept, and attention is
+computed in blocks of rows, so that memory is bounded by the sample and one layer. What was found of
+each layer can be kept in a folder; a run that was interrupted goes on behind the last layer that is
+there.
 """
 
 from __future__ import annotations

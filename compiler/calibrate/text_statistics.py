@@ -15,9 +15,12 @@ SAMPLED = 256
 
 @dataclass
 class AttentionMass:
-    """`mass` [H, buckets]: the share of attention by distance; bucket 0 is a token itself, bucket n the
-    distances 2^(n-1) to 2^n - 1. `saliency` [B, K, T]: the attention that a token gets from a query that sees it,
-    on average over queries and the heads of a group (ZipCache, He et al. 2024, section 4.1)."""
+    """Where attention goes, by distance and by token.
+
+    `mass` [H, buckets]: the share of attention by distance; bucket 0 is a token itself, bucket n the
+    distances 2^(n-1) to 2^n - 1. `saliency` [B, K, T]: the attention that a token gets from a query that
+    sees it, on average over queries and the heads of a group (ZipCache, He et al. 2024, section 4.2).
+    """
 
     kv_heads: int = 1
     _mass: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -48,8 +51,12 @@ class AttentionMass:
 
 @dataclass
 class KeyValues:
-    """`key_max` and `value_max` [K, D]: largest magnitude of each channel; `key_mean` and `value_mean`: the mean
-    magnitude, so that max / mean shows outliers; `key_sample` and `value_sample` [n, K * D]: some tokens."""
+    """What keys and values look like.
+
+    `key_max` and `value_max` [K, D]: largest magnitude of each channel; `key_mean` and `value_mean`: the
+    mean magnitude, so that max / mean shows outliers; `key_sample` and `value_sample` [n, K * D]: the keys
+    and values of some tokens.
+    """
 
     _found: dict[str, Tensor] = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ class Policy:
 
     @property
     def lead(self) -> int:
-        """Slots that stay beside the newest: the compensation token and the sinks in front, or chosen ones."""
+        """Slots that stay beside the newest: compensation token and sinks in front, or chosen tokens."""
         return 0
 
     @property

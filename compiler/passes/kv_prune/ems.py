@@ -17,14 +17,15 @@ class EMS(Pass):
     Before: `cache 0.0 heads=0,1 .. policy=full`
     After:  `cache 0.0 heads=0,1 .. policy=merged(heavy=224,recent=32,slack=64,prefill=exact,local=32,..)`
 
-    Options: `tokens`, the budget of a head; `recent`, how many of them are the newest; `slack`, tokens that may gather
-    before each head chooses anew; `local`, the queries that the local score is of; `similarity`, the cosine of
-    keys from which on a token is merged into a kept one, below it is in the zero class and gone; `prefill`, `exact`
-    or `streaming`.
+    Options: `tokens`, the budget of a head; `recent`, how many of them are the newest; `slack`, tokens
+    that may gather before each head chooses anew; `local`, the queries that the local score is of;
+    `similarity`, the cosine of keys from which on a token is merged into a kept one, below it is in the
+    zero class and gone; `prefill`, `exact` or `streaming`.
 
-    Differs from the paper: local attention fades with age by 1 - 1 / `local` in place of a hard window, so that no
-    queries are kept; both scores are shares of a head's attention and count equally; one `similarity` holds for
-    every head, where the paper adapts it; centres and merged tokens are averaged by their scores.
+    Differs from the paper: local attention fades with age by 1 - 1 / `local` in place of a hard window,
+    so that no queries are kept; both scores are shares of a head's attention and count equally; one
+    `similarity` holds for every head, where the paper adapts it; centres and merged tokens are averaged
+    by their scores.
     """
 
     tokens: int = 256

@@ -21,8 +21,8 @@ class H2O(Pass):
     given, as in the paper); `slack`, tokens that may gather before each head chooses anew; `prefill`, `exact`
     (all of the prompt is held while it is read) or `streaming` (each head chooses after every chunk).
 
-    Differs from the paper: heads choose after `slack` tokens, not after each; a KV head adds up the attention of its
-    query heads.
+    Differs from the paper: heads choose after `slack` tokens, not after each; a KV head adds up the
+    attention of its query heads.
     """
 
     tokens: int = 256

@@ -17,9 +17,9 @@ class NativeWindow(Pass):
     Before: `cache 0.0 .. policy=full`, of a layer whose attention has a window of 4,096
     After:  `cache 0.0 .. policy=window(sinks=0,recent=4096,slack=512,compensation=0,prefill=streaming)`
 
-    Nothing is lost: the slots hold the newest tokens side by side, so that the operator's window, which counts
-    slots, hides the same tokens as before. `slack` is what may gather before the window is moved, and bounds a
-    prefill step; 0 leaves the layers as they are, with every token kept and masked.
+    Nothing is lost: the slots hold the newest tokens side by side, so that the operator's window, which
+    counts slots, hides the same tokens as before. `slack` is what may gather before the window is
+    moved, and bounds a prefill step; 0 leaves the layers as they are, with every token kept and masked.
     """
 
     slack: int = 512

@@ -25,15 +25,16 @@ class RazorAttention(Pass):
     After:  `cache 0.0 heads=1 .. policy=full` and
             `cache 0.1 heads=0 .. policy=window(sinks=4,recent=409,slack=64,compensation=1,..)`
 
-    Options: `induction` and `echo`, the shares of KV heads that are retrieval heads by each score; `sinks`;
-    `recent`, the window of the other heads (a fifth of the context where it is not given); `slack`, tokens that
-    may gather before a window is moved; `prefill`, `exact` (as the paper) or `streaming`; `probe`, the
-    random tokens that are repeated to find the heads.
+    Options: `induction` and `echo`, the shares of KV heads that are retrieval heads by each score;
+    `sinks`; `recent`, the window of the other heads (a fifth of the context where it is not given);
+    `slack`, tokens that may gather before a window is moved; `prefill`, `exact` (as the paper) or
+    `streaming`; `probe`, the random tokens that are repeated to find the heads.
 
-    Differs from the paper: a KV head takes the largest score of its query heads, and shares are of KV heads.
-    Heads chosen by echo are the best of those that induction left, so that the number of retrieval heads, and with
-    it the bytes, follows from the options. The window has one length (the paper: max(4000, N / 5) of N tokens);
-    the probe is 512 tokens (2,500), less where the context has no room for four times as many.
+    Differs from the paper: a KV head takes the largest score of its query heads, and shares are of KV
+    heads. Heads chosen by echo are the best of those that induction left, so that the number of retrieval
+    heads, and with it the bytes, follows from the options. The window has one length (the paper:
+    max(4000, N / 5) of N tokens); the probe is 512 tokens (2,500), less where the context has no room for
+    four times as many.
     """
 
     induction: float = 0.14
@@ -67,8 +68,8 @@ class RazorAttention(Pass):
             others = layer.kv_heads - len(heads)
             result.applied(
                 f"layer {layer.layer}",
-                f"{len(heads)} of {layer.kv_heads} KV heads retrieve and keep all; {others} keep {self.sinks} "
-                f"sinks, {recent} recent tokens and a compensation token",
+                f"{len(heads)} of {layer.kv_heads} KV heads retrieve and keep all; {others} keep "
+                f"{self.sinks} sinks, {recent} recent tokens and a compensation token",
             )
         return result
 

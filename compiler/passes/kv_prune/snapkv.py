@@ -17,13 +17,14 @@ class SnapKV(Pass):
     Before: `cache 0.0 heads=0,1 .. policy=full`
     After:  `cache 0.0 heads=0,1 .. policy=voted(chosen=224,observe=32,kernel=7,slack=64,queries=2)`
 
-    Options: `tokens`, the budget of a head; `observe`, the last tokens of the prompt, which vote and stay; `kernel`, the
-    neighbours over which votes are max-pooled; `slack`, tokens that may be generated before old ones leave.
+    Options: `tokens`, the budget of a head; `observe`, the last tokens of the prompt, which vote and
+    stay; `kernel`, the neighbours over which votes are max-pooled; `slack`, tokens that may be
+    generated before old ones leave.
 
-    Differs from the paper: what is generated is bounded too, to the newest `observe` to `observe` + `slack`
-    tokens, for the bytes are fixed at compile time; a prompt that is shorter than the budget stays whole, and the
-    first tokens generated fill it up. A KV head adds up the votes of its query heads. The prompt is held whole
-    while it is read.
+    Differs from the paper: what is generated is bounded too, to the newest `observe` to `observe` +
+    `slack` tokens, for the bytes are fixed at compile time; a prompt that is shorter than the budget
+    stays whole, and the first tokens generated fill it up. A KV head adds up the votes of its query
+    heads. The prompt is held whole while it is read.
     """
 
     tokens: int = 256
