@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup, LayerCache
-from . import maintenance
+from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "f32": np.float32,
@@ -121,6 +121,7 @@ class Cache:
 
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
+        scores.observe(self, np.broadcast_to(sizes, self.lengths.shape), observed or {})
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes
