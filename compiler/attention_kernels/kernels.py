@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UnsupportedError
@@ -82,33 +82,18 @@ def attention_kernel(
     folding = fold(cascade, STREAM, cache)
     if folding.plan is None:
         raise UnsupportedError(f"layers {layers}: attention does not fold: {folding.reason}")
-    room = _room(device) if kind.query == "fp32" else device
     sizes = {"b": 1, "s": _PREFILL, "k": kind.kv_heads, "g": kind.group}
     sizes |= {"c": context, "d": kind.key_size, "f": kind.value_size}
     kernel = generate(
         folding.plan,
         types_of(kind),
         sizes,
-        Options(device=room, precision=_PRECISION),
+        Options(device=device, precision=_PRECISION),
         cascade,
         name,
     )
-    decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.cubes, room)
+    decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.demand, device)
     return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
-
-
-def _room(device: Device) -> Device:
-    """What the choice of tiles may count on where products go in three parts.
-
-    Each operand is then there twice, as a large and a small part: half the shared memory, fewer registers.
-    The shares are read off kernels compiled for three GPUs (head sizes 64, 128 and 256): with these none
-    asks for more shared memory than there is.
-    """
-    return replace(
-        device,
-        shared_bytes=device.shared_bytes // 2,
-        registers_a_thread=device.registers_a_thread * 3 // 5,
-    )
 
 
 def types_of(kind: AttentionKind) -> dict[str, str]:

@@ -299,7 +299,7 @@ def test_options_that_do_not_go_together(
 def test_kernels_fit_the_gpu_that_they_are_compiled_for(
     kind: AttentionKind, capability: int
 ) -> None:
-    """Products in three parts need room twice; a kernel that asks for more than there is cannot start."""
+    """A kernel that asks for more shared memory than there is cannot start."""
     made = attention_kernel(kind, "tested", (0,), 8192, DEVICES[capability])
     assert not made.kernel.division.ahead and not made.kernel.division.after
     for variant in variants(made):
