@@ -134,6 +134,14 @@ def test_a_kernel_does_what_the_operator_does(
         ("gpt_oss", {}),
         ("mistral", {"storage": "int8"}),
         ("llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}),
+        ("llama", {"prune": {"method": "h2o", "tokens": 8, "slack": 3}}),
+        (
+            "llama",
+            {
+                "storage": "int8",
+                "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
+            },
+        ),
     ],
 )
 def test_tokens_are_those_of_the_reference(
