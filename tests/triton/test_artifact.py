@@ -198,8 +198,9 @@ def changed(folder: Path, out: Path, name: str, text: str) -> Path:
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cpu(compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets artifacts load here; running them takes the interpreter."""
+    compiled("llama")  # ahead of the change: compiling would try to run it
     monkeypatch.setattr(on_triton, "find_device", lambda: torch.device("cpu"))
 
 
@@ -251,6 +252,20 @@ def test_sources_and_plans_of_an_artifact_are_never_used(
     told = " ".join(found["warnings"])
     assert "d16_fp32.py is not what this einfold makes of graph.eir; it is not used" in told
     assert "d16_fp32.plan is not what" in told
+
+
+@needs_triton
+@pytest.mark.usefixtures("on_cpu")
+def test_sympy_reads_no_text_of_an_artifact(
+    compiled: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SymPy's parser evaluates what it reads. Plans are derived anew here, so SymPy is at work."""
+    from sympy.parsing import sympy_parser
+
+    monkeypatch.setattr(sympy_parser, "eval_expr", lambda *given: pytest.fail(f"read {given}"))
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "empty"))
+    einfold.load(compiled("llama"))
+    assert len(list((tmp_path / "empty" / "plans").iterdir())) == 1
 
 
 def test_files_that_are_missing_or_too_many_are_told(compiled: Callable[..., Path]) -> None:
