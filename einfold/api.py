@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,6 +39,7 @@ def compile(
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
+    cubins: Sequence[str] | None = None,
     recipe: str | Path | Recipe | dict[str, Any] | None = None,
     tokenizer: Any = None,
     force: bool = False,
@@ -51,8 +53,9 @@ def compile(
     `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
     override it. `prune`, `quant` and `share` choose methods for the KV cache (`einfold methods` lists
     them) as `"METHOD:key=value,.."` or a table with the key `method`; "none" undoes the recipe's choice.
-    `check` runs the finished artifact beside the reference on a few tokens and refuses
-    to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
+    `target` is "onnx" or "triton"; `cubins` names GPUs, such as "sm_90", to compile the kernels of the
+    latter for ahead of time. `check` runs the finished artifact beside the reference on a few tokens and
+    refuses to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
 
     Raises the errors of `einfold.errors`; `out` appears whole or not at all.
     """
@@ -68,6 +71,7 @@ def compile(
         portable=portable,
         context=context,
         target=target,
+        cubins=cubins,
     )
     return compile_to(
         _input(model, tokenizer),
@@ -91,6 +95,7 @@ def resolve_recipe(
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
+    cubins: Sequence[str] | None = None,
 ) -> Recipe:
     """A recipe with the given options laid over it."""
     if recipe is None:
@@ -115,6 +120,8 @@ def resolve_recipe(
         data["context"] = context
     if target is not None:
         data["target"] = target
+    if cubins is not None:
+        data["triton"]["cubins"] = tuple(cubins)
     return Recipe.build(data, "the options")
 
 

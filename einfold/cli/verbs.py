@@ -23,10 +23,9 @@ def compile_model(
     dump: Path | None,
     as_json: bool,
 ) -> None:
-    from ..compiler.artifact import check_output, check_target
+    from ..compiler.artifact import check_output
 
     check_output(output, force)  # before the slow imports: most mistakes are found here
-    check_target(options["target"] or "onnx")
     from ..api import compile
 
     with progress(as_json) as tell:
@@ -51,6 +50,8 @@ def compile_model(
     if report.tokenizer.startswith("none"):
         reason = report.tokenizer.removeprefix("none: ")
         err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")
+    if "check" in report.check:
+        err.print(f"check against the reference {report.check['check']}")
     out.print(f"report: {output / 'report.html'}")
 
 
@@ -202,13 +203,23 @@ def bench_artifact(
     repeat: int,
     threads: int | None,
     chunk: int,
+    trust: bool,
     as_json: bool,
 ) -> None:
     from ..evaluate.speed import measure_speed
 
     with progress(as_json) as tell:
         speed = measure_speed(
-            artifact, prompt_tokens, contexts, new_tokens, batch, repeat, threads, chunk, tell
+            artifact,
+            prompt_tokens,
+            contexts,
+            new_tokens,
+            batch,
+            repeat,
+            threads,
+            chunk,
+            tell,
+            trust,
         )
     if as_json:
         print_json(speed.data())
@@ -350,8 +361,8 @@ def list_passes(recipe: Path | None, options: dict[str, Any], as_json: bool) -> 
         print_json(rows)
         return
     for number, row in enumerate(rows, start=1):
-        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        out.print(f"{number:2d} {row['name']}" + (f" ({options})" if options else ""))
+        shown = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        out.print(f"{number:2d} {row['name']}" + (f" ({shown})" if shown else ""))
         out.print(f"   {row['what']}", style="dim")
 
 
