@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup
-from . import maintenance
+from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup, LayerCache
+from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "f32": np.float32,
@@ -51,6 +51,8 @@ class Cache:
     groups: dict[str, HeadGroup] = field(default_factory=dict)
     """For each counter a group that goes by it."""
     make: Make = empty
+    members: dict[str, list[tuple[LayerCache, int]]] = field(default_factory=dict)
+    """For each counter the groups of its own slots that go by it, by layer and index."""
 
     @staticmethod
     def allocate(
@@ -75,6 +77,7 @@ class Cache:
             prompt,
             groups,
             make,
+            _members(layout, groups),
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -93,6 +96,11 @@ class Cache:
     def counters(self) -> dict[str, Counts]:
         """Every counter that a step of the graph may read, by its name there."""
         return {TOKENS: self.lengths} | self.clocks
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no slot of any row is in use."""
+        return not any(used.any() for used in self.counters.values())
 
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
@@ -113,6 +121,7 @@ class Cache:
 
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
+        scores.observe(self, np.broadcast_to(sizes, self.lengths.shape), observed or {})
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes
@@ -143,4 +152,16 @@ class Cache:
             self.prompt,
             self.groups,
             self.make,
+            self.members,
         )
+
+
+def _members(
+    layout: CacheLayout, groups: Mapping[str, HeadGroup]
+) -> dict[str, list[tuple[LayerCache, int]]]:
+    names = {group.describe(): name for name, group in groups.items()}
+    found: dict[str, list[tuple[LayerCache, int]]] = {name: [] for name in groups}
+    for layer, index, group in layout.groups():
+        if group.moves and group.owner is None:
+            found[names[group.describe()]].append((layer, index))
+    return found

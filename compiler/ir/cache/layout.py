@@ -72,8 +72,13 @@ class HeadGroup:
 
     @property
     def scored(self) -> bool:
-        """Whether the runtime must know how much attention each token got."""
+        """Whether the attention that each token got is added up and goes along with it."""
         return self.policy.scored or self.storage.scored
+
+    @property
+    def observed(self) -> bool:
+        """Whether the runtime must be shown the queries."""
+        return self.scored or self.policy.once
 
     @property
     def moves(self) -> bool:
@@ -148,6 +153,9 @@ class LayerCache:
                 yield Buffer(f"{prefix}.mean_{part}", mean, "f32", "host")
         if group.scored:
             yield Buffer(f"{prefix}.score", (batch, shape.heads, slots), "f32", "host")
+        reading = prompt is not None
+        for name, size in group.policy.books(batch, shape.heads, shape.key_size, slots, reading):
+            yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed and not (prompt is not None and group.exact):
             for name, size, dtype in group.storage.bulk(shape, batch, group.policy.slots(capacity)):
                 yield Buffer(f"{prefix}.{name}", size, dtype, "read")
@@ -279,6 +287,11 @@ def _total(buffers: Iterator[Buffer]) -> Size:
 def cache_name(layer: int, group: int) -> str:
     """Prefix of the names of a group's buffers, in graphs and in the runtime."""
     return f"cache.{layer}.{group}"
+
+
+def query_name(layer: int, group: int) -> str:
+    """Name of the graph's result that shows a group's queries to the runtime."""
+    return f"query.{layer}.{group}"
 
 
 def slots_dim(clock: str) -> str:
