@@ -37,7 +37,9 @@ def _layer_program(planned: Program, node: fx.Node) -> Program:
     editor = Editor(program)
     names = (("q", "q_BSHD"), ("k", "k_BSKD"), ("v", "v_BSKD"))
     inputs = [
-        editor.input(name, ["B", "S", *map(int, found[argument].meta["val"].shape[2:])], torch.float32)
+        editor.input(
+            name, ["B", "S", *map(int, found[argument].meta["val"].shape[2:])], torch.float32
+        )
         for name, argument in names
     ]
     sinks = found["sinks_H"]

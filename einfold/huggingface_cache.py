@@ -55,7 +55,7 @@ def cache_for(
 ) -> EinfoldCache:
     """A cache for `model.generate(.., past_key_values=cache)`, laid out as `einfold.compile` would.
 
-    The options are those of `einfold.compile`; of a recipe its `[cache]`, `[calibration]` and `context` count.
+    The options are those of `einfold.compile`; of a recipe `[cache]`, `[calibration]` and `context` count.
     `context` is the most tokens of a row, prompt and answer; methods that calibrate read their text with
     `tokenizer`, or random tokens without one. Memory is taken by the first forward pass, which must hold the
     whole prompt: it is what methods with `prefill=exact` compress.
@@ -78,7 +78,7 @@ class _Carried(NamedTuple):
     layer: int
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
     """The cache of one layer: a program, and the runtime's cache once the batch is known."""
 
     is_sliding = False
@@ -91,6 +91,9 @@ class _Layer(CacheLayerMixin):
         self.capacity = program.model.context
         self.layer = layer
         self.seen = 0
+        """Tokens of the batch so far, padding among them."""
+        self.stored = 0
+        """The most slots that any row uses."""
         self.cache: Cache | None = None
         self._interpreter = Interpreter(program, instead=IN_PLACE)
 
@@ -112,7 +115,9 @@ class _Layer(CacheLayerMixin):
         if real_BS is None or bool(real_BS.all()):
             out = self._run(cache, q_BSHD, k_BSKD, v_BSKD, sinks_H)
         else:
-            out = torch.zeros_like(q_BSHD[..., :1]).expand(*q_BSHD.shape[:3], v_BSKD.shape[3]).clone()
+            out = (
+                torch.zeros_like(q_BSHD[..., :1]).expand(*q_BSHD.shape[:3], v_BSKD.shape[3]).clone()
+            )
             for row in range(cache.batch):
                 at = real_BS[row].nonzero()[:, 0]
                 if len(at):
@@ -120,13 +125,23 @@ class _Layer(CacheLayerMixin):
                     out[row, at] = self._run(cache.row(row), q, k, v, sinks_H)[0]
         cache.settle()  # the first step is the prompt
         self.seen += new
+        self._count()
         return out
+
+    def _count(self) -> None:
+        """Notes how full the cache is, in a plain number: compiled models read it."""
+        if self.cache is None:
+            self.stored = 0
+        else:
+            clocks = {self.layout.clock(group) for _, _, group in self.layout.groups()}
+            self.stored = max(int(self.cache.counters[clock].max()) for clock in clocks)
 
     def _allocate(self, q_BSHD: Tensor, prompt: int) -> Cache:
         device = q_BSHD.device
 
         def make(spec: Buffer) -> Any:
-            return torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=device)  # type: ignore[arg-type]
+            shape = [int(size) for size in spec.shape]
+            return torch.zeros(shape, dtype=DTYPES[spec.dtype], device=device)
 
         return Cache.allocate(self.layout, len(q_BSHD), self.capacity, prompt, make)
 
@@ -148,20 +163,10 @@ class _Layer(CacheLayerMixin):
                 inputs[name] = torch.tensor(counts, device=q.device)
             found = self._interpreter.run(inputs)
             parts.append(found.pop("out"))
-            cache.advance(size, {name: x for name, x in found.items() if name not in cache.buffers})
+            observed: dict[str, Any] = {n: x for n, x in found.items() if n not in cache.buffers}
+            cache.advance(size, observed)
             start += size
         return torch.cat(parts, dim=1)
-
-    @property
-    def stored(self) -> int:
-        """The most slots that any row and head uses."""
-        if self.cache is None:
-            return 0
-        used = [
-            int(self.cache.counters[self.layout.clock(group)].max())
-            for _, _, group in self.layout.groups()
-        ]
-        return max(used)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -179,7 +184,7 @@ class _Layer(CacheLayerMixin):
         raise UnsupportedError("a layer of an einfold cache is updated through the whole cache")
 
     def reset(self) -> None:
-        self.cache, self.seen = None, 0
+        self.cache, self.seen, self.stored = None, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest tokens, given as a negative number; refused where tokens leave the slots."""
@@ -193,6 +198,7 @@ class _Layer(CacheLayerMixin):
         if self.cache is not None and tokens_to_remove:
             self.cache.lengths += tokens_to_remove
             self.seen += tokens_to_remove
+            self._count()
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may come several times."""
@@ -331,9 +337,7 @@ def _attention(
             f"an einfold cache takes a mask [rows, tokens] of padding, not one of {attention_mask.dim()} "
             "dimensions: which tokens see each other is decided by the cache"
         )
-    out = through_cache(
-        query, key.keys_BKSD, value, attention_mask, s_aux, key.handle, key.layer
-    )
+    out = through_cache(query, key.keys_BKSD, value, attention_mask, s_aux, key.handle, key.layer)
     return out, None
 
 
