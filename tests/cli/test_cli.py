@@ -182,7 +182,17 @@ def test_bench_passes_help_version(text_artifact: Path) -> None:
     )
     assert all(row["what"] for row in listed)
     assert einfold("--version").startswith("einfold 0.")
-    for verb in ("compile", "run", "eval", "bench", "estimate", "inspect", "diff", "passes"):
+    for verb in (
+        "compile",
+        "run",
+        "eval",
+        "bench",
+        "estimate",
+        "inspect",
+        "diff",
+        "passes",
+        "methods",
+    ):
         assert "--json" in einfold(verb, "--help")
     compiling = " ".join(einfold("compile", "--help").split())
     assert "storage format" in compiling

@@ -198,9 +198,14 @@ class CacheLayout:
         described = group.describe()
         return next(n for n, other in self.clocks().items() if other.describe() == described)
 
-    def slot_dims(self, capacity: int) -> dict[str, int]:
-        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter."""
-        named = {slots_dim(name): group.slots(capacity) for name, group in self.clocks().items()}
+    def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
+        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter.
+
+        With `prompt`, while a prompt of so many tokens is read; else once it has been.
+        """
+        named = {
+            slots_dim(name): group.slots(capacity, prompt) for name, group in self.clocks().items()
+        }
         return {"C": capacity} | named
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
