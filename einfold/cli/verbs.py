@@ -18,6 +18,7 @@ def compile_model(
     model: str,
     output: Path,
     target: str | None,
+    cubins: str | None,
     weights: str | None,
     cache: str | None,
     recipe: Path | None,
@@ -28,10 +29,9 @@ def compile_model(
     dump: Path | None,
     as_json: bool,
 ) -> None:
-    from ..compiler.artifact import check_output, check_target
+    from ..compiler.artifact import check_output
 
     check_output(output, force)  # before the slow imports: most mistakes are found here
-    check_target(target or "onnx")
     from ..api import compile
 
     with progress(as_json) as tell:
@@ -43,6 +43,7 @@ def compile_model(
             portable=portable,
             context=context,
             target=target,
+            cubins=None if cubins is None else [part.strip() for part in cubins.split(",")],
             recipe=recipe,
             force=force,
             check=check,
@@ -67,6 +68,8 @@ def compile_model(
     if report.tokenizer.startswith("none"):
         reason = report.tokenizer.removeprefix("none: ")
         err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")
+    if "check" in report.check:
+        err.print(f"check against the reference {report.check['check']}")
     out.print(f"report: {output / 'report.html'}")
 
 
@@ -218,13 +221,23 @@ def bench_artifact(
     repeat: int,
     threads: int | None,
     chunk: int,
+    trust: bool,
     as_json: bool,
 ) -> None:
     from ..evaluate.speed import measure_speed
 
     with progress(as_json) as tell:
         speed = measure_speed(
-            artifact, prompt_tokens, contexts, new_tokens, batch, repeat, threads, chunk, tell
+            artifact,
+            prompt_tokens,
+            contexts,
+            new_tokens,
+            batch,
+            repeat,
+            threads,
+            chunk,
+            tell,
+            trust,
         )
     if as_json:
         print_json(speed.data())

@@ -15,6 +15,7 @@ from .block import Function
 from .emit import Emitter, Generated, helpers
 from .kernel import Kernel
 from .options import Options
+from .pressure import Demand
 from .roles import Division, divide
 from .simplify import simplified
 from .tiles import choose_tiles
@@ -50,13 +51,14 @@ def generate(
             raise UnsupportedError(f"the type of input {tensor} is not given")
     dot = _dot_type(division, types)
     functions: dict[str, Generated] = {}
-    cubes: set[tuple[str, ...]] = set()
+    demand = Demand()
     for kind in ("whole", "part", "merge"):
         function = Function(division.plan, division.roles, types, sizes, dot, options.precision)
         emitter = Emitter(f"{name}_{kind}", division, function, options.lazy)
         functions[kind] = getattr(emitter, kind)()
-        cubes |= function.cubes
-    tiles = options.tiles or choose_tiles(division, types, sizes, cubes, options.device)
+        if kind == "whole":
+            demand = Demand(tuple(function.held.values()), frozenset(function.products))
+    tiles = options.tiles or choose_tiles(division, types, sizes, demand, options.device)
     made = list(functions.values())
     text = "\n\n".join(
         part
@@ -73,7 +75,7 @@ def generate(
         options,
         tiles,
         dot,
-        frozenset(cubes),
+        demand,
     )
 
 
