@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, CacheLayout, HeadGroup, LayerCache
+from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup
 from . import maintenance
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -22,6 +22,14 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 
 Array = npt.NDArray[np.generic]
 Counts = npt.NDArray[np.int64]
+
+#: Makes the zeroed array that a buffer asks for, where the runner keeps its cache.
+Make = Callable[[Buffer], Any]
+
+
+def empty(spec: Buffer) -> Array:
+    """The zeroed array in NumPy."""
+    return np.zeros(spec.shape, DTYPES[spec.dtype])
 
 
 @dataclass
@@ -42,12 +50,15 @@ class Cache:
     """Tokens of the longest prompt while it is being read, None afterwards."""
     groups: dict[str, HeadGroup] = field(default_factory=dict)
     """For each counter a group that goes by it."""
-    members: dict[str, list[tuple[LayerCache, int]]] = field(default_factory=dict)
-    """For each counter the groups of its own slots that go by it, by layer and index."""
+    make: Make = empty
 
     @staticmethod
     def allocate(
-        layout: CacheLayout, batch: int, capacity: int, prompt: int | None = None
+        layout: CacheLayout,
+        batch: int,
+        capacity: int,
+        prompt: int | None = None,
+        make: Make = empty,
     ) -> Cache:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them.
 
@@ -57,13 +68,13 @@ class Cache:
         groups = layout.clocks()
         cache = Cache(
             layout,
-            {spec.name: empty(spec) for spec in layout.buffers(batch, capacity, prompt)},
+            {spec.name: make(spec) for spec in layout.buffers(batch, capacity, prompt)},
             np.zeros(batch, np.int64),
             {name: np.zeros(batch, np.int64) for name in groups},
             capacity,
             prompt,
             groups,
-            _members(layout, groups),
+            make,
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -136,21 +147,5 @@ class Cache:
             self.capacity,
             self.prompt,
             self.groups,
-            self.members,
+            self.make,
         )
-
-
-def _members(
-    layout: CacheLayout, groups: Mapping[str, HeadGroup]
-) -> dict[str, list[tuple[LayerCache, int]]]:
-    names = {group.describe(): name for name, group in groups.items()}
-    found: dict[str, list[tuple[LayerCache, int]]] = {name: [] for name in groups}
-    for layer, index, group in layout.groups():
-        if group.moves and group.owner is None:
-            found[names[group.describe()]].append((layer, index))
-    return found
-
-
-def empty(spec: Any) -> Array:
-    """The zeroed array that a `Buffer` asks for."""
-    return np.zeros(spec.shape, DTYPES[spec.dtype])

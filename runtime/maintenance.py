@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 def slots_of(cache: Cache, clock: str) -> int:
     """Slots of the groups that go by a counter."""
-    name = next(
-        cache_name(layer.layer, index)
-        for layer, index, group in cache.layout.groups()
-        if group.owner is None and cache.layout.clock(group) == clock
-    )
+    layer, index = cache.layout.members(clock)[0]
+    name = cache_name(layer.layer, index)
     return int(cache.buffers[f"{name}.key"].shape[2])
 
 
@@ -35,6 +32,8 @@ def make_room(cache: Cache, size: int) -> None:
     """Moves tokens out of the slots of every row that has no room for `size` more."""
     for clock, group in cache.groups.items():
         used, slots = cache.clocks[clock], slots_of(cache, clock)
+        if int(used.max()) + size <= slots:
+            continue  # as nearly always
         for row in np.flatnonzero(used + size > slots):
             leaving = _leaving(group, int(used[row]))
             if used[row] - leaving + size > slots:
@@ -74,9 +73,8 @@ def _leaving(group: HeadGroup, used: int) -> int:
 
 def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
     used = int(cache.clocks[clock][row])
-    for layer, index, group in cache.layout.groups():
-        if group.owner is None and group.moves and cache.layout.clock(group) == clock:
-            _move(cache, layer, index, row, used, leaving)
+    for layer, index in cache.layout.members(clock):
+        _move(cache, layer, index, row, used, leaving)
 
 
 def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:
@@ -99,26 +97,26 @@ def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> N
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]
         mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
-        left_KTD = (
-            slots_KND[:, first:last] * np.float32(1)
-            if slots_KND.dtype == np.int8
-            else slots_KND[:, first:last]
-        )
+        left_KTD = slots_KND[:, first:last]
+        if _holds_integers(slots_KND):
+            left_KTD = left_KTD * np.float32(1)
         mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
         slots_KND[:, 0] = _rounded(mean_KD, slots_KND)
 
 
 def _rounded(values: Any, like: Any) -> Any:
     """Values as they can be stored: integers where the slots hold integers."""
-    return values.round().clip(-128, 127) if like.dtype == np.int8 else values
+    return values.round().clip(-128, 127) if _holds_integers(like) else values
+
+
+def _holds_integers(slots: Any) -> bool:
+    return str(slots.dtype) in ("int8", "torch.int8")
 
 
 def _shrink(cache: Cache, final: dict[str, Any]) -> None:
     """Replaces a group's buffers by its final ones, one at a time."""
-    from .cache import empty
-
     for name, spec in final.items():
-        old, new = cache.buffers.get(name), empty(spec)
+        old, new = cache.buffers.get(name), cache.make(spec)
         if old is not None:
             part = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
             new[part] = old[part]

@@ -108,7 +108,7 @@ class Attachment:
         found = {}
         for spec in cache.group_buffers(index, 1, 1):
             if spec.role != "host":
-                shape = ["B", spec.shape[1], slots, spec.shape[3]][: len(spec.shape)]
+                shape = ["B", spec.shape[1], slots, *spec.shape[3:]][: len(spec.shape)]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
                     shape,
