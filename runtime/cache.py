@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup
-from . import maintenance
+from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "f32": np.float32,
@@ -94,6 +94,11 @@ class Cache:
         """Every counter that a step of the graph may read, by its name there."""
         return {TOKENS: self.lengths} | self.clocks
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no slot of any row is in use."""
+        return not any(used.any() for used in self.counters.values())
+
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
         rooms = [
@@ -113,6 +118,7 @@ class Cache:
 
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
+        scores.observe(self, np.broadcast_to(sizes, self.lengths.shape), observed or {})
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes

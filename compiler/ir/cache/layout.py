@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
@@ -72,8 +73,13 @@ class HeadGroup:
 
     @property
     def scored(self) -> bool:
-        """Whether the runtime must know how much attention each token got."""
+        """Whether the attention that each token got is added up and goes along with it."""
         return self.policy.scored or self.storage.scored
+
+    @property
+    def observed(self) -> bool:
+        """Whether the runtime must be shown the queries."""
+        return self.scored or self.policy.once
 
     @property
     def moves(self) -> bool:
@@ -148,6 +154,9 @@ class LayerCache:
                 yield Buffer(f"{prefix}.mean_{part}", mean, "f32", "host")
         if group.scored:
             yield Buffer(f"{prefix}.score", (batch, shape.heads, slots), "f32", "host")
+        reading = prompt is not None
+        for name, size in group.policy.books(batch, shape.heads, shape.key_size, slots, reading):
+            yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed and not (prompt is not None and group.exact):
             for name, size, dtype in group.storage.bulk(shape, batch, group.policy.slots(capacity)):
                 yield Buffer(f"{prefix}.{name}", size, dtype, "read")
@@ -177,22 +186,39 @@ class CacheLayout:
         Groups with the same policy and storage move their tokens at the same time, so they share a
         counter a row. Groups that keep every token in slots go by the count of tokens, `lengths`.
         """
-        found: dict[str, HeadGroup] = {}
-        for _, _, group in self.groups():
-            if group.moves and group.describe() not in [g.describe() for g in found.values()]:
-                found[f"slots.{len(found)}"] = group
-        return found
+        return {clock: layer.groups[index] for clock, ((layer, index), *_) in self._moving.items()}
 
     def clock(self, group: HeadGroup) -> str:
         """The counter that a group goes by."""
-        if not group.moves:
-            return TOKENS
-        described = group.describe()
-        return next(n for n, other in self.clocks().items() if other.describe() == described)
+        return self._names[group.describe()] if group.moves else TOKENS
 
-    def slot_dims(self, capacity: int) -> dict[str, int]:
-        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter."""
-        named = {slots_dim(name): group.slots(capacity) for name, group in self.clocks().items()}
+    def members(self, clock: str) -> list[tuple[LayerCache, int]]:
+        """The groups with slots of their own that go by one of `clocks`, by layer and index."""
+        return [(layer, i) for layer, i in self._moving[clock] if layer.groups[i].owner is None]
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The counter of each kind of group that moves its tokens."""
+        kinds = dict.fromkeys(g.describe() for _, _, g in self.groups() if g.moves)
+        return {described: f"slots.{number}" for number, described in enumerate(kinds)}
+
+    @cached_property
+    def _moving(self) -> dict[str, list[tuple[LayerCache, int]]]:
+        """The groups that go by each counter; the runtime asks at every step."""
+        found: dict[str, list[tuple[LayerCache, int]]] = {n: [] for n in self._names.values()}
+        for layer, index, group in self.groups():
+            if group.moves:
+                found[self.clock(group)].append((layer, index))
+        return found
+
+    def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
+        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter.
+
+        With `prompt`, while a prompt of so many tokens is read; else once it has been.
+        """
+        named = {
+            slots_dim(name): group.slots(capacity, prompt) for name, group in self.clocks().items()
+        }
         return {"C": capacity} | named
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
@@ -274,6 +300,11 @@ def _total(buffers: Iterator[Buffer]) -> Size:
 def cache_name(layer: int, group: int) -> str:
     """Prefix of the names of a group's buffers, in graphs and in the runtime."""
     return f"cache.{layer}.{group}"
+
+
+def query_name(layer: int, group: int) -> str:
+    """Name of the graph's result that shows a group's queries to the runtime."""
+    return f"query.{layer}.{group}"
 
 
 def slots_dim(clock: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ....errors import IRError
+from ....errors import IRError, RecipeError
 from ...ir.cache.layout import (
     PARTS,
     TOKENS,
@@ -15,8 +15,10 @@ from ...ir.cache.layout import (
     HeadGroup,
     LayerCache,
     cache_name,
+    query_name,
     slots_dim,
 )
+from ...ir.cache.policies import Merged
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
@@ -35,8 +37,10 @@ class AttachCache(Pass):
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
     let tokens go; the buffers of each head group, of which those that a step writes are outputs too. A
     layer whose heads are cached in several ways gets one call a group, over its heads, and their results
-    are put together again. A rotary embedding in front of q and k moves into the operator, so that a
-    target may turn them while it writes the cache.
+    are put together again. Groups that keep tokens by the attention they got show their queries in
+    `query.LAYER.GROUP` [B, S, heads, D], such that their product with the cached keys is the logits. A
+    rotary embedding in front of q and k moves into the operator, so that a target may turn them while it
+    writes the cache.
     """
 
     name = "attach_cache"
@@ -108,7 +112,7 @@ class Attachment:
         found = {}
         for spec in cache.group_buffers(index, 1, 1):
             if spec.role != "host":
-                shape = ["B", spec.shape[1], slots, spec.shape[3]][: len(spec.shape)]
+                shape = ["B", spec.shape[1], slots, *spec.shape[3:]][: len(spec.shape)]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
                     shape,
@@ -129,7 +133,14 @@ class Attachment:
         group = cache.groups[index]
         if group.packed or group.owner is not None:
             raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
+        if isinstance(group.policy, Merged) and group.storage.slot_dtype == "i8":
+            raise RecipeError(
+                f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
+                "time; keep them in f32, or choose a method that evicts"
+            )
         query, key, value, sinks = new
+        if group.observed:
+            self._show_query(cache, index, query, inputs["key"], found, rotary)
         call = self.editor.call(
             einfold_ops.cached_attention.default,
             query,
@@ -152,6 +163,34 @@ class Attachment:
         self.values += updated
         self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
         return out
+
+    def _show_query(
+        self,
+        cache: LayerCache,
+        index: int,
+        query: fx.Node,
+        keys: fx.Node,
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> None:
+        """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
+        if rotary[0] is not None:
+            query = self.editor.call(einfold_ops.rotary.default, query, *rotary)
+        factor: object = found["scale"]
+        of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
+        if of_keys is not None:
+            heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])
+            each, scale = heads // len(cache.groups[index].heads), float(str(found["scale"]))
+            factor = self.editor.weight(
+                f"{query_name(cache.layer, index)}_scale",
+                Weight(
+                    (heads, size),
+                    torch.float32,
+                    lambda: of_keys.load().repeat_interleave(each, 0) * scale,
+                ),
+            )
+        self.values.append(self.editor.call(aten.mul.Tensor, query, factor))
+        self.names.append(query_name(cache.layer, index))
 
     def _scale(self, cache: fx.Node) -> fx.Node | None:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)
