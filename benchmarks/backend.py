@@ -3,7 +3,9 @@
 Attention as models write it, and two whole models that generate. Both backends run each case in turn, the
 first of a round changing with the round, and ratios are taken within rounds, since what else the machine
 does hits both alike: above 1, einfold is faster. Compile seconds are of the first call, cold with empty
-caches of plans, choices and Inductor, and again with what the first compilation left on disk.
+caches of plans, choices and Inductor, and again with what the first compilation left on disk. All is run by
+one thread and timed by the processor, child processes (the C++ compiler) included, so that waiting for a
+shared machine is not counted.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+
+# Compiled by this process, so that the seconds of the compiler are those of its children.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import torch
 from torch import Tensor
@@ -36,6 +42,12 @@ BACKENDS = ("inductor", "einfold")
 MODELS, PROMPT, NEW = ("gpt_oss", "gemma2"), 256, 16
 
 Run = Callable[[], Tensor]
+
+
+def processor() -> float:
+    """Seconds that this process and those it waited for have spent on the processor."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,9 @@ def of_model(family: str, backend: str) -> Run:
     }
     torch.manual_seed(0)
     if family == "gpt_oss":
-        model = GptOssForCausalLM(GptOssConfig(**common, num_local_experts=4, num_experts_per_tok=2))
+        model = GptOssForCausalLM(
+            GptOssConfig(**common, num_local_experts=4, num_experts_per_tok=2)
+        )
     else:
         model = Gemma2ForCausalLM(Gemma2Config(**common))
     model.eval().compile(backend=backend)
@@ -181,9 +195,9 @@ def compiled(make: Callable[[str], Run], backend: str) -> tuple[Run, float, floa
             torch._dynamo.reset()
             fusion.forget()
             run = make(backend)
-            start = time.perf_counter()
+            start = processor()
             result = run()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(processor() - start)
     return run, seconds[0], seconds[1], result
 
 
@@ -200,13 +214,13 @@ def measure(name: str, shape: str, make: Callable[[str], Run], limit: float) -> 
     reports = backend.reports()[len(backend.reports()) // 2 :]
     lowerings = sorted({c.lowering for report in reports for c in report.cascades})
     times: dict[str, list[float]] = {side: [] for side in BACKENDS}
-    end = time.perf_counter() + limit
-    while time.perf_counter() < end or len(times["einfold"]) < 7:
+    end = time.process_time() + limit
+    while time.process_time() < end or len(times["einfold"]) < 15:
         turn = BACKENDS if len(times["einfold"]) % 2 else BACKENDS[::-1]
         for side in turn:
-            start = time.perf_counter()
+            start = time.process_time()
             runs[side]()
-            times[side].append(time.perf_counter() - start)
+            times[side].append(time.process_time() - start)
     ratios = [a / b for a, b in zip(times["inductor"], times["einfold"], strict=True)]
     return Row(
         name,
@@ -225,17 +239,13 @@ def cases(wanted: list[str]) -> Iterator[tuple[str, str, Callable[[str], Run]]]:
     for case in CASES:
         for shape, sizes in SHAPES.items():
             if not wanted or case.__name__ in wanted:
-                yield (
-                    case.__name__,
-                    shape,
-                    lambda side, case=case, sizes=sizes: of_function(case, inputs_of(*sizes), side),
-                )
+                yield case.__name__, shape, partial(of_function, case, inputs_of(*sizes))
     for family in MODELS:
         if not wanted or family in wanted:
-            yield family, "generate", lambda side, family=family: of_model(family, side)
+            yield family, "generate", partial(of_model, family)
 
 
-def markdown(rows: list[Row], threads: int) -> str:
+def markdown(rows: list[Row]) -> str:
     """The figures as a page."""
     found = machine()
     lines = [
@@ -251,15 +261,24 @@ def markdown(rows: list[Row], threads: int) -> str:
         ]
         for row in rows
     ]
-    head = ["case", "shape", "speed", f">= {TARGET}", "runs as", "inductor cold s", "einfold cold s"]
+    head = [
+        "case",
+        "shape",
+        "speed",
+        f">= {TARGET}",
+        "runs as",
+        "inductor cold s",
+        "einfold cold s",
+    ]
     head += ["inductor again s", "einfold again s", "rounds"]
     return "\n\n".join(
         [
             f"# The backend beside Inductor, {date.today()}",
             f"{found['cpu']} (family-model {found['family']}), {found['cores']} cores, "
-            f"{threads} of them used, shared with other work. torch {torch.__version__}.",
+            f"shared with other work; one thread. torch {torch.__version__}.",
             "Speed is Inductor's time over einfold's, the median of ratios within rounds. Compile seconds "
-            "are of the first call: cold with empty caches, and again with what that left on disk.",
+            "are of the first call: cold with empty caches, and again with what that left on disk. All "
+            "seconds are the processor's, the C++ compiler's included.",
             table(head, lines),
             f"Attention: {HEADS} query heads on {HEADS // GROUPS} of {WIDTH}, float32; prefill 512 queries "
             f"and keys, decode one query and 1024 keys. Models: 2 random layers of width 512, a prompt of "
@@ -268,15 +287,22 @@ def markdown(rows: list[Row], threads: int) -> str:
     )
 
 
+def write(rows: list[Row], folder: Path) -> None:
+    """The page and the figures so far, so that a run that is cut short leaves what it measured."""
+    path = folder / f"backend-{date.today()}-{slug(machine())}"
+    path.with_suffix(".md").write_text(markdown(rows))
+    data = {"machine": machine(), "rows": [vars(row) for row in rows]}
+    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+
+
 def main() -> None:
     """Runs the cases, prints a line for each, and writes the page and the figures into a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="case", help="names of cases; all without any")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=4.0, help="measured seconds a case")
     parser.add_argument("--out", type=Path, help="a folder for the page and the figures")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     rows = []
     with torch.no_grad():
         for side in BACKENDS:  # imports, and the compiler's own start
@@ -290,12 +316,8 @@ def main() -> None:
                 f"{row.again['inductor']:.1f}, {row.again['einfold']:.1f}; {row.lowering}",
                 flush=True,
             )
-    if options.out:
-        path = options.out / f"backend-{date.today()}-{slug(machine())}"
-        path.with_suffix(".md").write_text(markdown(rows, options.threads))
-        path.with_suffix(".json").write_text(
-            json.dumps({"machine": machine(), "rows": [vars(row) for row in rows]}, indent=1) + "\n"
-        )
+            if options.out:
+                write(rows, options.out)
 
 
 if __name__ == "__main__":

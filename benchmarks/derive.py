@@ -1,7 +1,7 @@
-"""How long a plan takes, cold and from the cache, for every form of the catalogue: `python -m benchmarks.derive`.
+"""How long a plan takes, cold and from the cache, for every form: `python -m benchmarks.derive`.
 
-Each form of docs/attention_forms.py has a process of its own, forked behind the imports and ahead of the first
-derivation, so that nothing is remembered from another form. There its cascade is folded with an empty
+Each form of docs/attention_forms.py has a process of its own, forked behind the imports and ahead of the
+first derivation, so that nothing is remembered from another form. There its cascade is folded with an empty
 cache (derived and checked), and folded again from the file that this wrote. Tracing is not counted.
 Seconds are the processor's as well as the clock's, which other work on the machine lengthens.
 """
@@ -95,8 +95,8 @@ def markdown(rows: list[Row]) -> str:
         ["median", *(f"{statistics.median(x[at] for x in cold):.2f}" for at in (0, 1))],
         ["worst", *(f"{max(x[at] for x in cold):.2f}" for at in (0, 1))],
     ]
-    for line, pick in zip(lines, (statistics.median, max), strict=True):
-        line += [f"{pick([x[at] for x in cached]) * 1e3:.1f}" for at in (0, 1)]
+    lines[0] += [f"{statistics.median(x[at] for x in cached) * 1e3:.1f}" for at in (0, 1)]
+    lines[1] += [f"{max(x[at] for x in cached) * 1e3:.1f}" for at in (0, 1)]
     over = [r.form for r in rows if r.cold[1] >= COLD or r.cached[1] >= CACHED]
     each = [
         [row.form, *(f"{x:.2f}" for x in row.cold), *(f"{x * 1e3:.1f}" for x in row.cached)]
