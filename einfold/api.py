@@ -131,12 +131,14 @@ def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:
 class Estimate:
     """Bytes that a compile and a run would take, told before any weight is read.
 
+    `cache` is held once a prompt has been read, `cache_peak` at most while one that fills the context is.
     `activations` is for a prefill step of `chunk` tokens at the end of the context. `largest_context`
     is the longest that fits the budget (None without one); 0 where not even the weights fit.
     """
 
     weights: int
     cache: int
+    cache_peak: int
     activations: int
     context: int
     batch: int
@@ -147,7 +149,8 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations
+        """Bytes at most: while the end of a prompt that fills the context is read."""
+        return self.weights + self.cache_peak + self.activations
 
 
 def estimate(
@@ -180,8 +183,8 @@ def estimate(
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
 
     def parts(tokens: int) -> tuple[int, int]:
-        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens)}
-        return int(layout.bytes(batch, tokens)), peak_activation_bytes(
+        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens, tokens)}
+        return int(layout.peak_bytes(batch, tokens, tokens)), peak_activation_bytes(
             program, dims, chosen.onnx.portable
         )
 
@@ -194,10 +197,11 @@ def estimate(
             fits = weight_bytes + sum(parts(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         largest = low
-    cache_bytes, activations = parts(wanted)
+    cache_peak, activations = parts(wanted)
     return Estimate(
         weight_bytes,
-        cache_bytes,
+        int(layout.bytes(batch, wanted)),
+        cache_peak,
         activations,
         wanted,
         batch,

@@ -281,6 +281,8 @@ def estimate_model(
     table = Table(show_header=False, box=None)
     table.add_row("weights", human_bytes(found.weights))
     table.add_row(f"KV cache, {found.batch} x {found.context:,} tokens", human_bytes(found.cache))
+    if found.cache_peak > found.cache:
+        table.add_row("KV cache while such a prompt is read", human_bytes(found.cache_peak))
     table.add_row(f"activations, {found.chunk} tokens a step", human_bytes(found.activations))
     table.add_row("in all", human_bytes(found.total))
     if found.largest_context is not None:
@@ -313,7 +315,7 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             }
         )
         return
-    from ..compiler.report import human_bytes, summary_lines
+    from ..compiler.report import cache_bytes, human_bytes, summary_lines
 
     manifest, model = found.manifest, found.manifest.model
     table = Table(show_header=False, box=None)
@@ -329,6 +331,7 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             "KV cache",
             f"{manifest.recipe['cache']['storage']}, {manifest.cache_bytes} bytes for B rows of C tokens",
         ),
+        ("", cache_bytes(manifest.layout(), model.context)),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, value)

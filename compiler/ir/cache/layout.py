@@ -203,9 +203,10 @@ class CacheLayout:
                 found[self.clock(group)].append((layer, index))
         return found
 
-    def slot_dims(self, capacity: int) -> dict[str, int]:
+    def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
         """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter."""
-        named = {slots_dim(name): group.slots(capacity) for name, group in self.clocks().items()}
+        clocks = self.clocks().items()
+        named = {slots_dim(name): group.slots(capacity, prompt) for name, group in clocks}
         return {"C": capacity} | named
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
