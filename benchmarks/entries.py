@@ -20,7 +20,8 @@ class Form:
     """"hf", "einfold", "genai" or "gguf"."""
 
     options: tuple[str, ...] = ()
-    """einfold: a recipe; `quarter` behind it for a cache that keeps a quarter of the KV heads whole. genai: extra options of the builder. gguf: none (Q4_0, the head in 8 bits)."""
+    """einfold: a recipe; `quarter` behind it for a cache that keeps a quarter of the KV heads whole.
+    genai: extra options of the builder. gguf: none (Q4_0, the head in 8 bits)."""
 
     @property
     def folder(self) -> str:

@@ -45,7 +45,9 @@ class QuarterHeads(Pass):
             kept = tuple(group for group in groups if group.heads)
             layers.append(replace(layer, groups=kept))
             seen += layer.kv_heads
-            result.applied(f"layer {layer.layer}", f"{len(full)} of {layer.kv_heads} KV heads keep all")
+            result.applied(
+                f"layer {layer.layer}", f"{len(full)} of {layer.kv_heads} KV heads keep all"
+            )
         program.layout = CacheLayout(tuple(layers))
         return result
 
