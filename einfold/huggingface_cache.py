@@ -214,7 +214,6 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             old.prompt,
             old.groups,
             old.make,
-            old.members,
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup, LayerCache
+from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup
 from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -51,8 +51,6 @@ class Cache:
     groups: dict[str, HeadGroup] = field(default_factory=dict)
     """For each counter a group that goes by it."""
     make: Make = empty
-    members: dict[str, list[tuple[LayerCache, int]]] = field(default_factory=dict)
-    """For each counter the groups of its own slots that go by it, by layer and index."""
 
     @staticmethod
     def allocate(
@@ -77,7 +75,6 @@ class Cache:
             prompt,
             groups,
             make,
-            _members(layout, groups),
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -152,16 +149,4 @@ class Cache:
             self.prompt,
             self.groups,
             self.make,
-            self.members,
         )
-
-
-def _members(
-    layout: CacheLayout, groups: Mapping[str, HeadGroup]
-) -> dict[str, list[tuple[LayerCache, int]]]:
-    names = {group.describe(): name for name, group in groups.items()}
-    found: dict[str, list[tuple[LayerCache, int]]] = {name: [] for name in groups}
-    for layer, index, group in layout.groups():
-        if group.moves and group.owner is None:
-            found[names[group.describe()]].append((layer, index))
-    return found

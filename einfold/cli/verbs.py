@@ -285,6 +285,11 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
     for label, value in (
         ("model", f"{model.source} ({model.architecture}), {model.parameters:,} parameters"),
         ("target", f"{manifest.target}, flavour {manifest.flavour}"),
+        *(
+            ("kernel", name)
+            for name in manifest.files
+            if name.startswith("kernels/") and name.endswith(".py")
+        ),
         (
             "weights",
             f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}",
