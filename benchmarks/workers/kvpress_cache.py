@@ -115,10 +115,15 @@ def duo_attention(job: dict[str, Any]) -> Callable[[int, int], Any]:
 
 
 def measure(
-    job: dict[str, Any], reader: Reader, wanted: list[Any], make: Callable[[int, int], Any], keep: int
+    job: dict[str, Any],
+    reader: Reader,
+    wanted: list[Any],
+    make: Callable[[int, int], Any],
+    keep: int,
 ) -> dict[str, Any]:
     """The figures of one method at one budget."""
-    tokens = loss = reference_loss = kl = same = held = full = 0.0
+    tokens = loss = reference_loss = kl = same = 0.0
+    held, full, at_questions, full_at_questions = 0, 0, 0, 0
     hits, reference_hits = [], []
     for window, reference in zip(job["windows"], wanted, strict=True):
         text = window["tokens"]
@@ -136,7 +141,9 @@ def measure(
         for key in window["keys"]:
             asked, answer = key["asked"], key["answer"]
             part = text[: answer[-1] + 1]
-            found, _ = reader.logits(part, asked, press_of(make, asked, keep))
+            found, bytes_held = reader.logits(part, asked, press_of(make, asked, keep))
+            at_questions += bytes_held
+            full_at_questions += len(part) * full_bytes(reader)
             hits.append(all(int(found[at - 1 - asked].argmax()) == text[at] for at in answer))
             reference_hits.append(all(int(reference[at - 1].argmax()) == text[at] for at in answer))
     return {
@@ -149,6 +156,7 @@ def measure(
         "keys": len(hits),
         "tokens": int(tokens),
         "held": held / full,
+        "held_at_questions": at_questions / full_at_questions,
     }
 
 
@@ -173,7 +181,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     readers = {kind: Reader(job["model"], kind) for kind in ("sdpa", "eager")}
     wanted = [readers["sdpa"].logits(window["tokens"], 0, None)[0] for window in job["windows"]]
-    rows = []
+    whole = measure(job, readers["sdpa"], wanted, lambda prompt, keep: None, 0)
+    rows = [{"method": "none", "budget": None, **whole}]
     for name, (attention, make) in presses(job).items():
         for keep in job["budgets"]:
             started = time.perf_counter()
