@@ -56,7 +56,9 @@ class Text:
         return Text(documents, file)
 
 
-def measure(model: Path, text: Text, cache: dict[str, Any], speed: bool = True) -> dict[str, Any]:
+def measure(
+    model: Path, text: Text, cache: dict[str, Any], targets: Sequence[str] = TARGETS
+) -> dict[str, Any]:
     """The figures of one recipe's `[cache]`: quality, shares of bytes, speed, and which targets take it.
 
     It runs in onnxruntime where that takes it, else by the reference.
