@@ -66,10 +66,10 @@ def test_pieces_have_the_sizes_of_the_account(storage: Packed) -> None:
     tokens = granules * storage.granule
     keys, values = torch.randn(3, tokens, 24), torch.randn(3, tokens, 16)
     pieces = encode(storage, keys, values, Seen())
-    expected = dict(
-        (name, (tuple(size), dtype))
+    expected = {
+        name: (tuple(size), dtype)
         for name, size, dtype in storage.bulk(shape, 1, tokens + storage.residual)
-    )
+    }
     names = {torch.uint8: "u8", torch.float16: "f16"}
     found = {name: ((1, *piece.shape), names[piece.dtype]) for name, piece in pieces.items()}
     assert found == expected

@@ -38,7 +38,7 @@ def encode(storage: Packed, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) ->
 
 
 def decode(storage: Packed, pieces: Pieces) -> tuple[Tensor, Tensor]:
-    """Keys and values [.., G, T, D] of pieces [.., G, R, W]; mixed storages have their own order of tokens."""
+    """Keys and values [.., G, T, D] of pieces [.., G, R, W]; mixed storages order tokens in their way."""
     if isinstance(storage, Gear):
         return gear.decode(storage, pieces)
     if isinstance(storage, Kivi):

@@ -40,7 +40,7 @@ def decode(storage: Gear, pieces: Pieces) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Left [.., T, r] and right [.., D, r] with x about left right^T, by power iteration from a fixed start."""
+    """Left [.., T, r] and right [.., D, r] with x about left right^T, by power iteration, always the same."""
     start = torch.randn(x.shape[-1], rank, generator=torch.Generator().manual_seed(0))
     right = start.to(x.device).expand(*x.shape[:-2], -1, -1)
     left = x @ right
