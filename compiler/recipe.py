@@ -96,6 +96,13 @@ class OnnxSection(_Section):
     """MatMulNBits: 4 multiplies in int8, 0 and 1 in float32 (slower, exact)."""
 
 
+class TritonSection(_Section):
+    """Code generation for Triton."""
+
+    cubins: tuple[Literal["sm_80", "sm_90", "sm_100"], ...] = ()
+    """GPUs to compile the kernels for ahead of time; loading uses these only where it is told to trust."""
+
+
 class Recipe(_Section):
     """The resolved recipe goes into the artifact's manifest as it is."""
 
@@ -107,6 +114,15 @@ class Recipe(_Section):
     cache: CacheSection = CacheSection()
     calibration: CalibrationSection = CalibrationSection()
     onnx: OnnxSection = OnnxSection()
+    triton: TritonSection = TritonSection()
+
+    @model_validator(mode="after")
+    def _options_fit_target(self) -> Recipe:
+        if self.target != "onnx" and self.onnx.portable:
+            raise ValueError("portable is for the target onnx; leave it out")
+        if self.target != "triton" and self.triton.cubins:
+            raise ValueError("cubins are for the target triton; add --target triton")
+        return self
 
     @model_validator(mode="after")
     def _cache_fits_flavour(self) -> Recipe:

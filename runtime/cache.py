@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, CacheLayout, HeadGroup, packed_of
+from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup, packed_of
 from . import maintenance
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -22,6 +22,14 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 
 Array = npt.NDArray[np.generic]
 Counts = npt.NDArray[np.int64]
+
+#: Makes the zeroed array that a buffer asks for, where the runner keeps its cache.
+Make = Callable[[Buffer], Any]
+
+
+def empty(spec: Buffer) -> Array:
+    """The zeroed array in NumPy."""
+    return np.zeros(spec.shape, DTYPES[spec.dtype])
 
 
 @dataclass
@@ -44,10 +52,15 @@ class Cache:
     """For each counter a group that goes by it."""
     packed: dict[str, Counts] = field(default_factory=dict)
     """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
+    make: Make = empty
 
     @staticmethod
     def allocate(
-        layout: CacheLayout, batch: int, capacity: int, prompt: int | None = None
+        layout: CacheLayout,
+        batch: int,
+        capacity: int,
+        prompt: int | None = None,
+        make: Make = empty,
     ) -> Cache:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them.
 
@@ -57,13 +70,14 @@ class Cache:
         groups = layout.clocks()
         cache = Cache(
             layout,
-            {spec.name: empty(spec) for spec in layout.buffers(batch, capacity, prompt)},
+            {spec.name: make(spec) for spec in layout.buffers(batch, capacity, prompt)},
             np.zeros(batch, np.int64),
             {name: np.zeros(batch, np.int64) for name in groups},
             capacity,
             prompt,
             groups,
             {name: np.zeros(batch, np.int64) for name in layout.packs()},
+            make,
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -139,9 +153,5 @@ class Cache:
             self.prompt,
             self.groups,
             {name: count[rows] for name, count in self.packed.items()},
+            self.make,
         )
-
-
-def empty(spec: Any) -> Array:
-    """The zeroed array that a `Buffer` asks for."""
-    return np.zeros(spec.shape, DTYPES[spec.dtype])

@@ -123,29 +123,29 @@ def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> N
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]
         mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
-        left_KTD = (
-            slots_KND[:, first:last] * np.float32(1)
-            if slots_KND.dtype == np.int8
-            else slots_KND[:, first:last]
-        )
+        left_KTD = slots_KND[:, first:last]
+        if _holds_integers(slots_KND):
+            left_KTD = left_KTD * np.float32(1)
         mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
         slots_KND[:, 0] = _rounded(mean_KD, slots_KND)
 
 
 def _rounded(values: Any, like: Any) -> Any:
     """Values as they can be stored: integers where the slots hold integers."""
-    return values.round().clip(-128, 127) if like.dtype == np.int8 else values
+    return values.round().clip(-128, 127) if _holds_integers(like) else values
+
+
+def _holds_integers(slots: Any) -> bool:
+    return str(slots.dtype) in ("int8", "torch.int8")
 
 
 def _shrink(cache: Cache, final: dict[str, Any]) -> None:
     """Replaces a group's buffers by its final ones, one at a time."""
-    from .cache import empty
-
     for name, spec in final.items():
         old = cache.buffers.get(name)
         if old is not None and tuple(old.shape) == spec.shape:
             continue  # the bulk of a packed group, which has been filled
-        new = empty(spec)
+        new = cache.make(spec)
         if old is not None:
             part = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
             new[part] = old[part]
@@ -154,8 +154,6 @@ def _shrink(cache: Cache, final: dict[str, Any]) -> None:
 
 def _make_bulk(cache: Cache, final: dict[str, Any]) -> None:
     """Allocates the bulk buffers of a packed group, which were empty while its prompt was read."""
-    from .cache import empty
-
     for name, spec in final.items():
         if spec.role == "read":
-            cache.buffers[name] = empty(spec)
+            cache.buffers[name] = cache.make(spec)

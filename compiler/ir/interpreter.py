@@ -15,7 +15,8 @@ from .program import Program
 class Interpreter:
     """Executes a program node by node; intermediate values go as soon as nothing reads them.
 
-    `instead` names operators that another function stands in for, such as one that writes in place.
+    `instead` names operators, or single nodes, that another function stands in for, such as one that
+    writes in place. Tensors that an operator makes from nothing are made on `device`.
     """
 
     def __init__(
@@ -23,8 +24,10 @@ class Interpreter:
         program: Program,
         keep_weights: bool = True,
         instead: Mapping[Any, Callable[..., Any]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.program = program
+        self._device = device
         self._instead = dict(instead or {})
         self._kept: dict[str, Tensor] | None = {} if keep_weights else None
         self._dead_after = _last_uses(program.graph)
@@ -52,7 +55,9 @@ class Interpreter:
         if node.op == "get_attr":
             return self._weight(str(node.target))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        function: Any = self._instead.get(node.target, node.target)
+        function: Any = self._instead.get(node) or self._instead.get(node.target, node.target)
+        if self._device is not None and _names_device(function):
+            kwargs["device"] = self._device
         return function(*args, **kwargs)
 
     def _weight(self, name: str) -> Tensor:
@@ -61,6 +66,13 @@ class Interpreter:
         if name not in self._kept:
             self._kept[name] = self.program.weights[name].load()
         return self._kept[name]
+
+
+def _names_device(function: object) -> bool:
+    """Whether an operator can be told where to make its result; the IR itself has no devices."""
+    return isinstance(function, torch._ops.OpOverload) and any(
+        argument.name == "device" for argument in function._schema.arguments
+    )
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

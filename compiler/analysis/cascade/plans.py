@@ -1,7 +1,8 @@
 """`fold`: derive, check, remember. Derived plans are kept on disk, keyed by the cascade's text.
 
-A file holds the plans as text that the project's own parser reads; nothing in it is evaluated. The key
-has the version of the derivation in it, so that a better derivation never meets an older one's plans.
+A file holds the plans as text that the project's own parser reads; nothing in it is evaluated. What is
+read is run on numbers beside its cascade before it is used: a damaged plan is dropped and derived again.
+The key has the version of the derivation in it, so that a better derivation never meets an older one's plans.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ....errors import IRError
 from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
 from ...ir.cascade.plan_text import parse_plan, print_plan
 from ...ir.cascade.printer import print_cascade
-from .check import WrongFoldError, check_corrections, check_numbers, dead_rows_agree
+from .check import (
+    WrongFoldError,
+    check_again,
+    check_corrections,
+    check_numbers,
+    dead_rows_agree,
+)
 from .edges import with_dead_rows
 from .fold import Folding, Refusal, derive
 from .passes import count_passes
@@ -49,7 +55,7 @@ def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
     text = f"{VERSION}\n{names.rank(rank)}\n{print_cascade(plain)}"
     key = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
     path = (cache or cache_folder()) / f"{key}.json"
-    found = _load(path, text)
+    found = _load(path, text, plain, names.rank(rank))
     if found is None:
         try:
             found = derive_checked(plain, names.rank(rank))
@@ -102,16 +108,18 @@ def _in_words(text: str, names: Names) -> str:
     return re.sub(r"\b[abr]\d+(?:\.\w+)*\b", word, text)
 
 
-def _load(path: Path, text: str) -> Folding | None:
+def _load(path: Path, text: str, cascade: Cascade, rank: str) -> Folding | None:
     try:
         data = json.loads(path.read_text())
-        if data["cascade"] != text:
+        if data["cascade"] != text or data["rank"] != rank:
             return None
         plans = tuple(parse_plan(plan) for plan in data["plans"])
         refusals = tuple(Refusal(*refusal) for refusal in data["refusals"])
-        return Folding(data["rank"], plans, refusals, int(data["before"]), int(data["after"]))
-    except (OSError, ValueError, KeyError, TypeError, IRError):
-        # Absent, cut short or of another make: derived again and written anew.
+        if plans:
+            check_again(cascade, plans)
+        return Folding(rank, plans, refusals, int(data["before"]), int(data["after"]))
+    except Exception:
+        # Absent, cut short, of another make, or wrong in whatever way: derived again and written anew.
         return None
 
 

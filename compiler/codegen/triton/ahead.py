@@ -6,6 +6,7 @@ aligned to 16 bytes.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -31,7 +32,8 @@ class Compiled:
     """A function compiled for a capability.
 
     `registers` a thread, `shared` bytes a block, `spills` bytes that did not fit the registers
-    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX.
+    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX;
+    `metadata` is what Triton's loader wants to know, as plain data.
     """
 
     capability: int
@@ -45,6 +47,7 @@ class Compiled:
     seconds: float
     ptx: str
     cubin: bytes
+    metadata: Mapping[str, Any]
 
 
 def compile_ahead(
@@ -56,11 +59,8 @@ def compile_ahead(
     from triton.compiler import ASTSource
 
     generated = kernel.functions[kind]
-    signature, constants, attributes = describe(kernel, generated)
     known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
-    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
-        signature[name] = "constexpr"
-        constants[name] = known[name]
+    signature, constants, attributes = signature_of(kernel, generated, known)
     start = time.perf_counter()
     source = ASTSource(kernel.function(kind), signature, constants, attributes)
     options = {
@@ -93,7 +93,25 @@ def compile_ahead(
         seconds,
         ptx,
         cubin,
+        _plain(made.metadata),
     )
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """Triton's metadata as plain data, without the paths of the machine that compiled."""
+    found: dict[str, Any] = json.loads(json.dumps(metadata._asdict(), default=vars))
+    return {**found, "extern_libs": []} if "extern_libs" in found else found
+
+
+def signature_of(
+    kernel: Kernel, generated: Generated, known: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """As `describe`, with the constants of tiles and parts, in the order of the function."""
+    signature, constants, attributes = describe(kernel, generated)
+    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
+        signature[name] = "constexpr"
+        constants[name] = known[name]
+    return signature, constants, attributes
 
 
 def describe(

@@ -85,13 +85,19 @@ class Kernel:
         return self._loaded[self.functions[kind].name]
 
 
+def triton_module() -> Any:
+    """Triton itself. Raises UnsupportedError where it is not installed."""
+    try:
+        import triton
+    except ImportError as error:
+        raise UnsupportedError("Triton is not installed: pip install 'einfold[triton]'") from error
+    return triton
+
+
 @functools.lru_cache(maxsize=256)
 def load_source(source: str) -> python_types.ModuleType:
     """The source as a module. Its lines are kept where `inspect` finds them: Triton reads them there."""
-    try:
-        import triton  # noqa: F401 - the source imports it; without it the reason should be plain
-    except ImportError as error:
-        raise UnsupportedError("Triton is not installed: pip install 'einfold[triton]'") from error
+    triton_module()  # the source imports it; without it the reason should be plain
     name = f"einfold_kernel_{hashlib.blake2b(source.encode(), digest_size=8).hexdigest()}"
     path = f"<{name}>"
     module = python_types.ModuleType(name)

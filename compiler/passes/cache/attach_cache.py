@@ -36,9 +36,9 @@ class AttachCache(Pass):
     Before: `%o = attention(%q, %k, %v, none, layer, ..)`
     After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
-    let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there); the buffers of each head group, of which those that a step writes are outputs too. A
-    layer whose heads are cached in several ways gets one call a group, over its heads, and their results
-    are put together again. A rotary embedding in front of q and k moves into the operator, so that a
+    let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there); the
+    buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
+    cached in several ways gets one call a group, over its heads, and their results are put together again. A rotary embedding in front of q and k moves into the operator, so that a
     target may turn them while it writes the cache.
     """
 
