@@ -45,8 +45,8 @@ def compile(
 
     `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
     `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
-    override it. `target` is "onnx" or "triton"; `cubins` names GPUs, such as "sm_90", to compile the
-    kernels of the latter for ahead of time. `check` runs the finished artifact beside the reference on
+    override it. `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to
+    compile Triton kernels for ahead of time. `check` runs the finished artifact beside the reference on
     a few tokens and refuses to keep one that disagrees. `dump` is a folder for the graph's text after
     each pass.
 

@@ -119,6 +119,10 @@ class Cache:
 
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
+        if any(group.scored for _, _, group in self.layout.groups()):
+            from .scores import observe  # torch, which running without scored groups does not need
+
+            observe(self, np.broadcast_to(sizes, self.batch), observed or {})
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes

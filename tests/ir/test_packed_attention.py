@@ -86,9 +86,7 @@ def test_it_is_attention_over_both(
             q[b : b + 1], total[None], words[None], seen[None], sink, 0.25, softcap
         )
         torch.testing.assert_close(out[b : b + 1], want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            keys_after[b, :, used[b] : used[b] + new], k[b].transpose(0, 1)
-        )
+        torch.testing.assert_close(keys_after[b, :, used[b] : used[b] + new], k[b].transpose(0, 1))
     in_place = IN_PLACE[einfold_ops.packed_attention.default](
         q, k, v, key_slots, value_slots, *arguments
     )

@@ -297,6 +297,11 @@ def cache_name(layer: int, group: int) -> str:
     return f"cache.{layer}.{group}"
 
 
+def query_name(layer: int, group: int) -> str:
+    """The graph's result that holds a scored group's queries, rotated and scaled, [B, S, heads, D]."""
+    return f"query.{layer}.{group}"
+
+
 def slots_dim(clock: str) -> str:
     """The name that a counter's number of slots has in the graph's shapes."""
     return "C" if clock == TOKENS else f"C{clock.rpartition('.')[2]}"

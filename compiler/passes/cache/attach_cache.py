@@ -17,6 +17,7 @@ from ...ir.cache.layout import (
     cache_name,
     granules_dim,
     packed_of,
+    query_name,
     slots_dim,
 )
 from ...ir.cache.storages import show_storage
@@ -37,9 +38,10 @@ class AttachCache(Pass):
     After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
     let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there); the
-    buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
-    cached in several ways gets one call a group, over its heads, and their results are put together again. A rotary embedding in front of q and k moves into the operator, so that a
-    target may turn them while it writes the cache.
+    buffers of each head group, of which those that a step writes are outputs too. Of a scored group the
+    queries are outputs, `query.LAYER.GROUP`. A layer whose heads are cached in several ways gets one call a
+    group, over its heads, and their results are put together again. A rotary embedding in front of q and k
+    moves into the operator, so that a target may turn them while it writes the cache.
     """
 
     name = "attach_cache"
@@ -102,6 +104,8 @@ class Attachment:
             for index, group in enumerate(cache.groups):
                 new = self._heads(whole, cache, group)
                 parts.append(self._call(cache, index, new, inputs[index], found, rotary))
+                if group.scored:
+                    self._give_queries(cache, index, found)
             out = parts[0] if len(parts) == 1 else self._joined(parts, cache)
         self.editor.replace(node, out)
 
@@ -194,6 +198,18 @@ class Attachment:
             show_storage(group.storage),
         )
         return self._updated(call, cache, index)
+
+    def _give_queries(self, cache: LayerCache, index: int, found: dict[str, object]) -> None:
+        """Makes a group's queries, rotated and scaled, a result of the program."""
+        queries = found["q_BSHD"]
+        assert isinstance(queries, fx.Node)
+        if len(cache.groups) > 1:
+            each = int(queries.meta["val"].shape[2]) // cache.kv_heads
+            heads = cache.groups[index].heads
+            chosen = tuple(head * each + i for head in heads for i in range(each))
+            queries = self._chosen(queries, 2, chosen)
+        self.values.append(self.editor.call(aten.mul.Tensor, queries, found["scale"]))
+        self.names.append(query_name(cache.layer, index))
 
     def _updated(self, call: fx.Node, cache: LayerCache, index: int) -> fx.Node:
         """The output of a call over a cache; the slots that it wrote become the program's outputs."""
