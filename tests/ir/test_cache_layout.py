@@ -51,7 +51,7 @@ def packed(draw: st.DrawFn) -> Packed:
         }
         if kind is Gear:
             options |= {"tokens": draw(st.sampled_from([8, 16]))}
-            options |= {"rank": draw(st.integers(0, 2)), "outliers": draw(st.integers(0, 2))}
+            options |= {"rank": draw(st.integers(0, 2)), "share": draw(st.floats(0, 0.9))}
     else:
         options = {
             "high": draw(width),
@@ -165,7 +165,8 @@ def test_a_row_shares_the_memory() -> None:
         ("kivi(prefill=later)", "exact or streaming"),
         ("gear(tokens=48)", "a group of 32 does not divide the granule 48"),
         ("gear(tokens=512)", "up to 256 tokens"),
-        ("gear(rank=-1)", "0 or more"),
+        ("gear(rank=-1)", "the rank is 0 or more"),
+        ("gear(share=1.0)", "less than 1, not 2 and 1.0"),
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
         ("kivi(bits=4)", "unknown or repeated field"),
@@ -183,7 +184,6 @@ def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
         ("kivi(keys=token)", (48, 64), "group of 32 does not divide the key size"),
         ("zipcache()", (20, 64), "8 codes together, which does not divide the key size 20"),
         ("gear(rank=40)", (32, 32), "rank 40"),
-        ("gear(outliers=20)", (32, 32), "20 outliers"),
         ("mikv()", (48, 64), "does not divide the key size"),
     ],
 )

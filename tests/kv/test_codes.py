@@ -26,7 +26,7 @@ STORAGES = [
     Kivi(group=8, residual=8, keys="token"),
     Gear(group=8, residual=8, tokens=16),
     Gear(group=8, residual=8, tokens=16, rank=0),
-    Gear(group=8, residual=8, tokens=16, outliers=0, keys="token"),
+    Gear(group=8, residual=8, tokens=16, share=0.0, keys="token"),
     ZipCache(salient=8, tokens=24),
     MiKV(salient=16, tokens=24, group=8, low=3),
 ]
@@ -117,7 +117,7 @@ def test_gear_sets_outliers_aside_and_adds_what_the_codes_lost() -> None:
     keys, values = torch.randn(2, 16, 16), torch.randn(2, 16, 16)
     keys[0, 3, 5], values[1, 7, 2] = 90.0, -70.0
     plain = Kivi(key_bits=2, value_bits=2, group=8, residual=8)
-    gear = Gear(key_bits=2, value_bits=2, group=8, residual=8, tokens=16, rank=2, outliers=1)
+    gear = Gear(key_bits=2, value_bits=2, group=8, residual=8, tokens=16, rank=2, share=0.15)
     found = {s.name: decode(s, encode(s, keys, values, Seen())) for s in (plain, gear)}
     for part, x in enumerate((keys, values)):
         errors = {n: float((y[part].flatten(1, 2) - x).norm()) for n, y in found.items()}

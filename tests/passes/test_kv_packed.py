@@ -44,11 +44,11 @@ PASSES = [
         2 * (8 * 2 / 8 + 8 * 4 / 8 + 8 * 2 / 8 + 4),
     ),
     (
-        Gear(bits=4, group=8, residual=8, tokens=16, rank=1, share=0.1),
+        Gear(bits=4, group=8, residual=8, tokens=16, rank=1, share=0.2),
         "gear(residual=8,slack=64,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
-        "tokens=16,rank=1,outliers=1)",
-        # KIVI's, then left and right of both, then two outliers of each channel and of each token
-        2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (2 * 8 / 16 + 2) * 3),
+        "tokens=16,rank=1,share=0.2)",
+        # KIVI's, then left and right of both, then outliers: 4 of a channel's 16, 2 of a token's 8
+        2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (4 * 8 / 16 + 2) * 3),
     ),
     (
         ZipCache(share=0.5, tokens=16),
