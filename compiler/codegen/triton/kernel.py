@@ -28,7 +28,7 @@ class Kernel:
 
     `plan` is the plan as it was generated from, `division` what of it the kernel computes; `functions`
     has "whole", "part" and "merge". `types` and `sizes` are those of `generate`, `dot` the type of matrix
-    products, `cubes` the axes of what stays in registers beside states and scores.
+    products, `cubes` the axes of what stays in registers beside states and scores; `shared` is as there.
     """
 
     plan: Plan
@@ -41,6 +41,7 @@ class Kernel:
     tiles: Tiles
     dot: str
     cubes: frozenset[tuple[str, ...]] = frozenset()
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
