@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ModelError, RecipeError
 from .artifact import check_dump, check_output, file_entry, staged
 from .attention_kernels.write import write_kernels
+from .calibrate.statistics import Statistics, fingerprint, user_folder
 from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import Placement, write_weights
@@ -128,6 +129,8 @@ def trace(
     context = _context(model, recipe)
     tell("tracing the model", 0.0)
     program = capture_language_model(model.source, model.config, context, model.state)
+    if model.state is not None:
+        program.statistics = _statistics(model, program, recipe, tell)
     passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
     manager = PassManager(
         passes, dump, lambda name, index, total: tell(f"pass {name}", index / max(1, total))
@@ -160,10 +163,13 @@ def compile_to(
             _load(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress)
+        read = program.statistics.read
         if program.calibrations:
             with clock.phase("calibrate"):
                 tell("calibrating", 0.0)
-                calibrated = _calibrate(model, program, recipe)
+                read.append(_calibrate(model, program, recipe))
+        calibrated = "; ".join(dict.fromkeys(read)) or calibrated
+        program.statistics = None  # lets go of what was found
         model.state = (
             None  # from here on only the program holds the weights, and lets go as they are written
         )
@@ -256,17 +262,34 @@ def _load(model: Input) -> None:
         model.state = huggingface.load_state(model.source, model.config)
 
 
-def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
-    """Runs what the passes want to know of the model; gives what was read."""
+def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) -> Statistics:
+    """What passes may ask of the model. Of a model in files it is kept in the user's cache folder."""
+    folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
+    files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
+    named = fingerprint(files) if files else revision and f"{model.source.name} {revision}"
+    if model.source.in_memory:
+        named = None  # its weights may be any
+    return Statistics(
+        lambda: _calibration_text(model, program, recipe), named or None, user_folder(), tell
+    )
+
+
+def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[Tensor, str]:
+    """The calibration text [rows, tokens] and where it is from."""
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)
-    ids, origin = calibration_tokens(
+    return calibration_tokens(
         model.tokenizer,
         recipe.calibration.text,
         recipe.calibration.tokens,
         program.model.vocabulary,
         program.model.context,
     )
+
+
+def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
+    """Runs what the passes want to know of the model; gives what was read."""
+    ids, origin = _calibration_text(model, program, recipe)
     for calibration in program.calibrations:
         calibration.run(ids)
     program.calibrations.clear()

@@ -19,6 +19,7 @@ from pydantic import (
 from ..errors import RecipeError
 from .passes.base import Pass
 from .passes.cache_methods import FAMILIES, method_pass, resolved
+from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
 from .passes.weight_quant.round_to_nearest import RoundToNearest
@@ -56,6 +57,8 @@ class CacheSection(_Section):
 
     storage: Literal["f32", "int8"] = "f32"
     """Of tokens that are not packed. int8: a fixed scale a channel, from the calibration text."""
+    window_slack: int = Field(default=512, ge=0)
+    """Layers with a sliding window of their own keep it and so many tokens more; 0: they keep everything."""
     share: dict[str, Any] | None = None
     """A method by which layers share, or channels shrink, and its options."""
     prune: dict[str, Any] | None = None
@@ -74,9 +77,10 @@ class CacheSection(_Section):
         )
 
     def passes(self) -> list[Pass]:
-        """The passes that these choices stand for, in the order of the families."""
+        """The passes that these choices stand for: what costs nothing, then the families in their order."""
         chosen = [(family, getattr(self, family)) for family in FAMILIES]
         found = [method_pass(family, table) for family, table in chosen if table is not None]
+        found.insert(0, NativeWindow(self.window_slack))
         return [*found, StaticInt8()] if self.storage == "int8" else found
 
 

@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup, packed_of
-from . import maintenance
+from ..compiler.ir.cache.layout import (
+    TOKENS,
+    Buffer,
+    CacheLayout,
+    HeadGroup,
+    LayerCache,
+    packed_of,
+)
+from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "f32": np.float32,
@@ -53,6 +60,8 @@ class Cache:
     packed: dict[str, Counts] = field(default_factory=dict)
     """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
     make: Make = empty
+    members: dict[str, list[tuple[LayerCache, int]]] = field(default_factory=dict)
+    """For each counter the groups of its own slots that go by it, by layer and index."""
 
     @staticmethod
     def allocate(
@@ -78,6 +87,7 @@ class Cache:
             groups,
             {name: np.zeros(batch, np.int64) for name in layout.packs()},
             make,
+            _members(layout, groups),
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -96,6 +106,11 @@ class Cache:
     def counters(self) -> dict[str, Counts]:
         """Every counter that a step of the graph may read, by its name there."""
         return {TOKENS: self.lengths} | self.clocks | self.packed
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no slot of any row is in use."""
+        return not any(used.any() for used in self.counters.values())
 
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
@@ -119,10 +134,7 @@ class Cache:
 
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
-        if any(group.scored for _, _, group in self.layout.groups()):
-            from .scores import observe  # torch, which running without scored groups does not need
-
-            observe(self, np.broadcast_to(sizes, self.batch), observed or {})
+        scores.observe(self, np.broadcast_to(sizes, self.lengths.shape), observed or {})
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes
@@ -158,4 +170,16 @@ class Cache:
             self.groups,
             {name: count[rows] for name, count in self.packed.items()},
             self.make,
+            self.members,
         )
+
+
+def _members(
+    layout: CacheLayout, groups: Mapping[str, HeadGroup]
+) -> dict[str, list[tuple[LayerCache, int]]]:
+    names = {group.describe(): name for name, group in groups.items()}
+    found: dict[str, list[tuple[LayerCache, int]]] = {name: [] for name in groups}
+    for layer, index, group in layout.groups():
+        if group.moves and group.owner is None:
+            found[names[group.describe()]].append((layer, index))
+    return found

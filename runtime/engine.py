@@ -135,11 +135,12 @@ class Engine:
 
         A batch that fits in one chunk runs at once, padded on the right: causality keeps the padding
         out of every real token's sight, and decoding writes over it. A larger one runs row by row, in
-        chunks, each into its own slice of the cache.
+        chunks, each into its own slice of the cache; so does one over slots that are in use from the start
+        (a compensation token's), which GroupQueryAttention does not take for rows together.
         """
         longest = max(len(row) for row in rows)
         together = len(rows) > 1 and len(rows) * longest <= self.chunk
-        if together and longest <= cache.step_limit():
+        if together and cache.untouched and longest <= cache.step_limit():
             out = self._prefill_together(cache, rows, longest)
         else:
             out = np.empty((len(rows), self.vocabulary), np.float32)

@@ -92,7 +92,7 @@ def attention_kernel(
         cascade,
         name,
     )
-    decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.cubes, device)
+    decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.demand, device)
     return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
 
 

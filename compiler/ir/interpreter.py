@@ -32,17 +32,36 @@ class Interpreter:
         self._kept: dict[str, Tensor] | None = {} if keep_weights else None
         self._dead_after = _last_uses(program.graph)
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gives the outputs by name. `inputs` are by the names of the program's inputs."""
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        after: Callable[[fx.Node, Mapping[fx.Node, Any]], None] | None = None,
+        resume: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Gives the outputs by name. `inputs` are by the names of the program's inputs.
+
+        `after` is told of each node that was run, with the values that are still needed. `resume` goes on
+        behind a node of an earlier run, given its name and those values by the names of their nodes.
+        """
+        nodes = iter(self.program.graph.nodes)
         values: dict[fx.Node, Any] = {}
+        if resume is not None:
+            behind, known = resume
+            for node in nodes:
+                if node.name in known:
+                    values[node] = known[node.name]
+                if node.name == behind:
+                    break
         with torch.no_grad():
-            for node in self.program.graph.nodes:
+            for node in nodes:
                 if node.op == "output":
                     results = [values[value] for value in node.args[0]]
                     return dict(zip(node.meta["names"], results, strict=True))
                 values[node] = self._evaluate(node, values, inputs)
                 for dead in self._dead_after.get(node, ()):
                     del values[dead]
+                if after is not None:
+                    after(node, values)
         raise IRError("the program has no output")
 
     def _evaluate(

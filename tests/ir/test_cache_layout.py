@@ -11,9 +11,15 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.layout import PARTS, CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.layout import (
+    PARTS,
+    CacheLayout,
+    HeadGroup,
+    LayerCache,
+    query_name,
+)
 from einfold.compiler.ir.cache.packing import BITS, Packed
-from einfold.compiler.ir.cache.policies import Full, Policy, Window
+from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
 from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, read_storage
 from einfold.errors import IRError
 from einfold.runtime.cache import Cache
@@ -21,14 +27,18 @@ from einfold.runtime.cache import Cache
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
-    if draw(st.booleans()):
-        return Full()
-    return Window(
-        draw(st.integers(0, 4)),
-        draw(st.integers(1, 20)),
-        draw(st.integers(1, 8)),
-        draw(st.booleans()),
-        draw(st.sampled_from(["exact", "streaming"])),
+    kept, newest, slack = (draw(st.integers(1, most)) for most in (9, 20, 8))
+    prefill = draw(st.sampled_from(["exact", "streaming"]))
+    return draw(
+        st.sampled_from(
+            [
+                Full(),
+                Window(kept - 1, newest, slack, draw(st.booleans()), prefill),
+                HeavyHitters(kept, newest, slack, prefill),
+                Merged(kept, newest, slack, prefill, similarity=0.5),
+                Voted(kept, newest, 3, slack, queries=2),
+            ]
+        )
     )
 
 
@@ -105,7 +115,13 @@ def test_while_a_prompt_is_read_and_after(
     cache = Cache.allocate(layout, batch, capacity, prompt)
     assert cache.nbytes == layout.bytes(batch, capacity, prompt)
     assert cache.nbytes <= layout.peak_bytes(batch, capacity, prompt)
-    cache.advance(prompt)
+    queries = {
+        query_name(layer.layer, index): np.zeros(
+            (batch, prompt, 2 * len(group.heads), layer.key_size), np.float32
+        )
+        for layer, index, group in layout.groups()
+    }
+    cache.advance(prompt, queries)
     cache.settle()
     assert cache.nbytes == layout.bytes(batch, capacity)
     assert cache.nbytes <= layout.peak_bytes(batch, capacity, prompt)

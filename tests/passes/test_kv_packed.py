@@ -87,9 +87,8 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
         "einfold.packed_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %slots.0, %packed.0, "
         f'[{listed}], none, none, none, none, 3, 0.25, 0.0, false, "{storage}")'
     )
-    outputs = ["o", "cache.3.0.key", "cache.3.0.value"]
-    scored = isinstance(step, (ZipCache, MiKV))
-    assert found.output_names() == outputs + (["query.3.0"] if scored else [])
+    queries = ["query.3.0"] if isinstance(step, (ZipCache, MiKV)) else []
+    assert found.output_names() == ["o", *queries, "cache.3.0.key", "cache.3.0.value"]
     text = print_program(found)
     assert print_program(parse(text)) == text
 

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
@@ -34,15 +36,12 @@ from .passes import count_passes
 VERSION = 1
 
 
-def cache_folder() -> Path:
-    """Where plans are kept: `EINFOLD_CACHE`, or the user's cache folder."""
+def cache_home() -> Path:
+    """Where what was derived and measured is kept: `EINFOLD_CACHE`, or the user's cache folder."""
     named = os.environ.get("EINFOLD_CACHE")
-    home = (
-        Path(named)
-        if named
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "einfold"
-    )
-    return home / "plans"
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "einfold"
 
 
 def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
@@ -54,7 +53,7 @@ def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
     plain, names = canonical(cascade.pruned())
     text = f"{VERSION}\n{names.rank(rank)}\n{print_cascade(plain)}"
     key = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
-    path = (cache or cache_folder()) / f"{key}.json"
+    path = (cache or cache_home() / "plans") / f"{key}.json"
     found = _load(path, text, plain, names.rank(rank))
     if found is None:
         try:
@@ -132,6 +131,11 @@ def _store(path: Path, text: str, folding: Folding) -> None:
         "plans": [print_plan(plan) for plan in folding.plans],
         "refusals": [[r.statement, r.factor, r.reason] for r in folding.refusals],
     }
+    write_json(path, data)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a file of the cache whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -16,6 +16,7 @@ from .block import Function
 from .emit import Emitter, Generated, helpers
 from .kernel import Kernel
 from .options import Options
+from .pressure import Demand
 from .roles import Division, divide
 from .simplify import simplified
 from .tiles import choose_tiles
@@ -55,15 +56,16 @@ def generate(
             raise UnsupportedError(f"the type of input {tensor} is not given")
     dot = _dot_type(division, types)
     functions: dict[str, Generated] = {}
-    cubes: set[tuple[str, ...]] = set()
+    demand = Demand()
     for kind in ("whole", "part", "merge"):
         function = Function(
             division.plan, division.roles, types, sizes, dot, options.precision, dict(shared or {})
         )
         emitter = Emitter(f"{name}_{kind}", division, function, options.lazy)
         functions[kind] = getattr(emitter, kind)()
-        cubes |= function.cubes
-    tiles = options.tiles or choose_tiles(division, types, sizes, cubes, options.device)
+        if kind == "whole":
+            demand = Demand(tuple(function.held.values()), frozenset(function.products))
+    tiles = options.tiles or choose_tiles(division, types, sizes, demand, options.device)
     made = list(functions.values())
     text = "\n\n".join(
         part
@@ -80,7 +82,7 @@ def generate(
         options,
         tiles,
         dot,
-        frozenset(cubes),
+        demand,
         dict(shared or {}),
     )
 
@@ -90,7 +92,7 @@ def _check_shared(division: Division, shared: Mapping[tuple[str, str], int]) -> 
     roles = division.roles
     ahead = {read.tensor for item in division.ahead for read in reads(item.expr)}
     for tensor, rank in shared:
-        if rank != roles.stream and rank not in roles.lanes or tensor in ahead:
+        if (rank != roles.stream and rank not in roles.lanes) or tensor in ahead:
             raise UnsupportedError(f"{tensor} shares elements along {rank}, which has no form here")
 
 

@@ -14,6 +14,7 @@ from ....errors import UnsupportedError
 from ...ir.cascade.plan import Plan
 from .emit import Generated
 from .options import Options, Tiles, merge_tiles
+from .pressure import Demand
 from .roles import Division
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Kernel:
 
     `plan` is the plan as it was generated from, `division` what of it the kernel computes; `functions`
     has "whole", "part" and "merge". `types` and `sizes` are those of `generate`, `dot` the type of matrix
-    products, `cubes` the axes of what stays in registers beside states and scores; `shared` is as there.
+    products, `demand` what is in registers beside states and scores; `shared` is as there.
     """
 
     plan: Plan
@@ -40,7 +41,7 @@ class Kernel:
     options: Options
     tiles: Tiles
     dot: str
-    cubes: frozenset[tuple[str, ...]] = frozenset()
+    demand: Demand = field(default_factory=Demand)
     shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 

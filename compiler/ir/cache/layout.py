@@ -79,8 +79,13 @@ class HeadGroup:
 
     @property
     def scored(self) -> bool:
-        """Whether the runtime must know how much attention each token got."""
+        """Whether the attention that each token got is added up and goes along with it."""
         return self.policy.scored or self.storage.scored
+
+    @property
+    def observed(self) -> bool:
+        """Whether the runtime must be shown the queries."""
+        return self.scored or self.policy.once
 
     @property
     def moves(self) -> bool:
@@ -158,9 +163,11 @@ class LayerCache:
         if group.storage.balanced:
             queries = (batch, shape.heads, shape.key_size)
             yield Buffer(f"{prefix}.query_max", queries, "f32", "host")
+        reading = prompt is not None
+        for name, size in group.policy.books(batch, shape.heads, shape.key_size, slots, reading):
+            yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed:
-            nothing_yet = prompt is not None and group.exact
-            tokens = 0 if nothing_yet else group.policy.slots(capacity)
+            tokens = 0 if reading and group.exact else group.policy.slots(capacity)
             for name, size, dtype in group.storage.bulk(shape, batch, tokens):
                 yield Buffer(f"{prefix}.{name}", size, dtype, "read")
 
@@ -298,7 +305,7 @@ def cache_name(layer: int, group: int) -> str:
 
 
 def query_name(layer: int, group: int) -> str:
-    """The graph's result that holds a scored group's queries, rotated and scaled, [B, S, heads, D]."""
+    """Name of the graph's result that shows a group's queries to the runtime."""
     return f"query.{layer}.{group}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ....errors import IRError
+from ....errors import IRError, RecipeError
 from ...ir.cache.layout import (
     PARTS,
     TOKENS,
@@ -20,6 +20,7 @@ from ...ir.cache.layout import (
     query_name,
     slots_dim,
 )
+from ...ir.cache.policies import Merged
 from ...ir.cache.storages import show_storage
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
@@ -38,10 +39,11 @@ class AttachCache(Pass):
     After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
     let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there); the
-    buffers of each head group, of which those that a step writes are outputs too. Of a scored group the
-    queries are outputs, `query.LAYER.GROUP`. A layer whose heads are cached in several ways gets one call a
-    group, over its heads, and their results are put together again. A rotary embedding in front of q and k
-    moves into the operator, so that a target may turn them while it writes the cache.
+    buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
+    cached in several ways gets one call a group, over its heads, and their results are put together again.
+    Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
+    heads, D], such that their product with the cached keys is the logits. A rotary embedding in front of q
+    and k moves into the operator, so that a target may turn them while it writes the cache.
     """
 
     name = "attach_cache"
@@ -104,8 +106,6 @@ class Attachment:
             for index, group in enumerate(cache.groups):
                 new = self._heads(whole, cache, group)
                 parts.append(self._call(cache, index, new, inputs[index], found, rotary))
-                if group.scored:
-                    self._give_queries(cache, index, found)
             out = parts[0] if len(parts) == 1 else self._joined(parts, cache)
         self.editor.replace(node, out)
 
@@ -138,9 +138,16 @@ class Attachment:
         group = cache.groups[index]
         if group.owner is not None:
             raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
+        if isinstance(group.policy, Merged) and group.storage.slot_dtype == "i8":
+            raise RecipeError(
+                f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
+                "time; keep them in f32, or choose a method that evicts"
+            )
+        query, key, value, sinks = new
+        if group.observed:
+            self._show_query(cache, index, query, inputs["key"], found, rotary)
         if group.packed:
             return self._packed_call(cache, index, new, inputs, found, rotary)
-        query, key, value, sinks = new
         call = self.editor.call(
             einfold_ops.cached_attention.default,
             query,
@@ -199,24 +206,40 @@ class Attachment:
         )
         return self._updated(call, cache, index)
 
-    def _give_queries(self, cache: LayerCache, index: int, found: dict[str, object]) -> None:
-        """Makes a group's queries, rotated and scaled, a result of the program."""
-        queries = found["q_BSHD"]
-        assert isinstance(queries, fx.Node)
-        if len(cache.groups) > 1:
-            each = int(queries.meta["val"].shape[2]) // cache.kv_heads
-            heads = cache.groups[index].heads
-            chosen = tuple(head * each + i for head in heads for i in range(each))
-            queries = self._chosen(queries, 2, chosen)
-        self.values.append(self.editor.call(aten.mul.Tensor, queries, found["scale"]))
-        self.names.append(query_name(cache.layer, index))
-
     def _updated(self, call: fx.Node, cache: LayerCache, index: int) -> fx.Node:
         """The output of a call over a cache; the slots that it wrote become the program's outputs."""
         out, *updated = self.editor.results(call)
         self.values += updated
         self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
         return out
+
+    def _show_query(
+        self,
+        cache: LayerCache,
+        index: int,
+        query: fx.Node,
+        keys: fx.Node,
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> None:
+        """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
+        if rotary[0] is not None:
+            query = self.editor.call(einfold_ops.rotary.default, query, *rotary)
+        factor: object = found["scale"]
+        of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
+        if of_keys is not None:
+            heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])
+            each, scale = heads // len(cache.groups[index].heads), float(str(found["scale"]))
+            factor = self.editor.weight(
+                f"{query_name(cache.layer, index)}_scale",
+                Weight(
+                    (heads, size),
+                    torch.float32,
+                    lambda: of_keys.load().repeat_interleave(each, 0) * scale,
+                ),
+            )
+        self.values.append(self.editor.call(aten.mul.Tensor, query, factor))
+        self.names.append(query_name(cache.layer, index))
 
     def _scale(self, cache: fx.Node) -> fx.Node | None:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)
