@@ -133,6 +133,7 @@ def test_a_kernel_does_what_the_operator_does(
         ("gpt_oss", {}),
         ("mistral", {"storage": "int8"}),
         ("llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}),
+        ("llama", {"quant": {"method": "kivi", "group": 8, "residual": 8, "slack": 4}}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
