@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,15 +206,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         if self.cache is None:
             return
         old, chosen = self.cache, rows.cpu().numpy()
-        self.cache = Cache(
-            old.layout,
-            {name: buffer[rows.to(buffer.device)] for name, buffer in old.buffers.items()},
-            old.lengths[chosen],
-            {name: used[chosen] for name, used in old.clocks.items()},
-            old.capacity,
-            old.prompt,
-            old.groups,
-            old.make,
+        self.cache = replace(
+            old,
+            buffers={name: buffer[rows.to(buffer.device)] for name, buffer in old.buffers.items()},
+            lengths=old.lengths[chosen],
+            clocks={name: used[chosen] for name, used in old.clocks.items()},
+            packed={name: count[chosen] for name, count in old.packed.items()},
         )
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import fx
 
 from ...errors import IRError
+from .cache.layout import CacheLayout, cache_name
+from .cache.storages import show_storage
 from .ops import einfold_ops
-from .program import Program, call_arguments, infer, op_name
+from .program import OVER_CACHES, Program, call_arguments, infer, op_name
 from .types import DTYPES
 
 
@@ -73,7 +75,7 @@ def _check_attention(program: Program) -> None:
         return
     specs = {spec.name: spec for spec in program.layout.buffers(batch=1, capacity=1)}
     attached: set[str] = set()
-    for node in program.nodes(einfold_ops.cached_attention.default):
+    for node in program.nodes(*OVER_CACHES):
         for name in ("key_cache_BKCD", "value_cache_BKCD"):
             cache = call_arguments(node)[name]
             spec = specs.get(str(cache.target))
@@ -86,3 +88,20 @@ def _check_attention(program: Program) -> None:
             if cache.target in attached:
                 raise IRError(f"%{node.name}: {cache.target} is written by another attention too")
             attached.add(str(cache.target))
+    _check_packed(program, program.layout)
+
+
+def _check_packed(program: Program, layout: CacheLayout) -> None:
+    """Attention over packed tokens reads the bulk of the group whose slots it writes, in its storage."""
+    groups = {cache_name(layer.layer, index): group for layer, index, group in layout.groups()}
+    for node in program.nodes(einfold_ops.packed_attention.default):
+        found = call_arguments(node)
+        prefix = str(found["key_cache_BKCD"].target).removesuffix(".key")
+        stored = show_storage(groups[prefix].storage)
+        if found["storage"] != stored:
+            raise IRError(
+                f"%{node.name} reads {found['storage']}, but the cache layout says {stored}"
+            )
+        for piece in found["bulk"]:
+            if piece.op != "placeholder" or not str(piece.target).startswith(f"{prefix}."):
+                raise IRError(f"%{node.name} reads packed tokens that are not of {prefix}")

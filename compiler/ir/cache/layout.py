@@ -61,6 +61,13 @@ class HeadGroup:
     owner: int | None = None
     """The layer whose slots this group reads, where it has none of its own."""
 
+    def __post_init__(self) -> None:
+        if self.packed and not isinstance(self.policy, Full):
+            raise IRError(
+                f"heads {self.heads}: {self.policy.name} keeps few tokens, so there is nothing for "
+                f"{self.storage.name} to pack; pack only groups that keep every token"
+            )
+
     @property
     def exact(self) -> bool:
         """Whether everything is kept in slots until the prompt has been read."""
@@ -154,11 +161,15 @@ class LayerCache:
                 yield Buffer(f"{prefix}.mean_{part}", mean, "f32", "host")
         if group.scored:
             yield Buffer(f"{prefix}.score", (batch, shape.heads, slots), "f32", "host")
+        if group.storage.balanced:
+            queries = (batch, shape.heads, shape.key_size)
+            yield Buffer(f"{prefix}.query_max", queries, "f32", "host")
         reading = prompt is not None
         for name, size in group.policy.books(batch, shape.heads, shape.key_size, slots, reading):
             yield Buffer(f"{prefix}.{name}", size, "f32", "host")
-        if group.packed and not (prompt is not None and group.exact):
-            for name, size, dtype in group.storage.bulk(shape, batch, group.policy.slots(capacity)):
+        if group.packed:
+            tokens = 0 if reading and group.exact else group.policy.slots(capacity)
+            for name, size, dtype in group.storage.bulk(shape, batch, tokens):
                 yield Buffer(f"{prefix}.{name}", size, dtype, "read")
 
 
@@ -211,15 +222,24 @@ class CacheLayout:
                 found[self.clock(group)].append((layer, index))
         return found
 
+    def packs(self) -> dict[str, HeadGroup]:
+        """The counters of packed tokens, by name: `packed.N` beside the `slots.N` of groups that pack."""
+        return {packed_of(name): group for name, group in self.clocks().items() if group.packed}
+
     def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
-        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter.
+        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter; and of
+        granules of packed tokens, G0, G1 ..
 
         With `prompt`, while a prompt of so many tokens is read; else once it has been.
         """
         named = {
             slots_dim(name): group.slots(capacity, prompt) for name, group in self.clocks().items()
         }
-        return {"C": capacity} | named
+        granules = {
+            granules_dim(name): group.storage.granules(capacity)
+            for name, group in self.packs().items()
+        }
+        return {"C": capacity} | named | granules
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
         """Every buffer of the cache, in the order of layers and groups.
@@ -310,6 +330,16 @@ def query_name(layer: int, group: int) -> str:
 def slots_dim(clock: str) -> str:
     """The name that a counter's number of slots has in the graph's shapes."""
     return "C" if clock == TOKENS else f"C{clock.rpartition('.')[2]}"
+
+
+def packed_of(clock: str) -> str:
+    """The counter of packed tokens beside a counter of slots."""
+    return f"packed.{clock.rpartition('.')[2]}"
+
+
+def granules_dim(clock: str) -> str:
+    """The name that a counter's number of packed granules has in the graph's shapes."""
+    return f"G{clock.rpartition('.')[2]}"
 
 
 def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:

@@ -15,10 +15,13 @@ from ...ir.cache.layout import (
     HeadGroup,
     LayerCache,
     cache_name,
+    granules_dim,
+    packed_of,
     query_name,
     slots_dim,
 )
 from ...ir.cache.policies import Merged
+from ...ir.cache.storages import show_storage
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
@@ -35,12 +38,12 @@ class AttachCache(Pass):
     Before: `%o = attention(%q, %k, %v, none, layer, ..)`
     After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
-    let tokens go; the buffers of each head group, of which those that a step writes are outputs too. A
-    layer whose heads are cached in several ways gets one call a group, over its heads, and their results
-    are put together again. Groups that keep tokens by the attention they got show their queries in
-    `query.LAYER.GROUP` [B, S, heads, D], such that their product with the cached keys is the logits. A
-    rotary embedding in front of q and k moves into the operator, so that a target may turn them while it
-    writes the cache.
+    let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there); the
+    buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
+    cached in several ways gets one call a group, over its heads, and their results are put together again.
+    Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
+    heads, D], such that their product with the cached keys is the logits. A rotary embedding in front of q
+    and k moves into the operator, so that a target may turn them while it writes the cache.
     """
 
     name = "attach_cache"
@@ -88,7 +91,8 @@ class Attachment:
         self.names: list[str] = []
         self.values: list[fx.Node] = []
         self._counters = {
-            name: self.editor.input(name, ["B"], torch.int64) for name in (TOKENS, *layout.clocks())
+            name: self.editor.input(name, ["B"], torch.int64)
+            for name in (TOKENS, *layout.clocks(), *layout.packs())
         }
 
     def attach(self, node: fx.Node, cache: LayerCache) -> None:
@@ -107,12 +111,13 @@ class Attachment:
 
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
-        slots = slots_dim(self.layout.clock(cache.groups[index]))
+        clock = self.layout.clock(cache.groups[index])
         prefix = cache_name(cache.layer, index)
         found = {}
         for spec in cache.group_buffers(index, 1, 1):
             if spec.role != "host":
-                shape = ["B", spec.shape[1], slots, *spec.shape[3:]][: len(spec.shape)]
+                dim = granules_dim(clock) if len(spec.shape) == 5 else slots_dim(clock)
+                shape = ["B", spec.shape[1], dim, *spec.shape[3:]][: len(spec.shape)]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
                     shape,
@@ -131,7 +136,7 @@ class Attachment:
     ) -> fx.Node:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
-        if group.packed or group.owner is not None:
+        if group.owner is not None:
             raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
         if isinstance(group.policy, Merged) and group.storage.slot_dtype == "i8":
             raise RecipeError(
@@ -141,6 +146,8 @@ class Attachment:
         query, key, value, sinks = new
         if group.observed:
             self._show_query(cache, index, query, inputs["key"], found, rotary)
+        if group.packed:
+            return self._packed_call(cache, index, new, inputs, found, rotary)
         call = self.editor.call(
             einfold_ops.cached_attention.default,
             query,
@@ -159,6 +166,48 @@ class Attachment:
             found["softcap"],
             rotary[3],
         )
+        return self._updated(call, cache, index)
+
+    def _packed_call(
+        self,
+        cache: LayerCache,
+        index: int,
+        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        inputs: dict[str, fx.Node],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """The call over the slots and the packed tokens of one group."""
+        group = cache.groups[index]
+        if found["window"]:
+            raise IRError(
+                f"layer {cache.layer} has a window of {found['window']} tokens of its own, which attention "
+                "over packed tokens does not know; leave its storage plain"
+            )
+        clock = self.layout.clock(group)
+        query, key, value, sinks = new
+        call = self.editor.call(
+            einfold_ops.packed_attention.default,
+            query,
+            key,
+            value,
+            inputs["key"],
+            inputs["value"],
+            self._counters[clock],
+            self._counters[packed_of(clock)],
+            [node for name, node in inputs.items() if name not in PARTS],
+            sinks,
+            *rotary[:3],
+            found["layer"],
+            found["scale"],
+            found["softcap"],
+            rotary[3],
+            show_storage(group.storage),
+        )
+        return self._updated(call, cache, index)
+
+    def _updated(self, call: fx.Node, cache: LayerCache, index: int) -> fx.Node:
+        """The output of a call over a cache; the slots that it wrote become the program's outputs."""
         out, *updated = self.editor.results(call)
         self.values += updated
         self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
