@@ -144,7 +144,7 @@ def page(held: list[Held], shape: str, context: int, title: str) -> str:
     head = ["cache, MB", *(f"peak: {one[0]}", *one[1:]), *(f"steady: {one[0]}", *one[1:])]
     text = (
         f"{SHAPES[shape].title} shape, {context:,} tokens, one row. Peak: as a prompt of the whole context "
-        "is read and settled; steady: behind it. Held: resident memory beyond what there was before the cache. "
+        "is read and settled; steady: behind it. Held: resident memory beyond that before the cache. "
         f"Agree: the differences from the first line, within the larger of {SHARE:.0%} and 10 MB."
     )
     return "\n\n".join([f"# {title}", text, table(head, rows)]) + "\n"
