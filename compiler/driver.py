@@ -274,11 +274,13 @@ def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) 
     """What passes may ask of the model. Of a model in files it is kept in the user's cache folder."""
     folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
     files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
-    named = fingerprint(files) if files else revision and f"{model.source.name} {revision}"
-    if model.source.in_memory:
-        named = None  # its weights may be any
+    named = fingerprint(files) if files else f"{model.source.name} {revision}"
+    known = bool(files or revision) and not model.source.in_memory  # else its weights may be any
     return Statistics(
-        lambda: _calibration_text(model, program, recipe), named or None, user_folder(), tell
+        lambda: _calibration_text(model, program, recipe),
+        named if known else None,
+        user_folder(),
+        tell,
     )
 
 

@@ -165,6 +165,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes at most: while the end of a prompt that fills the context is read."""
         return self.weights + self.cache_peak + self.activations
 
 

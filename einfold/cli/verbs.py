@@ -278,7 +278,7 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             }
         )
         return
-    from ..compiler.report import human_bytes, summary_lines
+    from ..compiler.report import cache_bytes, human_bytes, summary_lines
 
     manifest, model = found.manifest, found.manifest.model
     table = Table(show_header=False, box=None)
@@ -300,6 +300,7 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             f"{_cache_methods(manifest.recipe['cache'])}, "
             f"{manifest.cache_bytes} bytes for B rows of C tokens",
         ),
+        ("", cache_bytes(manifest.layout(), model.context)),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, value)

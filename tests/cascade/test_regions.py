@@ -60,7 +60,9 @@ def test_no_reduction_is_in_two_regions(plan_cache: Path) -> None:
     (attention,) = explain_regions(imported, plan_cache)
     assert imported.sizes[attention.rank] == TOKENS
     assert (attention.status, attention.passes_before, attention.passes_after) == ("fused", 3, 1)
-    scores = [s for s in attention.cascade.statements if s.op == "sum" and attention.rank in s.ranks]
+    scores = [
+        s for s in attention.cascade.statements if s.op == "sum" and attention.rank in s.ranks
+    ]
     assert len(scores) == 1
 
 

@@ -398,7 +398,9 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
     one = step(1, [first], 7, one)
     one = step(1, [first + 7], 5, one)
     step(1, [first + 12], 1, one)
-    if first:  # GroupQueryAttention takes no rows together over slots in use; the engine runs them apart
+    if (
+        first
+    ):  # GroupQueryAttention takes no rows together over slots in use; the engine runs them apart
         both = {name: torch.randint(-9, 9, t.shape).to(stored) for name, t in empty.items()}
     else:
         both = step(2, [0, 0], 6, empty)

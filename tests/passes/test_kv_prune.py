@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -412,3 +413,42 @@ def test_scored_rows_trim_by_themselves(method: Pass) -> None:
         full = torch.ops.einfold.attention(alone.q, alone.k, alone.k, None, 0, 0.25, 0, 0.0)
         torch.testing.assert_close(together[row, :prompt], full[0, :prompt])
         assert (together[row, prompt:end] - full[0, prompt:end]).abs().max() > 1e-3
+
+
+RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8, "slack": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("llama", RAZOR),
+        ("gpt2", RAZOR | {"prefill": "streaming"}),
+        ("llama", {"method": "snapkv", "tokens": 16, "observe": 4, "slack": 4}),
+        ("gpt2", {"method": "h2o", "tokens": 16, "slack": 4}),
+        ("qwen3", {"method": "ems", "tokens": 16, "recent": 4, "slack": 4, "similarity": 0.2}),
+    ],
+    ids=["razor_attention", "streaming", "snapkv", "h2o", "ems"],
+)
+def test_engines_agree(
+    name: str, table: dict[str, Any], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Behind a settled prompt and in rows of unequal lengths; bytes are those that `estimate` tells."""
+    recipe = Recipe.build({"cache": {"prune": table}})
+    einfold.compile(model_folder(name), tmp_path / "out", recipe=recipe)
+    random = np.random.default_rng(1)
+    prompts = [random.integers(3, models.VOCABULARY, length).tolist() for length in (40, 7, 29)]
+    logits, tokens = [], []
+    for engine in ("onnx", "reference"):
+        model = einfold.load(tmp_path / "out", engine=engine, chunk=16, threads=1)  # type: ignore[arg-type]
+        parts = [part.copy() for _, part in model.logits(prompts[0] + prompts[2], prompt=40)]
+        logits.append(np.concatenate(parts))
+        assert model.engine.cache is not None
+        layout = model.artifact.manifest.layout()
+        assert model.engine.cache.nbytes == layout.bytes(1, 69)
+        rows = model.generate_batch(prompts, max_new_tokens=24, ignore_eos=True)
+        tokens.append([row.tokens for row in rows])
+    assert len(logits[0]) == 29
+    np.testing.assert_allclose(*logits, atol=2e-3)
+    assert tokens[0] == tokens[1]
+    told = einfold.estimate(model_folder(name), recipe=recipe)
+    assert told.cache == layout.bytes(1, models.CONTEXT)

@@ -18,10 +18,11 @@ from einfold import on_triton
 from einfold.compiler.artifact import file_entry
 from einfold.compiler.attention_kernels import attention_kernels, differences, kernel_files
 from einfold.compiler.attention_kernels.cascade import cascade_of
-from einfold.compiler.attention_kernels.cubins import variants
+from einfold.compiler.attention_kernels.cubins import triton_version, variants
 from einfold.compiler.attention_kernels.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.attention_kernels.kinds import AttentionKind
 from einfold.compiler.attention_kernels.trusted import with_compiled
+from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.manifest import NAME, Manifest
@@ -322,15 +323,14 @@ def test_options_that_do_not_go_together(
 def test_kernels_fit_the_gpu_that_they_are_compiled_for(
     kind: AttentionKind, capability: int
 ) -> None:
-    """A kernel that asks for more shared memory than there is cannot start."""
+    """A kernel that asks for more shared memory than there is cannot start; one that spills much is slow."""
     made = attention_kernel(kind, "tested", (0,), 8192, DEVICES[capability])
     assert not made.kernel.division.ahead and not made.kernel.division.after
     for variant in variants(made):
         if variant.name in ("prefill", "decode"):
             found = made.kernel.compile_ahead(capability, variant.kind, variant.tiles)
-            assert found.shared <= DEVICES[capability].shared_bytes
-            assert found.spills <= 512
-            assert any(name.startswith(("mma", "wgmma")) for name in found.matrix)
+            limits = limits_of(triton_version(), capability)
+            assert exceeded(made.kernel, found, limits) == []
 
 
 class Recorder:

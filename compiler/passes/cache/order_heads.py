@@ -66,7 +66,7 @@ class OrderHeads(Pass):
             elif len(cache.groups) > 1:
                 try:
                     packed = _order(program, nodes[cache.layer], cache)
-                except _Fixed as reason:
+                except _FixedOrderError as reason:
                     result.skipped(where, f"heads keep their order: {reason}")
                 else:
                     order = ",".join(map(str, _order_of(cache)))
@@ -79,7 +79,7 @@ class OrderHeads(Pass):
         return result
 
 
-class _Fixed(Exception):
+class _FixedOrderError(Exception):
     """Why the heads of a layer cannot change places."""
 
 
@@ -112,7 +112,7 @@ def _renumbered(cache: LayerCache) -> LayerCache:
 
 
 def _order(program: Program, node: fx.Node, cache: LayerCache) -> bool:
-    """Orders the heads of one layer; gives whether each group has a packed part. Raises _Fixed."""
+    """Orders the heads of one layer; gives whether each group has a packed part. Raises _FixedOrderError."""
     found = call_arguments(node)
     parts = [_follow(program, found[name]) for name in ("q_BSHD", "k_BSKD", "v_BSKD")]
     _check_users(node, parts)
@@ -140,17 +140,17 @@ def _order(program: Program, node: fx.Node, cache: LayerCache) -> bool:
 
 
 def _follow(program: Program, node: fx.Node) -> _Rows:
-    """Follows q, k or v back to the linear that makes it, by moving row numbers as the graph moves numbers."""
+    """Follows q, k or v back to the linear that makes it, moving row numbers as the graph moves numbers."""
     path, direct = [node], True
     while node.target is not einfold_ops.linear.default:
         if node.target in _NORMS:
             if node.meta["val"].dim() != 4:
-                raise _Fixed("a norm runs over all heads at once")
+                raise _FixedOrderError("a norm runs over all heads at once")
             direct = False
         elif node.target is aten.mul.Tensor and not isinstance(node.args[1], fx.Node):
             direct = False
         elif node.target is not einfold_ops.rotary.default and node.target not in _MOVES:
-            raise _Fixed(f"%{node.name} stands between projection and attention")
+            raise _FixedOrderError(f"%{node.name} stands between projection and attention")
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source
@@ -171,7 +171,7 @@ def _check_users(node: fx.Node, parts: Sequence[_Rows]) -> None:
     for step in path:
         for user in step.users:
             if user is not node and user not in path:
-                raise _Fixed(f"%{user.name} reads heads of %{step.name} too")
+                raise _FixedOrderError(f"%{user.name} reads heads of %{step.name} too")
 
 
 def _output_columns(node: fx.Node, heads: Sequence[int], size: int) -> tuple[Tensor, fx.Node]:
@@ -179,11 +179,13 @@ def _output_columns(node: fx.Node, heads: Sequence[int], size: int) -> tuple[Ten
     step = node
     while step.target is not einfold_ops.linear.default:
         if len(step.users) != 1 or step.target not in (node.target, aten.reshape.default):
-            raise _Fixed(f"%{step.name} stands between attention and its output projection")
+            raise _FixedOrderError(
+                f"%{step.name} stands between attention and its output projection"
+            )
         step = next(iter(step.users))
     width = len(heads) * size
     if step.args[0].meta["val"].shape[-1] != width:  # type: ignore[union-attr]
-        raise _Fixed("the output projection does not read all heads at once")
+        raise _FixedOrderError("the output projection does not read all heads at once")
     return torch.arange(width).reshape(-1, size)[list(heads)].flatten(), step
 
 
@@ -192,7 +194,7 @@ def _check_weights(program: Program, linears: Sequence[fx.Node], sinks: fx.Node 
     reads = [a["weight_NM"] for a in arguments] + [a["bias"] for a in arguments] + [sinks]
     for read in reads:
         if read is not None and program.weight_of(read) is None:
-            raise _Fixed(f"%{read.name} is computed, not a weight")
+            raise _FixedOrderError(f"%{read.name} is computed, not a weight")
 
 
 def _packable(parts: Sequence[_Rows]) -> bool:
@@ -240,7 +242,9 @@ def _pack(
             for found_heads, flat, rows in zip(heads, editor.results(inner), block, strict=True):
                 shape = [batch, length, *rows.shape]
                 found_heads.append(editor.call(aten.reshape.default, flat, shape))
-        for index, (name, joined) in enumerate(zip(("q_BSHD", "k_BSKD", "v_BSKD"), heads, strict=True)):
+        for index, (name, joined) in enumerate(
+            zip(("q_BSHD", "k_BSKD", "v_BSKD"), heads, strict=True)
+        ):
             whole = editor.call(aten.cat.default, joined, 2)
             old = found[name]
             if old.target is einfold_ops.rotary.default:
