@@ -23,13 +23,17 @@ from typing import Any
 import einfold
 from einfold.compiler.passes.cache_methods import FAMILIES
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
-from einfold.compiler.recipe import tomllib
 from einfold.errors import EinfoldError
 from einfold.evaluate.quality import evaluate
 from einfold.evaluate.recall import Window, windows
 from einfold.evaluate.speed import measure_speed
 from einfold.evaluate.texts import Document, read_documents
 from einfold.model import EngineName, Model
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny_llama"
