@@ -71,7 +71,10 @@ def attention_kernels(
             )
         )
     if not made:
-        raise UnsupportedError("the program has no attention over a cache, so there are no kernels")
+        raise UnsupportedError(
+            "no attention of the program reads a cache that holds tokens in slots, which is what there are "
+            "kernels for; compile for onnx"
+        )
     return made
 
 

@@ -13,7 +13,7 @@ Shape suffixes in this folder:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ __all__ = [
 einfold_ops = torch.ops.einfold
 
 #: What may stand for operators that give updated caches, where the caller lets them be written in place.
-IN_PLACE: Mapping[Any, Callable[..., Any]] = {
+IN_PLACE: dict[Any, Callable[..., Any]] = {
     einfold_ops.cached_attention.default: attention.cached_attention_in_place,
     einfold_ops.packed_attention.default: packed.packed_attention_in_place,
 }
