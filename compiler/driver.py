@@ -117,6 +117,8 @@ def trace(
     context = _context(model, recipe)
     tell("tracing the model", 0.0)
     program = capture_language_model(model.source, model.config, context, model.state)
+    if model.state is not None:
+        program.text = lambda: _calibration_text(model, program, recipe)[0]
     passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
     manager = PassManager(
         passes, dump, lambda name, index, total: tell(f"pass {name}", index / max(1, total))
@@ -236,19 +238,24 @@ def _load(model: Input) -> None:
 
 def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
+    ids, origin = _calibration_text(model, program, recipe)
+    for calibration in program.calibrations:
+        calibration.run(ids)
+    program.calibrations.clear()
+    return f"{ids.numel()} tokens of {origin}"
+
+
+def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[Tensor, str]:
+    """The tokens that the model is measured on, and where they are from."""
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)
-    ids, origin = calibration_tokens(
+    return calibration_tokens(
         model.tokenizer,
         recipe.calibration.text,
         recipe.calibration.tokens,
         program.model.vocabulary,
         program.model.context,
     )
-    for calibration in program.calibrations:
-        calibration.run(ids)
-    program.calibrations.clear()
-    return f"{ids.numel()} tokens of {origin}"
 
 
 def _manifest(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from ...errors import IRError
+from .cache.layout import CacheLayout
 from .ops import einfold_ops
 from .program import Program, call_arguments, infer, op_name
 from .types import DTYPES
@@ -86,3 +89,19 @@ def _check_attention(program: Program) -> None:
             if cache.target in attached:
                 raise IRError(f"%{node.name}: {cache.target} is written by another attention too")
             attached.add(str(cache.target))
+    for node in program.nodes(einfold_ops.shared_attention.default):
+        _check_reader(program, program.layout, node)
+
+
+def _check_reader(program: Program, layout: CacheLayout, node: fx.Node) -> None:
+    """A layer without a cache reads what its owner's attention gives in this step."""
+    found = call_arguments(node)
+    owner = layout[int(found["layer"])].groups[0].owner
+    for name in ("key_cache_BKCD", "value_cache_BKCD"):
+        call = found[name].args[0] if found[name].target is operator.getitem else None
+        if (
+            not isinstance(call, fx.Node)
+            or call.target is not einfold_ops.cached_attention.default
+            or int(call_arguments(call)["layer"]) != owner
+        ):
+            raise IRError(f"%{node.name}: {name} is not what layer {owner} caches in this step")

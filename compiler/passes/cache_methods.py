@@ -17,10 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from .base import Pass
 from .kv_prune.streaming_llm import StreamingLLM
+from .kv_share.cross_layer import CrossLayer
 
 PRUNE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (StreamingLLM,)}
 QUANT: Mapping[str, type[Pass]] = {}
-SHARE: Mapping[str, type[Pass]] = {}
+SHARE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (CrossLayer,)}
 
 #: The families in the order in which their passes run, with the reason for it in `pipeline.py`.
 FAMILIES: Mapping[str, Mapping[str, type[Pass]]] = {"share": SHARE, "prune": PRUNE, "quant": QUANT}

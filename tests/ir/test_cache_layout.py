@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ def policies(draw: st.DrawFn) -> Policy:
 def layouts(draw: st.DrawFn) -> CacheLayout:
     layers = []
     for layer in range(draw(st.integers(1, 4))):
+        owners = [entry for entry in layers if entry.groups[0].owner is None]
+        if owners and draw(st.booleans()):
+            owner = draw(st.sampled_from(owners))
+            reader = HeadGroup(tuple(range(owner.kv_heads)), owner=owner.layer)
+            layers.append(replace(owner, layer=layer, groups=(reader,)))
+            continue
         heads = draw(st.integers(1, 6))
         order = draw(st.permutations(range(heads)))
         cuts = sorted(draw(st.sets(st.integers(1, heads - 1), max_size=2))) if heads > 1 else []

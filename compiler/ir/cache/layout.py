@@ -58,7 +58,8 @@ class HeadGroup:
     policy: Policy = field(default_factory=Full)
     storage: Storage = field(default_factory=Plain)
     owner: int | None = None
-    """The layer whose slots this group reads, where it has none of its own."""
+    """The earlier layer whose cache is read in place of one of its own. The group then stands for all heads
+    of its layer; policy and storage are the owner's, group by group."""
 
     @property
     def exact(self) -> bool:
@@ -158,6 +159,25 @@ class CacheLayout:
     """The caches of all attention layers."""
 
     layers: tuple[LayerCache, ...]
+
+    def __post_init__(self) -> None:
+        for layer, _, group in self.groups():
+            if group.owner is not None:
+                self._check_owner(layer, group.owner)
+
+    def _check_owner(self, layer: LayerCache, owner: int) -> None:
+        """A reader is a layer of one group, behind an owner of the same sizes that has a cache itself."""
+        found = next((entry for entry in self.layers if entry.layer == owner), None)
+        if found is None or owner >= layer.layer or len(layer.groups) > 1:
+            raise IRError(
+                f"cache of layer {layer.layer}: it can read as a whole what an earlier layer caches, "
+                f"not layer {owner}"
+            )
+        sizes = [(c.kv_heads, c.key_size, c.value_size) for c in (layer, found)]
+        if sizes[0] != sizes[1] or any(group.owner is not None for group in found.groups):
+            raise IRError(
+                f"cache of layer {layer.layer}: layer {owner} has other heads, or no cache of its own"
+            )
 
     def __getitem__(self, layer: int) -> LayerCache:
         for entry in self.layers:

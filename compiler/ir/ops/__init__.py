@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from . import activation, attention, experts, linear, norm, quantized, rotary, rows
+from . import activation, attention, experts, linear, norm, quantized, rotary, rows, shared
 
 __all__ = [
     "IN_PLACE",
@@ -28,6 +28,7 @@ __all__ = [
     "quantized",
     "rotary",
     "rows",
+    "shared",
 ]
 
 #: The namespace `torch.ops.einfold`; importing this module is what registers the operators.

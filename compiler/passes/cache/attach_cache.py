@@ -36,7 +36,11 @@ class AttachCache(Pass):
     let tokens go; the buffers of each head group, of which those that a step writes are outputs too. A
     layer whose heads are cached in several ways gets one call a group, over its heads, and their results
     are put together again. A rotary embedding in front of q and k moves into the operator, so that a
-    target may turn them while it writes the cache.
+    target may turn them while it writes the cache. A layer that reads another's cache gets
+
+        `%o = shared_attention(%q, %kc, %vc, %used, ..)`
+
+    over what the owner's call gives, once for each of the owner's groups.
     """
 
     name = "attach_cache"
@@ -53,8 +57,13 @@ class AttachCache(Pass):
         for node in nodes:
             found = call_arguments(node)
             cache = program.layout[int(found["layer"])]
-            attachment.attach(node, cache)
             window = int(found["window"])
+            owner = cache.groups[0].owner
+            if owner is not None:
+                attachment.attach_reader(node, cache, program.layout[owner])
+                result.applied(f"layer {cache.layer}", f"reads the cache of layer {owner}")
+                continue
+            attachment.attach(node, cache)
             for group in cache.groups:
                 heads = "" if len(cache.groups) == 1 else f"heads {_listed(group.heads)}: "
                 result.applied(
@@ -83,6 +92,7 @@ class Attachment:
         self.editor = Editor(program)
         self.names: list[str] = []
         self.values: list[fx.Node] = []
+        self._calls: dict[tuple[int, int], fx.Node] = {}
         self._counters = {
             name: self.editor.input(name, ["B"], torch.int64) for name in (TOKENS, *layout.clocks())
         }
@@ -100,6 +110,49 @@ class Attachment:
                 parts.append(self._call(cache, index, new, inputs[index], found, rotary))
             out = parts[0] if len(parts) == 1 else self._joined(parts, cache)
         self.editor.replace(node, out)
+
+    def attach_reader(self, node: fx.Node, cache: LayerCache, owner: LayerCache) -> None:
+        """Replaces the attention of a layer that reads what `owner` caches."""
+        found = call_arguments(node)
+        query, rotary = _query_without_rotary(found["q_BSHD"])
+        with self.editor.before(node):
+            parts = []
+            for index, group in enumerate(owner.groups):
+                of_query = self._query_heads(query, owner, group)
+                sinks = found["sinks_H"]
+                call = self._calls.get((owner.layer, index))
+                if call is None:
+                    raise IRError(
+                        f"layer {cache.layer}: it cannot read layer {owner.layer}, "
+                        f"which caches in {group.describe()}"
+                    )
+                written = call_arguments(call)
+                parts.append(
+                    self.editor.call(
+                        einfold_ops.shared_attention.default,
+                        self._chosen(query, 2, of_query),
+                        *self._updated(call),
+                        written["used_B"],
+                        written["count_BK"],
+                        None if sinks is None else self._chosen(sinks, 0, of_query),
+                        *rotary[:3],
+                        written["key_scale_KD"],
+                        written["value_scale_KD"],
+                        found["layer"],
+                        found["scale"],
+                        found["window"],
+                        found["softcap"],
+                        rotary[3],
+                    )
+                )
+            out = parts[0] if len(parts) == 1 else self._joined(parts, owner)
+        self.editor.replace(node, out)
+
+    @staticmethod
+    def _updated(call: fx.Node) -> list[fx.Node]:
+        """The caches that a call gives."""
+        results = {user.args[1]: user for user in call.users}
+        return [results[1], results[2]]
 
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
@@ -127,7 +180,7 @@ class Attachment:
     ) -> fx.Node:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
-        if group.packed or group.owner is not None:
+        if group.packed:
             raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
         query, key, value, sinks = new
         call = self.editor.call(
@@ -148,6 +201,7 @@ class Attachment:
             found["softcap"],
             rotary[3],
         )
+        self._calls[cache.layer, index] = call
         out, *updated = self.editor.results(call)
         self.values += updated
         self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
@@ -167,8 +221,7 @@ class Attachment:
         query, key, value, sinks = whole
         if len(cache.groups) == 1:
             return whole
-        each = int(query.meta["val"].shape[2]) // cache.kv_heads
-        of_query = tuple(head * each + i for head in group.heads for i in range(each))
+        of_query = self._query_heads(query, cache, group)
         return (
             self._chosen(query, 2, of_query),
             self._chosen(key, 2, group.heads),
@@ -176,8 +229,16 @@ class Attachment:
             None if sinks is None else self._chosen(sinks, 0, of_query),
         )
 
+    @staticmethod
+    def _query_heads(query: fx.Node, cache: LayerCache, group: HeadGroup) -> tuple[int, ...]:
+        """The query heads that attend over a group."""
+        each = int(query.meta["val"].shape[2]) // cache.kv_heads
+        return tuple(head * each + i for head in group.heads for i in range(each))
+
     def _chosen(self, x: fx.Node, axis: int, heads: tuple[int, ...]) -> fx.Node:
         """Some heads of x: a slice where they stand side by side."""
+        if heads == tuple(range(int(x.meta["val"].shape[axis]))):
+            return x
         first, last = heads[0], heads[-1] + 1
         if heads == tuple(range(first, last)):
             return self.editor.call(aten.slice.Tensor, x, axis, first, last)
@@ -208,3 +269,10 @@ def _without_rotary(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, lis
     if query.target is op and key.target is op and query.args[1:] == key.args[1:]:
         return query.args[0], key.args[0], list(query.args[1:])  # type: ignore[return-value]
     return query, key, [None, None, None, False]
+
+
+def _query_without_rotary(query: fx.Node) -> tuple[fx.Node, list[object]]:
+    """q before its rotary embedding, and its (positions, cos, sin, interleaved)."""
+    if query.target is einfold_ops.rotary.default:
+        return query.args[0], list(query.args[1:])  # type: ignore[return-value]
+    return query, [None, None, None, False]

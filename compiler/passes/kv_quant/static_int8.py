@@ -39,6 +39,11 @@ class StaticInt8(Pass):
         ranges = KVRanges(program)
         layers = []
         for layer in program.layout.layers:
+            owner = layer.groups[0].owner
+            if owner is not None:
+                layers.append(layer)
+                result.skipped(f"layer {layer.layer}", f"reads the cache of layer {owner}")
+                continue
             groups = []
             for index, group in enumerate(layer.groups):
                 groups.append(replace(group, storage=Plain("i8", "channel")))
