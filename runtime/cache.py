@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, CacheLayout, HeadGroup
+from ..compiler.ir.cache.layout import TOKENS, CacheLayout, HeadGroup, packed_of
 from . import maintenance
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -42,6 +42,8 @@ class Cache:
     """Tokens of the longest prompt while it is being read, None afterwards."""
     groups: dict[str, HeadGroup] = field(default_factory=dict)
     """For each counter a group that goes by it."""
+    packed: dict[str, Counts] = field(default_factory=dict)
+    """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
 
     @staticmethod
     def allocate(
@@ -61,6 +63,7 @@ class Cache:
             capacity,
             prompt,
             groups,
+            {name: np.zeros(batch, np.int64) for name in layout.packs()},
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -78,12 +81,15 @@ class Cache:
     @property
     def counters(self) -> dict[str, Counts]:
         """Every counter that a step of the graph may read, by its name there."""
-        return {TOKENS: self.lengths} | self.clocks
+        return {TOKENS: self.lengths} | self.clocks | self.packed
 
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
         rooms = [
-            maintenance.slots_of(self, name) - group.policy.lead - group.newest
+            maintenance.slots_of(self, name)
+            - group.policy.lead
+            - group.newest
+            - (group.storage.granule - 1)  # what is left of a granule stays
             for name, group in self.groups.items()
             if maintenance.slots_of(self, name) < self.capacity + group.policy.compensated
             and not (self.prompt is not None and group.exact)
@@ -114,6 +120,10 @@ class Cache:
         self.lengths[:] = tokens
         for name, used in self.clocks.items():
             group = self.groups[name]
+            if group.packed:
+                slots = maintenance.slots_of(self, name)
+                used[:], self.packed[packed_of(name)][:] = maintenance.settled(group, tokens, slots)
+                continue
             used[:] = min(tokens + group.policy.compensated, group.policy.lead + group.newest)
         self.prompt = None
 
@@ -128,6 +138,7 @@ class Cache:
             self.capacity,
             self.prompt,
             self.groups,
+            {name: count[rows] for name, count in self.packed.items()},
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name
+from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def make_room(cache: Cache, size: int) -> None:
                     f"{group.describe()}; give it more slack or smaller steps"
                 )
             _leave(cache, clock, int(row), leaving)
-            used[row] -= leaving
+            _count(cache, clock, int(row), leaving)
 
 
 def settle(cache: Cache) -> None:
@@ -56,6 +56,12 @@ def settle(cache: Cache) -> None:
             spec.name: spec for spec in layer.group_buffers(index, cache.batch, cache.capacity)
         }
         slots = final[f"{cache_name(layer.layer, index)}.key"].shape[2]
+        if group.packed and group.partner is None:
+            _make_bulk(cache, final)
+            follower = cache.layout.follower(layer, index)
+            if follower is not None:
+                specs = follower.group_buffers(index, cache.batch, cache.capacity)
+                _make_bulk(cache, {spec.name: spec for spec in specs})
         for row in np.flatnonzero(used > slots):
             _move(cache, layer, index, int(row), int(used[row]), _leaving(group, int(used[row])))
         _shrink(cache, final)
@@ -63,13 +69,27 @@ def settle(cache: Cache) -> None:
         if group.exact:
             used, slots = cache.clocks[clock], slots_of(cache, clock)
             for row in np.flatnonzero(used > slots):
-                used[row] -= _leaving(group, int(used[row]))
+                _count(cache, clock, int(row), _leaving(group, int(used[row])))
 
 
 def _leaving(group: HeadGroup, used: int) -> int:
     """How many tokens leave a row that uses so many slots."""
     movable = used - group.policy.lead - group.newest
     return max(0, movable // group.storage.granule * group.storage.granule)
+
+
+def settled(group: HeadGroup, tokens: int, slots: int) -> tuple[int, int]:
+    """(used slots, tokens that have left) of a row that has seen so many tokens and settled."""
+    seen = tokens + group.policy.compensated
+    leaving = _leaving(group, seen) if seen > slots else 0
+    return seen - leaving, leaving
+
+
+def _count(cache: Cache, clock: str, row: int, leaving: int) -> None:
+    """Takes tokens that have left off a counter of slots; packed ones are counted as such."""
+    cache.clocks[clock][row] -= leaving
+    if cache.groups[clock].packed:
+        cache.packed[packed_of(clock)][row] += leaving
 
 
 def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
@@ -87,9 +107,17 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
     first, last = group.policy.lead, group.policy.lead + leaving
     if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
+    if group.packed and group.partner is None:  # the partner's move packed both
+        from .packing import pack  # torch, which running without packed groups does not need
+
+        pack(cache, layer, index, row, used, leaving)
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]
         slots_KND[:, first : used - leaving] = slots_KND[:, last:used] + 0  # a copy: they overlap
+    if f"{prefix}.score" in cache.buffers:
+        score_KN = cache.buffers[f"{prefix}.score"][row]
+        score_KN[:, first : used - leaving] = score_KN[:, last:used] + 0
+        score_KN[:, used - leaving : used] = 0
 
 
 def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> None:
@@ -118,8 +146,20 @@ def _shrink(cache: Cache, final: dict[str, Any]) -> None:
     from .cache import empty
 
     for name, spec in final.items():
-        old, new = cache.buffers.get(name), empty(spec)
+        old = cache.buffers.get(name)
+        if old is not None and tuple(old.shape) == spec.shape:
+            continue  # the bulk of a packed group, which has been filled
+        new = empty(spec)
         if old is not None:
             part = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
             new[part] = old[part]
         cache.buffers[name] = new
+
+
+def _make_bulk(cache: Cache, final: dict[str, Any]) -> None:
+    """Allocates the bulk buffers of a packed group, which were empty while its prompt was read."""
+    from .cache import empty
+
+    for name, spec in final.items():
+        if spec.role == "read":
+            cache.buffers[name] = empty(spec)

@@ -15,7 +15,18 @@ from __future__ import annotations
 
 import torch
 
-from . import activation, attention, experts, linear, norm, quantized, rotary, rows, shared
+from . import (
+    activation,
+    attention,
+    experts,
+    linear,
+    norm,
+    packed,
+    quantized,
+    rotary,
+    rows,
+    shared,
+)
 
 __all__ = [
     "IN_PLACE",
@@ -25,6 +36,7 @@ __all__ = [
     "experts",
     "linear",
     "norm",
+    "packed",
     "quantized",
     "rotary",
     "rows",
@@ -35,4 +47,7 @@ __all__ = [
 einfold_ops = torch.ops.einfold
 
 #: What may stand for operators that give updated caches, where the caller lets them be written in place.
-IN_PLACE = {einfold_ops.cached_attention.default: attention.cached_attention_in_place}
+IN_PLACE = {
+    einfold_ops.cached_attention.default: attention.cached_attention_in_place,
+    einfold_ops.packed_attention.default: packed.packed_attention_in_place,
+}

@@ -15,8 +15,12 @@ from ...ir.cache.layout import (
     HeadGroup,
     LayerCache,
     cache_name,
+    granules_dim,
+    packed_of,
     slots_dim,
 )
+from ...ir.cache.packing import Packed
+from ...ir.cache.storages import show_storage
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
@@ -33,10 +37,11 @@ class AttachCache(Pass):
     Before: `%o = attention(%q, %k, %v, none, layer, ..)`
     After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
-    let tokens go; the buffers of each head group, of which those that a step writes are outputs too. A
-    layer whose heads are cached in several ways gets one call a group, over its heads, and their results
-    are put together again. A rotary embedding in front of q and k moves into the operator, so that a
-    target may turn them while it writes the cache. A layer that reads another's cache gets
+    let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there);
+    the buffers of each head group, of which those that a step writes are outputs too. A layer whose heads
+    are cached in several ways gets one call a group, over its heads, and their results are put together
+    again. A rotary embedding in front of q and k moves into the operator, so that a target may turn them
+    while it writes the cache. A layer that reads another's cache gets
 
         `%o = shared_attention(%q, %kc, %vc, %used, ..)`
 
@@ -93,8 +98,10 @@ class Attachment:
         self.names: list[str] = []
         self.values: list[fx.Node] = []
         self._calls: dict[tuple[int, int], fx.Node] = {}
+        self._read: dict[tuple[int, int], dict[str, fx.Node]] = {}
         self._counters = {
-            name: self.editor.input(name, ["B"], torch.int64) for name in (TOKENS, *layout.clocks())
+            name: self.editor.input(name, ["B"], torch.int64)
+            for name in (TOKENS, *layout.clocks(), *layout.packs())
         }
 
     def attach(self, node: fx.Node, cache: LayerCache) -> None:
@@ -118,50 +125,62 @@ class Attachment:
         with self.editor.before(node):
             parts = []
             for index, group in enumerate(owner.groups):
-                of_query = self._query_heads(query, owner, group)
-                sinks = found["sinks_H"]
-                call = self._calls.get((owner.layer, index))
-                if call is None:
-                    raise IRError(
-                        f"layer {cache.layer}: it cannot read layer {owner.layer}, "
-                        f"which caches in {group.describe()}"
-                    )
-                written = call_arguments(call)
-                parts.append(
-                    self.editor.call(
-                        einfold_ops.shared_attention.default,
-                        self._chosen(query, 2, of_query),
-                        *self._updated(call),
-                        written["used_B"],
-                        written["count_BK"],
-                        None if sinks is None else self._chosen(sinks, 0, of_query),
-                        *rotary[:3],
-                        written["key_scale_KD"],
-                        written["value_scale_KD"],
-                        found["layer"],
-                        found["scale"],
-                        found["window"],
-                        found["softcap"],
-                        rotary[3],
-                    )
+                of_query, sinks = self._query_heads(query, owner, group), found["sinks_H"]
+                heads = (
+                    self._chosen(query, 2, of_query),
+                    None if sinks is None else self._chosen(sinks, 0, of_query),
                 )
+                parts.append(self._read_call(self._calls[owner.layer, index], heads, found, rotary))
             out = parts[0] if len(parts) == 1 else self._joined(parts, owner)
         self.editor.replace(node, out)
 
-    @staticmethod
-    def _updated(call: fx.Node) -> list[fx.Node]:
-        """The caches that a call gives."""
+    def _read_call(
+        self,
+        call: fx.Node,
+        heads: tuple[fx.Node, fx.Node | None],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """Attention over what another layer's call gives; only queries are new."""
+        (query, sinks), written = heads, call_arguments(call)
         results = {user.args[1]: user for user in call.users}
-        return [results[1], results[2]]
+        caches = (results[1], results[2])
+        if call.target is einfold_ops.packed_attention.default:
+            packed = self.editor.call(
+                einfold_ops.packed_attention.default,
+                query,
+                None,
+                None,
+                *caches,
+                *(written[name] for name in ("used_B", "packed_B", "bulk")),
+                sinks,
+                *rotary[:3],
+                *(found[name] for name in ("layer", "scale", "softcap")),
+                rotary[3],
+                written["storage"],
+            )
+            return self.editor.results(packed)[0]
+        return self.editor.call(
+            einfold_ops.shared_attention.default,
+            query,
+            *caches,
+            *(written[name] for name in ("used_B", "count_BK")),
+            sinks,
+            *rotary[:3],
+            *(written[name] for name in ("key_scale_KD", "value_scale_KD")),
+            *(found[name] for name in ("layer", "scale", "window", "softcap")),
+            rotary[3],
+        )
 
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
-        slots = slots_dim(self.layout.clock(cache.groups[index]))
+        clock = self.layout.clock(cache.groups[index])
         prefix = cache_name(cache.layer, index)
         found = {}
         for spec in cache.group_buffers(index, 1, 1):
             if spec.role != "host":
-                shape = ["B", spec.shape[1], slots, spec.shape[3]][: len(spec.shape)]
+                dim = granules_dim(clock) if len(spec.shape) == 5 else slots_dim(clock)
+                shape = ["B", spec.shape[1], dim, *spec.shape[3:]][: len(spec.shape)]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
                     shape,
@@ -181,7 +200,7 @@ class Attachment:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
         if group.packed:
-            raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
+            return self._packed_call(cache, index, new, inputs, found, rotary)
         query, key, value, sinks = new
         call = self.editor.call(
             einfold_ops.cached_attention.default,
@@ -201,6 +220,52 @@ class Attachment:
             found["softcap"],
             rotary[3],
         )
+        return self._updated(call, cache, index)
+
+    def _packed_call(
+        self,
+        cache: LayerCache,
+        index: int,
+        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        inputs: dict[str, fx.Node],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """The call over the slots and the packed tokens of one group."""
+        group = cache.groups[index]
+        if found["window"]:
+            raise IRError(
+                f"layer {cache.layer} has a window of {found['window']} tokens of its own, which attention "
+                "over packed tokens does not know; leave its storage plain"
+            )
+        clock = self.layout.clock(group)
+        self._read[cache.layer, index] = inputs
+        lent = {} if group.partner is None else self._read[group.partner, index]
+        assert isinstance(group.storage, Packed)
+        pieces = group.storage.pieces(cache.shape(group))
+        query, key, value, sinks = new
+        call = self.editor.call(
+            einfold_ops.packed_attention.default,
+            query,
+            key,
+            value,
+            inputs["key"],
+            inputs["value"],
+            self._counters[clock],
+            self._counters[packed_of(clock)],
+            [(lent | inputs)[piece.name] for piece in pieces],
+            sinks,
+            *rotary[:3],
+            found["layer"],
+            found["scale"],
+            found["softcap"],
+            rotary[3],
+            show_storage(group.storage),
+        )
+        return self._updated(call, cache, index)
+
+    def _updated(self, call: fx.Node, cache: LayerCache, index: int) -> fx.Node:
+        """The output of a call over a cache; the slots that it wrote become the program's outputs."""
         self._calls[cache.layer, index] = call
         out, *updated = self.editor.results(call)
         self.values += updated
