@@ -31,7 +31,7 @@ def pack(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leavi
         other = cache_name(follower.layer, index)
         pair = zip((keys_KTD, values_KTD), _leaving(cache, other, row, lead, leaving), strict=True)
         cut = [tuple(x.float().unflatten(1, (-1, storage.granule)) for x in two) for two in pair]
-        for name, pieces in zip((prefix, other), encode_pair(storage, *cut), strict=True):  # type: ignore[arg-type]
+        for name, pieces in zip((prefix, other), encode_pair(storage, *cut), strict=True):
             _store(cache, name, row, first, pieces)
         return
     seen = _seen(cache, prefix, row, lead, used, leaving)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from einfold.compiler.ir.cache.layout import PARTS, CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.low_rank import LowRank
 from einfold.compiler.ir.cache.minicache import MiniCache
 from einfold.compiler.ir.cache.packing import BITS, Packed
 from einfold.compiler.ir.cache.policies import Full, Policy, Window
@@ -92,6 +93,21 @@ def pairs(draw: st.DrawFn, layer: int) -> list[LayerCache]:
 
 
 @st.composite
+def features(draw: st.DrawFn, layer: int) -> LayerCache:
+    """A layer that stores features of every token, and a window."""
+    window = Window(
+        draw(st.integers(0, 4)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 8)),
+        prefill=draw(st.sampled_from(["exact", "streaming"])),
+    )
+    heads, key, value = (draw(st.integers(1, 6)) for _ in range(3))
+    ranks = [draw(st.integers(1, heads * size)) for size in (key, value)]
+    storage = LowRank(*ranks, draw(st.sampled_from(["f32", "f16"])))
+    return LayerCache(layer, heads, key, value, (HeadGroup(tuple(range(heads)), window, storage),))
+
+
+@st.composite
 def layouts(draw: st.DrawFn) -> CacheLayout:
     layers = []
     for _ in range(draw(st.integers(1, 4))):
@@ -104,6 +120,9 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
             continue
         if draw(st.integers(0, 3)) == 0:
             layers += draw(pairs(len(layers)))
+            continue
+        if draw(st.integers(0, 3)) == 0:
+            layers.append(draw(features(len(layers))))
             continue
         heads = draw(st.integers(1, 6))
         order = draw(st.permutations(range(heads)))

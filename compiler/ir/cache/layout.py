@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
-from .policies import POLICIES, Full, Policy
+from .policies import POLICIES, Full, Policy, Window
 from .sizes import Size, least, most
 from .storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
 from .text import read, show
@@ -68,6 +68,12 @@ class HeadGroup:
             raise IRError(
                 f"heads {self.heads}: {self.policy.name} keeps few tokens, so there is nothing for "
                 f"{self.storage.name} to pack; pack only groups that keep every token"
+            )
+        whole = not isinstance(self.policy, Window) or self.policy.compensated
+        if self.storage.windowed and whole:
+            raise IRError(
+                f"heads {self.heads}: {self.storage.name} stands for the tokens that leave a window "
+                f"without compensation, and {show(self.policy)} is none"
             )
 
     @property
@@ -151,6 +157,8 @@ class LayerCache:
         for part in PARTS:
             slot = (batch, shape.heads, slots, shape.size(part))
             yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
+        for name, size, dtype in group.storage.whole(shape, batch, capacity):
+            yield Buffer(f"{prefix}.{name}", size, dtype)
         if group.policy.compensated:
             yield Buffer(f"{prefix}.count", (batch, shape.heads), "f32", "read")
             for part in PARTS:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ....errors import IRError
 from .gear import Gear
 from .kivi import Kivi
+from .low_rank import LowRank
 from .minicache import MiniCache
 from .mixed import MiKV, ZipCache
 from .storage import ITEM_BYTES, GroupShape, Storage
@@ -23,6 +24,7 @@ __all__ = [
     "Gear",
     "GroupShape",
     "Kivi",
+    "LowRank",
     "MiKV",
     "MiniCache",
     "Plain",
@@ -59,9 +61,9 @@ class Plain(Storage):
         return self.dtype
 
 
-#: Every packed storage by its name in the textual form.
+#: Every storage but the plain one, by its name in the textual form.
 PACKED: dict[str, type[Storage]] = {
-    kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV, MiniCache)
+    kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV, MiniCache, LowRank)
 }
 
 

@@ -13,6 +13,9 @@ Shape suffixes in this folder:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from . import (
@@ -20,6 +23,7 @@ from . import (
     attention,
     experts,
     linear,
+    low_rank,
     norm,
     packed,
     quantized,
@@ -35,6 +39,7 @@ __all__ = [
     "einfold_ops",
     "experts",
     "linear",
+    "low_rank",
     "norm",
     "packed",
     "quantized",
@@ -47,7 +52,8 @@ __all__ = [
 einfold_ops = torch.ops.einfold
 
 #: What may stand for operators that give updated caches, where the caller lets them be written in place.
-IN_PLACE = {
+IN_PLACE: dict[object, Callable[..., Any]] = {
     einfold_ops.cached_attention.default: attention.cached_attention_in_place,
     einfold_ops.packed_attention.default: packed.packed_attention_in_place,
+    einfold_ops.low_rank_attention.default: low_rank.low_rank_attention_in_place,
 }

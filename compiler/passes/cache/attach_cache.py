@@ -19,6 +19,7 @@ from ...ir.cache.layout import (
     packed_of,
     slots_dim,
 )
+from ...ir.cache.low_rank import LowRank
 from ...ir.cache.packing import Packed
 from ...ir.cache.storages import show_storage
 from ...ir.ops import einfold_ops
@@ -143,6 +144,10 @@ class Attachment:
     ) -> fx.Node:
         """Attention over what another layer's call gives; only queries are new."""
         (query, sinks), written = heads, call_arguments(call)
+        if call.target is einfold_ops.low_rank_attention.default:
+            raise IRError(
+                f"layer {found['layer']} cannot read another layer's cache of features and a window"
+            )
         results = {user.args[1]: user for user in call.users}
         caches = (results[1], results[2])
         if call.target is einfold_ops.packed_attention.default:
@@ -181,6 +186,8 @@ class Attachment:
             if spec.role != "host":
                 dim = granules_dim(clock) if len(spec.shape) == 5 else slots_dim(clock)
                 shape = ["B", spec.shape[1], dim, *spec.shape[3:]][: len(spec.shape)]
+                if len(spec.shape) == 3:  # features of every token
+                    shape = ["B", slots_dim(TOKENS), spec.shape[2]]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
                     shape,
@@ -201,6 +208,8 @@ class Attachment:
         group = cache.groups[index]
         if group.packed:
             return self._packed_call(cache, index, new, inputs, found, rotary)
+        if isinstance(group.storage, LowRank):
+            return self._low_rank_call(cache, index, new, inputs, found, rotary)
         query, key, value, sinks = new
         call = self.editor.call(
             einfold_ops.cached_attention.default,
@@ -264,12 +273,42 @@ class Attachment:
         )
         return self._updated(call, cache, index)
 
-    def _updated(self, call: fx.Node, cache: LayerCache, index: int) -> fx.Node:
-        """The output of a call over a cache; the slots that it wrote become the program's outputs."""
+    def _low_rank_call(
+        self,
+        cache: LayerCache,
+        index: int,
+        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        inputs: dict[str, fx.Node],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """The call over the slots and the features of one group."""
+        group, prefix = cache.groups[index], cache_name(cache.layer, index)
+        names = [f"{prefix}.{part}_basis" for part in PARTS]
+        bases = [self.editor.weight(n, self.program.cache_weights.pop(n)) for n in names]
+        call = self.editor.call(
+            einfold_ops.low_rank_attention.default,
+            *new[:3],
+            *(inputs[name] for name in (*PARTS, "key_low", "value_low")),
+            *bases,
+            self._counters[self.layout.clock(group)],
+            self._counters[TOKENS],
+            new[3],
+            *rotary[:3],
+            *(found[name] for name in ("layer", "scale", "softcap")),
+            rotary[3],
+            group.policy.lead,
+        )
+        return self._updated(call, cache, index, (*PARTS, "key_low", "value_low"))
+
+    def _updated(
+        self, call: fx.Node, cache: LayerCache, index: int, parts: tuple[str, ...] = PARTS
+    ) -> fx.Node:
+        """The output of a call over a cache; the buffers that it wrote become the program's outputs."""
         self._calls[cache.layer, index] = call
         out, *updated = self.editor.results(call)
         self.values += updated
-        self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
+        self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in parts]
         return out
 
     def _scale(self, cache: fx.Node) -> fx.Node | None:
