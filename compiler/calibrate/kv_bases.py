@@ -98,12 +98,14 @@ def best_basis(x_BSKD: Tensor, rank: int, what: str) -> Tensor:
         )
     if tokens < channels:
         inner = torch.linalg.eigh(x_TM @ x_TM.T).eigenvectors[:, -rank:]
-        return torch.linalg.qr(x_TM.T @ inner).Q.T.float().contiguous()
-    vectors = torch.linalg.eigh(x_TM.T @ x_TM).eigenvectors
-    return vectors[:, -rank:].T.flip(0).float().contiguous()
+        basis: Tensor = torch.linalg.qr(x_TM.T @ inner).Q.T
+    else:
+        basis = torch.linalg.eigh(x_TM.T @ x_TM).eigenvectors[:, -rank:].T
+    return basis.float().contiguous()
 
 
 def relative_error(x_BSKD: Tensor, basis_RM: Tensor) -> Tensor:
     """|x - x @ basis.T @ basis| / |x|, a number."""
     x = x_BSKD.flatten(2)
-    return (x - x @ basis_RM.T @ basis_RM).norm() / x.norm()
+    error: Tensor = (x - x @ basis_RM.T @ basis_RM).norm() / x.norm()
+    return error
