@@ -17,7 +17,7 @@ from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.compiler.passes.kv_share.cross_layer import CrossLayer, search
 from einfold.compiler.recipe import Recipe
-from einfold.errors import CalibrationError, IRError, RecipeError, UnsupportedError
+from einfold.errors import CalibrationError, IRError, RecipeError
 from einfold.runtime.cache import Cache
 
 from .. import models
@@ -225,8 +225,23 @@ def test_onnx_agrees_with_the_reference(name: str, portable: bool, tmp_path: Pat
     assert rows[0].tokens == model.generate(tokens[:20], max_new_tokens=5, ignore_eos=True).tokens
 
 
-def test_onnx_reads_no_int8_cache_of_another_layer(tmp_path: Path) -> None:
-    folder = models.save("llama", tmp_path / "model")
-    recipe = {"cache": {"share": {"method": "cross_layer", "layers": 1}, "storage": "int8"}}
-    with pytest.raises(UnsupportedError, match="layer 1 reads another layer's int8 cache"):
-        einfold.compile(folder, tmp_path / "out", recipe=recipe)
+def test_an_int8_cache_is_read_by_three(tmp_path: Path) -> None:
+    folder = models.save("llama", tmp_path / "model", num_hidden_layers=3)
+    share = {"method": "cross_layer", "layers": 2, "threshold": -1}
+    tokens = np.random.default_rng(0).integers(3, models.VOCABULARY, 50).tolist()
+    logits = {}
+    for storage in ("f32", "int8"):
+        out = tmp_path / storage
+        einfold.compile(folder, out, recipe={"cache": {"share": share, "storage": storage}})
+        for engine in ("onnx", "reference"):
+            logits[storage, engine] = all_logits(einfold.load(out, engine=engine, chunk=16), tokens)
+    want = logits["f32", "reference"]
+    np.testing.assert_allclose(logits["f32", "onnx"], want, rtol=2e-3, atol=2e-4)
+    for engine in ("onnx", "reference"):
+        error = np.square(logits["int8", engine] - want).mean() / np.square(want).mean()
+        assert 1e-4 < np.sqrt(error) < 0.02
+    small = einfold.load(tmp_path / "int8", threads=1)
+    names = small.engine.runner.session.get_outputs()
+    assert sum("@" in node.name for node in names) == 4
+    cached = small.artifact.manifest.layout().bytes(1, 50)
+    assert cached == 50 * 2 * 2 * 16

@@ -182,7 +182,11 @@ def _lengths(call: _Call) -> tuple[ir.Value, ir.Value]:
 
 @lowering(einfold_ops.shared_attention.default, flavour="ort")
 def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
-    """GroupQueryAttention with a key and value of no tokens and without a present: it copies nothing."""
+    """GroupQueryAttention with a key and value of no tokens.
+
+    Without a present it reads the owner's cache where it stands. Over int8 it insists on a present, which is
+    bound to the same buffer.
+    """
     call = _Call(context, node, context.arguments(node))
     _refuse_unreadable(call)
     if call.key_size % 8 or call.value_size != call.key_size:
@@ -197,8 +201,9 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
         builder.ints(1, 2),
     )
     last, total = _lengths(call)
-    out = builder.op(
+    out, *presents = builder.multi(
         "GroupQueryAttention",
+        3 if call.quantized else 1,
         query,
         none,
         none,
@@ -211,13 +216,21 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
         None,
         None,
         context.optional(found["sinks_H"]),
+        context.optional(found["key_scale_KD"]),
+        context.optional(found["value_scale_KD"]),
         domain=CONTRIB,
+        kv_cache_bit_width=8 if call.quantized else None,
+        k_quant_type="PER_CHANNEL" if call.quantized else None,
+        v_quant_type="PER_CHANNEL" if call.quantized else None,
         num_heads=call.heads,
         kv_num_heads=call.kv_heads,
         scale=found["scale"],
         softcap=found["softcap"] or None,
         local_window_size=found["window"] or -1,
     )
+    for name, present in zip(("key_cache_BKCD", "value_cache_BKCD"), presents, strict=False):
+        owner = context.arguments(found[name].args[0])[name]
+        context.rewritten.append((f"{owner.target}@{found['layer']}", present, owner))
     heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
     context.flat[heads] = out
     return heads
@@ -231,18 +244,14 @@ def shared_attention_portable(context: Context, node: fx.Node) -> ir.Value:
 def _shared_standard(call: _Call) -> ir.Value:
     builder = call.context.builder
     _refuse_unreadable(call)
+    _refuse_int8(call)
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     query = builder.transpose(builder.reshape(query, [0, 0, call.heads, call.key_size]), 0, 2, 1, 3)
     return _attend(call, query, call.value("key_cache_BKCD"), call.value("value_cache_BKCD"))
 
 
 def _refuse_unreadable(call: _Call) -> None:
-    """Raises UnsupportedError for another layer's cache that no operator reads without copying it."""
-    if call.quantized:
-        raise UnsupportedError(
-            f"layer {call.found['layer']} reads another layer's int8 cache, which GroupQueryAttention does "
-            "only while it writes a copy of it; use cache.storage f32, or leave out cache.share"
-        )
+    """Raises UnsupportedError for another layer's cache that no operator reads."""
     if call.found["count_BK"] is not None:
         raise UnsupportedError(
             f"layer {call.found['layer']} reads another layer's cache with a compensation token, which is "
