@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ..errors import OutputError, UnsupportedError
+from ..errors import OutputError
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry
 
 #: What `export_onnx` writes of a module.
@@ -81,15 +81,6 @@ def clear_leftovers(out: Path) -> None:
             stale.rename(out)
         else:
             shutil.rmtree(stale, ignore_errors=True)
-
-
-def check_target(target: str) -> None:
-    """Refuses a target that has no code generation."""
-    if target == "triton":
-        raise UnsupportedError(
-            "--target triton: einfold generates no Triton artifacts yet; "
-            "compile for onnx, which is the default"
-        )
 
 
 @contextmanager

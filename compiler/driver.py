@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
-from .artifact import check_dump, check_output, check_target, file_entry, staged
+from .artifact import check_dump, check_output, file_entry, staged
+from .attention_kernels.write import write_kernels
+from .calibrate.statistics import Statistics, fingerprint, user_folder
 from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
-from .codegen.weights_file import write_weights
+from .codegen.weights_file import Placement, write_weights
 from .frontend import huggingface, tokens
 from .frontend.export import capture_language_model, capture_module
 from .frontend.huggingface import ModelSource
@@ -40,6 +42,16 @@ Check = Callable[[Path], dict[str, Any]]
 
 #: Tokens of context for a model whose config names no limit.
 DEFAULT_CONTEXT = 2048
+
+#: Flavours of ONNX, by whether standard operators alone are asked for.
+_FLAVOURS: dict[bool, Literal["ort", "portable"]] = {False: "ort", True: "portable"}
+
+#: Packages that the code of a target is made with.
+_GENERATORS: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx-ir",),
+    "triton": ("triton",),
+    "reference": (),
+}
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -118,7 +130,7 @@ def trace(
     tell("tracing the model", 0.0)
     program = capture_language_model(model.source, model.config, context, model.state)
     if model.state is not None:
-        program.text = lambda: _calibration_text(model, program, recipe)[0]
+        program.statistics = _statistics(model, program, recipe, tell)
     passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
     manager = PassManager(
         passes, dump, lambda name, index, total: tell(f"pass {name}", index / max(1, total))
@@ -140,7 +152,6 @@ def compile_to(
     The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
     """
     check_output(out, force)  # before anything long is begun
-    check_target(recipe.target)
     if dump is not None:
         check_dump(dump, out)
     tell = progress or (lambda text, share: None)
@@ -152,10 +163,13 @@ def compile_to(
             _load(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress)
+        read = program.statistics.read
         if program.calibrations:
             with clock.phase("calibrate"):
                 tell("calibrating", 0.0)
-                calibrated = _calibrate(model, program, recipe)
+                read.append(_calibrate(model, program, recipe))
+        calibrated = "; ".join(dict.fromkeys(read)) or calibrated
+        program.statistics = None  # lets go of what was found
         model.state = (
             None  # from here on only the program holds the weights, and lets go as they are written
         )
@@ -166,13 +180,9 @@ def compile_to(
                 lambda name, done, total: tell("writing weights", done / max(1, total)),
             )
         with clock.phase("code"):
-            tell("generating ONNX", 0.0)
-            flavour = "portable" if recipe.onnx.portable else "ort"
-            lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
-            ir.save(lowered, folder / MODEL)
-            (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+            _write_code(program, placements, recipe, folder, tell)
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
-        manifest = _manifest(model, program, recipe, flavour, folder, digest)
+        manifest = _manifest(model, program, recipe, folder, digest)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
         if check is not None:
             with clock.phase("check"):
@@ -203,11 +213,27 @@ def export_module(
     PassManager(module_passes(recipe.weight_passes())).run(program)
     with staged(out, force) as folder:
         placements, _ = write_weights(program.weights, folder / WEIGHTS)
-        flavour = "portable" if recipe.onnx.portable else "ort"
-        ir.save(
-            lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level), folder / MODEL
-        )
-        (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+        _write_code(program, placements, recipe, folder, lambda text, share: None)
+
+
+def _write_code(
+    program: Program,
+    placements: dict[str, Placement],
+    recipe: Recipe,
+    folder: Path,
+    tell: Progress,
+) -> None:
+    """The graph's text, and what the target runs."""
+    (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+    if recipe.target == "triton":
+        tell("generating kernels", 0.0)
+        write_kernels(program, folder, recipe.triton.cubins, tell)
+    if recipe.target != "onnx":
+        return
+    tell("generating ONNX", 0.0)
+    flavour = _FLAVOURS[recipe.onnx.portable]
+    lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
+    ir.save(lowered, folder / MODEL)
 
 
 class _Clock:
@@ -236,17 +262,20 @@ def _load(model: Input) -> None:
         model.state = huggingface.load_state(model.source, model.config)
 
 
-def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
-    """Runs what the passes want to know of the model; gives what was read."""
-    ids, origin = _calibration_text(model, program, recipe)
-    for calibration in program.calibrations:
-        calibration.run(ids)
-    program.calibrations.clear()
-    return f"{ids.numel()} tokens of {origin}"
+def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) -> Statistics:
+    """What passes may ask of the model. Of a model in files it is kept in the user's cache folder."""
+    folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
+    files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
+    named = fingerprint(files) if files else revision and f"{model.source.name} {revision}"
+    if model.source.in_memory:
+        named = None  # its weights may be any
+    return Statistics(
+        lambda: _calibration_text(model, program, recipe), named or None, user_folder(), tell
+    )
 
 
 def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[Tensor, str]:
-    """The tokens that the model is measured on, and where they are from."""
+    """The calibration text [rows, tokens] and where it is from."""
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)
     return calibration_tokens(
@@ -258,20 +287,33 @@ def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[T
     )
 
 
+def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
+    """Runs what the passes want to know of the model; gives what was read."""
+    ids, origin = _calibration_text(model, program, recipe)
+    for calibration in program.calibrations:
+        calibration.run(ids)
+    program.calibrations.clear()
+    return f"{ids.numel()} tokens of {origin}"
+
+
 def _manifest(
-    model: Input, program: Program, recipe: Recipe, flavour: str, folder: Path, digest: str
+    model: Input, program: Program, recipe: Recipe, folder: Path, digest: str
 ) -> Manifest:
     assert program.layout is not None
     files: dict[str, FileEntry] = {
-        path.name: file_entry(path, digest if path.name == WEIGHTS else None)
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): file_entry(
+            path, digest if path.name == WEIGHTS else None
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
+    made_by = ["torch", "transformers", *_GENERATORS[recipe.target]]
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
         einfold=metadata.version("einfold"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        target="onnx",
-        flavour="portable" if flavour == "portable" else "ort",
+        target=recipe.target,
+        flavour=_FLAVOURS[recipe.onnx.portable] if recipe.target == "onnx" else "torch",
         model=ModelEntry(
             source=Path(model.source.location).name or Path(model.source.location).resolve().name,
             architecture=program.model.architecture,
@@ -287,7 +329,14 @@ def _manifest(
         cache=tuple(program.layout.lines()),
         weight_bytes=program.weights.nbytes,
         cache_bytes=str(program.layout.account()),
-        versions={name: metadata.version(name) for name in ("torch", "transformers", "onnx-ir")}
-        | {"python": platform.python_version()},
+        versions={name: _version(name) for name in made_by} | {"python": platform.python_version()},
         files=files,
     )
+
+
+def _version(package: str) -> str:
+    """The version of a package; kernels are generated without Triton too."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import EinfoldError, UnsupportedError
+from . import choices
 from .analysis.cascade.choose import choose_rank
 from .analysis.cascade.fold import Folding
 from .analysis.cascade.plans import fold
@@ -34,6 +35,8 @@ from .measure import Trial, agrees, hints_of, measured
 
 Lowering = Callable[..., tuple[torch.Tensor, ...]]
 
+#: A lowering is taken where it needs less than this share of the time of what was written.
+MARGIN = 0.97
 #: In the order of preference where nothing is measured.
 LOWERINGS: dict[str, Callable[[Any, Signature], Lowering]] = {
     "sdpa": ThroughSdpa,
@@ -167,8 +170,8 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
         )
     if measure == "never":
         return Decision("", "", imported, folding, tuple(able.items()), reads)
-    seconds = measured(trial, able)
-    faster = [name for name in able if seconds[name] < seconds[AS_WRITTEN]]
+    seconds = _seconds(region, trial, able)
+    faster = [name for name in able if seconds[name] < MARGIN * seconds[AS_WRITTEN]]
     if not faster:
         ratios = ", ".join(f"{n} {seconds[AS_WRITTEN] / seconds[n]:.2f}" for n in able)
         reason = f"left to Inductor, which was measured as fast (speed beside it: {ratios})"
@@ -176,6 +179,16 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
     best = sorted(faster, key=lambda name: seconds[name])
     functions = tuple((name, able[name]) for name in best)
     return Decision("", "", imported, folding, functions, reads, seconds)
+
+
+def _seconds(region: Region, trial: Trial, able: Mapping[str, Lowering]) -> dict[str, float]:
+    """What is known of the region and its lowerings on this machine, or else is measured now."""
+    key = f"{_size_class(region)}\n{key_of(region)}"
+    seconds = choices.known(key)
+    if seconds.keys() != {AS_WRITTEN, *able}:
+        seconds = measured(trial, able)
+        choices.keep(key, seconds)
+    return seconds
 
 
 def _failure(error: Exception) -> str:

@@ -14,6 +14,7 @@ from .ir.program import Program
 from .ir.verifier import verify
 from .passes.base import Note, Pass
 from .passes.cache.attach_cache import AttachCache
+from .passes.cache.order_heads import OrderHeads
 from .passes.cache.plan_cache import PlanCache
 from .passes.cleanup.fold_constants import FoldConstants
 from .passes.cleanup.simplify import Simplify
@@ -50,6 +51,7 @@ def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = 
         SelectLogitRows(),
         PlanCache(),
         *cache,  # before the weights: what is measured is the model as it was, not as it is rounded
+        OrderHeads(),  # before the weights are packed: it permutes their rows and columns
         *weights,
         AttachCache(),  # near the end: earlier passes see attention without its cache
         Simplify(),

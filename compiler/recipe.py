@@ -19,6 +19,7 @@ from pydantic import (
 from ..errors import RecipeError
 from .passes.base import Pass
 from .passes.cache_methods import FAMILIES, method_pass, resolved
+from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
 from .passes.weight_quant.round_to_nearest import RoundToNearest
@@ -56,6 +57,8 @@ class CacheSection(_Section):
 
     storage: Literal["f32", "int8"] = "f32"
     """Of tokens that are not packed. int8: a fixed scale a channel, from the calibration text."""
+    window_slack: int = Field(default=512, ge=0)
+    """Layers with a sliding window of their own keep it and so many tokens more; 0: they keep everything."""
     share: dict[str, Any] | None = None
     """A method by which layers share, or channels shrink, and its options."""
     prune: dict[str, Any] | None = None
@@ -74,9 +77,10 @@ class CacheSection(_Section):
         )
 
     def passes(self) -> list[Pass]:
-        """The passes that these choices stand for, in the order of the families."""
+        """The passes that these choices stand for: what costs nothing, then the families in their order."""
         chosen = [(family, getattr(self, family)) for family in FAMILIES]
         found = [method_pass(family, table) for family, table in chosen if table is not None]
+        found.insert(0, NativeWindow(self.window_slack))
         return [*found, StaticInt8()] if self.storage == "int8" else found
 
 
@@ -96,6 +100,13 @@ class OnnxSection(_Section):
     """MatMulNBits: 4 multiplies in int8, 0 and 1 in float32 (slower, exact)."""
 
 
+class TritonSection(_Section):
+    """Code generation for Triton."""
+
+    cubins: tuple[Literal["sm_80", "sm_90", "sm_100"], ...] = ()
+    """GPUs to compile the kernels for ahead of time; loading uses these only where it is told to trust."""
+
+
 class Recipe(_Section):
     """The resolved recipe goes into the artifact's manifest as it is."""
 
@@ -107,6 +118,15 @@ class Recipe(_Section):
     cache: CacheSection = CacheSection()
     calibration: CalibrationSection = CalibrationSection()
     onnx: OnnxSection = OnnxSection()
+    triton: TritonSection = TritonSection()
+
+    @model_validator(mode="after")
+    def _options_fit_target(self) -> Recipe:
+        if self.target != "onnx" and self.onnx.portable:
+            raise ValueError("portable is for the target onnx; leave it out")
+        if self.target != "triton" and self.triton.cubins:
+            raise ValueError("cubins are for the target triton; add --target triton")
+        return self
 
     @model_validator(mode="after")
     def _cache_fits_flavour(self) -> Recipe:

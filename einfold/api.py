@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def compile(
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
+    cubins: Sequence[str] | None = None,
     recipe: str | Path | Recipe | dict[str, Any] | None = None,
     tokenizer: Any = None,
     force: bool = False,
@@ -43,15 +45,23 @@ def compile(
 
     `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
     `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
-    override it. `check` runs the finished artifact beside the reference on a few tokens and refuses
-    to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
+    override it. `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to
+    compile Triton kernels for ahead of time. `check` runs the finished artifact beside the reference on
+    a few tokens and refuses to keep one that disagrees. `dump` is a folder for the graph's text after
+    each pass.
 
     Raises the errors of `einfold.errors`; `out` appears whole or not at all.
     """
     from .evaluate.self_check import self_check
 
     chosen = resolve_recipe(
-        recipe, weights=weights, cache=cache, portable=portable, context=context, target=target
+        recipe,
+        weights=weights,
+        cache=cache,
+        portable=portable,
+        context=context,
+        target=target,
+        cubins=cubins,
     )
     return compile_to(
         _input(model, tokenizer),
@@ -72,6 +82,7 @@ def resolve_recipe(
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
+    cubins: Sequence[str] | None = None,
 ) -> Recipe:
     """A recipe with the given options laid over it."""
     if recipe is None:
@@ -93,6 +104,8 @@ def resolve_recipe(
         data["context"] = context
     if target is not None:
         data["target"] = target
+    if cubins is not None:
+        data["triton"]["cubins"] = tuple(cubins)
     return Recipe.build(data, "the options")
 
 

@@ -59,3 +59,7 @@ class CalibrationError(EinfoldError):
     """The calibration text is missing or too short, or the model gives no finite numbers on it."""
 
     exit_code = 10
+
+
+class ArtifactWarning(UserWarning):
+    """Something that an artifact brings is passed over; says what and why."""

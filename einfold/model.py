@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from .errors import PromptError, RecipeError
 from .runtime.artifact import Artifact
-from .runtime.cache import Cache
+from .runtime.cache import Make, empty
 from .runtime.engine import CHUNK, Engine, Generated, Timings
 from .runtime.runner import Floats, Runner
 from .runtime.sampling import Sampling
@@ -18,7 +18,7 @@ from .runtime.tokenizer import Tokenizer, TokenStream
 
 Prompt = str | Sequence[int]
 
-EngineName = Literal["onnx", "reference"]
+EngineName = Literal["onnx", "triton", "reference"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Completion:
 
 @dataclass
 class Model:
-    """A loaded artifact. Make it with `load`."""
+    """A loaded artifact. Make it with `load`.
+
+    One thread at a time: a generation keeps its cache and its bound buffers here. Load the folder once
+    for each thread; the weights in the file are mapped, and shared.
+    """
 
     artifact: Artifact
     engine: Engine
@@ -136,13 +140,21 @@ class Model:
         """The prompt of a conversation ([{"role": .., "content": ..}]) by the model's template."""
         return self.tokenizer.chat(messages)
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[tuple[int, Floats]]:
-        """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V])."""
+    def logits(self, tokens: Sequence[int], prompt: int = 0) -> Iterator[tuple[int, Floats]]:
+        """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V]).
+
+        With `prompt`, the first so many tokens are read as a prompt, and the cache is compressed as it is
+        when one is answered; then the rest goes through it, and only their logits are given.
+        """
         row = self.engine.check_tokens(tokens)
         if row.size > self.engine.context:
             raise PromptError(f"{row.size} tokens do not fit the context of {self.engine.context}")
-        cache = self.engine.cache = Cache.allocate(self.engine.layout, 1, row.size)
-        yield from self.engine.stream(cache, row, all_logits=True)
+        if not 0 <= prompt < row.size:
+            raise PromptError(f"a prompt of {prompt} tokens leaves nothing of {row.size} to read")
+        cache = self.engine.cache = self.engine.allocate(1, row.size, prompt or None)
+        if prompt:
+            self.engine.prefill(cache, [row[:prompt]])
+        yield from self.engine.stream(cache, row, all_logits=True, start=prompt)
 
     def _completion(
         self, prompt: list[int], result: Generated, listener: _Listener | None
@@ -196,18 +208,22 @@ def _overlap(text: str, stops: list[str]) -> int:
 def load(
     folder: str | Path,
     *,
-    engine: EngineName = "onnx",
+    engine: EngineName | None = None,
     threads: int | None = None,
     chunk: int = CHUNK,
     verify: bool = True,
+    trust: bool = False,
 ) -> Model:
     """Loads an artifact.
 
-    `engine` "onnx" runs it on onnxruntime, "reference" by the operators' meaning in torch. `threads`
-    defaults to the processors at hand; `chunk` bounds the tokens of a prefill step. Raises
-    ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option.
+    `engine` "onnx" runs it on onnxruntime, "triton" with kernels on a GPU, "reference" by the operators'
+    meaning in torch; without one it is run by what it was compiled for. `threads` defaults to the
+    processors at hand; `chunk` bounds the tokens of a prefill step. Kernels are made anew from the
+    artifact's graph; those that it brings compiled are used with `trust` alone, since nothing checks
+    what machine code does. Raises ArtifactError where the folder is damaged or no artifact, RecipeError
+    for an impossible option, UnsupportedError where this machine cannot run it.
     """
-    if engine not in get_args(EngineName):
+    if engine is not None and engine not in get_args(EngineName):
         raise RecipeError(f"engine {engine!r} is none of {', '.join(get_args(EngineName))}")
     if threads is not None and not 1 <= threads <= 1024:
         # onnxruntime takes a negative number for one, and dies slowly of a hundred thousand
@@ -218,21 +234,47 @@ def load(
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(artifact.check_weights) if verify else None
         try:
-            runner = _runner(artifact, engine, threads)
+            runner = _runner(artifact, engine, threads, trust)
         finally:
             if checked is not None:
                 checked.result()  # damage explains best what the loader may have met
+    make: Make = getattr(runner, "make", empty)
     return Model(
         artifact,
-        Engine(runner, manifest.layout(), manifest.model.vocabulary, manifest.model.context, chunk),
+        Engine(
+            runner,
+            manifest.layout(),
+            manifest.model.vocabulary,
+            manifest.model.context,
+            chunk,
+            make,
+        ),
     )
 
 
-def _runner(artifact: Artifact, engine: EngineName, threads: int | None) -> Runner:
-    if engine == "reference":
+def _runner(
+    artifact: Artifact, engine: EngineName | None, threads: int | None, trust: bool
+) -> Runner:
+    target = artifact.manifest.target
+    if "reference" in (engine, target):
+        if engine not in (None, "reference"):
+            raise RecipeError(_wrong_engine(artifact, engine))
         from .runtime.reference_runner import ReferenceRunner
 
         return ReferenceRunner(artifact)
+    if engine not in (None, target):
+        raise RecipeError(_wrong_engine(artifact, engine))
+    if target == "triton":
+        from .on_triton import triton_runner
+
+        return triton_runner(artifact, trust)
     from .runtime.onnx_runner import OnnxRunner
 
     return OnnxRunner(artifact, threads)
+
+
+def _wrong_engine(artifact: Artifact, engine: EngineName | None) -> str:
+    return (
+        f"{artifact.folder} was compiled for {artifact.manifest.target}, so engine {engine!r} cannot run "
+        f"it; leave the engine out, or compile with --target {engine}"
+    )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, CacheLayout, HeadGroup, packed_of
-from . import maintenance
+from ..compiler.ir.cache.layout import (
+    TOKENS,
+    Buffer,
+    CacheLayout,
+    HeadGroup,
+    LayerCache,
+    packed_of,
+)
+from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "f32": np.float32,
@@ -22,6 +29,14 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 
 Array = npt.NDArray[np.generic]
 Counts = npt.NDArray[np.int64]
+
+#: Makes the zeroed array that a buffer asks for, where the runner keeps its cache.
+Make = Callable[[Buffer], Any]
+
+
+def empty(spec: Buffer) -> Array:
+    """The zeroed array in NumPy."""
+    return np.zeros(spec.shape, DTYPES[spec.dtype])
 
 
 @dataclass
@@ -44,10 +59,17 @@ class Cache:
     """For each counter a group that goes by it."""
     packed: dict[str, Counts] = field(default_factory=dict)
     """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
+    make: Make = empty
+    members: dict[str, list[tuple[LayerCache, int]]] = field(default_factory=dict)
+    """For each counter the groups of its own slots that go by it, by layer and index."""
 
     @staticmethod
     def allocate(
-        layout: CacheLayout, batch: int, capacity: int, prompt: int | None = None
+        layout: CacheLayout,
+        batch: int,
+        capacity: int,
+        prompt: int | None = None,
+        make: Make = empty,
     ) -> Cache:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them.
 
@@ -57,13 +79,15 @@ class Cache:
         groups = layout.clocks()
         cache = Cache(
             layout,
-            {spec.name: empty(spec) for spec in layout.buffers(batch, capacity, prompt)},
+            {spec.name: make(spec) for spec in layout.buffers(batch, capacity, prompt)},
             np.zeros(batch, np.int64),
             {name: np.zeros(batch, np.int64) for name in groups},
             capacity,
             prompt,
             groups,
             {name: np.zeros(batch, np.int64) for name in layout.packs()},
+            make,
+            _members(layout, groups),
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -82,6 +106,11 @@ class Cache:
     def counters(self) -> dict[str, Counts]:
         """Every counter that a step of the graph may read, by its name there."""
         return {TOKENS: self.lengths} | self.clocks | self.packed
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no slot of any row is in use."""
+        return not any(used.any() for used in self.counters.values())
 
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
@@ -105,6 +134,7 @@ class Cache:
 
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
+        scores.observe(self, np.broadcast_to(sizes, self.lengths.shape), observed or {})
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes
@@ -139,9 +169,17 @@ class Cache:
             self.prompt,
             self.groups,
             {name: count[rows] for name, count in self.packed.items()},
+            self.make,
+            self.members,
         )
 
 
-def empty(spec: Any) -> Array:
-    """The zeroed array that a `Buffer` asks for."""
-    return np.zeros(spec.shape, DTYPES[spec.dtype])
+def _members(
+    layout: CacheLayout, groups: Mapping[str, HeadGroup]
+) -> dict[str, list[tuple[LayerCache, int]]]:
+    names = {group.describe(): name for name, group in groups.items()}
+    found: dict[str, list[tuple[LayerCache, int]]] = {name: [] for name in groups}
+    for layer, index, group in layout.groups():
+        if group.moves and group.owner is None:
+            found[names[group.describe()]].append((layer, index))
+    return found

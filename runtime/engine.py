@@ -10,7 +10,7 @@ import numpy as np
 
 from ..compiler.ir.cache.layout import CacheLayout
 from ..errors import PromptError
-from .cache import Cache
+from .cache import Cache, Make, empty
 from .runner import Floats, Ints, Runner
 from .sampling import Sampler, Sampling
 
@@ -44,8 +44,15 @@ class Engine:
     """Generates with a runner. `context` bounds prompt and new tokens together."""
 
     def __init__(
-        self, runner: Runner, layout: CacheLayout, vocabulary: int, context: int, chunk: int = CHUNK
+        self,
+        runner: Runner,
+        layout: CacheLayout,
+        vocabulary: int,
+        context: int,
+        chunk: int = CHUNK,
+        make: Make = empty,
     ) -> None:
+        """`make` makes the cache's buffers where the runner wants them."""
         if chunk < 1:
             raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
         self.runner = runner
@@ -53,6 +60,7 @@ class Engine:
         self.vocabulary = vocabulary
         self.context = context
         self.chunk = chunk
+        self.make = make
         self.timings = Timings()
         self.cache: Cache | None = None
 
@@ -74,15 +82,19 @@ class Engine:
         self.timings = Timings()
         if not rows or not max_new_tokens:
             return [Generated() for _ in rows]
-        sampler = Sampler(sampling or Sampling())
+        samplers = [Sampler(sampling or Sampling(), row) for row in range(len(rows))]
         longest = max(len(row) for row in rows)
         # The last token written is never read back, so it needs no slot.
         capacity = min(longest + max_new_tokens - 1, self.context)
-        cache = self.cache = Cache.allocate(self.layout, len(rows), capacity, longest)
+        cache = self.cache = self.allocate(len(rows), capacity, longest)
         logits = self._timed_prefill(cache, rows)
         return self._decode(
-            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), sampler, on_token
+            cache, rows, logits, max_new_tokens, frozenset(stop_tokens), samplers, on_token
         )
+
+    def allocate(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
+        """An empty cache that the runner can step over; see `Cache.allocate`."""
+        return Cache.allocate(self.layout, batch, capacity, prompt, self.make)
 
     def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
         """The prompt as an array; raises PromptError with the position of what is wrong."""
@@ -123,11 +135,12 @@ class Engine:
 
         A batch that fits in one chunk runs at once, padded on the right: causality keeps the padding
         out of every real token's sight, and decoding writes over it. A larger one runs row by row, in
-        chunks, each into its own slice of the cache.
+        chunks, each into its own slice of the cache; so does one over slots that are in use from the start
+        (a compensation token's), which GroupQueryAttention does not take for rows together.
         """
         longest = max(len(row) for row in rows)
         together = len(rows) > 1 and len(rows) * longest <= self.chunk
-        if together and longest <= cache.step_limit():
+        if together and cache.untouched and longest <= cache.step_limit():
             out = self._prefill_together(cache, rows, longest)
         else:
             out = np.empty((len(rows), self.vocabulary), np.float32)
@@ -177,7 +190,7 @@ class Engine:
         logits: Floats,
         max_new_tokens: int,
         stop: frozenset[int],
-        sampler: Sampler,
+        samplers: list[Sampler],
         on_token: OnToken | None,
     ) -> list[Generated]:
         results = [Generated() for _ in rows]
@@ -187,7 +200,7 @@ class Engine:
         started = time.perf_counter()
         while True:
             for index in np.flatnonzero(running):
-                token = sampler.pick(logits[index], rows[index], results[index].tokens)
+                token = samplers[index].pick(logits[index], rows[index], results[index].tokens)
                 ids[index] = token
                 reason = self._accept(
                     results[index], token, cache.lengths[index], max_new_tokens, stop

@@ -2,8 +2,9 @@
 
 A group's slots hold, in order, the compensation token (with some policies), the sinks, and the tokens
 since. When a step would not fit, the tokens between the sinks and the newest `recent` leave: they are
-dropped, added to the compensation token, or packed, as policy and storage say. Rows are moved one by one,
-so each row's window goes by its own length.
+dropped, added to the compensation token, or packed, as policy and storage say. Where tokens are kept by the
+attention they got, each head lets go of its own. Rows are moved one by one, so each row's window goes by its
+own length.
 
 Arrays may be NumPy's or torch's: only what both understand is asked of them.
 """
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
+from . import scores
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -62,20 +64,27 @@ def settle(cache: Cache) -> None:
             if follower is not None:
                 specs = follower.group_buffers(index, cache.batch, cache.capacity)
                 _make_bulk(cache, {spec.name: spec for spec in specs})
-        for row in np.flatnonzero(used > slots):
-            _move(cache, layer, index, int(row), int(used[row]), _leaving(group, int(used[row])))
-        _shrink(cache, final)
+        for row in range(cache.batch):
+            leaving = _settling(group, int(used[row]), slots)
+            _move(cache, layer, index, row, int(used[row]), leaving)
+        _shrink(cache, cache_name(layer.layer, index), final)
     for clock, group in cache.groups.items():
         if group.exact:
             used, slots = cache.clocks[clock], slots_of(cache, clock)
-            for row in np.flatnonzero(used > slots):
-                _count(cache, clock, int(row), _leaving(group, int(used[row])))
+            for row in range(cache.batch):
+                _count(cache, clock, row, _settling(group, int(used[row]), slots))
 
 
 def _leaving(group: HeadGroup, used: int) -> int:
     """How many tokens leave a row that uses so many slots."""
     movable = used - group.policy.lead - group.newest
     return max(0, movable // group.storage.granule * group.storage.granule)
+
+
+def _settling(group: HeadGroup, used: int, slots: int) -> int:
+    """How many tokens leave a row when its prompt has been read: none where all fit, unless this is the one
+    time that tokens are chosen."""
+    return _leaving(group, used) if used > slots or group.policy.once else 0
 
 
 def settled(group: HeadGroup, tokens: int, slots: int) -> tuple[int, int]:
@@ -100,10 +109,17 @@ def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
 
 
 def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:
-    """Takes `leaving` tokens behind the lead out of one row of one group, and closes the gap."""
+    """Takes `leaving` tokens out of one row of one group, and closes the gap.
+
+    They are those behind the lead, or those that each head chooses by their scores.
+    """
     if not leaving:
         return
     group, prefix = layer.groups[index], cache_name(layer.layer, index)
+    staying_KN = scores.staying(cache, group, prefix, row, used, leaving)
+    if staying_KN is not None:
+        scores.gather(cache, prefix, row, used, staying_KN)
+        return
     first, last = group.policy.lead, group.policy.lead + leaving
     if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
@@ -111,13 +127,11 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
         from .packing import pack  # torch, which running without packed groups does not need
 
         pack(cache, layer, index, row, used, leaving)
-    for part in PARTS:
-        slots_KND = cache.buffers[f"{prefix}.{part}"][row]
-        slots_KND[:, first : used - leaving] = slots_KND[:, last:used] + 0  # a copy: they overlap
-    if f"{prefix}.score" in cache.buffers:
-        score_KN = cache.buffers[f"{prefix}.score"][row]
-        score_KN[:, first : used - leaving] = score_KN[:, last:used] + 0
-        score_KN[:, used - leaving : used] = 0
+    for part in scores.BY_SLOT:
+        if f"{prefix}.{part}" in cache.buffers:
+            slots_KN = cache.buffers[f"{prefix}.{part}"][row]
+            slots_KN[:, first : used - leaving] = slots_KN[:, last:used] + 0  # a copy: they overlap
+    scores.clear(cache, prefix, row, used - leaving)
 
 
 def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> None:
@@ -127,29 +141,32 @@ def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> N
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]
         mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
-        left_KTD = (
-            slots_KND[:, first:last] * np.float32(1)
-            if slots_KND.dtype == np.int8
-            else slots_KND[:, first:last]
-        )
+        left_KTD = slots_KND[:, first:last]
+        if _holds_integers(slots_KND):
+            left_KTD = left_KTD * np.float32(1)
         mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
         slots_KND[:, 0] = _rounded(mean_KD, slots_KND)
 
 
 def _rounded(values: Any, like: Any) -> Any:
     """Values as they can be stored: integers where the slots hold integers."""
-    return values.round().clip(-128, 127) if like.dtype == np.int8 else values
+    return values.round().clip(-128, 127) if _holds_integers(like) else values
 
 
-def _shrink(cache: Cache, final: dict[str, Any]) -> None:
+def _holds_integers(slots: Any) -> bool:
+    return str(slots.dtype) in ("int8", "torch.int8")
+
+
+def _shrink(cache: Cache, prefix: str, final: dict[str, Any]) -> None:
     """Replaces a group's buffers by its final ones, one at a time."""
-    from .cache import empty
-
+    for name in [name for name in cache.buffers if name.startswith(f"{prefix}.")]:
+        if name not in final:
+            del cache.buffers[name]  # was wanted while the prompt was read
     for name, spec in final.items():
         old = cache.buffers.get(name)
         if old is not None and tuple(old.shape) == spec.shape:
             continue  # the bulk of a packed group, which has been filled
-        new = empty(spec)
+        new = cache.make(spec)
         if old is not None:
             part = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
             new[part] = old[part]
@@ -158,8 +175,6 @@ def _shrink(cache: Cache, final: dict[str, Any]) -> None:
 
 def _make_bulk(cache: Cache, final: dict[str, Any]) -> None:
     """Allocates the bulk buffers of a packed group, which were empty while its prompt was read."""
-    from .cache import empty
-
     for name, spec in final.items():
         if spec.role == "read":
-            cache.buffers[name] = empty(spec)
+            cache.buffers[name] = cache.make(spec)

@@ -46,11 +46,12 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens for the rows of a batch; rows draw from one generator, in order."""
+    """Draws the tokens of one row. With a seed, what it draws depends on no other row."""
 
-    def __init__(self, settings: Sampling) -> None:
+    def __init__(self, settings: Sampling, row: int = 0) -> None:
         self.settings = settings
-        self._random = np.random.default_rng(settings.seed)
+        seed = settings.seed
+        self._random = np.random.default_rng(None if seed is None else (seed, row))
 
     def pick(self, logits: Floats, prompt: Ints, written: Sequence[int]) -> int:
         """The next token for logits [V], behind a prompt and the tokens written since."""

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu.attention [--model Llama-3-8B] [--dtype bf16] [--tune] [--out FILE]
 
 Nothing here has run on a GPU yet: it was written, and its parts without a device were tested, on CPUs.
-Prints for each model and shape the error, the time, the share of the measured copy bandwidth (decode) or
-of the measured matrix rate (prefill), and the time of each peer as a ratio.
+Prints for each model and shape the error of what is timed, the time on the device, the time that the host
+needs to launch it, the share of the measured copy bandwidth (decode) or of the measured matrix rate
+(prefill), and the time of each peer as a ratio. The table also goes to benchmarks/results, row by row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import math
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,14 +24,18 @@ from torch import Tensor
 from einfold.compiler.codegen.torch_plan import run_plan
 from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.launch import DTYPES, TYPES
-from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.codegen.triton.tune import autotune
 from einfold.compiler.explain import CascadeReport, explain_function
+from einfold.compiler.ir.cascade.expr import Pos, Size, Virtual, walk
+from einfold.compiler.ir.cascade.plan import Plan
+from einfold.on_triton import described
 
 from .clock import Clock, copy_bandwidth, matrix_rate
 from .forms import MODELS, SHAPES, Model, Shape, function_of, inputs_of, work
 from .peers import peers
 
+RESULTS = Path(__file__).parent.parent / "results"
 #: Relative to the largest value, against float64: the types' own rounding and a little more.
 TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2}
 
@@ -44,9 +50,8 @@ def prepared(
     (plan,) = report.folding.plans
     given = by_rank(report, inputs)
     types = {name: TYPES[given[name].dtype] for name in plan.inputs}
-    capability = torch.cuda.get_device_capability()[0] * 10 if device == "cuda" else 90
-    target = DEVICES.get(capability, DEVICES[80])
-    kernel = generate(plan, types, report.imported.sizes, Options(device=target))
+    options = Options(device=described(torch.device(device)))
+    kernel = generate(plan, types, report.imported.sizes, options)
     return report, kernel, given, inputs
 
 
@@ -69,53 +74,120 @@ def _sorted(names: list[str]) -> list[str]:
     return first + sorted((n for n in names if n not in first), key=lambda n: (len(n), n))
 
 
-def error_of(model: Model, shape: Shape, dtype: torch.dtype) -> float:
-    """The largest error against float64, relative to the largest value; at most 1024 queries."""
-    if not shape.decode:
-        shape = Shape(1, min(shape.queries, 1024), min(shape.keys, 1024))
-    report, kernel, given, _ = prepared(model, shape, "cuda", dtype)
-    exact = {name: x.double() for name, x in given.items()}
-    expected = run_plan(kernel.plan, exact, report.imported.sizes)
+def free_ranks(kernel: Kernel) -> list[str]:
+    """The ranks of the grid and of rows whose coordinates are apart from each other: heads, batch."""
+    plan, roles = kernel.plan, kernel.division.roles
+    items = (*plan.before, *plan.stream, *plan.finish, *plan.emit)
+    exprs = [*(item.expr for item in items), *(state.body for state in plan.states)]
+    placed = {
+        part.rank for e in exprs for part in walk(e) if isinstance(part, (Pos, Size, Virtual))
+    }
+    return [rank for rank in (*roles.grid, *roles.rows) if rank not in placed]
+
+
+def _cut(plan: Plan, values: dict[str, Tensor], ranks: list[str], last: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, value in values.items():
+        for at, rank in enumerate(plan.ranks_of(name)):
+            if rank in ranks:
+                value = value.narrow(at, value.shape[at] - 1 if last else 0, 1)
+        found[name] = value
+    return found
+
+
+def error_of(
+    report: CascadeReport, kernel: Kernel, given: dict[str, Tensor], tiles: Tiles
+) -> float:
+    """The largest error against float64 of what is timed, relative to the largest value.
+
+    Looked at are the first and the last head of the first and last row of the batch, at all queries:
+    float64 scores of all heads would not fit. Whole, in three parts, and as it is launched.
+    """
+    plan, ranks = kernel.plan, free_ranks(kernel)
+    sizes = {**report.imported.sizes, **dict.fromkeys(ranks, 1)}
     worst = 0.0
-    for parts in (None, 1, 3):
-        found = kernel(given, parts=parts)
-        for name, value in expected.items():
-            error = (found[name].double() - value).abs().max() / value.abs().max()
-            worst = max(worst, float(error) if math.isfinite(float(error)) else math.inf)
+    for last in (False, True):
+        exact = {n: x.double() for n, x in _cut(plan, given, ranks, last).items()}
+        expected = run_plan(plan, exact, sizes)
+        for parts in (None, 1, 3):
+            found = _cut(plan, kernel(given, parts=parts, tiles=tiles), ranks, last)
+            for name, value in expected.items():
+                error = float((found[name].double() - value).abs().max() / value.abs().max())
+                worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
 
 
-def measure(
-    model: Model,
-    shape: Shape,
-    dtype: torch.dtype,
-    clock: Clock,
-    bandwidth: float,
-    rate: float,
-    tune: bool,
-) -> str:
-    """One row of the table."""
-    wrong = error_of(model, shape, dtype)
-    name = TYPES[dtype]
-    verdict = f"{wrong:.1e}" if wrong <= TOLERANCE[name] else f"**{wrong:.1e}**"
-    _, kernel, given, inputs = prepared(model, shape, "cuda", dtype)
-    tiles = autotune(kernel, given, clock)[0] if tune else kernel.tiles
-    taken = clock(lambda: kernel(given, tiles=tiles))
-    moved, done = work(model, shape)
-    share = moved / taken * 1e6 / bandwidth if shape.decode else done / taken * 1e6 / rate
-    beside = []
-    for peer, run in peers(model, shape, inputs).items():
-        try:
-            beside.append(f"{peer} {clock(run) / taken:.2f}x")
-        except Exception as error:
-            beside.append(f"{peer}: {str(error).strip().splitlines()[0][:60]}")
+@dataclass(frozen=True)
+class Bench:
+    """What all rows share: the clock, the type, bytes and operations a second of the device, the search."""
+
+    clock: Clock
+    dtype: torch.dtype
+    bandwidth: float
+    rate: float
+    tune: bool
+
+    def row(self, model: Model, shape: Shape) -> str:
+        """One row of the table; what fails stands in its place with the reason."""
+        # Compiled peers are kept by their code, which all models share: too many, and eager mode is run.
+        torch.compiler.reset()
         torch.cuda.empty_cache()
-    what = "decode" if shape.decode else "prefill"
-    size = f"{tiles.rows} x {tiles.stream}, {tiles.warps} warps"
-    return (
-        f"| {model.name} | {what} {shape.batch} x {shape.queries} x {shape.keys} | {verdict} | {taken:.0f} "
-        f"| {share:.0%} | {size} | {'; '.join(beside)} |"
-    )
+        what = "decode" if shape.decode else "prefill"
+        name = f"{model.name} | {what} {shape.batch} x {shape.queries} x {shape.keys}"
+        try:
+            return f"| {name} | {self._measured(model, shape)} |"
+        except Exception as error:
+            return f"| {name} | {_first_line(error)} | | | | | |"
+
+    def _measured(self, model: Model, shape: Shape) -> str:
+        report, kernel, given, inputs = prepared(model, shape, "cuda", self.dtype)
+        tiles = autotune(kernel, given, self.clock)[0] if self.tune else kernel.tiles
+
+        def run() -> object:
+            return kernel(given, tiles=tiles)
+
+        wrong = error_of(report, kernel, given, tiles)
+        verdict = f"{wrong:.1e}" if wrong <= TOLERANCE[TYPES[self.dtype]] else f"**{wrong:.1e}**"
+        torch.cuda.empty_cache()
+        taken, host = self.clock(run), self.clock.host(run)
+        moved, done = work(model, shape)
+        most = moved / self.bandwidth if shape.decode else done / self.rate
+        beside = []
+        for peer, other in peers(model, shape, inputs, self.tune).items():
+            try:
+                beside.append(f"{peer} {self.clock(other) / taken:.2f}x")
+            except Exception as error:
+                beside.append(f"{peer}: {_first_line(error)}")
+            torch.cuda.empty_cache()
+        size = f"{tiles.rows} x {tiles.stream}, {tiles.warps} warps"
+        share = most * 1e6 / taken
+        return f"{verdict} | {taken:.0f} | {host:.0f} | {share:.0%} | {size} | {'; '.join(beside)}"
+
+
+def _first_line(error: Exception) -> str:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+    return said.replace("|", "/")
+
+
+def heading(bench: Bench, name: str) -> list[str]:
+    """What stands above the rows: the device, the versions, the date, what is a share of what."""
+    import triton
+
+    return [
+        f"# Attention on {name}",
+        "",
+        f"{datetime.date.today()}, torch {torch.__version__}, Triton {triton.__version__}, CUDA "
+        f"{torch.version.cuda}, Python {platform.python_version()}, {TYPES[bench.dtype]}, tiles "
+        f"{'searched, as those of peers' if bench.tune else 'by the cost model'}. Copy "
+        f"{bench.bandwidth / 1e12:.2f} TB/s, matrix product {bench.rate / 1e12:.0f} TFLOP/s, both measured.",
+        "",
+        "Times are medians on the device with L2 flushed, without the host's launch, which stands beside "
+        "them. Shares are of the copy for decode, of the product for prefill. A peer at 1.20x takes 1.20 "
+        "times as long.",
+        "",
+        "| model | batch x queries x keys | error | µs | host µs | share | tiles | peers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
 
 
 def main() -> int:
@@ -126,7 +198,7 @@ def main() -> int:
     parser.add_argument("--model", help="only models whose name begins with this")
     parser.add_argument("--dtype", default="bf16", choices=sorted(TOLERANCE))
     parser.add_argument("--tune", action="store_true", help="time the tiles of a shortlist first")
-    parser.add_argument("--out", type=Path, help="write the table here as well")
+    parser.add_argument("--out", type=Path, help="where the table goes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -134,29 +206,19 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    import triton
-
     clock, dtype = Clock(), DTYPES[options.dtype]
-    bandwidth, rate = copy_bandwidth(clock), matrix_rate(clock, dtype)
-    lines = [
-        f"# Attention on {torch.cuda.get_device_name()}",
-        "",
-        f"{datetime.date.today()}, torch {torch.__version__}, Triton {triton.__version__}, Python "
-        f"{platform.python_version()}, {options.dtype}. Copy {bandwidth / 1e12:.2f} TB/s, matrix product "
-        f"{rate / 1e12:.0f} TFLOP/s, both measured here. Shares are of these: of the copy for decode, of the "
-        "product for prefill. A peer at 1.20x takes 1.20 times as long.",
-        "",
-        "| model | batch x queries x keys | error | µs | share | tiles | peers |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    bench = Bench(clock, dtype, copy_bandwidth(clock), matrix_rate(clock, dtype), options.tune)
+    name = torch.cuda.get_device_name()
+    slug = f"{datetime.date.today()}-attention-{name}-{options.dtype}".replace(" ", "-").lower()
+    target = options.out or RESULTS / f"{slug}.md"
+    lines = heading(bench, name)
     print("\n".join(lines), flush=True)
     for model in MODELS:
         for shape in SHAPES:
             if model.name.startswith(options.model or ""):
-                lines.append(measure(model, shape, dtype, clock, bandwidth, rate, options.tune))
+                lines.append(bench.row(model, shape))
                 print(lines[-1], flush=True)
-    if options.out is not None:
-        options.out.write_text("\n".join(lines) + "\n")
+                target.write_text("\n".join(lines) + "\n")
     return 0
 
 

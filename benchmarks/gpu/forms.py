@@ -1,7 +1,9 @@
 """The attention of four models as plain torch, at the shapes of prefill and decode.
 
 B batch, H query heads, K KV heads, S queries, T keys, D head size. Decode has one query over a cache of T
-keys; a window then leaves the last ones.
+keys; a window then leaves the last ones. Qwen3 norms queries and keys ahead of rotary embedding, so that a
+cache holds normed keys and attention is Llama's; here the norms are part of what is fused, as they stand in
+a model without rotary embedding.
 """
 
 from __future__ import annotations
@@ -81,14 +83,16 @@ def inputs_of(model: Model, shape: Shape, device: str, dtype: torch.dtype) -> tu
     return tuple(found)
 
 
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm of the last axis, as Qwen3 has it on queries and keys."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
+
+
 def function_of(model: Model, shape: Shape) -> Callable[..., Any]:
     """The attention of a model, written out: what the compiler is given, and what Inductor is."""
     groups = model.heads // model.kv_heads
     s, t, d = shape.queries, shape.keys, model.head_size
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
         b = q.shape[0]

@@ -41,7 +41,9 @@ def key_of(region: Region) -> str:
     lines.append(f"return {[numbers[node] for node in region.outputs]}")
     names: dict[str, str] = {}
     return re.sub(
-        r"\b[su]\d+\b", lambda m: names.setdefault(m.group(0), f"n{len(names)}"), "\n".join(lines)
+        r"\b(?:[su]|zu?f)\d+\b",
+        lambda m: names.setdefault(m.group(0), f"n{len(names)}"),
+        "\n".join(lines),
     )
 
 

@@ -15,7 +15,8 @@ from .program import Program
 class Interpreter:
     """Executes a program node by node; intermediate values go as soon as nothing reads them.
 
-    `instead` names operators that another function stands in for, such as one that writes in place.
+    `instead` names operators, or single nodes, that another function stands in for, such as one that
+    writes in place. Tensors that an operator makes from nothing are made on `device`.
     """
 
     def __init__(
@@ -23,23 +24,44 @@ class Interpreter:
         program: Program,
         keep_weights: bool = True,
         instead: Mapping[Any, Callable[..., Any]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.program = program
+        self._device = device
         self._instead = dict(instead or {})
         self._kept: dict[str, Tensor] | None = {} if keep_weights else None
         self._dead_after = _last_uses(program.graph)
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gives the outputs by name. `inputs` are by the names of the program's inputs."""
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        after: Callable[[fx.Node, Mapping[fx.Node, Any]], None] | None = None,
+        resume: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Gives the outputs by name. `inputs` are by the names of the program's inputs.
+
+        `after` is told of each node that was run, with the values that are still needed. `resume` goes on
+        behind a node of an earlier run, given its name and those values by the names of their nodes.
+        """
+        nodes = iter(self.program.graph.nodes)
         values: dict[fx.Node, Any] = {}
+        if resume is not None:
+            behind, known = resume
+            for node in nodes:
+                if node.name in known:
+                    values[node] = known[node.name]
+                if node.name == behind:
+                    break
         with torch.no_grad():
-            for node in self.program.graph.nodes:
+            for node in nodes:
                 if node.op == "output":
                     results = [values[value] for value in node.args[0]]
                     return dict(zip(node.meta["names"], results, strict=True))
                 values[node] = self._evaluate(node, values, inputs)
                 for dead in self._dead_after.get(node, ()):
                     del values[dead]
+                if after is not None:
+                    after(node, values)
         raise IRError("the program has no output")
 
     def _evaluate(
@@ -52,7 +74,9 @@ class Interpreter:
         if node.op == "get_attr":
             return self._weight(str(node.target))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        function: Any = self._instead.get(node.target, node.target)
+        function: Any = self._instead.get(node) or self._instead.get(node.target, node.target)
+        if self._device is not None and _names_device(function):
+            kwargs["device"] = self._device
         return function(*args, **kwargs)
 
     def _weight(self, name: str) -> Tensor:
@@ -61,6 +85,13 @@ class Interpreter:
         if name not in self._kept:
             self._kept[name] = self.program.weights[name].load()
         return self._kept[name]
+
+
+def _names_device(function: object) -> bool:
+    """Whether an operator can be told where to make its result; the IR itself has no devices."""
+    return isinstance(function, torch._ops.OpOverload) and any(
+        argument.name == "device" for argument in function._schema.arguments
+    )
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

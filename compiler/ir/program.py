@@ -65,9 +65,9 @@ class Program:
     """Weights that the cache's storage needs, such as scales, until `attach_cache` puts them in the graph."""
     calibrations: list[Calibration] = field(default_factory=list)
     """What must read a calibration text before the weights that it decides can be loaded."""
-    text: Callable[[], torch.Tensor] | None = None
-    """Gives the calibration text, token ids [rows, tokens], to passes that search by it; None where the
-    model's weights are not at hand."""
+    statistics: Any = None
+    """What passes may ask of the model while they run (`calibrate.statistics.Statistics`); None where
+    there are no weights to ask, as when only sizes are wanted."""
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """The call nodes of these operators, in order, over a snapshot of the graph."""

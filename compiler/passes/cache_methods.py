@@ -16,6 +16,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from .base import Pass
+from .kv_prune.ems import EMS
+from .kv_prune.h2o import H2O
+from .kv_prune.razor_attention import RazorAttention
+from .kv_prune.snapkv import SnapKV
 from .kv_prune.streaming_llm import StreamingLLM
 from .kv_quant.gear import Gear
 from .kv_quant.kivi import Kivi
@@ -25,7 +29,9 @@ from .kv_share.cross_layer import CrossLayer
 from .kv_share.cskv import CSKV
 from .kv_share.minicache import MiniCache
 
-PRUNE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (StreamingLLM,)}
+PRUNE: Mapping[str, type[Pass]] = {
+    kind.name: kind for kind in (StreamingLLM, RazorAttention, SnapKV, H2O, EMS)
+}
 QUANT: Mapping[str, type[Pass]] = {kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV)}
 SHARE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (CrossLayer, MiniCache, CSKV)}
 

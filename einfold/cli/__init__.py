@@ -11,11 +11,12 @@ __all__ = ["main"]
 def main() -> None:
     """The entry point `einfold`: runs a verb and turns errors into one sentence and an exit code."""
     from .app import app
-    from .common import explain_error
+    from .common import explain_error, show_warnings
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the locale cannot write is no error
             stream.reconfigure(errors="backslashreplace")
+    show_warnings()
     debug = "--debug" in sys.argv
     try:
         app(prog_name="einfold", standalone_mode=True)

@@ -21,6 +21,7 @@ app = typer.Typer(
 class Target(str, Enum):
     onnx = "onnx"
     triton = "triton"
+    reference = "reference"
 
 
 class Weights(str, Enum):
@@ -37,6 +38,7 @@ class CacheStorage(str, Enum):
 
 class EngineName(str, Enum):
     onnx = "onnx"
+    triton = "triton"
     reference = "reference"
 
 
@@ -83,6 +85,23 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+Engine = Annotated[
+    EngineName | None,
+    typer.Option(
+        help="onnxruntime, Triton kernels on a GPU, or the operators' reference meaning in torch. "
+        "[default: what the artifact was compiled for]",
+        show_default=False,
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Use the compiled kernels (cubins) that a Triton artifact brings for this GPU and Triton "
+        "version. They are machine code that nothing checks; without this they are ignored and all "
+        "kernels are made from the artifact's graph.",
+    ),
+]
 Chunk = Annotated[
     int, typer.Option(min=1, help="Tokens of a prefill step; bounds the memory of activations.")
 ]
@@ -112,7 +131,22 @@ def compile_(
         Path, typer.Option("-o", "--out", help="The artifact folder to write.", show_default=False)
     ],
     target: Annotated[
-        Target | None, typer.Option(help="What to generate. [default: onnx]", show_default=False)
+        Target | None,
+        typer.Option(
+            help="What to generate: a model for onnxruntime, or Triton kernels for attention on a GPU, "
+            "beside which torch runs the rest, or nothing (reference: torch runs the graph by its operators' "
+            "meaning, slowly). [default: onnx]",
+            show_default=False,
+        ),
+    ] = None,
+    cubins: Annotated[
+        str | None,
+        typer.Option(
+            help="With --target triton: also compile the kernels for these GPUs, such as sm_80,sm_90 "
+            "(sm_100 is known too). Needs Triton and no GPU; takes seconds a kernel and GPU. Loading uses "
+            "them only with --trust.",
+            show_default=False,
+        ),
     ] = None,
     weights: WeightsOption = None,
     cache: CacheOption = None,
@@ -146,6 +180,7 @@ def compile_(
         model,
         out,
         _name(target),
+        cubins,
         _name(weights),
         _name(cache),
         recipe,
@@ -202,9 +237,8 @@ def run(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past end-of-text tokens.")
     ] = False,
-    engine: Annotated[
-        EngineName, typer.Option(help="onnxruntime, or the operators' reference meaning in torch.")
-    ] = EngineName.onnx,
+    engine: Engine = None,
+    trust: Trust = False,
     threads: Threads = None,
     chunk: Chunk = 512,
     verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
@@ -226,10 +260,11 @@ def run(
         "ignore_eos": ignore_eos,
     }
     loading: dict[str, Any] = {
-        "engine": engine.value,
+        "engine": _name(engine),
         "threads": threads,
         "chunk": chunk,
         "verify": verify,
+        "trust": trust,
     }
     run_artifact(artifact, prompt, file, ids, chat, system, options, loading, json)
 
@@ -260,7 +295,16 @@ def eval_(
             show_default=False,
         ),
     ] = None,
-    engine: Annotated[EngineName, typer.Option(help="What runs the artifact.")] = EngineName.onnx,
+    prompt: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Where the cache lets tokens go: the share of each window that is read as a prompt and "
+            "compressed; measured is the rest. Questions for pass keys are never part of a prompt.",
+        ),
+    ] = 0.5,
+    engine: Engine = None,
+    trust: Trust = False,
     threads: Threads = None,
     chunk: Chunk = 512,
     json: Json = False,
@@ -274,7 +318,8 @@ def eval_(
         against,
         text,
         window,
-        {"engine": engine.value, "threads": threads, "chunk": chunk},
+        prompt,
+        {"engine": _name(engine), "threads": threads, "chunk": chunk, "trust": trust},
         json,
     )
 
@@ -296,6 +341,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded at each context.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each; the median is given.")] = 5,
+    trust: Trust = False,
     threads: Threads = None,
     chunk: Chunk = 512,
     json: Json = False,
@@ -305,7 +351,16 @@ def bench(
     from .verbs import bench_artifact
 
     bench_artifact(
-        artifact, prompt_tokens, context or [128], new_tokens, batch, repeat, threads, chunk, json
+        artifact,
+        prompt_tokens,
+        context or [128],
+        new_tokens,
+        batch,
+        repeat,
+        threads,
+        chunk,
+        trust,
+        json,
     )
 
 

@@ -6,15 +6,16 @@ import errno
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..errors import EinfoldError, RecipeError
+from ..errors import ArtifactWarning, EinfoldError, RecipeError
 
 #: Results go to stdout, everything said on the way to stderr.
 #: Neither reads markup: paths and names of models may hold brackets.
@@ -90,6 +91,27 @@ def explain_error(error: Exception, as_json: bool) -> int:
         with suppress(OSError):  # stdout itself may be what failed
             print_json({"error": text, "kind": type(error).__name__})
     return code
+
+
+def show_warnings() -> None:
+    """einfold's own warnings as sentences on stderr; those of libraries as they come."""
+    plain = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, ArtifactWarning):
+            err.print(Text.assemble(("warning:", "bold yellow"), " ", str(message)))
+        else:
+            plain(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", ArtifactWarning)
 
 
 def parse_bytes(text: str) -> int:

@@ -18,6 +18,7 @@ def compile_model(
     model: str,
     output: Path,
     target: str | None,
+    cubins: str | None,
     weights: str | None,
     cache: str | None,
     recipe: Path | None,
@@ -28,10 +29,9 @@ def compile_model(
     dump: Path | None,
     as_json: bool,
 ) -> None:
-    from ..compiler.artifact import check_output, check_target
+    from ..compiler.artifact import check_output
 
     check_output(output, force)  # before the slow imports: most mistakes are found here
-    check_target(target or "onnx")
     from ..api import compile
 
     with progress(as_json) as tell:
@@ -43,6 +43,7 @@ def compile_model(
             portable=portable,
             context=context,
             target=target,
+            cubins=None if cubins is None else [part.strip() for part in cubins.split(",")],
             recipe=recipe,
             force=force,
             check=check,
@@ -67,6 +68,8 @@ def compile_model(
     if report.tokenizer.startswith("none"):
         reason = report.tokenizer.removeprefix("none: ")
         err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")
+    if "check" in report.check:
+        err.print(f"check against the reference {report.check['check']}")
     out.print(f"report: {output / 'report.html'}")
 
 
@@ -165,6 +168,7 @@ def evaluate_artifact(
     against: str,
     text: Path | None,
     window: int | None,
+    prompt: float,
     loading: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -172,7 +176,7 @@ def evaluate_artifact(
     from ..model import load
 
     with progress(as_json) as tell:
-        quality = evaluate(load(artifact, **loading), against, text, window, tell)
+        quality = evaluate(load(artifact, **loading), against, text, window, tell, prompt)
     if as_json:
         print_json(quality.data())
         return
@@ -190,10 +194,22 @@ def evaluate_artifact(
             f"{100 * quality.recall:.1f} % of {quality.keys}  "
             f"(original {100 * quality.reference_recall:.1f} %)",
         )
-    table.add_row("read", f"{quality.tokens:,} tokens in {quality.documents} documents")
+    for part in quality.recall_by_depth:
+        where = f"at depths to {100 * part['to']:.0f} %"
+        table.add_row(f"  {where}", _recall_row(part))
+    for part in quality.recall_by_length:
+        table.add_row(f"  after {part['above']:.0f} to {part['to']:.0f} tokens", _recall_row(part))
+    table.add_row("measured", f"{quality.tokens:,} tokens in {quality.documents} documents")
+    if quality.prompt is not None:
+        table.add_row("", f"behind prompts of {100 * quality.prompt:.0f} % of each window")
     for name, count in quality.bytes.items():
         table.add_row(f"bytes, {name}", f"{count:,} ({human_bytes(count)})")
     out.print(table)
+
+
+def _recall_row(part: dict[str, Any]) -> str:
+    original = f"(original {100 * part['reference_recall']:.1f} %)"
+    return f"{100 * part['recall']:.1f} % of {part['keys']}  {original}"
 
 
 def bench_artifact(
@@ -205,13 +221,23 @@ def bench_artifact(
     repeat: int,
     threads: int | None,
     chunk: int,
+    trust: bool,
     as_json: bool,
 ) -> None:
     from ..evaluate.speed import measure_speed
 
     with progress(as_json) as tell:
         speed = measure_speed(
-            artifact, prompt_tokens, contexts, new_tokens, batch, repeat, threads, chunk, tell
+            artifact,
+            prompt_tokens,
+            contexts,
+            new_tokens,
+            batch,
+            repeat,
+            threads,
+            chunk,
+            tell,
+            trust,
         )
     if as_json:
         print_json(speed.data())

@@ -2,6 +2,11 @@
 
 Both models read the same tokens (teacher forcing). The original runs in float32 through transformers,
 so the figures measure everything that einfold did, the runtime included.
+
+A cache that lets tokens go is measured as it is used: a part of each window is read as a prompt and
+compressed, and what is measured is the rest, which goes through the compressed cache. Pass keys are asked
+for in readings of their own, whose prompt ends right before the question: compression must not know what
+will be asked (kvpress compresses its contexts so, without their questions).
 """
 
 from __future__ import annotations
@@ -13,24 +18,31 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..compiler.ir.manifest import NAME
 from ..errors import ModelError, PromptError
 from ..model import Model
-from .texts import DEFAULT, Document, read_documents
+from .recall import KeyPlace, Recall, Window, windows
+from .texts import DEFAULT, read_documents
 
 #: Tokens that the original model reads at a step; bounds the memory of its logits.
 _STEP = 256
 
+#: The share of a window that is read as a prompt where the cache lets tokens go.
+PROMPT = 0.5
+
 Progress = Callable[[str, float], None]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass
 class Quality:
     """What `einfold eval` reports. `kl` is KL(original || artifact) in nats a token; `recall` the share
-    of pass keys whose every token the artifact predicts, None where the text asks for none."""
+    of pass keys whose every token the artifact predicts, None where the text asks for none; `prompt` the
+    share of each window that was read before it was measured, None where the cache keeps everything."""
 
     perplexity: float
     reference_perplexity: float
@@ -42,6 +54,9 @@ class Quality:
     keys: int
     documents: int
     bytes: dict[str, int]
+    prompt: float | None = None
+    recall_by_depth: list[dict[str, Any]] = field(default_factory=list)
+    recall_by_length: list[dict[str, Any]] = field(default_factory=list)
 
     def data(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -56,8 +71,7 @@ class _Sums:
     reference_loss: float = 0.0
     kl: float = 0.0
     same: int = 0
-    keys: list[bool] = field(default_factory=list)
-    reference_keys: list[bool] = field(default_factory=list)
+    recall: Recall = field(default_factory=Recall)
 
 
 def evaluate(
@@ -66,13 +80,18 @@ def evaluate(
     text: str | Path | None = None,
     window: int | None = None,
     progress: Progress | None = None,
+    prompt: float = PROMPT,
 ) -> Quality:
     """Measures `model` against the original in the folder `against`, or against another artifact of it.
 
     `text` is a file of documents, separated by lines that hold a form feed; the original's own
     `eval.txt` or a built-in text where it is not given. Documents longer than `window` tokens (the
-    artifact's context, at most 2,048, by default) are read in windows of that many.
+    artifact's context, at most 2,048, by default) are read in windows of that many. Where the cache lets
+    tokens go, the share `prompt` of each is read before it is compressed, and measured is what follows.
     """
+    if not 0 <= prompt < 1:
+        raise PromptError(f"the prompt's share of a window is from 0 to less than 1, not {prompt}")
+    share = prompt if model.engine.layout.clocks() else None
     tell = progress or (lambda message, share: None)
     documents = read_documents(find_text(text, Path(against)))
     limit = min(2048 if window is None else window, model.engine.context)
@@ -87,12 +106,11 @@ def evaluate(
             f"{against} has {original.vocabulary} tokens, the artifact {model.engine.vocabulary}: "
             "it was compiled from another model"
         )
-    pieces = [piece for doc in documents for piece in _windows(model, doc, limit)]
-    sums, largest = _Sums(), 0
-    for number, (tokens, keys) in enumerate(pieces):
+    pieces = list(windows(model.tokenizer.encode_with_offsets, documents, limit))
+    sums = _Sums()
+    for number, piece in enumerate(pieces):
         tell("reading the text", number / len(pieces))
-        _measure(model, original, tokens, keys, sums)
-        largest = max(largest, len(tokens))
+        _measure(model, original, piece, share, sums)
     if not sums.tokens:
         raise PromptError("the text has no document of two tokens or more")
     for name, loss in ((model.artifact.folder, sums.loss), (against, sums.reference_loss)):
@@ -104,12 +122,15 @@ def evaluate(
         reference_perplexity=math.exp(sums.reference_loss / count),
         kl=sums.kl / count,
         top1=sums.same / count,
-        recall=_share(sums.keys),
-        reference_recall=_share(sums.reference_keys),
+        recall=sums.recall.share,
+        reference_recall=sums.recall.reference_share,
         tokens=count,
-        keys=len(sums.keys),
+        keys=len(sums.recall.places),
         documents=len(documents),
-        bytes=measure_bytes(model, 1, largest),
+        bytes=measure_bytes(model, 1, max(len(piece.tokens) for piece in pieces)),
+        prompt=share,
+        recall_by_depth=sums.recall.by_depth(),
+        recall_by_length=sums.recall.by_length(),
     )
 
 
@@ -124,6 +145,8 @@ def find_text(text: str | Path | None, against: Path) -> Path:
 def measure_bytes(model: Model, batch: int, tokens: int) -> dict[str, int]:
     """Bytes by the account and as they are held: `predicted` and `measured` must be equal.
 
+    `cache` is held once a prompt has been read, `cache_peak` at most while one of `tokens` tokens is.
+
     Weights are counted as they lie in the file that the runtime maps. The copies that onnxruntime packs
     for the processor come on top; the benchmarks' peak memory shows them.
     """
@@ -136,29 +159,10 @@ def measure_bytes(model: Model, batch: int, tokens: int) -> dict[str, int]:
     return {
         "weights": model.engine.runner.weight_bytes,
         "cache": cache.nbytes,
+        "cache_peak": int(layout.peak_bytes(batch, tokens, tokens)),
         "predicted": predicted,
         "measured": model.engine.runner.weight_bytes + cache.nbytes,
     }
-
-
-def _share(hits: list[bool]) -> float | None:
-    return sum(hits) / len(hits) if hits else None
-
-
-def _windows(
-    model: Model, doc: Document, limit: int
-) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """(tokens, keys) of each window; a key is the positions of its tokens."""
-    tokens, offsets = model.tokenizer.encode_with_offsets(doc.text)
-    for start in range(0, len(tokens), limit):
-        part = tokens[start : start + limit]
-        keys = []
-        for low, high in doc.keys:
-            places = [i for i, (a, b) in enumerate(offsets) if a < high and b > low]
-            if places and places[0] > start and places[-1] < start + len(part):
-                keys.append([place - start for place in places])
-        if len(part) > 1:
-            yield part, keys
 
 
 class _Reference(Protocol):
@@ -204,16 +208,22 @@ class _Artifact:
 
 
 def _measure(
-    model: Model, original: _Reference, tokens: list[int], keys: list[list[int]], sums: _Sums
+    model: Model, original: _Reference, window: Window, share: float | None, sums: _Sums
 ) -> None:
+    """Adds one window. `share` of it is a prompt; None where the cache keeps everything anyway."""
+    tokens = window.tokens
+    first = 0 if share is None else int(len(tokens) * share)
     best = np.zeros(len(tokens), np.int64)
     reference_best = np.zeros(len(tokens), np.int64)
-    mine = _Rows((start, torch.from_numpy(logits)) for start, logits in model.logits(tokens))
+    mine = _Rows((at, torch.from_numpy(logits)) for at, logits in model.logits(tokens, first))
     for start, reference in original.log_probabilities(tokens):
         end = start + len(reference)
+        reference_best[start:end] = reference.argmax(-1).numpy()
+        start, reference = max(start, first), reference[max(0, first - start) :]
+        if start >= end:
+            continue  # all of this step belongs to the prompt
         found = torch.log_softmax(mine.take(end - start), dim=-1)
         best[start:end] = found.argmax(-1).numpy()
-        reference_best[start:end] = reference.argmax(-1).numpy()
         predicted = min(end, len(tokens) - 1) - start  # nothing follows the last token
         found, reference = found[:predicted], reference[:predicted]
         target = torch.tensor(tokens[start + 1 : start + 1 + predicted])[:, None]
@@ -222,11 +232,22 @@ def _measure(
         sums.reference_loss -= float(reference.gather(1, target).double().sum())
         sums.kl += float((reference.exp() * (reference - found)).double().sum())
         sums.same += int((found.argmax(-1) == reference.argmax(-1)).sum())
-    wanted = np.array(tokens)
-    for places in keys:
-        before = np.array(places) - 1
-        sums.keys.append(bool((best[before] == wanted[places]).all()))
-        sums.reference_keys.append(bool((reference_best[before] == wanted[places]).all()))
+    for key in window.keys:
+        if share is not None:
+            best = _answered(model, tokens, key)
+        sums.recall.add(key, _recalled(best, tokens, key), _recalled(reference_best, tokens, key))
+
+
+def _answered(model: Model, tokens: list[int], key: KeyPlace) -> IntArray:
+    """The likeliest token behind each of the question's, asked of a cache that was compressed before it."""
+    best = np.zeros(len(tokens), np.int64)
+    for start, logits in model.logits(tokens[: key.answer[-1] + 1], key.asked):
+        best[start : start + len(logits)] = logits.argmax(-1)
+    return best
+
+
+def _recalled(best: IntArray, tokens: list[int], key: KeyPlace) -> bool:
+    return all(best[place - 1] == tokens[place] for place in key.answer)
 
 
 class _Rows:

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..errors import PromptError
 from ..model import Model, load
-from ..runtime.cache import Cache
 
 Progress = Callable[[str, float], None]
 
@@ -40,11 +39,12 @@ def measure_speed(
     threads: int | None,
     chunk: int,
     progress: Progress,
+    trust: bool = False,
 ) -> Speed:
     """Times an artifact. Decoding at a long context starts from a cache of random numbers, so that
     the time to fill it is not part of the wait; speed does not depend on what the numbers mean."""
     started = time.perf_counter()
-    model = load(artifact, threads=threads, chunk=chunk)
+    model = load(artifact, threads=threads, chunk=chunk, trust=trust)
     seconds = time.perf_counter() - started
     longest = max(prompt_tokens, *(context + new_tokens for context in contexts))
     if longest > model.engine.context:
@@ -69,7 +69,7 @@ def prefill_seconds(model: Model, tokens: int, seed: int = 0) -> float:
     """Seconds to run a prompt of random tokens into an empty cache."""
     engine = model.engine
     ids = np.random.default_rng(seed).integers(0, engine.vocabulary, tokens)
-    cache = Cache.allocate(engine.layout, 1, tokens, tokens)
+    cache = engine.allocate(1, tokens, tokens)
     started = time.perf_counter()
     engine.prefill(cache, [ids])
     return time.perf_counter() - started
@@ -81,9 +81,15 @@ def decode_seconds(
     """Seconds of one decode step, the mean over `new_tokens`, behind `context` tokens of random cache."""
     engine = model.engine
     random = np.random.default_rng(seed)
-    cache = Cache.allocate(engine.layout, batch, context + new_tokens)
+    cache = engine.allocate(batch, context + new_tokens)
     for buffer in cache.buffers.values():
-        buffer[:] = random.standard_normal(buffer.shape[1:], np.float32).astype(buffer.dtype)
+        noise = random.standard_normal(buffer.shape[1:], np.float32)
+        # Buffers of a device take numbers in their own way.
+        buffer[:] = (
+            noise.astype(buffer.dtype)
+            if isinstance(buffer, np.ndarray)
+            else buffer.new_tensor(noise)
+        )
     cache.assume(context)
     ids = random.integers(0, engine.vocabulary, (batch, 1))
     rows = np.arange(batch)

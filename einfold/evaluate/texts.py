@@ -18,11 +18,23 @@ DEFAULT = Path(__file__).with_name("default.txt")
 
 
 @dataclass(frozen=True)
+class Key:
+    """A pass key that a text states and asks for, by characters."""
+
+    stated: int
+    """Where its statement begins."""
+    asked: int
+    """Where its question begins."""
+    answer: tuple[int, int]
+    """Start and end of the digits to recall."""
+
+
+@dataclass(frozen=True)
 class Document:
-    """One text and the spans (start, end) of the pass keys that it asks for, in characters."""
+    """One text and the pass keys that it asks for."""
 
     text: str
-    keys: tuple[tuple[int, int], ...]
+    keys: tuple[Key, ...]
 
 
 def read_documents(path: Path) -> list[Document]:
@@ -39,10 +51,10 @@ def read_documents(path: Path) -> list[Document]:
 
 def document(text: str) -> Document:
     """A text with its pass-key questions found."""
-    spans = []
+    keys = []
     for found in QUESTION.finditer(text):
         statement = f"The pass key{found.group(1)} is {found.group(2)}"
-        # Only a key that was stated before can be recalled.
-        if text.find(statement, 0, found.start()) >= 0:
-            spans.append(found.span(2))
-    return Document(text, tuple(spans))
+        stated = text.find(statement, 0, found.start())
+        if stated >= 0:  # only a key that was stated before can be recalled
+            keys.append(Key(stated, found.start(), found.span(2)))
+    return Document(text, tuple(keys))

@@ -190,6 +190,27 @@ def test_sizes_may_vary(run: Callable[..., Any]) -> None:
     assert report.fused == 1
 
 
+def softcap_by(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
+    return torch.softmax(torch.tanh(scores(q, k) / cap) * cap, dim=-1) @ expanded(v)
+
+
+def scaled_by(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.softmax(scores(q, k) * scale, dim=-1) @ expanded(v)
+
+
+@pytest.mark.parametrize("form", [softcap_by, scaled_by], ids=lambda form: form.__name__)
+def test_a_number_that_varies_is_an_input(form: Callable[..., Tensor]) -> None:
+    """With dynamic=True numbers are symbols; another value compiles nothing anew, through Inductor either."""
+    compiled = torch.compile(form, backend="einfold", dynamic=True, options={"measure": "never"})
+    inputs = inputs_of(plain)
+    with torch.no_grad():
+        for number in (20.0, 3.0, 7.0):
+            found = compiled(*inputs, number)
+            torch.testing.assert_close(found, form(*inputs, number), rtol=1e-4, atol=1e-5)
+    (report,) = backend.reports()
+    assert report.fused == 1
+
+
 def sinks_of_any_size(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
     k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
     s = q @ k.transpose(2, 3) * D**-0.5

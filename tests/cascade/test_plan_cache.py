@@ -71,6 +71,33 @@ def test_a_damaged_file_is_derived_again(damage: str, tmp_path: Path) -> None:
     assert json.loads(path.read_text())["plans"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("correct b6 = b6.old[r0] * exp(b4.ref.old[r0] - b4.ref[r0])\n", ""),
+        (":: max(", ":: min("),
+        (" scale free", " scale free static 400"),
+        ("passes 3 -> 1", "passes 3 -> 1, dead rows zero"),
+        ("stream b3[r0, r1] = ", "stream b3[r0, r1] = 2 * "),
+        ("input a1", "input a9"),
+    ],
+)
+def test_a_plan_that_reads_and_is_wrong_is_derived_again(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    cascade = parse(NAIVE)
+    first = plans.fold(cascade, "t", tmp_path)
+    (path,) = tmp_path.iterdir()
+    right = path.read_text()
+    data = json.loads(right)
+    assert old in data["plans"][0]
+    data["plans"] = [data["plans"][0].replace(old, new)]
+    parse_plan(data["plans"][0])  # it reads: only its meaning gives it away
+    path.write_text(json.dumps(data))
+    assert plans.fold(cascade, "t", tmp_path) == first
+    assert path.read_text() == right
+
+
 def test_a_plan_that_fails_its_check_is_refused_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from einfold.compiler.analysis.cascade.check import run_plans
+from einfold.compiler.analysis.cascade.regions import regions
 from einfold.compiler.explain import explain_regions
 from einfold.compiler.frontend.cascade.trace import import_function
 from einfold.compiler.ir.cascade.cascade import Cascade
@@ -42,6 +43,42 @@ class Layer(nn.Module):
         x = x + self.o((weights @ v).transpose(1, 2).flatten(2))
         normed = self.second(x)
         return x + self.down(self.up(normed) * torch.nn.functional.silu(self.gate(normed)))
+
+
+def of_normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention within a window, on queries and keys of length one."""
+    q, k = (x / x.square().sum(-1, keepdim=True).sqrt() for x in (q, k))
+    row, column = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
+    live = (column <= row) & (column > row - 3)
+    return torch.softmax((q @ k.mT).masked_fill(~live, -math.inf), dim=-1) @ v
+
+
+def test_no_reduction_is_in_two_regions(plan_cache: Path) -> None:
+    """Scores follow from the norms along the head and feed the softmax along the keys: one has them."""
+    inputs = tuple(torch.randn(2, 3, TOKENS, HEAD, dtype=torch.float64) for _ in range(3))
+    imported = import_function(of_normalised, inputs)
+    (attention,) = explain_regions(imported, plan_cache)
+    assert imported.sizes[attention.rank] == TOKENS
+    assert (attention.status, attention.passes_before, attention.passes_after) == ("fused", 3, 1)
+    scores = [
+        s for s in attention.cascade.statements if s.op == "sum" and attention.rank in s.ranks
+    ]
+    assert len(scores) == 1
+
+
+def test_what_a_region_leaves_is_cut_again() -> None:
+    """A norm along the head with two passes of its own stays a region beside the attention."""
+
+    def centred(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q - q.mean(-1, keepdim=True)
+        return of_normalised(q, k, v)
+
+    inputs = tuple(torch.randn(2, 3, TOKENS, HEAD, dtype=torch.float64) for _ in range(3))
+    imported = import_function(centred, inputs)
+    found = regions(imported.cascade)
+    assert {imported.sizes[part.rank] for part in found} == {TOKENS, HEAD}
+    first, second = (part.reductions for part in found)
+    assert not first & second
 
 
 def test_a_layer_has_an_attention_and_two_norms(plan_cache: Path) -> None:

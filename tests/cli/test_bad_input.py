@@ -135,7 +135,6 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
     compile_refused(
         text_model, out, "--recipe", str(tmp_path / "absent.toml"), code=7, says="no recipe file"
     )
-    compile_refused(text_model, out, "--target", "triton", code=4, says="--target triton")
 
 
 def test_prompts(text_artifact: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from einfold.cli import main
 
@@ -183,7 +184,36 @@ def test_bench_passes_help_version(text_artifact: Path) -> None:
     assert einfold("--version").startswith("einfold 0.")
     for verb in ("compile", "run", "eval", "bench", "estimate", "inspect", "diff", "passes"):
         assert "--json" in einfold(verb, "--help")
-    assert "storage format" in " ".join(einfold("compile", "--help").split())
+    compiling = " ".join(einfold("compile", "--help").split())
+    assert "storage format" in compiling
+    assert "Loading uses them only with --trust" in compiling.replace("│ │ ", "")
+    for verb in ("run", "eval", "bench"):
+        text = " ".join(einfold(verb, "--help").replace("│", " ").split())
+        assert "machine code that nothing checks; without this they are ignored" in text
+
+
+def test_a_triton_artifact(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = as_json("compile", text_model, "-o", out, "--target", "triton")
+    assert any(name.startswith("kernels/") for name in made["manifest"]["files"])
+    assert "target triton" in " ".join(einfold("inspect", out).split())
+    found = as_json("run", out, "--ids", "5 6 7", "--max-new-tokens", "3", "--engine", "reference")
+    assert len(found["tokens"]) == 3
+    if not torch.cuda.is_available():
+        assert made["check"]["check"].startswith("not run: ")
+        says = einfold("run", out, "-p", "the", code=4)
+        assert "needs a CUDA device" in says and "--engine reference" in says
+        assert "needs a CUDA device" in einfold("bench", out, code=4)
+    wrong = einfold("run", out, "-p", "the", "--engine", "onnx", code=7)
+    assert "compiled for triton" in wrong
+    other = tmp_path / "other"
+    for more, says in (
+        (("--cubins", "sm_90"), "add --target triton"),
+        (("--target", "triton", "--cubins", "sm_90,sm_1"), "triton.cubins"),
+        (("--target", "triton", "--portable"), "portable is for the target onnx"),
+    ):
+        assert says in einfold("compile", text_model, "-o", other, *more, code=7)
+        assert not other.exists()
 
 
 def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> None:

@@ -260,12 +260,13 @@ CACHED = """
     input %kc "cache.0.0.key" : {cache}[B, {kv}, C, {size}]
     input %vc "cache.0.0.value" : {cache}[B, {kv}, C, {value}]
     input %past "lengths" : i64[B]
+    input %count "count" : f32[B, {kv}]
     read %cos "cos" : f32[64, {half}]
     read %sin "sin" : f32[64, {half}]
     read %sinks "sinks" : f32[{heads}]
     read %ks "ks" : f32[{kv}, {size}]
     read %vs "vs" : f32[{kv}, {value}]
-    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, none, {arguments}) : ({types})
+    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, {count}, {arguments}) : ({types})
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {value}]
     call %k2 = builtin.getitem(%a, 1) : {cache}[B, {kv}, C, {size}]
     call %v2 = builtin.getitem(%a, 2) : {cache}[B, {kv}, C, {value}]
@@ -300,6 +301,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "half": 4,
     },
     "int8, all of it": {**INT8, "window": 4, "softcap": 2.0, "sinks": "%sinks"},
+    "count": {"count": "%count"},
+    "count, rotary": {"count": "%count", "rotary": "%pos, %cos, %sin"},
+    "count, all of it": {"count": "%count", "softcap": 2.0, "sinks": "%sinks"},
+    "count, head of 12": {"count": "%count", "size": 12, "value": 12},
+    "int8, count": {**INT8, "count": "%count", "rotary": "%pos, %cos, %sin"},
+    "int8, count, all of it": {**INT8, "count": "%count", "softcap": 2.0, "sinks": "%sinks"},
 }
 
 
@@ -320,6 +327,7 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         "pairing": "false",
         "cache": "f32",
         "scales": "none, none",
+        "count": "none",
     }
     options |= VARIANTS[variant]
     arguments = "{sinks}, {rotary}, {scales}, 0, 0.3, {window}, {softcap}, {pairing}".format(
@@ -358,6 +366,8 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
             "k": randn(batch, new, kv, size),
             "v": randn(batch, new, kv, value),
             "lengths": past,
+            # Nothing behind slot 0 in the first row, some tokens in the others, or the other way round.
+            "count": (torch.arange(batch)[:, None] + new) % 2 * torch.full((batch, kv), 5.0),
             **caches,
         }
         want = reference.run(inputs)
@@ -381,12 +391,20 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         "cache.0.0.key": torch.zeros(2, kv, 24, size, dtype=stored),
         "cache.0.0.value": torch.zeros(2, kv, 24, value, dtype=stored),
     }
+    first = int(options["count"] != "none")  # slot 0 is taken from the start
+    for tensor in empty.values():
+        tensor[:, :, :first] = torch.randint(-9, 9, tensor[:, :, :first].shape).to(stored)
     one = {name: tensor[:1].clone() for name, tensor in empty.items()}
-    one = step(1, [0], 7, one)
-    one = step(1, [7], 5, one)
-    step(1, [12], 1, one)
-    both = step(2, [0, 0], 6, empty)
-    step(2, [6, 3], 1, both)
+    one = step(1, [first], 7, one)
+    one = step(1, [first + 7], 5, one)
+    step(1, [first + 12], 1, one)
+    if (
+        first
+    ):  # GroupQueryAttention takes no rows together over slots in use; the engine runs them apart
+        both = {name: torch.randint(-9, 9, t.shape).to(stored) for name, t in empty.items()}
+    else:
+        both = step(2, [0, 0], 6, empty)
+    step(2, [first + 6, first + 3], 1, both)
 
 
 EXPERTS = """

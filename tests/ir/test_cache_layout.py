@@ -12,11 +12,17 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.layout import PARTS, CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.layout import (
+    PARTS,
+    CacheLayout,
+    HeadGroup,
+    LayerCache,
+    query_name,
+)
 from einfold.compiler.ir.cache.low_rank import LowRank
 from einfold.compiler.ir.cache.minicache import MiniCache
 from einfold.compiler.ir.cache.packing import BITS, Packed
-from einfold.compiler.ir.cache.policies import Full, Policy, Window
+from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
 from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, read_storage
 from einfold.errors import IRError
 from einfold.runtime.cache import Cache
@@ -24,14 +30,18 @@ from einfold.runtime.cache import Cache
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
-    if draw(st.booleans()):
-        return Full()
-    return Window(
-        draw(st.integers(0, 4)),
-        draw(st.integers(1, 20)),
-        draw(st.integers(1, 8)),
-        draw(st.booleans()),
-        draw(st.sampled_from(["exact", "streaming"])),
+    kept, newest, slack = (draw(st.integers(1, most)) for most in (9, 20, 8))
+    prefill = draw(st.sampled_from(["exact", "streaming"]))
+    return draw(
+        st.sampled_from(
+            [
+                Full(),
+                Window(kept - 1, newest, slack, draw(st.booleans()), prefill),
+                HeavyHitters(kept, newest, slack, prefill),
+                Merged(kept, newest, slack, prefill, similarity=0.5),
+                Voted(kept, newest, 3, slack, queries=2),
+            ]
+        )
     )
 
 
@@ -54,7 +64,7 @@ def packed(draw: st.DrawFn) -> Packed:
         }
         if kind is Gear:
             options |= {"tokens": draw(st.sampled_from([8, 16]))}
-            options |= {"rank": draw(st.integers(0, 2)), "outliers": draw(st.integers(0, 2))}
+            options |= {"rank": draw(st.integers(0, 2)), "share": draw(st.floats(0, 0.9))}
     else:
         options = {
             "high": draw(width),
@@ -152,7 +162,13 @@ def test_while_a_prompt_is_read_and_after(
     cache = Cache.allocate(layout, batch, capacity, prompt)
     assert cache.nbytes == layout.bytes(batch, capacity, prompt)
     assert cache.nbytes <= layout.peak_bytes(batch, capacity, prompt)
-    cache.advance(prompt)
+    queries = {
+        query_name(layer.layer, index): np.zeros(
+            (batch, prompt, 2 * len(group.heads), layer.key_size), np.float32
+        )
+        for layer, index, group in layout.groups()
+    }
+    cache.advance(prompt, queries)
     cache.settle()
     assert cache.nbytes == layout.bytes(batch, capacity)
     assert cache.nbytes <= layout.peak_bytes(batch, capacity, prompt)
@@ -212,7 +228,8 @@ def test_a_row_shares_the_memory() -> None:
         ("kivi(prefill=later)", "exact or streaming"),
         ("gear(tokens=48)", "a group of 32 does not divide the granule 48"),
         ("gear(tokens=512)", "up to 256 tokens"),
-        ("gear(rank=-1)", "0 or more"),
+        ("gear(rank=-1)", "the rank is 0 or more"),
+        ("gear(share=1.0)", "less than 1, not 2 and 1.0"),
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
         ("kivi(bits=4)", "unknown or repeated field"),
@@ -230,7 +247,6 @@ def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
         ("kivi(keys=token)", (48, 64), "group of 32 does not divide the key size"),
         ("zipcache()", (20, 64), "8 codes together, which does not divide the key size 20"),
         ("gear(rank=40)", (32, 32), "rank 40"),
-        ("gear(outliers=20)", (32, 32), "20 outliers"),
         ("mikv()", (48, 64), "does not divide the key size"),
     ],
 )

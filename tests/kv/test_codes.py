@@ -26,7 +26,7 @@ STORAGES = [
     Kivi(group=8, residual=8, keys="token"),
     Gear(group=8, residual=8, tokens=16),
     Gear(group=8, residual=8, tokens=16, rank=0),
-    Gear(group=8, residual=8, tokens=16, outliers=0, keys="token"),
+    Gear(group=8, residual=8, tokens=16, share=0.0, keys="token"),
     ZipCache(salient=8, tokens=24),
     MiKV(salient=16, tokens=24, group=8, low=3),
 ]
@@ -37,14 +37,16 @@ def test_codes_come_back_and_fill_every_bit(width: int, eights: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**width, (2, 3, 8 * eights), generator=generator).to(torch.uint8)
     packed = pack(codes, width)
-    assert packed.dtype == torch.uint8 and packed.shape == (2, 3, eights * width)
+    assert all(plane.dtype == torch.uint8 for plane in packed)
+    assert sum(plane.shape[-1] for plane in packed) == eights * width
     assert torch.equal(unpack(packed, width), codes)
 
 
 def test_eight_codes_of_three_bits_are_three_bytes() -> None:
     codes = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
     # The low two bits of each, then the high bits.
-    assert pack(codes, 3).tolist() == [0b11100100, 0b11100100, 0b11110000]
+    low, high = pack(codes, 3)
+    assert low.tolist() == [0b11100100, 0b11100100] and high.tolist() == [0b11110000]
 
 
 @given(
@@ -117,7 +119,7 @@ def test_gear_sets_outliers_aside_and_adds_what_the_codes_lost() -> None:
     keys, values = torch.randn(2, 16, 16), torch.randn(2, 16, 16)
     keys[0, 3, 5], values[1, 7, 2] = 90.0, -70.0
     plain = Kivi(key_bits=2, value_bits=2, group=8, residual=8)
-    gear = Gear(key_bits=2, value_bits=2, group=8, residual=8, tokens=16, rank=2, outliers=1)
+    gear = Gear(key_bits=2, value_bits=2, group=8, residual=8, tokens=16, rank=2, share=0.15)
     found = {s.name: decode(s, encode(s, keys, values, Seen())) for s in (plain, gear)}
     for part, x in enumerate((keys, values)):
         errors = {n: float((y[part].flatten(1, 2) - x).norm()) for n, y in found.items()}

@@ -8,6 +8,7 @@ import torch
 
 import einfold
 from einfold.compiler.calibrate.layer_similarity import LayerSimilarity
+from einfold.compiler.calibrate.statistics import Statistics
 from einfold.compiler.ir.cache.layout import CacheLayout
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.verifier import verify
@@ -159,7 +160,7 @@ def test_the_search_goes_by_rank_and_by_the_effect() -> None:
 def test_distances_rank_the_pairs(order: str) -> None:
     found = planned(0, 0, 0)
     tokens = torch.randint(11, (4, 64))
-    found.text = lambda: tokens
+    found.statistics = Statistics(lambda: (tokens, "a text"))
     similarity = LayerSimilarity(found, tokens)
     pairs = [(0, 1), (0, 2), (1, 2)]
     distances = similarity.distances(pairs)
@@ -173,7 +174,7 @@ def test_distances_rank_the_pairs(order: str) -> None:
 
 def test_a_threshold_that_nothing_meets_is_reported() -> None:
     found = planned(0, 0)
-    found.text = lambda: torch.randint(11, (4, 64))
+    found.statistics = Statistics(lambda: (torch.randint(11, (4, 64)), "a text"))
     result = CrossLayer(layers=1, threshold=1.0).run(found)
     assert "only 0 of 1 layers share within 1.0" in result.notes[0].what
     assert all(layer.groups[0].owner is None for layer in found.layout.layers)
@@ -184,7 +185,7 @@ def test_damaged_weights_and_orders_are_refused() -> None:
     table[3] = float("nan")
     found = program(text(0, 0), e=table)
     PlanCache().run(found)
-    found.text = lambda: torch.full((1, 64), 3)
+    found.statistics = Statistics(lambda: (torch.full((1, 64), 3), "a text"))
     with pytest.raises(CalibrationError, match="keys of layer 0 are not finite"):
         CrossLayer(layers=1).run(found)
     with pytest.raises(RecipeError, match="dissimilar or similar pairs first"):

@@ -94,6 +94,12 @@ def test_seeded_sampling_repeats_in_a_batch(artifact: Callable[..., Path]) -> No
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
+    alone = model.generate_batch([prompt(4)], max_new_tokens=10, sampling=settings, ignore_eos=True)
+    assert alone[0].tokens == runs[0][0]  # a row draws the same whatever stands beside it
+    twice = model.generate_batch(
+        [prompt(4)] * 2, max_new_tokens=10, sampling=settings, ignore_eos=True
+    )
+    assert twice[0].tokens != twice[1].tokens
     other = model.generate_batch(
         [prompt(4)], max_new_tokens=10, sampling=Sampling(temperature=1.0, seed=6), ignore_eos=True
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.layout import Buffer, CacheLayout, HeadGroup, LayerCache
 from einfold.compiler.ir.cache.policies import Window
 from einfold.compiler.ir.cache.storages import Plain
+from einfold.compiler.ir.types import DTYPES as TORCH_TYPES
 from einfold.errors import EinfoldError
 from einfold.runtime.cache import Cache
 
@@ -24,14 +26,14 @@ def layout(window: Window, storage: str = "f32") -> CacheLayout:
     return CacheLayout((LayerCache(0, HEADS, SIZE, SIZE, (group,)),))
 
 
-def write(cache: Cache, tokens: npt.NDArray[np.float32]) -> None:
+def write(cache: Cache, tokens: Any) -> None:
     """What a step does: tokens [rows, new, heads, size] go behind the used slots."""
     new = tokens.shape[1]
     cache.make_room(new)
     for row, used in enumerate(cache.clocks["slots.0"]):
         for part, sign in (("key", 1), ("value", -1)):
             slots = cache.buffers[f"cache.0.0.{part}"][row]
-            slots[:, used : used + new] = sign * tokens[row].transpose(1, 0, 2)
+            slots[:, used : used + new] = sign * tokens[row].swapaxes(0, 1)
     cache.advance(new)
 
 
@@ -105,6 +107,31 @@ def test_the_mean_of_integers_is_rounded_only_where_it_is_stored() -> None:
     np.testing.assert_allclose(cache.buffers["cache.0.0.mean_key"][0], gone.mean())
     assert cache.buffers["cache.0.0.key"][0, 0, 0].tolist() == [round(gone.mean())] * SIZE
     assert cache.buffers["cache.0.0.value"].dtype == np.int8
+
+
+@pytest.mark.parametrize("storage", ["f32", "i8"])
+def test_a_device_s_tensors_are_kept_as_arrays_are(storage: str) -> None:
+    """Torch and NumPy beside each other through moves, means and the end of the prompt."""
+    text = np.random.default_rng(0).standard_normal((2, 20, HEADS, SIZE)).astype(np.float32) * 20
+    text = text.round() if storage == "i8" else text
+
+    def tensors(spec: Buffer) -> torch.Tensor:
+        return torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype])
+
+    held = layout(Window(1, 4, 2, compensation=True), storage)
+    plain = Cache.allocate(held, 2, 20, 8)
+    device = Cache.allocate(held, 2, 20, 8, tensors)
+    for start, end in [(0, 5), (5, 8), (8, 9), (9, 11), (11, 12), (12, 13)]:
+        write(plain, text[:, start:end])
+        write(device, torch.from_numpy(text[:, start:end]))
+        if end == 8:
+            plain.settle()
+            device.settle()
+    assert plain.buffers["cache.0.0.count"].max() > 4
+    for name, buffer in device.buffers.items():
+        assert isinstance(buffer, torch.Tensor)
+        np.testing.assert_allclose(buffer.numpy(), plain.buffers[name], rtol=1e-5, atol=1e-5)
+    assert device.nbytes == plain.nbytes
 
 
 def test_a_step_larger_than_the_slack_is_refused() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,21 @@ def interpreted(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., dict[str, float]]]:
     """Asks the worker to run a form; the errors of each way to run it."""
+    with asking("tests.triton.worker", tmp_path_factory.mktemp("cache")) as ask:
+        yield lambda form, **request: ask(form=form, **request)["errors"]
+
+
+@contextmanager
+def asking(module: str, cache: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A process with Triton's interpreter that answers requests, a JSON document a line."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
-        "EINFOLD_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "EINFOLD_CACHE": str(cache),
         "PYTHONWARNINGS": "ignore",
     }
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.triton.worker"],
+        [sys.executable, "-m", module],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.PIPE,
@@ -48,15 +56,14 @@ def interpreted(
     assert worker.stdin is not None and worker.stdout is not None
     given, taken = worker.stdin, worker.stdout
 
-    def ask(form: str, **request: Any) -> dict[str, float]:
-        given.write(json.dumps({"form": form, **request}) + "\n")
+    def ask(**request: Any) -> dict[str, Any]:
+        given.write(json.dumps(request) + "\n")
         given.flush()
         line = taken.readline()
         assert line, f"the worker ended with {worker.poll()}"
-        found = json.loads(line)
+        found: dict[str, Any] = json.loads(line)
         assert "failed" not in found, f"{found.get('failed')}\n{found.get('trace')}"
-        errors: dict[str, float] = found["errors"]
-        return errors
+        return found
 
     yield ask
     given.close()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import attention
-from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, work
+from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, inputs_of, work
+from benchmarks.gpu.peers import flex_function
 from einfold.compiler.codegen.torch_plan import run_plan
 
 SMALL = [Shape(2, 9, 9), Shape(2, 1, 9)]
@@ -37,6 +38,32 @@ def test_the_plan_of_a_model_computes_its_attention(model: Model, shape: Shape) 
     torch.testing.assert_close(
         found.float().reshape(expected.shape), expected, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("shape", SMALL, ids=["prefill", "decode"])
+@pytest.mark.parametrize("model", MODELS, ids=[model.name for model in MODELS])
+def test_flex_attention_computes_the_same(model: Model, shape: Shape) -> None:
+    torch.manual_seed(0)
+    model = small(model)
+    inputs = inputs_of(model, shape, "cpu", torch.float32)
+    found = flex_function(model, shape, "cpu")(*inputs)
+    torch.testing.assert_close(found, function_of(model, shape)(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=[model.name for model in MODELS])
+def test_heads_can_be_checked_apart(model: Model) -> None:
+    torch.manual_seed(0)
+    report, kernel, given, _ = attention.prepared(small(model), SMALL[0], "cpu", torch.float32)
+    ranks = attention.free_ranks(kernel)
+    sizes = report.imported.sizes
+    assert sorted(sizes[rank] for rank in ranks) == [2, 2, 2], "batch, KV heads, heads of each"
+    (all_of_it,) = run_plan(kernel.plan, given, sizes).items()
+    for last in (False, True):
+        part = attention._cut(kernel.plan, given, ranks, last)
+        (found,) = run_plan(kernel.plan, part, {**sizes, **dict.fromkeys(ranks, 1)}).values()
+        expected = attention._cut(kernel.plan, dict([all_of_it]), ranks, last)[all_of_it[0]]
+        torch.testing.assert_close(found, expected)
 
 
 def test_what_must_be_done_is_counted() -> None:

@@ -14,6 +14,7 @@ from einfold.compiler.codegen.triton import Options, generate
 from einfold.compiler.codegen.triton.base_two import in_base_two
 from einfold.compiler.codegen.triton.gates import bounds
 from einfold.compiler.codegen.triton.options import DEVICES, Tiles
+from einfold.compiler.codegen.triton.pressure import Demand
 from einfold.compiler.codegen.triton.roles import divide
 from einfold.compiler.codegen.triton.simplify import simplified
 from einfold.compiler.codegen.triton.tiles import candidates, fits
@@ -153,9 +154,11 @@ def test_tiles_fit_the_device(plan_cache: Path) -> None:
     types = dict.fromkeys(division.plan.inputs, "fp16")
     for capability, device in DEVICES.items():
         kernel = generate(report.folding.plans[0], types, sizes, Options(device=device))
-        assert fits(division, types, sizes, (), device, kernel.tiles), capability
+        assert fits(division, types, sizes, kernel.demand, device, kernel.tiles), capability
         assert kernel.tiles.rows >= 64, "a prefill has many rows a tile"
         decode = generate(report.folding.plans[0], types, {**sizes, "s": 1}, Options(device=device))
         assert decode.tiles.rows == 16, "one query needs the smallest tile"
-    assert not fits(division, types, {**sizes, "f": 512}, (), DEVICES[80], Tiles(128, 128, 8, 3))
+    assert not fits(
+        division, types, {**sizes, "f": 512}, Demand(), DEVICES[80], Tiles(128, 128, 8, 3)
+    )
     assert len(candidates()) == len(set(candidates()))

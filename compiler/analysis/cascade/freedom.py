@@ -51,7 +51,7 @@ def _with_free(plan: Plan, reference: Reference) -> Plan | None:
     others = [other.source for other in plan.references if other is not reference]
     if not is_free_of(reference, scaled, [*rows, *finish, *emit], [*plan.outputs, *others]):
         return None
-    free = replace(reference, free=True, static=_static(plan, reference))
+    free = replace(reference, free=True, static=static_value(plan, reference))
     steps = [free if step is reference else step for step in steps]
     return replace(plan, steps=tuple(steps), finish=finish, emit=emit)
 
@@ -60,7 +60,7 @@ def _renamed(item: Statement, names: dict[str, str]) -> Statement:
     return replace(item, expr=rename_tensors(item.expr, names))
 
 
-def _static(plan: Plan, reference: Reference) -> float | None:
+def static_value(plan: Plan, reference: Reference) -> float | None:
     """The middle of the bounds of everything under exp with this reference, where they are close."""
     cascade = Cascade(plan.ranks, plan.inputs, (), ())
     statements = {item.name: item for item in (*plan.before, *plan.stream)}

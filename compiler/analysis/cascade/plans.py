@@ -1,7 +1,8 @@
 """`fold`: derive, check, remember. Derived plans are kept on disk, keyed by the cascade's text.
 
-A file holds the plans as text that the project's own parser reads; nothing in it is evaluated. The key
-has the version of the derivation in it, so that a better derivation never meets an older one's plans.
+A file holds the plans as text that the project's own parser reads; nothing in it is evaluated. What is
+read is run on numbers beside its cascade before it is used: a damaged plan is dropped and derived again.
+The key has the version of the derivation in it, so that a better derivation never meets an older one's plans.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ....errors import IRError
 from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
 from ...ir.cascade.plan_text import parse_plan, print_plan
 from ...ir.cascade.printer import print_cascade
-from .check import WrongFoldError, check_corrections, check_numbers, dead_rows_agree
+from .check import (
+    WrongFoldError,
+    check_again,
+    check_corrections,
+    check_numbers,
+    dead_rows_agree,
+)
 from .edges import with_dead_rows
 from .fold import Folding, Refusal, derive
 from .passes import count_passes
@@ -28,15 +36,12 @@ from .passes import count_passes
 VERSION = 1
 
 
-def cache_folder() -> Path:
-    """Where plans are kept: `EINFOLD_CACHE`, or the user's cache folder."""
+def cache_home() -> Path:
+    """Where what was derived and measured is kept: `EINFOLD_CACHE`, or the user's cache folder."""
     named = os.environ.get("EINFOLD_CACHE")
-    home = (
-        Path(named)
-        if named
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "einfold"
-    )
-    return home / "plans"
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "einfold"
 
 
 def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
@@ -48,8 +53,8 @@ def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
     plain, names = canonical(cascade.pruned())
     text = f"{VERSION}\n{names.rank(rank)}\n{print_cascade(plain)}"
     key = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
-    path = (cache or cache_folder()) / f"{key}.json"
-    found = _load(path, text)
+    path = (cache or cache_home() / "plans") / f"{key}.json"
+    found = _load(path, text, plain, names.rank(rank))
     if found is None:
         try:
             found = derive_checked(plain, names.rank(rank))
@@ -102,16 +107,18 @@ def _in_words(text: str, names: Names) -> str:
     return re.sub(r"\b[abr]\d+(?:\.\w+)*\b", word, text)
 
 
-def _load(path: Path, text: str) -> Folding | None:
+def _load(path: Path, text: str, cascade: Cascade, rank: str) -> Folding | None:
     try:
         data = json.loads(path.read_text())
-        if data["cascade"] != text:
+        if data["cascade"] != text or data["rank"] != rank:
             return None
         plans = tuple(parse_plan(plan) for plan in data["plans"])
         refusals = tuple(Refusal(*refusal) for refusal in data["refusals"])
-        return Folding(data["rank"], plans, refusals, int(data["before"]), int(data["after"]))
-    except (OSError, ValueError, KeyError, TypeError, IRError):
-        # Absent, cut short or of another make: derived again and written anew.
+        if plans:
+            check_again(cascade, plans)
+        return Folding(rank, plans, refusals, int(data["before"]), int(data["after"]))
+    except Exception:
+        # Absent, cut short, of another make, or wrong in whatever way: derived again and written anew.
         return None
 
 
@@ -124,6 +131,11 @@ def _store(path: Path, text: str, folding: Folding) -> None:
         "plans": [print_plan(plan) for plan in folding.plans],
         "refusals": [[r.statement, r.factor, r.reason] for r in folding.refusals],
     }
+    write_json(path, data)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a file of the cache whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

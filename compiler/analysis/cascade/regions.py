@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ...ir.cascade.cascade import Cascade, Statement, Tensor
 from ...ir.cascade.expr import Apply, Expr, reads
 from ...ir.cascade.operators import OPERATORS
+from .passes import count_passes
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,32 @@ class Region:
     rank: str
     cascade: Cascade
 
+    @property
+    def reductions(self) -> frozenset[str]:
+        """The names of its reductions, over whichever rank."""
+        return frozenset(item.name for item in self.cascade.statements if item.op)
+
 
 def regions(cascade: Cascade, weights: Iterable[str] = ()) -> list[Region]:
     """The regions in which reductions over one rank feed each other, in order of their first statement.
 
-    Regions over different ranks may share statements (scores belong to the norm of their queries and to
-    the softmax); whoever generates code takes one of them first and drops the other.
+    No reduction is in two regions. Scores of normalised queries could belong to the norm and to the
+    softmax: the region with most passes over its rank has the first choice, and the others are cut from
+    what it leaves. Maps may be in several, each region computing them for itself.
     `weights` names inputs that are parameters: a product with one is never computed tile by tile.
     """
+    known = frozenset(weights)
     reduced = dict.fromkeys(rank for item in cascade.statements for rank in item.over)
-    found = [part for rank in reduced for part in _Cutter(cascade, rank, frozenset(weights)).run()]
+    parts = [part for rank in reduced for part in _Cutter(cascade, rank, known).run()]
+    found: list[Region] = []
+    taken: frozenset[str] = frozenset()
+    for part in sorted(parts, key=lambda part: -count_passes(part.cascade, part.rank)):
+        left = [part]
+        if part.reductions & taken:
+            again = _Cutter(cascade, part.rank, known, taken).run()
+            left = [smaller for smaller in again if smaller.reductions <= part.reductions]
+        found += left
+        taken = taken.union(*(region.reductions for region in left))
     place = {item.name: at for at, item in enumerate(cascade.statements)}
     return sorted(found, key=lambda region: place[region.cascade.statements[0].name])
 
@@ -43,6 +60,8 @@ class _Cutter:
     cascade: Cascade
     rank: str
     weights: frozenset[str]
+    #: Statements that belong to another region; here they are inputs.
+    outside: frozenset[str] = frozenset()
     _items: dict[str, Statement] = field(default_factory=dict)
     #: Of each statement, the reductions over the rank that it follows from through maps alone.
     _local: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -52,7 +71,9 @@ class _Cutter:
         for item in self.cascade.statements:
             self._items[item.name] = item
             behind = self._behind(item.expr)
-            if self.rank in item.over:
+            if item.name in self.outside:
+                self._local[item.name] = frozenset()
+            elif self.rank in item.over:
                 self._local[item.name] = frozenset({item.name})
                 if behind:
                     groups = _joined(groups, {item.name, *behind})
@@ -78,7 +99,7 @@ class _Cutter:
         while queue:
             for read in reads(queue.pop().expr):
                 source = self._items.get(read.tensor)
-                if source is None or source.name in inside:
+                if source is None or source.name in inside | self.outside:
                     continue
                 if source.op is None or self._is_scores(source, rows):
                     inside.add(source.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +31,8 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
     "not": lambda a: torch.logical_not(a) if isinstance(a, torch.Tensor) else not a,
-    "shift_right": lambda a, b: a >> int(b),
-    "bits": lambda a, b: a & int(b),
+    "shift_right": lambda a, b: a.to(torch.int64) >> int(b),
+    "bits": lambda a, b: a.to(torch.int64) & int(b),
 }
 #: Narrowing is transparent to the algebra; everything point by point is computed in float32.
 _CASTS = {"f64", "f32", "f16", "bf16"}
@@ -51,43 +50,51 @@ def _truth(a: Any, b: Any, tensors: Callable[..., Any], plain: Callable[..., Any
     return torch.full_like(tensor, not neutral)
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision and small integers as float32; everything else as it is."""
-    if tensor.dtype in (torch.float16, torch.bfloat16) or not (
-        tensor.dtype.is_floating_point or tensor.dtype in (torch.bool, torch.int64)
-    ):
-        return tensor.to(torch.float32)
-    return tensor
+def wide(frame: Frame, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the frame's type. Booleans stay, and whole numbers that the type may not hold."""
+    if tensor.dtype in (torch.bool, frame.dtype):
+        return tensor
+    if tensor.dtype in (torch.int64, torch.float64) and frame.dtype != torch.float64:
+        return tensor
+    return tensor.to(frame.dtype)
 
 
 def evaluate(frame: Frame, expr: Expr, order: Sequence[str]) -> Any:
     """The expression as a tensor that broadcasts over `order`, or as a number where it has no tensor."""
     if isinstance(expr, Const):
         return expr.value
+    if isinstance(expr, Ref) and expr.tensor in frame.numbers:
+        return frame.numbers[expr.tensor]
     if isinstance(expr, Ref):
-        return wide(frame.values[expr.tensor].over(order))
+        return wide(frame, frame.values[expr.tensor].over(order))
     if isinstance(expr, Size):
         return frame.size(expr.rank)
     if isinstance(expr, Pos):
-        place = torch.arange(frame.size(expr.rank), device=frame.device)
-        return Value(place, (expr.rank,)).over(order)
+        return _places(frame, expr.rank).over(order)
     if isinstance(expr, Virtual):
-        return False
+        if expr.rank not in frame.virtual:
+            return False
+        at = _places(frame, expr.rank).over(order)
+        return at == frame.size(expr.rank) + expr.number
     args = [evaluate(frame, arg, order) for arg in expr.args]
-    return _apply(expr.op, args)
+    return _apply(frame, expr.op, args)
 
 
-def _apply(op: str, args: list[Any]) -> Any:
+def _places(frame: Frame, rank: str) -> Value:
+    at = torch.arange(frame.length(rank), device=frame.device)
+    return Value(wide(frame, at), (rank,))
+
+
+def _apply(frame: Frame, op: str, args: list[Any]) -> Any:
     if op in _CASTS:
         return args[0]
     if op in ("max", "min"):
         return _extreme(op, *args)
     if op == "where":
-        return _where(*args)
+        return _where(frame, *args)
     if op in FUNCTIONS:
-        if not isinstance(args[0], torch.Tensor):
-            args = [torch.tensor(float(args[0]))]
-        return FUNCTIONS[op](_real(args[0]) if op not in ("abs", "sign") else args[0])
+        value = as_tensor(frame, args[0])
+        return FUNCTIONS[op](_real(frame, value) if op not in ("abs", "sign") else value)
     if op not in _OPERATORS:
         raise NotLoweredError(f"no torch operator for {op}")
     return _OPERATORS[op](*[_plain(arg) for arg in args])
@@ -100,8 +107,8 @@ def _plain(arg: Any) -> Any:
     return arg
 
 
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype.is_floating_point else tensor.to(torch.float32)
+def _real(frame: Frame, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype.is_floating_point else tensor.to(frame.dtype)
 
 
 def _extreme(op: str, a: Any, b: Any) -> Any:
@@ -113,15 +120,15 @@ def _extreme(op: str, a: Any, b: Any) -> Any:
     return tensor.clamp_min(number) if op == "max" else tensor.clamp_max(number)
 
 
-def _where(test: Any, yes: Any, no: Any) -> Any:
+def _where(frame: Frame, test: Any, yes: Any, no: Any) -> Any:
     if not isinstance(test, torch.Tensor):
         return yes if test else no
     if isinstance(yes, torch.Tensor) and yes.dtype != torch.bool:
-        yes = _real(yes)
+        yes = _real(frame, yes)
     if isinstance(no, torch.Tensor) and no.dtype != torch.bool:
-        no = _real(no)
+        no = _real(frame, no)
     if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
-        yes = torch.scalar_tensor(yes, dtype=torch.float32, device=test.device)
+        yes = as_tensor(frame, yes)
     return torch.where(test, yes, no)
 
 
@@ -209,6 +216,4 @@ def as_tensor(frame: Frame, value: Any) -> torch.Tensor:
     """A number as a tensor."""
     if isinstance(value, torch.Tensor):
         return value
-    if isinstance(value, float) and math.isnan(value):
-        value = math.nan
-    return torch.scalar_tensor(value, dtype=torch.float32, device=frame.device)
+    return torch.scalar_tensor(value, dtype=frame.dtype, device=frame.device)

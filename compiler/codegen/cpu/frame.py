@@ -49,21 +49,31 @@ class Value:
 
 @dataclass
 class Frame:
-    """What a call works on: sizes of ranks, values by name."""
+    """What a call works on: sizes of ranks, values by name, and the type that arithmetic is done in.
 
-    plan: Plan
-    sizes: dict[str, Any]
+    `virtual` has the ranks whose tensors hold their virtual coordinates too, behind the real ones. A
+    lowering leaves it empty and joins with what they add (`with_virtual`), so that nothing is copied.
+    """
+
+    sizes: Mapping[str, Any]
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    virtual: Mapping[str, int] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
+    #: Inputs that come as numbers. They stay numbers, which Inductor lets vary without compiling again.
+    numbers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> Frame:
-        """The inputs over their ranks. Raises NotLoweredError where the size of a rank is not known."""
-        sizes = _sizes(plan, signature, tensors)
-        frame = cls(plan, sizes, tensors[0].device)
+    def of(cls, plan: Plan, signature: Signature, tensors: Sequence[Any]) -> Frame:
+        """The inputs, tensors or numbers, over their ranks. Raises NotLoweredError where the size of a rank is not known."""
+        device = next(x.device for x in tensors if isinstance(x, torch.Tensor))
+        frame = cls(_sizes(plan, signature, tensors), device)
         for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):
+            if not isinstance(tensor, torch.Tensor):
+                frame.numbers[name] = tensor
+                continue
             ranks = tuple(rank for dim in dims for rank in dim)
-            shape = [frame.size(rank) for rank in ranks]
+            shape = frame.shape(ranks)
             split = any(len(dim) != 1 for dim in dims)
             frame.values[name] = Value(tensor.reshape(shape) if split else tensor, ranks)
         return frame
@@ -74,11 +84,19 @@ class Frame:
             raise NotLoweredError(f"the size of rank {rank} is known from no input")
         return self.sizes[rank]
 
+    def length(self, rank: str) -> Any:
+        """How many coordinates of a rank its tensors hold."""
+        return self.size(rank) + self.virtual.get(rank, 0)
+
+    def shape(self, ranks: Sequence[str]) -> list[Any]:
+        """The shape of a tensor over these ranks."""
+        return [self.length(rank) for rank in ranks]
+
     def count(self, ranks: Sequence[str]) -> Any:
-        """The product of the sizes of ranks."""
+        """How many elements a tensor over these ranks has."""
         total: Any = 1
         for rank in ranks:
-            total = total * self.size(rank)
+            total = total * self.length(rank)
         return total
 
     def results(self, signature: Signature) -> tuple[torch.Tensor, ...]:
@@ -87,16 +105,17 @@ class Frame:
         for (name, dims), dtype in zip(signature.outputs, signature.dtypes, strict=True):
             ranks = [rank for dim in dims for rank in dim]
             shape = [self.count(dim) for dim in dims]
-            tensor = self.values[name].over(ranks).expand([self.size(rank) for rank in ranks])
+            tensor = self.values[name].over(ranks).expand(self.shape(ranks))
             found.append(tensor.reshape(shape).to(dtype))
         return tuple(found)
 
 
-def _sizes(plan: Plan, signature: Signature, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _sizes(plan: Plan, signature: Signature, tensors: Sequence[Any]) -> dict[str, Any]:
     """Sizes of ranks: of dimensions that are one rank, of fixed dimensions, and what then remains."""
     dims = [
         (dim, size)
         for (_, own), tensor in zip(signature.inputs, tensors, strict=True)
+        if own
         for dim, size in zip(own, tensor.shape, strict=True)
     ]
     sizes: dict[str, Any] = {}

@@ -85,7 +85,7 @@ class Heads:
     def columns(self, frame: Frame, value: Expr) -> list[str]:
         """The ranks of a value beside those of its key."""
         of_key = {*self.batch, *self.heads, self.rank}
-        return [r for r in frame.plan.ranks if r in ranks_of(value) and r not in of_key]
+        return [r for r in frame.sizes if r in ranks_of(value) and r not in of_key]
 
     def needs(self, frame: Frame, plan: Plan) -> list[Statement]:
         """The streamed sums that operands are made of, such as a norm or a projection of the keys."""
@@ -101,10 +101,10 @@ class Heads:
                 wanted |= {read.tensor for read in reads(item.expr)}
         return found[::-1]
 
-    def dead(self, frame: Frame) -> Value:
-        """Whether a row's bias hides all its keys."""
-        own = order_of(self.bias, self.order)
-        bias = as_tensor(frame, evaluate(frame, self.bias, [*own, self.rank]))
+    def dead(self, frame: Frame, hiding: Expr) -> Value:
+        """Whether the part of a row's bias that may hide keys hides all of them."""
+        own = order_of(hiding, self.order)
+        bias = as_tensor(frame, evaluate(frame, hiding, [*own, self.rank]))
         return Value(bias.amax(-1) == -torch.inf, own)
 
     def is_causal(self, frame: Frame) -> bool:
@@ -138,7 +138,7 @@ def attend(frame: Frame, heads: Heads, statistics: bool) -> tuple[list[Value], V
         columns = heads.columns(frame, value)
         order = [*heads.batch, *heads.heads, heads.rank, *columns]
         v = _four(frame, operand(frame, value, order), heads, columns).to(q.dtype)
-        shape = [frame.size(rank) for rank in (*heads.order, *columns)]
+        shape = frame.shape((*heads.order, *columns))
         if statistics:
             if not _same(q.shape[-1], v.shape[-1]):
                 raise NotLoweredError("the kernel's statistics want values as wide as keys")
@@ -147,7 +147,7 @@ def attend(frame: Frame, heads: Heads, statistics: bool) -> tuple[list[Value], V
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, attn_mask=mask, scale=scale
             )
-            kept = lse.reshape([frame.size(rank) for rank in heads.order])
+            kept = lse.reshape(frame.shape(heads.order))
             statistic = statistic or Value(kept, heads.order)
         else:
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -171,7 +171,7 @@ def _query(frame: Frame, heads: Heads) -> tuple[torch.Tensor, float]:
         if not ranks_of(heads.scale) <= {*heads.order}:
             raise NotLoweredError("the scale varies along what is summed")
         factor = evaluate(frame, heads.scale, [*heads.order, *heads.inner])
-        q = q * as_tensor(frame, factor).to(q.dtype)
+        q = q * (factor.to(q.dtype) if isinstance(factor, torch.Tensor) else factor)
     shape = [
         frame.count(heads.batch),
         frame.count((*heads.heads, *heads.groups)),
@@ -204,7 +204,7 @@ def _mask(frame: Frame, heads: Heads, dtype: torch.dtype) -> torch.Tensor | None
         used = bool(inside & set(group)) or group == (heads.rank,)
         at = sum(len(g) for g in _before(heads, group))
         if used and group:
-            sizes = [frame.size(rank) for rank in group]
+            sizes = frame.shape(group)
             bias = bias.expand(*bias.shape[:at], *sizes, *bias.shape[at + len(group) :])
             shape.append(frame.count(group))
         else:

@@ -19,7 +19,7 @@ import torch
 from ...ir.cascade.cascade import Statement
 from ...ir.cascade.expr import Const, Expr, Ref, reads, rename_tensors, rewrite
 from ...ir.cascade.plan import Plan, Reference, State
-from .expressions import on_real, on_virtual
+from .expressions import as_tensor, on_real, on_virtual
 from .frame import Frame, NotLoweredError, Signature, Value
 from .sums import mapped, reduced
 
@@ -35,42 +35,57 @@ class OneTile:
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Raises NotLoweredError where the plan has no form in plain torch."""
-        plan = self.plan
-        if torch.float16 not in (tensor.dtype for tensor in tensors):
-            # At a fixed reference exp reaches past what float16 can hold.
-            plan = plan.with_static_references()
-        frame = Frame.of(plan, self.signature, tensors)
-        run_maps(frame, plan.before)
-        run_maps(frame, plan.stream)
-        for step in plan.steps:
-            run_step(frame, step)
-        run_maps(frame, plan.finish)
-        run_maps(frame, plan.emit)
+        frame = Frame.of(self.plan, self.signature, tensors)
+        halves = any(value.tensor.dtype == torch.float16 for value in frame.values.values())
+        # At a fixed reference exp reaches past what float16 can hold.
+        run_whole(frame, self.plan if halves else self.plan.with_static_references())
         return frame.results(self.signature)
 
 
+def run_whole(frame: Frame, plan: Plan) -> None:
+    """The plan with the whole rank as one tile; the frame has its inputs, and then all that it computes."""
+    run_maps(frame, plan.before)
+    run_maps(frame, plan.stream)
+    for step in plan.steps:
+        _run_step(frame, plan, step)
+    run_maps(frame, plan.finish)
+    run_maps(frame, plan.emit)
+    if plan.dead == "zero":
+        for name in plan.outputs:
+            value = frame.values[name]
+            alive = torch.where(torch.isnan(value.tensor), 0.0, value.tensor)
+            frame.values[name] = Value(alive, value.ranks)
+
+
 def run_maps(frame: Frame, items: Sequence[Statement]) -> None:
-    """Statements in order, at real coordinates."""
+    """Statements in order."""
     for item in items:
-        frame.values[item.name] = reduced(frame, on_real(item.expr), item.op, item.over, item.ranks)
+        expr = held(frame, item.expr)
+        frame.values[item.name] = reduced(frame, expr, item.op, item.over, item.ranks)
 
 
-def run_step(frame: Frame, step: State | Statement | Reference) -> None:
-    """One step over the whole rank."""
+def held(frame: Frame, expr: Expr) -> Expr:
+    """The expression at the coordinates that the frame's tensors hold."""
+    return expr if frame.virtual else on_real(expr)
+
+
+def _run_step(frame: Frame, plan: Plan, step: State | Statement | Reference) -> None:
     if isinstance(step, Statement):
         run_maps(frame, [step])
     elif isinstance(step, Reference):
         _renew(frame, step)
     else:
         body = cleaned(frame, step.body)
-        real = reduced(frame, on_real(body), step.op, step.over, step.ranks)
-        frame.values[step.name] = with_virtual(frame, step, body, real)
+        found = reduced(frame, held(frame, body), step.op, step.over, step.ranks)
+        frame.values[step.name] = with_virtual(frame, plan, step, body, found)
 
 
 def cleaned(frame: Frame, expr: Expr) -> Expr:
     """The expression reading references as numbers that are finite."""
     names = {
-        r.name: r.name + CLEAN for r in frame.plan.references if r.name + CLEAN in frame.values
+        read.tensor: read.tensor + CLEAN
+        for read in reads(expr)
+        if read.tensor + CLEAN in frame.values
     }
     return rename_tensors(expr, names)
 
@@ -82,17 +97,17 @@ def _renew(frame: Frame, step: Reference) -> None:
         finite = torch.where(torch.isfinite(value.tensor), value.tensor, 0.0)
         frame.values[step.name + CLEAN] = Value(finite, value.ranks)
     else:
-        fixed = torch.scalar_tensor(float(step.static or 0.0), dtype=torch.float32)
-        frame.values[step.name] = Value(fixed.to(frame.device), ())
+        frame.values[step.name] = Value(as_tensor(frame, float(step.static or 0.0)), ())
 
 
-def with_virtual(frame: Frame, step: State, body: Expr, real: Value) -> Value:
-    """A state joined with what the virtual coordinates of the streamed rank add to it."""
-    rank = frame.plan.rank
-    streamed = {name: rank in tensor.ranks for name, tensor in frame.plan.inputs.items()}
-    count = frame.plan.ranks[rank].virtual
-    for number in range(count):
-        extra = on_virtual(inlined(frame.plan, body), rank, number, streamed)
+def with_virtual(frame: Frame, plan: Plan, step: State, body: Expr, real: Value) -> Value:
+    """A state joined with what virtual coordinates of the streamed rank add that no tensor holds."""
+    rank = plan.rank
+    if rank in frame.virtual:
+        return real
+    streamed = {name: rank in tensor.ranks for name, tensor in plan.inputs.items()}
+    for number in range(plan.ranks[rank].virtual):
+        extra = on_virtual(inlined(plan, body), rank, number, streamed)
         if rank in {r for part in reads(extra) for r in part.ranks}:
             raise NotLoweredError("a virtual coordinate reads what is streamed")
         if set(step.over) != {rank}:

@@ -61,7 +61,8 @@ class ThroughSdpa:
             if state.name not in grouped:
                 raise NotLoweredError(f"state {state.name} belongs to no attention")
         for item in finish:
-            missing = [r.tensor for r in reads(item.expr) if r.tensor not in frame.values]
+            known = {*frame.values, *frame.numbers}
+            missing = [r.tensor for r in reads(item.expr) if r.tensor not in known]
             if missing:
                 raise NotLoweredError(f"what follows reads {missing[0]}")
             run_maps(frame, [item])
@@ -70,7 +71,7 @@ class ThroughSdpa:
     def _run(
         self, frame: Frame, item: Attention, finish: tuple[Statement, ...], virtual: bool
     ) -> tuple[Statement, ...]:
-        can_die = _can_hide(frame, item.logits.bias)
+        hiding = _hiding(self.plan, item.logits.bias)
         finish, zeroed = _without_dead_zero(finish, item)
         needs_statistics = virtual or _reads_any(finish, item)
         heads = Heads.of(frame, self.plan, item.logits, [v for _, v in item.weighted])
@@ -80,8 +81,8 @@ class ThroughSdpa:
             frame.values[state.name] = value
         ranks = item.reference.ranks
         one: torch.Tensor = torch.ones((), device=frame.device)
-        if can_die and not (zeroed and not virtual):
-            dead = heads.dead(frame)
+        if hiding != Const(0.0) and not (zeroed and not virtual):
+            dead = heads.dead(frame, hiding)
             one = torch.where(dead.over(ranks), 0.0, 1.0)
             if statistic is not None:
                 hidden = torch.where(dead.over(ranks), -math.inf, statistic.over(ranks))
@@ -96,7 +97,7 @@ class ThroughSdpa:
             for state in (*item.sums, *(state for state, _ in item.weighted)):
                 body = cleaned(frame, state.body)
                 frame.values[state.name] = with_virtual(
-                    frame, state, body, frame.values[state.name]
+                    frame, self.plan, state, body, frame.values[state.name]
                 )
             return finish
         ones = {state.name for state in item.sums} if not one.ndim else set()
@@ -172,16 +173,24 @@ def _weights(state: State, reference: Reference) -> tuple[Expr, list[Expr]]:
     return scores, rest
 
 
-def _can_hide(frame: Frame, bias: Expr) -> bool:
+def _hiding(plan: Plan, bias: Expr) -> Expr:
+    """What of the bias may be -inf: its finite terms say nothing on whether a row has a live key."""
+    if isinstance(bias, Apply) and bias.op in ("add", "sub"):
+        terms = [_hiding(plan, arg) for arg in bias.args]
+        return simplified(Apply(bias.op, tuple(terms)))
+    return bias if _can_hide(plan, bias) else Const(0.0)
+
+
+def _can_hide(plan: Plan, bias: Expr) -> bool:
     """Whether a row may have no live key: a value of -inf is written, or a mask may hold one."""
     if isinstance(bias, Apply) and bias.op == "where":
-        return any(_can_hide(frame, arg) for arg in bias.args[1:])
+        return any(_can_hide(plan, arg) for arg in bias.args[1:])
     if isinstance(bias, Const):
         return float(bias.value) == -math.inf
     if isinstance(bias, Apply) and bias.op in ("add", "sub", "mul", "neg", "div"):
-        return any(_can_hide(frame, arg) for arg in bias.args)
+        return any(_can_hide(plan, arg) for arg in bias.args)
     if isinstance(bias, Ref):
-        tensor = frame.plan.inputs.get(bias.tensor)
+        tensor = plan.inputs.get(bias.tensor)
         return tensor is None or tensor.kind == "real"
     return any(isinstance(read, Ref) for read in reads(bias))
 

@@ -28,7 +28,7 @@ def reduced(
     order = (*ranks, *over)
     tensor = as_tensor(frame, evaluate(frame, expr, order))
     # A rank that the body does not vary along counts as often as it has coordinates.
-    tensor = tensor.expand([frame.size(rank) for rank in order])
+    tensor = tensor.expand(frame.shape(order))
     dims = list(range(len(ranks), len(order)))
     if op == "sum":
         return Value(tensor.sum(dims), tuple(ranks))
@@ -64,14 +64,14 @@ def _matmul(
     frame: Frame, left: Expr, right: Expr, groups: tuple[list[str], list[str], list[str], list[str]]
 ) -> Value:
     batch, rows, columns, inner = groups
-    shape = [frame.size(rank) for rank in batch]
+    shape = frame.shape(batch)
     a, b = _dot_operands(frame, left, [*batch, *rows, *inner], right, [*batch, *inner, *columns])
     found = torch.matmul(
         a.reshape([*shape, frame.count(rows), frame.count(inner)]),
         b.reshape([*shape, frame.count(inner), frame.count(columns)]),
     )
     full = (*batch, *rows, *columns)
-    return Value(found.reshape([frame.size(rank) for rank in full]), full)
+    return Value(found.reshape(frame.shape(full)), full)
 
 
 def _dot_operands(
@@ -88,10 +88,10 @@ def _dot_operands(
 
 def operand(frame: Frame, expr: Expr, order: list[str]) -> torch.Tensor:
     """An expression over all of `order`; a tensor as it stands keeps its type."""
-    if isinstance(expr, Ref):
+    if isinstance(expr, Ref) and expr.tensor in frame.values:
         tensor = frame.values[expr.tensor].over(order)
         if not tensor.dtype.is_floating_point:
-            tensor = tensor.to(torch.float32)
+            tensor = tensor.to(frame.dtype)
     else:
         tensor = as_tensor(frame, evaluate(frame, expr, order))
-    return tensor.expand([frame.size(rank) for rank in order])
+    return tensor.expand(frame.shape(order))

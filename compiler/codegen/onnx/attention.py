@@ -27,6 +27,9 @@ from .lower import Context, lowering
 
 aten = torch.ops.aten
 
+#: Added to a logit, it leaves nothing of it. Not -inf, which may meet itself in a softmax by blocks.
+_HIDDEN = -1e30
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -129,7 +132,7 @@ def _group_query(call: _Call) -> list[ir.Value]:
         call.value("cos_PR") if in_op else None,
         call.value("sin_PR") if in_op else None,
         call.value("positions_BS") if in_op else None,
-        None,
+        _bias(call, total),
         context.optional(found["sinks_H"]),
         context.optional(found["key_scale_KD"]),
         context.optional(found["value_scale_KD"]),
@@ -180,6 +183,43 @@ def _lengths(call: _Call) -> tuple[ir.Value, ir.Value]:
     return builder.shared("Cast", last, to=int32), builder.shared("Cast", longest, to=int32)
 
 
+def _leader(call: _Call) -> dict[str, Any]:
+    """The arguments of the first call that goes by the same counter.
+
+    Groups with one counter have as many slots, and their compensation tokens stand for as many tokens.
+    """
+    calls = call.context.program.nodes(einfold_ops.cached_attention.default)
+    arguments = map(call.context.arguments, calls)
+    return next(found for found in arguments if found["used_B"] is call.found["used_B"])
+
+
+def _log_count(call: _Call) -> ir.Value:
+    """What slot 0 adds to its logit, [B, 1, 1, 1]: log(count), or enough to hide it where it stands for
+    nothing. One for all heads: they let go of their tokens at the same time."""
+    builder = call.context.builder
+    counts = call.context.value(_leader(call)["count_BK"])
+    count = builder.shared("Slice", counts, builder.ints(0), builder.ints(1), builder.ints(1))
+    some = builder.shared("Greater", count, builder.floats(0.0))
+    log = builder.shared("Log", builder.shared("Max", count, builder.floats(1.0)))
+    shown = builder.shared("Where", some, log, builder.floats(_HIDDEN))
+    return builder.shared("Reshape", shown, builder.ints(-1, 1, 1, 1))
+
+
+def _bias(call: _Call, total: ir.Value) -> ir.Value | None:
+    """GroupQueryAttention's attention_bias [B, 1, S, total]: zeros behind slot 0."""
+    if call.found["count_BK"] is None:
+        return None
+    context, builder = call.context, call.context.builder
+    ids = context.value(context.program.placeholder("input_ids"))
+    one = builder.ints(1)
+    shape = builder.shared("Concat", one, one, builder.dim(ids, 1), one, axis=0)
+    column = builder.shared("Expand", _log_count(call), shape)
+    wide = builder.shared("Cast", total, to=int(ir.DataType.INT64))
+    more = builder.shared("Reshape", builder.shared("Sub", wide, one), one)
+    pads = builder.shared("Concat", builder.ints(*[0] * 7), more, axis=0)
+    return builder.shared("Pad", column, pads)
+
+
 @lowering(einfold_ops.shared_attention.default, flavour="ort")
 def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     """GroupQueryAttention with a key and value of no tokens.
@@ -188,7 +228,6 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     bound to the same buffer.
     """
     call = _Call(context, node, context.arguments(node))
-    _refuse_unreadable(call)
     if call.key_size % 8 or call.value_size != call.key_size:
         return _shared_standard(call)
     found, builder = call.found, context.builder
@@ -214,7 +253,7 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
         None,
         None,
         None,
-        None,
+        _bias(call, total),
         context.optional(found["sinks_H"]),
         context.optional(found["key_scale_KD"]),
         context.optional(found["value_scale_KD"]),
@@ -243,20 +282,10 @@ def shared_attention_portable(context: Context, node: fx.Node) -> ir.Value:
 
 def _shared_standard(call: _Call) -> ir.Value:
     builder = call.context.builder
-    _refuse_unreadable(call)
     _refuse_int8(call)
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     query = builder.transpose(builder.reshape(query, [0, 0, call.heads, call.key_size]), 0, 2, 1, 3)
     return _attend(call, query, call.value("key_cache_BKCD"), call.value("value_cache_BKCD"))
-
-
-def _refuse_unreadable(call: _Call) -> None:
-    """Raises UnsupportedError for another layer's cache that no operator reads."""
-    if call.found["count_BK"] is not None:
-        raise UnsupportedError(
-            f"layer {call.found['layer']} reads another layer's cache with a compensation token, which is "
-            "not lowered to ONNX; prune without compensation, or leave out cache.share"
-        )
 
 
 def _refuse_int8(call: _Call) -> None:
@@ -301,6 +330,8 @@ def _attend(call: _Call, query_BHSD: ir.Value, keys: ir.Value, values: ir.Value)
     """Attention over the slots in standard operators, [B, S, H, D]."""
     found, builder = call.found, call.context.builder
     visible = _visible(call)
+    if found["count_BK"] is not None:
+        visible = _with_count(call, visible)
     if found["softcap"] or found["sinks_H"] is not None:
         out = _spelled_out(call, query_BHSD, keys, values, visible)
     else:
@@ -317,8 +348,7 @@ def _visible(call: _Call) -> ir.Value:
     def count(size: ir.Value) -> ir.Value:
         return builder.shared("Range", zero, builder.shared("Squeeze", size), one)
 
-    first = next(iter(context.program.nodes(einfold_ops.cached_attention.default)))
-    capacity = builder.dim(context.value(context.arguments(first)["key_cache_BKCD"]), 2)
+    capacity = builder.dim(context.value(_leader(call)["key_cache_BKCD"]), 2)
     starts = builder.shared("Unsqueeze", call.value("used_B"), builder.ints(1, 2))
     steps = builder.shared("Unsqueeze", count(builder.dim(ids, 1)), builder.ints(1))
     slots = builder.shared("Add", starts, steps)  # [B, S, 1], the slot of each new token
@@ -330,6 +360,16 @@ def _visible(call: _Call) -> ir.Value:
         oldest = builder.shared("Sub", slots, builder.ints(window))
         visible = builder.shared("And", visible, builder.shared("Greater", index, oldest))
     return visible
+
+
+def _with_count(call: _Call, visible: ir.Value) -> ir.Value:
+    """The mask as what is added to the logits, f32 [B, 1, S, C], slot 0 with the logarithm of its count."""
+    builder = call.context.builder
+    capacity = builder.dim(call.context.value(_leader(call)["key_cache_BKCD"]), 2)
+    more = builder.shared("Sub", capacity, builder.ints(1))
+    pads = builder.shared("Concat", builder.ints(*[0] * 7), more, axis=0)
+    row = builder.shared("Pad", _log_count(call), pads)
+    return builder.shared("Where", visible, row, builder.floats(float("-inf")))
 
 
 def _spelled_out(
@@ -354,7 +394,10 @@ def _spelled_out(
         cap = builder.floats(found["softcap"])
         logits = builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
     logits = builder.op("Reshape", logits, shape(0, call.heads, new, -1))
-    logits = builder.op("Where", visible, logits, builder.floats(float("-inf")))
+    if found["count_BK"] is not None:
+        logits = builder.op("Add", logits, visible)
+    else:
+        logits = builder.op("Where", visible, logits, builder.floats(float("-inf")))
     if found["sinks_H"] is not None:
         column = builder.reshape(call.value("sinks_H"), [1, call.heads, 1, 1])
         lead = builder.op("Shape", logits, start=0, end=3)

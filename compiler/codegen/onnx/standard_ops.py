@@ -305,8 +305,15 @@ def squeeze(context: Context, node: fx.Node) -> ir.Value:
 
 @lowering(aten.cat.default)
 def cat(context: Context, node: fx.Node) -> ir.Value:
-    parts = [context.value(part) for part in node.args[0]]  # type: ignore[union-attr]
-    return context.builder.op("Concat", *parts, axis=context.arguments(node)["dim"])
+    found = context.arguments(node)
+    parts = [context.value(part) for part in found["tensors"]]
+    if found["dim"] == 2 and all(part in context.flat for part in parts):
+        # Heads of several attentions: joined as they came, and reshaped for whoever wants them apart.
+        flat = context.builder.op("Concat", *(context.flat[part] for part in parts), axis=2)
+        heads = context.builder.reshape(flat, [0, 0, *node.meta["val"].shape[2:]])
+        context.flat[heads] = flat
+        return heads
+    return context.builder.op("Concat", *parts, axis=found["dim"])
 
 
 @lowering(aten.split_with_sizes.default)

@@ -6,13 +6,13 @@ aligned to 16 bytes.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....errors import UnsupportedError
@@ -22,8 +22,8 @@ from .options import Tiles
 if TYPE_CHECKING:
     from .kernel import Kernel
 
-#: The matrix instruction of each capability, as PTX writes it.
-MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+#: Matrix instructions as PTX writes them.
+INSTRUCTIONS = ("mma.sync", "tcgen05.mma", "wgmma.mma_async")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Compiled:
     """A function compiled for a capability.
 
     `registers` a thread, `shared` bytes a block, `spills` bytes that did not fit the registers
-    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX.
+    (`stack` bytes of local memory all told); `matrix` counts matrix instructions by name in the PTX;
+    `metadata` is what Triton's loader wants to know, as plain data.
     """
 
     capability: int
@@ -45,6 +46,7 @@ class Compiled:
     seconds: float
     ptx: str
     cubin: bytes
+    metadata: Mapping[str, Any]
 
 
 def compile_ahead(
@@ -56,44 +58,73 @@ def compile_ahead(
     from triton.compiler import ASTSource
 
     generated = kernel.functions[kind]
-    signature, constants, attributes = describe(kernel, generated)
     known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
-    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
-        signature[name] = "constexpr"
-        constants[name] = known[name]
-    start = time.perf_counter()
+    signature, constants, attributes = signature_of(kernel, generated, known)
     source = ASTSource(kernel.function(kind), signature, constants, attributes)
     options = {
         "num_warps": tiles.warps,
         "num_stages": max(1, tiles.stages),
         "enable_fp_fusion": True,
     }
-    try:
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UnsupportedError(
-            f"Triton does not compile {generated.name} for sm_{capability}: {reason[-1:]}"
-        ) from error
+    target = GPUTarget("cuda", capability, 32)
+    log = io.StringIO()
+    start = time.perf_counter()
+    # What is found in a cache comes without the assembler's log, which Triton prints where it is asked to.
+    with (
+        triton.knobs.compilation.scope(),
+        triton.knobs.nvidia.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        try:
+            made = triton.compile(source, target=target, options=options)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise UnsupportedError(
+                f"Triton does not compile {generated.name} for sm_{capability}: {reason[-1:]}"
+            ) from error
     seconds = time.perf_counter() - start
-    ptx, cubin = made.asm["ptx"], made.asm["cubin"]
-    usage = _usage(cubin)
-    matrix = {
-        name: ptx.count(f"{name}.") for name in sorted(set(MATRIX.values())) if f"{name}." in ptx
-    }
+    ptx, said = made.asm["ptx"], log.getvalue()
     return Compiled(
         capability,
         kind,
         tiles,
-        usage.get("REG", 0),
+        _said(said, r"Used (\d+) registers"),
         int(made.metadata.shared),
-        usage.get("STACK", 0),
-        spilled(ptx, capability),
-        matrix,
+        _said(said, r"(\d+) bytes stack frame"),
+        _said(said, r"(\d+) bytes spill stores"),
+        {name: ptx.count(f"{name}.") for name in INSTRUCTIONS if f"{name}." in ptx},
         seconds,
         ptx,
-        cubin,
+        made.asm["cubin"],
+        _plain(made.metadata),
     )
+
+
+def _said(log: str, what: str) -> int:
+    """A number from the assembler's log. Raises UnsupportedError where it is said in other words."""
+    found = re.search(what, log)
+    if found is None:
+        raise UnsupportedError(f"the assembler's log does not have {what!r}: {log.strip()[-200:]}")
+    return int(found.group(1))
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    """Triton's metadata as plain data, without the paths of the machine that compiled."""
+    found: dict[str, Any] = json.loads(json.dumps(metadata._asdict(), default=vars))
+    return {**found, "extern_libs": []} if "extern_libs" in found else found
+
+
+def signature_of(
+    kernel: Kernel, generated: Generated, known: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """As `describe`, with the constants of tiles and parts, in the order of the function."""
+    signature, constants, attributes = describe(kernel, generated)
+    for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
+        signature[name] = "constexpr"
+        constants[name] = known[name]
+    return signature, constants, attributes
 
 
 def describe(
@@ -134,52 +165,5 @@ def _aligned(kernel: Kernel, argument: Argument) -> bool:
     if argument.kind != "stride":
         return argument.kind in ("input", "output", "part")
     last = kernel.division.plan.ranks_of(argument.of)[-1]
-    return last in kernel.division.roles.lanes and kernel.sizes[last] % 16 == 0
-
-
-def tool(name: str) -> Path:
-    """A program of the CUDA toolkit that Triton brings. Raises UnsupportedError where it has none."""
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise UnsupportedError(f"this Triton brings no {name}")
-    return path
-
-
-def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and the like from `cuobjdump`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(tool("cuobjdump")), "-res-usage", str(path)]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", found.stdout)}
-
-
-def spilled(ptx: str, capability: int) -> int:
-    """Bytes that the assembler stores and loads again for want of registers."""
-    name = "ptxas-blackwell" if capability >= 90 else "ptxas"
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        arch = target.group(1) if target else f"sm_{capability}"
-        tools = [name, "ptxas-blackwell", "ptxas"]
-        for each in dict.fromkeys(tools):
-            try:
-                command = [
-                    str(tool(each)),
-                    "-v",
-                    f"--gpu-name={arch}",
-                    str(path),
-                    "-o",
-                    f"{folder}/out",
-                ]
-            except UnsupportedError:
-                continue
-            found = subprocess.run(command, capture_output=True, text=True, check=False)
-            if found.returncode == 0:
-                stores = re.findall(r"(\d+) bytes spill stores", found.stderr + found.stdout)
-                return sum(map(int, stores))
-    raise UnsupportedError(f"no assembler of this Triton takes PTX for {arch}")
+    each = kernel.shared.get((argument.of, last), 1)
+    return last in kernel.division.roles.lanes and kernel.sizes[last] // each % 16 == 0

@@ -12,6 +12,7 @@ from ...ir.cascade.cascade import Statement, Tensor
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Ref, Size, Virtual, reads
 from ...ir.cascade.plan import Plan
 from .names import Names
+from .pressure import Product
 from .roles import ROW, STREAM, Roles
 from .values import OPPOSITE, TEST, WHOLE, Value, number, operate
 
@@ -25,7 +26,7 @@ class Function:
 
     `types` are storage types of tensors, `padded` the sizes of lanes as powers of two, `names` the
     identifiers. The rest collects what is met: tensors and extents that become arguments, helpers that are
-    called, and axes of what stays in registers beside states and scores.
+    called, and what is in registers beside states and scores: by a name, axes and how often, and products.
     """
 
     plan: Plan
@@ -34,11 +35,14 @@ class Function:
     sizes: Mapping[str, int]
     dot: str
     precision: str
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Neighbours along a rank that share an element of an input, by (input, rank); 1 where not named."""
     names: Names = field(default_factory=Names)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     extents: dict[str, None] = field(default_factory=dict)
     helpers: set[str] = field(default_factory=set)
-    cubes: set[tuple[str, ...]] = field(default_factory=set)
+    held: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    products: set[Product] = field(default_factory=set)
 
     @property
     def virtual(self) -> int:
@@ -78,6 +82,14 @@ class Function:
     def pointer(self, tensor: str) -> str:
         """The identifier of a tensor's first element."""
         return self.names.of(("pointer", tensor), f"{self.variable(tensor)}_ptr")
+
+    def multiplies(
+        self, left: tuple[str, str], right: tuple[str, str], still: bool, made: bool
+    ) -> None:
+        """Takes note of a matrix product in the kernel's own type, for the registers that it needs."""
+        wide = self.dot == "fp32"
+        split, exact = wide and self.precision == "tf32x3", wide and self.precision == "ieee"
+        self.products.add(Product(left, right, 4 if wide else 2, still, made, split, exact))
 
     def live(self, axis: str) -> str | None:
         """The mask of an axis, over that axis alone; None where all of it is live."""

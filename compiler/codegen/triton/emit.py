@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.cascade.cascade import Statement
-from ...ir.cascade.plan import Reference, Step, step_reads
+from ...ir.cascade.plan import Reference, State, Step, step_reads
 from .block import Block, Function
 from .gates import Bound, bounds, hiding_place
 from .memory import masks, store
@@ -63,6 +63,9 @@ class Emitter:
         self.loop = Block(kernel, self.head)
         self.tail = Block(kernel)
         self.carried = carried(self.plan, lazy is not None)
+        for step in self.carried:
+            if not isinstance(step, State):
+                kernel.held[step.name] = (self.roles.axes(step.ranks), 1)
         self.hidden = hiding_place(self.plan)
         self.bounds = bounds(self.plan)
         self.outputs: list[str] = []

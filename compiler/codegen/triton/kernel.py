@@ -14,6 +14,7 @@ from ....errors import UnsupportedError
 from ...ir.cascade.plan import Plan
 from .emit import Generated
 from .options import Options, Tiles, merge_tiles
+from .pressure import Demand
 from .roles import Division
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Kernel:
 
     `plan` is the plan as it was generated from, `division` what of it the kernel computes; `functions`
     has "whole", "part" and "merge". `types` and `sizes` are those of `generate`, `dot` the type of matrix
-    products, `cubes` the axes of what stays in registers beside states and scores.
+    products, `demand` what is in registers beside states and scores; `shared` is as there.
     """
 
     plan: Plan
@@ -40,7 +41,8 @@ class Kernel:
     options: Options
     tiles: Tiles
     dot: str
-    cubes: frozenset[tuple[str, ...]] = frozenset()
+    demand: Demand = field(default_factory=Demand)
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -85,13 +87,19 @@ class Kernel:
         return self._loaded[self.functions[kind].name]
 
 
+def triton_module() -> Any:
+    """Triton itself. Raises UnsupportedError where it is not installed."""
+    try:
+        import triton
+    except ImportError as error:
+        raise UnsupportedError("Triton is not installed: pip install 'einfold[triton]'") from error
+    return triton
+
+
 @functools.lru_cache(maxsize=256)
 def load_source(source: str) -> python_types.ModuleType:
     """The source as a module. Its lines are kept where `inspect` finds them: Triton reads them there."""
-    try:
-        import triton  # noqa: F401 - the source imports it; without it the reason should be plain
-    except ImportError as error:
-        raise UnsupportedError("Triton is not installed: pip install 'einfold[triton]'") from error
+    triton_module()  # the source imports it; without it the reason should be plain
     name = f"einfold_kernel_{hashlib.blake2b(source.encode(), digest_size=8).hexdigest()}"
     path = f"<{name}>"
     module = python_types.ModuleType(name)

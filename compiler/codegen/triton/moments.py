@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from ...ir.cascade.expr import Apply, Expr
 from .block import Block
+from .pressure import Product
 from .roles import ROW, STREAM
 from .values import Value, number, operate, union
 
@@ -84,7 +85,8 @@ def _emit(
     inside = operate("where", [live, value, number(0.0)], order)
     total = f"tl.sum({inside.text}, {inside.axes.index(STREAM)})"
     near = f"{total} / tl.maximum(tl.sum(live_t.to(tl.float32), 0), 1.0)"
-    kernel.cubes.add(value.axes)
+    # The values about their middle; the two products and the centre, which no state takes in.
+    kernel.held |= {"about the middle": (value.axes, 2), "moments": ((ROW, lane), 3)}
     middle = block.keep("middle", Value(near, (lane,), "fp32", True))
     away = _named(block, "away", operate("sub", [value, middle], order))
     moved = _named(block, "moved", operate("sub", [centre, middle], order))
@@ -92,6 +94,10 @@ def _emit(
         "mass", Value(f"tl.sum({weight.text}, {weight.axes.index(STREAM)})", (ROW,), "fp32", True)
     )
     precision = kernel.precision if kernel.dot == "fp32" else "tf32"
+    if kernel.dot == "fp32":
+        kernel.multiplies((ROW, STREAM), (STREAM, lane), False, True)
+    else:
+        kernel.products.add(Product((ROW, STREAM), (STREAM, lane), 4, False))
 
     def dot(right: Value) -> Value:
         text = f'tl.dot({weight.text}, {right.text}, input_precision="{precision}")'

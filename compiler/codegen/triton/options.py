@@ -18,6 +18,11 @@ class Device:
     registers: int = 65536
     registers_a_thread: int = 255
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether matrix instructions read shared memory (wgmma, tcgen05); a GeForce of 12.0 has mma.sync."""
+        return 90 <= self.capability < 120
+
 
 #: Shared memory is what one block may have; multiprocessors are those of A100, H100 and B200.
 DEVICES = {

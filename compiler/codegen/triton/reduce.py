@@ -56,7 +56,7 @@ def reduce(
     value = block.value(expr, env)
     value = value if value.type == "const" else value.cast("fp32")
     if len(value.axes) > 2:
-        block.kernel.cubes.add(value.axes)
+        block.kernel.held[" ".join(value.axes)] = (value.axes, 2)
     for axis in over:
         if axis == STREAM and (mask is not None or STREAM not in value.axes):
             live = Value(mask or "live_t", (STREAM,), "i1", True)
@@ -151,6 +151,10 @@ def _as_dot(
     a = _operand(block, left, (first, axis), hide[0], axis)
     b = _operand(block, right, (axis, second), hide[1], axis)
     inner = any(f.value.inner for f in inside)
+    still = inner and not any(f.value.inner for f in left)
+    stored = len(right) == 1 and right[0].value.type == block.kernel.dot
+    made = not (stored and _is_loaded(block, right))
+    block.kernel.multiplies((first, axis), (axis, second), still, made)
     precision = (
         f', input_precision="{block.kernel.precision}"' if block.kernel.dot == "fp32" else ""
     )

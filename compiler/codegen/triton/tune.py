@@ -23,7 +23,7 @@ def shortlist(kernel: Kernel, sizes: Mapping[str, int], count: int = 6) -> list[
     found = [
         (cost(division, kernel.types, known, tile), at, tile)
         for at, tile in enumerate(candidates())
-        if fits(division, kernel.types, known, kernel.cubes, device, tile)
+        if fits(division, kernel.types, known, kernel.demand, device, tile)
     ]
     return [tile for _, _, tile in sorted(found)[:count]] or [kernel.tiles]
 

@@ -113,6 +113,9 @@ class _Importer:
             return tuple(None for _ in value)
         if isinstance(value, torch.SymInt):
             return _Symbol(_hint(value), None)
+        if isinstance(value, torch.SymFloat):
+            # A number that the program may change is an input like any other.
+            return self.context.source(node.name, node.name, (), "real", ())
         return value
 
     def _call(self, node: fx.Node) -> Any:

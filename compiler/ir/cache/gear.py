@@ -18,15 +18,16 @@ PLACES = 256
 class Gear(Kivi):
     """KIVI's codes, plus a low-rank part of their error, plus outliers (Kang et al. 2024, section 3).
 
-    Of each vector (a channel of a granule's keys, a token's value) the `outliers` largest and as many
-    smallest numbers are set aside before the others are quantized. Their number is fixed, so there is no
-    overflow: what is no outlier by count is quantized, however large it is. `rank` columns approximate the
-    error of each head and granule of `tokens` tokens, by power iteration.
+    Of each vector (a channel of a granule's keys, a token's value in a head) a `share` is set aside before
+    the others are quantized, half of it the largest numbers and half the smallest, to the nearest whole
+    count. So their number is fixed and nothing overflows: what is no outlier by count is quantized, however
+    large it is. `rank` columns approximate the error of each head and granule of `tokens` tokens, by power
+    iteration.
     """
 
     tokens: int = 128
     rank: int = 2
-    outliers: int = 1
+    share: float = 0.02
 
     name = "gear"
 
@@ -38,9 +39,10 @@ class Gear(Kivi):
                 f"{self.name}: a granule has up to {PLACES} tokens, so that an outlier's place is "
                 f"a byte, not {self.tokens}"
             )
-        if self.rank < 0 or self.outliers < 0:
+        if self.rank < 0 or not 0 <= self.share < 1:
             raise IRError(
-                f"{self.name}: rank and outliers are 0 or more, not {self.rank} and {self.outliers}"
+                f"{self.name}: the rank is 0 or more and the share of outliers from 0 to less than 1, "
+                f"not {self.rank} and {self.share}"
             )
 
     @property
@@ -57,11 +59,10 @@ class Gear(Kivi):
                 raise IRError(
                     f"{self.name}: rank {self.rank} is more than a head's {size} channels"
                 )
-            if 2 * self.outliers > min(self.tokens, size):
-                raise IRError(
-                    f"{self.name}: {self.outliers} outliers at each end are more than a vector of "
-                    f"{min(self.tokens, size)} numbers has"
-                )
+
+    def outliers(self, numbers: int) -> int:
+        """Outliers at each end of a vector of so many numbers."""
+        return round(self.share * numbers / 2)
 
     def pieces(self, shape: GroupShape) -> Iterator[Piece]:
         yield from super().pieces(shape)
@@ -69,9 +70,9 @@ class Gear(Kivi):
             if self.rank:
                 yield Piece(f"{part}_left", self.tokens, self.rank, "f16")
                 yield Piece(f"{part}_right", shape.size(part), self.rank, "f16")
-        if self.outliers:
-            of_key = (2 * self.outliers, shape.key_size)
-            of_value = (self.tokens, 2 * self.outliers)
-            for part, size in (("key", of_key), ("value", of_value)):
+        of_key = (2 * self.outliers(self.tokens), shape.key_size)
+        of_value = (self.tokens, 2 * self.outliers(shape.value_size))
+        for part, size in (("key", of_key), ("value", of_value)):
+            if min(size):
                 yield Piece(f"{part}_place", *size, "u8")
                 yield Piece(f"{part}_outlier", *size, "f16")

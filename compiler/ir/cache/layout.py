@@ -88,8 +88,13 @@ class HeadGroup:
 
     @property
     def scored(self) -> bool:
-        """Whether the runtime must know how much attention each token got."""
+        """Whether the attention that each token got is added up and goes along with it."""
         return self.policy.scored or self.storage.scored
+
+    @property
+    def observed(self) -> bool:
+        """Whether the runtime must be shown the queries."""
+        return self.scored or self.policy.once
 
     @property
     def moves(self) -> bool:
@@ -169,9 +174,11 @@ class LayerCache:
         if group.storage.balanced:
             queries = (batch, shape.heads, shape.key_size)
             yield Buffer(f"{prefix}.query_max", queries, "f32", "host")
+        reading = prompt is not None
+        for name, size in group.policy.books(batch, shape.heads, shape.key_size, slots, reading):
+            yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed:
-            nothing_yet = prompt is not None and group.exact
-            tokens = 0 if nothing_yet else group.policy.slots(capacity)
+            tokens = 0 if reading and group.exact else group.policy.slots(capacity)
             lent = group.storage.shared if group.partner is not None else frozenset()
             for name, size, dtype in group.storage.bulk(shape, batch, tokens):
                 if name not in lent:
@@ -372,6 +379,11 @@ def _bulk(buffers: Iterator[Buffer]) -> Size:
 def cache_name(layer: int, group: int) -> str:
     """Prefix of the names of a group's buffers, in graphs and in the runtime."""
     return f"cache.{layer}.{group}"
+
+
+def query_name(layer: int, group: int) -> str:
+    """Name of the graph's result that shows a group's queries to the runtime."""
+    return f"query.{layer}.{group}"
 
 
 def slots_dim(clock: str) -> str:

@@ -19,6 +19,10 @@ from .storage import GroupShape, Storage
 #: Bits that a code may have.
 BITS = (2, 3, 4, 8)
 
+#: Codes are cut into planes of widths that divide a byte, (bits, how far they stand from the code's lowest):
+#: so 3 bits are really 3, 8 codes in 3 bytes, and no code straddles two.
+PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+
 #: Codes are packed along an axis whose length this divides, so that every width fills whole bytes.
 CODES = 8
 
@@ -123,15 +127,23 @@ def check_divides(name: str, what: str, part: int, whole_name: str, whole: int) 
         raise IRError(f"{name}: a {what} of {part} does not divide the {whole_name} {whole}")
 
 
+def planes(prefix: str, bits: int) -> list[tuple[str, int]]:
+    """(name, bits) of the pieces that codes stand in."""
+    names = [f"{prefix}_codes", f"{prefix}_codes_high"]
+    return [(name, width) for name, (width, _) in zip(names, PLANES[bits], strict=False)]
+
+
 def by_channel(prefix: str, bits: int, tokens: int, group: int, size: int) -> Iterator[Piece]:
     """Codes whose scales are by channel, one for each `group` tokens: packed along time."""
-    yield Piece(f"{prefix}_codes", tokens * bits // 8, size, "u8")
+    for name, width in planes(prefix, bits):
+        yield Piece(name, tokens * width // 8, size, "u8")
     yield Piece(f"{prefix}_scale", tokens // group, size, "f16")
     yield Piece(f"{prefix}_zero", tokens // group, size, "f16")
 
 
 def by_token(prefix: str, bits: int, tokens: int, group: int, size: int) -> Iterator[Piece]:
     """Codes whose scales are by token, one for each `group` channels: packed along channels."""
-    yield Piece(f"{prefix}_codes", tokens, size * bits // 8, "u8")
+    for name, width in planes(prefix, bits):
+        yield Piece(name, tokens, size * width // 8, "u8")
     yield Piece(f"{prefix}_scale", tokens, size // group, "f16")
     yield Piece(f"{prefix}_zero", tokens, size // group, "f16")

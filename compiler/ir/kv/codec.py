@@ -9,6 +9,7 @@ from ..cache.kivi import Kivi
 from ..cache.minicache import MiniCache
 from ..cache.mixed import MiKV, Mixed, ZipCache
 from ..cache.packing import Packed
+from ..cache.storage import GroupShape
 from . import gear, kivi, mikv, minicache, zipcache
 from .grouped import Pieces
 from .salient import Seen, chosen_first
@@ -28,6 +29,12 @@ def encode(storage: Packed, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) ->
         keys_KTD = keys_KTD.gather(1, index.expand(-1, -1, keys_KTD.shape[2]))
         values_KTD = values_KTD.gather(1, index.expand(-1, -1, values_KTD.shape[2]))
     keys, values = (x.float().unflatten(1, (-1, storage.granule)) for x in (keys_KTD, values_KTD))
+    pieces = _encoded(storage, keys, values, seen)
+    shape = GroupShape(keys.shape[0], keys.shape[-1], values.shape[-1])
+    return {piece.name: pieces[piece.name] for piece in storage.pieces(shape)}
+
+
+def _encoded(storage: Packed, keys: Tensor, values: Tensor, seen: Seen) -> Pieces:
     if isinstance(storage, Gear):
         return gear.encode(storage, keys, values)
     if isinstance(storage, Kivi):

@@ -57,10 +57,12 @@ def _axis(part: str) -> int:
 
 def _outliers(storage: Gear, part: str, x: Tensor) -> Tensor | None:
     """Places of the largest and smallest numbers of each vector."""
-    if not storage.outliers:
+    axis = _axis(part)
+    count = storage.outliers(x.shape[axis])
+    if not count:
         return None
-    ends = [x.topk(storage.outliers, _axis(part), largest=big).indices for big in (True, False)]
-    return torch.cat(ends, dim=_axis(part))
+    ends = [x.topk(count, axis, largest=big).indices for big in (True, False)]
+    return torch.cat(ends, dim=axis)
 
 
 def _without(x: Tensor, place: Tensor | None, axis: int) -> Tensor:
@@ -77,7 +79,7 @@ def _without(x: Tensor, place: Tensor | None, axis: int) -> Tensor:
 def _added(storage: Gear, part: str, x: Tensor, pieces: Pieces) -> Tensor:
     if storage.rank:
         x = x + pieces[f"{part}_left"].float() @ pieces[f"{part}_right"].float().mT
-    if storage.outliers:
+    if f"{part}_place" in pieces:
         place = pieces[f"{part}_place"].long()
         x = x.scatter_add(_axis(part), place, pieces[f"{part}_outlier"].float())
     return x

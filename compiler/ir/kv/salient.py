@@ -41,6 +41,7 @@ def chosen_first(storage: Mixed, seen: Seen, tokens_KTD: Tensor) -> Tensor:
     salient = torch.zeros(heads, total, dtype=torch.bool, device=top.device).scatter(1, top, True)
     # A stable sort keeps each part in the order of time, so that neighbours share their scales.
     by_part = torch.argsort((~salient).to(torch.uint8), dim=1, stable=True)
-    first, rest = by_part.split((top.shape[1], total - top.shape[1]), dim=1)
-    cut = [part.unflatten(1, (granules, -1)) for part in (first, rest)]
+    sizes = (storage.salient, storage.granule - storage.salient)
+    parts = by_part.split([granules * size for size in sizes], dim=1)
+    cut = [part.unflatten(1, (granules, size)) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(cut, dim=2).flatten(1).to(tokens_KTD.device)

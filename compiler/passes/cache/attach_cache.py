@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ....errors import IRError
+from ....errors import IRError, RecipeError
 from ...ir.cache.layout import (
     PARTS,
     TOKENS,
@@ -17,10 +17,12 @@ from ...ir.cache.layout import (
     cache_name,
     granules_dim,
     packed_of,
+    query_name,
     slots_dim,
 )
 from ...ir.cache.low_rank import LowRank
 from ...ir.cache.packing import Packed
+from ...ir.cache.policies import Merged
 from ...ir.cache.storages import show_storage
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
@@ -38,11 +40,13 @@ class AttachCache(Pass):
     Before: `%o = attention(%q, %k, %v, none, layer, ..)`
     After:  `%o, %kc, %vc = cached_attention(%q, %k, %v, %cache.key, %cache.value, %used, ..)`
     New inputs: `lengths` [B], tokens that each row has seen; `slots.N` [B], slots in use, for groups that
-    let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there);
-    the buffers of each head group, of which those that a step writes are outputs too. A layer whose heads
-    are cached in several ways gets one call a group, over its heads, and their results are put together
-    again. A rotary embedding in front of q and k moves into the operator, so that a target may turn them
-    while it writes the cache. A layer that reads another's cache gets
+    let tokens go; `packed.N` [B], packed tokens, for those that pack them (`packed_attention` there); the
+    buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
+    cached in several ways gets one call a group, over its heads, and their results are put together again.
+    Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
+    heads, D], such that their product with the cached keys is the logits. A rotary embedding in front of q
+    and k moves into the operator, so that a target may turn them while it writes the cache.
+    A layer that reads another's cache gets
 
         `%o = shared_attention(%q, %kc, %vc, %used, ..)`
 
@@ -206,11 +210,18 @@ class Attachment:
     ) -> fx.Node:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
+        if isinstance(group.policy, Merged) and group.storage.slot_dtype == "i8":
+            raise RecipeError(
+                f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
+                "time; keep them in f32, or choose a method that evicts"
+            )
+        query, key, value, sinks = new
+        if group.observed:
+            self._show_query(cache, index, query, inputs["key"], found, rotary)
         if group.packed:
             return self._packed_call(cache, index, new, inputs, found, rotary)
         if isinstance(group.storage, LowRank):
             return self._low_rank_call(cache, index, new, inputs, found, rotary)
-        query, key, value, sinks = new
         call = self.editor.call(
             einfold_ops.cached_attention.default,
             query,
@@ -310,6 +321,34 @@ class Attachment:
         self.values += updated
         self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in parts]
         return out
+
+    def _show_query(
+        self,
+        cache: LayerCache,
+        index: int,
+        query: fx.Node,
+        keys: fx.Node,
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> None:
+        """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
+        if rotary[0] is not None:
+            query = self.editor.call(einfold_ops.rotary.default, query, *rotary)
+        factor: object = found["scale"]
+        of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
+        if of_keys is not None:
+            heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])
+            each, scale = heads // len(cache.groups[index].heads), float(str(found["scale"]))
+            factor = self.editor.weight(
+                f"{query_name(cache.layer, index)}_scale",
+                Weight(
+                    (heads, size),
+                    torch.float32,
+                    lambda: of_keys.load().repeat_interleave(each, 0) * scale,
+                ),
+            )
+        self.values.append(self.editor.call(aten.mul.Tensor, query, factor))
+        self.names.append(query_name(cache.layer, index))
 
     def _scale(self, cache: fx.Node) -> fx.Node | None:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Simplify(Pass):
         result = PassResult()
         before = len(program.graph.nodes)
         remove_dead_nodes(program)
-        while any(rewrite(program) for rewrite in (_reshapes, _transposes, _slices, _merge_equal)):
+        while any(rewrite(program) for rewrite in _REWRITES):
             remove_dead_nodes(program)
         gone = before - len(program.graph.nodes)
         if gone:
@@ -129,6 +130,28 @@ def _slices(program: Program) -> bool:
     return changed
 
 
+def _slices_of_cats(program: Program) -> bool:
+    """A slice that is just one part of a concatenation is that part."""
+    changed, editor = False, Editor(program)
+    for node in program.nodes(aten.slice.Tensor):
+        found = call_arguments(node)
+        source, rank = found["self"], node.meta["val"].dim()
+        if source.target is not aten.cat.default or found["step"] != 1:
+            continue
+        joined = call_arguments(source)
+        axis = joined["dim"] % rank
+        sizes = [part.meta["val"].shape[axis] for part in joined["tensors"]]
+        if found["dim"] % rank != axis or not all(isinstance(size, int) for size in sizes):
+            continue
+        ends = list(itertools.accumulate(sizes))
+        for part, size, end in zip(joined["tensors"], sizes, ends, strict=True):
+            if (found["start"] or 0, found["end"]) == (end - size, end):
+                editor.replace(node, part)
+                changed = True
+                break
+    return changed
+
+
 def _span(node: fx.Node) -> tuple[int, int] | None:
     """(start, end) of a slice along the last axis with fixed bounds; None for anything else."""
     if node.target is not aten.slice.Tensor or not _on_last_axis(node):
@@ -164,3 +187,6 @@ def _frozen(value: Any) -> Any:
 
 def _type(program: Program, node: fx.Node) -> str:
     return program.shapes.describe(node.meta["val"])
+
+
+_REWRITES = (_reshapes, _transposes, _slices_of_cats, _slices, _merge_equal)

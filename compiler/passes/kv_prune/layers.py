@@ -53,3 +53,25 @@ def with_layer(program: Program, layer: LayerCache) -> None:
     program.layout = CacheLayout(
         tuple(layer if old.layer == layer.layer else old for old in program.layout.layers)
     )
+
+
+def observable(program: Program, result: PassResult, kept: int) -> Iterator[LayerCache]:
+    """The prunable layers whose attention the runtime can follow, from queries and keys alone."""
+    calls = {int(f["layer"]): f for f in map(call_arguments, attention_nodes(program))}
+    for layer in prunable(program, result, kept):
+        found = calls[layer.layer]
+        if found["softcap"]:
+            result.skipped(f"layer {layer.layer}", "its logits are capped, which scores leave out")
+        elif found["sinks_H"] is not None:
+            result.skipped(f"layer {layer.layer}", "has learned sinks, which scores leave out")
+        else:
+            yield layer
+
+
+def check_budget(method: str, tokens: int, newest: int, named: str) -> None:
+    """Raises RecipeError where a budget leaves nothing to choose beside the newest tokens."""
+    if tokens <= newest:
+        raise RecipeError(
+            f"{method}: a budget of {tokens} tokens leaves none to choose beside the {newest} of {named}; "
+            f"raise tokens or lower {named}"
+        )

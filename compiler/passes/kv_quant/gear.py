@@ -15,12 +15,13 @@ class Gear(Pass):
     """Packs older tokens into `bits` bits a number and stores what that loses (Kang et al. 2024, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
-    After:  `cache 0.0 heads=0,1 .. policy=full storage=gear(..,tokens=128,rank=2,outliers=1)`
+    After:  `cache 0.0 heads=0,1 .. policy=full storage=gear(..,tokens=128,rank=2,share=0.02)`
 
     Options: as for KIVI, whose codes are the backbone; `tokens`, a granule, which is decomposed as one;
     `rank` of each head's error in a granule (the paper: 4 for prompts, 2 for what is generated); `share`
     of each vector's numbers that are set aside as outliers, half of them the largest and half the
-    smallest (the paper: 0.02), at least one at each end where it is not 0.
+    smallest (the paper: 0.02), to the nearest whole count: 0.02 is one at each end of 128 numbers, and none
+    of a token's value in a head of 32.
 
     Their number is fixed at compile time: what is no outlier by count is quantized, and nothing overflows.
 
@@ -47,7 +48,6 @@ class Gear(Pass):
 
     def storage(self) -> Storage:
         """The storage that these options ask for. Raises IRError for one that cannot be."""
-        outliers = max(1, round(self.share * self.tokens / 2)) if self.share > 0 else 0
         return Storage(
             self.residual,
             self.slack,
@@ -58,7 +58,7 @@ class Gear(Pass):
             self.keys,
             self.tokens,
             self.rank,
-            outliers,
+            self.share,
         )
 
     def run(self, program: Program) -> PassResult:

@@ -95,10 +95,10 @@ class CrossLayer(Pass):
     def _chosen(
         self, program: Program, pairs: Sequence[Pair], wanted: int, result: PassResult
     ) -> dict[int, int]:
-        if program.text is None:
+        if program.statistics is None:
             deepest = sorted(pairs, key=lambda p: (-p[1], p[0]))
             return search(deepest, wanted, lambda _: 1.0, 0.0)
-        similarity = LayerSimilarity(program, self._text(program.text()))
+        similarity = LayerSimilarity(program, self._text(program.statistics.text()[0]))
         distances = similarity.distances(pairs)
         ranked = sorted(pairs, key=lambda p: distances[p], reverse=self.order == "dissimilar")
         owners = search(ranked, wanted, similarity.closeness, self.threshold)

@@ -1,0 +1,89 @@
+"""A kernel in the place of `cached_attention`: caches are written where they lie, then the kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..codegen.triton.launch import DTYPES, split_count
+from ..ir.ops.attention import new_slots, write_slots
+from ..ir.ops.rotary import rotary_reference
+from ..ir.program import Program
+from .kernels import SPLITS, AttentionKernel
+from .kinds import cached_attentions, kind_of
+
+Function = Callable[..., Any]
+
+
+def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, Function]:
+    """For each attention of the program, the function to call with its arguments instead."""
+    of_kind = {made.kind: made for made in kernels}
+    for made in kernels:
+        made.kernel.function("whole")  # an absent Triton is told of now, not at the first token
+    return {node: attend_in_place(of_kind[kind_of(node)]) for node in cached_attentions(program)}
+
+
+def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function:
+    """What takes the operator's arguments; `parts` cuts every step so, None as the device wants it."""
+    kind = made.kind
+
+    def attend(
+        q_BSHD: Tensor,
+        k_BSKD: Tensor,
+        v_BSKD: Tensor,
+        key_cache_BKCD: Tensor,
+        value_cache_BKCD: Tensor,
+        used_B: Tensor,
+        count_BK: Tensor | None,
+        sinks_H: Tensor | None,
+        positions_BS: Tensor | None,
+        cos_PR: Tensor | None,
+        sin_PR: Tensor | None,
+        key_scale_KD: Tensor | None,
+        value_scale_KD: Tensor | None,
+        layer: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if cos_PR is not None and sin_PR is not None and positions_BS is not None:
+            q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+        new = q_BSHD.shape[1]
+        slot_BS = new_slots(used_B, new)
+        write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
+        write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
+        inputs = {
+            "query": q_BSHD.unflatten(2, (kind.kv_heads, kind.group)),
+            "key": key_cache_BKCD,
+            "value": value_cache_BKCD,
+            "used": used_B.to(torch.int32),
+        }
+        if count_BK is not None:
+            inputs["count"] = count_BK
+        if sinks_H is not None:
+            inputs["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, (kind.kv_heads, kind.group))
+        if key_scale_KD is not None and value_scale_KD is not None:
+            inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
+        found = made.kernel(
+            inputs,
+            parts=parts or _parts(made, q_BSHD, key_cache_BKCD),
+            dtypes={"out": DTYPES[kind.query]},
+            tiles=made.tiles(new),
+        )
+        return found["out"].flatten(2, 3), key_cache_BKCD, value_cache_BKCD
+
+    return attend
+
+
+def _parts(made: AttentionKernel, q_BSHD: Tensor, cache_BKCD: Tensor) -> int:
+    """How many parts of the cache run side by side: as many as fill the device, of those that there are."""
+    batch, new = q_BSHD.shape[:2]
+    tiles = made.tiles(new)
+    programs = batch * made.kind.kv_heads * -(-new * made.kind.group // tiles.rows)
+    wanted = split_count(made.kernel, programs, cache_BKCD.shape[2], tiles, cache_BKCD)
+    return max(parts for parts in SPLITS if parts <= wanted)

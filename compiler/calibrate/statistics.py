@@ -1,0 +1,110 @@
+"""What a pass may ask of the model while the pipeline runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ...errors import CalibrationError
+from ..ir.printer import print_program
+from ..ir.program import Program
+from .retrieval_heads import REPEATS, RetrievalHeads, repeated_tokens
+from .stream import Observer, Tell, cut_behind_attention, stream
+from .text_statistics import AttentionMass, KeyValues, similarity
+
+#: Part of the key under which statistics are kept: to be raised when what they mean changes.
+_VERSION = 1
+
+#: Fewest random tokens that tell a retrieval head.
+SHORTEST_PROBE = 16
+
+
+@dataclass
+class Statistics:
+    """Statistics of one model, measured when they are asked for and kept until the process ends.
+
+    `text` gives the calibration text [rows, tokens] and where it is from. `model` names the model's files, so
+    that what was measured can be found again in `folder`; without either nothing is kept on disk.
+    """
+
+    text: Callable[[], tuple[Tensor, str]]
+    model: str | None = None
+    folder: Path | None = None
+    tell: Tell | None = None
+    read: list[str] = field(default_factory=list)
+    """What was read, in words, for the report."""
+    _found: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def retrieval_heads(self, program: Program, probe: int) -> dict[int, dict[str, Tensor]]:
+        """`echo` and `induction` [H] of each layer, on `probe` random tokens that repeat.
+
+        Raises CalibrationError where the context is too short for them.
+        """
+        period = min(probe, program.model.context // REPEATS)
+        if period < SHORTEST_PROBE:
+            raise CalibrationError(
+                f"retrieval heads show on {SHORTEST_PROBE} random tokens repeated {REPEATS} times at least; "
+                f"a probe of {probe} in a context of {program.model.context} tokens is too short"
+            )
+        tokens = repeated_tokens(period, program.model.vocabulary)
+        origin = f"{period} random tokens, {REPEATS} times"
+        return self._measured(
+            f"retrieval-{period}", program, tokens, [RetrievalHeads(period)], origin
+        )
+
+    def of_text(self, program: Program) -> dict[int, dict[str, Tensor]]:
+        """What `AttentionMass` and `KeyValues` find of each layer on the calibration text."""
+        tokens, origin = self.text()
+        observers: list[Observer] = [AttentionMass(), KeyValues()]
+        where = f"{tokens.numel()} tokens of {origin}"
+        return self._measured("text", program, tokens, observers, where)
+
+    def similarity(self, program: Program, part: str) -> Tensor:
+        """Mean cosine [L, L] between layers of the "key"s (rotated) or "value"s of a token, all heads."""
+        found = self.of_text(program)
+        return similarity([found[layer][f"{part}_sample"] for layer in sorted(found)])
+
+    def _measured(
+        self, name: str, program: Program, tokens: Tensor, observers: list[Observer], origin: str
+    ) -> dict[int, dict[str, Tensor]]:
+        if name not in self._found:
+            self._found[name] = stream(
+                program, tokens, observers, self._place(name, program, tokens), self.tell
+            )
+            self.read.append(origin)
+        return self._found[name]
+
+    def _place(self, name: str, program: Program, tokens: Tensor) -> Path | None:
+        """A folder whose name says which model, graph and text were measured."""
+        if self.folder is None or self.model is None:
+            return None
+        digest = hashlib.sha256(f"{_VERSION} {self.model}\n".encode())
+        digest.update(_text(program).encode())
+        digest.update(tokens.numpy().tobytes())
+        return self.folder / f"{name}-{digest.hexdigest()[:24]}"
+
+
+def _text(program: Program) -> str:
+    return print_program(cut_behind_attention(program))
+
+
+def user_folder() -> Path:
+    """Where statistics are kept: `einfold/calibration` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "einfold" / "calibration"
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Names a model by its files: what they are called, how large, when written."""
+    stats = [(path.resolve(), path.stat()) for path in sorted(files)]
+    return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+
+
+def kv_scores(scores_H: Tensor, kv_heads: int) -> Tensor:
+    """The score of each KV head: the largest of its query heads, [K]."""
+    return scores_H.reshape(kv_heads, -1).amax(1)

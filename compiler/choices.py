@@ -1,0 +1,61 @@
+"""What was measured of a region and its lowerings, kept on disk beside the plans.
+
+A measurement holds for the region's text, the class of its sizes, the version of torch and the machine:
+the processor and the number of threads. A file has all of these as text beside its hash, and is read as numbers
+by name; nothing in it is evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from .analysis.cascade.plans import cache_home, write_json
+
+#: Part of every key: raised whenever a lowering or the way of measuring changes.
+VERSION = 1
+
+
+def known(key: str) -> dict[str, float]:
+    """Seconds a call by lowering; empty where nothing was measured."""
+    text = _text(key)
+    try:
+        data = json.loads(_path(text).read_text())
+        if data["key"] != text:
+            return {}
+        return {str(name): float(seconds) for name, seconds in data["seconds"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # Absent, cut short or of another make: measured again and written anew.
+        return {}
+
+
+def keep(key: str, seconds: dict[str, float]) -> None:
+    """Remembers a measurement, where the cache's folder can be written."""
+    text = _text(key)
+    write_json(_path(text), {"key": text, "seconds": seconds})
+
+
+def _path(text: str) -> Path:
+    name = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+    return cache_home() / "choices" / f"{name}.json"
+
+
+def _text(key: str) -> str:
+    threads = torch.get_num_threads()
+    return f"{VERSION}\ntorch {torch.__version__}\n{_processor()}, {threads} threads\n{key}"
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor()
+    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,69 @@
+"""What compiled kernels may use, by the version of Triton that compiles them and by target.
+
+A version is added with the figures that its own run gives (`make aot`): a new compiler that spills more, or
+that loses the matrix instructions of a target, is then seen and not taken for granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .ahead import INSTRUCTIONS
+from .options import DEVICES
+
+if TYPE_CHECKING:
+    from .ahead import Compiled
+    from .kernel import Kernel
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one version on one target: `spills` in bytes a thread, `shared` in bytes a block.
+
+    `matrix` is the instruction that products of at least `rows` rows use; fewer rows may use an older one.
+    """
+
+    spills: int
+    shared: int
+    matrix: str
+    rows: int = 16
+
+
+#: By version (major.minor) and capability. The largest spills of 3.9: 48 bytes on sm_80, stored ahead of the
+#: loop; 56 on sm_90 and 92 on sm_100, for float32 as tf32x3 only.
+LIMITS = {
+    "3.6": {
+        80: Limits(64, DEVICES[80].shared_bytes, "mma.sync"),
+        90: Limits(64, DEVICES[90].shared_bytes, "wgmma.mma_async", 64),
+        100: Limits(96, DEVICES[100].shared_bytes, "tcgen05.mma", 64),
+    },
+    "3.9": {
+        80: Limits(64, DEVICES[80].shared_bytes, "mma.sync"),
+        90: Limits(64, DEVICES[90].shared_bytes, "wgmma.mma_async", 64),
+        100: Limits(96, DEVICES[100].shared_bytes, "tcgen05.mma", 64),
+    },
+}
+
+
+def limits_of(version: str, capability: int) -> Limits:
+    """The limits for a version of Triton; those of the newest one listed for one that is not."""
+    short = ".".join(version.split(".")[:2])
+    newest = max(LIMITS, key=lambda name: [int(part) for part in name.split(".")])
+    return LIMITS.get(short, LIMITS[newest])[capability]
+
+
+def exceeded(kernel: Kernel, made: Compiled, limits: Limits) -> list[str]:
+    """What of a compiled function is outside its limits, a phrase each; nothing where all is within."""
+    found = []
+    if made.spills > limits.spills:
+        found.append(f"{made.spills} spilled bytes, {limits.spills} allowed")
+    if made.shared > limits.shared:
+        found.append(f"{made.shared} bytes of shared memory, {limits.shared} allowed")
+    # Exact float32 has no matrix instruction.
+    exact = kernel.dot == "fp32" and kernel.options.precision == "ieee"
+    if "tl.dot(" in kernel.functions[made.kind].text and not exact:
+        few = made.tiles.rows < limits.rows
+        if not any(name in made.matrix for name in (INSTRUCTIONS if few else (limits.matrix,))):
+            found.append(f"no {'matrix instruction' if few else limits.matrix}")
+    return found

@@ -1,0 +1,117 @@
+"""RazorAttention: retrieval heads keep all, the others sinks, a recent window and a compensation token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ....errors import RecipeError
+from ...calibrate.statistics import kv_scores
+from ...ir.cache.layout import HeadGroup, LayerCache
+from ...ir.cache.policies import Window
+from ...ir.program import Program
+from ..base import Pass, PassResult
+from .layers import prunable, with_layer
+
+#: A KV head of the model: (layer, head).
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RazorAttention(Pass):
+    """Head-wise pruning by retrieval heads (Tang et al. 2024, sections 3.2 and 3.3).
+
+    Before: `cache 0.0 heads=0,1 .. policy=full`
+    After:  `cache 0.0 heads=1 .. policy=full` and
+            `cache 0.1 heads=0 .. policy=window(sinks=4,recent=409,slack=64,compensation=1,..)`
+
+    Options: `induction` and `echo`, the shares of KV heads that are retrieval heads by each score;
+    `sinks`; `recent`, the window of the other heads (a fifth of the context where it is not given);
+    `slack`, tokens that may gather before a window is moved; `prefill`, `exact` (as the paper) or
+    `streaming`; `probe`, the random tokens that are repeated to find the heads.
+
+    Differs from the paper: a KV head takes the largest score of its query heads, and shares are of KV
+    heads. Heads chosen by echo are the best of those that induction left, so that the number of retrieval
+    heads, and with it the bytes, follows from the options. The window has one length (the paper:
+    max(4000, N / 5) of N tokens); the probe is 512 tokens (2,500), less where the context has no room for
+    four times as many.
+    """
+
+    induction: float = 0.14
+    echo: float = 0.01
+    sinks: int = 4
+    recent: int | None = None
+    slack: int = 64
+    prefill: str = "exact"
+    probe: int = 512
+
+    name = "razor_attention"
+    requires = frozenset({"cache planned"})
+
+    def __post_init__(self) -> None:
+        shares = (self.induction, self.echo, self.induction + self.echo)
+        if not all(0 <= share <= 1 for share in shares):
+            raise RecipeError(
+                f"the shares of retrieval heads, {self.induction} by induction and {self.echo} by echo, must "
+                "each be 0 or more, and 1 or less together"
+            )
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        recent = max(1, program.model.context // 5) if self.recent is None else self.recent
+        window = Window(self.sinks, recent, self.slack, True, self.prefill)
+        layers = list(prunable(program, result, self.sinks + recent + 1))
+        retrieval = self._retrieval_heads(program, layers, result)
+        for layer in layers:
+            heads = tuple(h for h in range(layer.kv_heads) if (layer.layer, h) in retrieval)
+            split_heads(program, layer, heads, window)
+            others = layer.kv_heads - len(heads)
+            result.applied(
+                f"layer {layer.layer}",
+                f"{len(heads)} of {layer.kv_heads} KV heads retrieve and keep all; {others} keep "
+                f"{self.sinks} sinks, {recent} recent tokens and a compensation token",
+            )
+        return result
+
+    def _retrieval_heads(
+        self, program: Program, layers: list[LayerCache], result: PassResult
+    ) -> set[Head]:
+        """The heads that keep all: as many as the shares say, whatever the scores."""
+        every = [(layer.layer, head) for layer in layers for head in range(layer.kv_heads)]
+        counts = math.ceil(self.induction * len(every)), math.ceil(self.echo * len(every))
+        if program.statistics is None:
+            if every:
+                result.skipped(
+                    "retrieval heads", "without weights they are chosen at will; only sizes count"
+                )
+            return set(every[: sum(counts)])
+        if not sum(counts) or not every:
+            return set()
+        found = program.statistics.retrieval_heads(program, self.probe)
+        scores: dict[str, dict[Head, float]] = {"induction": {}, "echo": {}}
+        for layer in layers:
+            for kind, known in scores.items():
+                for head, score in enumerate(kv_scores(found[layer.layer][kind], layer.kv_heads)):
+                    known[layer.layer, head] = float(score)
+        return choose(scores["induction"], scores["echo"], *counts)
+
+
+def choose(
+    induction: dict[Head, float], echo: dict[Head, float], by_induction: int, by_echo: int
+) -> set[Head]:
+    """The heads with the highest induction scores, and of the others those with the highest echo scores."""
+    first = sorted(induction, key=lambda head: -induction[head])[:by_induction]
+    rest = [head for head in echo if head not in first]
+    return {*first, *sorted(rest, key=lambda head: -echo[head])[:by_echo]}
+
+
+def split_heads(program: Program, layer: LayerCache, full: tuple[int, ...], window: Window) -> None:
+    """Gives the heads that are not in `full` a window, in a group of their own."""
+    (group,) = layer.groups
+    rest = tuple(head for head in range(layer.kv_heads) if head not in full)
+    groups: list[HeadGroup] = []
+    if full:
+        groups.append(replace(group, heads=full))
+    if rest:
+        groups.append(replace(group, heads=rest, policy=window))
+    with_layer(program, replace(layer, groups=tuple(groups)))

@@ -1,0 +1,93 @@
+"""A Triton artifact, loaded: kernels are made anew from its graph, and what it brings is compared."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from .compiler.attention_kernels import AttentionKernel, attention_kernels, bind, differences
+from .compiler.attention_kernels.files import FOLDER
+from .compiler.codegen.triton.options import DEVICES, Device
+from .errors import ArtifactError, ArtifactWarning, UnsupportedError
+from .runtime.artifact import Artifact
+from .runtime.kernel_runner import KernelRunner
+from .runtime.reference_runner import read_program
+
+
+def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
+    """What runs the artifact on this machine's GPU, or in Triton's interpreter where that is asked for.
+
+    Sources and plans that differ from what this einfold generates are told of by an ArtifactWarning and
+    not used. Compiled kernels are used with `trust` alone. Raises UnsupportedError without a device.
+    """
+    device = find_device()
+    program = read_program(artifact, str(device))
+    kernels = attention_kernels(program, described(device))
+    for difference in differences(kernels, _texts(artifact)):
+        _warn(artifact, f"{difference}; it is not used")
+    if trust:
+        kernels = _with_compiled(artifact, kernels, device)
+    return KernelRunner(program, bind(program, kernels), device, artifact.weight_bytes())
+
+
+def find_device() -> torch.device:
+    """The device for kernels: the CPU under TRITON_INTERPRET=1, else the CUDA device."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    raise UnsupportedError(
+        "this artifact was compiled for Triton, which needs a CUDA device, and there is none here; "
+        "run it with --engine reference (slow), or compile for onnx"
+    )
+
+
+def described(device: torch.device) -> Device:
+    """What the choice of tiles must know of the device; in the interpreter, of a usual one."""
+    if device.type != "cuda":
+        return DEVICES[90]
+    found = torch.cuda.get_device_properties(device)
+    return Device(
+        found.major * 10 + found.minor,
+        # What a block may ask for; the smaller figure is what it has without asking.
+        int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)),
+        found.multi_processor_count,
+    )
+
+
+def _with_compiled(
+    artifact: Artifact, kernels: list[AttentionKernel], device: torch.device
+) -> list[AttentionKernel]:
+    if device.type != "cuda":
+        _warn(artifact, "compiled kernels need a GPU, so none is used")
+        return kernels
+    from .compiler.attention_kernels.trusted import with_compiled
+
+    architecture = f"sm_{described(device).capability}"
+    files = {name: artifact.file(name) for name in artifact.manifest.files}
+    kernels, missing = with_compiled(kernels, architecture, files)
+    if missing:
+        _warn(
+            artifact,
+            f"{len(missing)} compiled kernels for {architecture} and this Triton are missing, "
+            f"such as {missing[0]}; these are compiled when they are first needed",
+        )
+    return kernels
+
+
+def _warn(artifact: Artifact, text: str) -> None:
+    warnings.warn(ArtifactWarning(f"{artifact.folder}: {text}"), stacklevel=3)
+
+
+def _texts(artifact: Artifact) -> dict[str, str]:
+    """The sources and plans of an artifact by name."""
+    found = {}
+    for name in artifact.manifest.files:
+        if name.startswith(f"{FOLDER}/") and name.endswith((".py", ".plan")):
+            try:
+                found[name] = artifact.file(name).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ArtifactError(f"{artifact.folder}/{name} is no text: {error}") from error
+    return found

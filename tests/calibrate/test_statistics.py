@@ -1,0 +1,195 @@
+"""Statistics that a model shows on a sample, against plain attention over the whole of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from einfold.compiler.calibrate import stream as streaming
+from einfold.compiler.calibrate.retrieval_heads import RetrievalHeads, repeated_tokens
+from einfold.compiler.calibrate.statistics import Statistics, kv_scores
+from einfold.compiler.calibrate.stream import attention_weights, stream
+from einfold.compiler.calibrate.text_statistics import AttentionMass, KeyValues, similarity
+from einfold.compiler.ir.program import Program
+from einfold.errors import CalibrationError
+
+from ..programs import program
+
+#: Two layers of attention over an embedding; the second sees the first's output.
+BODY = """
+    weight @e : f32[11, 16]
+    weight @p : f32[64, 16]
+    input %ids "input_ids" : i64[B, S]
+    input %pos "position_ids" : i64[B, S]
+    read %e "e" : f32[11, 16]
+    read %p "p" : f32[64, 16]
+    call %h = einfold.embedding(%ids, %e) : f32[B, S, 16]
+    call %hp = einfold.embedding(%pos, %p) : f32[B, S, 16]
+    call %hs = aten.add.Tensor(%h, %hp) : f32[B, S, 16]
+    call %q = aten.unflatten.int(%hs, -1, [4, 4]) : f32[B, S, 4, 4]
+    call %k = aten.slice.Tensor(%q, 2, 0, 2) : f32[B, S, 2, 4]
+    call %o = einfold.attention(%q, %k, %k, none, 0, 0.5, 0, 0.0) : f32[B, S, 4, 4]
+    call %q2 = aten.add.Tensor(%o, %q) : f32[B, S, 4, 4]
+    call %k2 = aten.slice.Tensor(%q2, 2, 1, 3) : f32[B, S, 2, 4]
+    call %o2 = einfold.attention(%q2, %k2, %k, none, 1, 0.5, 5, 3.0) : f32[B, S, 4, 4]
+    call %y = aten.add.Tensor(%o2, %q2) : f32[B, S, 4, 4]
+    output "y" = %y
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a short sample takes several blocks of rows."""
+    monkeypatch.setattr(streaming, "_BLOCK", 4 * 24 * 5)
+
+
+class Whole:
+    """Keeps a layer's weights whole."""
+
+    def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
+        self.parts: list[Tensor] = []
+
+    def block(self, start: int, weights_BHST: Tensor) -> None:
+        assert start == sum(part.shape[2] for part in self.parts)
+        self.parts.append(weights_BHST)
+
+    def end(self) -> dict[str, Tensor]:
+        assert len(self.parts) > 1
+        return {"weights": torch.cat(self.parts, dim=2)}
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention_in_blocks_of_rows(window: int, sinks: bool) -> None:
+    q, k = torch.randn(1, 24, 4, 8), torch.randn(1, 24, 2, 8)
+    sink = torch.randn(4) if sinks else None
+    blocks = [weights for _, weights in attention_weights(q, k, sink, 0.3, window, 2.0)]
+    eye = torch.eye(24)[None, :, None].expand(1, -1, 2, -1)  # values that give the weights away
+    want = torch.ops.einfold.attention(q, k, eye, sink, 0, 0.3, window, 2.0)
+    torch.testing.assert_close(torch.cat(blocks, 2).transpose(1, 2), want)
+
+
+def test_head_scores_are_the_attention_to_earlier_repeats() -> None:
+    tokens = repeated_tokens(6, 11)
+    assert tokens.shape == (1, 24) and len(set(tokens[0, :6].tolist())) == 6
+    found = stream(program(BODY), tokens, [Whole(), RetrievalHeads(6)])
+    for layer in (0, 1):
+        weights = found[layer]["weights"][0]
+        for name, offset in (("echo", 0), ("induction", 1)):
+            want = torch.zeros(4)
+            for i in range(6, 24):
+                earlier = [j for j in range(i) if (i - j) % 6 == 0]
+                want += weights[:, i, [j + offset for j in earlier]].sum(1)
+            torch.testing.assert_close(found[layer][name], want / 18)
+
+
+def test_a_head_that_copies_has_an_induction_score_of_one() -> None:
+    """Keys of the tokens after the query's own: attention by hand, not by a model."""
+    tokens, head = repeated_tokens(6, 11), RetrievalHeads(6)
+    head.begin(torch.empty(1, 24, 2, 4), torch.empty(1, 24, 1, 4), torch.empty(1, 24, 1, 4))
+    weights = torch.zeros(1, 2, 24, 24)
+    for i in range(6, 24):
+        weights[0, 0, i, i - 5] = 1  # one behind the same token, one repeat ago
+        weights[0, 1, i, i - 6] = 1
+    head.block(0, weights[:, :, :10])
+    head.block(10, weights[:, :, 10:])
+    found = head.end()
+    assert found["induction"].tolist() == [1, 0] and found["echo"].tolist() == [0, 1]
+    assert kv_scores(found["echo"], 1).tolist() == [1]
+    assert tokens.shape[1] == 24
+
+
+def test_mass_saliency_and_ranges() -> None:
+    ids = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
+    found = stream(program(BODY), ids, [Whole(), AttentionMass(), KeyValues()])
+    weights, mass = found[0]["weights"], found[0]["mass"]
+    torch.testing.assert_close(mass.sum(1), torch.ones(4))
+    torch.testing.assert_close(mass[:, 0], weights.diagonal(0, 2, 3).mean((0, 2)))
+    near = sum(weights.diagonal(-d, 2, 3).sum((0, 2)) for d in (2, 3)) / 48
+    torch.testing.assert_close(mass[:, 2], near)
+    received = weights.reshape(2, 2, 2, 24, 24).mean(2).sum(2) / torch.arange(24, 0, -1)
+    torch.testing.assert_close(found[0]["saliency"], received)
+    assert found[1]["mass"][:, 4:].sum() == 0  # behind the window of 5
+    samples = [found[layer]["value_sample"] for layer in (0, 1)]
+    torch.testing.assert_close(similarity(samples), torch.ones(2, 2))  # both layers have one value
+    assert similarity([samples[0], samples[0][:, :4]])[0, 1] == 0
+    assert bool((found[0]["key_max"] >= found[0]["key_mean"]).all())
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    ids = repeated_tokens(6, 11)
+    want = stream(program(BODY), ids, [RetrievalHeads(6)])
+    seen: list[str] = []
+
+    class Interrupted(RetrievalHeads):
+        def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
+            seen.append("begin")
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            super().begin(q_BSHD, k_BSKD, v_BSKD)
+
+    folder = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        stream(program(BODY), ids, [Interrupted(6)], folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["layer-0.pt", "progress.pt"]
+    got = stream(program(BODY), ids, [Interrupted(6)], folder)
+    assert len(seen) == 3  # the first layer was not read again
+    for layer, name in ((0, "echo"), (1, "echo"), (1, "induction")):
+        torch.testing.assert_close(got[layer][name], want[layer][name], rtol=0, atol=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["layer-0.pt", "layer-1.pt"]
+    again = stream(program(BODY), ids, [Interrupted(6)], folder)
+    assert len(seen) == 3 and again.keys() == want.keys()
+    (folder / "layer-1.pt").write_bytes(b"damaged")
+    with pytest.raises(CalibrationError, match=r"layer-1\.pt cannot be read .*; delete .*kept"):
+        stream(program(BODY), ids, [Interrupted(6)], folder)
+
+
+def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def statistics(model: str | None) -> Statistics:
+        ids = torch.arange(22).reshape(2, 11) % 11
+        return Statistics(
+            lambda: (ids, "a text"), model, tmp_path, lambda text, share: told.append(text)
+        )
+
+    def measured(model: str | None, found: Program) -> int:
+        told.clear()
+        statistics(model).of_text(found)
+        return len(told)
+
+    assert measured("a", program(BODY)) == 2
+    assert measured("a", program(BODY)) == 0
+    assert measured("b", program(BODY)) == 2
+    assert measured("a", program(BODY.replace("5, 3.0", "6, 3.0"))) == 2
+    assert measured(None, program(BODY)) == 2  # a model in memory is measured each time
+    assert len(list(tmp_path.iterdir())) == 3
+    one = statistics("a")
+    assert one.similarity(program(BODY), "value")[0, 1] == pytest.approx(1)
+    one.retrieval_heads(program(BODY), 16)
+    assert one.read == ["22 tokens of a text", "16 random tokens, 4 times"]
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert len(stream(program(BODY), repeated_tokens(6, 11), [KeyValues()], blocked / "kept")) == 2
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    table = torch.randn(11, 16)
+    table[3, 12] = float("nan")
+    with pytest.raises(CalibrationError, match="the queries of layer 0 are not finite"):
+        stream(program(BODY, e=table), torch.tensor([[1, 3]]), [KeyValues()])
+
+
+def test_a_context_without_room_for_the_probe_is_refused() -> None:
+    statistics: Any = Statistics(lambda: (torch.zeros(1, 1), ""))
+    with pytest.raises(
+        CalibrationError, match="a probe of 8 in a context of 64 tokens is too short"
+    ):
+        statistics.retrieval_heads(program(BODY), 8)

@@ -1,0 +1,281 @@
+"""Tokens that stay by the attention they got, against the papers' definitions over the whole text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.policies import HeavyHitters, Merged, Policy, Voted, Window
+from einfold.compiler.ir.cache.storages import Plain
+from einfold.errors import EinfoldError, IRError
+from einfold.runtime import scores
+from einfold.runtime.cache import Cache
+
+HEADS, EACH, SIZE = 2, 2, 4
+Floats = npt.NDArray[np.float32]
+
+
+def layout(policy: Policy, storage: str = "f32") -> CacheLayout:
+    group = HeadGroup((0, 1), policy, Plain(storage))
+    return CacheLayout((LayerCache(0, HEADS, SIZE, SIZE, (group,)),))
+
+
+def text(rows: int, tokens: int, seed: int = 0) -> tuple[Floats, Floats, Floats]:
+    """Queries [rows, T, H, D], keys and values [rows, T, K, D]."""
+    random = np.random.default_rng(seed)
+    shapes = [(rows, tokens, heads, SIZE) for heads in (HEADS * EACH, HEADS, HEADS)]
+    q, k, v = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return q, k, v
+
+
+def write(cache: Cache, words: tuple[Floats, ...], sizes: npt.NDArray[np.int64] | int) -> None:
+    """What a step does with queries, keys and values [rows, new, heads, size], padded on the right."""
+    queries, new = words[0], words[1].shape[1]
+    for row, used in enumerate(cache.clocks["slots.0"]):
+        for part, x in (("key", words[1]), ("value", words[2])):
+            slots = cache.buffers[f"cache.0.0.{part}"][row]
+            slots[:, used : used + new] = x[row].transpose(1, 0, 2)
+    cache.advance(sizes, {"query.0.0": queries})
+
+
+def attention(q_THD: Floats, k_TKD: Floats) -> Floats:
+    """Causal attention weights [K, EACH, T, T] of a whole text."""
+    q_KETD = q_THD.transpose(1, 0, 2).reshape(HEADS, EACH, len(q_THD), SIZE)
+    logits = q_KETD.astype(np.float64) @ k_TKD.transpose(1, 2, 0)[:, None]
+    logits[..., ~np.tri(len(q_THD), dtype=bool)] = -np.inf
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def read(cache: Cache, words: tuple[Floats, ...], prompt: int, chunks: list[int]) -> None:
+    """Reads a prompt in chunks and settles; then reads the rest token by token."""
+    place = 0
+    total = words[0].shape[1]
+    for size in [*chunks, *[1] * (total - sum(chunks))]:
+        cache.make_room(size)
+        write(cache, tuple(x[:, place : place + size] for x in words), size)
+        place += size
+        if place == prompt:
+            cache.settle()
+
+
+@given(st.integers(1, 3), st.lists(st.integers(1, 7), min_size=1, max_size=4), st.data())
+def test_scores_are_sums_of_attention(rows: int, chunks: list[int], data: st.DataObject) -> None:
+    """In chunks as at once; padding neither pays nor gets attention."""
+    total = sum(chunks)
+    words = text(rows, total)
+    cache = Cache.allocate(layout(HeavyHitters(8, 8, 30)), rows, total)
+    lengths = np.array([data.draw(st.integers(1, total)) for _ in range(rows)])
+    place = 0
+    for size in chunks:
+        sizes = np.clip(lengths - place, 0, size)
+        write(cache, tuple(x[:, place : place + size] for x in words), sizes)
+        place += size
+    for row, length in enumerate(lengths):
+        want = attention(words[0][row, :length], words[1][row, :length]).sum((1, 2))
+        got = cache.buffers["cache.0.0.score"][row]
+        np.testing.assert_allclose(got[:, :length], want, rtol=1e-4, atol=1e-6)
+        assert not got[:, length:].any()
+
+
+def test_blocks_of_queries_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = text(1, 20)
+    weights = np.random.default_rng(1).random((2, 20)).astype(np.float32)
+    keys = k[0].transpose(1, 0, 2)
+    whole = scores.attention_sums(q[0], keys, 0, weights)
+    monkeypatch.setattr(scores, "_BLOCK", 20 * HEADS * EACH * 3)
+    np.testing.assert_allclose(scores.attention_sums(q[0], keys, 0, weights), whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["f32", "i8"])
+def test_heavy_hitters_of_a_prompt_stay(storage: str) -> None:
+    """H2O: of the tokens before the recent ones, each head keeps those with the most attention."""
+    q, k, v = text(2, 30)
+    if storage == "i8":
+        k, v = np.round(k * 9), np.round(v * 9)
+        q = q / 9
+    policy = HeavyHitters(6, 4, 2)
+    cache = Cache.allocate(layout(policy, storage), 2, 40, 30)
+    read(cache, (q, k, v), 30, [11, 19])
+    assert cache.clocks["slots.0"].tolist() == [10, 10]
+    for row in range(2):
+        got = attention(q[row], k[row]).sum((1, 2))
+        for head in range(HEADS):
+            heavy = np.sort(np.argsort(-got[head, :26], kind="stable")[:6])
+            stay = [*heavy, 26, 27, 28, 29]
+            for part, x in (("key", k), ("value", v)):
+                slots = cache.buffers[f"cache.0.0.{part}"][row, head, :10]
+                np.testing.assert_array_equal(slots, x[row, stay, head])
+            kept = cache.buffers["cache.0.0.score"][row, head]
+            np.testing.assert_allclose(kept[:10], got[head, stay], rtol=1e-4)
+            assert not kept[10:].any()
+
+
+def by_definition(
+    q_TD: Floats, k_TD: Floats, policy: HeavyHitters, prompt: int, total: int
+) -> list[int]:
+    """H2O for one head and one query head a token at a time, over token numbers: which ones are kept."""
+    alive: list[int] = []
+    score = np.zeros(total)
+    kept = policy.heavy + policy.recent
+    for t in range(total):
+        if t >= prompt and len(alive) + 1 > kept + policy.slack:
+            alive = evicted(alive, score, policy)
+        alive.append(t)
+        logits = k_TD[alive].astype(np.float64) @ q_TD[t]
+        weights = np.exp(logits - logits.max())
+        score[alive] += weights / weights.sum()
+        if t + 1 == prompt and len(alive) > kept + policy.slack:
+            alive = evicted(alive, score, policy)
+    return alive
+
+
+def evicted(alive: list[int], score: npt.NDArray[np.float64], policy: HeavyHitters) -> list[int]:
+    older, newest = alive[: -policy.recent], alive[-policy.recent :]
+    best = sorted(older, key=lambda t: -score[t])[: policy.heavy]
+    return sorted(best) + newest
+
+
+@pytest.mark.parametrize("prompt", [5, 20])
+def test_heavy_hitters_are_chosen_anew_while_decoding(prompt: int) -> None:
+    q, k, v = text(1, 48, seed=3)
+    q[:, :, 1::EACH] = q[:, :, ::EACH]  # one query head would do
+    policy = HeavyHitters(5, 3, 4)
+    cache = Cache.allocate(layout(policy), 1, 48, prompt)
+    read(cache, (q, k, v), prompt, [prompt])
+    used = int(cache.clocks["slots.0"][0])
+    for head in range(HEADS):
+        stay = by_definition(q[0, :, head * EACH], k[0, :, head], policy, prompt, 48)
+        np.testing.assert_array_equal(
+            cache.buffers["cache.0.0.value"][0, head, :used], v[0, stay, head]
+        )
+
+
+def test_streaming_chooses_after_every_chunk() -> None:
+    """Where nothing leaves before the end, streaming and exact prefill keep the same tokens."""
+    words = text(1, 14, seed=5)
+    found = []
+    for prefill in ("exact", "streaming"):
+        policy = HeavyHitters(4, 3, 7, prefill)
+        cache = Cache.allocate(layout(policy), 1, 20, 14)
+        assert cache.step_limit() == (20 if prefill == "exact" else 7)
+        read(cache, words, 14, [7, 7])
+        cache.make_room(7)
+        found.append(cache.buffers["cache.0.0.key"][:, :, :7])
+    np.testing.assert_array_equal(*found)
+
+
+@given(st.integers(1, 3), st.integers(20, 30), st.sampled_from([1, 3, 7]), st.booleans())
+def test_the_last_tokens_vote_for_the_rest_of_a_prompt(
+    seed: int, length: int, kernel: int, small_chunks: bool
+) -> None:
+    """SnapKV: in chunks shorter than the voters too, and in rows of unequal lengths."""
+    q, k, v = text(2, length, seed)
+    policy = Voted(6, 4, kernel, 8, EACH)
+    cache = Cache.allocate(layout(policy), 2, 40, length)
+    assert cache.buffers["cache.0.0.voters"].shape == (2, HEADS * EACH, 4, SIZE)
+    lengths = np.array([length, length - 3])
+    for start in range(0, length, 3 if small_chunks else length):
+        end = start + (3 if small_chunks else length)
+        size = min(end, length) - start
+        sizes = np.clip(lengths - start, 0, size)
+        write(cache, tuple(x[:, start:end] for x in (q, k, v)), sizes)
+    cache.settle()
+    assert "cache.0.0.voters" not in cache.buffers
+    assert cache.clocks["slots.0"].tolist() == [10, 10]
+    for row, count in enumerate(lengths):
+        weights = attention(q[row, :count], k[row, :count])[:, :, -4:, : count - 4].sum((1, 2))
+        for head in range(HEADS):
+            pooled = [
+                weights[head, max(0, t - kernel // 2) : t + kernel // 2 + 1].max()
+                for t in range(count - 4)
+            ]
+            chosen = np.sort(np.argsort(-np.array(pooled), kind="stable")[:6])
+            stay = [*chosen, *range(count - 4, count)]
+            np.testing.assert_array_equal(
+                cache.buffers["cache.0.0.key"][row, head, :10], k[row, stay, head]
+            )
+
+
+def test_what_was_chosen_stays_while_generated_tokens_pass() -> None:
+    q, k, v = text(1, 50)
+    cache = Cache.allocate(layout(Voted(6, 4, 1, 5, EACH)), 1, 50, 20)
+    read(cache, tuple(x[:, :20] for x in (q, k, v)), 20, [20])
+    chosen = cache.buffers["cache.0.0.key"][:, :, :6].copy()
+    for t in range(20, 50):
+        cache.make_room(1)
+        write(cache, tuple(x[:, t : t + 1] for x in (q, k, v)), 1)
+    used = int(cache.clocks["slots.0"][0])
+    keys = cache.buffers["cache.0.0.key"]
+    np.testing.assert_array_equal(keys[:, :, :6], chosen)
+    np.testing.assert_array_equal(keys[0, :, 6:used], k[0, 56 - used :].transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("similarity", [1.0, 0.3, -1.0])
+def test_what_leaves_is_merged_into_what_it_resembles(similarity: float) -> None:
+    """EMS: by the sum of global and local shares; none, some, or all of what leaves has a place."""
+    q, k, v = text(1, 24, seed=2)
+    policy = Merged(5, 4, 2, "exact", 8, similarity)
+    cache = Cache.allocate(layout(policy), 1, 30, 24)
+    read(cache, (q, k, v), 24, [10, 14])
+    weights = attention(q[0], k[0]).sum(1)
+    fading = (1 - 1 / 8) ** np.arange(23, -1, -1)
+    for head in range(HEADS):
+        every, late = weights[head].sum(0), fading @ weights[head]
+        score = (every / every.sum() + late / late.sum())[:20]
+        centres = sorted(np.argsort(-score, kind="stable")[:5])
+        want_k, want_v = k[0, centres, head].astype(float), v[0, centres, head].astype(float)
+        total, sums = score[centres].copy(), every[centres].copy()
+        want_k, want_v = want_k * total[:, None], want_v * total[:, None]
+        units = k[0, :, head] / np.linalg.norm(k[0, :, head], axis=1, keepdims=True)
+        for t in sorted(set(range(20)) - set(centres)):
+            cosine = units[centres] @ units[t]
+            c = int(cosine.argmax())
+            if cosine[c] >= similarity:
+                want_k[c] += score[t] * k[0, t, head]
+                want_v[c] += score[t] * v[0, t, head]
+                total[c] += score[t]
+                sums[c] += every[t]
+        for part, want, x in (("key", want_k, k), ("value", want_v, v)):
+            slots = cache.buffers[f"cache.0.0.{part}"][0, head]
+            np.testing.assert_allclose(slots[:5], want / total[:, None], rtol=1e-3, atol=1e-5)
+            np.testing.assert_array_equal(slots[5:9], x[0, 20:, head])
+        np.testing.assert_allclose(cache.buffers["cache.0.0.score"][0, head, :5], sums, rtol=1e-3)
+
+
+def test_a_window_moves_the_scores_of_its_tokens() -> None:
+    """Scores of a storage go along with the tokens, whatever decides which stay."""
+
+    class Scored(Plain):
+        scored = True
+
+    group = HeadGroup((0, 1), Window(2, 3, 4), Scored())
+    cache = Cache.allocate(CacheLayout((LayerCache(0, HEADS, SIZE, SIZE, (group,)),)), 1, 40)
+    words = text(1, 10)
+    write(cache, tuple(x[:, :9] for x in words), 9)
+    before = cache.buffers["cache.0.0.score"].copy()
+    cache.make_room(1)
+    after = cache.buffers["cache.0.0.score"]
+    np.testing.assert_array_equal(after[:, :, :5], before[:, :, [0, 1, 6, 7, 8]])
+    assert not after[:, :, 5:].any()
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(IRError, match="heavy_hitters keeps 1 or more of heavy"):
+        HeavyHitters(0, 4)
+    with pytest.raises(IRError, match="a cosine between -1 and 1, not 32 and 2"):
+        Merged(4, 4, similarity=2)
+    with pytest.raises(IRError, match="an odd number of tokens, not 4"):
+        Voted(4, 4, 4)
+    with pytest.raises(IRError, match="voting takes 1 or more"):
+        Voted(4, 0)
+    cache = Cache.allocate(layout(HeavyHitters(4, 4)), 1, 8)
+    with pytest.raises(EinfoldError, match=r"the step gave no query\.0\.0"):
+        cache.advance(1)
+    assert replace(HeavyHitters(4, 4), slack=2).slots(100) == 10
