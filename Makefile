@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 PEERS ?= .venv-peers
+KVPRESS ?= .venv-kvpress
 
-.PHONY: demo test check bench bench-peers docs aot clean
+.PHONY: demo test check bench bench-peers docs aot methods methods-peers clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +54,20 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 ## Writes the table of docs/attention.md; a test checks that the committed one is current.
 docs: $(READY)
 	$(BIN)/python docs/attention_table.py
+
+## Measures every method for the KV cache on the shipped model and writes docs/methods.md.
+methods: $(READY)
+	$(BIN)/python -m benchmarks.methods
+
+## The same at equal budgets beside kvpress, in an environment of its own.
+methods-peers: $(READY) $(KVPRESS)/.ready
+	$(BIN)/python -m benchmarks.kvpress_peers --kvpress-python $(KVPRESS)/bin/python
+
+$(KVPRESS)/.ready: benchmarks/requirements-kvpress.txt
+	$(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 ## Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU and writes benchmarks/results/aot.md.
 aot: $(READY)

@@ -20,7 +20,8 @@ class Form:
     """"hf", "einfold", "genai" or "gguf"."""
 
     options: tuple[str, ...] = ()
-    """einfold: a recipe. genai: extra options of the builder. gguf: none (Q4_0, the head in 8 bits)."""
+    """einfold: a recipe; `quarter` behind it for a cache that keeps a quarter of the KV heads whole.
+    genai: extra options of the builder. gguf: none (Q4_0, the head in 8 bits)."""
 
     @property
     def folder(self) -> str:
@@ -68,6 +69,18 @@ ENTRIES = (
         "einfold int4 int8 cache",
         "einfold_engine",
         Form(EINFOLD, ("benchmarks/recipes/int4-kv8.toml",)),
+        "the same, cache in int8 with a scale a channel",
+    ),
+    Entry(
+        "einfold int4 quarter",
+        "einfold_engine",
+        Form(EINFOLD, ("int4", "quarter")),
+        "a quarter of the KV heads keeps all, the others 324 slots; cache in float32",
+    ),
+    Entry(
+        "einfold int4 quarter, int8 cache",
+        "einfold_engine",
+        Form(EINFOLD, ("benchmarks/recipes/int4-kv8.toml", "quarter")),
         "the same, cache in int8 with a scale a channel",
     ),
     Entry(

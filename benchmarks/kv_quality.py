@@ -52,6 +52,9 @@ FORMS = dict(
         _named("kivi", bits=2),
         _named("kivi", bits=2, keys="token"),
         _named("kivi", bits=2, group=16),
+        _named("kivi", bits=3, group=16),
+        _named("kivi", key_bits=3, value_bits=2),
+        _named("kivi", key_bits=2, value_bits=3),
         _named("gear", bits=2, rank=1, share=0.0),
         _named("gear", bits=2, rank=1),
         _named("gear", bits=2, rank=2),
@@ -126,7 +129,7 @@ def rows(model: Path, count: int, only: list[str]) -> Iterator[str]:
     pieces = texts(model, count)
     expected = references(model, pieces)
     nothing = Figures(_perplexity(pieces, expected), 0.0, 1.0)
-    yield f"{len(pieces)} windows of {WINDOW} tokens; the original's perplexity is {nothing.perplexity:.4f}.\n"
+    yield f"{len(pieces)} windows of {WINDOW} tokens; original: perplexity {nothing.perplexity:.4f}.\n"
     yield "| cache | bits a number | perplexity | KL, nats | same token |"
     yield "|---|---|---|---|---|"
     for name, table in FORMS.items():

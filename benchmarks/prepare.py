@@ -53,6 +53,11 @@ class Kitchen:
 
     def _maker(self, model: Path, form: Form) -> Callable[[Path], list[str]]:
         if form.kind == EINFOLD:
+            if "quarter" in form.options:
+                return lambda out: [
+                    *(self.own, "-m", "benchmarks.quarter_heads", str(model), str(out)),
+                    *("--recipe", form.options[0]),
+                ]
             return lambda out: [
                 *(self.own, "-m", "einfold", "compile", str(model), "-o", str(out)),
                 *("--recipe", form.options[0]),
@@ -77,7 +82,7 @@ class Kitchen:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f"{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        if "einfold" not in command(part):
+        if not {"einfold", "benchmarks.quarter_heads"} & set(command(part)):
             part.mkdir()
         log = out.with_name(f"{out.name}.log")
         started = time.perf_counter()

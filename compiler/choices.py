@@ -1,8 +1,8 @@
 """What was measured of a region and its lowerings, kept on disk beside the plans.
 
 A measurement holds for the region's text, the class of its sizes, the version of torch and the machine:
-the processor and the number of threads. A file has all of these as text beside its hash, and is read as numbers
-by name; nothing in it is evaluated.
+the processor and the number of threads. A file is named by the hash of all of these, has them as text too,
+and is read as numbers by name; nothing in it is evaluated.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from .frontend.huggingface import ModelSource
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
 from .ir.program import Program
-from .pipeline import PassManager, PassRecord, language_model_passes, module_passes
+from .pipeline import PassManager, PassRecord, language_model_passes, module_passes, planning_passes
 from .recipe import Recipe
 from .report import report_page
 
@@ -136,6 +136,22 @@ def trace(
         passes, dump, lambda name, index, total: tell(f"pass {name}", index / max(1, total))
     )
     return program, manager.run(program)
+
+
+def plan_cache(model: Input, recipe: Recipe) -> Program:
+    """Captures a model and decides how its cache is kept, as a compile does; attention has no cache yet.
+
+    What the storage needs is calibrated. Heads are as the model has them: none are permuted.
+    """
+    _load(model)
+    program = capture_language_model(
+        model.source, model.config, _context(model, recipe), model.state
+    )
+    program.statistics = _statistics(model, program, recipe, lambda text, share: None)
+    PassManager(planning_passes(recipe.cache_passes())).run(program)
+    if program.calibrations:
+        _calibrate(model, program, recipe)
+    return program
 
 
 def compile_to(
@@ -266,11 +282,13 @@ def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) 
     """What passes may ask of the model. Of a model in files it is kept in the user's cache folder."""
     folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
     files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
-    named = fingerprint(files) if files else revision and f"{model.source.name} {revision}"
-    if model.source.in_memory:
-        named = None  # its weights may be any
+    named = fingerprint(files) if files else f"{model.source.name} {revision}"
+    known = bool(files or revision) and not model.source.in_memory  # else its weights may be any
     return Statistics(
-        lambda: _calibration_text(model, program, recipe), named or None, user_folder(), tell
+        lambda: _calibration_text(model, program, recipe),
+        named if known else None,
+        user_folder(),
+        tell,
     )
 
 

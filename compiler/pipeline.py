@@ -39,10 +39,10 @@ def raising_passes() -> list[Pass]:
     ]
 
 
-def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = ()) -> list[Pass]:
-    """The pipeline of a causal language model.
+def planning_passes(cache: Sequence[Pass] = ()) -> list[Pass]:
+    """The pipeline of a causal language model up to where its cache layout is decided.
 
-    `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout.
+    `cache` are the passes that refine the layout.
     """
     return [
         *raising_passes(),
@@ -51,6 +51,16 @@ def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = 
         SelectLogitRows(),
         PlanCache(),
         *cache,  # before the weights: what is measured is the model as it was, not as it is rounded
+    ]
+
+
+def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = ()) -> list[Pass]:
+    """The pipeline of a causal language model.
+
+    `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout.
+    """
+    return [
+        *planning_passes(cache),
         OrderHeads(),  # before the weights are packed: it permutes their rows and columns
         *weights,
         AttachCache(),  # near the end: earlier passes see attention without its cache

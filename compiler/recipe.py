@@ -18,7 +18,7 @@ from pydantic import (
 
 from ..errors import RecipeError
 from .passes.base import Pass
-from .passes.cache_methods import FAMILIES, method_pass, resolved
+from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
 from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
@@ -69,12 +69,11 @@ class CacheSection(_Section):
     @field_validator(*FAMILIES, mode="before")
     @classmethod
     def _spelled_out(cls, value: Any, info: ValidationInfo) -> Any:
-        """A method by its name alone takes its defaults; every option is written out."""
-        if value is None or not isinstance(value, (str, dict)):
-            return value
-        return resolved(
-            str(info.field_name), {"method": value} if isinstance(value, str) else value
-        )
+        """A text stands for a table, see `read_method`; every option is written out."""
+        family = str(info.field_name)
+        if isinstance(value, str):
+            value = read_method(family, value)
+        return resolved(family, value) if isinstance(value, dict) else value
 
     def passes(self) -> list[Pass]:
         """The passes that these choices stand for: what costs nothing, then the families in their order."""

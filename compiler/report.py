@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from .ir.cache.layout import CacheLayout
+
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #d8dee4}
@@ -25,6 +27,14 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def cache_bytes(layout: CacheLayout, context: int) -> str:
+    """What a cache takes for one row of the whole context, after its prompt and while it is read."""
+    steady, peak = layout.bytes(1, context), layout.peak_bytes(1, context, context)
+    assert isinstance(steady, int) and isinstance(peak, int)
+    held = f"{human_bytes(steady)} for a row of {context:,} tokens"
+    return held if peak == steady else f"{held}, {human_bytes(peak)} while such a prompt is read"
+
+
 def report_page(data: dict[str, Any]) -> str:
     """A compile report (`CompileReport.data()`) as one HTML page."""
     manifest = data["manifest"]
@@ -40,6 +50,7 @@ def report_page(data: dict[str, Any]) -> str:
         _pairs(data["check"] or {"check": "not run"}),
         "<h2>KV cache</h2>",
         f"<p>Bytes for B rows of C tokens: <code>{escape(manifest['cache_bytes'])}</code></p>",
+        f"<p>{escape(_cache_bytes(manifest))}</p>",
         "<details><summary>Layout, a line a head group</summary><pre>"
         + escape("\n".join(manifest["cache"]))
         + "</pre></details>",
@@ -47,6 +58,11 @@ def report_page(data: dict[str, Any]) -> str:
     body = "\n".join(sections)
     head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}{body}</html>\n"
+
+
+def _cache_bytes(manifest: dict[str, Any]) -> str:
+    layout = CacheLayout.parse(list(manifest["cache"]))
+    return "" if layout is None else cache_bytes(layout, manifest["model"]["context"])
 
 
 def _facts(manifest: dict[str, Any], tokenizer: str) -> str:

@@ -17,11 +17,13 @@ from . import errors
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
     from .explaining import explain
+    from .huggingface_cache import cache_for
     from .model import Model, load
 
-__all__ = ["Model", "compile", "errors", "estimate", "explain", "export_onnx", "load"]
+__all__ = ["Model", "cache_for", "compile", "errors", "estimate", "explain", "export_onnx", "load"]
 
 _HOMES = {
+    "cache_for": "huggingface_cache",
     "compile": "api",
     "estimate": "api",
     "explain": "explaining",

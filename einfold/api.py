@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .compiler.analysis.liveness import peak_activation_bytes
 from .compiler.driver import (
@@ -23,6 +23,9 @@ from .compiler.recipe import Recipe
 from .errors import RecipeError
 from .runtime.engine import CHUNK
 
+#: A method for the KV cache: `METHOD:key=value,..`, a table with the key `method`, or "none".
+Method: TypeAlias = str | dict[str, Any] | None
+
 
 def compile(
     model: str | Path | Any,
@@ -30,6 +33,9 @@ def compile(
     *,
     weights: str | None = None,
     cache: str | None = None,
+    prune: Method = None,
+    quant: Method = None,
+    share: Method = None,
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
@@ -45,10 +51,11 @@ def compile(
 
     `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
     `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
-    override it. `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to
-    compile Triton kernels for ahead of time. `check` runs the finished artifact beside the reference on
-    a few tokens and refuses to keep one that disagrees. `dump` is a folder for the graph's text after
-    each pass.
+    override it. `prune`, `quant` and `share` choose methods for the KV cache (`einfold methods` lists
+    them) as `"METHOD:key=value,.."` or a table with the key `method`; "none" undoes the recipe's choice.
+    `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to compile Triton
+    kernels for ahead of time. `check` runs the finished artifact beside the reference on a few tokens and
+    refuses to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
 
     Raises the errors of `einfold.errors`; `out` appears whole or not at all.
     """
@@ -58,6 +65,9 @@ def compile(
         recipe,
         weights=weights,
         cache=cache,
+        prune=prune,
+        quant=quant,
+        share=share,
         portable=portable,
         context=context,
         target=target,
@@ -79,6 +89,9 @@ def resolve_recipe(
     *,
     weights: str | None = None,
     cache: str | None = None,
+    prune: Method = None,
+    quant: Method = None,
+    share: Method = None,
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
@@ -98,6 +111,9 @@ def resolve_recipe(
         data["weights"]["format"] = weights
     if cache is not None:
         data["cache"]["storage"] = cache
+    for family, method in (("prune", prune), ("quant", quant), ("share", share)):
+        if method is not None:
+            data["cache"][family] = None if method == "none" else method
     if portable is not None:
         data["onnx"]["portable"] = portable
     if context is not None:
@@ -110,7 +126,7 @@ def resolve_recipe(
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A recipe file, or one that comes with einfold by its name: `int4`, `int4-128`, `int4-exact`."""
+    """A recipe file, or one that comes with einfold by its name, such as `int4` or `streaming`."""
     own = Path(__file__).with_name("recipes") / f"{name}.toml"
     return (
         own
@@ -131,12 +147,14 @@ def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:
 class Estimate:
     """Bytes that a compile and a run would take, told before any weight is read.
 
+    `cache` is held once a prompt has been read, `cache_peak` at most while one that fills the context is.
     `activations` is for a prefill step of `chunk` tokens at the end of the context. `largest_context`
     is the longest that fits the budget (None without one); 0 where not even the weights fit.
     """
 
     weights: int
     cache: int
+    cache_peak: int
     activations: int
     context: int
     batch: int
@@ -147,7 +165,8 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations
+        """Bytes at most: while the end of a prompt that fills the context is read."""
+        return self.weights + self.cache_peak + self.activations
 
 
 def estimate(
@@ -155,6 +174,9 @@ def estimate(
     *,
     weights: str | None = None,
     cache: str | None = None,
+    prune: Method = None,
+    quant: Method = None,
+    share: Method = None,
     recipe: str | Path | Recipe | dict[str, Any] | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -168,7 +190,9 @@ def estimate(
     is in bytes.
     """
     found = open_model(model)
-    chosen = resolve_recipe(recipe, weights=weights, cache=cache)
+    chosen = resolve_recipe(
+        recipe, weights=weights, cache=cache, prune=prune, quant=quant, share=share
+    )
     program, _ = trace(found, chosen)
     layout = program.layout
     assert layout is not None
@@ -180,8 +204,8 @@ def estimate(
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
 
     def parts(tokens: int) -> tuple[int, int]:
-        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens)}
-        return int(layout.bytes(batch, tokens)), peak_activation_bytes(
+        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens, tokens)}
+        return int(layout.peak_bytes(batch, tokens, tokens)), peak_activation_bytes(
             program, dims, chosen.onnx.portable
         )
 
@@ -194,10 +218,11 @@ def estimate(
             fits = weight_bytes + sum(parts(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         largest = low
-    cache_bytes, activations = parts(wanted)
+    peak, activations = parts(wanted)
     return Estimate(
         weight_bytes,
-        cache_bytes,
+        int(layout.bytes(batch, wanted)),
+        peak,
         activations,
         wanted,
         batch,

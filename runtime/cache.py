@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from ..compiler.ir.cache.layout import (
     Buffer,
     CacheLayout,
     HeadGroup,
-    LayerCache,
     packed_of,
 )
 from . import maintenance, scores
@@ -60,8 +59,6 @@ class Cache:
     packed: dict[str, Counts] = field(default_factory=dict)
     """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
     make: Make = empty
-    members: dict[str, list[tuple[LayerCache, int]]] = field(default_factory=dict)
-    """For each counter the groups of its own slots that go by it, by layer and index."""
 
     @staticmethod
     def allocate(
@@ -87,7 +84,6 @@ class Cache:
             groups,
             {name: np.zeros(batch, np.int64) for name in layout.packs()},
             make,
-            _members(layout, groups),
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -160,26 +156,10 @@ class Cache:
     def row(self, index: int) -> Cache:
         """One row as a cache of its own that shares the memory."""
         rows = slice(index, index + 1)
-        return Cache(
-            self.layout,
-            {name: buffer[rows] for name, buffer in self.buffers.items()},
-            self.lengths[rows],
-            {name: used[rows] for name, used in self.clocks.items()},
-            self.capacity,
-            self.prompt,
-            self.groups,
-            {name: count[rows] for name, count in self.packed.items()},
-            self.make,
-            self.members,
+        return replace(
+            self,
+            buffers={name: buffer[rows] for name, buffer in self.buffers.items()},
+            lengths=self.lengths[rows],
+            clocks={name: used[rows] for name, used in self.clocks.items()},
+            packed={name: count[rows] for name, count in self.packed.items()},
         )
-
-
-def _members(
-    layout: CacheLayout, groups: Mapping[str, HeadGroup]
-) -> dict[str, list[tuple[LayerCache, int]]]:
-    names = {group.describe(): name for name, group in groups.items()}
-    found: dict[str, list[tuple[LayerCache, int]]] = {name: [] for name in groups}
-    for layer, index, group in layout.groups():
-        if group.moves and group.owner is None:
-            found[names[group.describe()]].append((layer, index))
-    return found

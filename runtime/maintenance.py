@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 
 def slots_of(cache: Cache, clock: str) -> int:
     """Slots of the groups that go by a counter."""
-    name = next(
-        cache_name(layer.layer, index)
-        for layer, index, group in cache.layout.groups()
-        if group.owner is None and cache.layout.clock(group) == clock
-    )
+    layer, index = cache.layout.members(clock)[0]
+    name = cache_name(layer.layer, index)
     return int(cache.buffers[f"{name}.key"].shape[2])
 
 
@@ -37,6 +34,8 @@ def make_room(cache: Cache, size: int) -> None:
     """Moves tokens out of the slots of every row that has no room for `size` more."""
     for clock, group in cache.groups.items():
         used, slots = cache.clocks[clock], slots_of(cache, clock)
+        if int(used.max()) + size <= slots:
+            continue  # as nearly always
         for row in np.flatnonzero(used + size > slots):
             leaving = _leaving(group, int(used[row]))
             if used[row] - leaving + size > slots:
@@ -103,9 +102,8 @@ def _count(cache: Cache, clock: str, row: int, leaving: int) -> None:
 
 def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
     used = int(cache.clocks[clock][row])
-    for layer, index, group in cache.layout.groups():
-        if group.owner is None and group.moves and cache.layout.clock(group) == clock:
-            _move(cache, layer, index, row, used, leaving)
+    for layer, index in cache.layout.members(clock):
+        _move(cache, layer, index, row, used, leaving)
 
 
 def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:

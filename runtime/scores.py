@@ -191,7 +191,7 @@ def _merge(
     Those that resemble none belong to the zero class: they are averaged into nothing.
     """
     slots = list(_by_slot(cache, prefix, row))
-    keys_KTD = _host(slots[0])[:, : score_KT.shape[1]]
+    keys_KTD = _host(slots[0])[:, : score_KT.shape[1]].astype(np.float32, copy=False)
     for head, best_C in enumerate(best_KC):
         leaving_L = np.setdiff1d(np.arange(score_KT.shape[1]), best_C)
         keys_TD = keys_KTD[head] / np.maximum(

@@ -101,6 +101,7 @@ def flex_function(model: Model, shape: Shape, device: str) -> Callable[..., Tens
         out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **options)
         # A sink adds exp(sink) to the sum that weights are divided by.
         kept = torch.sigmoid(aux.lse - extra[0][None, :, None])
-        return (out * kept[..., None]).to(v.dtype)
+        made: Tensor = (out * kept[..., None]).to(v.dtype)
+        return made
 
     return attention

@@ -34,8 +34,10 @@ class EinfoldEngine(Engine):
         """Random numbers: filling by a prefill would take minutes and change no time."""
         random = np.random.default_rng(0)
         cache = Cache.allocate(self._engine.layout, 1, context + room)
-        for buffer in cache.buffers.values():
-            if buffer.dtype == np.int8:
+        for name, buffer in cache.buffers.items():
+            if name.endswith(".count"):
+                buffer[:] = context  # tokens that a compensation token stands for
+            elif buffer.dtype == np.int8:
                 buffer[:] = random.integers(-127, 128, buffer.shape, np.int8)
             else:
                 buffer[:] = random.standard_normal(buffer.shape, np.float32)

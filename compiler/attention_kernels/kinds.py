@@ -10,7 +10,7 @@ from torch import fx
 from ...errors import UnsupportedError
 from ..codegen.triton.launch import TYPES
 from ..ir.ops import einfold_ops
-from ..ir.program import Program, call_arguments
+from ..ir.program import call_arguments
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class AttentionKind:
 
 
 def kind_of(node: fx.Node) -> AttentionKind:
-    """The kind of a call over slots, packed tokens left aside. Raises UnsupportedError for types that kernels do not read."""
+    """The kind of a call over slots, packed tokens left aside.
+
+    Raises UnsupportedError for types that kernels do not read.
+    """
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     values = found["value_cache_BKCD"].meta["val"]
@@ -89,19 +92,3 @@ def type_name(dtype: torch.dtype, layer: int) -> str:
     if dtype not in TYPES:
         raise UnsupportedError(f"layer {layer}: no kernel reads {dtype}")
     return TYPES[dtype]
-
-
-def cached_attentions(program: Program) -> list[fx.Node]:
-    """The attention calls over a cache, in the order of the graph."""
-    return list(program.nodes(einfold_ops.cached_attention.default))
-
-
-def kinds_of(program: Program) -> dict[AttentionKind, list[int]]:
-    """Every kind of a program with its layers, in the order of the graph."""
-    kinds: dict[AttentionKind, list[int]] = {}
-    for node in cached_attentions(program):
-        layers = kinds.setdefault(kind_of(node), [])
-        layer = int(call_arguments(node)["layer"])
-        if layer not in layers:  # groups of a layer's heads may be of one kind
-            layers.append(layer)
-    return kinds

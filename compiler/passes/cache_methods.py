@@ -5,6 +5,8 @@ A recipe's table gives the method and its options, which are the fields of the p
     [cache.prune]
     method = "streaming_llm"
     recent = 508
+
+On the command line, and wherever a text stands for a table, the same is `streaming_llm:recent=508`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,23 @@ SHARE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (CrossLayer, Mini
 
 #: The families in the order in which their passes run, with the reason for it in `pipeline.py`.
 FAMILIES: Mapping[str, Mapping[str, type[Pass]]] = {"share": SHARE, "prune": PRUNE, "quant": QUANT}
+
+
+def read_method(family: str, text: str) -> dict[str, Any]:
+    """The table that `METHOD:key=value,..` stands for. Raises ValueError where it is written otherwise."""
+    method, colon, listed = text.strip().partition(":")
+    table: dict[str, Any] = {"method": method}
+    if not colon:
+        return table
+    for item in listed.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value) or key in table:
+            raise ValueError(
+                f"cache.{family} is written METHOD:key=value,key=value with each key once; "
+                f"{item!r} in {text!r} is not"
+            )
+        table[key] = value
+    return table
 
 
 def method_pass(family: str, table: Mapping[str, Any]) -> Pass:

@@ -55,7 +55,7 @@ RecipeFile = Annotated[
     typer.Option(
         "--recipe",
         help="TOML file that sets every knob, or the name of a recipe that comes with einfold "
-        "(int4, int4-128, int4-exact); options override it.",
+        "(int4, int4-128, int4-exact, streaming); options override it.",
     ),
 ]
 WeightsOption = Annotated[
@@ -73,6 +73,37 @@ CacheOption = Annotated[
         "--cache",
         help="How the KV cache is stored. int8 has one scale a channel, from a short calibration text: a "
         "quarter of the bytes, and faster decoding at long contexts. [default: f32]",
+        show_default=False,
+    ),
+]
+_WRITTEN = "METHOD or METHOD:key=value,key=value; `einfold methods` lists them with their options"
+PruneOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prune",
+        metavar="METHOD[:KEY=VALUE,..]",
+        help="Keep fewer tokens in the KV cache: a window for all heads or for some, or the tokens that "
+        f"got the most attention. {_WRITTEN}. [default: keep all]",
+        show_default=False,
+    ),
+]
+QuantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quant",
+        metavar="METHOD[:KEY=VALUE,..]",
+        help="Pack the tokens of the KV cache into few bits, the newest left as they are. "
+        f"{_WRITTEN}. [default: packed into nothing, see --cache]",
+        show_default=False,
+    ),
+]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        metavar="METHOD[:KEY=VALUE,..]",
+        help="Let layers share their keys and values, or shrink the channels of both. "
+        f"{_WRITTEN}. [default: each layer its own]",
         show_default=False,
     ),
 ]
@@ -150,6 +181,9 @@ def compile_(
     ] = None,
     weights: WeightsOption = None,
     cache: CacheOption = None,
+    prune: PruneOption = None,
+    quant: QuantOption = None,
+    share: ShareOption = None,
     recipe: RecipeFile = None,
     context: Annotated[
         int | None,
@@ -176,21 +210,19 @@ def compile_(
     """Compile a model into an artifact folder."""
     from .verbs import compile_model
 
-    compile_model(
-        model,
-        out,
-        _name(target),
-        cubins,
-        _name(weights),
-        _name(cache),
-        recipe,
-        context,
-        portable or None,
-        force,
-        check,
-        dump,
-        json,
-    )
+    options = {
+        "target": _name(target),
+        "cubins": None if cubins is None else [part.strip() for part in cubins.split(",")],
+        "weights": _name(weights),
+        "cache": _name(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+        "recipe": recipe,
+        "context": context,
+        "portable": portable or None,
+    }
+    compile_model(model, out, options, force, check, dump, json)
 
 
 @app.command()
@@ -369,6 +401,9 @@ def estimate(
     model: ModelName,
     weights: WeightsOption = None,
     cache: CacheOption = None,
+    prune: PruneOption = None,
+    quant: QuantOption = None,
+    share: ShareOption = None,
     recipe: RecipeFile = None,
     context: Annotated[
         int | None,
@@ -391,7 +426,18 @@ def estimate(
     """Tell weights, cache and activation bytes from a model's config, before any weight is read."""
     from .verbs import estimate_model
 
-    estimate_model(model, _name(weights), _name(cache), recipe, context, batch, budget, chunk, json)
+    options = {
+        "weights": _name(weights),
+        "cache": _name(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+        "recipe": recipe,
+        "context": context,
+        "batch": batch,
+        "chunk": chunk,
+    }
+    estimate_model(model, options, budget, json)
 
 
 @app.command()
@@ -429,6 +475,9 @@ def diff(
 def passes(
     weights: WeightsOption = None,
     cache: CacheOption = None,
+    prune: PruneOption = None,
+    quant: QuantOption = None,
+    share: ShareOption = None,
     recipe: RecipeFile = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="The pipeline of the portable flavour.")
@@ -439,7 +488,23 @@ def passes(
     """List the pipeline: each pass, in order, with its options and what it does."""
     from .verbs import list_passes
 
-    list_passes(_name(weights), _name(cache), recipe, portable or None, json)
+    options = {
+        "weights": _name(weights),
+        "cache": _name(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+        "portable": portable or None,
+    }
+    list_passes(recipe, options, json)
+
+
+@app.command()
+def methods(json: Json = False, debug: Debug = False) -> None:
+    """List the methods that --prune, --quant and --share take, each with its options."""
+    from .verbs import list_methods
+
+    list_methods(json)
 
 
 @app.command()

@@ -17,13 +17,7 @@ from .common import err, out, parse_bytes, print_json, progress
 def compile_model(
     model: str,
     output: Path,
-    target: str | None,
-    cubins: str | None,
-    weights: str | None,
-    cache: str | None,
-    recipe: Path | None,
-    context: int | None,
-    portable: bool | None,
+    options: dict[str, Any],
     force: bool,
     check: bool,
     dump: Path | None,
@@ -36,19 +30,7 @@ def compile_model(
 
     with progress(as_json) as tell:
         report = compile(
-            model,
-            output,
-            weights=weights,
-            cache=cache,
-            portable=portable,
-            context=context,
-            target=target,
-            cubins=None if cubins is None else [part.strip() for part in cubins.split(",")],
-            recipe=recipe,
-            force=force,
-            check=check,
-            dump=dump,
-            progress=tell,
+            model, output, force=force, check=check, dump=dump, progress=tell, **options
         )
     data = report.data()
     if as_json:
@@ -250,37 +232,20 @@ def bench_artifact(
     out.print(table)
 
 
-def estimate_model(
-    model: str,
-    weights: str | None,
-    cache: str | None,
-    recipe: Path | None,
-    context: int | None,
-    batch: int,
-    budget: str | None,
-    chunk: int,
-    as_json: bool,
-) -> None:
+def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_json: bool) -> None:
     limit = None if budget is None else parse_bytes(budget)
     from ..api import estimate
     from ..compiler.report import human_bytes
 
-    found = estimate(
-        model,
-        weights=weights,
-        cache=cache,
-        recipe=recipe,
-        context=context,
-        batch=batch,
-        budget=limit,
-        chunk=chunk,
-    )
+    found = estimate(model, budget=limit, **options)
     if as_json:
         print_json({**vars(found), "total": found.total})
         return
     table = Table(show_header=False, box=None)
     table.add_row("weights", human_bytes(found.weights))
     table.add_row(f"KV cache, {found.batch} x {found.context:,} tokens", human_bytes(found.cache))
+    if found.cache_peak != found.cache:
+        table.add_row("  while a prompt as long is read", human_bytes(found.cache_peak))
     table.add_row(f"activations, {found.chunk} tokens a step", human_bytes(found.activations))
     table.add_row("in all", human_bytes(found.total))
     if found.largest_context is not None:
@@ -313,13 +278,18 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             }
         )
         return
-    from ..compiler.report import human_bytes, summary_lines
+    from ..compiler.report import cache_bytes, human_bytes, summary_lines
 
     manifest, model = found.manifest, found.manifest.model
     table = Table(show_header=False, box=None)
     for label, value in (
         ("model", f"{model.source} ({model.architecture}), {model.parameters:,} parameters"),
         ("target", f"{manifest.target}, flavour {manifest.flavour}"),
+        *(
+            ("kernel", name)
+            for name in manifest.files
+            if name.startswith("kernels/") and name.endswith(".py")
+        ),
         (
             "weights",
             f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}",
@@ -327,8 +297,10 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
         ("context", f"{model.context:,} tokens"),
         (
             "KV cache",
-            f"{manifest.recipe['cache']['storage']}, {manifest.cache_bytes} bytes for B rows of C tokens",
+            f"{_cache_methods(manifest.recipe['cache'])}, "
+            f"{manifest.cache_bytes} bytes for B rows of C tokens",
         ),
+        ("", cache_bytes(manifest.layout(), model.context)),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, value)
@@ -342,6 +314,12 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
                     f"    {note['action']} {note['where']}: {note['what']}",
                     style="dim",
                 )
+
+
+def _cache_methods(recipe: dict[str, Any]) -> str:
+    """`f32, prune streaming_llm`: how a recipe has the KV cache stored."""
+    chosen = {name: value["method"] for name, value in recipe.items() if isinstance(value, dict)}
+    return ", ".join([recipe["storage"], *(f"{name} {method}" for name, method in chosen.items())])
 
 
 def diff_graphs(before: Path, after: Path, context: int, as_json: bool) -> None:
@@ -369,24 +347,16 @@ def _graph_text(path: Path) -> str:
         raise ArtifactError(f"cannot read the graph {file}: {error}") from error
 
 
-def list_passes(
-    weights: str | None,
-    cache: str | None,
-    recipe: Path | None,
-    portable: bool | None,
-    as_json: bool,
-) -> None:
-    import inspect as python_inspect
-
+def list_passes(recipe: Path | None, options: dict[str, Any], as_json: bool) -> None:
     from ..api import resolve_recipe
     from ..compiler.pipeline import language_model_passes
 
-    chosen = resolve_recipe(recipe, weights=weights, cache=cache, portable=portable)
+    chosen = resolve_recipe(recipe, **options)
     pipeline = language_model_passes(chosen.weight_passes(), chosen.cache_passes())
     rows: list[dict[str, Any]] = [
         {
             "name": step.name,
-            "what": (python_inspect.getdoc(type(step)) or "").split("\n\n")[0].replace("\n", " "),
+            "what": _first_lines(type(step)),
             "options": step.options(),
             "requires": sorted(step.requires),
             "ensures": sorted(step.ensures),
@@ -397,6 +367,36 @@ def list_passes(
         print_json(rows)
         return
     for number, row in enumerate(rows, start=1):
-        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-        out.print(f"{number:2d} {row['name']}" + (f" ({options})" if options else ""))
+        shown = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        out.print(f"{number:2d} {row['name']}" + (f" ({shown})" if shown else ""))
         out.print(f"   {row['what']}", style="dim")
+
+
+def list_methods(as_json: bool) -> None:
+    from ..compiler.passes.cache_methods import FAMILIES
+
+    rows: list[dict[str, Any]] = [
+        {
+            "family": family,
+            "name": name,
+            "what": _first_lines(kind),
+            "options": kind().options(),
+        }
+        for family, known in FAMILIES.items()
+        for name, kind in known.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        out.print(f"--{row['family']} {row['name']}")
+        out.print(f"   {row['what']}", style="dim")
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        out.print(f"   {options or 'no options'}", style="dim")
+
+
+def _first_lines(kind: type[Any]) -> str:
+    """The first paragraph of a docstring, on one line."""
+    import inspect
+
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,10 +133,15 @@ def test_an_unknown_value_of_an_option_is_refused(run: Callable[..., Any]) -> No
     assert isinstance(caught.value.__cause__ or caught.value, (RecipeError, Exception))
 
 
-def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind of region is timed once; what is not faster than Inductor is left, and the report says so."""
-    from einfold.compiler import fusion
+def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each kind of region is timed once; what is not faster than Inductor is left, and the report says so.
 
+    Another process reads what was measured; another number of threads measures anew, and so does a process
+    that finds the file damaged.
+    """
+    from einfold.compiler import choices, fusion
+
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
     asked = []
 
     def timed(trial: Any, able: dict[str, Any]) -> dict[str, float]:
@@ -153,16 +159,34 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(*inputs), twice(*inputs))
     (report,) = backend.reports()
-    assert asked == [["sdpa", "one tile"]]
+    both = ["sdpa", "one tile"]
+    assert asked == [both]
     assert report.fused == 0
     assert all("left to Inductor" in cascade.reason for cascade in report.cascades)
+
+    def again() -> int:
+        fusion.forget()
+        torch._dynamo.reset()
+        asked.clear()
+        with torch.no_grad():
+            torch.compile(twice, backend="einfold", options={"rest": "eager"})(*inputs)
+        return len(asked)
+
+    assert again() == 0
+    (path,) = (tmp_path / "choices").iterdir()
+    path.write_text(path.read_text()[:-5])
+    assert again() == 1
+    assert again() == 0
+    monkeypatch.setattr(choices.torch, "get_num_threads", lambda: 77)
+    assert again() == 1
     fusion.forget()
 
 
-def test_measuring_through_inductor() -> None:
+def test_measuring_through_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real thing, once: the region as written and each lowering are compiled and timed."""
     from einfold.compiler import fusion
 
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
     fusion.forget()
     compiled = torch.compile(plain, backend="einfold", options={"rest": "eager"})
     inputs = inputs_of(plain)

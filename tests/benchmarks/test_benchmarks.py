@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cache_memory import Held, agrees, page
 from benchmarks.entries import BANDWIDTH, ENTRIES, Entry, choose
 from benchmarks.figures import Figures
+from benchmarks.quarter_heads import QuarterHeads
 from benchmarks.report import data, markdown
 from benchmarks.rounds import Journal, Measure, turns
 from benchmarks.targets import TARGETS, Target
 from benchmarks.workers.llama_state import tile_state
+from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.program import ModelInfo, Program
 
 MACHINE = {
     "cpu": "A CPU",
@@ -101,7 +105,7 @@ def test_targets_are_judged_the_right_way_round() -> None:
     assert Target("", "ratio", "a", 1.25).met(1.3)
     names = {entry.name for entry in ENTRIES}
     for target in TARGETS:
-        assert {target.entry, target.peer} - {""} <= names
+        assert {target.entry, *target.peer.split("|")} - {""} <= names
 
 
 def test_a_journal_goes_on_behind_a_line_that_was_cut(tmp_path: Path) -> None:
@@ -164,3 +168,35 @@ def test_a_state_of_another_layout_is_refused() -> None:
         tile_state(short, 3, 7)
     with pytest.raises(ValueError, match="left over"):
         tile_state(short + b"more", 2, 7)
+
+
+def test_memory_agrees_by_difference() -> None:
+    full = Held("full, f32", 400_000_000, 420_000_000, 400_000_000, 420_000_000)
+    small = Held("small", 500_000_000, 524_000_000, 100_000_000, 131_000_000)
+    assert agrees(full.peak, small.peak, full.accounted_peak, small.accounted_peak)
+    assert agrees(full.steady, small.steady, full.accounted_steady, small.accounted_steady)
+    assert not agrees(full.steady, small.steady + 5_000_000, 400_000_000, 100_000_000)
+    text = page([full, small], "tiny", 16384, "title")
+    assert (
+        "| small | 500.0 | 524.0 | -100.0 | -104.0 | yes | 100.0 | 131.0 | 300.0 | 289.0 | yes |"
+        in text
+    )
+
+
+def test_the_best_of_several_peers_is_the_one_to_beat() -> None:
+    records = [timed("ours", "d16", 0, 1.0), timed("p", "d16", 0, 2.0), timed("q", "d16", 0, 1.5)]
+    target = Target("the best", "ratio", "ours", 1.4, "d16", "p|q|absent", "tiny")
+    assert target.value(Figures(records, "tiny")) == pytest.approx(1.5)
+
+
+def test_a_quarter_of_the_heads_keeps_all() -> None:
+    heads = [LayerCache(n, 2, 8, 8, (HeadGroup((0, 1)),)) for n in range(4)]
+    found = Program(ModelInfo("test", 11, 64), layout=CacheLayout(tuple(heads)))
+    QuarterHeads().run(found)
+    assert found.layout is not None
+    groups = [
+        (layer.layer, group.heads, group.policy.name) for layer, _, group in found.layout.groups()
+    ]
+    kept = [(layer, head) for layer, heads, name in groups if name == "full" for head in heads]
+    assert kept == [(0, 0), (2, 0)]
+    assert (1, (0, 1), "window") in groups

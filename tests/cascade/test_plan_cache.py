@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -23,17 +22,10 @@ def test_a_plan_comes_back_as_it_was(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cascade = parse(text)
-    start = time.perf_counter()
     first = plans.fold(cascade, "t", tmp_path)
-    assert time.perf_counter() - start < 5
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(plans, "derive_checked", None)  # deriving again would fail
-    best = 1.0
-    for _ in range(5):
-        start = time.perf_counter()
-        assert plans.fold(cascade, "t", tmp_path) == first
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.05
+    assert plans.fold(cascade, "t", tmp_path) == first
 
 
 def test_other_names_and_sizes_are_the_same_cascade(tmp_path: Path) -> None:

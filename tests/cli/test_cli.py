@@ -182,7 +182,17 @@ def test_bench_passes_help_version(text_artifact: Path) -> None:
     )
     assert all(row["what"] for row in listed)
     assert einfold("--version").startswith("einfold 0.")
-    for verb in ("compile", "run", "eval", "bench", "estimate", "inspect", "diff", "passes"):
+    for verb in (
+        "compile",
+        "run",
+        "eval",
+        "bench",
+        "estimate",
+        "inspect",
+        "diff",
+        "passes",
+        "methods",
+    ):
         assert "--json" in einfold(verb, "--help")
     compiling = " ".join(einfold("compile", "--help").split())
     assert "storage format" in compiling
@@ -196,7 +206,8 @@ def test_a_triton_artifact(text_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = as_json("compile", text_model, "-o", out, "--target", "triton")
     assert any(name.startswith("kernels/") for name in made["manifest"]["files"])
-    assert "target triton" in " ".join(einfold("inspect", out).split())
+    shown = " ".join(einfold("inspect", out).split())
+    assert "target triton" in shown and "kernel kernels/attention_h4_kv2_d16_fp32.py" in shown
     found = as_json("run", out, "--ids", "5 6 7", "--max-new-tokens", "3", "--engine", "reference")
     assert len(found["tokens"]) == 3
     if not torch.cuda.is_available():

@@ -18,9 +18,11 @@ from einfold import on_triton
 from einfold.compiler.artifact import file_entry
 from einfold.compiler.attention_kernels import attention_kernels, differences, kernel_files
 from einfold.compiler.attention_kernels.cascade import cascade_of
-from einfold.compiler.attention_kernels.kernels import AttentionKernel
+from einfold.compiler.attention_kernels.cubins import triton_version, variants
+from einfold.compiler.attention_kernels.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.attention_kernels.kinds import AttentionKind
 from einfold.compiler.attention_kernels.trusted import with_compiled
+from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.manifest import NAME, Manifest
@@ -133,6 +135,15 @@ def test_a_kernel_does_what_the_operator_does(
         ("gpt_oss", {}),
         ("mistral", {"storage": "int8"}),
         ("llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}),
+        ("llama", {"prune": {"method": "h2o", "tokens": 8, "slack": 3}}),
+        (
+            "llama",
+            {
+                "storage": "int8",
+                "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
+            },
+        ),
+        ("llama", {"quant": {"method": "kivi", "group": 8, "residual": 8, "slack": 4}}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
@@ -189,8 +200,9 @@ def changed(folder: Path, out: Path, name: str, text: str) -> Path:
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_cpu(compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets artifacts load here; running them takes the interpreter."""
+    compiled("llama")  # ahead of the change: compiling would try to run it
     monkeypatch.setattr(on_triton, "find_device", lambda: torch.device("cpu"))
 
 
@@ -244,6 +256,20 @@ def test_sources_and_plans_of_an_artifact_are_never_used(
     assert "d16_fp32.plan is not what" in told
 
 
+@needs_triton
+@pytest.mark.usefixtures("on_cpu")
+def test_sympy_reads_no_text_of_an_artifact(
+    compiled: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SymPy's parser evaluates what it reads. Plans are derived anew here, so SymPy is at work."""
+    from sympy.parsing import sympy_parser
+
+    monkeypatch.setattr(sympy_parser, "eval_expr", lambda *given: pytest.fail(f"read {given}"))
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "empty"))
+    einfold.load(compiled("llama"))
+    assert len(list((tmp_path / "empty" / "plans").iterdir())) == 1
+
+
 def test_files_that_are_missing_or_too_many_are_told(compiled: Callable[..., Path]) -> None:
     kernels = kernels_of(compiled("llama"))
     files = kernel_files(kernels)
@@ -284,6 +310,28 @@ def test_options_that_do_not_go_together(
 ) -> None:
     with pytest.raises(RecipeError, match=says):
         einfold.compile(model_folder("llama"), tmp_path / "out", **options)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        (AttentionKind(8, 4, 128, 128, 0.09, 0, 0.0, False, "fp32", "i8", True), 90),
+        (AttentionKind(8, 2, 256, 256, 0.06, 4096, 50.0, False, "fp32", "fp32", False), 80),
+    ],
+    ids=["head size 128 over int8", "head size 256"],
+)
+def test_kernels_fit_the_gpu_that_they_are_compiled_for(
+    kind: AttentionKind, capability: int
+) -> None:
+    """A kernel that asks for more shared memory than there is cannot start; one that spills much is slow."""
+    made = attention_kernel(kind, "tested", (0,), 8192, DEVICES[capability])
+    assert not made.kernel.division.ahead and not made.kernel.division.after
+    for variant in variants(made):
+        if variant.name in ("prefill", "decode"):
+            found = made.kernel.compile_ahead(capability, variant.kind, variant.tiles)
+            limits = limits_of(triton_version(), capability)
+            assert exceeded(made.kernel, found, limits) == []
 
 
 class Recorder:

@@ -65,7 +65,10 @@ class Frame:
 
     @classmethod
     def of(cls, plan: Plan, signature: Signature, tensors: Sequence[Any]) -> Frame:
-        """The inputs, tensors or numbers, over their ranks. Raises NotLoweredError where the size of a rank is not known."""
+        """The inputs, tensors or numbers, over their ranks.
+
+        Raises NotLoweredError where the size of a rank is not known.
+        """
         device = next(x.device for x in tensors if isinstance(x, torch.Tensor))
         frame = cls(_sizes(plan, signature, tensors), device)
         for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
@@ -261,27 +262,44 @@ class CacheLayout:
         Groups with the same policy and storage move their tokens at the same time, so they share a
         counter a row. Groups that keep every token in slots go by the count of tokens, `lengths`.
         """
-        found: dict[str, HeadGroup] = {}
-        for _, _, group in self.groups():
-            if group.moves and group.describe() not in [g.describe() for g in found.values()]:
-                found[f"slots.{len(found)}"] = group
-        return found
+        return {clock: layer.groups[index] for clock, ((layer, index), *_) in self._moving.items()}
 
     def clock(self, group: HeadGroup) -> str:
         """The counter that a group goes by."""
-        if not group.moves:
-            return TOKENS
-        described = group.describe()
-        return next(n for n, other in self.clocks().items() if other.describe() == described)
+        return self._names[group.describe()] if group.moves else TOKENS
+
+    def members(self, clock: str) -> list[tuple[LayerCache, int]]:
+        """The groups with slots of their own that go by one of `clocks`, by layer and index."""
+        return [(layer, i) for layer, i in self._moving[clock] if layer.groups[i].owner is None]
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The counter of each kind of group that moves its tokens."""
+        kinds = dict.fromkeys(g.describe() for _, _, g in self.groups() if g.moves)
+        return {described: f"slots.{number}" for number, described in enumerate(kinds)}
+
+    @cached_property
+    def _moving(self) -> dict[str, list[tuple[LayerCache, int]]]:
+        """The groups that go by each counter; the runtime asks at every step."""
+        found: dict[str, list[tuple[LayerCache, int]]] = {n: [] for n in self._names.values()}
+        for layer, index, group in self.groups():
+            if group.moves:
+                found[self.clock(group)].append((layer, index))
+        return found
 
     def packs(self) -> dict[str, HeadGroup]:
         """The counters of packed tokens, by name: `packed.N` beside the `slots.N` of groups that pack."""
         return {packed_of(name): group for name, group in self.clocks().items() if group.packed}
 
-    def slot_dims(self, capacity: int) -> dict[str, int]:
+    def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
         """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter; and of
-        granules of packed tokens, G0, G1 .."""
-        named = {slots_dim(name): group.slots(capacity) for name, group in self.clocks().items()}
+        granules of packed tokens, G0, G1 ..
+
+        With `prompt`, while a prompt of so many tokens is read; else once it has been.
+        """
+        named = {
+            slots_dim(name): group.slots(capacity, prompt) for name, group in self.clocks().items()
+        }
         granules = {
             granules_dim(name): group.storage.granules(capacity)
             for name, group in self.packs().items()

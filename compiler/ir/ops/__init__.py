@@ -52,7 +52,7 @@ __all__ = [
 einfold_ops = torch.ops.einfold
 
 #: What may stand for operators that give updated caches, where the caller lets them be written in place.
-IN_PLACE: dict[object, Callable[..., Any]] = {
+IN_PLACE: dict[Any, Callable[..., Any]] = {
     einfold_ops.cached_attention.default: attention.cached_attention_in_place,
     einfold_ops.packed_attention.default: packed.packed_attention_in_place,
     einfold_ops.low_rank_attention.default: low_rank.low_rank_attention_in_place,

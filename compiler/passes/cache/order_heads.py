@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -66,7 +67,7 @@ class OrderHeads(Pass):
             elif len(cache.groups) > 1:
                 try:
                     packed = _order(program, nodes[cache.layer], cache)
-                except _Fixed as reason:
+                except _FixedOrderError as reason:
                     result.skipped(where, f"heads keep their order: {reason}")
                 else:
                     order = ",".join(map(str, _order_of(cache)))
@@ -79,7 +80,7 @@ class OrderHeads(Pass):
         return result
 
 
-class _Fixed(Exception):
+class _FixedOrderError(Exception):
     """Why the heads of a layer cannot change places."""
 
 
@@ -112,7 +113,7 @@ def _renumbered(cache: LayerCache) -> LayerCache:
 
 
 def _order(program: Program, node: fx.Node, cache: LayerCache) -> bool:
-    """Orders the heads of one layer; gives whether each group has a packed part. Raises _Fixed."""
+    """Orders the heads of one layer; gives whether each group has a packed part. Raises _FixedOrderError."""
     found = call_arguments(node)
     parts = [_follow(program, found[name]) for name in ("q_BSHD", "k_BSKD", "v_BSKD")]
     _check_users(node, parts)
@@ -140,28 +141,29 @@ def _order(program: Program, node: fx.Node, cache: LayerCache) -> bool:
 
 
 def _follow(program: Program, node: fx.Node) -> _Rows:
-    """Follows q, k or v back to the linear that makes it, by moving row numbers as the graph moves numbers."""
+    """Follows q, k or v back to the linear that makes it, moving row numbers as the graph moves numbers."""
     path, direct = [node], True
     while node.target is not einfold_ops.linear.default:
         if node.target in _NORMS:
             if node.meta["val"].dim() != 4:
-                raise _Fixed("a norm runs over all heads at once")
+                raise _FixedOrderError("a norm runs over all heads at once")
             direct = False
         elif node.target is aten.mul.Tensor and not isinstance(node.args[1], fx.Node):
             direct = False
         elif node.target is not einfold_ops.rotary.default and node.target not in _MOVES:
-            raise _Fixed(f"%{node.name} stands between projection and attention")
+            raise _FixedOrderError(f"%{node.name} stands between projection and attention")
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source
         path.append(node)
-    found: object = torch.arange(int(node.meta["val"].shape[-1])).expand(1, 1, -1)
+    found: Any = torch.arange(int(node.meta["val"].shape[-1])).expand(1, 1, -1)
     for step in reversed(path[:-1]):
         if step.target is aten.reshape.default:
             sizes = [program.shapes.evaluate(size, _ONE) for size in step.meta["val"].shape]
-            found = found.reshape(sizes)  # type: ignore[attr-defined]
+            found = found.reshape(sizes)
         elif step.target in _MOVES:
-            found = step.target(found, *step.args[1:])  # type: ignore[operator]
+            move: Any = step.target
+            found = move(found, *step.args[1:])
     assert isinstance(found, Tensor)
     return _Rows(node, found[0, 0], frozenset(path), direct)
 
@@ -171,7 +173,7 @@ def _check_users(node: fx.Node, parts: Sequence[_Rows]) -> None:
     for step in path:
         for user in step.users:
             if user is not node and user not in path:
-                raise _Fixed(f"%{user.name} reads heads of %{step.name} too")
+                raise _FixedOrderError(f"%{user.name} reads heads of %{step.name} too")
 
 
 def _output_columns(node: fx.Node, heads: Sequence[int], size: int) -> tuple[Tensor, fx.Node]:
@@ -179,11 +181,13 @@ def _output_columns(node: fx.Node, heads: Sequence[int], size: int) -> tuple[Ten
     step = node
     while step.target is not einfold_ops.linear.default:
         if len(step.users) != 1 or step.target not in (node.target, aten.reshape.default):
-            raise _Fixed(f"%{step.name} stands between attention and its output projection")
+            raise _FixedOrderError(
+                f"%{step.name} stands between attention and its output projection"
+            )
         step = next(iter(step.users))
     width = len(heads) * size
     if step.args[0].meta["val"].shape[-1] != width:  # type: ignore[union-attr]
-        raise _Fixed("the output projection does not read all heads at once")
+        raise _FixedOrderError("the output projection does not read all heads at once")
     return torch.arange(width).reshape(-1, size)[list(heads)].flatten(), step
 
 
@@ -192,7 +196,7 @@ def _check_weights(program: Program, linears: Sequence[fx.Node], sinks: fx.Node 
     reads = [a["weight_NM"] for a in arguments] + [a["bias"] for a in arguments] + [sinks]
     for read in reads:
         if read is not None and program.weight_of(read) is None:
-            raise _Fixed(f"%{read.name} is computed, not a weight")
+            raise _FixedOrderError(f"%{read.name} is computed, not a weight")
 
 
 def _packable(parts: Sequence[_Rows]) -> bool:

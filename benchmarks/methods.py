@@ -1,0 +1,234 @@
+"""What each method for the KV cache stores and costs, measured on a trained model: writes docs/methods.md.
+
+python -m benchmarks.methods [MODEL] [--every N] [--only NAME ..] [--table]
+
+Every registered method runs at its default options on every N-th document of the model's evaluation text;
+the figures are kept in benchmarks/results/methods-MODEL.json, and `--only` measures some anew. `--table`
+writes the page from the figures there are. `make methods` runs all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import einfold
+from einfold.compiler.passes.cache_methods import FAMILIES
+from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
+from einfold.errors import EinfoldError
+from einfold.evaluate.quality import evaluate
+from einfold.evaluate.recall import Window, windows
+from einfold.evaluate.speed import measure_speed
+from einfold.evaluate.texts import Document, read_documents
+from einfold.model import EngineName, Model
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "tiny_llama"
+FACTS = ROOT / "docs" / "methods.toml"
+PAGE = ROOT / "docs" / "methods.md"
+TARGETS = ("onnx", "triton", "reference")
+
+#: The context of the decode rates, and the tokens that are timed.
+_CONTEXT, _NEW = 1800, 32
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read: documents of an evaluation text, and the same in a file."""
+
+    documents: list[Document]
+    file: Path
+
+    @staticmethod
+    def of(model: Path, every: int, folder: Path) -> Text:
+        documents = read_documents(model / "eval.txt")[::every]
+        file = folder / "text.txt"
+        file.write_text("\n\f\n".join(d.text for d in documents), encoding="utf-8")
+        return Text(documents, file)
+
+
+def measure(
+    model: Path, text: Text, cache: dict[str, Any], targets: Sequence[str] = TARGETS
+) -> dict[str, Any]:
+    """The figures of one recipe's `[cache]`: quality, shares of bytes, speed, and which targets take it.
+
+    It runs in onnxruntime where that takes it, else by the reference.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        made: dict[str, Path] = {}
+        for target in targets:
+            try:
+                recipe = {"cache": cache, "target": target}
+                einfold.compile(model, Path(folder) / target, recipe=recipe, check=False)
+                made[target] = Path(folder) / target
+            except EinfoldError as error:
+                print(f"  {target}: {error}", file=sys.stderr)
+        engine: EngineName = "onnx" if "onnx" in made else "reference"
+        artifact = made.get("onnx") or made["reference"]
+        loaded = einfold.load(artifact, engine=engine, threads=1)
+        found = evaluate(loaded, model, text.file).data()
+        pieces = list(windows(loaded.tokenizer.encode_with_offsets, text.documents, 2048))
+        found |= shares(loaded, pieces)
+        found["targets"] = sorted({*made, "reference"})
+        if "onnx" in made:
+            found["decode"] = decode_rate(made["onnx"])
+        return found
+
+
+def shares(model: Model, pieces: Sequence[Window]) -> dict[str, float]:
+    """Bytes as a share of a full float32 cache's: at the end of the windows, and at the questions."""
+    layout = model.engine.layout
+
+    def share(lengths: list[int]) -> float:
+        full = sum(
+            4 * length * layer.kv_heads * (layer.key_size + layer.value_size)
+            for length in lengths
+            for layer in layout.layers
+        )
+        return sum(int(layout.bytes(1, length)) for length in lengths) / full
+
+    at_questions = [key.answer[-1] + 1 for piece in pieces for key in piece.keys]
+    return {
+        "held": share([len(piece.tokens) for piece in pieces]),
+        "held_at_questions": share(at_questions),
+    }
+
+
+def decode_rate(artifact: Path) -> float:
+    """Tokens a second behind a long context, on one thread."""
+    speed = measure_speed(artifact, 64, [_CONTEXT], _NEW, 1, 3, 1, 512, lambda text, share: None)
+    return speed.decode_tokens_per_second[_CONTEXT]
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """The `[cache]` of every method at its defaults, by name."""
+    found: dict[str, dict[str, Any]] = {"full": {}, "int8": {"storage": "int8"}}
+    for family, known in FAMILIES.items():
+        found |= {name: {family: {"method": name}} for name in known}
+    return found
+
+
+def page(facts: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """docs/methods.md."""
+    rows, full = figures["rows"], figures["rows"].get("full")
+    lines = [_HEAD.format(**figures["read"])]
+    for name, fact in facts.items():
+        row = rows.get(name)
+        family = "`--cache int8`" if fact["family"] == "storage" else f"`--{fact['family']} {name}`"
+        cells = [family, fact["paper"], fact["stored"], fact["bytes"], *_figures(row, full)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("\n## Differences from the papers, and options\n")
+    kinds = {"int8": StaticInt8} | {n: k for known in FAMILIES.values() for n, k in known.items()}
+    for name in facts:
+        if name in kinds:
+            lines.append(f"- **{name}**. {_differences(kinds[name])}{_options(kinds[name])}")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(row: Mapping[str, Any] | None, full: Mapping[str, Any] | None) -> list[str]:
+    if row is None or full is None:
+        return ["not measured yet", *["-"] * 5]
+    speed = f"{row['decode'] / full['decode']:.2f}" if "decode" in row else "-"
+    change = row["perplexity"] / row["reference_perplexity"] - 1
+    return [
+        ", ".join(row["targets"]),
+        f"{row['held']:.2f}, {row['held_at_questions']:.2f}",
+        f"{change:+.2%}",
+        f"{row['kl']:.1e}",
+        f"{row['recall']:.3f} ({row['reference_recall']:.3f})",
+        speed,
+    ]
+
+
+def _differences(kind: type[Any]) -> str:
+    """The docstring's paragraph on the paper, on one line."""
+    text = inspect.getdoc(kind) or ""
+    found = [part for part in re.split(r"\n\s*\n", text) if part.startswith("Differs from")]
+    return " ".join(found[0].split()) if found else "No difference is noted."
+
+
+def _options(kind: type[Any]) -> str:
+    options = kind().options()
+    listed = ", ".join(f"`{key}={value}`" for key, value in options.items())
+    return f" Defaults: {listed}." if listed else ""
+
+
+_COLUMNS = (
+    "method",
+    "paper",
+    "what is stored",
+    "bytes a token and head",
+    "targets",
+    "held",
+    "perplexity",
+    "KL",
+    "recall",
+    "speed",
+)
+
+_HEAD = f"""# Methods for the KV cache
+
+Written by `make methods` (`benchmarks/methods.py`) from `docs/methods.toml`, the docstrings of the
+passes, and figures measured on `{{model}}` in float32: {{tokens:,}} tokens behind prompts of half a
+window in {{documents}} documents, and {{keys}} pass keys, each asked of a cache that was compressed right
+before its question.
+
+Each method runs at its defaults, which are made for contexts far longer than these documents of about
+1,000 tokens: the figures tell that a method works and what it loses here, not which is best. At equal
+budgets, beside kvpress, they are compared in
+[kvpress-tiny_llama.md](../benchmarks/results/kvpress-tiny_llama.md).
+
+Bytes are of one KV head and kept token, keys and values together: d numbers of each in float32 slots, b
+bits, g numbers to a scale. "Held" is the share of a full float32 cache's bytes, allocated, at the end of
+the documents and at the questions. Recall has the original's in brackets. Speed is the rate of decoding
+behind 1,800 tokens in onnxruntime on one thread, against the full cache's; the model is so small that
+little of it is attention, and the speeds on real shapes are those of `benchmarks/cpu_peers.py`.
+
+| {" | ".join(_COLUMNS)} |
+|{"---|" * len(_COLUMNS)}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path, nargs="?", default=MODEL)
+    parser.add_argument("--every", type=int, default=3, help="read every N-th document")
+    parser.add_argument("--only", nargs="*", help="methods to measure")
+    parser.add_argument("--table", action="store_true", help="write the page and measure nothing")
+    given = parser.parse_args()
+    results = ROOT / "benchmarks" / "results" / f"methods-{given.model.name}.json"
+    figures = json.loads(results.read_text()) if results.is_file() else {"rows": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        text = Text.of(given.model, given.every, Path(folder))
+        for name, cache in ({} if given.table else recipes()).items():
+            if given.only and name not in given.only:
+                continue
+            print(name, file=sys.stderr, flush=True)
+            try:
+                row = measure(given.model, text, cache)
+            except (EinfoldError, KeyError) as error:
+                print(f"  not measured: {error}", file=sys.stderr)
+                continue
+            figures["rows"][name] = row
+            if row["prompt"] is not None:
+                read = {key: row[key] for key in ("tokens", "documents", "keys")}
+                figures["read"] = {"model": given.model.name, **read}
+            results.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    facts = tomllib.loads(FACTS.read_text(encoding="utf-8"))
+    PAGE.write_text(page(facts, figures), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The page of methods, and the settings at which they are compared with kvpress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import einfold
+from benchmarks import kvpress_peers, methods
+from benchmarks.workers import kvpress_cache
+from einfold.compiler.passes.cache_methods import FAMILIES
+from einfold.compiler.recipe import Recipe
+from einfold.evaluate.recall import KeyPlace, Window
+
+NAMES = [(family, name) for family, known in FAMILIES.items() for name in known]
+
+
+@pytest.mark.parametrize(("family", "name"), NAMES)
+def test_every_method_stands_in_the_table(family: str, name: str) -> None:
+    rows = [line for line in methods.PAGE.read_text().splitlines() if line.startswith("|")]
+    (row,) = [line for line in rows if line.startswith(f"| `--{family} {name}` |")]
+    assert len(row.split(" | ")) == len(methods._COLUMNS)
+    facts = methods.tomllib.loads(methods.FACTS.read_text())[name]
+    assert facts["family"] == family and all(facts[key] for key in ("paper", "stored", "bytes"))
+
+
+def test_the_page_takes_its_figures_from_the_measurement() -> None:
+    facts = methods.tomllib.loads(methods.FACTS.read_text())
+    full = {
+        "targets": ["onnx"],
+        "held": 1.0,
+        "held_at_questions": 1.0,
+        "perplexity": 5.0,
+        "reference_perplexity": 5.0,
+        "kl": 0.0,
+        "recall": 0.9,
+        "reference_recall": 0.9,
+        "decode": 100.0,
+    }
+    mine = full | {"held": 0.5, "perplexity": 5.5, "kl": 0.0123, "recall": 0.25, "decode": 150.0}
+    figures = {
+        "rows": {"full": full, "streaming_llm": mine},
+        "read": {"model": "m", "tokens": 1234, "documents": 5, "keys": 6},
+    }
+    page = methods.page(facts, figures)
+    assert "| onnx | 0.50, 1.00 | +10.00% | 1.2e-02 | 0.250 (0.900) | 1.50 |" in page
+    assert "1,234 tokens" in page and "positions stay absolute" in page
+    assert page.count("not measured yet") == len(facts) - 1
+
+
+def test_shares_of_a_full_cache(text_artifact: Path, text_model: Path, tmp_path: Path) -> None:
+    pieces = [Window(list(range(100)), (KeyPlace(3, 80, (90, 91)),)), Window(list(range(50)))]
+    full = methods.shares(einfold.load(text_artifact), pieces)
+    assert full == {"held": 1.0, "held_at_questions": 1.0}
+    window = "streaming_llm:sinks=1,recent=20,slack=4"
+    einfold.compile(text_model, tmp_path / "a", prune=window, check=False)
+    pruned = methods.shares(einfold.load(tmp_path / "a"), pieces)
+    assert pruned == {"held": 50 / 150, "held_at_questions": 25 / 92}
+
+
+@pytest.mark.parametrize("budget", [256, 64])
+def test_settings_are_recipes_that_keep_the_budget(budget: int) -> None:
+    for name, cache in kvpress_peers.settings(budget).items():
+        prune = Recipe.build({"cache": cache}).cache.prune
+        assert prune is not None and prune["method"] == name
+        kept = prune.get("tokens") or prune["sinks"] + prune["recent"]
+        assert kept == budget
+    for cache in kvpress_peers.packed().values():
+        Recipe.build({"cache": cache})
+
+
+def test_a_short_prompt_is_left_whole() -> None:
+    assert kvpress_cache.press_of(lambda prompt, keep: (prompt, keep), 64, 64) is None
+    assert kvpress_cache.press_of(lambda prompt, keep: (prompt, keep), 65, 64) == (65, 64)

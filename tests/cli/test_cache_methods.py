@@ -1,0 +1,89 @@
+"""The methods for the KV cache, as the command line and the API take them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import einfold
+from einfold.compiler.passes.cache_methods import FAMILIES
+
+from .test_bad_input import refused
+from .test_cli import as_json
+from .test_cli import einfold as einfold_cli
+
+WINDOW = "streaming_llm:recent=20,sinks=2, slack=6"
+TABLE: dict[str, Any] = {"method": "streaming_llm", "recent": 20, "sinks": 2, "slack": 6}
+RESOLVED = TABLE | {"prefill": "exact"}
+
+
+def recipe_of(folder: Path) -> Any:
+    return json.loads((folder / "manifest.json").read_text())["recipe"]["cache"]
+
+
+def test_every_verb_takes_a_method(text_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    made = as_json("compile", text_model, "-o", out, "--prune", WINDOW, "--no-check")
+    assert made["manifest"]["recipe"]["cache"]["prune"] == RESOLVED
+    assert recipe_of(out)["prune"] == RESOLVED
+    step = next(
+        row for row in as_json("passes", "--prune", WINDOW) if row["name"] == "streaming_llm"
+    )
+    assert step["options"] == {key: RESOLVED[key] for key in RESOLVED if key != "method"}
+    assert "prune streaming_llm" in einfold_cli("inspect", out)
+
+    full = as_json("estimate", text_model, "--context", "200")
+    pruned = as_json("estimate", text_model, "--context", "200", "--prune", WINDOW)
+    per_token = full["cache"] // 200
+    assert full["cache"] == full["cache_peak"] == 200 * per_token
+    assert pruned["cache"] == (2 + 20 + 6) * per_token
+    assert pruned["cache_peak"] > full["cache"]  # the whole prompt, and the first layer compressed
+    assert pruned["total"] == pruned["weights"] + pruned["cache_peak"] + pruned["activations"]
+
+
+def test_the_api_takes_the_same(text_model: Path, tmp_path: Path) -> None:
+    for method in (WINDOW, TABLE):
+        einfold.compile(text_model, tmp_path / "a", prune=method, check=False, force=True)
+        assert recipe_of(tmp_path / "a")["prune"] == RESOLVED
+    undone = {"cache": {"prune": TABLE}}
+    einfold.compile(text_model, tmp_path / "b", recipe=undone, prune="none", check=False)
+    assert recipe_of(tmp_path / "b")["prune"] is None
+    assert einfold.estimate(text_model, prune=WINDOW).cache < einfold.estimate(text_model).cache
+
+
+def test_the_streaming_recipe_is_constant_in_the_context(text_model: Path) -> None:
+    found = einfold.estimate(
+        text_model, recipe={"cache": {"prune": TABLE | {"prefill": "streaming"}}}
+    )
+    assert found.cache == found.cache_peak
+    ready = einfold.api.find_recipe("streaming")
+    assert einfold.compiler.recipe.Recipe.read(ready).cache.prune is not None
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = as_json("methods")
+    listed = {(row["family"], row["name"]) for row in rows}
+    assert listed == {(family, name) for family, known in FAMILIES.items() for name in known}
+    assert all(len(row["what"]) > 20 for row in rows)
+    assert "--prune streaming_llm" in einfold_cli("methods")
+
+
+@pytest.mark.parametrize(
+    ("family", "written", "says"),
+    [
+        ("--prune", "snip", "cache.prune.method is one of"),
+        ("--prune", "streaming_llm:recent", "written METHOD:key=value"),
+        ("--prune", "streaming_llm:recent=4,recent=5", "each key once"),
+        ("--prune", "streaming_llm:", "written METHOD:key=value"),
+        ("--prune", "streaming_llm:recent=many", "cache.prune.recent"),
+        ("--prune", "streaming_llm:heads=3", "unknown key 'heads'; streaming_llm takes sinks"),
+        ("--quant", "streaming_llm", "cache.quant.method is one of"),
+        ("--share", "", "cache.share.method is one of"),
+    ],
+)
+def test_methods_that_are_none(text_model: Path, family: str, written: str, says: str) -> None:
+    refused("estimate", text_model, family, written, code=7, says=says)
+    refused("passes", family, written, code=7, says=says)
