@@ -18,7 +18,8 @@ from einfold.compiler.passes.cache.plan_cache import PlanCache
 from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.compiler.passes.kv_share.cskv import CSKV
-from einfold.errors import CalibrationError, EinfoldError, IRError, RecipeError
+from einfold.compiler.recipe import Recipe
+from einfold.errors import CalibrationError, IRError, RecipeError
 from einfold.runtime.cache import Cache
 
 from .. import models
@@ -177,7 +178,23 @@ def test_later_passes_leave_features_alone() -> None:
     assert found.layout == before
 
 
-def test_onnx_refuses_features(tmp_path: Path) -> None:
-    folder = models.save("llama", tmp_path / "model")
-    with pytest.raises(EinfoldError):
-        einfold.compile(folder, tmp_path / "out", recipe={"cache": {"share": "cskv"}})
+@pytest.mark.parametrize("target", ["onnx", "triton"])
+def test_targets_that_cannot_read_it_refuse(target: str) -> None:
+    with pytest.raises(RecipeError, match=f"cskv: the target {target} has no operator or kernel"):
+        Recipe.build({"target": target, "cache": {"share": "cskv"}})
+
+
+def test_a_model_runs_with_it(tmp_path: Path) -> None:
+    folder = models.save("llama", tmp_path / "model", num_hidden_layers=4)
+    options = {"keep": 0.5, "recent": 8, "slack": 16}
+    recipe = {"target": "reference", "cache": {"share": {"method": "cskv", **options}}}
+    einfold.compile(folder, tmp_path / "out", recipe=recipe)
+    model = einfold.load(tmp_path / "out", engine="reference", chunk=16)
+    tokens = list(range(3, 63))
+    rows = model.generate_batch([tokens, tokens[:25]], max_new_tokens=12, ignore_eos=True)
+    for row, length in zip(rows, (60, 25), strict=True):
+        alone = model.generate(tokens[:length], max_new_tokens=12, ignore_eos=True)
+        assert alone.tokens == row.tokens
+    cache = model.engine.cache
+    layout = model.artifact.manifest.layout()
+    assert cache.nbytes == layout.bytes(1, cache.capacity)

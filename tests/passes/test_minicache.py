@@ -25,9 +25,11 @@ from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.passes.kv_quant.kivi import Kivi
 from einfold.compiler.passes.kv_share.cross_layer import CrossLayer
 from einfold.compiler.passes.kv_share.minicache import MiniCache
-from einfold.errors import EinfoldError, IRError, RecipeError
+from einfold.compiler.recipe import Recipe
+from einfold.errors import IRError, RecipeError
 from einfold.runtime.cache import Cache
 
+from .. import models
 from ..programs import calls, run
 from .test_cross_layer import planned
 
@@ -253,9 +255,25 @@ def test_a_reader_attends_over_packed_tokens_of_its_owner() -> None:
     assert sum("packed_attention(%" in c and ", none, none, %" in c for c in calls(found)) == 2
 
 
-def test_onnx_refuses_merged_caches(tmp_path: Path) -> None:
-    from .. import models
+@pytest.mark.parametrize("target", ["onnx", "triton"])
+def test_targets_that_cannot_read_it_refuse(target: str) -> None:
+    with pytest.raises(
+        RecipeError, match=f"minicache: the target {target} has no operator or kernel"
+    ):
+        Recipe.build({"target": target, "cache": {"share": "minicache"}})
 
+
+def test_a_model_runs_with_it(tmp_path: Path) -> None:
     folder = models.save("llama", tmp_path / "model", num_hidden_layers=4)
-    with pytest.raises(EinfoldError):
-        einfold.compile(folder, tmp_path / "out", recipe={"cache": {"share": "minicache"}})
+    options = {"group": 8, "residual": 8, "slack": 16}
+    recipe = {"target": "reference", "cache": {"share": {"method": "minicache", **options}}}
+    einfold.compile(folder, tmp_path / "out", recipe=recipe)
+    model = einfold.load(tmp_path / "out", engine="reference", chunk=16)
+    tokens = list(range(3, 63))
+    rows = model.generate_batch([tokens, tokens[:25]], max_new_tokens=12, ignore_eos=True)
+    for row, length in zip(rows, (60, 25), strict=True):
+        alone = model.generate(tokens[:length], max_new_tokens=12, ignore_eos=True)
+        assert alone.tokens == row.tokens
+    cache = model.engine.cache
+    layout = model.artifact.manifest.layout()
+    assert cache.nbytes == layout.bytes(1, cache.capacity)
