@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -143,13 +143,9 @@ class Cache:
 
     def select(self, rows: slice | Counts) -> Cache:
         """Some rows as a cache of its own: a slice shares the memory, numbers of rows take copies."""
-        return Cache(
-            self.layout,
-            {name: buffer[rows] for name, buffer in self.buffers.items()},
-            self.lengths[rows],
-            {name: used[rows] for name, used in self.clocks.items()},
-            self.capacity,
-            self.prompt,
-            self.groups,
-            self.make,
+        return replace(
+            self,
+            buffers={name: buffer[rows] for name, buffer in self.buffers.items()},
+            lengths=self.lengths[rows],
+            clocks={name: used[rows] for name, used in self.clocks.items()},
         )
