@@ -70,7 +70,9 @@ def packed() -> dict[str, dict[str, Any]]:
 
 
 def einfold_rows(model: Path, text: Text, budgets: list[int]) -> list[dict[str, Any]]:
-    wanted = [(name, b, c) for b in budgets for name, c in settings(b).items()]
+    wanted: list[tuple[str, int | None, dict[str, Any]]] = [
+        (name, budget, cache) for budget in budgets for name, cache in settings(budget).items()
+    ]
     wanted += [(name, None, cache) for name, cache in packed().items()]
     rows = []
     for name, budget, cache in wanted:

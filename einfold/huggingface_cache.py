@@ -202,19 +202,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may come several times."""
-        if self.cache is None:
-            return
-        old, chosen = self.cache, rows.cpu().numpy()
-        self.cache = Cache(
-            old.layout,
-            {name: buffer[rows.to(buffer.device)] for name, buffer in old.buffers.items()},
-            old.lengths[chosen],
-            {name: used[chosen] for name, used in old.clocks.items()},
-            old.capacity,
-            old.prompt,
-            old.groups,
-            old.make,
-        )
+        if self.cache is not None:
+            self.cache = self.cache.select(rows.cpu().numpy())
 
 
 class EinfoldCache(TransformersCache):  # type: ignore[misc]

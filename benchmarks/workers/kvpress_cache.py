@@ -163,7 +163,7 @@ def measure(
 def full_bytes(reader: Reader) -> int:
     """Bytes of a token in a cache that keeps everything."""
     config = reader.model.config
-    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * int(config.head_dim)
+    return int(2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
 
 
 def press_of(make: Callable[[int, int], Any], prompt: int, keep: int) -> Any:
