@@ -9,6 +9,7 @@ their differences from the full float32 cache, which weights and libraries drop 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -88,7 +89,8 @@ def child(artifact: Path, context: int) -> dict[str, int]:
 
 
 def _resident() -> int:
-    """Resident bytes now; the kernel's peak begins anew here."""
+    """Resident bytes now, without what the C library keeps free; the kernel's peak begins anew here."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status_bytes(os.getpid(), "VmRSS")
 
@@ -144,7 +146,7 @@ def page(held: list[Held], shape: str, context: int, title: str) -> str:
     head = ["cache, MB", *(f"peak: {one[0]}", *one[1:]), *(f"steady: {one[0]}", *one[1:])]
     text = (
         f"{SHAPES[shape].title} shape, {context:,} tokens, one row. Peak: as a prompt of the whole context "
-        "is read and settled; steady: behind it. Held: resident memory beyond what there was before the cache. "
+        "is read and settled; steady: behind it. Held: resident memory beyond that before the cache. "
         f"Agree: the differences from the first line, within the larger of {SHARE:.0%} and 10 MB."
     )
     return "\n\n".join([f"# {title}", text, table(head, rows)]) + "\n"

@@ -46,6 +46,13 @@ DEFAULT_CONTEXT = 2048
 #: Flavours of ONNX, by whether standard operators alone are asked for.
 _FLAVOURS: dict[bool, Literal["ort", "portable"]] = {False: "ort", True: "portable"}
 
+#: Packages that the code of a target is made with.
+_GENERATORS: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx-ir",),
+    "triton": ("triton",),
+    "reference": (),
+}
+
 REPORT = "report.json"
 PAGE = "report.html"
 
@@ -237,6 +244,7 @@ def _write_code(
     if recipe.target == "triton":
         tell("generating kernels", 0.0)
         write_kernels(program, folder, recipe.triton.cubins, tell)
+    if recipe.target != "onnx":
         return
     tell("generating ONNX", 0.0)
     flavour = _FLAVOURS[recipe.onnx.portable]
@@ -317,13 +325,13 @@ def _manifest(
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    made_by = ("torch", "transformers", "onnx-ir" if recipe.target == "onnx" else "triton")
+    made_by = ["torch", "transformers", *_GENERATORS[recipe.target]]
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
         einfold=metadata.version("einfold"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         target=recipe.target,
-        flavour="torch" if recipe.target == "triton" else _FLAVOURS[recipe.onnx.portable],
+        flavour=_FLAVOURS[recipe.onnx.portable] if recipe.target == "onnx" else "torch",
         model=ModelEntry(
             source=Path(model.source.location).name or Path(model.source.location).resolve().name,
             architecture=program.model.architecture,

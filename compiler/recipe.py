@@ -109,7 +109,8 @@ class TritonSection(_Section):
 class Recipe(_Section):
     """The resolved recipe goes into the artifact's manifest as it is."""
 
-    target: Literal["onnx", "triton"] = "onnx"
+    target: Literal["onnx", "triton", "reference"] = "onnx"
+    """reference: graph and weights alone, run in torch by the meaning of the operators."""
     context: int | None = Field(default=None, ge=2)
     """Tokens of context to compile for; the model's own limit where it is not given."""
     weights: WeightsSection = WeightsSection()
@@ -132,6 +133,42 @@ class Recipe(_Section):
             raise ValueError(
                 "the portable flavour has no operator that reads an int8 cache, it could only widen "
                 "all of it at every step; use cache.storage f32, or the default flavour"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_cache_has_a_reader(self) -> Recipe:
+        if self.cache.quant is None:
+            return self
+        method = self.cache.quant["method"]
+        if self.cache.storage != "f32":
+            raise ValueError(
+                f"cache.storage {self.cache.storage} and cache.quant {method} both say how tokens are "
+                "stored; leave one of them out"
+            )
+        if self.target == "onnx":
+            raise ValueError(
+                f"cache.quant {method}: onnxruntime has no operator that reads packed tokens, it could "
+                "only widen all of the cache at every step; compile for the target triton or reference, "
+                "or take cache.storage int8"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_cache_has_a_reader(self) -> Recipe:
+        if self.cache.share is None or self.target == "reference":
+            return self
+        method = self.cache.share["method"]
+        if method in ("minicache", "cskv"):
+            raise ValueError(
+                f"cache.share {method}: the target {self.target} has no operator or kernel that reads what "
+                "it stores, it could only widen all of the cache at every step; compile for the target "
+                "reference, or take cross_layer"
+            )
+        if self.target == "triton" and self.cache.quant is not None:
+            raise ValueError(
+                f"cache.share {method} with cache.quant: no kernel reads another layer's packed tokens; "
+                "leave one of them out, or compile for the target reference"
             )
         return self
 

@@ -53,8 +53,8 @@ def compile(
     `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
     override it. `prune`, `quant` and `share` choose methods for the KV cache (`einfold methods` lists
     them) as `"METHOD:key=value,.."` or a table with the key `method`; "none" undoes the recipe's choice.
-    `target` is "onnx" or "triton"; `cubins` names GPUs, such as "sm_90", to compile the kernels of the
-    latter for ahead of time. `check` runs the finished artifact beside the reference on a few tokens and
+    `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to compile Triton
+    kernels for ahead of time. `check` runs the finished artifact beside the reference on a few tokens and
     refuses to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
 
     Raises the errors of `einfold.errors`; `out` appears whole or not at all.

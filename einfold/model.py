@@ -256,15 +256,14 @@ def _runner(
     artifact: Artifact, engine: EngineName | None, threads: int | None, trust: bool
 ) -> Runner:
     target = artifact.manifest.target
-    if engine == "reference":
+    if "reference" in (engine, target):
+        if engine not in (None, "reference"):
+            raise RecipeError(_wrong_engine(artifact, engine))
         from .runtime.reference_runner import ReferenceRunner
 
         return ReferenceRunner(artifact)
     if engine not in (None, target):
-        raise RecipeError(
-            f"{artifact.folder} was compiled for {target}, so engine {engine!r} cannot run it; "
-            f"leave the engine out, or compile with --target {engine}"
-        )
+        raise RecipeError(_wrong_engine(artifact, engine))
     if target == "triton":
         from .on_triton import triton_runner
 
@@ -272,3 +271,10 @@ def _runner(
     from .runtime.onnx_runner import OnnxRunner
 
     return OnnxRunner(artifact, threads)
+
+
+def _wrong_engine(artifact: Artifact, engine: EngineName | None) -> str:
+    return (
+        f"{artifact.folder} was compiled for {artifact.manifest.target}, so engine {engine!r} cannot run "
+        f"it; leave the engine out, or compile with --target {engine}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import TOKENS, Buffer, CacheLayout, HeadGroup
+from ..compiler.ir.cache.layout import (
+    TOKENS,
+    Buffer,
+    CacheLayout,
+    HeadGroup,
+    packed_of,
+)
 from . import maintenance, scores
 
 DTYPES: Mapping[str, npt.DTypeLike] = {
@@ -23,13 +30,23 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 Array = npt.NDArray[np.generic]
 Counts = npt.NDArray[np.int64]
 
+#: Bytes from which on a buffer is mapped by itself: some pages, so that little is lost in the last.
+_MAPPED = 1 << 16
+
 #: Makes the zeroed array that a buffer asks for, where the runner keeps its cache.
 Make = Callable[[Buffer], Any]
 
 
 def empty(spec: Buffer) -> Array:
-    """The zeroed array in NumPy."""
-    return np.zeros(spec.shape, DTYPES[spec.dtype])
+    """The zeroed array in NumPy.
+
+    A large one is mapped by itself, so that its memory goes back to the system the moment it is let go:
+    the C library keeps what lies in its heap, and puts arrays of many megabytes there.
+    """
+    size = spec.bytes()
+    if not isinstance(size, int) or size < _MAPPED:
+        return np.zeros(spec.shape, DTYPES[spec.dtype])
+    return np.frombuffer(mmap.mmap(-1, size), DTYPES[spec.dtype]).reshape(spec.shape)
 
 
 @dataclass
@@ -50,6 +67,8 @@ class Cache:
     """Tokens of the longest prompt while it is being read, None afterwards."""
     groups: dict[str, HeadGroup] = field(default_factory=dict)
     """For each counter a group that goes by it."""
+    packed: dict[str, Counts] = field(default_factory=dict)
+    """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
     make: Make = empty
 
     @staticmethod
@@ -74,6 +93,7 @@ class Cache:
             capacity,
             prompt,
             groups,
+            {name: np.zeros(batch, np.int64) for name in layout.packs()},
             make,
         )
         for name, used in cache.clocks.items():
@@ -92,7 +112,7 @@ class Cache:
     @property
     def counters(self) -> dict[str, Counts]:
         """Every counter that a step of the graph may read, by its name there."""
-        return {TOKENS: self.lengths} | self.clocks
+        return {TOKENS: self.lengths} | self.clocks | self.packed
 
     @property
     def untouched(self) -> bool:
@@ -102,7 +122,10 @@ class Cache:
     def step_limit(self) -> int:
         """The most tokens that one step may bring, however full the cache is."""
         rooms = [
-            maintenance.slots_of(self, name) - group.policy.lead - group.newest
+            maintenance.slots_of(self, name)
+            - group.policy.lead
+            - group.newest
+            - (group.storage.granule - 1)  # what is left of a granule stays
             for name, group in self.groups.items()
             if maintenance.slots_of(self, name) < self.capacity + group.policy.compensated
             and not (self.prompt is not None and group.exact)
@@ -134,6 +157,10 @@ class Cache:
         self.lengths[:] = tokens
         for name, used in self.clocks.items():
             group = self.groups[name]
+            if group.packed:
+                slots = maintenance.slots_of(self, name)
+                used[:], self.packed[packed_of(name)][:] = maintenance.settled(group, tokens, slots)
+                continue
             used[:] = min(tokens + group.policy.compensated, group.policy.lead + group.newest)
         self.prompt = None
 
@@ -148,4 +175,5 @@ class Cache:
             buffers={name: buffer[rows] for name, buffer in self.buffers.items()},
             lengths=self.lengths[rows],
             clocks={name: used[rows] for name, used in self.clocks.items()},
+            packed={name: count[rows] for name, count in self.packed.items()},
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name
+from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
 from . import scores
 
@@ -44,7 +44,7 @@ def make_room(cache: Cache, size: int) -> None:
                     f"{group.describe()}; give it more slack or smaller steps"
                 )
             _leave(cache, clock, int(row), leaving)
-            used[row] -= leaving
+            _count(cache, clock, int(row), leaving)
 
 
 def settle(cache: Cache) -> None:
@@ -57,6 +57,12 @@ def settle(cache: Cache) -> None:
             spec.name: spec for spec in layer.group_buffers(index, cache.batch, cache.capacity)
         }
         slots = final[f"{cache_name(layer.layer, index)}.key"].shape[2]
+        if group.packed and group.partner is None:
+            _make_bulk(cache, final)
+            follower = cache.layout.follower(layer, index)
+            if follower is not None:
+                specs = follower.group_buffers(index, cache.batch, cache.capacity)
+                _make_bulk(cache, {spec.name: spec for spec in specs})
         for row in range(cache.batch):
             leaving = _settling(group, int(used[row]), slots)
             _move(cache, layer, index, row, int(used[row]), leaving)
@@ -65,7 +71,7 @@ def settle(cache: Cache) -> None:
         if group.exact:
             used, slots = cache.clocks[clock], slots_of(cache, clock)
             for row in range(cache.batch):
-                used[row] -= _settling(group, int(used[row]), slots)
+                _count(cache, clock, row, _settling(group, int(used[row]), slots))
 
 
 def _leaving(group: HeadGroup, used: int) -> int:
@@ -78,6 +84,20 @@ def _settling(group: HeadGroup, used: int, slots: int) -> int:
     """How many tokens leave a row when its prompt has been read: none where all fit, unless this is the one
     time that tokens are chosen."""
     return _leaving(group, used) if used > slots or group.policy.once else 0
+
+
+def settled(group: HeadGroup, tokens: int, slots: int) -> tuple[int, int]:
+    """(used slots, tokens that have left) of a row that has seen so many tokens and settled."""
+    seen = tokens + group.policy.compensated
+    leaving = _leaving(group, seen) if seen > slots else 0
+    return seen - leaving, leaving
+
+
+def _count(cache: Cache, clock: str, row: int, leaving: int) -> None:
+    """Takes tokens that have left off a counter of slots; packed ones are counted as such."""
+    cache.clocks[clock][row] -= leaving
+    if cache.groups[clock].packed:
+        cache.packed[packed_of(clock)][row] += leaving
 
 
 def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
@@ -101,6 +121,10 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
     first, last = group.policy.lead, group.policy.lead + leaving
     if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
+    if group.packed and group.partner is None:  # the partner's move packed both
+        from .packing import pack  # torch, which running without packed groups does not need
+
+        pack(cache, layer, index, row, used, leaving)
     for part in scores.BY_SLOT:
         if f"{prefix}.{part}" in cache.buffers:
             slots_KN = cache.buffers[f"{prefix}.{part}"][row]
@@ -137,8 +161,18 @@ def _shrink(cache: Cache, prefix: str, final: dict[str, Any]) -> None:
         if name not in final:
             del cache.buffers[name]  # was wanted while the prompt was read
     for name, spec in final.items():
-        old, new = cache.buffers.get(name), cache.make(spec)
+        old = cache.buffers.get(name)
+        if old is not None and tuple(old.shape) == spec.shape:
+            continue  # the bulk of a packed group, which has been filled
+        new = cache.make(spec)
         if old is not None:
             part = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
             new[part] = old[part]
         cache.buffers[name] = new
+
+
+def _make_bulk(cache: Cache, final: dict[str, Any]) -> None:
+    """Allocates the bulk buffers of a packed group, which were empty while its prompt was read."""
+    for name, spec in final.items():
+        if spec.role == "read":
+            cache.buffers[name] = cache.make(spec)

@@ -49,14 +49,14 @@ class ReferenceRunner:
         return self._weight_bytes
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        arrays = {
+        small = {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "logit_rows": logit_rows,
             **cache.counters,
-            **cache.buffers,
         }
-        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        inputs = {name: torch.tensor(array) for name, array in small.items()}
+        inputs |= {name: torch.from_numpy(buffer) for name, buffer in cache.buffers.items()}
         outputs = {name: value.numpy() for name, value in self.interpreter.run(inputs).items()}
         logits: Floats = outputs.pop("logits")
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}

@@ -49,6 +49,8 @@ def observe(cache: Cache, sizes: npt.NDArray[np.int64], observed: Mapping[str, A
             q_SHD = observed[name][row][: int(sizes[row])]
             if voters is not None:
                 _remember(voters[row], q_SHD)
+            if group.storage.balanced:
+                _widen(cache.buffers[f"{prefix}.query_max"][row], q_SHD)
             if group.scored:
                 _add(cache, group, prefix, int(row), int(used[row]), q_SHD)
 
@@ -59,6 +61,13 @@ def _remember(voters_HWD: Any, q_SHD: Any) -> None:
     if new < size:
         voters_HWD[:, : size - new] = voters_HWD[:, new:] + 0  # a copy: they overlap
     voters_HWD[:, max(0, size - new) :] = q_SHD[-size:].swapaxes(0, 1)
+
+
+def _widen(largest_KD: Any, q_SHD: Any) -> None:
+    """Keeps the largest magnitude of each channel of a KV head's queries."""
+    of_head_D = np.abs(_host(q_SHD)).max(0)
+    of_head_KD = of_head_D.reshape(len(largest_KD), -1, of_head_D.shape[-1]).max(1)
+    largest_KD[:] = _like(np.maximum(_host(largest_KD), of_head_KD), largest_KD)
 
 
 def _add(cache: Cache, group: HeadGroup, prefix: str, row: int, used: int, q_SHD: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.ops import einfold_ops
-from ..ir.program import Program, call_arguments
+from ..ir.program import OVER_CACHES, Program, call_arguments
 
 #: Calls whose result shares the memory of their input.
 _VIEWS = {
@@ -61,7 +61,7 @@ def _bytes(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     ):
         return 0
     value = node.meta["val"]
-    if node.target is einfold_ops.cached_attention.default:
+    if node.target in OVER_CACHES:
         value = value[0]  # the caches are updated in place
     return _value_bytes(program, value, dims)
 
@@ -78,7 +78,10 @@ def _value_bytes(program: Program, value: Any, dims: Mapping[str, int]) -> int:
 
 
 def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: bool) -> int:
-    if node.target is not einfold_ops.cached_attention.default:
+    if node.target not in (
+        einfold_ops.cached_attention.default,
+        einfold_ops.shared_attention.default,
+    ):
         return 0
     found = call_arguments(node)
     query = found["q_BSHD"].meta["val"]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..codegen.triton.launch import DTYPES, split_count
+from ..codegen.triton.launch import DTYPES
 from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.rotary import rotary_reference
-from ..ir.program import Program
-from .kernels import SPLITS, AttentionKernel
-from .kinds import cached_attentions, kind_of
+from ..ir.program import OVER_CACHES, Program
+from .bound_packed import attend_packed
+from .kernels import AttentionKernel, kinds_at, split_parts
+from .kinds import AttentionKind
 
 Function = Callable[..., Any]
 
@@ -23,12 +24,17 @@ def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, 
     of_kind = {made.kind: made for made in kernels}
     for made in kernels:
         made.kernel.function("whole")  # an absent Triton is told of now, not at the first token
-    return {node: attend_in_place(of_kind[kind_of(node)]) for node in cached_attentions(program)}
+    found = {}
+    for node in program.nodes(*OVER_CACHES):
+        slots, *streams = (of_kind[kind] for kind in kinds_at(node))
+        found[node] = attend_packed(slots, streams) if streams else attend_in_place(slots)
+    return found
 
 
 def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function:
     """What takes the operator's arguments; `parts` cuts every step so, None as the device wants it."""
     kind = made.kind
+    assert isinstance(kind, AttentionKind)
 
     def attend(
         q_BSHD: Tensor,
@@ -71,19 +77,10 @@ def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function
             inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
         found = made.kernel(
             inputs,
-            parts=parts or _parts(made, q_BSHD, key_cache_BKCD),
+            parts=parts or split_parts(made, q_BSHD, key_cache_BKCD.shape[2]),
             dtypes={"out": DTYPES[kind.query]},
             tiles=made.tiles(new),
         )
         return found["out"].flatten(2, 3), key_cache_BKCD, value_cache_BKCD
 
     return attend
-
-
-def _parts(made: AttentionKernel, q_BSHD: Tensor, cache_BKCD: Tensor) -> int:
-    """How many parts of the cache run side by side: as many as fill the device, of those that there are."""
-    batch, new = q_BSHD.shape[:2]
-    tiles = made.tiles(new)
-    programs = batch * made.kind.kv_heads * -(-new * made.kind.group // tiles.rows)
-    wanted = split_count(made.kernel, programs, cache_BKCD.shape[2], tiles, cache_BKCD)
-    return max(parts for parts in SPLITS if parts <= wanted)

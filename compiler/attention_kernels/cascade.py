@@ -22,7 +22,17 @@ STREAM = "c"
 
 def cascade_of(kind: AttentionKind) -> Cascade:
     """The cascade of a kind."""
-    cascade = parse("\n".join([FORMAT, *_declarations(kind), *_statements(kind), "output out"]))
+    cascade = parse(
+        "\n".join(
+            [
+                FORMAT,
+                *_declarations(kind),
+                *_statements(kind),
+                "output out",
+                *(["output lse"] if kind.lse else []),
+            ]
+        )
+    )
     verify(cascade)
     return cascade
 
@@ -65,6 +75,7 @@ def _statements(kind: AttentionKind) -> list[str]:
     logit = f"where({seen}, {logit}, -inf)"
     if kind.sinks:
         logit = f"where(virtual(c, 0), sink[k, g], {logit})"
+    lse = "lse[b, s, k, g] = log(total[b, s, k, g]) + top[b, s, k, g]"
     return [
         f"score[b, s, k, g, c] = query[b, s, k, g, d] * {key} :: sum(d)",
         f"logit[b, s, k, g, c] = {logit}",
@@ -72,4 +83,5 @@ def _statements(kind: AttentionKind) -> list[str]:
         "power[b, s, k, g, c] = exp(logit[b, s, k, g, c] - top[b, s, k, g])",
         "total[b, s, k, g] = power[b, s, k, g, c] :: sum(c)",
         f"out[b, s, k, g, f] = power[b, s, k, g, c] / total[b, s, k, g] * {value} :: sum(c)",
+        *([lse] if kind.lse else []),
     ]

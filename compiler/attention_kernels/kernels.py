@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor, fx
+
 from ...errors import UnsupportedError
 from ..analysis.cascade.plans import fold
 from ..codegen.triton import Kernel, Options, generate
+from ..codegen.triton.launch import split_count
 from ..codegen.triton.options import DEVICES, Device, Tiles
 from ..codegen.triton.tiles import choose_tiles
 from ..ir.cascade.cascade import Cascade
 from ..ir.cascade.plan import Plan
-from ..ir.program import Program
+from ..ir.ops import einfold_ops
+from ..ir.program import OVER_CACHES, Program, call_arguments
 from .cascade import STREAM, cascade_of
-from .kinds import AttentionKind, kinds_of
+from .kinds import AttentionKind, kind_of
+from .packed import STREAM as PACKED_STREAM
+from .packed import PackedKind, packed_cascade, packed_kinds, packed_shared, packed_types
 
 #: New tokens of the prefill step that tiles are chosen for.
 _PREFILL = 512
@@ -30,7 +36,7 @@ _PRECISION = "tf32x3"
 class AttentionKernel:
     """The kernel of the layers of one kind. `kernel.tiles` are for many new tokens, `decode` for one."""
 
-    kind: AttentionKind
+    kind: AttentionKind | PackedKind
     name: str
     layers: tuple[int, ...]
     cascade: Cascade
@@ -72,8 +78,35 @@ def attention_kernels(
     return made
 
 
+def kinds_at(node: fx.Node) -> list[AttentionKind | PackedKind]:
+    """What a call over a cache needs kernels for: its slots, then each stream of packed tokens.
+
+    Raises UnsupportedError for what no kernel reads.
+    """
+    if node.target is einfold_ops.low_rank_attention.default:
+        raise UnsupportedError(
+            f"layer {call_arguments(node)['layer']} caches features of its tokens, which no kernel reads; "
+            "compile for the target reference"
+        )
+    if node.target is einfold_ops.packed_attention.default:
+        return [kind_of(node), *packed_kinds(node)]
+    return [kind_of(node)]
+
+
+def kinds_of(program: Program) -> dict[AttentionKind | PackedKind, list[int]]:
+    """Every kind of a program with its layers, in the order of the graph."""
+    kinds: dict[AttentionKind | PackedKind, list[int]] = {}
+    for node in program.nodes(*OVER_CACHES):
+        layer = int(call_arguments(node)["layer"])
+        for kind in kinds_at(node):
+            layers = kinds.setdefault(kind, [])
+            if layer not in layers:  # groups of a layer's heads may be of one kind
+                layers.append(layer)
+    return kinds
+
+
 def attention_kernel(
-    kind: AttentionKind,
+    kind: AttentionKind | PackedKind,
     name: str,
     layers: tuple[int, ...],
     context: int,
@@ -81,22 +114,39 @@ def attention_kernel(
     cache: Path | None = None,
 ) -> AttentionKernel:
     """The kernel of one kind, for so many tokens of context; otherwise as `attention_kernels`."""
-    cascade = cascade_of(kind)
-    folding = fold(cascade, STREAM, cache)
+    if isinstance(kind, PackedKind):
+        cascade, stream = packed_cascade(kind), PACKED_STREAM
+        types, shared = packed_types(kind), packed_shared(kind)
+    else:
+        cascade, stream, types, shared = cascade_of(kind), STREAM, types_of(kind), {}
+    folding = fold(cascade, stream, cache)
     if folding.plan is None:
         raise UnsupportedError(f"layers {layers}: attention does not fold: {folding.reason}")
     sizes = {"b": 1, "s": _PREFILL, "k": kind.kv_heads, "g": kind.group}
-    sizes |= {"c": context, "d": kind.key_size, "f": kind.value_size}
+    sizes |= {stream: context, "d": kind.key_size, "f": kind.value_size}
     kernel = generate(
         folding.plan,
-        types_of(kind),
+        types,
         sizes,
         Options(device=device, precision=_PRECISION),
         cascade,
         name,
+        shared,
     )
     decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.demand, device)
     return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
+
+
+def split_parts(made: AttentionKernel, query: Tensor, length: int) -> int:
+    """How many parts of so many keys run side by side: as many as fill the device, of those that there are.
+
+    `query` is [B, S, ..].
+    """
+    batch, new = query.shape[:2]
+    tiles = made.tiles(new)
+    programs = batch * made.kind.kv_heads * -(-new * made.kind.group // tiles.rows)
+    wanted = split_count(made.kernel, programs, length, tiles, query)
+    return max(parts for parts in SPLITS if parts <= wanted)
 
 
 def types_of(kind: AttentionKind) -> dict[str, str]:

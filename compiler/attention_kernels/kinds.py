@@ -10,7 +10,7 @@ from torch import fx
 from ...errors import UnsupportedError
 from ..codegen.triton.launch import TYPES
 from ..ir.ops import einfold_ops
-from ..ir.program import Program, call_arguments
+from ..ir.program import call_arguments
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class AttentionKind:
     cache: str
     scaled: bool
     counted: bool = False
+    lse: bool = False
+    """Whether the log-sum-exp is a result too, to merge with other parts of the keys by."""
 
     @property
     def name(self) -> str:
@@ -44,11 +46,15 @@ class AttentionKind:
         parts += ["softcap"] if self.softcap else []
         parts += ["sinks"] if self.sinks else []
         parts += ["counted"] if self.counted else []
+        parts += ["lse"] if self.lse else []
         return "_".join([*parts, self.cache])
 
 
 def kind_of(node: fx.Node) -> AttentionKind:
-    """The kind of a `cached_attention` call. Raises UnsupportedError for types that kernels do not read."""
+    """The kind of a call over slots, packed tokens left aside.
+
+    Raises UnsupportedError for types that kernels do not read.
+    """
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     values = found["value_cache_BKCD"].meta["val"]
@@ -70,33 +76,19 @@ def kind_of(node: fx.Node) -> AttentionKind:
         key_size=int(keys.shape[3]),
         value_size=int(values.shape[3]),
         scale=float(found["scale"]),
-        window=int(found["window"]),
+        window=int(found.get("window", 0)),
         softcap=float(found["softcap"]),
         sinks=found["sinks_H"] is not None,
-        query=_type(query.dtype, layer),
-        cache=_type(keys.dtype, layer),
-        scaled=found["key_scale_KD"] is not None,
-        counted=found["count_BK"] is not None,
+        query=type_name(query.dtype, layer),
+        cache=type_name(keys.dtype, layer),
+        scaled=found.get("key_scale_KD") is not None,
+        counted=found.get("count_BK") is not None,
+        lse=node.target is einfold_ops.packed_attention.default,
     )
 
 
-def _type(dtype: torch.dtype, layer: int) -> str:
+def type_name(dtype: torch.dtype, layer: int) -> str:
+    """A type as kernels name it. Raises UnsupportedError for one that they do not read."""
     if dtype not in TYPES:
         raise UnsupportedError(f"layer {layer}: no kernel reads {dtype}")
     return TYPES[dtype]
-
-
-def cached_attentions(program: Program) -> list[fx.Node]:
-    """The attention calls over a cache, in the order of the graph."""
-    return list(program.nodes(einfold_ops.cached_attention.default))
-
-
-def kinds_of(program: Program) -> dict[AttentionKind, list[int]]:
-    """Every kind of a program with its layers, in the order of the graph."""
-    kinds: dict[AttentionKind, list[int]] = {}
-    for node in cached_attentions(program):
-        layers = kinds.setdefault(kind_of(node), [])
-        layer = int(call_arguments(node)["layer"])
-        if layer not in layers:  # groups of a layer's heads may be of one kind
-            layers.append(layer)
-    return kinds

@@ -51,9 +51,9 @@ class Manifest(_Part):
     format: int = FORMAT
     einfold: str
     created: str
-    target: Literal["onnx", "triton"]
+    target: Literal["onnx", "triton", "reference"]
     flavour: Literal["ort", "portable", "torch"]
-    """Which operators of the target: onnxruntime's own or the standard ones; torch beside Triton kernels."""
+    """Which operators of the target: onnxruntime's own or the standard ones; torch where there is no ONNX."""
     model: ModelEntry
     recipe: dict[str, Any]
     cache: tuple[str, ...]

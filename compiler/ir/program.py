@@ -107,9 +107,17 @@ class Program:
         return any(node.target == "input_ids" for node in self.placeholders())
 
 
+#: Operators that write the slots of a cache and attend over them.
+OVER_CACHES = (
+    einfold_ops.cached_attention.default,
+    einfold_ops.packed_attention.default,
+    einfold_ops.low_rank_attention.default,
+)
+
+
 def attention_nodes(program: Program) -> list[fx.Node]:
     """The attention calls, with or without a cache, in the order of their layers."""
-    found = program.nodes(einfold_ops.attention.default, einfold_ops.cached_attention.default)
+    found = program.nodes(einfold_ops.attention.default, *OVER_CACHES)
     return sorted(found, key=lambda node: int(call_arguments(node)["layer"]))
 
 

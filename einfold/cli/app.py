@@ -21,6 +21,7 @@ app = typer.Typer(
 class Target(str, Enum):
     onnx = "onnx"
     triton = "triton"
+    reference = "reference"
 
 
 class Weights(str, Enum):
@@ -164,7 +165,8 @@ def compile_(
         Target | None,
         typer.Option(
             help="What to generate: a model for onnxruntime, or Triton kernels for attention on a GPU, "
-            "beside which torch runs the rest. [default: onnx]",
+            "beside which torch runs the rest, or nothing (reference: torch runs the graph by its operators' "
+            "meaning, slowly). [default: onnx]",
             show_default=False,
         ),
     ] = None,

@@ -66,6 +66,8 @@ def _target(artifact: Artifact) -> Runner:
         from ..on_triton import triton_runner
 
         return triton_runner(artifact)
+    if artifact.manifest.target == "reference":
+        return ReferenceRunner(artifact, keep_weights=False)
     from ..runtime.onnx_runner import OnnxRunner
 
     return OnnxRunner(artifact, prepack=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,18 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache, query_name
+from einfold.compiler.ir.cache.layout import (
+    PARTS,
+    CacheLayout,
+    HeadGroup,
+    LayerCache,
+    query_name,
+)
+from einfold.compiler.ir.cache.low_rank import LowRank
+from einfold.compiler.ir.cache.minicache import MiniCache
+from einfold.compiler.ir.cache.packing import BITS, Packed
 from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
-from einfold.compiler.ir.cache.storages import read_storage
+from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, read_storage
 from einfold.errors import IRError
 from einfold.runtime.cache import Cache
 
@@ -35,24 +46,102 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 @st.composite
+def packed(draw: st.DrawFn) -> Packed:
+    """Any packed storage; heads have a multiple of 8 channels."""
+    width = st.sampled_from(BITS)
+    waiting: dict[str, Any] = {
+        "slack": draw(st.integers(1, 9)),
+        "prefill": draw(st.sampled_from(["exact", "streaming"])),
+    }
+    kind = draw(st.sampled_from([Kivi, Gear, ZipCache, MiKV]))
+    if kind in (Kivi, Gear):
+        options = {
+            "key_bits": draw(width),
+            "value_bits": draw(width),
+            "group": 8,
+            "keys": draw(st.sampled_from(["channel", "token"])),
+            "residual": draw(st.integers(8, 20)),
+        }
+        if kind is Gear:
+            options |= {"tokens": draw(st.sampled_from([8, 16]))}
+            options |= {"rank": draw(st.integers(0, 2)), "share": draw(st.floats(0, 0.9))}
+    else:
+        options = {
+            "high": draw(width),
+            "low": draw(width),
+            "residual": draw(st.integers(0, 9)),
+            "tokens": draw(st.sampled_from([16, 24])),
+            "salient": 8,
+        }
+        if kind is MiKV:
+            options["group"] = 8
+    return kind(**waiting, **options)
+
+
+@st.composite
+def groups_of(draw: st.DrawFn, heads: tuple[int, ...]) -> HeadGroup:
+    if draw(st.booleans()):
+        return HeadGroup(heads, Full(), draw(packed()))
+    storage = read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel"])))
+    return HeadGroup(heads, draw(policies()), storage)
+
+
+@st.composite
+def pairs(draw: st.DrawFn, layer: int) -> list[LayerCache]:
+    """Two layers that share directions."""
+    storage = MiniCache(
+        draw(st.integers(0, 9)),
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from(["exact", "streaming"])),
+        draw(st.integers(2, 8)),
+        draw(st.integers(0, 2)),
+    )
+    heads, key, value = (draw(st.integers(1, 9)) for _ in range(3))
+    group = HeadGroup(tuple(range(heads)), storage=storage)
+    first = LayerCache(layer, heads, key, value, (group,))
+    return [first, replace(first, layer=layer + 1, groups=(replace(group, partner=layer),))]
+
+
+@st.composite
+def features(draw: st.DrawFn, layer: int) -> LayerCache:
+    """A layer that stores features of every token, and a window."""
+    window = Window(
+        draw(st.integers(0, 4)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 8)),
+        prefill=draw(st.sampled_from(["exact", "streaming"])),
+    )
+    heads, key, value = (draw(st.integers(1, 6)) for _ in range(3))
+    ranks = [draw(st.integers(1, heads * size)) for size in (key, value)]
+    storage = LowRank(*ranks, draw(st.sampled_from(["f32", "f16"])))
+    return LayerCache(layer, heads, key, value, (HeadGroup(tuple(range(heads)), window, storage),))
+
+
+@st.composite
 def layouts(draw: st.DrawFn) -> CacheLayout:
     layers = []
-    for layer in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, 4))):
+        layer = len(layers)
+        owners = [entry for entry in layers if entry.groups[0].owner is None]
+        if owners and draw(st.booleans()):
+            owner = draw(st.sampled_from(owners))
+            reader = HeadGroup(tuple(range(owner.kv_heads)), owner=owner.layer)
+            layers.append(replace(owner, layer=layer, groups=(reader,)))
+            continue
+        if draw(st.integers(0, 3)) == 0:
+            layers += draw(pairs(len(layers)))
+            continue
+        if draw(st.integers(0, 3)) == 0:
+            layers.append(draw(features(len(layers))))
+            continue
         heads = draw(st.integers(1, 6))
         order = draw(st.permutations(range(heads)))
         cuts = sorted(draw(st.sets(st.integers(1, heads - 1), max_size=2))) if heads > 1 else []
         edges = [0, *cuts, heads]
-        groups = tuple(
-            HeadGroup(
-                tuple(order[a:b]),
-                draw(policies()),
-                read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel"]))),
-            )
-            for a, b in itertools.pairwise(edges)
-        )
-        layers.append(
-            LayerCache(layer, heads, draw(st.integers(1, 64)), draw(st.integers(1, 64)), groups)
-        )
+        groups = tuple(draw(groups_of(tuple(order[a:b]))) for a, b in itertools.pairwise(edges))
+        unit = 8 if any(group.packed for group in groups) else 1
+        sizes = [unit * draw(st.integers(1, 64 // unit)) for _ in PARTS]
+        layers.append(LayerCache(layer, heads, sizes[0], sizes[1], groups))
     return CacheLayout(tuple(layers))
 
 
@@ -126,3 +215,51 @@ def test_a_row_shares_the_memory() -> None:
     assert cache.buffers["cache.0.0.key"][1].min() == 7
     assert cache.buffers["cache.0.0.key"][[0, 2]].max() == 0
     assert cache.lengths.tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [
+        ("kivi(key_bits=5)", "codes of 2, 3, 4, 8 bits, not 5"),
+        ("kivi(group=12)", "multiple of 8, not 12"),
+        ("kivi(group=64,residual=32)", "residual of 32 tokens is smaller than a group of 64"),
+        ("kivi(keys=head)", "by channel or token, not 'head'"),
+        ("kivi(slack=0)", "1 or more of slack"),
+        ("kivi(prefill=later)", "exact or streaming"),
+        ("gear(tokens=48)", "a group of 32 does not divide the granule 48"),
+        ("gear(tokens=512)", "up to 256 tokens"),
+        ("gear(rank=-1)", "the rank is 0 or more"),
+        ("gear(share=1.0)", "less than 1, not 2 and 1.0"),
+        ("zipcache(salient=128)", "fewer salient than all"),
+        ("mikv(low=1)", "not 1"),
+        ("kivi(bits=4)", "unknown or repeated field"),
+    ],
+)
+def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
+    with pytest.raises(IRError, match=reason):
+        read_storage(storage)
+
+
+@pytest.mark.parametrize(
+    ("storage", "sizes", "reason"),
+    [
+        ("kivi()", (64, 48), "group of 32 does not divide the value size"),
+        ("kivi(keys=token)", (48, 64), "group of 32 does not divide the key size"),
+        ("zipcache()", (20, 64), "8 codes together, which does not divide the key size 20"),
+        ("gear(rank=40)", (32, 32), "rank 40"),
+        ("mikv()", (48, 64), "does not divide the key size"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(
+    storage: str, sizes: tuple[int, int], reason: str
+) -> None:
+    layout = CacheLayout(
+        (LayerCache(0, 1, *sizes, (HeadGroup((0,), Full(), read_storage(storage)),)),)
+    )
+    with pytest.raises(IRError, match=reason):
+        layout.bytes(1, 100)
+
+
+def test_only_groups_that_keep_every_token_are_packed() -> None:
+    with pytest.raises(IRError, match="window keeps few tokens"):
+        HeadGroup((0,), Window(4, 60), Kivi())

@@ -143,6 +143,7 @@ def test_a_kernel_does_what_the_operator_does(
                 "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
             },
         ),
+        ("llama", {"quant": {"method": "kivi", "group": 8, "residual": 8, "slack": 4}}),
     ],
 )
 def test_tokens_are_those_of_the_reference(

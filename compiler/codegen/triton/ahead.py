@@ -165,4 +165,5 @@ def _aligned(kernel: Kernel, argument: Argument) -> bool:
     if argument.kind != "stride":
         return argument.kind in ("input", "output", "part")
     last = kernel.division.plan.ranks_of(argument.of)[-1]
-    return last in kernel.division.roles.lanes and kernel.sizes[last] % 16 == 0
+    each = kernel.shared.get((argument.of, last), 1)
+    return last in kernel.division.roles.lanes and kernel.sizes[last] // each % 16 == 0

@@ -35,6 +35,8 @@ class Function:
     sizes: Mapping[str, int]
     dot: str
     precision: str
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Neighbours along a rank that share an element of an input, by (input, rank); 1 where not named."""
     names: Names = field(default_factory=Names)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     extents: dict[str, None] = field(default_factory=dict)

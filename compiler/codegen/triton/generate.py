@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ....errors import UnsupportedError
 from ...ir.cascade.cascade import Cascade
+from ...ir.cascade.expr import reads
 from ...ir.cascade.plan import Plan, State
 from ...ir.cascade.plan_text import print_plan
 from ...ir.cascade.printer import print_cascade
@@ -29,12 +30,15 @@ def generate(
     options: Options | None = None,
     cascade: Cascade | None = None,
     name: str = "fused",
+    shared: Mapping[tuple[str, str], int] | None = None,
 ) -> Kernel:
     """The kernel of a plan.
 
     `types` gives the storage type of each input ("fp16", "bf16", "fp32", "i8", "i1", ..); `sizes` the
     size of each rank: those of lanes are built in, the others only guide the choice of tiles and may
-    differ at a launch. `cascade`, where given, is printed beside the plan. Raises UnsupportedError where
+    differ at a launch. `cascade`, where given, is printed beside the plan. `shared` says of an (input, rank)
+    that so many neighbours along the rank share an element: the input's tensor is that much shorter there, as
+    scales of groups and bytes of several codes are. Raises UnsupportedError where
     the plan has no form as a kernel, with the reason.
     """
     options = options or Options()
@@ -45,6 +49,7 @@ def generate(
     if options.base_two:
         plan = in_base_two(plan)
     division = divide(plan, sizes)
+    _check_shared(division, shared or {})
     types = {**types, **{item.name: _dot_type(division, types) for item in division.ahead}}
     for tensor in division.plan.inputs:
         if tensor not in types:
@@ -53,7 +58,9 @@ def generate(
     functions: dict[str, Generated] = {}
     demand = Demand()
     for kind in ("whole", "part", "merge"):
-        function = Function(division.plan, division.roles, types, sizes, dot, options.precision)
+        function = Function(
+            division.plan, division.roles, types, sizes, dot, options.precision, dict(shared or {})
+        )
         emitter = Emitter(f"{name}_{kind}", division, function, options.lazy)
         functions[kind] = getattr(emitter, kind)()
         if kind == "whole":
@@ -76,7 +83,17 @@ def generate(
         tiles,
         dot,
         demand,
+        dict(shared or {}),
     )
+
+
+def _check_shared(division: Division, shared: Mapping[tuple[str, str], int]) -> None:
+    """Neighbours share elements along the stream and lanes, of inputs that the kernel itself reads."""
+    roles = division.roles
+    ahead = {read.tensor for item in division.ahead for read in reads(item.expr)}
+    for tensor, rank in shared:
+        if (rank != roles.stream and rank not in roles.lanes) or tensor in ahead:
+            raise UnsupportedError(f"{tensor} shares elements along {rank}, which has no form here")
 
 
 def _uncorrected(plan: Plan) -> Plan:

@@ -29,7 +29,7 @@ class Kernel:
 
     `plan` is the plan as it was generated from, `division` what of it the kernel computes; `functions`
     has "whole", "part" and "merge". `types` and `sizes` are those of `generate`, `dot` the type of matrix
-    products, `demand` what is in registers beside states and scores.
+    products, `demand` what is in registers beside states and scores; `shared` is as there.
     """
 
     plan: Plan
@@ -42,6 +42,7 @@ class Kernel:
     tiles: Tiles
     dot: str
     demand: Demand = field(default_factory=Demand)
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -111,7 +111,8 @@ def _sizes(
             raise UnsupportedError(
                 f"{name} is {tensor.dtype}; the kernel was made for {kernel.types[name]}"
             )
-        for rank, size in zip(declared.ranks, tensor.shape, strict=True):
+        for rank, length in zip(declared.ranks, tensor.shape, strict=True):
+            size = length * kernel.shared.get((name, rank), 1)
             if shown.setdefault(rank, size) != size:
                 raise UnsupportedError(f"{name}: {rank} is {size}, elsewhere {shown[rank]}")
     for lane in kernel.division.roles.lanes:

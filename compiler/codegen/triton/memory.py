@@ -50,11 +50,19 @@ def address(block: Block, tensor: str, ranks: tuple[str, ...]) -> str:
     if stream in ranks:
         stride = kernel.stride(tensor, stream)
         offset = Value("off_t", (STREAM,), "i32", True)
-        parts.append(f"tl.cast(first, tl.int64) * {stride}")
-        parts.append(f"{offset.over(axes)} * {stride}")
+        each = kernel.shared.get((tensor, stream), 1)
+        if each > 1:
+            place = f"(first + {offset.over(axes)}) // {each}"
+            parts.append(f"({place}).to(tl.int64) * {stride}")
+        else:
+            parts.append(f"tl.cast(first, tl.int64) * {stride}")
+            parts.append(f"{offset.over(axes)} * {stride}")
     for rank in ranks:
         if rank in kernel.roles.lanes:
-            parts.append(f"{kernel.index(rank).over(axes)} * {kernel.stride(tensor, rank)}")
+            each = kernel.shared.get((tensor, rank), 1)
+            place = kernel.index(rank).over(axes)
+            place = f"({place} // {each})" if each > 1 else place
+            parts.append(f"{place} * {kernel.stride(tensor, rank)}")
     return " + ".join(parts)
 
 

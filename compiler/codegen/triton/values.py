@@ -220,7 +220,7 @@ def _power(base: Value, exponent: Value, axes: tuple[str, ...], inner: bool) -> 
 
 
 def _integral(op: str, args: Sequence[Value], axes: tuple[str, ...], inner: bool) -> Value:
-    kind, (a, b) = joined(args)
+    kind, (a, b) = joined([_wider(arg) for arg in args])
     if kind not in WHOLE:
         raise UnsupportedError(f"{op} of numbers that are no integers has no form in Triton")
     if op in ("shift_right", "bits"):
@@ -228,3 +228,10 @@ def _integral(op: str, args: Sequence[Value], axes: tuple[str, ...], inner: bool
         return Value(f"({a.over(axes)} {symbol} {b.over(axes)})", axes, kind, inner)
     helper = "_floor_div" if op == "floordiv" else "_floor_mod"
     return Value(f"{helper}({a.over(axes, 0)}, {b.over(axes, 0)})", axes, kind, inner)
+
+
+def _wider(value: Value) -> Value:
+    """Bytes as integers of more than a byte, since it is their bits that are asked for."""
+    if value.type in WHOLE and BYTES[value.type] == 1:
+        return replace(value, text=f"{value.at(ATOM)}.to(tl.int32)", type="i32", level=ATOM)
+    return value

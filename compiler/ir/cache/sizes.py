@@ -38,3 +38,13 @@ def divided_up(a: Size, b: int) -> Size:
 
     rounded: sympy.Expr = sympy.ceiling(a / b)
     return rounded
+
+
+def divided_down(a: Size, b: int) -> Size:
+    """a / b, rounded down."""
+    if isinstance(a, int):
+        return a // b
+    import sympy
+
+    rounded: sympy.Expr = sympy.floor(a / b)
+    return rounded

@@ -7,72 +7,32 @@ which a step only reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ....errors import IRError
-from .sizes import Size
+from .gear import Gear
+from .kivi import Kivi
+from .low_rank import LowRank
+from .minicache import MiniCache
+from .mixed import MiKV, ZipCache
+from .storage import ITEM_BYTES, GroupShape, Storage
 from .text import read, show
 
-#: Bytes of a number of each dtype that a cache may be stored in.
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """The sizes that a group's buffers are made of."""
-
-    heads: int
-    key_size: int
-    value_size: int
-
-    def size(self, part: str) -> int:
-        """Numbers a head and token of the "key" or the "value"."""
-        return self.key_size if part == "key" else self.value_size
-
-
-@dataclass(frozen=True)
-class Storage:
-    """What the layout asks of a storage; here with the answers of one that packs nothing."""
-
-    name: ClassVar[str]
-
-    @property
-    def slot_dtype(self) -> str:
-        """Type of the slots."""
-        return "f32"
-
-    @property
-    def newest(self) -> int:
-        """Newest tokens that are never packed."""
-        return 0
-
-    @property
-    def waiting(self) -> int:
-        """Tokens that may wait in the slots beyond those; 0 where nothing is packed."""
-        return 0
-
-    @property
-    def granule(self) -> int:
-        """Tokens that are packed together."""
-        return 1
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is packed until the prompt has been read."""
-        return False
-
-    @property
-    def scored(self) -> bool:
-        """Whether packing asks how much attention tokens got."""
-        return False
-
-    def bulk(
-        self, shape: GroupShape, batch: Size, tokens: Size
-    ) -> Iterator[tuple[str, tuple[Size, ...], str]]:
-        """(name, shape, dtype) of the buffers that hold up to `tokens` packed tokens a row."""
-        return iter(())
+__all__ = [
+    "ITEM_BYTES",
+    "PACKED",
+    "Gear",
+    "GroupShape",
+    "Kivi",
+    "LowRank",
+    "MiKV",
+    "MiniCache",
+    "Plain",
+    "Storage",
+    "ZipCache",
+    "read_storage",
+    "show_storage",
+]
 
 
 @dataclass(frozen=True)
@@ -101,8 +61,10 @@ class Plain(Storage):
         return self.dtype
 
 
-#: Every packed storage by its name in the textual form.
-PACKED: dict[str, type[Storage]] = {}
+#: Every storage but the plain one, by its name in the textual form.
+PACKED: dict[str, type[Storage]] = {
+    kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV, MiniCache, LowRank)
+}
 
 
 def show_storage(storage: Storage) -> str:
@@ -113,6 +75,6 @@ def show_storage(storage: Storage) -> str:
 def read_storage(text: str) -> Storage:
     """Reads what `show_storage` gives. Raises IRError for an unknown storage."""
     dtype, _, scales = text.partition("/")
-    if dtype in ITEM_BYTES or not PACKED:
+    if dtype in ITEM_BYTES:
         return Plain(dtype, scales or "none")
     return read(text, PACKED, "cache storage")

@@ -13,9 +13,24 @@ Shape suffixes in this folder:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from . import activation, attention, experts, linear, norm, quantized, rotary, rows
+from . import (
+    activation,
+    attention,
+    experts,
+    linear,
+    low_rank,
+    norm,
+    packed,
+    quantized,
+    rotary,
+    rows,
+    shared,
+)
 
 __all__ = [
     "IN_PLACE",
@@ -24,14 +39,21 @@ __all__ = [
     "einfold_ops",
     "experts",
     "linear",
+    "low_rank",
     "norm",
+    "packed",
     "quantized",
     "rotary",
     "rows",
+    "shared",
 ]
 
 #: The namespace `torch.ops.einfold`; importing this module is what registers the operators.
 einfold_ops = torch.ops.einfold
 
 #: What may stand for operators that give updated caches, where the caller lets them be written in place.
-IN_PLACE = {einfold_ops.cached_attention.default: attention.cached_attention_in_place}
+IN_PLACE: dict[Any, Callable[..., Any]] = {
+    einfold_ops.cached_attention.default: attention.cached_attention_in_place,
+    einfold_ops.packed_attention.default: packed.packed_attention_in_place,
+    einfold_ops.low_rank_attention.default: low_rank.low_rank_attention_in_place,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -155,13 +156,14 @@ def _follow(program: Program, node: fx.Node) -> _Rows:
         assert isinstance(source, fx.Node)
         node = source
         path.append(node)
-    found: object = torch.arange(int(node.meta["val"].shape[-1])).expand(1, 1, -1)
+    found: Any = torch.arange(int(node.meta["val"].shape[-1])).expand(1, 1, -1)
     for step in reversed(path[:-1]):
         if step.target is aten.reshape.default:
             sizes = [program.shapes.evaluate(size, _ONE) for size in step.meta["val"].shape]
-            found = found.reshape(sizes)  # type: ignore[attr-defined]
+            found = found.reshape(sizes)
         elif step.target in _MOVES:
-            found = step.target(found, *step.args[1:])  # type: ignore[operator]
+            move: Any = step.target
+            found = move(found, *step.args[1:])
     assert isinstance(found, Tensor)
     return _Rows(node, found[0, 0], frozenset(path), direct)
 

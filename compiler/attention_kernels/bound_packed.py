@@ -1,0 +1,111 @@
+"""Kernels in the place of `packed_attention`: one over the slots, one a stream of packed tokens, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codegen.triton.launch import DTYPES
+from ..ir.cache.storage import GroupShape
+from ..ir.ops.attention import new_slots, write_slots
+from ..ir.ops.packed import packed_storage, piece_names
+from ..ir.ops.rotary import rotary_reference
+from .kernels import AttentionKernel, split_parts
+from .kinds import AttentionKind
+from .packed import PackedKind, stream_of
+
+#: An output [B, S, K, G, F] and its log-sum-exp [B, S, K, G].
+State = tuple[Tensor, Tensor]
+
+
+def attend_packed(
+    slots: AttentionKernel, streams: Sequence[AttentionKernel], parts: int | None = None
+) -> Callable[..., Any]:
+    """What takes the operator's arguments; `parts` cuts every stream so, None as the device wants it."""
+
+    def attend(
+        q_BSHD: Tensor,
+        k_BSKD: Tensor,
+        v_BSKD: Tensor,
+        key_cache_BKCD: Tensor,
+        value_cache_BKCD: Tensor,
+        used_B: Tensor,
+        packed_B: Tensor,
+        bulk: Sequence[Tensor],
+        sinks_H: Tensor | None,
+        positions_BS: Tensor | None,
+        cos_PR: Tensor | None,
+        sin_PR: Tensor | None,
+        layer: int,
+        scale: float,
+        softcap: float,
+        interleaved: bool,
+        storage: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if cos_PR is not None and sin_PR is not None and positions_BS is not None:
+            q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+        slot_BS = new_slots(used_B, q_BSHD.shape[1])
+        write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
+        write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+        heads = (slots.kind.kv_heads, slots.kind.group)
+        query = q_BSHD.unflatten(2, heads)
+        given = {"query": query, "key": key_cache_BKCD, "value": value_cache_BKCD}
+        given["used"] = used_B.to(torch.int32)
+        if sinks_H is not None:
+            given["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
+        states = [_run(slots, given, key_cache_BKCD.shape[2], parts)]
+        if bulk[0].shape[2]:  # there are no granules while a prompt is read whole
+            shape = GroupShape(heads[0], k_BSKD.shape[3], v_BSKD.shape[3])
+            names = piece_names(packed_storage(storage), shape)
+            pieces = dict(zip(names, bulk, strict=True))
+            states += [_over_stream(made, query, packed_B, pieces, parts) for made in streams]
+        out = merged(states).to(q_BSHD.dtype).flatten(2, 3)
+        return out, key_cache_BKCD, value_cache_BKCD
+
+    return attend
+
+
+def _over_stream(
+    made: AttentionKernel,
+    query: Tensor,
+    packed_B: Tensor,
+    pieces: dict[str, Tensor],
+    parts: int | None,
+) -> State:
+    kind = made.kind
+    assert isinstance(kind, PackedKind)
+    granules_B = packed_B // kind.form.granule
+    given = {"query": query, "live": (granules_B * kind.tokens).to(torch.int32)}
+    given |= {source.name: source.of(pieces[source.piece]) for source in stream_of(kind).sources}
+    length = next(iter(pieces.values())).shape[2] * kind.tokens
+    return _run(made, given, length, parts)
+
+
+def _run(made: AttentionKernel, given: dict[str, Tensor], length: int, parts: int | None) -> State:
+    query = given["query"]
+    assert isinstance(made.kind, (AttentionKind, PackedKind))
+    new = query.shape[1]
+    found = made.kernel(
+        given,
+        parts=parts or split_parts(made, query, length),
+        dtypes={"out": DTYPES["fp32"], "lse": DTYPES["fp32"]},
+        tiles=made.tiles(new),
+    )
+    return found["out"], found["lse"]
+
+
+def merged(states: Sequence[State]) -> Tensor:
+    """Outputs weighted by exp(lse): the softmax over all of their keys. A state without keys counts nothing.
+
+    The slots hold the new tokens at least, so one state of each row has keys.
+    """
+    if len(states) == 1:
+        return states[0][0]
+    lse = torch.stack([torch.nan_to_num(state[1], nan=float("-inf")) for state in states])
+    weights = torch.softmax(lse, dim=0)[..., None]
+    outs = torch.stack([torch.nan_to_num(state[0]) for state in states])
+    return (outs * weights).sum(0)

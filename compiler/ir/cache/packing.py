@@ -1,0 +1,149 @@
+"""What packed storages share: granules of tokens, and the pieces that a granule becomes.
+
+A *granule* is the number of tokens that are packed together. In memory it is a few *pieces*, small matrices
+of codes, scales and so on; the bulk buffer of a piece is [B, heads, granules, rows, width].
+
+Sizes only; what the bytes mean stands in `compiler/ir/kv`, in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ....errors import IRError
+from .policies import check_prefill
+from .sizes import Size, divided_down, most
+from .storage import GroupShape, Storage
+
+#: Bits that a code may have.
+BITS = (2, 3, 4, 8)
+
+#: Codes are cut into planes of widths that divide a byte, (bits, how far they stand from the code's lowest):
+#: so 3 bits are really 3, 8 codes in 3 bytes, and no code straddles two.
+PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+
+#: Codes are packed along an axis whose length this divides, so that every width fills whole bytes.
+CODES = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One matrix of a packed granule, for each head: [rows, width] of `dtype`."""
+
+    name: str
+    rows: int
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Packed(Storage):
+    """A storage whose older tokens leave the slots for bulk buffers.
+
+    The newest `residual` tokens stay in full precision in slots, and up to `slack` more (and what is left
+    of a granule) wait there. `prefill` is as for policies: `exact` packs once the prompt has been read.
+    """
+
+    residual: int = 128
+    slack: int = 64
+    prefill: str = "exact"
+
+    @property
+    def newest(self) -> int:
+        return self.residual
+
+    @property
+    def waiting(self) -> int:
+        return self.slack + self.granule - 1
+
+    @property
+    def exact(self) -> bool:
+        return self.prefill == "exact"
+
+    @property
+    def tile(self) -> int:
+        """Granules that are decoded at a time, so that no step widens all of a cache."""
+        return max(1, 1024 // self.granule)
+
+    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
+        """What a granule becomes."""
+        raise NotImplementedError
+
+    def check(self, shape: GroupShape) -> None:
+        """Raises IRError where heads of this shape cannot be stored so."""
+        for part in ("key", "value"):
+            if shape.size(part) % CODES:
+                raise IRError(
+                    f"{self.name} packs {CODES} codes together, which does not divide the "
+                    f"{part} size {shape.size(part)} of a head"
+                )
+
+    def granules(self, tokens: Size) -> Size:
+        return divided_down(most(tokens - self.residual, 0), self.granule)
+
+    def bulk(
+        self, shape: GroupShape, batch: Size, tokens: Size
+    ) -> Iterator[tuple[str, tuple[Size, ...], str]]:
+        self.check(shape)
+        granules = self.granules(tokens)
+        for piece in self.pieces(shape):
+            size = (batch, shape.heads, granules, piece.rows, piece.width)
+            yield piece.name, size, piece.dtype
+
+    def granule_bytes(self, shape: GroupShape) -> int:
+        """Bytes of a granule, all heads."""
+        return sum(int(_bytes(item)) for item in self.bulk(shape, 1, self.residual + self.granule))
+
+    def check_waiting(self) -> None:
+        """Raises IRError for a residual, slack or prefill that there cannot be."""
+        if self.residual < 0 or self.slack < 1:
+            raise IRError(
+                f"{self.name} keeps 0 or more newest tokens as they are and 1 or more of slack, "
+                f"not {self.residual} and {self.slack}"
+            )
+        check_prefill(self.prefill)
+
+
+def _bytes(item: tuple[str, tuple[Size, ...], str]) -> Size:
+    from .storage import ITEM_BYTES
+
+    total: Size = ITEM_BYTES[item[2]]
+    for size in item[1]:
+        total = total * size
+    return total
+
+
+def check_bits(name: str, *bits: int) -> None:
+    """Raises IRError for codes of a width that there is not."""
+    for width in bits:
+        if width not in BITS:
+            raise IRError(f"{name} has codes of {', '.join(map(str, BITS))} bits, not {width}")
+
+
+def check_divides(name: str, what: str, part: int, whole_name: str, whole: int) -> None:
+    """Raises IRError where `part` does not divide `whole`."""
+    if part < 1 or whole % part:
+        raise IRError(f"{name}: a {what} of {part} does not divide the {whole_name} {whole}")
+
+
+def planes(prefix: str, bits: int) -> list[tuple[str, int]]:
+    """(name, bits) of the pieces that codes stand in."""
+    names = [f"{prefix}_codes", f"{prefix}_codes_high"]
+    return [(name, width) for name, (width, _) in zip(names, PLANES[bits], strict=False)]
+
+
+def by_channel(prefix: str, bits: int, tokens: int, group: int, size: int) -> Iterator[Piece]:
+    """Codes whose scales are by channel, one for each `group` tokens: packed along time."""
+    for name, width in planes(prefix, bits):
+        yield Piece(name, tokens * width // 8, size, "u8")
+    yield Piece(f"{prefix}_scale", tokens // group, size, "f16")
+    yield Piece(f"{prefix}_zero", tokens // group, size, "f16")
+
+
+def by_token(prefix: str, bits: int, tokens: int, group: int, size: int) -> Iterator[Piece]:
+    """Codes whose scales are by token, one for each `group` channels: packed along channels."""
+    for name, width in planes(prefix, bits):
+        yield Piece(name, tokens, size * width // 8, "u8")
+    yield Piece(f"{prefix}_scale", tokens, size // group, "f16")
+    yield Piece(f"{prefix}_zero", tokens, size // group, "f16")

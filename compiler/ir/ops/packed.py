@@ -1,0 +1,234 @@
+"""Attention over packed tokens and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..cache.packing import Packed
+from ..cache.storage import GroupShape
+from ..cache.storages import read_storage
+from ..kv.codec import decode
+from .attention import new_slots, visible_slots, write_slots
+from .rotary import rotary_reference
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the keys, not divided yet: what two parts of the keys are merged by.
+
+    `most` [.., S, 1] is the largest logit, `total` [.., S, 1] the sum of exp(logit - most), and `values`
+    [.., S, D] the sum of exp(logit - most) * value. Without a live key `most` is -inf and the sums are 0.
+    """
+
+    most: Tensor
+    total: Tensor
+    values: Tensor
+
+    def merged(self, other: Partial) -> Partial:
+        """The state over the keys of both; the order makes no difference but for rounding."""
+        most = torch.maximum(self.most, other.most)
+        mine, theirs = (_weight(part.most, most) for part in (self, other))
+        return Partial(
+            most,
+            self.total * mine + other.total * theirs,
+            self.values * mine + other.values * theirs,
+        )
+
+    def finished(self) -> Tensor:
+        """values / total; zeros where there was no live key."""
+        return torch.nan_to_num(self.values / self.total)
+
+
+def partial_attention(
+    q_BKGSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    visible_BST: Tensor,
+    scale: float,
+    softcap: float,
+) -> Partial:
+    """The state over these keys; G query heads share a KV head. `visible` may be broadcast."""
+    logits = q_BKGSD @ k_BKTD.unsqueeze(2).mT * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible_BST[:, None, None], float("-inf"))
+    most = logits.amax(-1, keepdim=True)
+    weights = _weight(logits, most)
+    return Partial(most, weights.sum(-1, keepdim=True), weights @ v_BKTD.unsqueeze(2))
+
+
+def _weight(logits: Tensor, most: Tensor) -> Tensor:
+    """exp(logits - most), and 0 for -inf also where `most` is -inf."""
+    return torch.exp(logits - torch.where(most == float("-inf"), 0.0, most))
+
+
+@torch.library.custom_op("einfold::packed_attention", mutates_args=())
+def packed_attention(
+    q_BSHD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
+    key_cache_BKCD: Tensor,
+    value_cache_BKCD: Tensor,
+    used_B: Tensor,
+    packed_B: Tensor,
+    bulk: Sequence[Tensor],
+    sinks_H: Tensor | None,
+    positions_BS: Tensor | None,
+    cos_PR: Tensor | None,
+    sin_PR: Tensor | None,
+    layer: int,
+    scale: float,
+    softcap: float,
+    interleaved: bool,
+    storage: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of S new tokens over packed tokens and over slots.
+
+    Row b has packed[b] tokens in `bulk`, the pieces of `storage` in their order ([B, heads, granules, rows,
+    width] each), all older than those in its used[b] slots, so every new token sees all of them. The slots
+    are as in `einfold::cached_attention`. The softmax goes over both, and over the sinks.
+
+    Without k and v this is a layer that reads another's cache: the slots hold this step's tokens already.
+
+    A few granules are decoded at a time, and their partial state is merged with that of the rest.
+
+    Gives (out [B, S, H, D], key cache, value cache). A target may write the caches in place.
+    """
+    return packed_attention_in_place(
+        q_BSHD,
+        k_BSKD,
+        v_BSKD,
+        key_cache_BKCD.clone(),
+        value_cache_BKCD.clone(),
+        used_B,
+        packed_B,
+        bulk,
+        sinks_H,
+        positions_BS,
+        cos_PR,
+        sin_PR,
+        layer,
+        scale,
+        softcap,
+        interleaved,
+        storage,
+    )
+
+
+def packed_attention_in_place(
+    q_BSHD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
+    key_cache_BKCD: Tensor,
+    value_cache_BKCD: Tensor,
+    used_B: Tensor,
+    packed_B: Tensor,
+    bulk: Sequence[Tensor],
+    sinks_H: Tensor | None,
+    positions_BS: Tensor | None,
+    cos_PR: Tensor | None,
+    sin_PR: Tensor | None,
+    layer: int,
+    scale: float,
+    softcap: float,
+    interleaved: bool,
+    storage: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`einfold::packed_attention` that writes the caches it is given and gives them back."""
+    if cos_PR is not None and sin_PR is not None and positions_BS is not None:
+        q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+        if k_BSKD is not None:
+            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+    slot_BS = new_slots(used_B, q_BSHD.shape[1])
+    if k_BSKD is not None and v_BSKD is not None:
+        write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
+        write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+    visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], 0, None)
+    kv_heads = key_cache_BKCD.shape[1]
+    q_BKGSD = q_BSHD.transpose(1, 2).unflatten(1, (kv_heads, -1))
+    state = partial_attention(
+        q_BKGSD, key_cache_BKCD, value_cache_BKCD, visible_BSC, scale, softcap
+    )
+    state = _over_bulk(state, q_BKGSD, packed_B, bulk, scale, softcap, packed_storage(storage))
+    if sinks_H is not None:
+        sink = sinks_H.reshape(1, kv_heads, -1, 1, 1).expand_as(state.most)
+        state = state.merged(Partial(sink, torch.ones_like(sink), torch.zeros_like(state.values)))
+    out = state.finished().flatten(1, 2).transpose(1, 2).contiguous()
+    return out, key_cache_BKCD, value_cache_BKCD
+
+
+def _over_bulk(
+    state: Partial,
+    q_BKGSD: Tensor,
+    packed_B: Tensor,
+    bulk: Sequence[Tensor],
+    scale: float,
+    softcap: float,
+    storage: Packed,
+) -> Partial:
+    """A state merged with that over the packed tokens, a tile of granules at a time."""
+    shape = GroupShape(q_BKGSD.shape[1], q_BKGSD.shape[-1], state.values.shape[-1])
+    names = piece_names(storage, shape)
+    granules = int(packed_B.max()) // storage.granule
+    for first, last in pairwise([*range(0, granules, storage.tile), granules]):
+        tile = {n: piece[:, :, first:last] for n, piece in zip(names, bulk, strict=True)}
+        keys, values = (x.flatten(2, 3) for x in decode(storage, tile))
+        token_T = torch.arange(first, last, device=keys.device).repeat_interleave(storage.granule)
+        visible_BT = token_T * storage.granule < packed_B[:, None]
+        state = state.merged(
+            partial_attention(q_BKGSD, keys, values, visible_BT[:, None], scale, softcap)
+        )
+    return state
+
+
+@cache
+def packed_storage(text: str) -> Packed:
+    """The packed storage that an operator's argument names."""
+    storage = read_storage(text)
+    if not isinstance(storage, Packed):
+        raise ValueError(f"{text} packs nothing")
+    return storage
+
+
+@cache
+def piece_names(storage: Packed, shape: GroupShape) -> tuple[str, ...]:
+    """The bulk buffers of a storage in the order in which the operator takes them."""
+    return tuple(piece.name for piece in storage.pieces(shape))
+
+
+@packed_attention.register_fake
+def _(
+    q_BSHD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
+    key_cache_BKCD: Tensor,
+    value_cache_BKCD: Tensor,
+    used_B: Tensor,
+    packed_B: Tensor,
+    bulk: Sequence[Tensor],
+    sinks_H: Tensor | None,
+    positions_BS: Tensor | None,
+    cos_PR: Tensor | None,
+    sin_PR: Tensor | None,
+    layer: int,
+    scale: float,
+    softcap: float,
+    interleaved: bool,
+    storage: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (key_cache_BKCD.shape[1], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
+    shape = GroupShape(*map(int, sizes))
+    form = packed_storage(storage)
+    form.check(shape)
+    pieces = list(form.pieces(shape))
+    found = [tuple(map(int, (piece.shape[1], *piece.shape[3:]))) for piece in bulk]
+    if found != [(shape.heads, piece.rows, piece.width) for piece in pieces]:
+        raise ValueError(f"the bulk does not hold the pieces of {storage}")
+    out = q_BSHD.new_empty((*q_BSHD.shape[:-1], value_cache_BKCD.shape[-1]))
+    return out, torch.empty_like(key_cache_BKCD), torch.empty_like(value_cache_BKCD)

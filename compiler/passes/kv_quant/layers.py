@@ -1,0 +1,87 @@
+"""What the packing methods share: which groups they may pack, and how the layout is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ....errors import IRError, RecipeError
+from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.cache.packing import Packed
+from ...ir.cache.policies import Full
+from ...ir.cache.storages import ITEM_BYTES
+from ...ir.program import Program, attention_nodes, call_arguments
+from ..base import PassResult
+
+
+def checked(build: Callable[[], Packed]) -> None:
+    """Builds a storage; raises RecipeError with the sentence that says why it cannot be."""
+    try:
+        build()
+    except IRError as error:
+        raise RecipeError(f"cache.quant: {error}") from error
+
+
+def pack_groups(program: Program, storage: Packed) -> PassResult:
+    """Gives the storage to every group that keeps all of its tokens; says what was left alone and why.
+
+    Raises RecipeError where a head's size does not fit the storage, or no token would ever be packed.
+    """
+    result = PassResult()
+    if program.layout is None:
+        result.skipped("graph", "no attention in the graph")
+        return result
+    context = program.model.context
+    if not storage.granules(context):
+        raise RecipeError(
+            f"cache.quant: {storage.name} packs {storage.granule} tokens at a time behind the newest "
+            f"{storage.residual}, but the context has {context}: nothing would be packed; keep fewer "
+            "tokens as they are, or compile for a longer context"
+        )
+    windows = {
+        int(found["layer"]): int(found["window"])
+        for found in map(call_arguments, attention_nodes(program))
+    }
+    layers = [
+        _packed(layer, storage, windows[layer.layer], result) for layer in program.layout.layers
+    ]
+    program.layout = CacheLayout(tuple(layers))
+    return result
+
+
+def _packed(layer: LayerCache, storage: Packed, window: int, result: PassResult) -> LayerCache:
+    where = f"layer {layer.layer}"
+    if window:
+        result.skipped(where, f"has a sliding window of {window} tokens of its own")
+        return layer
+    groups = []
+    for group in layer.groups:
+        reason = _left_alone(group)
+        heads = f"heads {','.join(map(str, group.heads))}"
+        if reason:
+            result.skipped(where, f"{heads} {reason}")
+            groups.append(group)
+            continue
+        shape = layer.shape(group)
+        try:
+            each = storage.granule_bytes(shape) / storage.granule
+        except IRError as error:
+            raise RecipeError(f"cache.quant, {where}: {error}") from error
+        before = shape.heads * (shape.key_size + shape.value_size) * ITEM_BYTES["f32"]
+        result.applied(
+            where,
+            f"{heads}: {each:g} bytes a packed token, from {before}; "
+            f"the newest {storage.residual} tokens and up to {storage.waiting} more stay as they are",
+        )
+        groups.append(replace(group, storage=storage))
+    return replace(layer, groups=tuple(groups))
+
+
+def _left_alone(group: HeadGroup) -> str:
+    if group.owner is not None:
+        return f"read the tokens of layer {group.owner}"
+    if not isinstance(group.policy, Full):
+        return f"keep few tokens already, by {group.policy.name}"
+    if group.packed:
+        return f"are packed by {group.storage.name} already"
+    return ""

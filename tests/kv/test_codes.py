@@ -1,0 +1,169 @@
+"""Packed codes: no bit wasted, none lost, and errors within half a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from einfold.compiler.ir.cache.gear import Gear
+from einfold.compiler.ir.cache.kivi import Kivi
+from einfold.compiler.ir.cache.mixed import MiKV, ZipCache
+from einfold.compiler.ir.cache.packing import BITS, Packed
+from einfold.compiler.ir.cache.storage import GroupShape
+from einfold.compiler.ir.kv.affine import LARGEST, dequantize, quantize
+from einfold.compiler.ir.kv.bits import pack, unpack
+from einfold.compiler.ir.kv.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.gear import low_rank
+from einfold.compiler.ir.kv.mikv import balancer
+from einfold.compiler.ir.kv.salient import chosen_first
+
+bits = st.sampled_from(BITS)
+
+STORAGES = [
+    *(Kivi(key_bits=b, value_bits=b, group=8, residual=8) for b in BITS),
+    Kivi(group=8, residual=8, keys="token"),
+    Gear(group=8, residual=8, tokens=16),
+    Gear(group=8, residual=8, tokens=16, rank=0),
+    Gear(group=8, residual=8, tokens=16, share=0.0, keys="token"),
+    ZipCache(salient=8, tokens=24),
+    MiKV(salient=16, tokens=24, group=8, low=3),
+]
+
+
+@given(bits, st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_codes_come_back_and_fill_every_bit(width: int, eights: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**width, (2, 3, 8 * eights), generator=generator).to(torch.uint8)
+    packed = pack(codes, width)
+    assert all(plane.dtype == torch.uint8 for plane in packed)
+    assert sum(plane.shape[-1] for plane in packed) == eights * width
+    assert torch.equal(unpack(packed, width), codes)
+
+
+def test_eight_codes_of_three_bits_are_three_bytes() -> None:
+    codes = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    # The low two bits of each, then the high bits.
+    low, high = pack(codes, 3)
+    assert low.tolist() == [0b11100100, 0b11100100] and high.tolist() == [0b11110000]
+
+
+@given(
+    bits,
+    st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=8, max_size=8),
+    st.floats(1e-3, 1.0),
+)
+def test_the_error_is_at_most_half_a_step(width: int, numbers: list[float], factor: float) -> None:
+    x = torch.tensor([numbers]) * factor
+    codes, scale, zero = quantize(x, width)
+    assert scale.dtype == zero.dtype == torch.float16 and int(codes.max()) < 2**width
+    error = (dequantize(codes, scale, zero) - x).abs()
+    assert bool((error <= scale.float() / 2 + 1e-6 * x.abs().max() + 1e-7).all())
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_pieces_have_the_sizes_of_the_account(storage: Packed) -> None:
+    shape, granules = GroupShape(3, 24, 16), 2
+    tokens = granules * storage.granule
+    keys, values = torch.randn(3, tokens, 24), torch.randn(3, tokens, 16)
+    pieces = encode(storage, keys, values, Seen())
+    expected = {
+        name: (tuple(size), dtype)
+        for name, size, dtype in storage.bulk(shape, 1, tokens + storage.residual)
+    }
+    names = {torch.uint8: "u8", torch.float16: "f16"}
+    found = {name: ((1, *piece.shape), names[piece.dtype]) for name, piece in pieces.items()}
+    assert found == expected
+    total = sum(piece.numel() * piece.itemsize for piece in pieces.values())
+    assert total == granules * storage.granule_bytes(shape)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_granules_come_back_near_to_what_they_were(storage: Packed) -> None:
+    tokens = 2 * storage.granule
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(3, tokens, n, generator=generator) for n in (24, 16))
+    order = torch.arange(tokens).expand(3, -1)
+    if isinstance(storage, (ZipCache, MiKV)):
+        order = chosen_first(storage, Seen(), keys)
+    found = decode(storage, encode(storage, keys, values, Seen()))
+    width = getattr(storage, "low", getattr(storage, "key_bits", 0))
+    for x, y in zip((keys, values), found, strict=True):
+        want = x.gather(1, order[:, :, None].expand_as(x))
+        error = (y.flatten(1, 2) - want).norm() / want.norm()
+        assert error < {2: 0.5, 3: 0.25, 4: 0.12, 8: 0.01}[width]
+
+
+def test_kivi_is_the_plain_formula() -> None:
+    """Keys by groups of 8 tokens of a channel, values by groups of 8 channels of a token."""
+    storage = Kivi(key_bits=2, value_bits=3, group=8, residual=8)
+    torch.manual_seed(0)
+    keys, values = torch.randn(1, 8, 4 * 8), torch.randn(1, 8, 8)
+    got_keys, got_values = decode(storage, encode(storage, keys, values, Seen()))
+
+    def rounded(x: torch.Tensor, width: int) -> torch.Tensor:
+        low, high = x.min(), x.max()
+        step = (high - low) / (2**width - 1)
+        return ((x - low) / step).round() * step + low
+
+    want = torch.stack([rounded(keys[0, :, d], 2) for d in range(32)], dim=1)
+    # The stored scale is a float16 that is no smaller: codes on an edge may fall to either side.
+    assert ((got_keys[0, 0] - want).abs() < 4e-3).float().mean() > 0.98
+    want = torch.stack([rounded(values[0, t], 3) for t in range(8)])
+    assert ((got_values[0, 0] - want).abs() < 4e-3).float().mean() > 0.98
+
+
+def test_gear_sets_outliers_aside_and_adds_what_the_codes_lost() -> None:
+    torch.manual_seed(2)
+    keys, values = torch.randn(2, 16, 16), torch.randn(2, 16, 16)
+    keys[0, 3, 5], values[1, 7, 2] = 90.0, -70.0
+    plain = Kivi(key_bits=2, value_bits=2, group=8, residual=8)
+    gear = Gear(key_bits=2, value_bits=2, group=8, residual=8, tokens=16, rank=2, share=0.15)
+    found = {s.name: decode(s, encode(s, keys, values, Seen())) for s in (plain, gear)}
+    for part, x in enumerate((keys, values)):
+        errors = {n: float((y[part].flatten(1, 2) - x).norm()) for n, y in found.items()}
+        assert errors["gear"] < 0.5 * errors["kivi"]
+    assert abs(float(found["gear"][0][0, 0, 3, 5]) - 90) < 0.05
+
+
+def test_power_iteration_finds_the_best_low_rank() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(4, 20, 3) @ torch.randn(4, 3, 12) + 0.01 * torch.randn(4, 20, 12)
+    left, right = low_rank(x, 3)
+    best = torch.linalg.svdvals(x)[:, 3:].square().sum(-1).sqrt()
+    assert bool(((x - left @ right.mT).norm(dim=(1, 2)) < 1.05 * best).all())
+
+
+def test_salient_tokens_get_more_bits() -> None:
+    torch.manual_seed(4)
+    storage = ZipCache(high=8, low=2, salient=8, tokens=16)
+    keys, values = torch.randn(1, 32, 8), torch.randn(1, 32, 8)
+    score = torch.rand(1, 32)
+    normal = score / torch.arange(40, 8, -1)
+    seen = Seen(score, torch.arange(40, 8, -1))
+    order = chosen_first(storage, seen, keys)
+    assert sorted(order[0].tolist()) == list(range(32))
+    salient = sorted([*order[0, :8].tolist(), *order[0, 16:24].tolist()])
+    assert salient == sorted(normal[0].topk(16).indices.tolist())
+    got, _ = decode(storage, encode(storage, keys, values, seen))
+    error = (got.flatten(1, 2) - keys[:, order[0]]).abs().amax(-1)[0].reshape(2, 16)
+    assert float(error[:, :8].max()) < 0.02 < float(error[:, 8:].max())
+
+
+def test_the_balancer_evens_out_a_channel_that_queries_are_large_in() -> None:
+    torch.manual_seed(5)
+    keys, query_max = torch.randn(1, 1, 24, 8), torch.ones(1, 8)
+    query_max[0, 3] = 100.0
+    balance = balancer(keys, query_max)
+    channel = (keys * balance.float()).abs().amax((0, 1, 2))
+    assert channel.argmax() == 3
+    storage = MiKV(high=4, low=2, salient=8, tokens=24, group=8)
+    queries = torch.randn(40, 8) * query_max[0]
+    errors = []
+    for largest in (query_max, None):
+        seen = Seen(query_max_KD=largest)
+        order = chosen_first(storage, seen, keys[0])
+        got, _ = decode(storage, encode(storage, keys[0], keys[0], seen))
+        errors.append(float((queries @ (got[0, 0] - keys[0, 0, order[0]]).T).norm()))
+    assert errors[0] < 0.7 * errors[1]

@@ -1,0 +1,208 @@
+"""Passes that pack the cache: what they write, what they refuse, and whole models that run packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import einfold
+from einfold.compiler.ir.cache.layout import CacheLayout
+from einfold.compiler.ir.cache.policies import Full, Window
+from einfold.compiler.ir.parser import parse
+from einfold.compiler.ir.printer import print_program
+from einfold.compiler.ir.verifier import verify
+from einfold.compiler.passes.cache.attach_cache import AttachCache
+from einfold.compiler.passes.cache.plan_cache import PlanCache
+from einfold.compiler.passes.cache_methods import QUANT
+from einfold.compiler.passes.kv_quant.gear import Gear
+from einfold.compiler.passes.kv_quant.kivi import Kivi
+from einfold.compiler.passes.kv_quant.mikv import MiKV
+from einfold.compiler.passes.kv_quant.zipcache import ZipCache
+from einfold.compiler.recipe import Recipe
+from einfold.errors import IRError, RecipeError
+
+from .. import models
+from ..programs import calls, program
+
+BODY = """
+    input %ids "input_ids" : i64[B, S]
+    input %q "q" : f32[B, S, 4, 8]
+    input %k "k" : f32[B, S, 2, 8]
+    call %o = einfold.attention(%q, %k, %k, none, 3, 0.25, WINDOW, 0.0) : f32[B, S, 4, 8]
+    output "o" = %o
+"""
+
+PASSES = [
+    (
+        Kivi(group=8, residual=8),
+        "kivi(residual=8,slack=64,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel)",
+        # codes of both, then scale and zero of a channel (8 tokens) and of a token
+        2 * (8 * 2 / 8 + 8 * 4 / 8 + 8 * 2 / 8 + 4),
+    ),
+    (
+        Gear(bits=4, group=8, residual=8, tokens=16, rank=1, share=0.2),
+        "gear(residual=8,slack=64,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
+        "tokens=16,rank=1,share=0.2)",
+        # KIVI's, then left and right of both, then outliers: 4 of a channel's 16, 2 of a token's 8
+        2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (4 * 8 / 16 + 2) * 3),
+    ),
+    (
+        ZipCache(share=0.5, tokens=16),
+        "zipcache(residual=0,slack=64,prefill=exact,high=4,low=2,salient=8,tokens=16)",
+        # 3 bits each in the mean, two scales and zeros a channel, one a token, and the norms
+        2 * (6 + 2 * 8 * 4 / 16 + 4 + 8 * 2 / 16),
+    ),
+    (
+        MiKV(share=0.5, group=8, tokens=16),
+        "mikv(residual=32,slack=64,prefill=exact,high=8,low=2,salient=8,tokens=16,group=8)",
+        2 * (10 + 2 * 4 + 8 * 2 / 16),
+    ),
+]
+
+
+def planned(window: int = 0) -> Any:
+    found = program(BODY.replace("WINDOW", str(window)))
+    PlanCache().run(found)
+    return found
+
+
+@pytest.mark.parametrize(("step", "storage", "each"), PASSES, ids=lambda x: getattr(x, "name", ""))
+def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) -> None:
+    found = planned()
+    result = step.run(found)
+    assert list(found.layout.lines()) == [
+        f"cache 3.0 heads=0,1 of=2 key=8 value=8 policy=full storage={storage}"
+    ]
+    assert result.notes[0].what.startswith(f"heads 0,1: {each:g} bytes a packed token, from 128;")
+    AttachCache().run(found)
+    verify(found, deep=True)
+    (call,) = [c for c in calls(found) if "attention" in c]
+    bulk = [b.name for b in found.layout.buffers(1, 64) if b.role == "read"]
+    listed = ", ".join(f"%{name}" for name in bulk)
+    assert call == (
+        "einfold.packed_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %slots.0, %packed.0, "
+        f'[{listed}], none, none, none, none, 3, 0.25, 0.0, false, "{storage}")'
+    )
+    queries = ["query.3.0"] if isinstance(step, (ZipCache, MiKV)) else []
+    assert found.output_names() == ["o", *queries, "cache.3.0.key", "cache.3.0.value"]
+    text = print_program(found)
+    assert print_program(parse(text)) == text
+
+
+def test_every_method_is_listed() -> None:
+    assert list(QUANT) == ["kivi", "gear", "zipcache", "mikv"]
+    assert [type(step) for step, _, _ in PASSES] == list(QUANT.values())
+
+
+def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
+    found = planned(window=5)
+    result = Kivi(group=8, residual=8).run(found)
+    assert result.notes[0].what == "has a sliding window of 5 tokens of its own"
+    assert not result.changed and not found.layout.packs()
+    found = planned()
+    layer = found.layout[3]
+    first, second = (type(layer.groups[0])((head,)) for head in (0, 1))
+    groups = (type(first)((0,), Full()), type(first)((1,), Window(4, 16)))
+    found.layout = CacheLayout((type(layer)(3, 2, 8, 8, groups),))
+    result = Kivi(group=8, residual=8).run(found)
+    assert [group.packed for group in found.layout[3].groups] == [True, False]
+    assert result.notes[1].what == "heads 1 keep few tokens already, by window"
+    AttachCache().run(found)
+    verify(found, deep=True)
+    names = [c.split("(")[0] for c in calls(found) if "attention" in c]
+    assert names == ["einfold.packed_attention", "einfold.cached_attention"]
+    assert first.packed is second.packed is False
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (lambda: Kivi(bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
+        (lambda: Kivi(residual=16), "residual of 16 tokens is smaller than a group of 32"),
+        (lambda: Gear(group=24, tokens=64), "group of 24 does not divide the granule 64"),
+        (lambda: ZipCache(share=1.0), "fewer salient than all"),
+        (lambda: MiKV(share=0.01), "not 0 of 128"),
+        (lambda: Kivi(group=16, residual=16).run(planned()), "16 does not divide the value size"),
+        (lambda: Gear(group=8, residual=8, tokens=16, rank=9).run(planned()), "rank 9"),
+        (lambda: Kivi(group=8, residual=60).run(planned()), "the context has 64"),
+    ],
+)
+def test_nonsense_is_refused(step: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        step()
+
+
+@pytest.mark.parametrize("target", ["onnx", "reference"])
+def test_a_recipe_says_where_packed_tokens_can_be_read(target: str) -> None:
+    data: dict[str, Any] = {"target": target, "cache": {"quant": "kivi"}}
+    if target == "onnx":
+        with pytest.raises(RecipeError, match="only widen all of the cache at every step"):
+            Recipe.build(data)
+        return
+    assert Recipe.build(data).cache.quant["bits"] == 2  # type: ignore[index]
+    data["cache"]["storage"] = "int8"
+    with pytest.raises(RecipeError, match="both say how tokens are stored"):
+        Recipe.build(data)
+
+
+def test_a_bulk_of_another_storage_is_refused() -> None:
+    found = planned()
+    Kivi(group=8, residual=8).run(found)
+    AttachCache().run(found)
+    text = print_program(found)
+    with pytest.raises(IRError, match="does not hold the pieces"):
+        parse(
+            text.replace(
+                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=64,prefill=exact,key_bits=2',
+                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=64,prefill=exact,key_bits=4',
+            )
+        )
+    other = parse(text.replace('false, "kivi(residual=8', 'false, "kivi(residual=9'))
+    with pytest.raises(IRError, match="but the cache layout says kivi"):
+        verify(other)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "kivi": {"bits": 8, "group": 8, "residual": 8, "slack": 8},
+    "gear": {"bits": 8, "group": 8, "residual": 8, "slack": 8, "tokens": 8},
+    "zipcache": {"high": 8, "low": 8, "tokens": 16, "slack": 8},
+    "mikv": {"low": 8, "tokens": 16, "group": 8, "residual": 0, "slack": 8, "share": 0.5},
+}
+
+
+@pytest.mark.parametrize("prefill", ["exact", "streaming"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_over_8_bits_says_nearly_the_same(
+    method: str,
+    prefill: str,
+    model_folder: Callable[[str], Path],
+    artifact: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    table = {"method": method, "prefill": prefill, **METHODS[method]}
+    recipe = {"target": "reference", "cache": {"quant": table}}
+    einfold.compile(model_folder("llama"), out, recipe=recipe)
+    small = einfold.load(out, chunk=16)
+    exact = einfold.load(artifact("llama"), threads=1)
+    tokens = np.random.default_rng(0).integers(3, models.VOCABULARY, 70).tolist()
+    want = np.concatenate([x.copy() for _, x in exact.logits(tokens)])
+    got = np.concatenate([x.copy() for _, x in small.logits(tokens, 50)])
+    if prefill == "streaming":
+        streamed = np.concatenate([x.copy() for _, x in small.logits(tokens)])
+        assert np.abs(streamed - want).max() < 0.05 * np.abs(want).max()
+    error = np.abs(got - want[-len(got) :]).max() / np.abs(want).max()
+    assert 1e-7 < error < 0.05
+    cache = small.engine.cache
+    assert cache is not None
+    packed, slots = int(cache.packed["packed.0"][0]), int(cache.clocks["slots.0"][0])
+    assert packed >= 32 and packed + slots == 70
+    # Rows of a batch pack by their own lengths.
+    alone = small.generate(tokens[:40], max_new_tokens=6, ignore_eos=True).tokens
+    rows = small.generate_batch([tokens[:40], tokens[:9]], max_new_tokens=6, ignore_eos=True)
+    assert rows[0].tokens == alone
+    assert len(rows[1].tokens) == 6
