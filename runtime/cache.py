@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,13 +30,23 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 Array = npt.NDArray[np.generic]
 Counts = npt.NDArray[np.int64]
 
+#: Bytes from which on a buffer is mapped by itself: some pages, so that little is lost in the last.
+_MAPPED = 1 << 16
+
 #: Makes the zeroed array that a buffer asks for, where the runner keeps its cache.
 Make = Callable[[Buffer], Any]
 
 
 def empty(spec: Buffer) -> Array:
-    """The zeroed array in NumPy."""
-    return np.zeros(spec.shape, DTYPES[spec.dtype])
+    """The zeroed array in NumPy.
+
+    A large one is mapped by itself, so that its memory goes back to the system the moment it is let go:
+    the C library keeps what lies in its heap, and puts arrays of many megabytes there.
+    """
+    size = spec.bytes()
+    if not isinstance(size, int) or size < _MAPPED:
+        return np.zeros(spec.shape, DTYPES[spec.dtype])
+    return np.frombuffer(mmap.mmap(-1, size), DTYPES[spec.dtype]).reshape(spec.shape)
 
 
 @dataclass
@@ -155,7 +166,10 @@ class Cache:
 
     def row(self, index: int) -> Cache:
         """One row as a cache of its own that shares the memory."""
-        rows = slice(index, index + 1)
+        return self.select(slice(index, index + 1))
+
+    def select(self, rows: slice | Counts) -> Cache:
+        """Some rows as a cache of its own: a slice shares the memory, numbers of rows take copies."""
         return replace(
             self,
             buffers={name: buffer[rows] for name, buffer in self.buffers.items()},

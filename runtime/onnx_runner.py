@@ -102,10 +102,12 @@ class OnnxRunner:
                 _bind_array(io.bind_input, name, array)
         for name, array in outputs.items():
             _bind_array(io.bind_output, name, array)
-        for name, array in cache.buffers.items():
-            # Past and present are one buffer: the new tokens are written where they stay.
-            if f"present.{name}" in self._outputs:
-                _bind_array(io.bind_output, f"present.{name}", array)
+        for name in self._outputs:
+            # Past and present are one buffer: the new tokens are written where they stay. A layer that reads
+            # another's int8 cache gives it again, as NAME@LAYER.
+            if name.startswith("present."):
+                cached = name.removeprefix("present.").partition("@")[0]
+                _bind_array(io.bind_output, name, cache.buffers[cached])
         return _Binding(cache, io, inputs, outputs)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,3 +150,26 @@ def test_a_short_context_needs_no_moves() -> None:
     assert cache.buffers["cache.0.0.key"].shape == (1, HEADS, 7, SIZE)
     assert cache.step_limit() == 6
     assert replace(window, slack=9).slots(6) == 7
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_a_settled_prompt_gives_its_memory_back() -> None:
+    """Also to the system, and not only to the C library's heap, which arrays of this size would go to."""
+    heap = [np.ones(2**25 // 8) for _ in range(2)]  # freed, it makes the C library keep such sizes
+    del heap
+    group = HeadGroup((0, 1), Window(1, 100, 20))
+    many = CacheLayout(tuple(LayerCache(n, 2, 64, 64, (group,)) for n in range(8)))
+    empty = resident()
+    cache = Cache.allocate(many, 1, 8000, 8000)
+    for buffer in cache.buffers.values():
+        buffer[:] = 1
+    peak = resident()
+    cache.advance(8000)
+    cache.settle()
+    steady = resident()
+    assert abs(peak - empty - int(many.bytes(1, 8000, 8000))) < 4_000_000  # type: ignore[arg-type]
+    assert abs(steady - empty - int(many.bytes(1, 8000))) < 4_000_000  # type: ignore[arg-type]
