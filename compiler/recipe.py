@@ -154,6 +154,24 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _shared_cache_has_a_reader(self) -> Recipe:
+        if self.cache.share is None or self.target == "reference":
+            return self
+        method = self.cache.share["method"]
+        if method in ("minicache", "cskv"):
+            raise ValueError(
+                f"cache.share {method}: the target {self.target} has no operator or kernel that reads what "
+                "it stores, it could only widen all of the cache at every step; compile for the target "
+                "reference, or take cross_layer"
+            )
+        if self.target == "triton" and self.cache.quant is not None:
+            raise ValueError(
+                f"cache.share {method} with cache.quant: no kernel reads another layer's packed tokens; "
+                "leave one of them out, or compile for the target reference"
+            )
+        return self
+
     @staticmethod
     def read(path: Path) -> Recipe:
         """Reads a TOML file. Raises RecipeError naming the key that is unknown or wrong."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +65,15 @@ def cache_for(
     and the errors of compiling, UnsupportedError for a model whose attention einfold cannot follow.
     """
     chosen = resolve_recipe(
-        recipe, cache=cache, prune=prune, quant=quant, share=share, context=context
+        recipe,
+        cache=cache,
+        prune=prune,
+        quant=quant,
+        share=share,
+        context=context,
+        target="reference",  # which runs every layout
+        portable=False,
+        cubins=(),
     )
     return EinfoldCache(model, plan_cache(wrap_model(model, tokenizer), chosen))
 
@@ -203,16 +210,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may come several times."""
-        if self.cache is None:
-            return
-        old, chosen = self.cache, rows.cpu().numpy()
-        self.cache = replace(
-            old,
-            buffers={name: buffer[rows.to(buffer.device)] for name, buffer in old.buffers.items()},
-            lengths=old.lengths[chosen],
-            clocks={name: used[chosen] for name, used in old.clocks.items()},
-            packed={name: count[chosen] for name, count in old.packed.items()},
-        )
+        if self.cache is not None:
+            self.cache = self.cache.select(rows.cpu().numpy())
 
 
 class EinfoldCache(TransformersCache):  # type: ignore[misc]

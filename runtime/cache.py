@@ -166,7 +166,10 @@ class Cache:
 
     def row(self, index: int) -> Cache:
         """One row as a cache of its own that shares the memory."""
-        rows = slice(index, index + 1)
+        return self.select(slice(index, index + 1))
+
+    def select(self, rows: slice | Counts) -> Cache:
+        """Some rows as a cache of its own: a slice shares the memory, numbers of rows take copies."""
         return replace(
             self,
             buffers={name: buffer[rows] for name, buffer in self.buffers.items()},

@@ -61,8 +61,12 @@ def settle(cache: Cache) -> None:
             spec.name: spec for spec in layer.group_buffers(index, cache.batch, cache.capacity)
         }
         slots = final[f"{cache_name(layer.layer, index)}.key"].shape[2]
-        if group.packed:
+        if group.packed and group.partner is None:
             _make_bulk(cache, final)
+            follower = cache.layout.follower(layer, index)
+            if follower is not None:
+                specs = follower.group_buffers(index, cache.batch, cache.capacity)
+                _make_bulk(cache, {spec.name: spec for spec in specs})
         for row in range(cache.batch):
             leaving = _settling(group, int(used[row]), slots)
             _move(cache, layer, index, row, int(used[row]), leaving)
@@ -121,7 +125,7 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
     first, last = group.policy.lead, group.policy.lead + leaving
     if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
-    if group.packed:
+    if group.packed and group.partner is None:  # the partner's move packed both
         from .packing import pack  # torch, which running without packed groups does not need
 
         pack(cache, layer, index, row, used, leaving)

@@ -78,7 +78,10 @@ def _value_bytes(program: Program, value: Any, dims: Mapping[str, int]) -> int:
 
 
 def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: bool) -> int:
-    if node.target is not einfold_ops.cached_attention.default:
+    if node.target not in (
+        einfold_ops.cached_attention.default,
+        einfold_ops.shared_attention.default,
+    ):
         return 0
     found = call_arguments(node)
     query = found["q_BSHD"].meta["val"]

@@ -79,7 +79,15 @@ def attention_kernels(
 
 
 def kinds_at(node: fx.Node) -> list[AttentionKind | PackedKind]:
-    """What a call over a cache needs kernels for: its slots, then each stream of packed tokens."""
+    """What a call over a cache needs kernels for: its slots, then each stream of packed tokens.
+
+    Raises UnsupportedError for what no kernel reads.
+    """
+    if node.target is einfold_ops.low_rank_attention.default:
+        raise UnsupportedError(
+            f"layer {call_arguments(node)['layer']} caches features of its tokens, which no kernel reads; "
+            "compile for the target reference"
+        )
     if node.target is einfold_ops.packed_attention.default:
         return [kind_of(node), *packed_kinds(node)]
     return [kind_of(node)]

@@ -1,9 +1,9 @@
 """Attention over packed tokens as cascades: codes, scales and what else a storage has, read where they lie.
 
 The ranks are those of `cascade.py`, with t the packed tokens in the place of slots. Bytes of several codes
-and scales of groups are inputs whose neighbours share an element; so keys and values are never widened in memory.
-A storage that keeps tokens in two precisions is two streams. Each gives its log-sum-exp beside its output, by
-which `bound_packed.py` merges the streams and the slots.
+and scales of groups are inputs whose neighbours share an element; so keys and values are never widened in
+memory. A storage that keeps tokens in two precisions is two streams. Each gives its log-sum-exp beside its
+output, by which `bound_packed.py` merges the streams and the slots.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from ...errors import UnsupportedError
 from ..ir.cache.gear import Gear
 from ..ir.cache.kivi import Kivi
 from ..ir.cache.mixed import MiKV, Mixed, ZipCache
@@ -113,10 +114,15 @@ class Stream:
 
 
 def packed_kinds(node: fx.Node) -> list[PackedKind]:
-    """The streams of a `packed_attention` call."""
+    """The streams of a `packed_attention` call. Raises UnsupportedError where layers share packed tokens."""
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     form = packed_storage(str(found["storage"]))
+    if found["k_BSKD"] is None or form.shared:
+        raise UnsupportedError(
+            f"layer {found['layer']} reads packed tokens that it shares with another layer, which no kernel "
+            "does; compile for the target reference"
+        )
     kv_heads = int(keys.shape[1])
     parts = [part for part, _, _ in form.parts] if isinstance(form, Mixed) else [""]
     return [

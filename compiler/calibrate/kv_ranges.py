@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...errors import CalibrationError, IRError
 from ..ir.interpreter import Interpreter
 from ..ir.ops import einfold_ops
 from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
-from ..ir.weights import WeightStore
+from .snapshot import snapshot, text_inputs
 
 #: Smallest scale: a channel that is zero throughout is stored as zeros.
 _SMALLEST = 1e-8
@@ -31,12 +31,7 @@ class KVRanges:
     def run(self, tokens_BS: Tensor) -> None:
         """Reads the text once. Raises CalibrationError where keys or values are not finite."""
         assert self._program is not None
-        inputs = {
-            "input_ids": tokens_BS,
-            "position_ids": torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
-            "logit_rows": torch.zeros(1, dtype=torch.long),
-        }
-        self._found = Interpreter(self._program, keep_weights=False).run(inputs)
+        self._found = Interpreter(self._program, keep_weights=False).run(text_inputs(tokens_BS))
         self._program = None  # lets go of the weights
         for name, range_KD in self._found.items():
             if not bool(torch.isfinite(range_KD).all()):
@@ -60,12 +55,7 @@ class KVRanges:
 
 def _ranges_of(program: Program) -> Program:
     """A program that gives `LAYER.key` and `LAYER.value`, each [K, D], for every attention layer."""
-    weights = WeightStore()
-    for name in program.weights:
-        weights.add(name, program.weights[name])
-    cut = Program(program.model, program.shapes, weights=weights)
-    copies: dict[fx.Node, fx.Node] = {}
-    cut.graph.graph_copy(program.graph, copies)
+    cut, copies = snapshot(program)
     values, names = [], []
     for node in attention_nodes(program):
         found = call_arguments(node)

@@ -108,7 +108,11 @@ class Program:
 
 
 #: Operators that write the slots of a cache and attend over them.
-OVER_CACHES = (einfold_ops.cached_attention.default, einfold_ops.packed_attention.default)
+OVER_CACHES = (
+    einfold_ops.cached_attention.default,
+    einfold_ops.packed_attention.default,
+    einfold_ops.low_rank_attention.default,
+)
 
 
 def attention_nodes(program: Program) -> list[fx.Node]:

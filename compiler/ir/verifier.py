@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -76,6 +78,8 @@ def _check_attention(program: Program) -> None:
     specs = {spec.name: spec for spec in program.layout.buffers(batch=1, capacity=1)}
     attached: set[str] = set()
     for node in program.nodes(*OVER_CACHES):
+        if call_arguments(node)["k_BSKD"] is None:
+            continue  # reads what another layer has written
         for name in ("key_cache_BKCD", "value_cache_BKCD"):
             cache = call_arguments(node)[name]
             spec = specs.get(str(cache.target))
@@ -89,6 +93,8 @@ def _check_attention(program: Program) -> None:
                 raise IRError(f"%{node.name}: {cache.target} is written by another attention too")
             attached.add(str(cache.target))
     _check_packed(program, program.layout)
+    for node in program.nodes(einfold_ops.shared_attention.default):
+        _check_reader(program.layout, node)
 
 
 def _check_packed(program: Program, layout: CacheLayout) -> None:
@@ -96,12 +102,31 @@ def _check_packed(program: Program, layout: CacheLayout) -> None:
     groups = {cache_name(layer.layer, index): group for layer, index, group in layout.groups()}
     for node in program.nodes(einfold_ops.packed_attention.default):
         found = call_arguments(node)
+        if found["k_BSKD"] is None:
+            _check_reader(layout, node)
+            continue
         prefix = str(found["key_cache_BKCD"].target).removesuffix(".key")
+        partner, index = groups[prefix].partner, int(prefix.rpartition(".")[2])
+        own = [prefix] if partner is None else [prefix, cache_name(partner, index)]
         stored = show_storage(groups[prefix].storage)
         if found["storage"] != stored:
             raise IRError(
                 f"%{node.name} reads {found['storage']}, but the cache layout says {stored}"
             )
         for piece in found["bulk"]:
-            if piece.op != "placeholder" or not str(piece.target).startswith(f"{prefix}."):
+            if piece.op != "placeholder" or str(piece.target).rpartition(".")[0] not in own:
                 raise IRError(f"%{node.name} reads packed tokens that are not of {prefix}")
+
+
+def _check_reader(layout: CacheLayout, node: fx.Node) -> None:
+    """A layer without a cache reads what its owner's attention gives in this step."""
+    found = call_arguments(node)
+    owner = layout[int(found["layer"])].groups[0].owner
+    for name in ("key_cache_BKCD", "value_cache_BKCD"):
+        call = found[name].args[0] if found[name].target is operator.getitem else None
+        if (
+            not isinstance(call, fx.Node)
+            or call.target not in OVER_CACHES
+            or int(call_arguments(call)["layer"]) != owner
+        ):
+            raise IRError(f"%{node.name}: {name} is not what layer {owner} caches in this step")

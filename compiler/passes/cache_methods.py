@@ -27,12 +27,15 @@ from .kv_quant.gear import Gear
 from .kv_quant.kivi import Kivi
 from .kv_quant.mikv import MiKV
 from .kv_quant.zipcache import ZipCache
+from .kv_share.cross_layer import CrossLayer
+from .kv_share.cskv import CSKV
+from .kv_share.minicache import MiniCache
 
 PRUNE: Mapping[str, type[Pass]] = {
     kind.name: kind for kind in (StreamingLLM, RazorAttention, SnapKV, H2O, EMS)
 }
 QUANT: Mapping[str, type[Pass]] = {kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV)}
-SHARE: Mapping[str, type[Pass]] = {}
+SHARE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (CrossLayer, MiniCache, CSKV)}
 
 #: The families in the order in which their passes run, with the reason for it in `pipeline.py`.
 FAMILIES: Mapping[str, Mapping[str, type[Pass]]] = {"share": SHARE, "prune": PRUNE, "quant": QUANT}

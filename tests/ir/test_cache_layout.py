@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from einfold.compiler.ir.cache.layout import (
     LayerCache,
     query_name,
 )
+from einfold.compiler.ir.cache.low_rank import LowRank
+from einfold.compiler.ir.cache.minicache import MiniCache
 from einfold.compiler.ir.cache.packing import BITS, Packed
 from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
 from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, read_storage
@@ -84,9 +87,53 @@ def groups_of(draw: st.DrawFn, heads: tuple[int, ...]) -> HeadGroup:
 
 
 @st.composite
+def pairs(draw: st.DrawFn, layer: int) -> list[LayerCache]:
+    """Two layers that share directions."""
+    storage = MiniCache(
+        draw(st.integers(0, 9)),
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from(["exact", "streaming"])),
+        draw(st.integers(2, 8)),
+        draw(st.integers(0, 2)),
+    )
+    heads, key, value = (draw(st.integers(1, 9)) for _ in range(3))
+    group = HeadGroup(tuple(range(heads)), storage=storage)
+    first = LayerCache(layer, heads, key, value, (group,))
+    return [first, replace(first, layer=layer + 1, groups=(replace(group, partner=layer),))]
+
+
+@st.composite
+def features(draw: st.DrawFn, layer: int) -> LayerCache:
+    """A layer that stores features of every token, and a window."""
+    window = Window(
+        draw(st.integers(0, 4)),
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 8)),
+        prefill=draw(st.sampled_from(["exact", "streaming"])),
+    )
+    heads, key, value = (draw(st.integers(1, 6)) for _ in range(3))
+    ranks = [draw(st.integers(1, heads * size)) for size in (key, value)]
+    storage = LowRank(*ranks, draw(st.sampled_from(["f32", "f16"])))
+    return LayerCache(layer, heads, key, value, (HeadGroup(tuple(range(heads)), window, storage),))
+
+
+@st.composite
 def layouts(draw: st.DrawFn) -> CacheLayout:
     layers = []
-    for layer in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, 4))):
+        layer = len(layers)
+        owners = [entry for entry in layers if entry.groups[0].owner is None]
+        if owners and draw(st.booleans()):
+            owner = draw(st.sampled_from(owners))
+            reader = HeadGroup(tuple(range(owner.kv_heads)), owner=owner.layer)
+            layers.append(replace(owner, layer=layer, groups=(reader,)))
+            continue
+        if draw(st.integers(0, 3)) == 0:
+            layers += draw(pairs(len(layers)))
+            continue
+        if draw(st.integers(0, 3)) == 0:
+            layers.append(draw(features(len(layers))))
+            continue
         heads = draw(st.integers(1, 6))
         order = draw(st.permutations(range(heads)))
         cuts = sorted(draw(st.sets(st.integers(1, heads - 1), max_size=2))) if heads > 1 else []

@@ -45,15 +45,15 @@ class _Call:
 
     @property
     def kv_heads(self) -> int:
-        return int(self.found["k_BSKD"].meta["val"].shape[2])
+        return int(self.found["key_cache_BKCD"].meta["val"].shape[1])
 
     @property
     def key_size(self) -> int:
-        return int(self.found["k_BSKD"].meta["val"].shape[3])
+        return int(self.found["key_cache_BKCD"].meta["val"].shape[3])
 
     @property
     def value_size(self) -> int:
-        return int(self.found["v_BSKD"].meta["val"].shape[3])
+        return int(self.found["value_cache_BKCD"].meta["val"].shape[3])
 
     @property
     def quantized(self) -> bool:
@@ -220,14 +220,86 @@ def _bias(call: _Call, total: ir.Value) -> ir.Value | None:
     return builder.shared("Pad", column, pads)
 
 
-def _standard(call: _Call) -> list[ir.Value]:
-    context, found, builder = call.context, call.found, call.context.builder
+@lowering(einfold_ops.shared_attention.default, flavour="ort")
+def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
+    """GroupQueryAttention with a key and value of no tokens.
+
+    Without a present it reads the owner's cache where it stands. Over int8 it insists on a present, which is
+    bound to the same buffer.
+    """
+    call = _Call(context, node, context.arguments(node))
+    if call.key_size % 8 or call.value_size != call.key_size:
+        return _shared_standard(call)
+    found, builder = call.found, context.builder
+    query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
+    none = builder.op(
+        "Slice",
+        query,
+        builder.ints(0, 0),
+        builder.ints(0, call.kv_heads * call.key_size),
+        builder.ints(1, 2),
+    )
+    last, total = _lengths(call)
+    out, *presents = builder.multi(
+        "GroupQueryAttention",
+        3 if call.quantized else 1,
+        query,
+        none,
+        none,
+        call.value("key_cache_BKCD"),
+        call.value("value_cache_BKCD"),
+        last,
+        total,
+        None,
+        None,
+        None,
+        _bias(call, total),
+        context.optional(found["sinks_H"]),
+        context.optional(found["key_scale_KD"]),
+        context.optional(found["value_scale_KD"]),
+        domain=CONTRIB,
+        kv_cache_bit_width=8 if call.quantized else None,
+        k_quant_type="PER_CHANNEL" if call.quantized else None,
+        v_quant_type="PER_CHANNEL" if call.quantized else None,
+        num_heads=call.heads,
+        kv_num_heads=call.kv_heads,
+        scale=found["scale"],
+        softcap=found["softcap"] or None,
+        local_window_size=found["window"] or -1,
+    )
+    for name, present in zip(("key_cache_BKCD", "value_cache_BKCD"), presents, strict=False):
+        owner = context.arguments(found[name].args[0])[name]
+        context.rewritten.append((f"{owner.target}@{found['layer']}", present, owner))
+    heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
+    context.flat[heads] = out
+    return heads
+
+
+@lowering(einfold_ops.shared_attention.default, flavour="portable")
+def shared_attention_portable(context: Context, node: fx.Node) -> ir.Value:
+    return _shared_standard(_Call(context, node, context.arguments(node)))
+
+
+def _shared_standard(call: _Call) -> ir.Value:
+    builder = call.context.builder
+    _refuse_int8(call)
+    query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
+    query = builder.transpose(builder.reshape(query, [0, 0, call.heads, call.key_size]), 0, 2, 1, 3)
+    return _attend(call, query, call.value("key_cache_BKCD"), call.value("value_cache_BKCD"))
+
+
+def _refuse_int8(call: _Call) -> None:
     if call.quantized:
         raise UnsupportedError(
-            f"layer {found['layer']}: an int8 cache is read by GroupQueryAttention alone, which wants the "
-            "default flavour and one head size for keys and values, a multiple of 8 (here "
+            f"layer {call.found['layer']}: an int8 cache is read by GroupQueryAttention alone, which wants "
+            "the default flavour and one head size for keys and values, a multiple of 8 (here "
             f"{call.key_size} and {call.value_size}); use cache.storage f32"
         )
+
+
+def _standard(call: _Call) -> list[ir.Value]:
+    context, builder = call.context, call.context.builder
+    _refuse_int8(call)
     context.opset = 24  # TensorScatter
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     key = call.turned(call.flat("k_BSKD", call.kv_heads, call.key_size), call.kv_heads)
@@ -251,14 +323,20 @@ def _standard(call: _Call) -> list[ir.Value]:
             ("value_cache_BKCD", value, call.value_size),
         )
     ]
+    return [_attend(call, query, caches[0], caches[1]), *caches]
+
+
+def _attend(call: _Call, query_BHSD: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+    """Attention over the slots in standard operators, [B, S, H, D]."""
+    found, builder = call.found, call.context.builder
     visible = _visible(call)
     if found["count_BK"] is not None:
         visible = _with_count(call, visible)
     if found["softcap"] or found["sinks_H"] is not None:
-        out = _spelled_out(call, query, caches[0], caches[1], visible)
+        out = _spelled_out(call, query_BHSD, keys, values, visible)
     else:
-        out = builder.op("Attention", query, caches[0], caches[1], visible, scale=found["scale"])
-    return [builder.transpose(out, 0, 2, 1, 3), *caches]
+        out = builder.op("Attention", query_BHSD, keys, values, visible, scale=found["scale"])
+    return builder.transpose(out, 0, 2, 1, 3)
 
 
 def _visible(call: _Call) -> ir.Value:

@@ -57,6 +57,9 @@ class Context:
     """Calls that torch's exporter translated."""
     flat: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """Values [B, S, H, D] that came as [B, S, H * D], with what they came as."""
+    rewritten: list[tuple[str, ir.Value, fx.Node]] = field(default_factory=list)
+    """Caches that an operator gives once more, unchanged: the cache's name and who gives it, the value, and
+    the node whose type it has. Bound to the cache's buffer, nothing is copied."""
 
     def value(self, node: Any) -> ir.Value:
         """The ONNX value of a graph node."""
@@ -152,6 +155,10 @@ def _outputs(context: Context) -> list[ir.Value]:
                 value.name = wanted
         kind, shape = value_type(node.meta["val"], _dims(context.program, node))
         value.type, value.shape = kind, shape
+        values.append(value)
+    for name, value, node in context.rewritten:
+        value.name = f"present.{name}"
+        value.type, value.shape = value_type(node.meta["val"], _dims(context.program, node))[:2]
         values.append(value)
     return values
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
-from .policies import POLICIES, Full, Policy
+from .policies import POLICIES, Full, Policy, Window
 from .sizes import Size, least, most
 from .storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
 from .text import read, show
@@ -59,13 +59,22 @@ class HeadGroup:
     policy: Policy = field(default_factory=Full)
     storage: Storage = field(default_factory=Plain)
     owner: int | None = None
-    """The layer whose slots this group reads, where it has none of its own."""
+    """The earlier layer whose cache is read in place of one of its own. The group then stands for all heads
+    of its layer; policy and storage are the owner's, group by group."""
+    partner: int | None = None
+    """The earlier layer whose group of this number holds what the storage shares between two layers."""
 
     def __post_init__(self) -> None:
         if self.packed and not isinstance(self.policy, Full):
             raise IRError(
                 f"heads {self.heads}: {self.policy.name} keeps few tokens, so there is nothing for "
                 f"{self.storage.name} to pack; pack only groups that keep every token"
+            )
+        whole = not isinstance(self.policy, Window) or self.policy.compensated
+        if self.storage.windowed and whole:
+            raise IRError(
+                f"heads {self.heads}: {self.storage.name} stands for the tokens that leave a window "
+                f"without compensation, and {show(self.policy)} is none"
             )
 
     @property
@@ -154,6 +163,8 @@ class LayerCache:
         for part in PARTS:
             slot = (batch, shape.heads, slots, shape.size(part))
             yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
+        for name, size, dtype in group.storage.whole(shape, batch, capacity):
+            yield Buffer(f"{prefix}.{name}", size, dtype)
         if group.policy.compensated:
             yield Buffer(f"{prefix}.count", (batch, shape.heads), "f32", "read")
             for part in PARTS:
@@ -169,8 +180,10 @@ class LayerCache:
             yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed:
             tokens = 0 if reading and group.exact else group.policy.slots(capacity)
+            lent = group.storage.shared if group.partner is not None else frozenset()
             for name, size, dtype in group.storage.bulk(shape, batch, tokens):
-                yield Buffer(f"{prefix}.{name}", size, dtype, "read")
+                if name not in lent:
+                    yield Buffer(f"{prefix}.{name}", size, dtype, "read")
 
 
 @dataclass(frozen=True)
@@ -178,6 +191,58 @@ class CacheLayout:
     """The caches of all attention layers."""
 
     layers: tuple[LayerCache, ...]
+
+    def __post_init__(self) -> None:
+        for layer, _, group in self.groups():
+            if group.owner is not None:
+                self._check_owner(layer, group.owner)
+        for layer, index, group in self.groups():
+            if group.storage.shared and group.owner is None:
+                self._check_pair(layer, index, group)
+
+    def _check_owner(self, layer: LayerCache, owner: int) -> None:
+        """A reader is a layer of one group, behind an owner of the same sizes that has a cache itself."""
+        found = next((entry for entry in self.layers if entry.layer == owner), None)
+        if found is None or owner >= layer.layer or len(layer.groups) > 1:
+            raise IRError(
+                f"cache of layer {layer.layer}: it can read as a whole what an earlier layer caches, "
+                f"not layer {owner}"
+            )
+        sizes = [(c.kv_heads, c.key_size, c.value_size) for c in (layer, found)]
+        if sizes[0] != sizes[1] or any(group.owner is not None for group in found.groups):
+            raise IRError(
+                f"cache of layer {layer.layer}: layer {owner} has other heads, or no cache of its own"
+            )
+
+    def _check_pair(self, layer: LayerCache, index: int, group: HeadGroup) -> None:
+        """Of two groups that share, the later names the earlier, and they differ in nothing else."""
+        if group.partner is None:
+            if self.follower(layer, index) is None:
+                raise IRError(
+                    f"cache of layer {layer.layer}: {group.storage.name} wants two layers to share"
+                )
+            return
+        found = next((entry for entry in self.layers if entry.layer == group.partner), None)
+        if found is None or found.layer >= layer.layer or index >= len(found.groups):
+            raise IRError(
+                f"cache of layer {layer.layer}: it can share with an earlier layer, not {group.partner}"
+            )
+        if (
+            found.groups[index] != replace(group, partner=None)
+            or found.shape(group) != layer.shape(group)
+            or self.follower(found, index) is not layer
+        ):
+            raise IRError(
+                f"cache of layer {layer.layer}: layer {found.layer} stores other heads, in another way, "
+                "or shares with another layer"
+            )
+
+    def follower(self, layer: LayerCache, index: int) -> LayerCache | None:
+        """The later layer whose group reads what this one shares."""
+        for later in self.layers:
+            if index < len(later.groups) and later.groups[index].partner == layer.layer:
+                return later
+        return None
 
     def __getitem__(self, layer: int) -> LayerCache:
         for entry in self.layers:
@@ -257,16 +322,22 @@ class CacheLayout:
         """The most bytes that are ever live when a prompt of so many tokens is read and continued.
 
         Once the prompt has been read, groups that kept all of it are compressed one after the other: each
-        takes its final buffers, then lets go of the larger ones.
+        takes its final buffers, then lets go of the larger ones. Two groups that share are packed with the
+        first of them, so the bulk of both is taken then.
         """
         live: Any = self.bytes(batch, capacity, prompt)
         peaks: list[Size] = [live]
         for layer, index, group in self.groups():
             if not group.exact or group.owner is not None:
                 continue
-            final = _total(layer.group_buffers(index, batch, capacity))
-            peaks.append(live + final)
-            live = live + final - _total(layer.group_buffers(index, batch, capacity, prompt))
+            taken: Any = _total(layer.group_buffers(index, batch, capacity))
+            follower = self.follower(layer, index)
+            if follower is not None:
+                taken = taken + _bulk(follower.group_buffers(index, batch, capacity))
+            if group.partner is not None:
+                taken = taken - _bulk(layer.group_buffers(index, batch, capacity))
+            peaks.append(live + taken)
+            live = live + taken - _total(layer.group_buffers(index, batch, capacity, prompt))
         return most(*peaks, live)
 
     def account(self) -> sympy.Expr:
@@ -281,10 +352,11 @@ class CacheLayout:
         for layer, index, group in self.groups():
             heads = ",".join(map(str, group.heads))
             owner = "" if group.owner is None else f" owner={group.owner}"
+            partner = "" if group.partner is None else f" partner={group.partner}"
             yield (
                 f"cache {layer.layer}.{index} heads={heads} of={layer.kv_heads} "
                 f"key={layer.key_size} value={layer.value_size} "
-                f"policy={show(group.policy)} storage={show_storage(group.storage)}{owner}"
+                f"policy={show(group.policy)} storage={show_storage(group.storage)}{owner}{partner}"
             )
 
     @staticmethod
@@ -317,6 +389,11 @@ def _total(buffers: Iterator[Buffer]) -> Size:
     return total
 
 
+def _bulk(buffers: Iterator[Buffer]) -> Size:
+    """Bytes of the buffers that hold packed tokens."""
+    return _total(buffer for buffer in buffers if buffer.role == "read")
+
+
 def cache_name(layer: int, group: int) -> str:
     """Prefix of the names of a group's buffers, in graphs and in the runtime."""
     return f"cache.{layer}.{group}"
@@ -347,12 +424,13 @@ def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
         _, place, *rest = line.split()
         fields = dict(item.split("=", 1) for item in rest)
         layer = int(place.split(".")[0])
-        owner = fields.get("owner")
+        owner, partner = fields.get("owner"), fields.get("partner")
         group = HeadGroup(
             heads=tuple(int(head) for head in fields["heads"].split(",")),
             policy=read(fields["policy"], POLICIES, "cache policy"),
             storage=read_storage(fields["storage"]),
             owner=None if owner is None else int(owner),
+            partner=None if partner is None else int(partner),
         )
     except (KeyError, ValueError) as error:
         raise IRError(f"cannot read the cache line {line!r}: {error}") from None

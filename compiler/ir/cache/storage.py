@@ -66,6 +66,22 @@ class Storage:
         """Whether packing asks how large the queries of each channel were."""
         return False
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the slots hold a window, and what `whole` gives stands for the other tokens."""
+        return False
+
+    def whole(
+        self, shape: GroupShape, batch: Size, capacity: Size
+    ) -> Iterator[tuple[str, tuple[Size, ...], str]]:
+        """(name, shape, dtype) of the buffers that a step writes beside the slots, for every token."""
+        return iter(())
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the bulk buffers that a group with a partner reads of it and does not hold itself."""
+        return frozenset()
+
     def granules(self, tokens: Size) -> Size:
         """Granules that are packed at most where `tokens` are kept."""
         return 0

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from ....errors import IRError
 from .gear import Gear
 from .kivi import Kivi
+from .low_rank import LowRank
+from .minicache import MiniCache
 from .mixed import MiKV, ZipCache
 from .storage import ITEM_BYTES, GroupShape, Storage
 from .text import read, show
@@ -22,7 +24,9 @@ __all__ = [
     "Gear",
     "GroupShape",
     "Kivi",
+    "LowRank",
     "MiKV",
+    "MiniCache",
     "Plain",
     "Storage",
     "ZipCache",
@@ -57,8 +61,10 @@ class Plain(Storage):
         return self.dtype
 
 
-#: Every packed storage by its name in the textual form.
-PACKED: dict[str, type[Storage]] = {kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV)}
+#: Every storage but the plain one, by its name in the textual form.
+PACKED: dict[str, type[Storage]] = {
+    kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV, MiniCache, LowRank)
+}
 
 
 def show_storage(storage: Storage) -> str:

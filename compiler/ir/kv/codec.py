@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..cache.gear import Gear
 from ..cache.kivi import Kivi
+from ..cache.minicache import MiniCache
 from ..cache.mixed import MiKV, Mixed, ZipCache
 from ..cache.packing import Packed
 from ..cache.storage import GroupShape
-from . import gear, kivi, mikv, zipcache
+from . import gear, kivi, mikv, minicache, zipcache
 from .grouped import Pieces
 from .salient import Seen, chosen_first
 
@@ -52,5 +53,7 @@ def decode(storage: Packed, pieces: Pieces) -> tuple[Tensor, Tensor]:
         return kivi.decode(storage, pieces)
     if isinstance(storage, ZipCache):
         return zipcache.decode(storage, pieces)
+    if isinstance(storage, MiniCache):
+        return minicache.decode(storage, pieces)
     assert isinstance(storage, MiKV)
     return mikv.decode(storage, pieces)

@@ -18,7 +18,19 @@ from typing import Any
 
 import torch
 
-from . import activation, attention, experts, linear, norm, packed, quantized, rotary, rows
+from . import (
+    activation,
+    attention,
+    experts,
+    linear,
+    low_rank,
+    norm,
+    packed,
+    quantized,
+    rotary,
+    rows,
+    shared,
+)
 
 __all__ = [
     "IN_PLACE",
@@ -27,11 +39,13 @@ __all__ = [
     "einfold_ops",
     "experts",
     "linear",
+    "low_rank",
     "norm",
     "packed",
     "quantized",
     "rotary",
     "rows",
+    "shared",
 ]
 
 #: The namespace `torch.ops.einfold`; importing this module is what registers the operators.
@@ -41,4 +55,5 @@ einfold_ops = torch.ops.einfold
 IN_PLACE: dict[Any, Callable[..., Any]] = {
     einfold_ops.cached_attention.default: attention.cached_attention_in_place,
     einfold_ops.packed_attention.default: packed.packed_attention_in_place,
+    einfold_ops.low_rank_attention.default: low_rank.low_rank_attention_in_place,
 }

@@ -176,8 +176,8 @@ def cached_attention_in_place(
     visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], window, count_BK)
     out = masked_attention(
         q_BSHD,
-        _read(key_cache_BKCD, key_scale_KD),
-        _read(value_cache_BKCD, value_scale_KD),
+        stored(key_cache_BKCD, key_scale_KD),
+        stored(value_cache_BKCD, value_scale_KD),
         visible_BSC,
         sinks_H,
         scale,
@@ -212,7 +212,8 @@ def compensation_bias(count_BK: Tensor | None, slots: int) -> Tensor | None:
     return torch.where(index_C == 0, log_BK[:, :, None], torch.zeros((), device=count_BK.device))
 
 
-def _read(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:
+def stored(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:
+    """What the slots stand for."""
     return cache_BKCD if scale_KD is None else cache_BKCD * scale_KD[:, None]
 
 

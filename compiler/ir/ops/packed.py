@@ -71,8 +71,8 @@ def _weight(logits: Tensor, most: Tensor) -> Tensor:
 @torch.library.custom_op("einfold::packed_attention", mutates_args=())
 def packed_attention(
     q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
     key_cache_BKCD: Tensor,
     value_cache_BKCD: Tensor,
     used_B: Tensor,
@@ -93,6 +93,8 @@ def packed_attention(
     Row b has packed[b] tokens in `bulk`, the pieces of `storage` in their order ([B, heads, granules, rows,
     width] each), all older than those in its used[b] slots, so every new token sees all of them. The slots
     are as in `einfold::cached_attention`. The softmax goes over both, and over the sinks.
+
+    Without k and v this is a layer that reads another's cache: the slots hold this step's tokens already.
 
     A few granules are decoded at a time, and their partial state is merged with that of the rest.
 
@@ -121,8 +123,8 @@ def packed_attention(
 
 def packed_attention_in_place(
     q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
     key_cache_BKCD: Tensor,
     value_cache_BKCD: Tensor,
     used_B: Tensor,
@@ -141,10 +143,12 @@ def packed_attention_in_place(
     """`einfold::packed_attention` that writes the caches it is given and gives them back."""
     if cos_PR is not None and sin_PR is not None and positions_BS is not None:
         q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+        if k_BSKD is not None:
+            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
-    write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
-    write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+    if k_BSKD is not None and v_BSKD is not None:
+        write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
+        write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
     visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], 0, None)
     kv_heads = key_cache_BKCD.shape[1]
     q_BKGSD = q_BSHD.transpose(1, 2).unflatten(1, (kv_heads, -1))
@@ -201,8 +205,8 @@ def piece_names(storage: Packed, shape: GroupShape) -> tuple[str, ...]:
 @packed_attention.register_fake
 def _(
     q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
     key_cache_BKCD: Tensor,
     value_cache_BKCD: Tensor,
     used_B: Tensor,
@@ -218,12 +222,13 @@ def _(
     interleaved: bool,
     storage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = GroupShape(int(k_BSKD.shape[2]), int(k_BSKD.shape[3]), int(v_BSKD.shape[3]))
+    sizes = (key_cache_BKCD.shape[1], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
+    shape = GroupShape(*map(int, sizes))
     form = packed_storage(storage)
     form.check(shape)
     pieces = list(form.pieces(shape))
     found = [tuple(map(int, (piece.shape[1], *piece.shape[3:]))) for piece in bulk]
     if found != [(shape.heads, piece.rows, piece.width) for piece in pieces]:
         raise ValueError(f"the bulk does not hold the pieces of {storage}")
-    out = q_BSHD.new_empty((*q_BSHD.shape[:-1], v_BSKD.shape[-1]))
+    out = q_BSHD.new_empty((*q_BSHD.shape[:-1], value_cache_BKCD.shape[-1]))
     return out, torch.empty_like(key_cache_BKCD), torch.empty_like(value_cache_BKCD)

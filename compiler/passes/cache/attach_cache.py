@@ -20,6 +20,8 @@ from ...ir.cache.layout import (
     query_name,
     slots_dim,
 )
+from ...ir.cache.low_rank import LowRank
+from ...ir.cache.packing import Packed
 from ...ir.cache.policies import Merged
 from ...ir.cache.storages import show_storage
 from ...ir.ops import einfold_ops
@@ -44,6 +46,11 @@ class AttachCache(Pass):
     Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
     heads, D], such that their product with the cached keys is the logits. A rotary embedding in front of q
     and k moves into the operator, so that a target may turn them while it writes the cache.
+    A layer that reads another's cache gets
+
+        `%o = shared_attention(%q, %kc, %vc, %used, ..)`
+
+    over what the owner's call gives, once for each of the owner's groups.
     """
 
     name = "attach_cache"
@@ -60,8 +67,13 @@ class AttachCache(Pass):
         for node in nodes:
             found = call_arguments(node)
             cache = program.layout[int(found["layer"])]
-            attachment.attach(node, cache)
             window = int(found["window"])
+            owner = cache.groups[0].owner
+            if owner is not None:
+                attachment.attach_reader(node, cache, program.layout[owner])
+                result.applied(f"layer {cache.layer}", f"reads the cache of layer {owner}")
+                continue
+            attachment.attach(node, cache)
             for group in cache.groups:
                 heads = "" if len(cache.groups) == 1 else f"heads {_listed(group.heads)}: "
                 result.applied(
@@ -90,6 +102,8 @@ class Attachment:
         self.editor = Editor(program)
         self.names: list[str] = []
         self.values: list[fx.Node] = []
+        self._calls: dict[tuple[int, int], fx.Node] = {}
+        self._read: dict[tuple[int, int], dict[str, fx.Node]] = {}
         self._counters = {
             name: self.editor.input(name, ["B"], torch.int64)
             for name in (TOKENS, *layout.clocks(), *layout.packs())
@@ -109,6 +123,64 @@ class Attachment:
             out = parts[0] if len(parts) == 1 else self._joined(parts, cache)
         self.editor.replace(node, out)
 
+    def attach_reader(self, node: fx.Node, cache: LayerCache, owner: LayerCache) -> None:
+        """Replaces the attention of a layer that reads what `owner` caches."""
+        found = call_arguments(node)
+        query, rotary = _query_without_rotary(found["q_BSHD"])
+        with self.editor.before(node):
+            parts = []
+            for index, group in enumerate(owner.groups):
+                of_query, sinks = self._query_heads(query, owner, group), found["sinks_H"]
+                heads = (
+                    self._chosen(query, 2, of_query),
+                    None if sinks is None else self._chosen(sinks, 0, of_query),
+                )
+                parts.append(self._read_call(self._calls[owner.layer, index], heads, found, rotary))
+            out = parts[0] if len(parts) == 1 else self._joined(parts, owner)
+        self.editor.replace(node, out)
+
+    def _read_call(
+        self,
+        call: fx.Node,
+        heads: tuple[fx.Node, fx.Node | None],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """Attention over what another layer's call gives; only queries are new."""
+        (query, sinks), written = heads, call_arguments(call)
+        if call.target is einfold_ops.low_rank_attention.default:
+            raise IRError(
+                f"layer {found['layer']} cannot read another layer's cache of features and a window"
+            )
+        results = {user.args[1]: user for user in call.users}
+        caches = (results[1], results[2])
+        if call.target is einfold_ops.packed_attention.default:
+            packed = self.editor.call(
+                einfold_ops.packed_attention.default,
+                query,
+                None,
+                None,
+                *caches,
+                *(written[name] for name in ("used_B", "packed_B", "bulk")),
+                sinks,
+                *rotary[:3],
+                *(found[name] for name in ("layer", "scale", "softcap")),
+                rotary[3],
+                written["storage"],
+            )
+            return self.editor.results(packed)[0]
+        return self.editor.call(
+            einfold_ops.shared_attention.default,
+            query,
+            *caches,
+            *(written[name] for name in ("used_B", "count_BK")),
+            sinks,
+            *rotary[:3],
+            *(written[name] for name in ("key_scale_KD", "value_scale_KD")),
+            *(found[name] for name in ("layer", "scale", "window", "softcap")),
+            rotary[3],
+        )
+
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
         clock = self.layout.clock(cache.groups[index])
@@ -118,6 +190,8 @@ class Attachment:
             if spec.role != "host":
                 dim = granules_dim(clock) if len(spec.shape) == 5 else slots_dim(clock)
                 shape = ["B", spec.shape[1], dim, *spec.shape[3:]][: len(spec.shape)]
+                if len(spec.shape) == 3:  # features of every token
+                    shape = ["B", slots_dim(TOKENS), spec.shape[2]]
                 found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
                     spec.name,
                     shape,
@@ -136,8 +210,6 @@ class Attachment:
     ) -> fx.Node:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
-        if group.owner is not None:
-            raise IRError(f"layer {cache.layer}: no operator attends over {group.describe()}")
         if isinstance(group.policy, Merged) and group.storage.slot_dtype == "i8":
             raise RecipeError(
                 f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
@@ -148,6 +220,8 @@ class Attachment:
             self._show_query(cache, index, query, inputs["key"], found, rotary)
         if group.packed:
             return self._packed_call(cache, index, new, inputs, found, rotary)
+        if isinstance(group.storage, LowRank):
+            return self._low_rank_call(cache, index, new, inputs, found, rotary)
         call = self.editor.call(
             einfold_ops.cached_attention.default,
             query,
@@ -185,6 +259,10 @@ class Attachment:
                 "over packed tokens does not know; leave its storage plain"
             )
         clock = self.layout.clock(group)
+        self._read[cache.layer, index] = inputs
+        lent = {} if group.partner is None else self._read[group.partner, index]
+        assert isinstance(group.storage, Packed)
+        pieces = group.storage.pieces(cache.shape(group))
         query, key, value, sinks = new
         call = self.editor.call(
             einfold_ops.packed_attention.default,
@@ -195,7 +273,7 @@ class Attachment:
             inputs["value"],
             self._counters[clock],
             self._counters[packed_of(clock)],
-            [node for name, node in inputs.items() if name not in PARTS],
+            [(lent | inputs)[piece.name] for piece in pieces],
             sinks,
             *rotary[:3],
             found["layer"],
@@ -206,11 +284,42 @@ class Attachment:
         )
         return self._updated(call, cache, index)
 
-    def _updated(self, call: fx.Node, cache: LayerCache, index: int) -> fx.Node:
-        """The output of a call over a cache; the slots that it wrote become the program's outputs."""
+    def _low_rank_call(
+        self,
+        cache: LayerCache,
+        index: int,
+        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        inputs: dict[str, fx.Node],
+        found: dict[str, object],
+        rotary: list[object],
+    ) -> fx.Node:
+        """The call over the slots and the features of one group."""
+        group, prefix = cache.groups[index], cache_name(cache.layer, index)
+        names = [f"{prefix}.{part}_basis" for part in PARTS]
+        bases = [self.editor.weight(n, self.program.cache_weights.pop(n)) for n in names]
+        call = self.editor.call(
+            einfold_ops.low_rank_attention.default,
+            *new[:3],
+            *(inputs[name] for name in (*PARTS, "key_low", "value_low")),
+            *bases,
+            self._counters[self.layout.clock(group)],
+            self._counters[TOKENS],
+            new[3],
+            *rotary[:3],
+            *(found[name] for name in ("layer", "scale", "softcap")),
+            rotary[3],
+            group.policy.lead,
+        )
+        return self._updated(call, cache, index, (*PARTS, "key_low", "value_low"))
+
+    def _updated(
+        self, call: fx.Node, cache: LayerCache, index: int, parts: tuple[str, ...] = PARTS
+    ) -> fx.Node:
+        """The output of a call over a cache; the buffers that it wrote become the program's outputs."""
+        self._calls[cache.layer, index] = call
         out, *updated = self.editor.results(call)
         self.values += updated
-        self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in PARTS]
+        self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in parts]
         return out
 
     def _show_query(
@@ -255,8 +364,7 @@ class Attachment:
         query, key, value, sinks = whole
         if len(cache.groups) == 1:
             return whole
-        each = int(query.meta["val"].shape[2]) // cache.kv_heads
-        of_query = tuple(head * each + i for head in group.heads for i in range(each))
+        of_query = self._query_heads(query, cache, group)
         return (
             self._chosen(query, 2, of_query),
             self._chosen(key, 2, group.heads),
@@ -264,8 +372,16 @@ class Attachment:
             None if sinks is None else self._chosen(sinks, 0, of_query),
         )
 
+    @staticmethod
+    def _query_heads(query: fx.Node, cache: LayerCache, group: HeadGroup) -> tuple[int, ...]:
+        """The query heads that attend over a group."""
+        each = int(query.meta["val"].shape[2]) // cache.kv_heads
+        return tuple(head * each + i for head in group.heads for i in range(each))
+
     def _chosen(self, x: fx.Node, axis: int, heads: tuple[int, ...]) -> fx.Node:
         """Some heads of x: a slice where they stand side by side."""
+        if heads == tuple(range(int(x.meta["val"].shape[axis]))):
+            return x
         first, last = heads[0], heads[-1] + 1
         if heads == tuple(range(first, last)):
             return self.editor.call(aten.slice.Tensor, x, axis, first, last)
@@ -296,3 +412,10 @@ def _without_rotary(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, lis
     if query.target is op and key.target is op and query.args[1:] == key.args[1:]:
         return query.args[0], key.args[0], list(query.args[1:])  # type: ignore[return-value]
     return query, key, [None, None, None, False]
+
+
+def _query_without_rotary(query: fx.Node) -> tuple[fx.Node, list[object]]:
+    """q before its rotary embedding, and its (positions, cos, sin, interleaved)."""
+    if query.target is einfold_ops.rotary.default:
+        return query.args[0], list(query.args[1:])  # type: ignore[return-value]
+    return query, [None, None, None, False]

@@ -39,8 +39,16 @@ class StaticInt8(Pass):
         ranges = KVRanges(program)
         layers = []
         for layer in program.layout.layers:
+            owner = layer.groups[0].owner
+            if owner is not None:
+                layers.append(layer)
+                result.skipped(f"layer {layer.layer}", f"reads the cache of layer {owner}")
+                continue
             groups = []
             for index, group in enumerate(layer.groups):
+                if not isinstance(group.storage, Plain):
+                    groups.append(group)
+                    continue
                 groups.append(replace(group, storage=Plain("i8", "channel")))
                 for part in PARTS:
                     program.cache_weights[f"{cache_name(layer.layer, index)}.{part}_scale"] = (
@@ -51,6 +59,11 @@ class StaticInt8(Pass):
                         )
                     )
             layers.append(replace(layer, groups=tuple(groups)))
+            if tuple(groups) == layer.groups:
+                result.skipped(
+                    f"layer {layer.layer}", f"is stored by {groups[0].storage.name} already"
+                )
+                continue
             per_token = layer.kv_heads * (layer.key_size + layer.value_size)
             result.applied(
                 f"layer {layer.layer}", f"{per_token} bytes a token, from {4 * per_token}"

@@ -1,0 +1,1 @@
+"""Methods by which layers share what they cache, or cache fewer channels, one a file."""

@@ -1,0 +1,142 @@
+"""cskv: few features of every token in place of its keys and values, and a window of whole tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ....errors import IRError, RecipeError
+from ...calibrate.kv_bases import KVBases
+from ...ir.cache.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
+from ...ir.cache.low_rank import LowRank
+from ...ir.cache.policies import Full, Window
+from ...ir.cache.storages import ITEM_BYTES, Plain
+from ...ir.ops import einfold_ops
+from ...ir.program import Program, attention_nodes, call_arguments
+from ...ir.weights import Weight
+from ..base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class CSKV(Pass):
+    """Stores `keep` of the channels of keys and values, for every token (Wang et al. 2024, section 3).
+
+    Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 0.0 heads=0,1 .. policy=window(sinks=0,recent=32,..) storage=low_rank(..)`, and the weights
+    `cache.0.0.key_basis` and `cache.0.0.value_basis` [features, channels].
+
+    The newest `recent` tokens, and the `sinks` first, stay whole in slots (up to `slack` more of them); of
+    the others the features are read, and their keys rotated when they are. `key_keep` and `value_keep` where
+    they differ from `keep`; `dtype` of the features, f32 or f16; `prefill` as for windows.
+
+    Differs from the paper: it starts from a decomposition of the projections' weights and trains the two
+    factors to rebuild keys and values on a text. Here both factors are one basis, the leading singular
+    vectors of the keys and values on the calibration text: what that training would reach on this text,
+    for no other pair of factors of this rank rebuilds it better. No sinks in the paper. Features are
+    not quantized.
+    """
+
+    keep: float = 0.2
+    key_keep: float | None = None
+    value_keep: float | None = None
+    recent: int = 32
+    sinks: int = 0
+    slack: int = 64
+    dtype: str = "f32"
+    prefill: str = "exact"
+
+    name = "cskv"
+    requires = frozenset({"cache planned"})
+
+    def __post_init__(self) -> None:
+        for share in (self.keep, self.key_keep, self.value_keep):
+            if share is not None and not 0 < share < 1:
+                raise RecipeError(
+                    f"cache.share: cskv keeps a share of the channels between 0 and 1, not {share}"
+                )
+        try:
+            self._policy()
+            LowRank(1, 1, self.dtype)
+        except IRError as error:
+            raise RecipeError(f"cache.share: {error}") from error
+
+    def _policy(self) -> Window:
+        return Window(self.sinks, self.recent, self.slack, prefill=self.prefill)
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        if program.layout is None:
+            result.skipped("graph", "no attention in the graph")
+            return result
+        if self.sinks + self.recent >= program.model.context:
+            raise RecipeError(
+                f"cache.share: cskv would keep {self.sinks + self.recent} tokens whole, but the context has "
+                f"{program.model.context}: no feature would be read; keep fewer tokens whole"
+            )
+        reasons = _left_alone(program)
+        chosen: dict[int, LowRank] = {}
+        for layer in program.layout.layers:
+            if layer.layer in reasons:
+                result.skipped(f"layer {layer.layer}", reasons[layer.layer])
+                continue
+            storage = self._storage(layer)
+            chosen[layer.layer] = storage
+            features = (storage.key_rank + storage.value_rank) * ITEM_BYTES[self.dtype]
+            before = layer.kv_heads * (layer.key_size + layer.value_size) * ITEM_BYTES["f32"]
+            result.applied(
+                f"layer {layer.layer}",
+                f"{features} bytes a token, from {before}; {self.sinks + self.recent} tokens and up to "
+                f"{self.slack} more stay whole",
+            )
+        if chosen:
+            self._store(program, chosen, result)
+        return result
+
+    def _storage(self, layer: LayerCache) -> LowRank:
+        shares = (self.key_keep or self.keep, self.value_keep or self.keep)
+        ranks = [
+            max(1, round(share * layer.kv_heads * layer.size(part)))
+            for part, share in zip(PARTS, shares, strict=True)
+        ]
+        return LowRank(ranks[0], ranks[1], self.dtype)
+
+    def _store(self, program: Program, chosen: dict[int, LowRank], result: PassResult) -> None:
+        assert program.layout is not None
+        ranks = {layer: (storage.key_rank, storage.value_rank) for layer, storage in chosen.items()}
+        bases = KVBases(program, ranks, result.measured)
+        program.calibrations.append(bases)
+        layers = []
+        for layer in program.layout.layers:
+            storage = chosen.get(layer.layer)
+            if storage is not None:
+                for part in PARTS:
+                    name = f"{cache_name(layer.layer, 0)}.{part}_basis"
+                    shape = (storage.rank(part), layer.kv_heads * layer.size(part))
+                    program.cache_weights[name] = Weight(
+                        shape, torch.float32, bases.basis(layer.layer, part)
+                    )
+                group = replace(layer.groups[0], policy=self._policy(), storage=storage)
+                layer = replace(layer, groups=(group,))
+            layers.append(layer)
+        program.layout = CacheLayout(tuple(layers))
+
+
+def _left_alone(program: Program) -> dict[int, str]:
+    """Why layers cannot be stored so, by layer."""
+    assert program.layout is not None
+    reasons = {}
+    for found in map(call_arguments, attention_nodes(program)):
+        layer = program.layout[int(found["layer"])]
+        query, key = found["q_BSHD"], found["k_BSKD"]
+        turned = [x.target is einfold_ops.rotary.default for x in (query, key)]
+        if found["window"]:
+            reason = f"has a sliding window of {found['window']} tokens of its own"
+        elif layer.groups != (HeadGroup(tuple(range(layer.kv_heads)), Full(), Plain()),):
+            reason = "an earlier pass decided how it is cached"
+        elif any(turned) and (not all(turned) or query.args[1:] != key.args[1:]):
+            reason = "queries and keys are rotated in different ways"
+        else:
+            continue
+        reasons[layer.layer] = reason
+    return reasons

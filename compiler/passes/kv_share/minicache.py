@@ -1,0 +1,146 @@
+"""minicache: pairs of deep layers share the directions of their keys and values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ....errors import IRError, RecipeError
+from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.cache.minicache import MiniCache as Storage
+from ...ir.cache.policies import Full
+from ...ir.cache.storages import ITEM_BYTES, Plain
+from ...ir.program import Program, attention_nodes, call_arguments
+from ..base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class MiniCache(Pass):
+    """Merges what adjacent layers of the deeper half cache (Liu et al. 2024, section 4).
+
+    Before: `cache 2.0 .. storage=f32`, `cache 3.0 .. storage=f32`
+    After:  `cache 2.0 .. storage=minicache(..)`, `cache 3.0 .. storage=minicache(..) partner=2`
+
+    Of tokens that are no longer among the newest `residual`, the two layers share one direction for keys and
+    one for values, at a share `slerp` of the arc from the shallower layer's to the deeper's; each keeps the
+    vectors' lengths. Tokens whose directions differ most are retained unmerged: those within `gamma` of the
+    spread of distances from the largest, up to a share `retained` of the tokens of each head. That capacity
+    is fixed at compile time, and what is beyond it is merged, the least distant first. Pairs begin at the
+    share `start` of the layers. `group` tokens are merged together, and distances are compared among them.
+
+    Differs from the paper: tokens are merged when they leave a window of `residual` plain tokens, not
+    at once; each head retains its own tokens, and distances are compared within a group, not in the whole
+    prompt; the shared directions are not quantized (`dtype` f32 or f16).
+    """
+
+    start: float = 0.5
+    slerp: float = 0.6
+    gamma: float = 0.05
+    retained: float = 0.05
+    group: int = 64
+    residual: int = 64
+    slack: int = 64
+    dtype: str = "f32"
+    prefill: str = "exact"
+
+    name = "minicache"
+    requires = frozenset({"cache planned"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1 or not 0 <= self.retained <= 1:
+            raise RecipeError(
+                "cache.share: start is a share of the layers from 0 to below 1, and retained one of the "
+                f"tokens from 0 to 1, not {self.start} and {self.retained}"
+            )
+        try:
+            self.storage()
+        except IRError as error:
+            raise RecipeError(f"cache.share: {error}") from error
+
+    def storage(self) -> Storage:
+        """The storage that these options ask for. Raises IRError for one that cannot be."""
+        return Storage(
+            self.residual,
+            self.slack,
+            self.prefill,
+            self.group,
+            math.ceil(self.retained * self.group),
+            self.slerp,
+            self.gamma,
+            self.dtype,
+        )
+
+    def run(self, program: Program) -> PassResult:
+        result, storage = PassResult(), self.storage()
+        if program.layout is None:
+            result.skipped("graph", "no attention in the graph")
+            return result
+        if not storage.granules(program.model.context):
+            raise RecipeError(
+                f"cache.share: minicache merges {self.group} tokens at a time behind the newest "
+                f"{self.residual}, but the context has {program.model.context}: nothing would be merged; "
+                "keep fewer tokens as they are, or compile for a longer context"
+            )
+        layers = list(program.layout.layers)
+        first = math.ceil(self.start * len(layers))
+        for layer in layers[:first]:
+            result.skipped(f"layer {layer.layer}", f"is before layer {first}, where pairs begin")
+        windows = {
+            int(found["layer"]): int(found["window"])
+            for found in map(call_arguments, attention_nodes(program))
+        }
+        place = first
+        while place < len(layers):
+            pair = layers[place : place + 2]
+            reason = _left_alone(pair, windows)
+            if reason:
+                result.skipped(f"layer {pair[0].layer}", reason)
+                place += 1
+                continue
+            layers[place : place + 2] = _paired(pair, storage)
+            result.applied(f"layers {pair[0].layer} and {pair[1].layer}", _saving(pair[0], storage))
+            place += 2
+        program.layout = CacheLayout(tuple(layers))
+        return result
+
+
+def _left_alone(pair: list[LayerCache], windows: dict[int, int]) -> str:
+    """Why the first of two layers cannot be paired with the second."""
+    if len(pair) < 2:
+        return "has no layer behind it to pair with"
+    for layer in pair:
+        window = windows[layer.layer]
+        if window:
+            return f"layer {layer.layer} has a sliding window of {window} tokens of its own"
+        plain = HeadGroup(tuple(range(layer.kv_heads)), Full(), Plain())
+        if layer.groups != (plain,):
+            return f"an earlier pass decided how layer {layer.layer} is cached"
+    a, b = pair
+    if a.shape(a.groups[0]) != b.shape(b.groups[0]):
+        return f"layer {b.layer} has other heads"
+    return ""
+
+
+def _paired(pair: list[LayerCache], storage: Storage) -> list[LayerCache]:
+    a, b = pair
+    return [
+        replace(a, groups=(replace(a.groups[0], storage=storage),)),
+        replace(b, groups=(replace(b.groups[0], storage=storage, partner=a.layer),)),
+    ]
+
+
+def _saving(layer: LayerCache, storage: Storage) -> str:
+    shape = layer.shape(layer.groups[0])
+    of_pair = sum(
+        (1 if piece.name in storage.shared else 2)
+        * piece.rows
+        * piece.width
+        * ITEM_BYTES[piece.dtype]
+        for piece in storage.pieces(shape)
+    )
+    each = shape.heads * of_pair / storage.group
+    before = 2 * shape.heads * (shape.key_size + shape.value_size) * ITEM_BYTES["f32"]
+    return (
+        f"{each:g} bytes a merged token for both, from {before}; the newest {storage.residual} tokens and up "
+        f"to {storage.waiting} more stay as they are"
+    )
