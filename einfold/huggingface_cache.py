@@ -73,7 +73,9 @@ def cache_for(
         quant=quant,
         share=share,
         context=context,
-        target="reference",  # other targets refuse storages that torch can read
+        target="reference",  # which runs every layout
+        portable=False,
+        cubins=(),
     )
     return EinfoldCache(model, plan_cache(wrap_model(model, tokenizer), chosen))
 

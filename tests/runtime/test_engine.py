@@ -144,3 +144,15 @@ def test_logits_checks_every_token(artifact: Callable[..., Path]) -> None:
 def test_text_needs_a_tokenizer(artifact: Callable[..., Path]) -> None:
     with pytest.raises(PromptError, match="holds no tokenizer"):
         einfold.load(artifact("llama"), threads=1).generate("hello")
+
+
+def test_one_token_prompts_are_read_together_and_settled(tmp_path: Path) -> None:
+    """Their only step looks like one of decoding, but the buffers that it was bound to are replaced."""
+    out = tmp_path / "a"
+    method = "streaming_llm:sinks=1,recent=20,slack=10"
+    einfold.compile(models.build("llama"), out, prune=method, check=False)
+    model = einfold.load(out, threads=1)
+    together = model.generate_batch([[5], [7]], max_new_tokens=12, ignore_eos=True)
+    for first, row in zip((5, 7), together, strict=True):
+        alone = model.generate([first], max_new_tokens=12, ignore_eos=True)
+        assert row.tokens == alone.tokens
