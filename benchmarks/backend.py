@@ -248,6 +248,11 @@ def cases(wanted: list[str]) -> Iterator[tuple[str, str, Callable[[str], Run]]]:
 def markdown(rows: list[Row]) -> str:
     """The figures as a page."""
     found = machine()
+    models = (
+        f" Models: 2 random layers of width 512, prompt {PROMPT}, {NEW} new tokens, static cache."
+        if any(row.case in MODELS for row in rows)
+        else ""
+    )
     lines = [
         [
             row.case,
@@ -281,8 +286,7 @@ def markdown(rows: list[Row]) -> str:
             "seconds are the processor's, the C++ compiler's included.",
             table(head, lines),
             f"Attention: {HEADS} query heads on {HEADS // GROUPS} of {WIDTH}, float32; prefill 512 queries "
-            f"and keys, decode one query and 1024 keys. Models: 2 random layers of width 512, a prompt of "
-            f"{PROMPT} and {NEW} new tokens with a static cache.\n",
+            f"and keys, decode one query and 1024 keys.{models}\n",
         ]
     )
 

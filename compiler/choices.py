@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .analysis.cascade.plans import cache_home, write_json
+from .ir.kept import cache_home, write_json
 
 #: Part of every key: raised whenever a lowering or the way of measuring changes.
 VERSION = 1

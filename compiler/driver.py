@@ -20,13 +20,14 @@ from torch import Tensor
 from ..errors import ModelError, RecipeError
 from .artifact import check_dump, check_output, file_entry, staged
 from .attention_kernels.write import write_kernels
-from .calibrate.statistics import Statistics, fingerprint, user_folder
+from .calibrate.statistics import Statistics, fingerprint
 from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import Placement, write_weights
 from .frontend import huggingface, tokens
 from .frontend.export import capture_language_model, capture_module
 from .frontend.huggingface import ModelSource
+from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
 from .ir.program import Program
@@ -287,7 +288,7 @@ def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) 
     return Statistics(
         lambda: _calibration_text(model, program, recipe),
         named if known else None,
-        user_folder(),
+        cache_home() / "calibration",
         tell,
     )
 

@@ -65,7 +65,15 @@ def cache_for(
     and the errors of compiling, UnsupportedError for a model whose attention einfold cannot follow.
     """
     chosen = resolve_recipe(
-        recipe, cache=cache, prune=prune, quant=quant, share=share, context=context
+        recipe,
+        cache=cache,
+        prune=prune,
+        quant=quant,
+        share=share,
+        context=context,
+        target="reference",  # which runs every layout
+        portable=False,
+        cubins=(),
     )
     return EinfoldCache(model, plan_cache(wrap_model(model, tokenizer), chosen))
 

@@ -1,10 +1,9 @@
 """Attention over packed tokens as cascades: codes, scales and what else a storage has, read where they lie.
 
 The ranks are those of `cascade.py`, with t the packed tokens in the place of slots. Bytes of several codes
-and scales of groups are inputs whose neighbours share an element, so keys and values are never widened in
-memory.
-A storage that keeps tokens in two precisions is two streams. Each gives its log-sum-exp beside its output, by
-which `bound_packed.py` merges the streams and the slots.
+and scales of groups are inputs whose neighbours share an element; so keys and values are never widened in
+memory. A storage that keeps tokens in two precisions is two streams. Each gives its log-sum-exp beside its
+output, by which `bound_packed.py` merges the streams and the slots.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,12 +90,6 @@ class Statistics:
 
 def _text(program: Program) -> str:
     return print_program(cut_behind_attention(program))
-
-
-def user_folder() -> Path:
-    """Where statistics are kept: `einfold/calibration` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "einfold" / "calibration"
 
 
 def fingerprint(files: Sequence[Path]) -> str:

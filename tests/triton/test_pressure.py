@@ -8,8 +8,8 @@ import pytest
 
 from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.options import DEVICES, Device, Tiles
-from einfold.compiler.codegen.triton.pressure import holds, registers
-from einfold.compiler.codegen.triton.tiles import candidates, choose_tiles, fits, shares
+from einfold.compiler.codegen.triton.pressure import holds
+from einfold.compiler.codegen.triton.tiles import fits
 
 from .test_plans import report_of
 
@@ -83,15 +83,3 @@ def test_a_geforce_has_the_older_instruction_and_less_shared_memory(plan_cache: 
     given = exact.division, exact.types, exact.sizes, exact.demand
     assert holds(*given, DEVICES[90], Tiles(128, 16, 8, 3))
     assert not holds(*given, device, Tiles(128, 16, 8, 3))
-
-
-def test_where_no_tile_fits_the_one_of_the_least_registers_is_taken(plan_cache: Path) -> None:
-    device = DEVICES[80]
-    kernel = wide("softmax", "fp32", "tf32x3", device, plan_cache)
-    sizes = {**kernel.sizes, **dict.fromkeys(kernel.division.roles.lanes, 256)}
-    given = kernel.division, kernel.types, sizes, kernel.demand
-    assert not any(fits(*given, device, tile) for tile in candidates())
-    chosen = choose_tiles(*given, device)
-    assert shares(kernel.division, kernel.types, sizes, device, chosen)
-    assert registers(*given, device, chosen) <= registers(*given, device, Tiles(16, 16, 4, 2))
-    assert chosen.warps == 8

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
 from ...ir.cascade.plan_text import parse_plan, print_plan
 from ...ir.cascade.printer import print_cascade
+from ...ir.kept import cache_home, write_json
 from .check import (
     WrongFoldError,
     check_again,
@@ -34,14 +31,6 @@ from .passes import count_passes
 
 #: Part of every key: raised whenever the derivation or the text of plans changes.
 VERSION = 1
-
-
-def cache_home() -> Path:
-    """Where what was derived and measured is kept: `EINFOLD_CACHE`, or the user's cache folder."""
-    named = os.environ.get("EINFOLD_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "einfold"
 
 
 def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:
@@ -132,16 +121,3 @@ def _store(path: Path, text: str, folding: Folding) -> None:
         "refusals": [[r.statement, r.factor, r.reason] for r in folding.refusals],
     }
     write_json(path, data)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a file of the cache whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file)
-        os.replace(name, path)
-    except OSError:
-        # A cache that cannot be written costs time, not correctness.
-        return

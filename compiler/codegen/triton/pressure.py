@@ -82,22 +82,10 @@ def holds(
     tile: Tiles,
 ) -> bool:
     """Whether a tile is expected to fit the registers."""
-    if values(division, types, sizes, demand, tile) > device.registers_a_thread * _VALUES:
-        return False
-    return registers(division, types, sizes, demand, device, tile) <= _ROOM
-
-
-def registers(
-    division: Division,
-    types: Mapping[str, str],
-    sizes: Mapping[str, int],
-    demand: Demand,
-    device: Device,
-    tile: Tiles,
-) -> float:
-    """Registers a thread for values and operands together."""
     found = values(division, types, sizes, demand, tile)
-    return found + operands(sizes, demand, device, tile, found)
+    if found > device.registers_a_thread * _VALUES:
+        return False
+    return found + operands(sizes, demand, device, tile, found) <= _ROOM
 
 
 def values(

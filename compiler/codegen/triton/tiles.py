@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 
 from .options import Device, Tiles
-from .pressure import Demand, elements, holds, lane, registers
+from .pressure import Demand, elements, holds, lane
 from .roles import ROW, STREAM, Division
 from .values import BYTES
 
@@ -28,17 +28,13 @@ def choose_tiles(
     demand: Demand,
     device: Device,
 ) -> Tiles:
-    """The cheapest tile that fits; where none does, that of the least registers in the shared memory."""
+    """The cheapest tile that fits; the smallest where none is known to fit."""
     found = [
         (cost(division, types, sizes, tile), tile.rows, tile.stream, tile)
         for tile in candidates()
         if fits(division, types, sizes, demand, device, tile)
     ]
-    if found:
-        return min(found, key=lambda item: item[:3])[3]
-    left = [tile for tile in candidates() if shares(division, types, sizes, device, tile)]
-    least = [(registers(division, types, sizes, demand, device, tile), tile) for tile in left]
-    return min(least, key=lambda item: item[0])[1] if least else Tiles(16, 16, 4, 1)
+    return min(found, key=lambda item: item[:3])[3] if found else Tiles(16, 16, 4, 1)
 
 
 def candidates() -> list[Tiles]:
@@ -60,19 +56,8 @@ def fits(
     tile: Tiles,
 ) -> bool:
     """Whether a tile fits the registers, and its streamed operands the shared memory."""
-    return shares(division, types, sizes, device, tile) and holds(
-        division, types, sizes, demand, device, tile
-    )
-
-
-def shares(
-    division: Division,
-    types: Mapping[str, str],
-    sizes: Mapping[str, int],
-    device: Device,
-    tile: Tiles,
-) -> bool:
-    """Whether a tile's operands fit the shared memory."""
+    if not holds(division, types, sizes, demand, device, tile):
+        return False
     plan, roles = division.plan, division.roles
     shared = 0
     for name, tensor in plan.inputs.items():
