@@ -172,6 +172,7 @@ class Estimate:
 def estimate(
     model: str | Path,
     *,
+    target: str | None = None,
     weights: str | None = None,
     cache: str | None = None,
     prune: Method = None,
@@ -191,7 +192,13 @@ def estimate(
     """
     found = open_model(model)
     chosen = resolve_recipe(
-        recipe, weights=weights, cache=cache, prune=prune, quant=quant, share=share
+        recipe,
+        weights=weights,
+        cache=cache,
+        prune=prune,
+        quant=quant,
+        share=share,
+        target=target,
     )
     program, _ = trace(found, chosen)
     layout = program.layout
