@@ -26,13 +26,16 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 @pytest.mark.parametrize(
     ("storage", "options"),
     [
-        ("kivi(residual=8,group=8,key_bits=4,value_bits=4)", {}),
-        ("kivi(residual=8,group=8,key_bits=2,value_bits=2)", {"softcap": 5.0, "sinks": True}),
-        ("kivi(residual=16,group=16,key_bits=3,value_bits=8)", {}),
-        ("kivi(residual=8,group=8,key_bits=8,value_bits=3,keys=token)", {}),
-        ("gear(residual=8,group=8,tokens=16,rank=2,share=0.13)", {}),
-        ("zipcache(residual=0,tokens=16,salient=8)", {}),
-        ("mikv(residual=0,tokens=24,salient=8,group=8)", {}),
+        ("kivi(slack=8,residual=8,group=8,key_bits=4,value_bits=4)", {}),
+        (
+            "kivi(slack=8,residual=8,group=8,key_bits=2,value_bits=2)",
+            {"softcap": 5.0, "sinks": True},
+        ),
+        ("kivi(slack=8,residual=16,group=16,key_bits=3,value_bits=8)", {}),
+        ("kivi(slack=8,residual=8,group=8,key_bits=8,value_bits=3,keys=token)", {}),
+        ("gear(slack=8,residual=8,group=8,tokens=16,rank=2,share=0.13)", {}),
+        ("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
+        ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),
     ],
 )
 def test_kernels_do_what_the_operator_does(
