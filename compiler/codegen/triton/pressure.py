@@ -101,7 +101,7 @@ def values(
 ) -> float:
     """Registers a thread for states, scores and what is computed element by element."""
     plan, roles = division.plan, division.roles
-    live = sum(elements(sizes, roles.axes(s.ranks), tile) for s in plan.states)
+    live: float = sum(elements(sizes, roles.axes(s.ranks), tile) for s in plan.states)
     # Scores are alive beside the weights made of them.
     live += 2 * tile.rows * tile.stream if any(s.over for s in plan.stream) else 0
     # What is made of keys element by element stands beside the keys themselves.
