@@ -78,7 +78,7 @@ ENTRIES = (
         "a quarter of the KV heads keeps all, the others 324 slots; cache in float32",
     ),
     Entry(
-        "einfold int4 quarter, int8 cache",
+        "einfold int4 quarter int8 cache",
         "einfold_engine",
         Form(EINFOLD, ("benchmarks/recipes/int4-kv8.toml", "quarter")),
         "the same, cache in int8 with a scale a channel",

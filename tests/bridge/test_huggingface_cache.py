@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import einfold
-from einfold.compiler.passes.cache_methods import FAMILIES
 from einfold.errors import PromptError, UnsupportedError
 
 from .. import models
@@ -44,8 +43,8 @@ PACKED: dict[str, dict[str, Any]] = {
         "zipcache": "tokens=16,slack=8",
         "mikv": "share=0.5,group=8,tokens=16,residual=8,slack=8",
     }.items()
-    if name in FAMILIES["quant"]
 }
+PACKED["cskv"] = {"share": "cskv", "target": "reference"}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +121,12 @@ def test_tokens_are_the_reference_engines(
     assert cache.nbytes == cache.layout.bytes(3, model.config.max_position_embeddings)
     cache.reset()
     assert generate(model, prompts[1:2], past_key_values=cache) == want[1:2]
+
+
+@pytest.mark.parametrize("share", ["cross_layer:layers=1,threshold=-1", "minicache"])
+def test_layers_that_share_are_refused(share: str) -> None:
+    with pytest.raises(UnsupportedError, match="each layer must keep its own cache"):
+        einfold.cache_for(models.build("llama", num_hidden_layers=4), share=share)
 
 
 def test_what_is_stored_and_what_was_seen(model: Any, cache_for: Any) -> None:

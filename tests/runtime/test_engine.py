@@ -42,6 +42,24 @@ def test_the_cache_is_allocated_once_and_as_accounted(artifact: Callable[..., Pa
     assert cache.lengths.tolist() == [9 + 5, 4 + 5]
 
 
+def test_one_cache_is_held_at_a_time(
+    artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+    held: list[Cache | None] = []
+    allocate = model.engine.allocate
+
+    def watched(*sizes: Any) -> Cache:
+        held.append(model.engine.cache)
+        return allocate(*sizes)
+
+    monkeypatch.setattr(model.engine, "allocate", watched)
+    for _ in range(2):
+        model.generate(prompt(5), max_new_tokens=2, ignore_eos=True)
+        all_logits(model, prompt(5))
+    assert held == [None] * 4
+
+
 @pytest.mark.parametrize("portable", [False, True])
 def test_a_step_writes_the_cache_in_place(portable: bool, artifact: Callable[..., Path]) -> None:
     """Only the new token's slots change, in the very buffers that were bound."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from ....errors import IRError, RecipeError
@@ -12,14 +11,6 @@ from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import PassResult
-
-
-def checked(build: Callable[[], Packed]) -> None:
-    """Builds a storage; raises RecipeError with the sentence that says why it cannot be."""
-    try:
-        build()
-    except IRError as error:
-        raise RecipeError(f"cache.quant: {error}") from error
 
 
 def pack_groups(program: Program, storage: Packed) -> PassResult:
@@ -32,11 +23,11 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
         result.skipped("graph", "no attention in the graph")
         return result
     context = program.model.context
-    if not storage.granules(context):
+    if storage.newest + storage.waiting >= context:
         raise RecipeError(
-            f"cache.quant: {storage.name} packs {storage.granule} tokens at a time behind the newest "
-            f"{storage.residual}, but the context has {context}: nothing would be packed; keep fewer "
-            "tokens as they are, or compile for a longer context"
+            f"cache.quant: {storage.name} leaves the newest {storage.residual} tokens and up to "
+            f"{storage.waiting} that wait as they are, but the context has {context}: nothing would be "
+            "packed; lower residual or slack, or compile for a longer context"
         )
     windows = {
         int(found["layer"]): int(found["window"])

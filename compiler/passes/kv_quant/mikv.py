@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.mixed import MiKV as Storage
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import checked, pack_groups
+from ..base import Pass, PassResult, check_options
+from .layers import pack_groups
 from .shares import salient_tokens
 
 
@@ -23,7 +23,9 @@ class MiKV(Pass):
     seen so far first, so that outlier channels do not drown the others (section 3.2, equation 4).
 
     Differs from the paper: the balancer is a granule's own, in float16, where the paper takes one of the
-    whole prompt; it is used for both precisions.
+    whole prompt; it is used for both precisions. Attention is shared out among the tokens in the slots:
+    that is all of a prompt with `prefill=exact`, but of what follows, only the tokens not packed yet. A
+    token that was packed stays in its bits.
     """
 
     high: int = 8
@@ -39,7 +41,7 @@ class MiKV(Pass):
     requires = frozenset({"cache planned"})
 
     def __post_init__(self) -> None:
-        checked(self.storage)
+        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
         """The storage that these options ask for. Raises IRError for one that cannot be."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.mixed import ZipCache as Storage
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import checked, pack_groups
+from ..base import Pass, PassResult, check_options
+from .layers import pack_groups
 from .shares import salient_tokens
 
 
@@ -26,7 +26,9 @@ class ZipCache(Pass):
     them that is salient, rounded to a multiple of 8 tokens (the paper: 0.6 on GSM8k, 0.8 on HumanEval).
 
     Differs from the paper: every query is counted, not a sample of probes; each KV head chooses its own
-    tokens; scales are of a granule, not of a whole prompt.
+    tokens; scales are of a granule, not of a whole prompt. Attention is shared out among the tokens in the
+    slots: that is all of a prompt with `prefill=exact`, but of what follows, only the tokens not packed yet.
+    A token that was packed stays in its bits.
     """
 
     high: int = 4
@@ -41,7 +43,7 @@ class ZipCache(Pass):
     requires = frozenset({"cache planned"})
 
     def __post_init__(self) -> None:
-        checked(self.storage)
+        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
         """The storage that these options ask for. Raises IRError for one that cannot be."""
