@@ -71,7 +71,7 @@ $(KVPRESS)/.ready: benchmarks/requirements-kvpress.txt
 
 ## Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU and writes benchmarks/results/aot.md.
 aot: $(READY)
-	$(BIN)/python benchmarks/aot.py
+	$(BIN)/python -m benchmarks.aot
 
 clean:
 	rm -rf build dist *.egg-info

@@ -1,7 +1,7 @@
-"""Compiles the kernel of every form for sm_80, sm_90 and sm_100 with no GPU, and writes what came out.
+"""Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU, and writes what came out.
 
-    python benchmarks/aot.py [--out FILE]    all forms, to benchmarks/results/aot.md
-    python benchmarks/aot.py softmax ALiBi   these, to the terminal
+    python -m benchmarks.aot [--out FILE]    all forms and artifacts, to benchmarks/results/aot.md
+    python -m benchmarks.aot softmax ALiBi   these, to the terminal; "head sizes" and "artifacts" are too
 
 What is compiled is kept in build/ under a hash of its source, so that a run that was cut short goes on where
 it was, and a change compiles only what it touches. Exits with 1 where a kernel is outside the limits of
@@ -30,6 +30,8 @@ from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES, Tiles, merge_tiles
 from einfold.compiler.explain import CascadeReport, explain_function
 from einfold.errors import UnsupportedError
+
+from .aot_artifacts import HEADS, functions_of, kinds_of
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "benchmarks" / "results" / "aot.md"
@@ -67,11 +69,13 @@ class Job:
     kernel: Kernel
     capability: int
     kind: str
+    given: Tiles | None = None
 
     @property
     def tiles(self) -> Tiles:
-        """The tiles that the kernel has for this function."""
-        return merge_tiles(self.kernel.tiles) if self.kind == "merge" else self.kernel.tiles
+        """The tiles of this function: `given`, or those that the kernel has for it."""
+        usual = merge_tiles(self.kernel.tiles) if self.kind == "merge" else self.kernel.tiles
+        return self.given or usual
 
     def key(self, version: str) -> str:
         """A hash of all that the compiler is given."""
@@ -144,6 +148,9 @@ def jobs(wanted: set[str], refused: dict[str, str]) -> Iterator[Job]:
         for size in HEAD_SIZES:
             plain = next(form for form in forms(size) if form.name == "softmax")
             yield from _of_size(size, folded(plain))
+    if not wanted or "artifacts" in wanted:
+        for size in HEADS:
+            yield from _of_artifacts(size)
 
 
 def _of_form(name: str, report: CascadeReport) -> Iterator[Job]:
@@ -175,11 +182,20 @@ def _of_size(size: int, report: CascadeReport) -> Iterator[Job]:
             yield Job(section, f"{size}, decode", kernel, capability, "merge")
 
 
+def _of_artifacts(size: int) -> Iterator[Job]:
+    section = f"Artifacts, head size {size}"
+    for name, kind in kinds_of(size).items():
+        for capability in CAPABILITIES:
+            for made, each in functions_of(kind, USUAL, capability):
+                title = f"{name}, {'prefill' if each.name == 'prefill' else 'decode'}"
+                yield Job(section, title, made.kernel, capability, each.kind, each.tiles)
+
+
 def compiled(job: Job, version: str, kept: dict[str, Any]) -> dict[str, Any]:
     """What the compiler says of a function, from `kept` where it is known; raises UnsupportedError."""
     key = job.key(version)
     if key not in kept:
-        made = job.kernel.compile_ahead(job.capability, job.kind)
+        made = job.kernel.compile_ahead(job.capability, job.kind, job.tiles)
         found = asdict(made)
         del found["ptx"], found["cubin"], found["metadata"]
         kept[key] = found
@@ -218,15 +234,18 @@ HEAD = (
 
 ABOUT = """# Kernels compiled ahead of time
 
-Written by `python benchmarks/aot.py` with Triton {version}: every form of
-[the catalogue](../../docs/attention.md) (int8 where it is quantized), compiled with no GPU. A `whole` has
-tiles for {usual} queries and keys, a `part` and its `merge` for one query. Registers are those of a thread,
-shared memory is a block's; spilled bytes are the stores a thread that `ptxas -v` counts; matrix instructions
-are counted in the PTX, where those of three targets do different amounts of work. **Nothing here was run**:
-the table shows that kernels compile and what they use, not how fast they are.
+Written by `python -m benchmarks.aot` with Triton {version}: every form of
+[the catalogue](../../docs/attention.md) (int8 where it is quantized) and of every kind of attention that a
+[Triton artifact](../../docs/triton.md#artifacts) has, compiled with no GPU. A `whole` of a form has tiles for
+{usual} queries and keys, that of an artifact's prefill for 512 queries; parts and merges, and all that an
+artifact decodes with, have tiles for one query. Registers are those of a thread, shared memory is a block's;
+spilled bytes are the stores a thread that `ptxas -v` counts; matrix instructions are counted in the PTX, and
+those of three targets do different amounts of work. **Nothing here was run**: the table shows that kernels
+compile and what they use, not how fast they are.
 
 {count} functions, {seconds:.0f} s of compiling. {spilling} spill, {worst} bytes at most; the limits are
-{limit} bytes on sm_80, sm_90 and sm_100 ([limits.py](../../compiler/codegen/triton/limits.py)). {outside}
+{limit} bytes on sm_80, sm_90 and sm_100, {wide} for float32 at head sizes above 128
+([limits.py](../../compiler/codegen/triton/limits.py)). {outside}
 """
 
 
@@ -241,6 +260,7 @@ def text_of(rows: list[dict[str, Any]], refused: dict[str, str], version: str) -
         spilling=sum(found["spills"] > 0 for found in rows),
         worst=max(found["spills"] for found in rows),
         limit=", ".join(str(limits_of(version, each).spills) for each in CAPABILITIES),
+        wide=limits_of(version, CAPABILITIES[0]).wide,
         outside=f"{len(outside)} are outside their limits."
         if outside
         else "All are within limits.",

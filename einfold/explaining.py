@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from .backend import GraphReport, rewritten
-from .compiler.explain import explain_function
+from .compiler.codegen.triton import generate
+from .compiler.codegen.triton.launch import TYPES
+from .compiler.explain import CascadeReport, explain_function
 from .compiler.fused import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
 from .errors import UnsupportedError
@@ -22,7 +24,8 @@ class Explanation:
     """The report: one entry a cascade, in the order of the graph, and the graphs they are of.
 
     Each of `cascades` has `status` ("fused" or "refused"), `passes_before`, `passes_after`, `reason` and
-    `source`, the code that stands for it, empty where it stays as written.
+    `source`, the code that stands for it, empty where it stays as written. A function that has no attention
+    is one cascade: it stays as written, and `source` is the Triton kernel that its plan gives.
     """
 
     cascades: tuple[FusedCascade, ...]
@@ -97,6 +100,7 @@ def _whole(
             "no attention was found, and a function of tensors alone is needed to read it whole"
         )
     report = explain_function(target, inputs)
+    source = _kernels(report, inputs) if report.status == "fused" else ""
     return FusedCascade(
         "function",
         report.status,
@@ -104,6 +108,23 @@ def _whole(
         report.passes_after,
         report.reason,
         AS_WRITTEN,
-        "",
+        source,
         print_cascade(report.imported.cascade),
     )
+
+
+def _kernels(report: CascadeReport, inputs: tuple[torch.Tensor, ...]) -> str:
+    """The Triton kernel of each pass; empty where a plan has no form as one."""
+    real = next((TYPES.get(item.dtype) for item in inputs if item.is_floating_point()), None)
+    kinds = {"real": real or "fp32", "integer": "i64", "bool": "i1"}
+    try:
+        return "\n".join(
+            generate(
+                plan,
+                {name: kinds[tensor.kind] for name, tensor in plan.inputs.items()},
+                report.imported.sizes,
+            ).source
+            for plan in report.folding.plans
+        )
+    except UnsupportedError:
+        return ""

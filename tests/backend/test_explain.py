@@ -58,6 +58,7 @@ def test_what_has_no_region_is_read_whole() -> None:
 
     (cascade,) = einfold.explain(sigmoid, *(torch.randn(1, 2, 4, 8) for _ in range(3))).cascades
     assert (cascade.passes_before, cascade.passes_after) == (1, 1)
+    assert "# rank" in cascade.source and "tl.dot(" in cascade.source
 
 
 def test_random_numbers_and_compiled_code_are_left_alone() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.aot_artifacts import kinds_of
+from einfold.compiler.attention_kernels.kernels import attention_kernel
 from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.options import DEVICES, Device, Tiles
 from einfold.compiler.codegen.triton.pressure import holds
@@ -83,3 +85,38 @@ def test_a_geforce_has_the_older_instruction_and_less_shared_memory(plan_cache: 
     given = exact.division, exact.types, exact.sizes, exact.demand
     assert holds(*given, DEVICES[90], Tiles(128, 16, 8, 3))
     assert not holds(*given, device, Tiles(128, 16, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "capability", "tile", "spills"),
+    [
+        ("float32", 64, 90, Tiles(128, 64, 8, 3), 68),
+        ("sinks in a window", 64, 90, Tiles(128, 32, 8, 3), 0),
+        ("KIVI, 4 bits", 64, 90, Tiles(128, 64, 8, 3), 132),
+        ("KIVI, 4 bits", 64, 90, Tiles(128, 32, 8, 3), 0),
+        ("GEAR", 64, 90, Tiles(128, 32, 8, 3), 72),
+        ("GEAR", 64, 90, Tiles(128, 16, 8, 3), 0),
+        ("GEAR", 64, 100, Tiles(64, 32, 8, 3), 0),
+        ("KIVI, 4 bits", 128, 90, Tiles(64, 16, 8, 3), 132),
+        ("KIVI, 4 bits", 128, 90, Tiles(128, 16, 8, 3), 48),
+        ("MiKV, high bits", 128, 90, Tiles(128, 16, 8, 3), 36),
+        ("GEAR", 128, 90, Tiles(64, 16, 8, 3), 328),
+        ("GEAR", 128, 80, Tiles(32, 16, 8, 2), 100),
+        ("GEAR", 128, 80, Tiles(16, 16, 4, 2), 0),
+        ("float32", 256, 80, Tiles(16, 16, 4, 2), 248),
+    ],
+)
+def test_tiles_of_artifacts_that_spill_are_not_taken(
+    kind: str, head: int, capability: int, tile: Tiles, spills: int, plan_cache: Path
+) -> None:
+    """Grouped queries in float32 as tf32x3, over float32 and over codes."""
+    device = DEVICES[capability]
+    made = attention_kernel(kinds_of(head)[kind], "tested", (0,), 4096, device, plan_cache).kernel
+    found = holds(made.division, made.types, made.sizes, made.demand, device, tile)
+    assert found == (spills <= 64)
+
+
+def test_where_no_tile_holds_the_rows_are_few_and_the_warps_many(plan_cache: Path) -> None:
+    """Half the warps would spill 196 bytes instead of 84 on sm_80, three times as many on sm_90."""
+    made = attention_kernel(kinds_of(256)["float32"], "tested", (0,), 4096, DEVICES[80], plan_cache)
+    assert made.kernel.tiles == made.decode == Tiles(16, 16, 8, 1)

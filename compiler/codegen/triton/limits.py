@@ -22,16 +22,27 @@ class Limits:
     """Limits of one version on one target: `spills` in bytes a thread, `shared` in bytes a block.
 
     `matrix` is the instruction that products of at least `rows` rows use; fewer rows may use an older one.
+    `wide` is the limit on spills of float32 as tf32x3 at head sizes above 128: the two halves of 16 queries
+    of 256 numbers alone are 256 registers, so no tile is small enough there (none is in the loop on sm_80).
     """
 
     spills: int
     shared: int
     matrix: str
     rows: int = 16
+    wide: int = 96
+
+    def spills_of(self, kernel: Kernel) -> int:
+        """The limit on spills for this kernel."""
+        split = any(product.split for product in kernel.demand.products)
+        lanes = [kernel.sizes[rank] for rank in kernel.division.roles.lanes]
+        return max(self.spills, self.wide if split and max(lanes, default=0) > 128 else 0)
 
 
 #: By version (major.minor) and capability. Spills on sm_80 are stored ahead of the loop; those on sm_90 and
-#: sm_100 come with float32 as tf32x3, and 3.6 has more of them on sm_90 at the same tiles.
+#: sm_100 come with float32 as tf32x3, and 3.6 has more of them on sm_90 at the same tiles. The highest of 3.9
+#: are those of artifacts at head size 128, where the machine code was looked at: ZipCache on sm_90, 76 bytes,
+#: nothing of it in the loop; float32 on sm_100, 120 bytes, of 59 stores and loads one is in the loop.
 LIMITS = {
     "3.6": {
         80: Limits(64, DEVICES[80].shared_bytes, "mma.sync"),
@@ -40,8 +51,8 @@ LIMITS = {
     },
     "3.9": {
         80: Limits(64, DEVICES[80].shared_bytes, "mma.sync"),
-        90: Limits(64, DEVICES[90].shared_bytes, "wgmma.mma_async", 64),
-        100: Limits(96, DEVICES[100].shared_bytes, "tcgen05.mma", 64),
+        90: Limits(80, DEVICES[90].shared_bytes, "wgmma.mma_async", 64),
+        100: Limits(128, DEVICES[100].shared_bytes, "tcgen05.mma", 64),
     },
 }
 
@@ -56,8 +67,9 @@ def limits_of(version: str, capability: int) -> Limits:
 def exceeded(kernel: Kernel, made: Compiled, limits: Limits) -> list[str]:
     """What of a compiled function is outside its limits, a phrase each; nothing where all is within."""
     found = []
-    if made.spills > limits.spills:
-        found.append(f"{made.spills} spilled bytes, {limits.spills} allowed")
+    allowed = limits.spills_of(kernel)
+    if made.spills > allowed:
+        found.append(f"{made.spills} spilled bytes, {allowed} allowed")
     if made.shared > limits.shared:
         found.append(f"{made.shared} bytes of shared memory, {limits.shared} allowed")
     # Exact float32 has no matrix instruction.

@@ -29,8 +29,12 @@ _VALUES = 0.73
 _ROOM = 260
 #: Registers for an operand in tf32x3 beside one in tf32: two halves, and the rest while it is split.
 _SPLIT = 2.3
+#: Of that, what is left when it is split ahead of the loop, or has been counted whole already.
+_HALVES = 2.0 / 2.3
 #: Share of a loaded operand of mma.sync that is in registers at a time.
 _PIECE = 0.25
+#: Streamed matrices that the assembler takes one by one, and registers for each number of one beyond them.
+_MATRICES, _BEYOND = 7, 1.2
 #: How often a result of tcgen05 is in registers while three products are summed.
 _RESULTS = 3.5
 
@@ -97,7 +101,7 @@ def values(
 ) -> float:
     """Registers a thread for states, scores and what is computed element by element."""
     plan, roles = division.plan, division.roles
-    live = sum(elements(sizes, roles.axes(s.ranks), tile) for s in plan.states)
+    live: float = sum(elements(sizes, roles.axes(s.ranks), tile) for s in plan.states)
     # Scores are alive beside the weights made of them.
     live += 2 * tile.rows * tile.stream if any(s.over for s in plan.stream) else 0
     # What is made of keys element by element stands beside the keys themselves.
@@ -106,11 +110,18 @@ def values(
         if STREAM in axes and set(axes) & set(roles.lanes):
             live += 2 * elements(sizes, axes, tile)
     wide = any(product.split or product.exact for product in demand.products)
+    matrices = 0
     for name, tensor in plan.inputs.items():
         axes = roles.axes(tensor.ranks)
+        if STREAM not in axes or not set(axes) & set(roles.lanes):
+            continue
+        matrices += 1
         # Integers become floats in registers ahead of a product; operands of float32 are counted as such.
-        if not wide and types[name] in WHOLE and STREAM in axes and set(axes) & set(roles.lanes):
+        if not wide and types[name] in WHOLE:
             live += elements(sizes, axes, tile)
+        # With 16 rows none was seen to spill, however many there are (GEAR has 14).
+        if wide and matrices > _MATRICES and tile.rows > 16:
+            live += _BEYOND * elements(sizes, axes, tile)
     # Masks and biases come in another layout than scores have, and wait in registers to be turned.
     pairs = [t for t in plan.inputs.values() if {ROW, STREAM} <= set(roles.axes(t.ranks))]
     live += 2 * len(pairs) * tile.rows * tile.stream
@@ -160,11 +171,22 @@ def _sides(
         if device.capability >= 100:
             left, right = left / threads, right / threads + results
         else:
-            # A group of four warps has 64 rows and all that is to the left of them.
-            left, right = left / (128 * min(tile.warps // 4, rows // 64)), right / threads
+            return _grouped(product, tile, rows, left, right)
         part = 1.0
     else:
         return 0.0, 0.0
     if product.still:
         return left, part * right
     return 0.0, part * (right + (0.0 if scores else left))
+
+
+def _grouped(
+    product: Product, tile: Tiles, rows: int, left: float, right: float
+) -> tuple[float, float]:
+    """Registers for the split sides of wgmma, which takes 64 rows a group of four warps."""
+    groups = tile.warps // 4
+    if groups > rows // 64:
+        # Groups that share rows hold about twice as much, and do twice the products.
+        left, right = 2 * left, 2 * right
+    left, right = left / (128 * min(groups, rows // 64)) * _HALVES, right / (32 * tile.warps)
+    return (left, right) if product.still else (0.0, left + right)

@@ -34,7 +34,7 @@ def choose_tiles(
         for tile in candidates()
         if fits(division, types, sizes, demand, device, tile)
     ]
-    return min(found, key=lambda item: item[:3])[3] if found else Tiles(16, 16, 4, 1)
+    return min(found, key=lambda item: item[:3])[3] if found else Tiles(16, 16, 8, 1)
 
 
 def candidates() -> list[Tiles]:

@@ -1,0 +1,60 @@
+"""The kinds of attention that Triton artifacts have kernels for, one of each, for `aot.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from einfold.compiler.attention_kernels.cubins import Variant, variants
+from einfold.compiler.attention_kernels.kernels import SPLITS, AttentionKernel, attention_kernel
+from einfold.compiler.attention_kernels.kinds import AttentionKind
+from einfold.compiler.attention_kernels.packed import PackedKind
+from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.ir.cache.mixed import Mixed
+from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, show_storage
+
+#: Head sizes; float32 and nothing else at the largest.
+HEADS = (64, 128, 256)
+
+#: Packed storages as the passes choose them where nothing else is asked for.
+STORAGES = {
+    "KIVI, 4 bits": Kivi(residual=128),
+    "KIVI, 2 bits": Kivi(residual=128, key_bits=2, value_bits=2),
+    "GEAR": Gear(residual=128),
+    "ZipCache": ZipCache(residual=0),
+    "MiKV": MiKV(residual=32),
+}
+
+
+def kinds_of(head: int) -> dict[str, AttentionKind | PackedKind]:
+    """The kinds of 8 query heads on 2 KV heads of this size, by the name of their row."""
+    scale = head**-0.5
+    plain = AttentionKind(2, 4, head, head, scale, 0, 0.0, False, "fp32", "fp32", False)
+    if head == HEADS[-1]:
+        return {"float32": plain}
+    found: dict[str, AttentionKind | PackedKind] = {
+        "float32": plain,
+        "int8": replace(plain, cache="i8", scaled=True),
+        "window": replace(plain, window=1024),
+        "softcap": replace(plain, softcap=50.0),
+        "sinks in a window": replace(plain, sinks=True, window=128),
+        "compensation count": replace(plain, counted=True),
+        "slots beside packed tokens": replace(plain, lse=True),
+    }
+    for name, storage in STORAGES.items():
+        parts = [part for part, _, _ in storage.parts] if isinstance(storage, Mixed) else [""]
+        for part in parts:
+            title = f"{name}, {part} bits" if part else name
+            kind = PackedKind(2, 4, head, head, scale, 0.0, "fp32", show_storage(storage), part)
+            found[title] = kind
+    return found
+
+
+def functions_of(
+    kind: AttentionKind | PackedKind, context: int, capability: int
+) -> Iterator[tuple[AttentionKernel, Variant]]:
+    """What `--cubins` compiles of a kind, but for splits in more parts, which differ in a constant alone."""
+    made = attention_kernel(kind, "kernel", (0,), context, DEVICES[capability])
+    for each in variants(made):
+        if each.parts <= SPLITS[1]:
+            yield made, each
