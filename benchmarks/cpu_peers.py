@@ -34,8 +34,11 @@ def plan(arguments: argparse.Namespace) -> Plan:
         return Plan((Measure(32), Measure(4, 16), Measure(4, 64)), 2, 2, seconds)
     contexts = [c for c in STEPS if not arguments.quick or c <= 4096]
     measures = (Measure(512), *(Measure(STEPS[c], c) for c in contexts))
+    if arguments.contexts:
+        measures = tuple(Measure(STEPS[c], c) for c in arguments.contexts)
     rounds = arguments.rounds or (2 if arguments.quick else 5)
-    return Plan(measures, rounds, 1 if arguments.quick else 3, seconds)
+    short = arguments.quick or arguments.contexts
+    return Plan(measures, rounds, 1 if short else 3, seconds)
 
 
 def able(entries: list[Entry], shape: str) -> list[Entry]:
@@ -50,6 +53,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of each shape (5, quick 2)")
     parser.add_argument("--minutes", type=float, help="begin no round that would end later")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", choices=STEPS, help="decode at these alone, no prefill"
+    )
     parser.add_argument("--quick", action="store_true", help="the small shape up to 4,096 tokens")
     parser.add_argument("--tiny", action="store_true", help="try the benchmark, not the engines")
     parser.add_argument("--prepare", action="store_true", help="only make the models")

@@ -78,7 +78,7 @@ ENTRIES = (
         "a quarter of the KV heads keeps all, the others 324 slots; cache in float32",
     ),
     Entry(
-        "einfold int4 quarter, int8 cache",
+        "einfold int4 quarter int8 cache",
         "einfold_engine",
         Form(EINFOLD, ("benchmarks/recipes/int4-kv8.toml", "quarter")),
         "the same, cache in int8 with a scale a channel",
@@ -155,16 +155,14 @@ ENTRIES = (
 
 
 def choose(names: list[str]) -> list[Entry]:
-    """The entries whose names contain one of the given words, all of them for no word; the bandwidth
-    always. Raises ValueError for a word that fits none."""
+    """The entries whose names are, or contain, one of the given words, all of them for no word; the
+    bandwidth always. Raises ValueError for a word that fits none."""
+    chosen = {BANDWIDTH} if names else {entry.name for entry in ENTRIES}
     for word in names:
-        if not any(word.lower() in entry.name.lower() for entry in ENTRIES):
+        exact = [e.name for e in ENTRIES if e.name.lower() == word.lower()]
+        found = exact or [e.name for e in ENTRIES if word.lower() in e.name.lower()]
+        if not found:
             known = ", ".join(entry.name for entry in ENTRIES)
             raise ValueError(f"no entry is called {word!r}; there are: {known}")
-    return [
-        entry
-        for entry in ENTRIES
-        if entry.name == BANDWIDTH
-        or not names
-        or any(word.lower() in entry.name.lower() for word in names)
-    ]
+        chosen.update(found)
+    return [entry for entry in ENTRIES if entry.name in chosen]

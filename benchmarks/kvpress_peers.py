@@ -1,6 +1,6 @@
 """einfold's methods that keep fewer tokens beside kvpress's, on the same documents at equal budgets.
 
-python -m benchmarks.kvpress_peers --kvpress-python PYTHON [MODEL] [--every N] [--budgets 256 128 64]
+python -m benchmarks.kvpress_peers --kvpress-python PYTHON [MODEL] [--missing] [--every N]
 
 kvpress runs in an environment of its own (`make methods-peers` makes it). A budget is the tokens that a
 KV head keeps of a prompt. kvpress compresses a prompt once and keeps all that follows; einfold goes on
@@ -69,13 +69,19 @@ def packed() -> dict[str, dict[str, Any]]:
     return found
 
 
-def einfold_rows(model: Path, text: Text, budgets: list[int]) -> list[dict[str, Any]]:
+def einfold_rows(
+    model: Path, text: Text, budgets: list[int], done: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows that are done, and those that lack among them."""
     wanted: list[tuple[str, int | None, dict[str, Any]]] = [
         (name, budget, cache) for budget in budgets for name, cache in settings(budget).items()
     ]
     wanted += [(name, None, cache) for name, cache in packed().items()]
-    rows = []
+    rows = list(done)
+    known = {(row["method"], row["budget"]) for row in done}
     for name, budget, cache in wanted:
+        if (name, budget) in known:
+            continue
         print(f"einfold {name} {budget or ''}", file=sys.stderr, flush=True)
         try:
             found = measure(model, text, cache, ("onnx", "reference"))
@@ -137,6 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--kvpress-python", type=Path, help="[default: kvpress's last figures are taken again]"
     )
+    parser.add_argument("--missing", action="store_true", help="measure what has no figures yet")
     parser.add_argument("--every", type=int, default=3, help="read every N-th document")
     parser.add_argument("--budgets", type=int, nargs="*", default=[256, 128, 64])
     given = parser.parse_args()
@@ -150,7 +157,8 @@ def main() -> None:
             )
             write(results, {"versions": versions, "kvpress": theirs, "einfold": []})
         figures = json.loads(results.read_text(encoding="utf-8"))
-        figures["einfold"] = einfold_rows(given.model, text, given.budgets)
+        done = figures["einfold"] if given.missing else []
+        figures["einfold"] = einfold_rows(given.model, text, given.budgets, done)
         write(results, figures)
     rows = [(engine, row) for engine in ("kvpress", "einfold") for row in figures[engine]]
     rows.sort(key=lambda row: -(row[1]["budget"] or 0))

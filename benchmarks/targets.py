@@ -39,7 +39,7 @@ class Target:
 
 _GENAI, _LLAMA = "genai int4", "llama.cpp Q4_0"
 _LLAMAS = f"{_LLAMA}|{_LLAMA} q8 cache"
-_INT8, _QUARTER = "einfold int4 int8 cache", "einfold int4 quarter, int8 cache"
+_INT8, _QUARTER = "einfold int4 int8 cache", "einfold int4 quarter int8 cache"
 _LONG, _LARGE = "d16384", "llama-3.2-1b"
 
 TARGETS = (

@@ -175,15 +175,19 @@ class Recipe(_Section):
     @staticmethod
     def read(path: Path) -> Recipe:
         """Reads a TOML file. Raises RecipeError naming the key that is unknown or wrong."""
+        return Recipe.build(Recipe.load(path), str(path))
+
+    @staticmethod
+    def load(path: Path) -> dict[str, Any]:
+        """What a TOML file holds, unchecked."""
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            return tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe file {path}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}") from error
-        return Recipe.build(data, str(path))
 
     @staticmethod
     def build(data: dict[str, Any], where: str = "the recipe") -> Recipe:

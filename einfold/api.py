@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,32 +98,41 @@ def resolve_recipe(
     target: str | None = None,
     cubins: Sequence[str] | None = None,
 ) -> Recipe:
-    """A recipe with the given options laid over it."""
+    """A recipe with the given options laid over it, and then checked as a whole."""
+    where = "the recipe"
     if recipe is None:
-        base = Recipe()
+        data, where = {}, "the options"
     elif isinstance(recipe, Recipe):
-        base = recipe
+        data = recipe.model_dump()
     elif isinstance(recipe, dict):
-        base = Recipe.build(recipe)
+        data = copy.deepcopy(recipe)
     else:
-        base = Recipe.read(find_recipe(recipe))
-    data = base.model_dump()
-    if weights is not None:
-        data["weights"]["format"] = weights
-    if cache is not None:
-        data["cache"]["storage"] = cache
-    for family, method in (("prune", prune), ("quant", quant), ("share", share)):
-        if method is not None:
-            data["cache"][family] = None if method == "none" else method
-    if portable is not None:
-        data["onnx"]["portable"] = portable
-    if context is not None:
-        data["context"] = context
-    if target is not None:
-        data["target"] = target
-    if cubins is not None:
-        data["triton"]["cubins"] = tuple(cubins)
-    return Recipe.build(data, "the options")
+        path = find_recipe(recipe)
+        data, where = Recipe.load(path), str(path)
+    for place, value in (
+        (("weights", "format"), weights),
+        (("cache", "storage"), cache),
+        (("cache", "prune"), prune),
+        (("cache", "quant"), quant),
+        (("cache", "share"), share),
+        (("onnx", "portable"), portable),
+        (("context",), context),
+        (("target",), target),
+        (("triton", "cubins"), None if cubins is None else tuple(cubins)),
+    ):
+        if value is not None:
+            undone = value == "none" and place[0] == "cache"
+            _lay_over(data, place, None if undone else value)
+    return Recipe.build(data, where)
+
+
+def _lay_over(data: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    """Sets a key; a section that is no table is left for the check to refuse."""
+    for name in place[:-1]:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            return
+    data[place[-1]] = value
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -172,6 +182,7 @@ class Estimate:
 def estimate(
     model: str | Path,
     *,
+    target: str | None = None,
     weights: str | None = None,
     cache: str | None = None,
     prune: Method = None,
@@ -191,7 +202,13 @@ def estimate(
     """
     found = open_model(model)
     chosen = resolve_recipe(
-        recipe, weights=weights, cache=cache, prune=prune, quant=quant, share=share
+        recipe,
+        weights=weights,
+        cache=cache,
+        prune=prune,
+        quant=quant,
+        share=share,
+        target=target,
     )
     program, _ = trace(found, chosen)
     layout = program.layout

@@ -29,11 +29,13 @@ from .compiler.ir.program import Program
 from .compiler.ir.types import DTYPES
 from .compiler.layer_program import layer_programs
 from .compiler.recipe import Recipe
-from .errors import PromptError, UnsupportedError
+from .errors import IRError, PromptError, UnsupportedError
 from .runtime.cache import Cache
 from .runtime.engine import CHUNK
 
 NAME = "einfold_cache"
+
+_ALONE = "through transformers each layer must keep its own cache, so leave `share` out"
 
 _HANDLES = itertools.count()
 _CACHES: weakref.WeakValueDictionary[int, EinfoldCache] = weakref.WeakValueDictionary()
@@ -220,10 +222,13 @@ class EinfoldCache(TransformersCache):  # type: ignore[misc]
     def __init__(self, model: Any, planned: Program) -> None:
         assert planned.layout is not None
         for layer, _, group in planned.layout.groups():
+            try:
+                CacheLayout((layer,)).bytes(1, 1)
+            except IRError as error:
+                raise UnsupportedError(f"{error}; {_ALONE}") from error
             if group.owner is not None:
                 raise UnsupportedError(
-                    f"layer {layer.layer} reads the cache of layer {group.owner}; through transformers "
-                    "each layer must keep its own, so leave `share` out"
+                    f"layer {layer.layer} reads the cache of layer {group.owner}; {_ALONE}"
                 )
         self.layout = planned.layout
         programs = layer_programs(planned)

@@ -151,6 +151,7 @@ class Model:
             raise PromptError(f"{row.size} tokens do not fit the context of {self.engine.context}")
         if not 0 <= prompt < row.size:
             raise PromptError(f"a prompt of {prompt} tokens leaves nothing of {row.size} to read")
+        self.engine.cache = None  # the last one is let go before the next is taken
         cache = self.engine.cache = self.engine.allocate(1, row.size, prompt or None)
         if prompt:
             self.engine.prefill(cache, [row[:prompt]])

@@ -86,6 +86,7 @@ class Engine:
         longest = max(len(row) for row in rows)
         # The last token written is never read back, so it needs no slot.
         capacity = min(longest + max_new_tokens - 1, self.context)
+        self.cache = None  # the last one is let go before the next is taken
         cache = self.cache = self.allocate(len(rows), capacity, longest)
         logits = self._timed_prefill(cache, rows)
         return self._decode(

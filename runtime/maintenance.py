@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .cache import Cache
 
 
+#: Tokens that are averaged at a time: a prompt of many leaves without a copy of all of it.
+_PIECE = 512
+
+
 def slots_of(cache: Cache, clock: str) -> int:
     """Slots of the groups that go by a counter."""
     layer, index = cache.layout.members(clock)[0]
@@ -135,15 +139,18 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
 def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> None:
     """Adds slots `first` to `last` to the running mean, and puts the mean into slot 0."""
     count_K = cache.buffers[f"{prefix}.count"][row]
-    count_K += last - first
+    for start in range(first, last, _PIECE):
+        end = min(start + _PIECE, last)
+        count_K += end - start
+        for part in PARTS:
+            left_KTD = cache.buffers[f"{prefix}.{part}"][row][:, start:end]
+            mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
+            if _holds_integers(left_KTD):
+                left_KTD = left_KTD * np.float32(1)
+            mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]
-        mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
-        left_KTD = slots_KND[:, first:last]
-        if _holds_integers(slots_KND):
-            left_KTD = left_KTD * np.float32(1)
-        mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
-        slots_KND[:, 0] = _rounded(mean_KD, slots_KND)
+        slots_KND[:, 0] = _rounded(cache.buffers[f"{prefix}.mean_{part}"][row], slots_KND)
 
 
 def _rounded(values: Any, like: Any) -> Any:

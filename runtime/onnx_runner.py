@@ -76,8 +76,9 @@ class OnnxRunner:
         binding = self._binding
         if binding is None or not binding.fits(cache, input_ids, logit_rows):
             binding = self._bind(cache, input_ids, logit_rows)
-            # Bindings of a decode step are kept; a prefill chunk's shapes come once.
-            self._binding = binding if input_ids.shape[1] == 1 else None
+            # Bindings of a decode step are kept. Those of a prompt are not: `settle` replaces buffers, and
+            # one that is bound would stay in memory, and be written to.
+            self._binding = binding if input_ids.shape[1] == 1 and cache.prompt is None else None
         given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
         for name, array in (given | cache.counters).items():
             binding.inputs[name][:] = array

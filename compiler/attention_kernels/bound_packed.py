@@ -28,8 +28,8 @@ def attend_packed(
 
     def attend(
         q_BSHD: Tensor,
-        k_BSKD: Tensor,
-        v_BSKD: Tensor,
+        k_BSKD: Tensor | None,
+        v_BSKD: Tensor | None,
         key_cache_BKCD: Tensor,
         value_cache_BKCD: Tensor,
         used_B: Tensor,
@@ -47,10 +47,12 @@ def attend_packed(
     ) -> tuple[Tensor, Tensor, Tensor]:
         if cos_PR is not None and sin_PR is not None and positions_BS is not None:
             q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-        slot_BS = new_slots(used_B, q_BSHD.shape[1])
-        write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
-        write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+            if k_BSKD is not None:
+                k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+        if k_BSKD is not None and v_BSKD is not None:
+            slot_BS = new_slots(used_B, q_BSHD.shape[1])
+            write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
+            write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
         heads = (slots.kind.kv_heads, slots.kind.group)
         query = q_BSHD.unflatten(2, heads)
         given = {"query": query, "key": key_cache_BKCD, "value": value_cache_BKCD}
@@ -59,7 +61,7 @@ def attend_packed(
             given["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
         states = [_run(slots, given, key_cache_BKCD.shape[2], parts)]
         if bulk[0].shape[2]:  # there are no granules while a prompt is read whole
-            shape = GroupShape(heads[0], k_BSKD.shape[3], v_BSKD.shape[3])
+            shape = GroupShape(heads[0], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
             names = piece_names(packed_storage(storage), shape)
             pieces = dict(zip(names, bulk, strict=True))
             states += [_over_stream(made, query, packed_B, pieces, parts) for made in streams]

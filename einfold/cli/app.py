@@ -58,6 +58,15 @@ RecipeFile = Annotated[
         "(int4, int4-128, int4-exact, streaming); options override it.",
     ),
 ]
+TargetOption = Annotated[
+    Target | None,
+    typer.Option(
+        help="What to generate: a model for onnxruntime, or Triton kernels for attention on a GPU, beside "
+        "which torch runs the rest, or nothing (reference: torch runs the graph by its operators' meaning, "
+        "slowly). [default: onnx]",
+        show_default=False,
+    ),
+]
 WeightsOption = Annotated[
     Weights | None,
     typer.Option(
@@ -161,15 +170,7 @@ def compile_(
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The artifact folder to write.", show_default=False)
     ],
-    target: Annotated[
-        Target | None,
-        typer.Option(
-            help="What to generate: a model for onnxruntime, or Triton kernels for attention on a GPU, "
-            "beside which torch runs the rest, or nothing (reference: torch runs the graph by its operators' "
-            "meaning, slowly). [default: onnx]",
-            show_default=False,
-        ),
-    ] = None,
+    target: TargetOption = None,
     cubins: Annotated[
         str | None,
         typer.Option(
@@ -399,6 +400,7 @@ def bench(
 @app.command()
 def estimate(
     model: ModelName,
+    target: TargetOption = None,
     weights: WeightsOption = None,
     cache: CacheOption = None,
     prune: PruneOption = None,
@@ -427,6 +429,7 @@ def estimate(
     from .verbs import estimate_model
 
     options = {
+        "target": _name(target),
         "weights": _name(weights),
         "cache": _name(cache),
         "prune": prune,
@@ -473,6 +476,7 @@ def diff(
 
 @app.command()
 def passes(
+    target: TargetOption = None,
     weights: WeightsOption = None,
     cache: CacheOption = None,
     prune: PruneOption = None,
@@ -489,6 +493,7 @@ def passes(
     from .verbs import list_passes
 
     options = {
+        "target": _name(target),
         "weights": _name(weights),
         "cache": _name(cache),
         "prune": prune,

@@ -82,7 +82,10 @@ def decode_seconds(
     engine = model.engine
     random = np.random.default_rng(seed)
     cache = engine.allocate(batch, context + new_tokens)
-    for buffer in cache.buffers.values():
+    for spec in engine.layout.buffers(batch, context + new_tokens):
+        if spec.role != "slots":
+            continue  # packed tokens name places too, which not every number is
+        buffer = cache.buffers[spec.name]
         noise = random.standard_normal(buffer.shape[1:], np.float32)
         # Buffers of a device take numbers in their own way.
         buffer[:] = (

@@ -141,6 +141,7 @@ def test_a_peer_that_is_missing_is_told_in_the_page() -> None:
 
 def test_entries_are_chosen_by_words() -> None:
     assert [e.name for e in choose(["inductor"])] == [BANDWIDTH, "inductor bf16"]
+    assert [e.name for e in choose(["Einfold int4"])] == [BANDWIDTH, "einfold int4"]  # a whole name
     assert len(choose([])) == len(ENTRIES)
     with pytest.raises(ValueError, match="no entry is called 'vllm'"):
         choose(["vllm"])

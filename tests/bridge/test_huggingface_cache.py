@@ -34,6 +34,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "votes": {"prune": "snapkv:tokens=16,observe=6,slack=4"},
 }
 
+#: Those that pack, of which onnxruntime takes none.
+PACKED: dict[str, dict[str, Any]] = {
+    name: {"quant": f"{name}:{options}", "target": "reference"}
+    for name, options in {
+        "kivi": "bits=4,group=8,residual=8,slack=8",
+        "gear": "bits=4,group=8,tokens=16,residual=8,slack=8",
+        "zipcache": "tokens=16,slack=8",
+        "mikv": "share=0.5,group=8,tokens=16,residual=8,slack=8",
+    }.items()
+}
+PACKED["cskv"] = {"share": "cskv", "target": "reference"}
+
 
 @pytest.fixture(scope="module")
 def model(text_model: Path) -> Any:
@@ -91,12 +103,13 @@ def test_a_full_cache_is_transformers_own(model: Any, cache_for: Any, count: int
     torch.testing.assert_close(got[real], model(**inputs).logits[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS | PACKED)
 def test_tokens_are_the_reference_engines(
     name: str, model: Any, cache_for: Any, text_model: Path, tmp_path: Path
 ) -> None:
-    options, prompts = METHODS[name], rows(3)
+    options, prompts = dict((METHODS | PACKED)[name]), rows(3)
     einfold.compile(text_model, tmp_path / "a", check=False, **options)
+    options.pop("target", None)
     reference = einfold.load(tmp_path / "a", engine="reference")
     want = [
         r.tokens for r in reference.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True)
@@ -108,6 +121,12 @@ def test_tokens_are_the_reference_engines(
     assert cache.nbytes == cache.layout.bytes(3, model.config.max_position_embeddings)
     cache.reset()
     assert generate(model, prompts[1:2], past_key_values=cache) == want[1:2]
+
+
+@pytest.mark.parametrize("share", ["cross_layer:layers=1,threshold=-1", "minicache"])
+def test_layers_that_share_are_refused(share: str) -> None:
+    with pytest.raises(UnsupportedError, match="each layer must keep its own cache"):
+        einfold.cache_for(models.build("llama", num_hidden_layers=4), share=share)
 
 
 def test_what_is_stored_and_what_was_seen(model: Any, cache_for: Any) -> None:

@@ -63,6 +63,15 @@ def test_the_streaming_recipe_is_constant_in_the_context(text_model: Path) -> No
     assert einfold.compiler.recipe.Recipe.read(ready).cache.prune is not None
 
 
+def test_packed_caches_are_estimated_for_the_targets_that_read_them(text_model: Path) -> None:
+    method = ("--quant", "kivi:group=16,residual=16,slack=8")
+    refused("estimate", text_model, *method, code=7, says="compile for the target triton")
+    found = as_json("estimate", text_model, *method, "--target", "reference")
+    assert found["cache"] < as_json("estimate", text_model)["cache"]
+    names = [step["name"] for step in as_json("passes", *method, "--target", "reference")]
+    assert "kivi" in names
+
+
 def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     rows = as_json("methods")
     listed = {(row["family"], row["name"]) for row in rows}

@@ -373,7 +373,11 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         want = reference.run(inputs)
         got = session.run(None, {n: t.numpy() for n, t in inputs.items() if n in used})
         named = dict(zip(want, got, strict=True))
-        np.testing.assert_allclose(named["o"], want["o"].numpy(), rtol=2e-5, atol=2e-6)
+        # An output is a mean of values, so its rounding goes by the largest of them, not by itself.
+        largest = max(1.0, float(want["cache.0.0.value"].abs().max()))
+        if stored is torch.int8:
+            largest = 1.0
+        np.testing.assert_allclose(named["o"], want["o"].numpy(), rtol=2e-5, atol=2e-6 * largest)
         for row, length in enumerate(lengths):
             valid = length + new
             for name in ("cache.0.0.key", "cache.0.0.value"):
@@ -393,15 +397,18 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
     }
     first = int(options["count"] != "none")  # slot 0 is taken from the start
     for tensor in empty.values():
-        tensor[:, :, :first] = torch.randint(-9, 9, tensor[:, :, :first].shape).to(stored)
+        lead = tensor[:, :, :first]
+        lead.copy_(torch.randint(-9, 9, lead.shape, generator=generator))
     one = {name: tensor[:1].clone() for name, tensor in empty.items()}
     one = step(1, [first], 7, one)
     one = step(1, [first + 7], 5, one)
     step(1, [first + 12], 1, one)
-    if (
-        first
-    ):  # GroupQueryAttention takes no rows together over slots in use; the engine runs them apart
-        both = {name: torch.randint(-9, 9, t.shape).to(stored) for name, t in empty.items()}
+    if first:
+        # GroupQueryAttention takes no rows together over slots in use; the engine runs them apart.
+        both = {
+            name: torch.randint(-9, 9, t.shape, generator=generator).to(stored)
+            for name, t in empty.items()
+        }
     else:
         both = step(2, [0, 0], 6, empty)
     step(2, [first + 6, first + 3], 1, both)

@@ -65,7 +65,7 @@ def test_weights_without_numbers_and_engines_without_name(tmp_path: Path) -> Non
         hollow = AutoModelForCausalLM.from_config(models.build("llama").config)
     with pytest.raises(ModelError, match="meta device"):
         einfold.compile(hollow, tmp_path / "out")
-    with pytest.raises(RecipeError, match="'onyx' is none of onnx, reference"):
+    with pytest.raises(RecipeError, match="'onyx' is none of onnx, triton, reference"):
         einfold.load(tmp_path, engine="onyx")  # type: ignore[arg-type]
 
 

@@ -38,27 +38,27 @@ BODY = """
 
 PASSES = [
     (
-        Kivi(group=8, residual=8),
-        "kivi(residual=8,slack=64,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel)",
+        Kivi(group=8, residual=8, slack=4),
+        "kivi(residual=8,slack=4,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel)",
         # codes of both, then scale and zero of a channel (8 tokens) and of a token
         2 * (8 * 2 / 8 + 8 * 4 / 8 + 8 * 2 / 8 + 4),
     ),
     (
-        Gear(bits=4, group=8, residual=8, tokens=16, rank=1, share=0.2),
-        "gear(residual=8,slack=64,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
+        Gear(bits=4, group=8, residual=8, slack=4, tokens=16, rank=1, share=0.2),
+        "gear(residual=8,slack=4,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
         "tokens=16,rank=1,share=0.2)",
         # KIVI's, then left and right of both, then outliers: 4 of a channel's 16, 2 of a token's 8
         2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (4 * 8 / 16 + 2) * 3),
     ),
     (
-        ZipCache(share=0.5, tokens=16),
-        "zipcache(residual=0,slack=64,prefill=exact,high=4,low=2,salient=8,tokens=16)",
+        ZipCache(share=0.5, tokens=16, slack=4),
+        "zipcache(residual=0,slack=4,prefill=exact,high=4,low=2,salient=8,tokens=16)",
         # 3 bits each in the mean, two scales and zeros a channel, one a token, and the norms
         2 * (6 + 2 * 8 * 4 / 16 + 4 + 8 * 2 / 16),
     ),
     (
-        MiKV(share=0.5, group=8, tokens=16),
-        "mikv(residual=32,slack=64,prefill=exact,high=8,low=2,salient=8,tokens=16,group=8)",
+        MiKV(share=0.5, group=8, tokens=16, slack=4),
+        "mikv(residual=32,slack=4,prefill=exact,high=8,low=2,salient=8,tokens=16,group=8)",
         2 * (10 + 2 * 4 + 8 * 2 / 16),
     ),
 ]
@@ -100,7 +100,7 @@ def test_every_method_is_listed() -> None:
 
 def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
     found = planned(window=5)
-    result = Kivi(group=8, residual=8).run(found)
+    result = Kivi(group=8, residual=8, slack=4).run(found)
     assert result.notes[0].what == "has a sliding window of 5 tokens of its own"
     assert not result.changed and not found.layout.packs()
     found = planned()
@@ -108,7 +108,7 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
     first, second = (type(layer.groups[0])((head,)) for head in (0, 1))
     groups = (type(first)((0,), Full()), type(first)((1,), Window(4, 16)))
     found.layout = CacheLayout((type(layer)(3, 2, 8, 8, groups),))
-    result = Kivi(group=8, residual=8).run(found)
+    result = Kivi(group=8, residual=8, slack=4).run(found)
     assert [group.packed for group in found.layout[3].groups] == [True, False]
     assert result.notes[1].what == "heads 1 keep few tokens already, by window"
     AttachCache().run(found)
@@ -126,9 +126,16 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
         (lambda: Gear(group=24, tokens=64), "group of 24 does not divide the granule 64"),
         (lambda: ZipCache(share=1.0), "fewer salient than all"),
         (lambda: MiKV(share=0.01), "not 0 of 128"),
-        (lambda: Kivi(group=16, residual=16).run(planned()), "16 does not divide the value size"),
-        (lambda: Gear(group=8, residual=8, tokens=16, rank=9).run(planned()), "rank 9"),
+        (
+            lambda: Kivi(group=16, residual=16, slack=4).run(planned()),
+            "16 does not divide the value size",
+        ),
+        (lambda: Gear(group=8, residual=8, slack=4, tokens=16, rank=9).run(planned()), "rank 9"),
         (lambda: Kivi(group=8, residual=60).run(planned()), "the context has 64"),
+        (
+            lambda: Kivi(group=8, residual=8, slack=49).run(planned()),
+            "8 tokens and up to 56 that wait",
+        ),
     ],
 )
 def test_nonsense_is_refused(step: Callable[[], Any], reason: str) -> None:
@@ -151,14 +158,14 @@ def test_a_recipe_says_where_packed_tokens_can_be_read(target: str) -> None:
 
 def test_a_bulk_of_another_storage_is_refused() -> None:
     found = planned()
-    Kivi(group=8, residual=8).run(found)
+    Kivi(group=8, residual=8, slack=4).run(found)
     AttachCache().run(found)
     text = print_program(found)
     with pytest.raises(IRError, match="does not hold the pieces"):
         parse(
             text.replace(
-                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=64,prefill=exact,key_bits=2',
-                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=64,prefill=exact,key_bits=4',
+                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=4,prefill=exact,key_bits=2',
+                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=4,prefill=exact,key_bits=4',
             )
         )
     other = parse(text.replace('false, "kivi(residual=8', 'false, "kivi(residual=9'))

@@ -23,8 +23,9 @@ from einfold.compiler.passes.kv_prune.h2o import H2O
 from einfold.compiler.passes.kv_prune.native_window import NativeWindow
 from einfold.compiler.passes.kv_prune.razor_attention import RazorAttention, choose
 from einfold.compiler.passes.kv_prune.snapkv import SnapKV
+from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.recipe import Recipe
-from einfold.errors import IRError, RecipeError
+from einfold.errors import RecipeError
 from einfold.runtime.cache import Cache
 
 from .. import models
@@ -102,11 +103,11 @@ def test_without_weights_the_bytes_are_the_same() -> None:
     blind, seeing = planned(), planned()
     seeing.statistics = Known(induction=[[0] * 8, [1] * 8], echo=[[1] * 8, [0] * 8])
     for found in (blind, seeing):
-        RazorAttention(induction=0.5, echo=0.125, recent=8).run(found)
+        RazorAttention(induction=0.5, echo=0.125, recent=8, slack=4).run(found)
     assert blind.layout is not None and seeing.layout is not None
     assert lines(blind) != lines(seeing)
     assert blind.layout.account() == seeing.layout.account()
-    notes = RazorAttention(recent=8).run(planned()).notes
+    notes = RazorAttention(recent=8, slack=4).run(planned()).notes
     assert [note.what for note in notes if note.action == "skipped"] == [
         "without weights they are chosen at will; only sizes count"
     ]
@@ -115,10 +116,12 @@ def test_without_weights_the_bytes_are_the_same() -> None:
 def test_what_cannot_be_pruned_is_refused_or_skipped() -> None:
     with pytest.raises(RecipeError, match=r"shares of retrieval heads, 0\.9 by induction and 0\.2"):
         RazorAttention(induction=0.9, echo=0.2)
-    with pytest.raises(RecipeError, match="would keep 65 tokens, but the context has 64"):
+    with pytest.raises(
+        RecipeError, match="would keep 65 tokens and up to 64 of slack, but the context"
+    ):
         RazorAttention(recent=60).run(planned())
     found = planned(window=5)
-    notes = RazorAttention(recent=8).run(found).notes
+    notes = RazorAttention(recent=8, slack=4).run(found).notes
     assert ("layer 1", "has a sliding window of 5 tokens of its own") in [
         (note.where, note.what) for note in notes if note.action == "skipped"
     ]
@@ -213,6 +216,20 @@ def test_layers_whose_attention_cannot_be_followed_are_skipped(method: Pass) -> 
         ({"method": "h2o", "tokens": 64, "recent": 64}, "beside the 64 of recent; raise tokens"),
         ({"method": "ems", "tokens": 8}, "beside the 32 of recent"),
         ({"method": "razor_attention", "echo": -0.5}, "must each be 0 or more"),
+        (
+            {"method": "razor_attention", "recent": 0},
+            "cache.prune: a window keeps 0 or more sinks, 1",
+        ),
+        ({"method": "snapkv", "kernel": 4}, "cache.prune: votes are pooled over an odd number"),
+        ({"method": "ems", "similarity": 2}, "cache.prune: merged looks at"),
+        (
+            {"method": "streaming_llm", "prefill": "late"},
+            "prefill is exact or streaming, not 'late'",
+        ),
+        (
+            {"method": "h2o", "tokens": 9, "recent": -3},
+            "cache.prune: heavy_hitters keeps 1 or more",
+        ),
         ({"method": "h2o", "budget": 3}, "unknown key 'budget'; h2o takes tokens, recent, slack"),
     ],
 )
@@ -222,18 +239,17 @@ def test_budgets_that_cannot_be(table: dict[str, object], message: str) -> None:
 
 
 def test_what_keeps_as_much_as_the_context_is_refused() -> None:
-    for method in (SnapKV(64), H2O(80), EMS(64)):
+    slack_fills_it = StreamingLLM(sinks=4, recent=40, slack=20)
+    for method in (SnapKV(64), H2O(80), EMS(64), slack_fills_it):
         with pytest.raises(RecipeError, match="but the context has 64: nothing would be pruned"):
             method.run(planned())
-    with pytest.raises(IRError, match="an odd number of tokens, not 4"):
-        SnapKV(40, kernel=4).run(planned())
 
 
 def test_merging_is_refused_where_tokens_are_integers() -> None:
     from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 
     found = planned()
-    EMS(40).run(found)
+    EMS(40, slack=4).run(found)
     StaticInt8().run(found)
     with pytest.raises(RecipeError, match="layer 0: tokens that are merged are averaged"):
         AttachCache().run(found)
@@ -244,7 +260,7 @@ def test_shown_queries_times_stored_keys_are_the_logits() -> None:
     from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 
     found = planned()
-    H2O(40).run(found)
+    H2O(40, slack=4).run(found)
     StaticInt8().run(found)
     scale = torch.rand(4, 8) + 0.5
     for name in list(found.cache_weights):
@@ -389,7 +405,12 @@ def test_razor_attention_is_attention_to_what_the_paper_keeps(prefill: str, chun
 
 def test_with_room_for_everything_nothing_changes() -> None:
     """Every method is full attention as long as its budget holds the text."""
-    for method in (SnapKV(50, 8), H2O(50), EMS(50), RazorAttention(0.25, 0, 4, 50)):
+    for method in (
+        SnapKV(50, 8, slack=4),
+        H2O(50, slack=4),
+        EMS(50, slack=4),
+        RazorAttention(0.25, 0, 4, 50, 4),
+    ):
         text = Text(method, 40, [12, 30])
         got = text.outputs(7)
         for row, prompt in enumerate(text.prompts):

@@ -238,7 +238,7 @@ def test_a_stack_is_one_layout() -> None:
     found = planned(0, 0, 0, 0)
     MiniCache(group=8, residual=8).run(found)
     pruned = StreamingLLM(sinks=1, recent=8, slack=8).run(found)
-    packed = Kivi(bits=4, group=8, residual=8).run(found)
+    packed = Kivi(bits=4, group=8, residual=8, slack=4).run(found)
     assert [n.action for n in pruned.notes] == ["applied", "applied", "skipped", "skipped"]
     assert all(note.action == "skipped" for note in packed.notes)
     assert "packed by minicache already" in packed.notes[3].what
@@ -249,7 +249,7 @@ def test_a_stack_is_one_layout() -> None:
 def test_a_reader_attends_over_packed_tokens_of_its_owner() -> None:
     found = planned(0, 0, 0)
     CrossLayer(layers=2).run(found)
-    Kivi(bits=8, group=8, residual=8).run(found)
+    Kivi(bits=8, group=8, residual=8, slack=4).run(found)
     AttachCache().run(found)
     verify(found, deep=True)
     assert sum("packed_attention(%" in c and ", none, none, %" in c for c in calls(found)) == 2

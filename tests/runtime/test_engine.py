@@ -42,6 +42,24 @@ def test_the_cache_is_allocated_once_and_as_accounted(artifact: Callable[..., Pa
     assert cache.lengths.tolist() == [9 + 5, 4 + 5]
 
 
+def test_one_cache_is_held_at_a_time(
+    artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+    held: list[Cache | None] = []
+    allocate = model.engine.allocate
+
+    def watched(*sizes: Any) -> Cache:
+        held.append(model.engine.cache)
+        return allocate(*sizes)
+
+    monkeypatch.setattr(model.engine, "allocate", watched)
+    for _ in range(2):
+        model.generate(prompt(5), max_new_tokens=2, ignore_eos=True)
+        all_logits(model, prompt(5))
+    assert held == [None] * 4
+
+
 @pytest.mark.parametrize("portable", [False, True])
 def test_a_step_writes_the_cache_in_place(portable: bool, artifact: Callable[..., Path]) -> None:
     """Only the new token's slots change, in the very buffers that were bound."""
@@ -144,3 +162,15 @@ def test_logits_checks_every_token(artifact: Callable[..., Path]) -> None:
 def test_text_needs_a_tokenizer(artifact: Callable[..., Path]) -> None:
     with pytest.raises(PromptError, match="holds no tokenizer"):
         einfold.load(artifact("llama"), threads=1).generate("hello")
+
+
+def test_one_token_prompts_are_read_together_and_settled(tmp_path: Path) -> None:
+    """Their only step looks like one of decoding, but the buffers that it was bound to are replaced."""
+    out = tmp_path / "a"
+    method = "streaming_llm:sinks=1,recent=20,slack=10"
+    einfold.compile(models.build("llama"), out, prune=method, check=False)
+    model = einfold.load(out, threads=1)
+    together = model.generate_batch([[5], [7]], max_new_tokens=12, ignore_eos=True)
+    for first, row in zip((5, 7), together, strict=True):
+        alone = model.generate([first], max_new_tokens=12, ignore_eos=True)
+        assert row.tokens == alone.tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...ir.cache.policies import Merged
 from ...ir.program import Program
 from ..base import Pass, PassResult
-from .layers import check_budget, observable, with_policy
+from .layers import check_budget, checked, observable, with_policy
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,20 @@ class EMS(Pass):
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.tokens, self.recent, "recent")
+        checked(self.policy)
+
+    def policy(self) -> Merged:
+        """The policy that these options ask for. Raises IRError for one that cannot be."""
+        heavy = self.tokens - self.recent
+        return Merged(heavy, self.recent, self.slack, self.prefill, self.local, self.similarity)
 
     def run(self, program: Program) -> PassResult:
-        result = PassResult()
-        heavy = self.tokens - self.recent
-        policy = Merged(heavy, self.recent, self.slack, self.prefill, self.local, self.similarity)
-        for layer in observable(program, result, self.tokens):
+        result, policy = PassResult(), self.policy()
+        for layer in observable(program, result, policy):
             with_policy(program, layer, policy)
             result.applied(
                 f"layer {layer.layer}",
-                f"{layer.kv_heads} KV heads keep {heavy} centres, which others merge into, and "
+                f"{layer.kv_heads} KV heads keep {policy.heavy} centres, which others merge into, and "
                 f"{self.recent} recent tokens",
             )
         return result

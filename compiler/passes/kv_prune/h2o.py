@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...ir.cache.policies import HeavyHitters
 from ...ir.program import Program
 from ..base import Pass, PassResult
-from .layers import check_budget, observable, with_policy
+from .layers import check_budget, checked, observable, with_policy
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,23 @@ class H2O(Pass):
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.tokens, self.newest, "recent")
+        checked(self.policy)
 
     @property
     def newest(self) -> int:
         return max(1, self.tokens // 2) if self.recent is None else self.recent
 
+    def policy(self) -> HeavyHitters:
+        """The policy that these options ask for. Raises IRError for one that cannot be."""
+        return HeavyHitters(self.tokens - self.newest, self.newest, self.slack, self.prefill)
+
     def run(self, program: Program) -> PassResult:
-        result = PassResult()
-        heavy = self.tokens - self.newest
-        policy = HeavyHitters(heavy, self.newest, self.slack, self.prefill)
-        for layer in observable(program, result, self.tokens):
+        result, policy = PassResult(), self.policy()
+        for layer in observable(program, result, policy):
             with_policy(program, layer, policy)
             result.applied(
                 f"layer {layer.layer}",
-                f"{layer.kv_heads} KV heads keep {heavy} heavy hitters and {self.newest} recent tokens",
+                f"{layer.kv_heads} KV heads keep {policy.heavy} heavy hitters and {policy.recent} "
+                "recent tokens",
             )
         return result

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ....errors import RecipeError
+from ....errors import IRError, RecipeError
 from ...ir.cache.layout import CacheLayout, LayerCache
-from ...ir.cache.policies import Policy
+from ...ir.cache.policies import HeavyHitters, Policy, Voted, Window
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import PassResult
 
+#: Policies that a method may choose.
+Chosen = Window | HeavyHitters | Voted
 
-def prunable(program: Program, result: PassResult, kept: int) -> Iterator[LayerCache]:
+
+def prunable(program: Program, result: PassResult, policy: Chosen) -> Iterator[LayerCache]:
     """The layers whose caches hold every token; the others are noted as skipped, with the reason.
 
-    Raises RecipeError where the context has no more tokens than a method would keep.
+    Raises RecipeError where the context has no more tokens than a policy has slots for.
     """
     if program.layout is None:
         result.skipped("graph", "no attention in the graph")
         return
-    if kept >= program.model.context:
+    kept, context = policy.lead + policy.newest, program.model.context
+    if kept + policy.slack >= context:
         raise RecipeError(
-            f"the cache would keep {kept} tokens, but the context has {program.model.context}: nothing "
-            "would be pruned; keep fewer tokens, or compile for a longer context"
+            f"the cache would keep {kept} tokens and up to {policy.slack} of slack, but the context has "
+            f"{context}: nothing would be pruned; keep fewer tokens, lower slack, or compile for a longer "
+            "context"
         )
     windows = {
         int(found["layer"]): int(found["window"])
@@ -55,10 +60,10 @@ def with_layer(program: Program, layer: LayerCache) -> None:
     )
 
 
-def observable(program: Program, result: PassResult, kept: int) -> Iterator[LayerCache]:
+def observable(program: Program, result: PassResult, policy: Chosen) -> Iterator[LayerCache]:
     """The prunable layers whose attention the runtime can follow, from queries and keys alone."""
     calls = {int(f["layer"]): f for f in map(call_arguments, attention_nodes(program))}
-    for layer in prunable(program, result, kept):
+    for layer in prunable(program, result, policy):
         found = calls[layer.layer]
         if found["softcap"]:
             result.skipped(f"layer {layer.layer}", "its logits are capped, which scores leave out")
@@ -66,6 +71,14 @@ def observable(program: Program, result: PassResult, kept: int) -> Iterator[Laye
             result.skipped(f"layer {layer.layer}", "has learned sinks, which scores leave out")
         else:
             yield layer
+
+
+def checked(build: Callable[[], Policy]) -> None:
+    """Builds a policy; raises RecipeError with the sentence that says why it cannot be."""
+    try:
+        build()
+    except IRError as error:
+        raise RecipeError(f"cache.prune: {error}") from error
 
 
 def check_budget(method: str, tokens: int, newest: int, named: str) -> None:

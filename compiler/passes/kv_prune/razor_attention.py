@@ -11,7 +11,7 @@ from ...ir.cache.layout import HeadGroup, LayerCache
 from ...ir.cache.policies import Window
 from ...ir.program import Program
 from ..base import Pass, PassResult
-from .layers import prunable, with_layer
+from .layers import checked, prunable, with_layer
 
 #: A KV head of the model: (layer, head).
 Head = tuple[int, int]
@@ -55,12 +55,16 @@ class RazorAttention(Pass):
                 f"the shares of retrieval heads, {self.induction} by induction and {self.echo} by echo, must "
                 "each be 0 or more, and 1 or less together"
             )
+        checked(lambda: self.policy(5))
+
+    def policy(self, context: int) -> Window:
+        """The policy of the heads that do not retrieve. Raises IRError for one that cannot be."""
+        recent = max(1, context // 5) if self.recent is None else self.recent
+        return Window(self.sinks, recent, self.slack, True, self.prefill)
 
     def run(self, program: Program) -> PassResult:
-        result = PassResult()
-        recent = max(1, program.model.context // 5) if self.recent is None else self.recent
-        window = Window(self.sinks, recent, self.slack, True, self.prefill)
-        layers = list(prunable(program, result, self.sinks + recent + 1))
+        result, window = PassResult(), self.policy(program.model.context)
+        layers = list(prunable(program, result, window))
         retrieval = self._retrieval_heads(program, layers, result)
         for layer in layers:
             heads = tuple(h for h in range(layer.kv_heads) if (layer.layer, h) in retrieval)
@@ -69,7 +73,7 @@ class RazorAttention(Pass):
             result.applied(
                 f"layer {layer.layer}",
                 f"{len(heads)} of {layer.kv_heads} KV heads retrieve and keep all; {others} keep "
-                f"{self.sinks} sinks, {recent} recent tokens and a compensation token",
+                f"{self.sinks} sinks, {window.recent} recent tokens and a compensation token",
             )
         return result
 

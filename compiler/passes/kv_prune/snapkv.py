@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...ir.cache.policies import Voted
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import Pass, PassResult
-from .layers import check_budget, observable, with_policy
+from .layers import check_budget, checked, observable, with_policy
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class SnapKV(Pass):
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.tokens, self.observe, "observe")
+        checked(self.policy)
+
+    def policy(self, queries: int = 1) -> Voted:
+        """The policy that these options ask for, where `queries` heads share a KV head. Raises IRError for
+        one that cannot be."""
+        return Voted(self.tokens - self.observe, self.observe, self.kernel, self.slack, queries)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
@@ -44,14 +50,12 @@ class SnapKV(Pass):
             int(found["layer"]): int(found["q_BSHD"].meta["val"].shape[2])
             for found in map(call_arguments, attention_nodes(program))
         }
-        chosen = self.tokens - self.observe
-        for layer in observable(program, result, self.tokens):
-            queries = heads[layer.layer] // layer.kv_heads
-            policy = Voted(chosen, self.observe, self.kernel, self.slack, queries)
+        for layer in observable(program, result, self.policy()):
+            policy = self.policy(heads[layer.layer] // layer.kv_heads)
             with_policy(program, layer, policy)
             result.applied(
                 f"layer {layer.layer}",
-                f"{layer.kv_heads} KV heads keep {chosen} tokens of the prompt by vote of its last "
+                f"{layer.kv_heads} KV heads keep {policy.chosen} tokens of the prompt by vote of its last "
                 f"{self.observe}, and these",
             )
         return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...ir.cache.policies import Window
 from ...ir.program import Program
 from ..base import Pass, PassResult
-from .layers import prunable, with_policy
+from .layers import checked, prunable, with_policy
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,16 @@ class StreamingLLM(Pass):
     name = "streaming_llm"
     requires = frozenset({"cache planned"})
 
+    def __post_init__(self) -> None:
+        checked(self.policy)
+
+    def policy(self) -> Window:
+        """The policy that these options ask for. Raises IRError for one that cannot be."""
+        return Window(self.sinks, self.recent, self.slack, prefill=self.prefill)
+
     def run(self, program: Program) -> PassResult:
-        result = PassResult()
-        window = Window(self.sinks, self.recent, self.slack, prefill=self.prefill)
-        for layer in prunable(program, result, self.sinks + self.recent):
+        result, window = PassResult(), self.policy()
+        for layer in prunable(program, result, window):
             with_policy(program, layer, window)
             result.applied(
                 f"layer {layer.layer}",

@@ -32,11 +32,11 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
         result.skipped("graph", "no attention in the graph")
         return result
     context = program.model.context
-    if not storage.granules(context):
+    if storage.newest + storage.waiting >= context:
         raise RecipeError(
-            f"cache.quant: {storage.name} packs {storage.granule} tokens at a time behind the newest "
-            f"{storage.residual}, but the context has {context}: nothing would be packed; keep fewer "
-            "tokens as they are, or compile for a longer context"
+            f"cache.quant: {storage.name} leaves the newest {storage.residual} tokens and up to "
+            f"{storage.waiting} that wait as they are, but the context has {context}: nothing would be "
+            "packed; lower residual or slack, or compile for a longer context"
         )
     windows = {
         int(found["layer"]): int(found["window"])

@@ -23,7 +23,9 @@ class MiKV(Pass):
     seen so far first, so that outlier channels do not drown the others (section 3.2, equation 4).
 
     Differs from the paper: the balancer is a granule's own, in float16, where the paper takes one of the
-    whole prompt; it is used for both precisions.
+    whole prompt; it is used for both precisions. Attention is shared out among the tokens in the slots:
+    that is all of a prompt with `prefill=exact`, but of what follows, only the tokens not packed yet. A
+    token that was packed stays in its bits.
     """
 
     high: int = 8

@@ -26,7 +26,9 @@ class ZipCache(Pass):
     them that is salient, rounded to a multiple of 8 tokens (the paper: 0.6 on GSM8k, 0.8 on HumanEval).
 
     Differs from the paper: every query is counted, not a sample of probes; each KV head chooses its own
-    tokens; scales are of a granule, not of a whole prompt.
+    tokens; scales are of a granule, not of a whole prompt. Attention is shared out among the tokens in the
+    slots: that is all of a prompt with `prefill=exact`, but of what follows, only the tokens not packed yet.
+    A token that was packed stays in its bits.
     """
 
     high: int = 4
