@@ -181,13 +181,14 @@ class Recipe(_Section):
     def load(path: Path) -> dict[str, Any]:
         """What a TOML file holds, unchecked."""
         try:
-            return tomllib.loads(path.read_text(encoding="utf-8"))
+            data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe file {path}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}") from error
+        return data
 
     @staticmethod
     def build(data: dict[str, Any], where: str = "the recipe") -> Recipe:

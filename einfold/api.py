@@ -128,11 +128,12 @@ def resolve_recipe(
 
 def _lay_over(data: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
     """Sets a key; a section that is no table is left for the check to refuse."""
+    section: Any = data
     for name in place[:-1]:
-        data = data.setdefault(name, {})
-        if not isinstance(data, dict):
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
             return
-    data[place[-1]] = value
+    section[place[-1]] = value
 
 
 def find_recipe(name: str | Path) -> Path:

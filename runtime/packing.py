@@ -16,33 +16,48 @@ from ..compiler.ir.kv.minicache import encode_pair
 if TYPE_CHECKING:
     from .cache import Cache
 
+#: Tokens of a row and group that are encoded together: bounds what encoding holds beside the cache.
+TILE = 1024
+
 
 def pack(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:
-    """Encodes the first `leaving` of a row's `used` slots behind what is packed already."""
-    group, prefix = layer.groups[index], cache_name(layer.layer, index)
+    """Encodes the first `leaving` of a row's `used` slots behind what is packed already.
+
+    Granules know nothing of each other, so a long prompt is encoded some of them at a time.
+    """
+    group = layer.groups[index]
     storage, lead = group.storage, group.policy.lead
     assert isinstance(storage, Packed)
     packed = int(cache.packed[packed_of(cache.layout.clock(group))][row])
-    keys_KTD, values_KTD = _leaving(cache, prefix, row, lead, leaving)
-    first = packed // storage.granule
-    if isinstance(storage, MiniCache):
-        follower = cache.layout.follower(layer, index)
-        assert follower is not None  # the layout has checked it
-        other = cache_name(follower.layer, index)
-        pair = zip((keys_KTD, values_KTD), _leaving(cache, other, row, lead, leaving), strict=True)
-        cut = [tuple(x.float().unflatten(1, (-1, storage.granule)) for x in two) for two in pair]
-        for name, pieces in zip((prefix, other), encode_pair(storage, *cut), strict=True):
-            _store(cache, name, row, first, pieces)
-        return
-    seen = _seen(cache, prefix, row, lead, used, leaving)
-    _store(cache, prefix, row, first, encode(storage, keys_KTD, values_KTD, seen))
+    tile = max(1, TILE // storage.granule) * storage.granule
+    for start in range(0, leaving, tile):
+        slots = slice(lead + start, lead + min(start + tile, leaving))
+        first = (packed + start) // storage.granule
+        if isinstance(storage, MiniCache):
+            _pack_pair(cache, layer, index, row, slots, first)
+        else:
+            prefix = cache_name(layer.layer, index)
+            keys_KTD, values_KTD = _leaving(cache, prefix, row, slots)
+            seen = _seen(cache, prefix, row, used, slots)
+            _store(cache, prefix, row, first, encode(storage, keys_KTD, values_KTD, seen))
 
 
-def _leaving(cache: Cache, prefix: str, row: int, lead: int, leaving: int) -> list[Tensor]:
+def _pack_pair(
+    cache: Cache, layer: LayerCache, index: int, row: int, slots: slice, first: int
+) -> None:
+    storage, prefix = layer.groups[index].storage, cache_name(layer.layer, index)
+    follower = cache.layout.follower(layer, index)
+    assert follower is not None and isinstance(storage, MiniCache)  # the layout has checked it
+    other = cache_name(follower.layer, index)
+    pair = zip(_leaving(cache, prefix, row, slots), _leaving(cache, other, row, slots), strict=True)
+    cut = [tuple(x.float().unflatten(1, (-1, storage.granule)) for x in two) for two in pair]
+    for name, pieces in zip((prefix, other), encode_pair(storage, *cut), strict=True):
+        _store(cache, name, row, first, pieces)
+
+
+def _leaving(cache: Cache, prefix: str, row: int, slots: slice) -> list[Tensor]:
     """Keys and values [K, leaving, D] of the tokens that leave."""
-    return [
-        _tensor(cache.buffers[f"{prefix}.{part}"][row])[:, lead : lead + leaving] for part in PARTS
-    ]
+    return [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
 
 
 def _store(cache: Cache, prefix: str, row: int, first: int, pieces: dict[str, Tensor]) -> None:
@@ -52,13 +67,13 @@ def _store(cache: Cache, prefix: str, row: int, first: int, pieces: dict[str, Te
         bulk_KGRW[:, first : first + pieces_KGRW.shape[1]] = pieces_KGRW
 
 
-def _seen(cache: Cache, prefix: str, row: int, lead: int, used: int, leaving: int) -> Seen:
+def _seen(cache: Cache, prefix: str, row: int, used: int, slots: slice) -> Seen:
     """What is known of how the leaving tokens were attended to."""
     score, largest = cache.buffers.get(f"{prefix}.score"), cache.buffers.get(f"{prefix}.query_max")
     return Seen(
-        None if score is None else _tensor(score[row])[:, lead : lead + leaving],
+        None if score is None else _tensor(score[row])[:, slots],
         # A token sees itself, and every later query sees it.
-        torch.arange(used - lead, used - lead - leaving, -1),
+        torch.arange(used - slots.start, used - slots.stop, -1),
         None if largest is None else _tensor(largest[row]),
     )
 

@@ -7,12 +7,13 @@ pure functions beside the pass, without the graph.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
 
+from ...errors import IRError, RecipeError
 from ..ir.program import Program
 
 
@@ -64,6 +65,14 @@ class Pass:
     def options(self) -> dict[str, Any]:
         """The pass's options by name, for reports and manifests."""
         return {name: getattr(self, name) for name in getattr(self, "__dataclass_fields__", {})}
+
+
+def check_options(section: str, build: Callable[[], object]) -> None:
+    """Builds what a pass will put into the layout; raises RecipeError with the sentence of what is wrong."""
+    try:
+        build()
+    except IRError as error:
+        raise RecipeError(f"{section}: {error}") from error
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.policies import Merged
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import check_budget, checked, observable, with_policy
+from ..base import Pass, PassResult, check_options
+from .layers import check_budget, observable, with_policy
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EMS(Pass):
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.tokens, self.recent, "recent")
-        checked(self.policy)
+        check_options("cache.prune", self.policy)
 
     def policy(self) -> Merged:
         """The policy that these options ask for. Raises IRError for one that cannot be."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.policies import HeavyHitters
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import check_budget, checked, observable, with_policy
+from ..base import Pass, PassResult, check_options
+from .layers import check_budget, observable, with_policy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class H2O(Pass):
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.tokens, self.newest, "recent")
-        checked(self.policy)
+        check_options("cache.prune", self.policy)
 
     @property
     def newest(self) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
-from ....errors import IRError, RecipeError
+from ....errors import RecipeError
 from ...ir.cache.layout import CacheLayout, LayerCache
 from ...ir.cache.policies import HeavyHitters, Policy, Voted, Window
 from ...ir.program import Program, attention_nodes, call_arguments
@@ -71,14 +71,6 @@ def observable(program: Program, result: PassResult, policy: Chosen) -> Iterator
             result.skipped(f"layer {layer.layer}", "has learned sinks, which scores leave out")
         else:
             yield layer
-
-
-def checked(build: Callable[[], Policy]) -> None:
-    """Builds a policy; raises RecipeError with the sentence that says why it cannot be."""
-    try:
-        build()
-    except IRError as error:
-        raise RecipeError(f"cache.prune: {error}") from error
 
 
 def check_budget(method: str, tokens: int, newest: int, named: str) -> None:

@@ -10,8 +10,8 @@ from ...calibrate.statistics import kv_scores
 from ...ir.cache.layout import HeadGroup, LayerCache
 from ...ir.cache.policies import Window
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import checked, prunable, with_layer
+from ..base import Pass, PassResult, check_options
+from .layers import prunable, with_layer
 
 #: A KV head of the model: (layer, head).
 Head = tuple[int, int]
@@ -55,7 +55,7 @@ class RazorAttention(Pass):
                 f"the shares of retrieval heads, {self.induction} by induction and {self.echo} by echo, must "
                 "each be 0 or more, and 1 or less together"
             )
-        checked(lambda: self.policy(5))
+        check_options("cache.prune", lambda: self.policy(5))
 
     def policy(self, context: int) -> Window:
         """The policy of the heads that do not retrieve. Raises IRError for one that cannot be."""

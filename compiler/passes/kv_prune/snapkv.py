@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.policies import Voted
 from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import Pass, PassResult
-from .layers import check_budget, checked, observable, with_policy
+from ..base import Pass, PassResult, check_options
+from .layers import check_budget, observable, with_policy
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SnapKV(Pass):
 
     def __post_init__(self) -> None:
         check_budget(self.name, self.tokens, self.observe, "observe")
-        checked(self.policy)
+        check_options("cache.prune", self.policy)
 
     def policy(self, queries: int = 1) -> Voted:
         """The policy that these options ask for, where `queries` heads share a KV head. Raises IRError for

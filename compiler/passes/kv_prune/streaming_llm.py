@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.policies import Window
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import checked, prunable, with_policy
+from ..base import Pass, PassResult, check_options
+from .layers import prunable, with_policy
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StreamingLLM(Pass):
     requires = frozenset({"cache planned"})
 
     def __post_init__(self) -> None:
-        checked(self.policy)
+        check_options("cache.prune", self.policy)
 
     def policy(self) -> Window:
         """The policy that these options ask for. Raises IRError for one that cannot be."""

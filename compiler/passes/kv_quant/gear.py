@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ...ir.cache.gear import Gear as Storage
 from ...ir.program import Program
-from ..base import Pass, PassResult
-from .layers import checked, pack_groups
+from ..base import Pass, PassResult, check_options
+from .layers import pack_groups
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Gear(Pass):
     requires = frozenset({"cache planned"})
 
     def __post_init__(self) -> None:
-        checked(self.storage)
+        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
         """The storage that these options ask for. Raises IRError for one that cannot be."""

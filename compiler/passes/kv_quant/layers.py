@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from ....errors import IRError, RecipeError
@@ -12,14 +11,6 @@ from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import PassResult
-
-
-def checked(build: Callable[[], Packed]) -> None:
-    """Builds a storage; raises RecipeError with the sentence that says why it cannot be."""
-    try:
-        build()
-    except IRError as error:
-        raise RecipeError(f"cache.quant: {error}") from error
 
 
 def pack_groups(program: Program, storage: Packed) -> PassResult:

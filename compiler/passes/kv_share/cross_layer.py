@@ -52,11 +52,13 @@ class CrossLayer(Pass):
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise ValueError(
+            raise RecipeError(
                 f"cross_layer tries {' or '.join(ORDERS)} pairs first, not {self.order!r}"
             )
         if self.layers < 0 or self.rows < 1 or self.tokens < 2:
-            raise ValueError("cross_layer wants 0 or more layers, 1 or more rows, 2 or more tokens")
+            raise RecipeError(
+                "cross_layer wants 0 or more layers, 1 or more rows, 2 or more tokens"
+            )
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ....errors import IRError, RecipeError
+from ....errors import RecipeError
 from ...calibrate.kv_bases import KVBases
 from ...ir.cache.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
 from ...ir.cache.low_rank import LowRank
@@ -15,7 +15,7 @@ from ...ir.cache.storages import ITEM_BYTES, Plain
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight
-from ..base import Pass, PassResult
+from ..base import Pass, PassResult, check_options
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,8 @@ class CSKV(Pass):
                 raise RecipeError(
                     f"cache.share: cskv keeps a share of the channels between 0 and 1, not {share}"
                 )
-        try:
-            self._policy()
-            LowRank(1, 1, self.dtype)
-        except IRError as error:
-            raise RecipeError(f"cache.share: {error}") from error
+        check_options("cache.share", self._policy)
+        check_options("cache.share", lambda: LowRank(1, 1, self.dtype))
 
     def _policy(self) -> Window:
         return Window(self.sinks, self.recent, self.slack, prefill=self.prefill)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ....errors import IRError, RecipeError
+from ....errors import RecipeError
 from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.cache.minicache import MiniCache as Storage
 from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES, Plain
 from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import Pass, PassResult
+from ..base import Pass, PassResult, check_options
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,7 @@ class MiniCache(Pass):
                 "cache.share: start is a share of the layers from 0 to below 1, and retained one of the "
                 f"tokens from 0 to 1, not {self.start} and {self.retained}"
             )
-        try:
-            self.storage()
-        except IRError as error:
-            raise RecipeError(f"cache.share: {error}") from error
+        check_options("cache.share", self.storage)
 
     def storage(self) -> Storage:
         """The storage that these options ask for. Raises IRError for one that cannot be."""
