@@ -1,11 +1,11 @@
 """`backend="einfold"` beside `backend="inductor"`: `python -m benchmarks.backend`.
 
-Attention as models write it, and two whole models that generate. Both backends run each case in turn, the
-first of a round changing with the round, and ratios are taken within rounds, since what else the machine
-does hits both alike: above 1, einfold is faster. Compile seconds are of the first call, cold with empty
-caches of plans, choices and Inductor, and again with what the first compilation left on disk. All is run by
-one thread and timed by the processor, child processes (the C++ compiler) included, so that waiting for a
-shared machine is not counted.
+Attention as models write it, and two models of one layer that generate. Both backends run each case in
+turn, the first of a round changing with the round, and ratios are taken within rounds, since what else the
+machine does hits both alike: above 1, einfold is faster. Compile seconds are of the first call, cold with
+empty caches of plans, choices and Inductor, and again with what the first compilation left on disk. All is
+run by one thread and timed by the processor, child processes (the C++ compiler) included, so that waiting
+for a shared machine is not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TARGET = 0.95
 SHAPES = {"prefill": (512, 512), "decode": (1, 1024)}
 BACKENDS = ("inductor", "einfold")
 #: Whole models: tokens of the prompt, and tokens that are generated.
-MODELS, PROMPT, NEW = ("gpt_oss", "gemma2"), 256, 16
+MODELS, PROMPT, NEW = ("gemma2", "gpt_oss"), 256, 16
 
 Run = Callable[[], Tensor]
 
@@ -140,7 +140,8 @@ def of_model(family: str, backend: str) -> Run:
         "vocab_size": 4096,
         "hidden_size": 512,
         "intermediate_size": 1024,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 64,
@@ -249,7 +250,7 @@ def markdown(rows: list[Row]) -> str:
     """The figures as a page."""
     found = machine()
     models = (
-        f" Models: 2 random layers of width 512, prompt {PROMPT}, {NEW} new tokens, static cache."
+        f" Models: one random layer of width 512, prompt {PROMPT}, {NEW} new tokens, static cache."
         if any(row.case in MODELS for row in rows)
         else ""
     )
@@ -299,13 +300,36 @@ def write(rows: list[Row], folder: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 
+def joined(files: list[Path]) -> list[Row]:
+    """The figures that runs of some cases left, which must be of this machine, as those of one page."""
+    rows = []
+    for file in files:
+        data = json.loads(file.read_text())
+        if data["machine"] != machine():
+            raise SystemExit(
+                f"{file} was measured on another machine; join figures where they were"
+            )
+        rows += [Row(**row) for row in data["rows"]]
+    return rows
+
+
 def main() -> None:
     """Runs the cases, prints a line for each, and writes the page and the figures into a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="case", help="names of cases; all without any")
     parser.add_argument("--seconds", type=float, default=4.0, help="measured seconds a case")
     parser.add_argument("--out", type=Path, help="a folder for the page and the figures")
+    parser.add_argument(
+        "--join",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing; one page of these figures",
+    )
     options = parser.parse_args()
+    if options.join:
+        write(joined(options.join), options.out or Path())
+        return
     torch.set_num_threads(1)
     rows = []
     with torch.no_grad():

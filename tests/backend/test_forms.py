@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from einfold import backend
+from einfold.compiler.codegen.cpu.tanh import quick_tanh
 
 B, H, K, S, T, D = 2, 4, 2, 6, 11, 16
 
@@ -111,6 +112,21 @@ def test_it_is_fused_and_equal(form: Callable[..., Tensor], run: Callable[..., A
         ("fused", 1, FORMS[form])
     ]
     torch.testing.assert_close(found, form(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_tanh_by_an_exponential_is_tanh(run: Callable[..., Any]) -> None:
+    """Relative to float64: near 0, on both sides of the series' end, far from 0, and at what is no number."""
+    near = torch.cat([torch.linspace(-1, 1, 100001), torch.logspace(-30, 1.5, 10001)])
+    exact = torch.tanh(near.double())
+    errors = ((quick_tanh(near).double() - exact) / exact)[exact != 0]
+    assert errors.abs().max() < 4e-7
+    ends = torch.tensor([math.inf, -math.inf, 1e38, -1e38, 0.0, math.nan])
+    torch.testing.assert_close(quick_tanh(ends), torch.tanh(ends), rtol=0, atol=0, equal_nan=True)
+    inputs = inputs_of(softcap)
+    run(softcap, *inputs)
+    (cascade,) = backend.reports()[0].cascades
+    assert "aten.exp" in cascade.source
+    assert "aten.tanh" not in cascade.source
 
 
 @pytest.mark.parametrize("form", [plain, softcap, sinks], ids=lambda form: form.__name__)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Ref, Size, Virtual, ranks_of, rewrite
-from ..torch_functions import FUNCTIONS
 from .frame import Frame, NotLoweredError, Value
 
 Number = Any
@@ -92,9 +91,9 @@ def _apply(frame: Frame, op: str, args: list[Any]) -> Any:
         return _extreme(op, *args)
     if op == "where":
         return _where(frame, *args)
-    if op in FUNCTIONS:
+    if op in frame.functions:
         value = as_tensor(frame, args[0])
-        return FUNCTIONS[op](_real(frame, value) if op not in ("abs", "sign") else value)
+        return frame.functions[op](_real(frame, value) if op not in ("abs", "sign") else value)
     if op not in _OPERATORS:
         raise NotLoweredError(f"no torch operator for {op}")
     return _OPERATORS[op](*[_plain(arg) for arg in args])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ...ir.cascade.plan import Plan
+from ..torch_functions import FUNCTIONS
+from .tanh import quick_tanh
 
 Dim = tuple[str, ...]
 
@@ -62,6 +64,10 @@ class Frame:
     values: dict[str, Value] = field(default_factory=dict)
     #: Inputs that come as numbers. They stay numbers, which Inductor lets vary without compiling again.
     numbers: dict[str, Any] = field(default_factory=dict)
+    #: Functions of one tensor. Lowerings have quicker ones (`of`), references those of torch.
+    functions: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(
+        default_factory=lambda: FUNCTIONS
+    )
 
     @classmethod
     def of(cls, plan: Plan, signature: Signature, tensors: Sequence[Any]) -> Frame:
@@ -70,7 +76,8 @@ class Frame:
         Raises NotLoweredError where the size of a rank is not known.
         """
         device = next(x.device for x in tensors if isinstance(x, torch.Tensor))
-        frame = cls(_sizes(plan, signature, tensors), device)
+        quick = {**FUNCTIONS, "tanh": quick_tanh}
+        frame = cls(_sizes(plan, signature, tensors), device, functions=quick)
         for (name, dims), tensor in zip(signature.inputs, tensors, strict=True):
             if not isinstance(tensor, torch.Tensor):
                 frame.numbers[name] = tensor
