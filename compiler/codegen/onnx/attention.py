@@ -12,6 +12,7 @@ buffer; a boolean mask says which slots a query sees.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ....errors import UnsupportedError
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB
 from .einfold_ops import rotate
+from .integer_attention import SMALLEST_GROUP, IntegerAttention, mask, pays
 from .lower import Context, lowering
 
 aten = torch.ops.aten
@@ -107,19 +109,38 @@ def cached_attention_portable(context: Context, node: fx.Node) -> list[ir.Value]
 
 
 def _group_query(call: _Call) -> list[ir.Value]:
-    context, found, builder = call.context, call.found, call.context.builder
+    context, builder = call.context, call.context.builder
     in_op = bool(call.rotary_width) and call.key_size % 16 == 0 and call.rotary_width % 16 == 0
     packed = _packed_qkv(call) if in_op or not call.rotary_width else None
-    if packed is not None:
-        query, key, value = packed, None, None
-    else:
+    query, key, value = packed, None, None
+    if query is None:
         query = call.flat("q_BSHD", call.heads, call.key_size)
         key = call.flat("k_BSKD", call.kv_heads, call.key_size)
         value = call.flat("v_BSKD", call.kv_heads, call.value_size)
         if not in_op:
             query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+
+    def widened() -> list[ir.Value]:
+        return _operator(call, query, key, value, in_op)
+
+    if _takes_integers(call):
+        wanted, seen = _integers_wanted(call)
+        attention = partial(_in_integers, call, query, key, value, in_op, seen)
+        out, keys, values = builder.choose(wanted, attention, widened)
+    else:
+        out, keys, values = widened()
+    heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
+    context.flat[heads] = out
+    return [heads, keys, values]
+
+
+def _operator(
+    call: _Call, query: ir.Value, key: ir.Value | None, value: ir.Value | None, in_op: bool
+) -> list[ir.Value]:
+    """GroupQueryAttention; `query` is the packed QKV where key and value are None."""
+    context, found = call.context, call.found
     last, total = _lengths(call)
-    out, keys, values = builder.multi(
+    return context.builder.multi(
         "GroupQueryAttention",
         3,
         query,
@@ -148,9 +169,54 @@ def _group_query(call: _Call) -> list[ir.Value]:
         do_rotary=int(in_op),
         rotary_interleaved=int(found["interleaved"]),
     )
-    heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
-    context.flat[heads] = out
-    return [heads, keys, values]
+
+
+def _takes_integers(call: _Call) -> bool:
+    """Whether decode steps may go by `integer_attention`: plain softmax over all slots of an int8 cache."""
+    found = call.found
+    plain = not found["window"] and not found["softcap"]
+    plain = plain and found["sinks_H"] is None and found["count_BK"] is None
+    return call.quantized and plain and call.heads >= SMALLEST_GROUP * call.kv_heads
+
+
+def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
+    """(whether this step goes by `integer_attention`, its mask), shared by layers with the same counter."""
+    context, builder = call.context, call.context.builder
+    context.opset = 24  # TensorScatter
+    ids = context.value(context.program.placeholder("input_ids"))
+    slots = builder.dim(context.value(_leader(call)["key_cache_BKCD"]), 2)
+    longest = builder.shared("Reshape", _longest(call), builder.ints(1))
+    wanted = pays(builder, builder.dim(ids, 1), longest, slots)
+    return wanted, mask(builder, call.value("used_B"), slots, wanted)
+
+
+def _in_integers(
+    call: _Call,
+    query: ir.Value,
+    key: ir.Value | None,
+    value: ir.Value | None,
+    in_op: bool,
+    seen: ir.Value,
+) -> list[ir.Value]:
+    """What `_operator` gives, for one new token."""
+    if key is None or value is None:
+        sizes = [n * call.key_size for n in (call.heads, call.kv_heads, call.kv_heads)]
+        query, key, value = call.context.builder.split(query, sizes, axis=2)
+    if in_op:
+        query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+    attention = IntegerAttention(
+        call.context.builder,
+        call.heads,
+        call.kv_heads,
+        call.key_size,
+        call.found["scale"],
+        call.value("key_scale_KD"),
+        call.value("value_scale_KD"),
+        call.value("used_B"),
+        seen,
+    )
+    caches = call.value("key_cache_BKCD"), call.value("value_cache_BKCD")
+    return attention(query, key, value, *caches)
 
 
 def _packed_qkv(call: _Call) -> ir.Value | None:
@@ -173,14 +239,21 @@ def _packed_qkv(call: _Call) -> ir.Value | None:
 
 def _lengths(call: _Call) -> tuple[ir.Value, ir.Value]:
     """(index of the last valid token of each row, longest total length), int32, shared by all layers."""
-    context, builder = call.context, call.context.builder
-    lengths = call.value("used_B")
-    ids = context.value(context.program.placeholder("input_ids"))
-    totals = builder.shared("Add", lengths, builder.dim(ids, 1))
-    last = builder.shared("Sub", totals, builder.ints(1))
-    longest = builder.shared("ReduceMax", totals, keepdims=0)
+    builder = call.context.builder
+    last = builder.shared("Sub", _totals(call), builder.ints(1))
     int32 = int(ir.DataType.INT32)
-    return builder.shared("Cast", last, to=int32), builder.shared("Cast", longest, to=int32)
+    return builder.shared("Cast", last, to=int32), builder.shared("Cast", _longest(call), to=int32)
+
+
+def _totals(call: _Call) -> ir.Value:
+    """Tokens of each row, the new ones among them, int64 [B]."""
+    context, builder = call.context, call.context.builder
+    ids = context.value(context.program.placeholder("input_ids"))
+    return builder.shared("Add", call.value("used_B"), builder.dim(ids, 1))
+
+
+def _longest(call: _Call) -> ir.Value:
+    return call.context.builder.shared("ReduceMax", _totals(call), keepdims=0)
 
 
 def _leader(call: _Call) -> dict[str, Any]:

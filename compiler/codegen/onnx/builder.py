@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Builder:
         self.weights_file = weights_file
         self.placements = placements
         self.nodes: list[ir.Node] = []
+        self._trunk = self.nodes
         self.initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._shared: dict[tuple[Any, ...], ir.Value] = {}
@@ -77,11 +78,37 @@ class Builder:
     def shared(
         self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> ir.Value:
-        """Like `op`, but an equal node that was made before is used again."""
+        """Like `op`, but an equal node that was made before is used again: it stands outside all branches."""
         key = (kind, domain, inputs, tuple(sorted((k, str(v)) for k, v in attributes.items())))
         if key not in self._shared:
+            nodes, self.nodes = self.nodes, self._trunk
             self._shared[key] = self.op(kind, *inputs, domain=domain, **attributes)
+            self.nodes = nodes
         return self._shared[key]
+
+    def choose(
+        self, condition: ir.Value, *branches: Callable[[], list[ir.Value]]
+    ) -> list[ir.Value]:
+        """An If: the results of the first of two branches where the condition holds, or of the second.
+
+        A branch makes nodes when it is called, may read every value made before, and gives as many results
+        as the other, each from a node of its own.
+        """
+        graphs = [self._branch(branch) for branch in branches]
+        return self.multi(
+            "If",
+            len(graphs[0].outputs),
+            condition,
+            then_branch=graphs[0],
+            else_branch=graphs[1],
+        )
+
+    def _branch(self, make: Callable[[], list[ir.Value]]) -> ir.Graph:
+        nodes, self.nodes = self.nodes, []
+        results = make()
+        made, self.nodes = self.nodes, nodes
+        self._count += 1
+        return ir.Graph([], results, nodes=made, name=f"branch_{self._count}")
 
     def constant(self, value: Any, dtype: Any) -> ir.Value:
         """A small constant inside the model, one for each distinct value."""

@@ -7,7 +7,7 @@ lowered through torch's own exporter for that operator (`fallback.py`), or refus
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,17 +180,31 @@ def _live(nodes: list[ir.Node], outputs: list[ir.Value]) -> list[ir.Node]:
     for node in reversed(nodes):
         if any(value in needed for value in node.outputs):
             kept.append(node)
-            needed.update(value for value in node.inputs if value is not None)
+            needed.update(_read((node,)))
     return kept[::-1]
 
 
 def _used(builder: Builder) -> list[ir.Value]:
-    read = {value.name for node in builder.nodes for value in node.inputs if value is not None}
+    read = {value.name for value in _read(builder.nodes)}
     return [value for name, value in builder.initializers.items() if name in read]
 
 
 def _has_contrib(builder: Builder) -> bool:
-    return any(node.domain == CONTRIB for node in builder.nodes)
+    return any(node.domain == CONTRIB for node in _all(builder.nodes))
+
+
+def _read(nodes: Iterable[ir.Node]) -> Iterator[ir.Value]:
+    """The values that nodes read, in their branches too."""
+    return (value for node in _all(nodes) for value in node.inputs if value is not None)
+
+
+def _all(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Nodes, and those of their branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _all(attribute.as_graph())
 
 
 def unsupported(node: fx.Node, reason: str) -> UnsupportedError:
