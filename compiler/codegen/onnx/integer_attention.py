@@ -4,8 +4,8 @@
     out    = softmax(scores) . V * value_scale     the probabilities in three planes
 
 GroupQueryAttention widens the cache to float32 as it reads it; MatMulInteger does not. A *plane* holds a
-matrix rounded to multiples of its scale, and the next plane what is left, on a scale 126 times finer: two give
-14 bits, three 20. One would not do: beside a probability of 0.1 thousands of 5e-5 would all round to zero.
+matrix rounded to multiples of its scale, and the next plane what is left, on a scale 126 times finer: two
+give 14 bits, three 20. One would not do: beside a probability of 0.1 thousands of 5e-5 would be rounded to 0.
 
 Planes hold -63 to 63. Processors without VNNI add pairs of products in 16 bits with saturation; so small, one
 side unsigned and the other signed, no pair can reach that: 255 * 63 * 2 and 127 * 128 * 2 are below 2 ** 15.
