@@ -27,7 +27,7 @@ from .builder import CONTRIB, Builder
 SMALLEST_GROUP = 4
 
 #: Tokens from which on it is faster: some twenty small operators cost as much as attention over a thousand.
-FEWEST_TOKENS = 2048
+FEWEST_TOKENS = 3072
 
 #: Tokens up to which the sum of 127 * 63 a token fits in 32 bits.
 _MOST_TOKENS = 2**18
@@ -37,6 +37,9 @@ _USED_THIRDS = 2
 
 #: The largest number in a plane, and how much finer the next plane is.
 _LIMIT, _FINER = 63.0, 126.0
+
+#: Planes of a query and of its probabilities.
+_QUERY_PLANES, _WEIGHT_PLANES = 3, 4
 
 #: Hides a slot from the softmax.
 _HIDDEN = -1e30
@@ -92,14 +95,8 @@ class IntegerAttention:
         query = builder.reshape(query_B1M, [0, self.kv_heads, self.group, self.size])
         scale = builder.shared("Mul", self._by_head(self.key_scale), builder.floats(self.scale))
         query = builder.op("Mul", query, scale)
-        top = builder.op("ReduceMax", builder.op("Abs", query), builder.ints(-1), keepdims=1)
-        top = builder.op("Max", top, builder.floats(1e-30))  # a query may be all zeros
-        step = builder.op("Mul", top, builder.floats(1 / _LIMIT))
-        steps = builder.op("Div", query, step)
-        high = builder.op("Round", steps)
-        rest = builder.op("Mul", builder.op("Sub", steps, high), builder.floats(_FINER))
-        planes = builder.op("Concat", high, builder.op("Round", rest), axis=2)
-        planes = builder.op("Cast", planes, to=int(ir.DataType.INT8))
+        largest = builder.op("Max", builder.op("Abs", query), builder.floats(1e-30))  # not 0
+        planes, factor = self._planes(query, largest, _QUERY_PLANES, builder.constant(0, np.int8))
         # 128 more, seen as unsigned: the sum wraps around.
         shifted = builder.op("Add", keys, builder.constant(-128, np.int8))
         products = builder.op(
@@ -111,28 +108,40 @@ class IntegerAttention:
             builder.constant(128, np.uint8),
             domain=CONTRIB,
         )
-        # Adds up the planes, gives them their scale, and turns [B, K, C, 2G] into [B, K, G, C].
-        joined = builder.op("Mul", step, self._join(2))
+        # Adds up the planes, gives them their scale, and turns [B, K, C, planes * G] into [B, K, G, C].
+        joined = builder.op("Div", self._join(_QUERY_PLANES), factor)
         return builder.op("FusedMatMul", joined, products, domain=CONTRIB, transB=1)
 
     def _weighted(self, weights_BKGC: ir.Value, values: ir.Value) -> ir.Value:
         """The values' weighted sum [B, K, G, D]."""
         builder = self.builder
         offset = builder.constant(64, np.uint8)
-        top = builder.op("ReduceMax", weights_BKGC, builder.ints(-1), keepdims=1)
+        planes, factor = self._planes(weights_BKGC, weights_BKGC, _WEIGHT_PLANES, offset)
+        sums = builder.op("MatMulInteger", planes, values, offset)
+        sums = builder.op("Cast", sums, to=int(ir.DataType.FLOAT))
+        out = builder.op("MatMul", self._join(_WEIGHT_PLANES), sums)
+        return builder.op("Div", builder.op("Mul", out, self._by_head(self.value_scale)), factor)
+
+    def _planes(
+        self, x_BKGN: ir.Value, size_BKGN: ir.Value, count: int, offset: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """(planes of x [B, K, count * G, N], by what each row was multiplied [B, K, G, 1]).
+
+        The largest of `size` is what a row's first plane has room for.
+        """
+        builder = self.builder
+        top = builder.op("ReduceMax", size_BKGN, builder.ints(-1), keepdims=1)
         factor = builder.op("Div", builder.floats(_LIMIT), top)
-        rest = builder.op("Mul", weights_BKGC, factor)
-        planes = []
-        for index in range(3):
+        rest = builder.op("Mul", x_BKGN, factor)
+        planes: list[ir.Value] = []
+        for index in range(count):
+            if planes:
+                rest = builder.op(
+                    "Sub", rest, builder.op("DequantizeLinear", planes[-1], step, offset)
+                )
             step = builder.floats(_FINER**-index)
             planes.append(builder.op("QuantizeLinear", rest, step, offset))
-            if index < 2:
-                rounded = builder.op("DequantizeLinear", planes[-1], step, offset)
-                rest = builder.op("Sub", rest, rounded)
-        sums = builder.op("MatMulInteger", builder.op("Concat", *planes, axis=2), values, offset)
-        sums = builder.op("Cast", sums, to=int(ir.DataType.FLOAT))
-        out = builder.op("MatMul", self._join(3), sums)
-        return builder.op("Div", builder.op("Mul", out, self._by_head(self.value_scale)), factor)
+        return builder.op("Concat", *planes, axis=2), factor
 
     def _join(self, planes: int) -> ir.Value:
         """[G, planes * G]: times planes one below the other, it gives their sum."""
