@@ -89,7 +89,7 @@ def kinds_at(node: fx.Node) -> list[AttentionKind | PackedKind]:
     if node.target is einfold_ops.low_rank_attention.default:
         raise UnsupportedError(
             f"layer {call_arguments(node)['layer']} caches features of its tokens, which no kernel reads; "
-            "leave out --share cskv, or compile for the target reference"
+            "leave out cache.share (--share cskv), or compile for the target reference"
         )
     if node.target is einfold_ops.packed_attention.default:
         return [kind_of(node), *packed_kinds(node)]

@@ -2,9 +2,9 @@
 
 The ranks are those of `cascade.py`, with t the packed tokens in the place of slots. Bytes of several codes
 and scales of groups are inputs whose neighbours share an element; so keys and values are never widened in
-memory. A storage that keeps tokens in two precisions is two streams. MiniCache is one: of a token the key may
-be retained and the value merged, or the other way round, so there are no two sets of tokens to part. Each stream
-gives its log-sum-exp beside its output, by which `bound_packed.py` merges the streams and the slots.
+memory. A storage that keeps tokens in two precisions is two streams. MiniCache is one: of a token the key
+may be retained and the value merged, so no two sets of tokens part them. Each stream gives its log-sum-exp
+beside its output, by which `bound_packed.py` merges the streams and the slots.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from ...errors import UnsupportedError
 from ..ir.cache.gear import Gear
 from ..ir.cache.kivi import Kivi
 from ..ir.cache.minicache import MiniCache
@@ -33,6 +34,9 @@ STREAM = "t"
 
 #: Ranks of an element of the keys and of the values.
 _AT = {"key": ("b", "k", "t", "d"), "value": ("b", "k", "t", "f")}
+
+#: Retained rows of MiniCache that a kernel reads, each as an input; 16 spill, and take a minute to compile.
+RETAINED = 8
 
 #: Types that pieces are stored in, as kernels name them.
 _TYPES = {"f32": "fp32", "f16": "fp16", "u8": "u8", "i32": "i32"}
@@ -121,10 +125,16 @@ class Stream:
 
 
 def packed_kinds(node: fx.Node) -> list[PackedKind]:
-    """The streams of a `packed_attention` call."""
+    """The streams of a `packed_attention` call. Raises UnsupportedError for more rows than a kernel takes."""
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     form = packed_storage(str(found["storage"]))
+    if isinstance(form, MiniCache) and form.retained > RETAINED:
+        raise UnsupportedError(
+            f"layer {found['layer']} retains up to {form.retained} of {form.group} tokens, and a kernel "
+            f"reads up to {RETAINED}; lower retained or group of cache.share, or compile for the target "
+            "reference"
+        )
     kv_heads = int(keys.shape[1])
     parts = [part for part, _, _ in form.parts] if isinstance(form, Mixed) else [""]
     return [

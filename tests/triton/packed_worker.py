@@ -28,10 +28,7 @@ HEADS, GRANULES, SLOTS = 2, 3, 12
 
 
 def node_of(storage: Packed, request: dict[str, Any]) -> fx.Node:
-    """The call of the deeper of two layers, with its types: the reader of the first, or what it is paired with.
-
-    Where it is neither it packs its own tokens.
-    """
+    """The call of the deeper of two layers, with its types; it may read the first or be paired with it."""
     from einfold.compiler.passes.cache.attach_cache import AttachCache
 
     key, value = sizes_of(request)

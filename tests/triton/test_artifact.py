@@ -49,6 +49,11 @@ KINDS = {
 }
 
 
+WAITING = {"residual": 8, "slack": 4}
+KIVI = {"method": "kivi", "group": 8} | WAITING
+CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
+
+
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     with asking("tests.triton.artifact_worker", tmp_path_factory.mktemp("cache")) as ask:
@@ -126,6 +131,14 @@ def test_a_kernel_does_what_the_operator_does(
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask, name: str) -> None:
+    """After the owner has written this step's tokens, other queries over them; nothing more is written."""
+    found = interpreter(kind=asdict(KINDS[name]), new=3, used=[1, 30, 12], parts=2, shared=True)
+    assert found["reader"] < 2e-5 and found["same caches"]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
@@ -143,7 +156,10 @@ def test_a_kernel_does_what_the_operator_does(
                 "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
             },
         ),
-        ("llama", {"quant": {"method": "kivi", "group": 8, "residual": 8, "slack": 4}}),
+        ("llama", {"quant": KIVI}),
+        ("llama", {"storage": "int8", "share": CROSS}),
+        ("llama", {"quant": KIVI, "share": CROSS}),
+        ("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
@@ -182,6 +198,11 @@ def test_layers_of_one_kind_share_a_kernel(compiled: Callable[..., Path]) -> Non
     (made,) = kernels_of(compiled("llama"))
     assert made.layers == (0, 1)
     assert "layers 0, 1" in kernel_files([made])[f"kernels/{made.name}.py"]
+
+
+def test_a_reader_shares_its_owners_kernel(compiled: Callable[..., Path]) -> None:
+    (made,) = kernels_of(compiled("llama", storage="int8", share=CROSS))
+    assert made.layers == (0, 1) and made.kind.scaled
 
 
 def kernels_of(folder: Path) -> list[AttentionKernel]:
