@@ -16,7 +16,7 @@ import torch
 import einfold
 from einfold import on_triton
 from einfold.compiler.artifact import file_entry
-from einfold.compiler.attention_kernels import attention_kernels, differences, kernel_files
+from einfold.compiler.attention_kernels import attention_kernels, bind, differences, kernel_files
 from einfold.compiler.attention_kernels.cascade import cascade_of
 from einfold.compiler.attention_kernels.cubins import triton_version, variants
 from einfold.compiler.attention_kernels.kernels import AttentionKernel, attention_kernel
@@ -26,6 +26,7 @@ from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.manifest import NAME, Manifest
+from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.ops.attention import cached_attention_in_place
 from einfold.errors import ArtifactError, ArtifactWarning, RecipeError, UnsupportedError
 from einfold.runtime.artifact import Artifact
@@ -143,7 +144,6 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
     ("name", "cache"),
     [
         ("llama", {}),
-        ("llama", {"storage": "int8"}),
         ("gemma2", {}),
         ("gpt_oss", {}),
         ("mistral", {"storage": "int8"}),
@@ -156,7 +156,6 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
                 "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
             },
         ),
-        ("llama", {"quant": KIVI}),
         ("llama", {"storage": "int8", "share": CROSS}),
         ("llama", {"quant": KIVI, "share": CROSS}),
         ("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
@@ -200,9 +199,15 @@ def test_layers_of_one_kind_share_a_kernel(compiled: Callable[..., Path]) -> Non
     assert "layers 0, 1" in kernel_files([made])[f"kernels/{made.name}.py"]
 
 
+@needs_triton
 def test_a_reader_shares_its_owners_kernel(compiled: Callable[..., Path]) -> None:
-    (made,) = kernels_of(compiled("llama", storage="int8", share=CROSS))
+    program = on_triton.read_program(Artifact.open(compiled("llama", storage="int8", share=CROSS)))
+    (made,) = attention_kernels(program)
     assert made.layers == (0, 1) and made.kind.scaled
+    assert [node.target for node in bind(program, [made])] == [
+        einfold_ops.cached_attention.default,
+        einfold_ops.shared_attention.default,
+    ]
 
 
 def kernels_of(folder: Path) -> list[AttentionKernel]:
