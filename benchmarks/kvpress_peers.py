@@ -60,6 +60,8 @@ def packed() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"int8": {"storage": "int8"}}
     razor = {"method": "razor_attention", "induction": 0.2, "echo": 0.05, "recent": 124}
     found["razor_attention 128 + int8"] = {"storage": "int8", "prune": razor | {"slack": _SLACK}}
+    # Nine tokens in thirty of what the full cache holds.
+    found["razor_attention 32, slack 8"] = {"prune": razor | {"recent": 28, "slack": 8}}
     found["razor_attention 128 + kivi, 4 bits"] = {
         "prune": razor | {"slack": _SLACK},
         "quant": {"method": "kivi", "bits": 4, "residual": 32, "slack": _SLACK},
