@@ -20,6 +20,7 @@ from ...ir.cascade.expr import (
     Virtual,
     apply,
     ranks_of,
+    reads,
     ref,
     rename_ranks,
     rewrite,
@@ -95,6 +96,27 @@ class Context:
         value = Value(dims, ref(name, *(rank for dim in dims for rank in dim)), kind)
         self.ranks.keep_apart(value.ranks)
         return value
+
+    def is_computed(self, value: Value) -> bool:
+        """Whether the value follows from a reduction, so that it is not an input read in another way."""
+        return bool(self._reduced(value))
+
+    def is_normalised(self, value: Value) -> bool:
+        """Whether the value runs along a rank that something it follows from is reduced over, as weights do."""
+        return bool(self._reduced(value) & set(self.now(value).ranks))
+
+    def _reduced(self, value: Value) -> set[str]:
+        """The ranks that what the value follows from is reduced over."""
+        statements = {item.name: item for item in self.statements}
+        work, seen = [read.tensor for read in reads(value.expr)], set()
+        found: set[str] = set()
+        while work:
+            item = statements.get(work.pop())
+            if item is not None and item.name not in seen:
+                seen.add(item.name)
+                found.update(self.ranks.resolve(item.over))
+                work += [read.tensor for read in reads(item.expr)]
+        return found
 
     def now(self, value: Value) -> Value:
         """The value over the ranks as they stand now."""
