@@ -67,7 +67,8 @@ class CascadeReport:
     def reason(self) -> str:
         """Why it takes more than one pass; empty where it takes one."""
         outside = [
-            f"{node} ({self.imported.opaque[node]}) reads completed reductions over {self.rank} and is read along it"
+            f"{node} reads completed reductions over {self.rank} and is read along it: "
+            f"{self.imported.opaque[node]}"
             for node in self.waits
         ]
         return "; ".join([reason for reason in (self.folding.reason, *outside) if reason])

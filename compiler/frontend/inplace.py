@@ -57,8 +57,9 @@ def _selection(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     if len(node.args) > 3 or not isinstance(indices, (list, tuple)) or len(indices) != 1:
         return None
     dead, value = (getattr(item, "meta", {}).get("val") for item in (indices[0], number))
-    known = isinstance(dead, torch.Tensor) and isinstance(value, torch.Tensor)
-    if not known or dead.dtype != torch.bool or value.ndim or dead.ndim != _value(scores).ndim:
+    if not isinstance(dead, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return None
+    if dead.dtype != torch.bool or value.ndim or dead.ndim != _value(scores).ndim:
         return None
     return aten.masked_fill.Tensor, (scores, indices[0], number)
 

@@ -33,7 +33,7 @@ class Split:
     exponent: tuple[tuple[float, Expr], ...]
     scale: Expr | None
     centres: tuple[tuple[Expr, Expr, int], ...]
-    #: Tests of rows alone, or of what is known before: they select at the end, since what they hide may be 0/0.
+    #: Tests of rows alone, or of what is known before, select at the end: what they hide may be 0/0.
     tests: tuple[Expr, ...]
 
 

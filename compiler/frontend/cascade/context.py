@@ -102,7 +102,7 @@ class Context:
         return bool(self._reduced(value))
 
     def is_normalised(self, value: Value) -> bool:
-        """Whether the value runs along a rank that something it follows from is reduced over, as weights do."""
+        """Whether the value runs along a rank that it, as weights do, follows from a reduction over."""
         return bool(self._reduced(value) & set(self.now(value).ranks))
 
     def _reduced(self, value: Value) -> set[str]:

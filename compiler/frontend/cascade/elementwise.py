@@ -79,10 +79,6 @@ def _with_product(a: Expr, b: Expr, c: Expr, value: float = 1) -> Expr:
     return apply("add", a, found if value == 1 else apply("mul", found, float(value)))
 
 
-def _xlogy(a: Expr, b: Expr) -> Expr:
-    return apply("where", apply("eq", a, 0.0), 0.0, apply("mul", a, apply("log", b)))
-
-
 def _log_by(base: float) -> Rule:
     return lambda x: apply("div", apply("log", x), math.log(base))
 
@@ -116,6 +112,8 @@ RULES: dict[str, Rule] = {
     "remainder": _binary("mod"),
     "pow": _pow,
     "logaddexp": _logaddexp,
+    "xlogy": lambda x, y: apply("mul", x, apply("log", y)),
+    "special_xlogy": lambda x, y: apply("mul", x, apply("log", y)),
     "addcmul": _with_product,
     "addcdiv": lambda a, b, c, value=1: _with_product(a, b, apply("div", 1.0, c), value),
     "softsign": lambda x: apply("div", x, apply("add", apply("abs", x), 1.0)),

@@ -10,7 +10,6 @@ from ...ir.cascade.expr import Const, Expr, Pos, Virtual, apply
 from .context import Context, Value
 from .ranks import NotExpressedError
 
-
 #: Parts of a computed value, and logits that are joined to others, are written out up to this many.
 _FEW = 8
 
@@ -106,7 +105,7 @@ def concatenate(context: Context, name: str, values: Sequence[Value], dim: int) 
 
 
 def _longest(context: Context, values: Sequence[Value], at: int) -> int:
-    """The place of the tensor that the others are joined to, with a coordinate each, or few if it is computed."""
+    """Which tensor the others are joined to: they have length one, or are few beside a computed one."""
     sizes = [math.prod(context.ranks.size(r, v.real) for r in v.dims[at]) for v in values]
     place = sizes.index(max(sizes))
     rest = sum(sizes) - sizes[place]
@@ -183,7 +182,7 @@ def _without(value: Value, at: int) -> Value:
 def cut(
     context: Context, name: str, value: Value, dim: int, start: int, end: int, step: int = 1
 ) -> Value:
-    """A slice: all of a dimension, just the real coordinates of a joined one, or an equal part of weights."""
+    """A slice: all of a dimension, the real coordinates of a joined one, or an equal part of weights."""
     value = context.now(value)
     at = dim % len(value.dims)
     group = value.dims[at]
