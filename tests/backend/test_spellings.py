@@ -129,6 +129,13 @@ def softmax_plus_one_by_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v
 
 
+@case(square, lambda: torch.randn(T + 1, D))
+def shifted_as_transformer_xl_has_it(q: Tensor, k: Tensor, v: Tensor, place: Tensor) -> Tensor:
+    """The padding joins a column, and the view that follows needs it whole: the bias is an input."""
+    bias = functional.pad(q @ place[:T].mT, (1, 0)).view(B, H, -1, T)[:, :, 1:].reshape(B, H, T, T)
+    return ((q @ k.mT) + bias).softmax(-1) @ v
+
+
 @case(qkv, lambda: torch.randn(H))
 def sink_split_off(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
     s = torch.cat((q @ k.mT, sink.view(1, -1, 1, 1).expand(B, H, S, 1)), -1)

@@ -68,6 +68,8 @@ class Context:
     statements: list[Statement] = field(default_factory=list)
     #: How many virtual coordinates stand ahead of the real ones in the graph's tensor.
     fronts: dict[str, int] = field(default_factory=dict)
+    #: Which operator of the graph made a rank with virtual coordinates.
+    joins: dict[str, str] = field(default_factory=dict)
     #: Of statements that hold a tensor of the graph: its name there, and the ranks of each dimension.
     origins: dict[str, tuple[str, tuple[Dim, ...]]] = field(default_factory=dict)
     _instances: dict[tuple[str, tuple[tuple[str, str], ...]], str] = field(default_factory=dict)

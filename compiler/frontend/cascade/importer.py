@@ -46,7 +46,23 @@ def import_graph(
     `weights` which of them are parameters.
     Raises UnsupportedError where an output is no cascade.
     """
-    return _Importer(constants or {}, names or {}, frozenset(weights)).run(graph)
+    outside: dict[str, str] = {}
+    while True:
+        try:
+            importer = _Importer(constants or {}, names or {}, frozenset(weights), outside)
+            return importer.run(graph)
+        except _JoinedError as error:
+            if error.join in outside:
+                raise
+            outside[error.join] = f"{error.reader} needs it whole"
+
+
+class _JoinedError(UnsupportedError):
+    """A tensor with virtual coordinates, made by `join`, is needed as it is by an operator without a form."""
+
+    def __init__(self, join: str, reader: str) -> None:
+        super().__init__(f"{join} joins tensors, and {reader} has no form as a cascade")
+        self.join, self.reader = join, reader
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,10 @@ class _Importer:
         constants: Mapping[str, torch.Tensor],
         names: Mapping[str, str],
         weights: frozenset[str],
+        outside: Mapping[str, str],
     ) -> None:
         self.constants, self.names, self.weights = constants, names, weights
+        self.outside = outside
         self.context = Context()
         self.values: dict[fx.Node, Any] = {}
         self.opaque: dict[str, str] = {}
@@ -135,6 +153,7 @@ class _Importer:
             for source in node.all_input_nodes:
                 used = self.values[source]
                 if isinstance(used, Value) and not self._is_outside(used):
+                    self._check_whole(node, used)
                     self.extra.append((source.name, used))
             return self._source(node, node.meta.get("val"))
         self._check_shape(node, value)
@@ -175,6 +194,12 @@ class _Importer:
                 if found != _sizes(real)[0]:
                     raise UnsupportedError(f"{node.name} was read as {found}, but is {real.shape}")
 
+    def _check_whole(self, reader: fx.Node, value: Value) -> None:
+        value = self.context.now(value)
+        for rank in value.ranks:
+            if self.context.ranks.virtual.get(rank) and rank not in value.real:
+                raise _JoinedError(self.context.joins[rank], reader.name)
+
     def _is_outside(self, value: Value) -> bool:
         return isinstance(value.expr, Ref) and value.expr.tensor in self.context.sources
 
@@ -187,6 +212,8 @@ class _Importer:
 
     def _express(self, node: fx.Node) -> Any:
         target = node.target
+        if node.name in self.outside:
+            raise NotExpressedError(self.outside[node.name])
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise NotExpressedError(f"{target} is no ATen operator")
         if target._schema.is_mutable:

@@ -100,7 +100,7 @@ def concatenate(context: Context, name: str, values: Sequence[Value], dim: int) 
     dims.insert(at, (extended,))
     context.ranks.keep_apart([r for group in dims for r in group])
     joined = Value(tuple(dims), expr, main.kind, main.real - {extended})
-    context.fronts[extended] = front
+    context.fronts[extended], context.joins[extended] = front, name
     return context.now(joined)
 
 
