@@ -76,7 +76,7 @@ def _keeps_its_type(node: fx.Node) -> bool:
     others = [
         _value(arg).dtype for arg in node.args[1:] if isinstance(arg, fx.Node) and _is_tensor(arg)
     ]
-    return own.is_floating_point and all(dtype in (own, torch.bool) for dtype in others)
+    return own.is_floating_point and all(torch.promote_types(own, d) == own for d in others)
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -86,7 +86,7 @@ def _is_tensor(node: fx.Node) -> bool:
 def _is_alone(node: fx.Node, places: dict[fx.Node, int]) -> bool:
     """Whether what is written to was made here, has no view, and is not read later."""
     written = node.args[0]
-    if not isinstance(written, fx.Node) or name_of(written) not in _FRESH:
+    if not isinstance(written, fx.Node) or not _is_fresh(written):
         return False
     others = [user for user in written.users if user is not node]
     return all(places[user] < places[node] and _reads_only(user, written) for user in others)
@@ -95,4 +95,10 @@ def _is_alone(node: fx.Node, places: dict[fx.Node, int]) -> bool:
 def _reads_only(user: fx.Node, written: fx.Node) -> bool:
     """Whether a reader keeps nothing of the memory; some look at no more than its shape."""
     looks = name_of(user) in ("expand_as", "view_as", "type_as") and user.args[0] is not written
-    return looks or name_of(user) in _FRESH
+    return looks or _is_fresh(user)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether the result has memory of its own; an einsum of one tensor may be a view of it."""
+    alone = name_of(node) == "einsum" and len(node.all_input_nodes) < 2
+    return name_of(node) in _FRESH and not alone

@@ -42,6 +42,7 @@ def mutable(function: Callable[..., Any], *inputs: Tensor) -> list[str]:
 def scores_in_place(q: Tensor, k: Tensor, dead: Tensor) -> Tensor:
     s = q @ k.mT
     s /= math.sqrt(8)
+    s += torch.arange(6)
     s.tanh_().mul_(5.0)
     return s.masked_fill_(dead, -math.inf).softmax(-1)
 
@@ -70,6 +71,12 @@ def of_a_view(q: Tensor, k: Tensor, dead: Tensor) -> Tensor:
     return s
 
 
+def of_a_turned_view(q: Tensor, k: Tensor, dead: Tensor) -> Tensor:
+    s = q @ k.mT
+    torch.einsum("st->ts", s).mul_(2.0)
+    return s
+
+
 def narrower(q: Tensor, k: Tensor, dead: Tensor) -> Tensor:
     s = (q @ k.mT).to(torch.float16)
     s = s * 2
@@ -85,6 +92,7 @@ def narrower(q: Tensor, k: Tensor, dead: Tensor) -> Tensor:
         (an_argument, ["mul_"]),
         (with_a_view, ["mul_"]),
         (of_a_view, ["mul_"]),
+        (of_a_turned_view, ["mul_"]),
         (narrower, ["add_"]),
     ],
 )
