@@ -410,14 +410,17 @@ def estimate(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens of context. [default: the model's own limit]", show_default=False
+            min=2,
+            help="Tokens of context to compile for, and to fill. [default: the model's own limit]",
+            show_default=False,
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 1,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Memory at hand, such as 4GB or 800MiB: gives the largest context that fits.",
+            help="Memory at hand, such as 4GB or 800MiB: gives the longest run, prompt and answer, that fits "
+            "it, up to the context.",
             show_default=False,
         ),
     ] = None,
