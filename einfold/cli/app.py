@@ -200,7 +200,11 @@ def compile_(
         bool, typer.Option("--force", help="Replace an artifact that exists.")
     ] = False,
     check: Annotated[
-        bool, typer.Option(help="Run the finished artifact beside the reference on a few tokens.")
+        bool,
+        typer.Option(
+            help="Run the finished artifact beside the reference on a few tokens, and behind a prompt of "
+            "which tokens have left the cache where that is quick."
+        ),
     ] = True,
     dump: Annotated[
         Path | None, typer.Option(help="Folder for the graph's text after each pass.")
@@ -333,7 +337,8 @@ def eval_(
         typer.Option(
             metavar="SHARE",
             help="Where the cache lets tokens go: the share of each window that is read as a prompt and "
-            "compressed; measured is the rest. Questions for pass keys are never part of a prompt.",
+            "compressed; measured is the rest. Questions for pass keys are never part of a prompt. With 0 a "
+            "method with prefill=exact is measured as if it streamed.",
         ),
     ] = 0.5,
     engine: Engine = None,

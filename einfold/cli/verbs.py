@@ -52,6 +52,8 @@ def compile_model(
         err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")
     if "check" in report.check:
         err.print(f"check against the reference {report.check['check']}")
+    if "not checked" in report.check.get("compressed cache", ""):
+        err.print(f"check of the compressed cache: {report.check['compressed cache']}")
     out.print(f"report: {output / 'report.html'}")
 
 
@@ -184,6 +186,8 @@ def evaluate_artifact(
     table.add_row("measured", f"{quality.tokens:,} tokens in {quality.documents} documents")
     if quality.prompt is not None:
         table.add_row("", f"behind prompts of {100 * quality.prompt:.0f} % of each window")
+    if quality.note:
+        table.add_row("note", quality.note)
     for name, count in quality.bytes.items():
         table.add_row(f"bytes, {name}", f"{count:,} ({human_bytes(count)})")
     out.print(table)
