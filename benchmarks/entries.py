@@ -101,7 +101,6 @@ ENTRIES = (
         Form("genai", ("prune_lm_head=true",)),
         "onnxruntime-genai, block 32, head in 4 bits, cache in float32",
         requires="onnxruntime_genai",
-        longest=4096,
     ),
     Entry(
         "genai int4 head8",

@@ -12,6 +12,9 @@ from .serve import Engine, serve
 
 PACKAGES = ("onnxruntime-genai", "onnxruntime")
 
+#: Tokens of a prefill that are run at once: attention scores of 16,384 by 16,384 tokens would take 34 GB.
+PIECE = 512
+
 
 class GenAIEngine(Engine):
     """Options: `embedding_apart` where a float32 embedding lies beside the head: no step reads it."""
@@ -35,9 +38,11 @@ class GenAIEngine(Engine):
         self._new(len(ids) + 1).append_tokens(ids)
 
     def fill(self, context: int, room: int) -> None:
-        """By a real prefill: the cache can't be set from outside."""
+        """By a real prefill, in pieces for the memory's sake: the cache can't be set from outside."""
         generator = self._new(context + room + 1)
-        generator.append_tokens([i % 251 + 2 for i in range(context)])
+        for first in range(0, context, PIECE):
+            last = min(first + PIECE, context)
+            generator.append_tokens([i % 251 + 2 for i in range(first, last)])
         self._generators[context] = generator
 
     def rewind(self, context: int) -> None:

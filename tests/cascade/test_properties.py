@@ -20,7 +20,7 @@ from einfold.compiler.ir.cascade.cascade import Cascade
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.cascade.parser import parse
 from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan
-from einfold.compiler.ir.cascade.printer import print_cascade
+from einfold.compiler.ir.cascade.printer import print_cascade, print_expr
 from einfold.compiler.ir.cascade.run_plan import Runner
 from einfold.compiler.ir.cascade.verifier import verify
 
@@ -133,3 +133,15 @@ def test_checks_do_not_depend_on_the_seed(cascade: Cascade) -> None:
     for plan in folding.plans:
         check_corrections(plan)
     check_numbers(cascade, folding.plans, seed=7)
+
+
+def test_checks_know_a_sum_that_was_taken_apart() -> None:
+    """The mean of x + c is kept as one of x: changing x + c under the exp changes the cascade alone."""
+    cascade = parse(
+        HEADER + "input x[s, t]\ninput c[s]\na[s, t] = x[s, t] + c[s]\nm[s] = a[s, t] :: max(t)\n"
+        "e[s, t] = exp(a[s, t] - m[s])\nd[s] = e[s, t] :: sum(t)\n"
+        "mean[s] = a[s, t] / size(t) :: sum(t)\noutput mean\noutput d\n"
+    )
+    plan = derive_checked(cascade, "t").plan
+    assert plan is not None
+    assert any("x[s, t]" in print_expr(state.body) for state in plan.states)

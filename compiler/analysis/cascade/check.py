@@ -304,6 +304,35 @@ def _under_exp(plan: Plan) -> set[str]:
                 continue
             if any(_reads(part, name) for name in state.references):
                 along = [r.tensor for r in reads(part) if plan.rank in r.ranks]
-                real = [n for n in along if n in plan.inputs and plan.inputs[n].kind == "real"]
-                found |= set([*(n for n in along if n in stream), *real][:1])
+                real = [n for n in along if _is_real(plan, n)]
+                found |= {_whole(plan, n) for n in [*(n for n in along if n in stream), *real][:1]}
     return found
+
+
+def _is_real(plan: Plan, name: str) -> bool:
+    return name in plan.inputs and plan.inputs[name].kind == "real"
+
+
+def _whole(plan: Plan, name: str) -> str:
+    """The streamed tensor to change in place of `name` where the plan has taken its statement apart.
+
+    A sum over x + c is kept as one over x, with c added at the end: to change x + c itself would change
+    the cascade but not that sum, so x is changed instead.
+    """
+    stream = {item.name: item for item in plan.stream}
+    while name in stream and stream[name].op is None:
+        inside = [r.tensor for r in reads(stream[name].expr)]
+        others = [
+            *(state.body for state in plan.states),
+            *(item.expr for item in (*plan.stream, *plan.finish) if item.name != name),
+        ]
+        apart = {r.tensor for expr in others for r in reads(expr)} & set(inside)
+        along = [
+            r.tensor
+            for r in reads(stream[name].expr)
+            if plan.rank in r.ranks and (r.tensor in stream or _is_real(plan, r.tensor))
+        ]
+        if not apart or not along:
+            return name
+        name = along[0]
+    return name
