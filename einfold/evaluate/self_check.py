@@ -26,7 +26,7 @@ from ..runtime.runner import Floats, Runner
 _PROMPT, _STEPS = 12, 4
 
 #: Tokens times parameters of the longest prompt that is read: about ten seconds on two processors.
-_WORK = 4e11
+_WORK = 2.5e11
 
 #: Largest difference of logits, as a share of the largest logit, where both sides compute in float32.
 _TOLERANCE = 1e-3
