@@ -244,6 +244,10 @@ class CacheLayout:
                 return later
         return None
 
+    def readers(self, layer: int) -> tuple[int, ...]:
+        """The layers that read this one's cache and have none of their own."""
+        return tuple(later.layer for later, _, group in self.groups() if group.owner == layer)
+
     def __getitem__(self, layer: int) -> LayerCache:
         for entry in self.layers:
             if entry.layer == layer:

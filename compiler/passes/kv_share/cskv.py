@@ -128,6 +128,8 @@ def _left_alone(program: Program) -> dict[int, str]:
             reason = f"has a sliding window of {found['window']} tokens of its own"
         elif layer.groups != (HeadGroup(tuple(range(layer.kv_heads)), Full(), Plain()),):
             reason = "an earlier pass decided how it is cached"
+        elif readers := program.layout.readers(layer.layer):
+            reason = f"its cache is read by layer {', '.join(map(str, readers))} too"
         elif any(turned) and (not all(turned) or query.args[1:] != key.args[1:]):
             reason = "queries and keys are rotated in different ways"
         else:

@@ -85,7 +85,7 @@ class MiniCache(Pass):
         place = first
         while place < len(layers):
             pair = layers[place : place + 2]
-            reason = _left_alone(pair, windows)
+            reason = _left_alone(pair, windows, program.layout)
             if reason:
                 result.skipped(f"layer {pair[0].layer}", reason)
                 place += 1
@@ -103,7 +103,7 @@ class MiniCache(Pass):
         return result
 
 
-def _left_alone(pair: list[LayerCache], windows: dict[int, int]) -> str:
+def _left_alone(pair: list[LayerCache], windows: dict[int, int], layout: CacheLayout) -> str:
     """Why the first of two layers cannot be paired with the second."""
     if len(pair) < 2:
         return "has no layer behind it to pair with"
@@ -114,6 +114,8 @@ def _left_alone(pair: list[LayerCache], windows: dict[int, int]) -> str:
         plain = HeadGroup(tuple(range(layer.kv_heads)), Full(), Plain())
         if layer.groups != (plain,):
             return f"an earlier pass decided how layer {layer.layer} is cached"
+        if readers := layout.readers(layer.layer):
+            return f"the cache of layer {layer.layer} is read by layer {', '.join(map(str, readers))} too"
     a, b = pair
     if a.shape(a.groups[0]) != b.shape(b.groups[0]):
         return f"layer {b.layer} has other heads"
