@@ -11,7 +11,7 @@ from einfold.compiler.attention_kernels.kinds import AttentionKind
 from einfold.compiler.attention_kernels.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cache.mixed import Mixed
-from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, show_storage
+from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, MiniCache, ZipCache, show_storage
 
 #: Head sizes; float32 and nothing else at the largest.
 HEADS = (64, 128, 256)
@@ -23,6 +23,7 @@ STORAGES = {
     "GEAR": Gear(residual=128),
     "ZipCache": ZipCache(residual=0),
     "MiKV": MiKV(residual=32),
+    "MiniCache": MiniCache(residual=64),
 }
 
 

@@ -294,6 +294,7 @@ def markdown(rows: list[Row]) -> str:
 
 def write(rows: list[Row], folder: Path) -> None:
     """The page and the figures so far, so that a run that is cut short leaves what it measured."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"backend-{date.today()}-{slug(machine())}"
     path.with_suffix(".md").write_text(markdown(rows))
     data = {"machine": machine(), "rows": [vars(row) for row in rows]}

@@ -56,16 +56,30 @@ def settings(budget: int) -> dict[str, dict[str, Any]]:
 
 
 def packed() -> dict[str, dict[str, Any]]:
-    """Methods that have no budget of tokens, and stacks: what there is of them, by name."""
+    """Methods that have no budget of tokens, and stacks, at several budgets of bytes, by name."""
     found: dict[str, dict[str, Any]] = {"int8": {"storage": "int8"}}
     razor = {"method": "razor_attention", "induction": 0.2, "echo": 0.05, "recent": 124}
     found["razor_attention 128 + int8"] = {"storage": "int8", "prune": razor | {"slack": _SLACK}}
-    for name in FAMILIES["quant"]:
-        for bits in (4, 2) if name in ("kivi", "gear") else (None,):
-            more = {} if bits is None else {"bits": bits}
-            label = name if bits is None else f"{name}, {bits} bits"
-            found[label] = {"quant": {"method": name, "residual": 32, "slack": _SLACK, **more}}
-    found |= {name: {"share": {"method": name}} for name in FAMILIES["share"]}
+    # Nine tokens in thirty of what the full cache holds.
+    found["razor_attention 32, slack 8"] = {"prune": razor | {"recent": 28, "slack": 8}}
+    found["razor_attention 128 + kivi, 4 bits"] = {
+        "prune": razor | {"slack": _SLACK},
+        "quant": {"method": "kivi", "bits": 4, "residual": 32, "slack": _SLACK},
+    }
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {
+        ("quant", "kivi"): [{"bits": bits} for bits in (8, 4, 3, 2)],
+        ("quant", "gear"): [{"bits": 4}, {"bits": 2}, {"bits": 2, "rank": 1}],
+        ("quant", "zipcache"): [{"high": 4, "low": 4}, {"high": 4, "low": 2}],
+        ("quant", "mikv"): [{"high": 8, "low": 4}, {"high": 8, "low": 2}],
+        ("share", "cross_layer"): [{"layers": 1}],
+        ("share", "minicache"): [{"start": 0.5}, {"start": 0.5, "retained": 0.25}],
+        ("share", "cskv"): [{"keep": keep} for keep in (0.5, 0.35, 0.2)],
+    }
+    for (family, name), options in tables.items():
+        window = {"residual": 32, "slack": _SLACK} if family == "quant" else {}
+        for each in options:
+            label = ", ".join([name, *(f"{key} {value}" for key, value in each.items())])
+            found[label] = {family: {"method": name, **window, **each}}
     return found
 
 

@@ -199,9 +199,11 @@ window in {{documents}} documents, and {{keys}} pass keys, each asked of a cache
 before its question.
 
 Each method runs at its defaults, which are made for contexts far longer than these documents of about
-1,000 tokens: the figures tell that a method works and what it loses here, not which is best. At equal
-budgets, beside kvpress, they are compared in
-[kvpress-tiny_llama.md](../benchmarks/results/kvpress-tiny_llama.md).
+1,000 tokens: the figures tell that a method works and what it loses here, not which is best. Every method at
+several budgets, beside kvpress where that has it, is in
+[kvpress-tiny_llama.md](../benchmarks/results/kvpress-tiny_llama.md), the packed forms by bits a number in
+[kv-quality](../benchmarks/results/2026-11-21-kv-quality-tiny_llama.md), and what both say in
+[benchmarks](../benchmarks/README.md#compressed-caches).
 
 Bytes are of one KV head and kept token, keys and values together: d numbers of each in float32 slots, b
 bits, g numbers to a scale. "Held" is the share of a full float32 cache's bytes, allocated, at the end of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from .analysis.cascade.choose import choose_rank
 from .analysis.cascade.fold import Folding
 from .analysis.cascade.plans import fold
 from .analysis.cascade.regions import regions
+from .analysis.cascade.scope import Scope
 from .frontend.cascade.imported import Imported
 from .frontend.cascade.trace import import_function
 from .ir.cascade.cascade import Cascade
+from .ir.cascade.expr import reads
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,27 @@ class CascadeReport:
     rank: str
     folding: Folding
 
+    @cached_property
+    def waits(self) -> tuple[str, ...]:
+        """Operators outside that read completed reductions over the rank, and feed others over it."""
+        scope = Scope(self.cascade, self.rank)
+        late: set[str] = set()
+        for node, sources in self.imported.feeds.items():
+            done = {b.name for b in self.imported.outputs if b.node in sources}
+            if set(sources) & late or any(scope.needs(name) for name in done):
+                late.add(node)
+        given = {b.name: b.node for b in self.imported.inputs if b.node in late}
+        read: dict[str, set[str]] = {name: {node} for name, node in given.items()}
+        found: set[str] = set()
+        for item in self.cascade.statements:
+            read[item.name] = set().union(*(read.get(r.tensor, set()) for r in reads(item.expr)))
+            found |= read[item.name] if self.rank in item.over else set()
+        return tuple(node for node in late if node in found)
+
     @property
     def status(self) -> str:
         """ "fused", or "refused" where a reduction does not fold."""
-        return "refused" if self.folding.refusals else "fused"
+        return "refused" if self.folding.refusals or self.waits else "fused"
 
     @property
     def passes_before(self) -> int:
@@ -41,12 +61,17 @@ class CascadeReport:
     @property
     def passes_after(self) -> int:
         """Passes over the rank as it is folded."""
-        return self.folding.passes_after
+        return self.folding.passes_after + bool(self.waits)
 
     @property
     def reason(self) -> str:
         """Why it takes more than one pass; empty where it takes one."""
-        return self.folding.reason
+        outside = [
+            f"{node} reads completed reductions over {self.rank} and is read along it: "
+            f"{self.imported.opaque[node]}"
+            for node in self.waits
+        ]
+        return "; ".join([reason for reason in (self.folding.reason, *outside) if reason])
 
 
 def explain_function(

@@ -27,7 +27,8 @@ from .codegen.cpu.sdpa import ThroughSdpa
 from .frontend.cascade.imported import Imported
 from .frontend.cascade.importer import import_graph
 from .frontend.dynamo import trace_function
-from .frontend.regions import WHOLE, Region, find_regions, name_of, region_at
+from .frontend.kinds import WHOLE, name_of
+from .frontend.regions import Region, find_regions, region_at, region_of
 from .frontend.subgraphs import Place, extract, key_of, place_of
 from .fused import AS_WRITTEN, FusedCascade, place_in_model
 from .ir.cascade.printer import print_cascade
@@ -73,8 +74,9 @@ def forget() -> None:
 def fuse(gm: fx.GraphModule, mode: FakeTensorMode, measure: str = "auto") -> list[FusedCascade]:
     """Replaces the regions of a graph in place; the report has one entry a region, in order."""
     entries: list[FusedCascade] = []
-    for region in find_regions(gm.graph):
-        region, decision = decide(gm.graph, region, measure)
+    for found in find_regions(gm.graph):
+        # A region that reads another's result reads what stands in its place by now.
+        region, decision = decide(gm.graph, region_of(found.nodes, found.anchor), measure)
         entries.append(_replace(gm, region, decision, mode))
     gm.graph.lint()
     gm.recompile()

@@ -159,16 +159,12 @@ class Recipe(_Section):
         if self.cache.share is None or self.target == "reference":
             return self
         method = self.cache.share["method"]
-        if method in ("minicache", "cskv"):
+        readers = {"minicache": ("triton", "reference"), "cskv": ("reference",)}.get(method)
+        if readers is not None and self.target not in readers:
             raise ValueError(
                 f"cache.share {method}: the target {self.target} has no operator or kernel that reads what "
-                "it stores, it could only widen all of the cache at every step; compile for the target "
-                "reference, or take cross_layer"
-            )
-        if self.target == "triton" and self.cache.quant is not None:
-            raise ValueError(
-                f"cache.share {method} with cache.quant: no kernel reads another layer's packed tokens; "
-                "leave one of them out, or compile for the target reference"
+                "it stores, it could only widen all of the cache at every step; leave out cache.share "
+                f"(--share {method}), compile for the target {' or '.join(readers)}, or take cross_layer"
             )
         return self
 

@@ -159,8 +159,9 @@ class Estimate:
     """Bytes that a compile and a run would take, told before any weight is read.
 
     `cache` is held once a prompt has been read, `cache_peak` at most while one that fills the context is.
-    `activations` is for a prefill step of `chunk` tokens at the end of the context. `largest_context`
-    is the longest that fits the budget (None without one); 0 where not even the weights fit.
+    `activations` is for a prefill step of `chunk` tokens at the end of the context. `largest_context` is the
+    longest run, prompt and answer, that fits the budget (None without one), up to the `context` that is
+    compiled for; 0 where not even the weights fit.
     """
 
     weights: int
@@ -197,9 +198,9 @@ def estimate(
 ) -> Estimate:
     """Weights, cache and activation bytes of a model, from its config alone.
 
-    Runs the same passes as a compile, on weights that are known by shape only, so the figures for
-    weights and cache are those of the artifact. `context` and `batch` are those of the run; `budget`
-    is in bytes.
+    Runs the same passes as a compile with the same options, on weights that are known by shape only, so
+    the figures are those of the artifact, and what a compile for this `context` would refuse is refused.
+    They are for `batch` rows that fill the context; `budget` is in bytes.
     """
     found = open_model(model)
     chosen = resolve_recipe(
@@ -209,17 +210,14 @@ def estimate(
         prune=prune,
         quant=quant,
         share=share,
+        context=context,
         target=target,
     )
-    program, _ = trace(found, chosen)
-    layout = program.layout
-    assert layout is not None
-    limit = program.model.context
-    wanted = limit if context is None else context
-    if not 1 <= wanted <= limit:
-        raise RecipeError(f"context {wanted} is not between 1 and the {limit} tokens of {model}")
     if batch < 1 or chunk < 1:
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
+    program, _ = trace(found, chosen)
+    layout, full = program.layout, program.model.context
+    assert layout is not None
 
     def parts(tokens: int) -> tuple[int, int]:
         dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens, tokens)}
@@ -230,19 +228,19 @@ def estimate(
     weight_bytes = program.weights.nbytes
     largest = None
     if budget is not None:
-        low, high = 0, limit
+        low, high = 0, full
         while low < high:
             middle = (low + high + 1) // 2
             fits = weight_bytes + sum(parts(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         largest = low
-    peak, activations = parts(wanted)
+    peak, activations = parts(full)
     return Estimate(
         weight_bytes,
-        int(layout.bytes(batch, wanted)),
+        int(layout.bytes(batch, full)),
         peak,
         activations,
-        wanted,
+        full,
         batch,
         chunk,
         str(layout.account()),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +70,10 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
 
     Raises UnsupportedError where the call fails, or where nothing in it is reduced.
     """
+    if isinstance(target, type):
+        raise UnsupportedError(
+            f"{target.__name__} is a class; give a function, or a module made of it"
+        )
     graphs: list[GraphReport] = []
 
     def note(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -79,16 +85,41 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
     # Each call is a compilation of its own, however often the function was explained before.
     unlimited = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
     try:
-        with torch.no_grad(), unlimited, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), unlimited, _quiet():
             compiled(*inputs, **options)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedError(f"the function does not run on these inputs: {line}") from error
+        cause = _cause(error, target, inputs, options)
+        raise UnsupportedError(f"the function does not run on these inputs: {cause}") from error
     cascades = tuple(item for graph in graphs for item in graph.cascades)
     if not cascades:
         cascades = (_whole(target, inputs, options),)
     return Explanation(cascades, tuple(graphs))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs and warns of on the way: the error says it, or the report."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _cause(
+    error: Exception, target: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]
+) -> str:
+    """What is wrong in a line: what the plain function says of these inputs, or else what torch says."""
+    try:
+        with torch.no_grad(), _quiet():
+            target(*inputs, **options)
+    except Exception as plain:
+        error = plain
+    error = getattr(error, "inner_exception", error)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _whole(
@@ -99,7 +130,8 @@ def _whole(
         raise UnsupportedError(
             "no attention was found, and a function of tensors alone is needed to read it whole"
         )
-    report = explain_function(target, inputs)
+    with _quiet():
+        report = explain_function(target, inputs)
     source = _kernels(report, inputs) if report.status == "fused" else ""
     return FusedCascade(
         "function",

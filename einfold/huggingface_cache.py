@@ -35,7 +35,10 @@ from .runtime.engine import CHUNK
 
 NAME = "einfold_cache"
 
-_ALONE = "through transformers each layer must keep its own cache, so leave `share` out"
+_ALONE = (
+    "through transformers each layer must keep its own cache, so leave `share` out; models whose layers "
+    "share keys and values of their own can only be compiled"
+)
 
 _HANDLES = itertools.count()
 _CACHES: weakref.WeakValueDictionary[int, EinfoldCache] = weakref.WeakValueDictionary()

@@ -153,15 +153,18 @@ class Cache:
             self.prompt = None
 
     def assume(self, tokens: int) -> None:
-        """Counts as if each row had seen so many tokens and settled, whatever the buffers hold."""
+        """Counts as if each row had read a prompt of so many tokens and settled, whatever the buffers hold.
+
+        Right behind a prompt a group that lets tokens go holds the fewest that it ever will: as decoding
+        goes on, up to `slack` more gather between moves. One that streams its prompt may hold some of them
+        already, by the steps that it was read in; it is counted without.
+        """
         self.lengths[:] = tokens
         for name, used in self.clocks.items():
-            group = self.groups[name]
+            group, slots = self.groups[name], maintenance.slots_of(self, name)
+            used[:], left = maintenance.settled(group, tokens, slots)
             if group.packed:
-                slots = maintenance.slots_of(self, name)
-                used[:], self.packed[packed_of(name)][:] = maintenance.settled(group, tokens, slots)
-                continue
-            used[:] = min(tokens + group.policy.compensated, group.policy.lead + group.newest)
+                self.packed[packed_of(name)][:] = left
         self.prompt = None
 
     def row(self, index: int) -> Cache:

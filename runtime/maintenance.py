@@ -91,9 +91,9 @@ def _settling(group: HeadGroup, used: int, slots: int) -> int:
 
 
 def settled(group: HeadGroup, tokens: int, slots: int) -> tuple[int, int]:
-    """(used slots, tokens that have left) of a row that has seen so many tokens and settled."""
+    """(used slots, tokens that have left) of a row that has read a prompt of so many tokens and settled."""
     seen = tokens + group.policy.compensated
-    leaving = _leaving(group, seen) if seen > slots else 0
+    leaving = _settling(group, seen, slots)
     return seen - leaving, leaving
 
 

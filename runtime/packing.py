@@ -12,6 +12,7 @@ from ..compiler.ir.cache.minicache import MiniCache
 from ..compiler.ir.cache.packing import Packed
 from ..compiler.ir.kv.codec import Seen, encode
 from ..compiler.ir.kv.minicache import encode_pair
+from ..errors import ModelError
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -37,7 +38,7 @@ def pack(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leavi
             _pack_pair(cache, layer, index, row, slots, first)
         else:
             prefix = cache_name(layer.layer, index)
-            keys_KTD, values_KTD = _leaving(cache, prefix, row, slots)
+            keys_KTD, values_KTD = _leaving(cache, layer, index, row, slots)
             seen = _seen(cache, prefix, row, used, slots)
             _store(cache, prefix, row, first, encode(storage, keys_KTD, values_KTD, seen))
 
@@ -49,15 +50,24 @@ def _pack_pair(
     follower = cache.layout.follower(layer, index)
     assert follower is not None and isinstance(storage, MiniCache)  # the layout has checked it
     other = cache_name(follower.layer, index)
-    pair = zip(_leaving(cache, prefix, row, slots), _leaving(cache, other, row, slots), strict=True)
+    both = (_leaving(cache, entry, index, row, slots) for entry in (layer, follower))
+    pair = zip(*both, strict=True)
     cut = [tuple(x.float().unflatten(1, (-1, storage.granule)) for x in two) for two in pair]
     for name, pieces in zip((prefix, other), encode_pair(storage, *cut), strict=True):
         _store(cache, name, row, first, pieces)
 
 
-def _leaving(cache: Cache, prefix: str, row: int, slots: slice) -> list[Tensor]:
-    """Keys and values [K, leaving, D] of the tokens that leave."""
-    return [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
+def _leaving(cache: Cache, layer: LayerCache, index: int, row: int, slots: slice) -> list[Tensor]:
+    """Keys and values [K, leaving, D] of the tokens that leave. Raises ModelError where one is not finite."""
+    prefix = cache_name(layer.layer, index)
+    found = [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
+    for part, x_KTD in zip(PARTS, found, strict=True):
+        if not bool(torch.isfinite(x_KTD).all()):
+            raise ModelError(
+                f"the {part}s of layer {layer.layer} are not finite, so they cannot be packed: the model's "
+                "weights are damaged, or overflow in float32; load and compile them again"
+            )
+    return found
 
 
 def _store(cache: Cache, prefix: str, row: int, first: int, pieces: dict[str, Tensor]) -> None:

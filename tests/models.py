@@ -75,10 +75,28 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+#: The last two layers attend over the keys and values of the first two, each over those of its own kind.
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": (
+        "Gemma4TextConfig",
+        _COMMON
+        | {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": WINDOW,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+}
+
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
     """A random model, spread widely enough that its logits tell tokens apart."""
-    kind, arguments = CONFIGS[name]
+    kind, arguments = (CONFIGS | SHARING)[name]
     torch.manual_seed(seed)
     config = getattr(transformers, kind)(**(arguments | changes))
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -1,4 +1,7 @@
-"""A kernel in the place of `cached_attention`: caches are written where they lie, then the kernel runs."""
+"""A kernel in the place of `cached_attention`: caches are written where they lie, then the kernel runs.
+
+A layer that reads another's slots (`shared_attention`) has the same kernel, and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from ..codegen.triton.launch import DTYPES
+from ..ir.ops import einfold_ops
 from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.rotary import rotary_reference
-from ..ir.program import OVER_CACHES, Program
+from ..ir.program import Program
 from .bound_packed import attend_packed
-from .kernels import AttentionKernel, kinds_at, split_parts
+from .kernels import ATTENTIONS, AttentionKernel, kinds_at, split_parts
 from .kinds import AttentionKind
 
 Function = Callable[..., Any]
@@ -25,16 +29,17 @@ def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, 
     for made in kernels:
         made.kernel.function("whole")  # an absent Triton is told of now, not at the first token
     found = {}
-    for node in program.nodes(*OVER_CACHES):
+    for node in program.nodes(*ATTENTIONS):
         slots, *streams = (of_kind[kind] for kind in kinds_at(node))
-        found[node] = attend_packed(slots, streams) if streams else attend_in_place(slots)
+        if node.target is einfold_ops.shared_attention.default:
+            found[node] = attend_shared(slots)
+        else:
+            found[node] = attend_packed(slots, streams) if streams else attend_in_place(slots)
     return found
 
 
 def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function:
     """What takes the operator's arguments; `parts` cuts every step so, None as the device wants it."""
-    kind = made.kind
-    assert isinstance(kind, AttentionKind)
 
     def attend(
         q_BSHD: Tensor,
@@ -59,28 +64,91 @@ def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function
         if cos_PR is not None and sin_PR is not None and positions_BS is not None:
             q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
             k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-        new = q_BSHD.shape[1]
-        slot_BS = new_slots(used_B, new)
+        slot_BS = new_slots(used_B, q_BSHD.shape[1])
         write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
         write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
-        inputs = {
-            "query": q_BSHD.unflatten(2, (kind.kv_heads, kind.group)),
-            "key": key_cache_BKCD,
-            "value": value_cache_BKCD,
-            "used": used_B.to(torch.int32),
-        }
-        if count_BK is not None:
-            inputs["count"] = count_BK
-        if sinks_H is not None:
-            inputs["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, (kind.kv_heads, kind.group))
-        if key_scale_KD is not None and value_scale_KD is not None:
-            inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
-        found = made.kernel(
-            inputs,
-            parts=parts or split_parts(made, q_BSHD, key_cache_BKCD.shape[2]),
-            dtypes={"out": DTYPES[kind.query]},
-            tiles=made.tiles(new),
+        out = _over_slots(
+            made,
+            q_BSHD,
+            (key_cache_BKCD, value_cache_BKCD),
+            used_B,
+            count_BK,
+            sinks_H,
+            (key_scale_KD, value_scale_KD),
+            parts,
         )
-        return found["out"].flatten(2, 3), key_cache_BKCD, value_cache_BKCD
+        return out, key_cache_BKCD, value_cache_BKCD
 
     return attend
+
+
+def attend_shared(made: AttentionKernel, parts: int | None = None) -> Function:
+    """What takes the arguments of `shared_attention`: the slots hold this step's tokens already."""
+
+    def attend(
+        q_BSHD: Tensor,
+        key_cache_BKCD: Tensor,
+        value_cache_BKCD: Tensor,
+        used_B: Tensor,
+        count_BK: Tensor | None,
+        sinks_H: Tensor | None,
+        positions_BS: Tensor | None,
+        cos_PR: Tensor | None,
+        sin_PR: Tensor | None,
+        key_scale_KD: Tensor | None,
+        value_scale_KD: Tensor | None,
+        layer: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        interleaved: bool,
+    ) -> Tensor:
+        if cos_PR is not None and sin_PR is not None and positions_BS is not None:
+            q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+        return _over_slots(
+            made,
+            q_BSHD,
+            (key_cache_BKCD, value_cache_BKCD),
+            used_B,
+            count_BK,
+            sinks_H,
+            (key_scale_KD, value_scale_KD),
+            parts,
+        )
+
+    return attend
+
+
+def _over_slots(
+    made: AttentionKernel,
+    q_BSHD: Tensor,
+    caches: tuple[Tensor, Tensor],
+    used_B: Tensor,
+    count_BK: Tensor | None,
+    sinks_H: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
+    parts: int | None,
+) -> Tensor:
+    """The kernel over keys and values [B, K, C, D], this step's written; gives [B, S, H, D]."""
+    kind, (keys_BKCD, values_BKCD), (key_scale_KD, value_scale_KD) = made.kind, caches, scales
+    assert isinstance(kind, AttentionKind)
+    heads = (kind.kv_heads, kind.group)
+    inputs = {
+        "query": q_BSHD.unflatten(2, heads),
+        "key": keys_BKCD,
+        "value": values_BKCD,
+        "used": used_B.to(torch.int32),
+    }
+    if count_BK is not None:
+        inputs["count"] = count_BK
+    if sinks_H is not None:
+        inputs["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
+    if key_scale_KD is not None and value_scale_KD is not None:
+        inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
+    found = made.kernel(
+        inputs,
+        parts=parts or split_parts(made, q_BSHD, keys_BKCD.shape[2]),
+        dtypes={"out": DTYPES[kind.query]},
+        tiles=made.tiles(q_BSHD.shape[1]),
+    )
+    return found["out"].flatten(2, 3)

@@ -22,6 +22,9 @@ from .kinds import AttentionKind, kind_of
 from .packed import STREAM as PACKED_STREAM
 from .packed import PackedKind, packed_cascade, packed_kinds, packed_shared, packed_types
 
+#: Operators that kernels stand for: those over a cache, and the one that reads another layer's slots.
+ATTENTIONS = (*OVER_CACHES, einfold_ops.shared_attention.default)
+
 #: New tokens of the prefill step that tiles are chosen for.
 _PREFILL = 512
 
@@ -86,7 +89,7 @@ def kinds_at(node: fx.Node) -> list[AttentionKind | PackedKind]:
     if node.target is einfold_ops.low_rank_attention.default:
         raise UnsupportedError(
             f"layer {call_arguments(node)['layer']} caches features of its tokens, which no kernel reads; "
-            "compile for the target reference"
+            "leave out cache.share (--share cskv), or compile for the target reference"
         )
     if node.target is einfold_ops.packed_attention.default:
         return [kind_of(node), *packed_kinds(node)]
@@ -96,7 +99,7 @@ def kinds_at(node: fx.Node) -> list[AttentionKind | PackedKind]:
 def kinds_of(program: Program) -> dict[AttentionKind | PackedKind, list[int]]:
     """Every kind of a program with its layers, in the order of the graph."""
     kinds: dict[AttentionKind | PackedKind, list[int]] = {}
-    for node in program.nodes(*OVER_CACHES):
+    for node in program.nodes(*ATTENTIONS):
         layer = int(call_arguments(node)["layer"])
         for kind in kinds_at(node):
             layers = kinds.setdefault(kind, [])

@@ -2,8 +2,9 @@
 
 The ranks are those of `cascade.py`, with t the packed tokens in the place of slots. Bytes of several codes
 and scales of groups are inputs whose neighbours share an element; so keys and values are never widened in
-memory. A storage that keeps tokens in two precisions is two streams. Each gives its log-sum-exp beside its
-output, by which `bound_packed.py` merges the streams and the slots.
+memory. A storage that keeps tokens in two precisions is two streams. MiniCache is one: of a token the key
+may be retained and the value merged, so no two sets of tokens part them. Each stream gives its log-sum-exp
+beside its output, by which `bound_packed.py` merges the streams and the slots.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor, fx
 from ...errors import UnsupportedError
 from ..ir.cache.gear import Gear
 from ..ir.cache.kivi import Kivi
+from ..ir.cache.minicache import MiniCache
 from ..ir.cache.mixed import MiKV, Mixed, ZipCache
 from ..ir.cache.packing import PLANES, Packed, planes
+from ..ir.cache.storage import GroupShape
 from ..ir.cascade.cascade import Cascade
 from ..ir.cascade.parser import parse
 from ..ir.cascade.printer import FORMAT, print_number
@@ -31,6 +34,12 @@ STREAM = "t"
 
 #: Ranks of an element of the keys and of the values.
 _AT = {"key": ("b", "k", "t", "d"), "value": ("b", "k", "t", "f")}
+
+#: Retained rows of MiniCache that a kernel reads, each as an input; 16 spill, and take a minute to compile.
+RETAINED = 8
+
+#: Types that pieces are stored in, as kernels name them.
+_TYPES = {"f32": "fp32", "f16": "fp16", "u8": "u8", "i32": "i32"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,8 @@ class Source:
     """An input of the cascade: how it is read from a piece [B, K, G, R, W].
 
     `view` is "matrix" (all rows of all granules), "token" (column `at` of these), "row" (row `at` of each
-    granule) or "column" (column `at` of each granule, its rows along channels). `shared` is as in `generate`.
+    granule), "column" (column `at` of each granule, its rows along channels) or "entry" (row `at` of each
+    granule where rows are one number). `shared` is as in `generate`.
     """
 
     name: str
@@ -82,7 +92,6 @@ class Source:
     shared: tuple[tuple[str, int], ...] = ()
     view: str = "matrix"
     at: int = 0
-    integer: bool = False
 
     def of(self, piece_BKGRW: Tensor) -> Tensor:
         """The view of a piece; no number is copied."""
@@ -90,6 +99,8 @@ class Source:
             return piece_BKGRW[:, :, :, self.at]
         if self.view == "column":
             return piece_BKGRW[..., self.at]
+        if self.view == "entry":
+            return piece_BKGRW[:, :, :, self.at, 0]
         matrix = piece_BKGRW.flatten(2, 3)
         return matrix if self.view == "matrix" else matrix[..., self.at]
 
@@ -114,14 +125,15 @@ class Stream:
 
 
 def packed_kinds(node: fx.Node) -> list[PackedKind]:
-    """The streams of a `packed_attention` call. Raises UnsupportedError where layers share packed tokens."""
+    """The streams of a `packed_attention` call. Raises UnsupportedError for more rows than a kernel takes."""
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     form = packed_storage(str(found["storage"]))
-    if found["k_BSKD"] is None or form.shared:
+    if isinstance(form, MiniCache) and form.retained > RETAINED:
         raise UnsupportedError(
-            f"layer {found['layer']} reads packed tokens that it shares with another layer, which no kernel "
-            "does; compile for the target reference"
+            f"layer {found['layer']} retains up to {form.retained} of {form.group} tokens, and a kernel "
+            f"reads up to {RETAINED}; lower retained or group of cache.share, or compile for the target "
+            "reference"
         )
     kv_heads = int(keys.shape[1])
     parts = [part for part, _, _ in form.parts] if isinstance(form, Mixed) else [""]
@@ -160,8 +172,10 @@ def _declarations(kind: PackedKind, stream: Stream) -> Iterator[str]:
     yield from ("rank b : B", "rank s : S", f"rank k : {kind.kv_heads}", f"rank g : {kind.group}")
     yield from (f"rank d : {kind.key_size}", f"rank f : {kind.value_size}", "rank t : T")
     yield from ("input query[b, s, k, g, d]", "input live[b] : integer")
+    types = packed_types(kind)
     for source in stream.sources:
-        yield f"input {source.read}" + (" : integer" if source.integer else "")
+        integer = types[source.name].startswith(("i", "u"))
+        yield f"input {source.read}" + (" : integer" if integer else "")
 
 
 def _statements(kind: PackedKind, stream: Stream) -> Iterator[str]:
@@ -189,6 +203,9 @@ def stream_of(kind: PackedKind) -> Stream:
         if isinstance(form, Gear):
             _corrected(stream, form, kind)
         return stream
+    if isinstance(form, MiniCache):
+        stream.key, stream.value = (_merged(stream, form, part) for part in ("key", "value"))
+        return stream
     assert isinstance(form, Mixed)
     bits = next(bits for part, _, bits in form.parts if part == kind.part)
     each = (("t", kind.tokens),)
@@ -215,7 +232,7 @@ def _codes(stream: Stream, part: str, prefix: str, bits: int, group: int, by_cha
     for (name, width), (_, above) in zip(planes(prefix, bits), PLANES[bits], strict=True):
         each = 8 // width
         shared = ((along, each),) if each > 1 else ()
-        code = stream.add(Source(name, name, at, shared, integer=True))
+        code = stream.add(Source(name, name, at, shared))
         if each > 1:
             code = f"bits(shift_right({code}, (pos({along}) % {each}) * {width}), {2**width - 1})"
         terms.append(f"{code} * {2**above}" if above else code)
@@ -226,6 +243,19 @@ def _codes(stream: Stream, part: str, prefix: str, bits: int, group: int, by_cha
     )
     codes = terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
     return f"{codes} * {scale} + {zero}"
+
+
+def _merged(stream: Stream, form: MiniCache, part: str) -> str:
+    """A direction times its length, or the retained row whose place this is; -1 is the place of no token."""
+    at, each = _AT[part], (("t", form.group),)
+    direction = stream.add(Source(f"{part}_direction", f"{part}_direction", at))
+    length = stream.add(Source(f"{part}_length", f"{part}_length", at[:3], (), "token"))
+    made = f"{direction} * {length}"
+    for i in range(form.retained):
+        place = stream.add(Source(f"{part}_place{i}", f"{part}_place", at[:3], each, "entry", i))
+        kept = stream.add(Source(f"{part}_kept{i}", f"{part}_kept", at, each, "row", i))
+        made = f"where({place} == pos(t) % {form.group}, {kept}, {made})"
+    return made
 
 
 def _corrected(stream: Stream, form: Gear, kind: PackedKind) -> None:
@@ -240,11 +270,9 @@ def _corrected(stream: Stream, form: Gear, kind: PackedKind) -> None:
         vector = form.tokens if part == "key" else size
         for i in range(2 * form.outliers(vector)):
             place, outlier = (
-                Source(f"{part}_{name}{i}", f"{part}_{name}", at, each, "row", i, name == "place")
+                Source(f"{part}_{name}{i}", f"{part}_{name}", at, each, "row", i)
                 if part == "key"
-                else Source(
-                    f"{part}_{name}{i}", f"{part}_{name}", at[:3], (), "token", i, name == "place"
-                )
+                else Source(f"{part}_{name}{i}", f"{part}_{name}", at[:3], (), "token", i)
                 for name in ("place", "outlier")
             )
             here = f"pos(t) % {form.tokens}" if part == "key" else "pos(f)"
@@ -258,9 +286,10 @@ def _corrected(stream: Stream, form: Gear, kind: PackedKind) -> None:
 
 def packed_types(kind: PackedKind) -> dict[str, str]:
     """The storage types of a stream's inputs."""
-    sources = stream_of(kind).sources
-    types = {source.name: "u8" if source.integer else "fp16" for source in sources}
-    return {"query": kind.query, "live": "i32", **types}
+    shape = GroupShape(kind.kv_heads, kind.key_size, kind.value_size)
+    types = {piece.name: _TYPES[piece.dtype] for piece in kind.form.pieces(shape)}
+    sources = {source.name: types[source.piece] for source in stream_of(kind).sources}
+    return {"query": kind.query, "live": "i32", **sources}
 
 
 def packed_shared(kind: PackedKind) -> dict[tuple[str, str], int]:

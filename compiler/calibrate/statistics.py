@@ -17,7 +17,7 @@ from .stream import Observer, Tell, cut_behind_attention, stream
 from .text_statistics import AttentionMass, KeyValues, similarity
 
 #: Part of the key under which statistics are kept: to be raised when what they mean changes.
-_VERSION = 1
+_VERSION = 2
 
 #: Fewest random tokens that tell a retrieval head.
 SHORTEST_PROBE = 16

@@ -149,8 +149,11 @@ class _Run:
     def _resumed(self) -> tuple[str, Mapping[str, Any]] | None:
         if self.folder is None or not self.folder.is_dir():
             return None
-        for path in self.folder.glob("layer-*.pt"):
-            self.found[int(path.stem.partition("-")[2])] = _read(path)
+        for node in attention_nodes(self.program):
+            layer = int(call_arguments(node)["layer"])
+            path = self.folder / f"layer-{layer}.pt"
+            if path.is_file():
+                self.found[layer] = _read(path)
         if len(self.found) == self.layers:
             return None
         progress = self.folder / _PROGRESS
@@ -197,16 +200,23 @@ def _weighted(weights_BHST: Tensor, v_BSKD: Tensor) -> Tensor:
 
 
 def _write(value: Any, path: Path) -> None:
-    """Writes beside the place, then renames: a file that is there is whole."""
+    """Writes beside the place, then renames: a file that is there is whole. It says what it is of by the
+    name of its folder, which tells model, graph and sample apart."""
     beside = path.with_suffix(f".{os.getpid()}")
-    torch.save(value, beside)
+    torch.save({"of": path.parent.name, "value": value}, beside)
     beside.replace(path)
 
 
 def _read(path: Path) -> Any:
     try:
-        return torch.load(path, weights_only=True)
+        data = torch.load(path, weights_only=True)
+        of, value = data["of"], data["value"]
     except Exception as error:  # damaged files raise many unrelated classes
         raise CalibrationError(
             f"{path} cannot be read ({type(error).__name__}); delete {path.parent} to measure anew"
         ) from error
+    if of != path.parent.name:
+        raise CalibrationError(
+            f"{path} was written for another model or text; delete {path.parent} to measure anew"
+        )
+    return value

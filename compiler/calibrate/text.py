@@ -37,7 +37,8 @@ def calibration_tokens(
     found = torch.tensor(tokenizer.encode(written, add_special_tokens=False), dtype=torch.long)
     if len(found) < row:
         raise CalibrationError(
-            f"the calibration text {path} has {len(found)} tokens; {row} are needed at least"
+            f"the calibration text {path} has {len(found)} tokens; {row} are needed at least, "
+            "so give a longer one"
         )
     if len(found) and int(found.max()) >= vocabulary:
         raise CalibrationError(

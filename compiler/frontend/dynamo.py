@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from .inplace import out_of_place
+
 aten = torch.ops.aten
 
 #: Casts that may turn out to change nothing. Their result is then the input itself.
@@ -41,7 +43,8 @@ def fake_mode_of(values: list[Any]) -> FakeTensorMode | None:
 def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
     """The same graph in ATen operators before dispatch, on the same symbols, without casts that do nothing.
 
-    Inputs stay as they are and in their order. In-place operators stay in place and in order.
+    Inputs stay as they are and in their order. In-place operators stay in place and in order, but for those
+    on what the graph alone holds (`inplace.py`).
     """
     # Without a tracing context of its own, make_fx takes Dynamo's, whose fake mode is another one.
     with mode, tracing(None), preserve_node_meta():
@@ -58,6 +61,8 @@ def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.G
         new._rename(re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name))
         new.target = new.name
     normalise(traced)
+    out_of_place(traced.graph)
+    traced.recompile()
     return traced
 
 

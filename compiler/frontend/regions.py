@@ -18,31 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .cascade.elementwise import RULES
-
-CONTRACTIONS = {"matmul", "bmm", "mm", "einsum"}
-#: An operator that is an attention by itself.
-WHOLE = {"scaled_dot_product_attention"}
-VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_alias", "view_as"}
-VIEWS |= {"permute", "transpose", "t", "mT", "movedim", "unsqueeze", "squeeze", "expand", "alias"}
-VIEWS |= {"expand_as", "broadcast_to", "slice", "narrow", "select", "contiguous", "clone", "detach"}
-VIEWS |= {"repeat", "repeat_interleave", "swapaxes", "adjoint", "mH", "numpy_T"}
-REDUCTIONS = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"}
-REDUCTIONS |= {"amax", "amin", "max", "min", "sum", "mean", "var", "std", "var_mean", "std_mean"}
-REDUCTIONS |= {"linalg_vector_norm", "norm", "any"}
-POINTWISE = set(RULES) | {"_to_copy", "to", "type_as", "float", "half", "bfloat16", "double"}
-POINTWISE |= {"dropout", "tril", "triu"}
-CREATION = {"arange", "full", "zeros", "ones", "scalar_tensor"}
-MADE = {
-    "full_like",
-    "zeros_like",
-    "ones_like",
-    "new_full",
-    "new_zeros",
-    "new_ones",
-    "cat",
-    "concat",
-}
+from .kinds import (
+    CONTRACTIONS,
+    CREATION,
+    MADE,
+    POINTWISE,
+    REDUCTIONS,
+    SPLITS,
+    VIEWS,
+    WHOLE,
+    name_of,
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +41,9 @@ class Region:
     anchor: fx.Node
 
 
-def name_of(node: fx.Node) -> str:
-    """The ATen name of what a node calls, or "" where it is none."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return ""
-    return target._schema.name.split("::")[1]
+def region_of(nodes: tuple[fx.Node, ...], anchor: fx.Node) -> Region:
+    """The region of these nodes, with what they read and what is read of them as the graph stands now."""
+    return Region(nodes, _inputs(nodes), _outputs(nodes), anchor)
 
 
 def find_regions(graph: fx.Graph, outside: frozenset[fx.Node] = frozenset()) -> list[Region]:
@@ -95,7 +78,7 @@ def region_at(
     nodes = tuple(sorted(grown.region, key=places.__getitem__))
     if anchor not in grown.region:
         return None
-    return Region(nodes, _inputs(nodes), _outputs(nodes), anchor)
+    return region_of(nodes, anchor)
 
 
 class _Growth:
@@ -114,17 +97,21 @@ class _Growth:
             return False
         for arg in fed:
             self._scores(arg)
-        self.light(anchor, [arg for arg in anchor.all_input_nodes if arg not in fed])
+        rest = [arg for arg in anchor.all_input_nodes if arg not in fed]
+        self._moments(rest)
+        self.light(anchor, [arg for arg in rest if arg not in self.region])
+        self._siblings(anchor)
         starts = [n for n in self.region if name_of(n) in CONTRACTIONS and n is not anchor]
+        ends = [n for n in starts if self._shares_scores(n)]
         reached = _reach(starts, lambda n: n.users, self.region)
         self.core = reached & (
-            _reach([anchor], lambda n: n.all_input_nodes, self.region) | {anchor}
+            _reach([anchor, *ends], lambda n: n.all_input_nodes, self.region) | {anchor}
         )
         return True
 
     def _is_inside(self, node: fx.Node) -> bool:
         name = name_of(node)
-        known = name in POINTWISE | REDUCTIONS | VIEWS | CREATION | MADE or _is_item(node)
+        known = name in POINTWISE | REDUCTIONS | VIEWS | SPLITS | CREATION | MADE or _is_item(node)
         return known and node not in self.outside and _has_tensor(node) and not _is_mutable(node)
 
     def _is_reduced_scores(self, node: fx.Node) -> bool:
@@ -158,6 +145,41 @@ class _Growth:
                 self.region.add(at)
                 work += at.all_input_nodes
 
+    def _moments(self, operands: Iterable[fx.Node]) -> None:
+        """Takes what lies between an operand and contractions of the same scores: (v - p @ v) ** 2."""
+        found: set[fx.Node] = set()
+        for operand in operands:
+            between = _reach([operand], lambda n: n.all_input_nodes, self._is_inside)
+            ends = {
+                arg
+                for node in between
+                for arg in node.all_input_nodes
+                if name_of(arg) in CONTRACTIONS and self._shares_scores(arg)
+            }
+            found |= ends | _reach(ends, lambda n: n.users, between | ends)
+        self.region |= found
+        for node in found:
+            if name_of(node) in CONTRACTIONS:
+                self.light(node)
+
+    def _shares_scores(self, node: fx.Node) -> bool:
+        """Whether a contraction reads reduced scores that are in the region."""
+        return node not in self.outside and any(
+            arg in self.region and self._is_reduced_scores(arg) for arg in node.all_input_nodes
+        )
+
+    def _siblings(self, anchor: fx.Node) -> None:
+        """Takes contractions beside the anchor, of the same scores and of nothing that follows from them."""
+        for node in list(self.region - {anchor}):
+            for user in node.users:
+                if user in self.region or name_of(user) not in CONTRACTIONS:
+                    continue
+                others = [arg for arg in user.all_input_nodes if arg not in self.region]
+                behind = _reach(others, lambda n: n.all_input_nodes, lambda _: True)
+                if self._shares_scores(user) and not behind & self.region:
+                    self.region.add(user)
+                    self.light(user)
+
     def light(self, node: fx.Node, operands: Iterable[fx.Node] | None = None) -> None:
         """Takes what only rearranges, scales or dequantizes the operands of a contraction."""
         work = list(node.all_input_nodes if operands is None else operands)
@@ -189,9 +211,7 @@ class _Growth:
         # What only rearranges a result is left to whoever reads it.
         while True:
             loose = [
-                n
-                for n in taken
-                if name_of(n) in VIEWS and not any(user in self.region for user in n.users)
+                n for n in taken if _is_view(n) and not any(user in self.region for user in n.users)
             ]
             if not loose:
                 return
@@ -214,13 +234,17 @@ class _Growth:
 
 
 def _reach(
-    starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]], within: set[fx.Node]
+    starts: Iterable[fx.Node],
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    within: set[fx.Node] | Callable[[fx.Node], bool],
 ) -> set[fx.Node]:
+    """All nodes that steps lead to without leaving `within`."""
+    inside = within.__contains__ if isinstance(within, set) else within
     found: set[fx.Node] = set()
     work = list(starts)
     while work:
         at = work.pop()
-        if at in within and at not in found:
+        if at not in found and inside(at):
             found.add(at)
             work += step(at)
     return found
@@ -231,7 +255,13 @@ def _is_used(node: fx.Node, region: set[fx.Node]) -> bool:
 
 
 def _is_item(node: fx.Node) -> bool:
-    return node.target is operator.getitem and name_of(node.args[0]) in REDUCTIONS  # type: ignore[arg-type]
+    made = node.target is operator.getitem and name_of(node.args[0])  # type: ignore[arg-type]
+    return made in REDUCTIONS | SPLITS
+
+
+def _is_view(node: fx.Node) -> bool:
+    made = node.args[0] if node.target is operator.getitem else node
+    return name_of(made) in VIEWS | SPLITS  # type: ignore[arg-type]
 
 
 def _has_tensor(node: fx.Node) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .regions import VIEWS, Region, name_of
+from .kinds import VIEWS, name_of
+from .regions import Region
 
 
 def extract(region: Region) -> fx.Graph:

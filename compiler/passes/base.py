@@ -75,6 +75,18 @@ def check_options(section: str, build: Callable[[], object]) -> None:
         raise RecipeError(f"{section}: {error}") from error
 
 
+def check_lets_go(program: Program, who: str, kept: int, waiting: int, done: str) -> None:
+    """Raises RecipeError where `kept` tokens and the `waiting` that may gather between moves are a whole
+    context, so that none would ever leave the slots; `done` says what would be done to those that do."""
+    context = program.model.context
+    if kept + waiting >= context:
+        raise RecipeError(
+            f"{who} would leave {kept} tokens and up to {waiting} that wait as they are, but the context has "
+            f"{context}: nothing would be {done}; keep fewer tokens, lower slack, or compile for a longer "
+            "context"
+        )
+
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 
 

@@ -6,10 +6,30 @@ import sys
 from importlib import util
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import ModelError
 from .common import out, print_json
+from .options import Debug, Json
+
+
+def explain(
+    function: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py::NAME",
+            help="A function or module of a Python file, which also gives its `example_inputs()`. "
+            "The file is run.",
+            show_default=False,
+        ),
+    ],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show each attention of a function: passes before and after, what runs for it, or why it stays."""
+    explain_target(function, json)
 
 
 def explain_target(function: str, as_json: bool) -> None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..compiler.ir.cache.layout import CacheLayout
 from ..compiler.ir.manifest import NAME
 from ..errors import ModelError, PromptError
 from ..model import Model
@@ -42,7 +43,8 @@ IntArray = npt.NDArray[np.int64]
 class Quality:
     """What `einfold eval` reports. `kl` is KL(original || artifact) in nats a token; `recall` the share
     of pass keys whose every token the artifact predicts, None where the text asks for none; `prompt` the
-    share of each window that was read before it was measured, None where the cache keeps everything."""
+    share of each window that was read before it was measured, None where the cache keeps everything; `note`
+    a sentence where a cache was not read as it is used."""
 
     perplexity: float
     reference_perplexity: float
@@ -55,6 +57,7 @@ class Quality:
     documents: int
     bytes: dict[str, int]
     prompt: float | None = None
+    note: str = ""
     recall_by_depth: list[dict[str, Any]] = field(default_factory=list)
     recall_by_length: list[dict[str, Any]] = field(default_factory=list)
 
@@ -129,8 +132,20 @@ def evaluate(
         documents=len(documents),
         bytes=measure_bytes(model, 1, max(len(piece.tokens) for piece in pieces)),
         prompt=share,
+        note=_note(model.engine.layout, share),
         recall_by_depth=sums.recall.by_depth(),
         recall_by_length=sums.recall.by_length(),
+    )
+
+
+def _note(layout: CacheLayout, share: float | None) -> str:
+    """What to say of a reading without a prompt, of which some methods make something else."""
+    exact = any(group.exact for group in layout.clocks().values())
+    if share != 0 or not exact:
+        return ""
+    return (
+        "no prompt was read: a cache that keeps all of a prompt before it is compressed (prefill=exact) let "
+        "tokens go from the start, as if it streamed"
     )
 
 

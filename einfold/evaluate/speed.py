@@ -78,7 +78,10 @@ def prefill_seconds(model: Model, tokens: int, seed: int = 0) -> float:
 def decode_seconds(
     model: Model, context: int, new_tokens: int, batch: int = 1, seed: int = 0
 ) -> float:
-    """Seconds of one decode step, the mean over `new_tokens`, behind `context` tokens of random cache."""
+    """Seconds of one decode step, the mean over `new_tokens`, behind `context` tokens of random cache.
+
+    The cache is as it is right behind a prompt of so many tokens; see `Cache.assume`.
+    """
     engine = model.engine
     random = np.random.default_rng(seed)
     cache = engine.allocate(batch, context + new_tokens)

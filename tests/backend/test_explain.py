@@ -74,7 +74,8 @@ def test_random_numbers_and_compiled_code_are_left_alone() -> None:
     ("function", "inputs", "sentence"),
     [
         (lambda x: x + 1, [torch.ones(3)], "nothing"),
-        (lambda x: x @ x, [torch.ones(3, 4)], "does not run on these inputs"),
+        (lambda x: x @ x, [torch.ones(3, 4)], "does not run on these inputs: mat1 and mat2 shapes"),
+        (torch.nn.Identity, [torch.ones(3)], "Identity is a class; give a function, or a module"),
         (lambda n: n + 1, [3], "a function of tensors alone is needed"),
     ],
 )

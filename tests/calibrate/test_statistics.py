@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,34 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     (folder / "layer-1.pt").write_bytes(b"damaged")
     with pytest.raises(CalibrationError, match=r"layer-1\.pt cannot be read .*; delete .*kept"):
         stream(program(BODY), ids, [Interrupted(6)], folder)
+
+
+def test_files_that_are_damaged_or_of_something_else_are_refused(tmp_path: Path) -> None:
+    ids, other = repeated_tokens(6, 11), tmp_path / "other"
+    stream(program(BODY), ids, [KeyValues()], other)
+    layer, strange = other / "layer-0.pt", "layer-first.pt"
+    for name, damage, says in (
+        (
+            "layer-0.pt",
+            lambda path: shutil.copy(layer, path),
+            "was written for another model or text",
+        ),
+        ("layer-1.pt", lambda path: torch.save([1, 2], path), r"cannot be read \(TypeError\)"),
+        (
+            "progress.pt",
+            lambda path: torch.save({"behind": "o"}, path),
+            r"cannot be read \(KeyError\)",
+        ),
+        ("progress.pt", lambda path: path.write_bytes(layer.read_bytes()[:200]), "cannot be read"),
+    ):
+        folder = tmp_path / "kept"
+        folder.mkdir()
+        damage(folder / name)
+        with pytest.raises(CalibrationError, match=rf"{name} {says}.*; delete .*kept"):
+            stream(program(BODY), ids, [KeyValues()], folder)
+        shutil.rmtree(folder)
+    shutil.copy(layer, other / strange)  # of no layer: not looked at
+    assert len(stream(program(BODY), ids, [KeyValues()], other)) == 2
 
 
 def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path) -> None:

@@ -186,7 +186,9 @@ def test_numbers_out_of_range(text_model: Path, text_artifact: Path) -> None:
         ("diff", text_artifact, text_artifact, "--context", "-4"),
     ):
         assert "Invalid value" in einfold(*command, code=2)
-    refused("estimate", text_model, "--context", "100000", code=7, says="and the 256 tokens of")
+    refused(
+        "estimate", text_model, "--context", "100000", code=7, says="longer than the 256 tokens"
+    )
     with pytest.raises(RecipeError, match="threads"):
         load(text_artifact, threads=100_000)
 

@@ -10,6 +10,7 @@ import pytest
 
 import einfold
 from einfold.compiler.passes.cache_methods import FAMILIES
+from einfold.errors import RecipeError
 
 from .test_bad_input import refused
 from .test_cli import as_json
@@ -42,6 +43,22 @@ def test_every_verb_takes_a_method(text_model: Path, tmp_path: Path) -> None:
     assert pruned["cache"] == (2 + 20 + 6) * per_token
     assert pruned["cache_peak"] > full["cache"]  # the whole prompt, and the first layer compressed
     assert pruned["total"] == pruned["weights"] + pruned["cache_peak"] + pruned["activations"]
+
+
+def test_an_estimate_is_for_the_context_that_a_compile_is_for(
+    text_model: Path, tmp_path: Path
+) -> None:
+    """A window that is a share of the context, tables of so many positions, and what is refused."""
+    method = "razor_attention:slack=8,sinks=2"
+    made = einfold.compile(text_model, tmp_path / "a", context=100, prune=method, check=False)
+    told = einfold.estimate(text_model, context=100, prune=method, budget=10**9)
+    (window, *_) = made.manifest.layout().clocks().values()
+    assert window.newest == 20
+    assert told.cache == made.manifest.layout().bytes(1, 100)
+    assert told.weights == made.manifest.weight_bytes
+    assert told.largest_context == told.context == 100
+    with pytest.raises(RecipeError, match="the context has 28: nothing would be pruned"):
+        einfold.estimate(text_model, context=28, prune=WINDOW)
 
 
 def test_the_api_takes_the_same(text_model: Path, tmp_path: Path) -> None:

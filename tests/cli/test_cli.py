@@ -147,10 +147,10 @@ def test_one_flavour_against_the_other(
 
 
 def test_estimate_agrees_with_the_artifact(text_model: Path, text_artifact: Path) -> None:
-    told = as_json("estimate", text_model, "--context", "100", "--batch", "3")
+    told = as_json("estimate", text_model, "--batch", "3")
     manifest = as_json("inspect", text_artifact)["manifest"]
     assert told["weights"] == manifest["weight_bytes"]
-    assert told["cache"] == 3 * 100 * 512
+    assert told["cache"] == 3 * 256 * 512
     assert told["total"] == told["weights"] + told["cache"] + told["activations"]
     small = as_json("estimate", text_model, "--budget", "900KB")["largest_context"]
     large = as_json("estimate", text_model, "--budget", "100MB")["largest_context"]

@@ -90,6 +90,9 @@ def test_what_leaves_costs_quality(text_model: Path, tmp_path: Path) -> None:
     assert found.kl > 0.01
     sizes = found.bytes
     assert sizes["predicted"] == sizes["measured"] and sizes["cache"] < sizes["cache_peak"]
+    assert not found.note
+    streamed = measured(model, text_model, tmp_path, prompt=0.0)
+    assert "no prompt was read" in streamed.note and streamed.data()["note"] == streamed.note
 
 
 def test_the_rest_is_read_as_it_would_be_decoded(text_model: Path, tmp_path: Path) -> None:

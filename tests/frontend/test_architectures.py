@@ -71,6 +71,29 @@ def test_small_batch_prefills_together(
         check_tokens(original, prompt, want, got.tokens)
 
 
+def test_layers_that_the_model_shares_share_a_cache(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Gemma 4: readers have no buffers, in a layer with a window and in one without; the report says so."""
+    folder, cache = model_folder("gemma4"), {"window_slack": 8}
+    einfold.compile(folder, tmp_path / "a", recipe={"cache": cache}, check=False)
+    compiled = einfold.load(tmp_path / "a", chunk=CHUNK, threads=1)
+    layout = compiled.artifact.manifest.layout()
+    assert [layer.groups[0].owner for layer in layout.layers] == [None, None, 0, 1]
+    assert layout.bytes(1, 200) == 4 * 2 * 2 * ((models.WINDOW + 8) * 16 + 200 * 32)
+    _, records = trace(open_model(folder), Recipe.model_validate({"cache": cache}))
+    notes = {record.name: record.notes for record in records}
+    reads = [note.where for note in notes["plan_cache"] if "as the model does" in note.what]
+    assert reads == ["layer 2", "layer 3"]
+    windows = [(note.where, note.action) for note in notes["native_window"]]
+    assert windows == [("layer 0", "applied"), ("layer 2", "skipped")]
+
+    original, prompts, expected = reference("gemma4", folder)
+    together = compiled.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True)
+    for prompt, want, got in zip(prompts, expected, together, strict=True):
+        check_tokens(original, prompt, want, got.tokens)
+
+
 #: Operators that a two-layer model must raise: (attention, norms, rotary, gates, expert blocks).
 COUNTS = {
     "llama": (2, 5, 4, 2, 0),

@@ -95,6 +95,17 @@ def test_granules_come_back_near_to_what_they_were(storage: Packed) -> None:
         assert error < {2: 0.5, 3: 0.25, 4: 0.12, 8: 0.01}[width]
 
 
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_numbers_that_float16_has_no_room_for_are_cut(storage: Packed) -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (1e6 * torch.randn(2, storage.granule, 16, generator=generator) for _ in (0, 1))
+    for x, whole in zip(
+        decode(storage, encode(storage, keys, values, Seen())), (keys, values), strict=True
+    ):
+        assert bool(torch.isfinite(x).all())
+        assert float(x.abs().max()) <= 1.01 * float(whole.abs().max())
+
+
 def test_kivi_is_the_plain_formula() -> None:
     """Keys by groups of 8 tokens of a channel, values by groups of 8 channels of a token."""
     storage = Kivi(key_bits=2, value_bits=3, group=8, residual=8)

@@ -135,14 +135,20 @@ def test_texts_and_weights_that_give_no_basis() -> None:
     table[3] = float("nan")
     found = program(text(0), e=table)
     PlanCache().run(found)
-    CSKV().run(found)
+    CSKV(recent=16, slack=16).run(found)
     with pytest.raises(CalibrationError, match="layer 0 keys are not finite"):
         found.calibrations[0].run(torch.full((1, 64), 3))
 
 
+def test_features_that_float16_has_no_room_for_are_cut() -> None:
+    low, token = torch.zeros(1, 2, 1, dtype=torch.float16), torch.tensor([[1]])
+    low_rank._write_features(low, torch.full((1, 1, 1, 2), -1e6), torch.ones(1, 2), token)
+    assert low.flatten().tolist() == [0, torch.finfo(torch.float16).min]
+
+
 def test_errors_are_reported() -> None:
     found = planned(0)
-    result = CSKV(keep=0.5).run(found)
+    result = CSKV(keep=0.5, recent=16, slack=16).run(found)
     found.calibrations[0].run(torch.randint(11, (4, 32)))
     assert sorted(result.measured) == ["layer 0 keys", "layer 0 values"]
     assert all(0 < error < 1 for error in result.measured.values())
@@ -157,8 +163,8 @@ def test_what_makes_no_sense_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=reason):
             CSKV(**options)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="keep 64 tokens whole, but the context has 64"):
-        CSKV(recent=64).run(planned(0))
+    with pytest.raises(RecipeError, match="nothing would be read from its features"):
+        CSKV(recent=32, slack=32).run(planned(0))
     line = (
         "cache 0.0 heads=0 of=1 key=8 value=8 policy=full storage=low_rank(key_rank=2,value_rank=2)"
     )
@@ -171,7 +177,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 def test_later_passes_leave_features_alone() -> None:
     found = planned(0)
-    CSKV().run(found)
+    CSKV(recent=16, slack=16).run(found)
     before = found.layout
     assert [n.action for n in StreamingLLM(sinks=1, recent=8, slack=8).run(found).notes] == [
         "skipped"
@@ -182,7 +188,8 @@ def test_later_passes_leave_features_alone() -> None:
 
 @pytest.mark.parametrize("target", ["onnx", "triton"])
 def test_targets_that_cannot_read_it_refuse(target: str) -> None:
-    with pytest.raises(RecipeError, match=f"cskv: the target {target} has no operator or kernel"):
+    says = rf"cskv: the target {target} has no operator .* leave out cache\.share \(--share cskv\)"
+    with pytest.raises(RecipeError, match=says):
         Recipe.build({"target": target, "cache": {"share": "cskv"}})
 
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_pruned_is_refused_or_skipped() -> None:
     with pytest.raises(RecipeError, match=r"shares of retrieval heads, 0\.9 by induction and 0\.2"):
         RazorAttention(induction=0.9, echo=0.2)
     with pytest.raises(
-        RecipeError, match="would keep 65 tokens and up to 64 of slack, but the context"
+        RecipeError, match="would leave 65 tokens and up to 64 that wait as they are, but"
     ):
         RazorAttention(recent=60).run(planned())
     found = planned(window=5)
@@ -240,7 +240,8 @@ def test_budgets_that_cannot_be(table: dict[str, object], message: str) -> None:
 
 def test_what_keeps_as_much_as_the_context_is_refused() -> None:
     slack_fills_it = StreamingLLM(sinks=4, recent=40, slack=20)
-    for method in (SnapKV(64), H2O(80), EMS(64), slack_fills_it):
+    longer = (StreamingLLM(recent=100, slack=4), RazorAttention(recent=100, slack=4))
+    for method in (SnapKV(64), H2O(80), EMS(64), slack_fills_it, *longer):
         with pytest.raises(RecipeError, match="but the context has 64: nothing would be pruned"):
             method.run(planned())
 

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 import einfold
-from einfold.compiler.recipe import Recipe
-from einfold.errors import RecipeError
 
 from .. import models
 from ..greedy import all_logits
@@ -78,8 +76,3 @@ def test_a_reader_of_a_pruned_layer_on_onnx(portable: bool, tmp_path: Path) -> N
         for engine in ("reference", "onnx")
     )
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4)
-
-
-def test_kernels_read_no_packed_tokens_of_another_layer() -> None:
-    with pytest.raises(RecipeError, match="no kernel reads another layer's packed tokens"):
-        Recipe.build({"target": "triton", "cache": {"share": CROSS, "quant": KIVI}})

@@ -12,6 +12,7 @@ import einfold
 from einfold.errors import EinfoldError
 from einfold.evaluate import self_check as module
 from einfold.evaluate.self_check import self_check
+from einfold.runtime.cache import Cache
 
 from .. import models
 
@@ -32,7 +33,9 @@ def test_a_difference_is_refused_where_float32_explains_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = artifact("llama", weights, portable)
-    assert self_check(folder)["arithmetic"] == arithmetic
+    found = self_check(folder)
+    assert found["arithmetic"] == arithmetic
+    assert found["compressed cache"] == "none: every token stays in it"
 
     class Wrong(module.ReferenceRunner):
         def step(self, *arguments: Any) -> Any:
@@ -54,3 +57,35 @@ def test_tokens_that_leave_within_the_check_are_no_fault(method: str, tmp_path: 
         out = tmp_path / prefill
         report = einfold.compile(model, out, prune=f"{method},prefill={prefill}")
         assert report.check["tokens"] == 16
+        assert "read behind a prompt of" in report.check["compressed cache"]
+
+
+def test_a_fault_that_shows_when_tokens_have_left_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows and packed tokens that the first few tokens do not fill, and what is too long to be read."""
+    cache = {
+        "prune": {"method": "razor_attention", "recent": 40, "slack": 8, "induction": 0.5},
+        "quant": {"method": "kivi", "group": 8, "residual": 16, "slack": 8},
+    }
+    out, recipe = tmp_path / "out", {"target": "reference", "cache": cache}
+    einfold.compile(models.build("llama"), out, recipe=recipe, check=False)
+    found = self_check(out)["compressed cache"]
+    # 4 sinks, 40 recent, 8 of slack and the compensation token; packed are 16 + 8 + 7 and one more
+    assert found.startswith("read behind a prompt of 54 tokens: full kivi(residual=16")
+    assert "window(sinks=4,recent=40" in found and "not checked" not in found
+
+    class Wrong(module.ReferenceRunner):
+        def step(self, cache: Cache, *arguments: Any) -> Any:
+            left = any(packed.any() for packed in cache.packed.values())
+            return super().step(cache, *arguments) + 0.01 * left
+
+    monkeypatch.setattr(module, "_target", lambda artifact: Wrong(artifact))
+    with pytest.raises(EinfoldError, match="differs from the reference"):
+        self_check(out)
+    parameters = einfold.load(out).artifact.manifest.model.parameters
+    monkeypatch.setattr(module, "_WORK", 40 * parameters)
+    with pytest.raises(EinfoldError, match="differs from the reference"):
+        self_check(out)
+    monkeypatch.setattr(module, "_WORK", 20 * parameters)
+    assert self_check(out)["compressed cache"].startswith("not checked, for that takes a longer")

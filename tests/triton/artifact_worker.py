@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import einfold
-from einfold.compiler.attention_kernels.bound import attend_in_place
+from einfold.compiler.attention_kernels.bound import attend_in_place, attend_shared
 from einfold.compiler.attention_kernels.kernels import attention_kernel
 from einfold.compiler.attention_kernels.kinds import AttentionKind
 from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.ir.ops.attention import cached_attention_in_place
+from einfold.compiler.ir.ops.shared import shared_attention
 
 from .worker import difference, serve
 
@@ -59,7 +60,10 @@ def arguments(kind: AttentionKind, new: int, slots: int, used: list[int]) -> dic
 
 
 def kernel_error(request: dict[str, Any]) -> dict[str, Any]:
-    """The error of a kind's kernel against the operator, and whether both wrote the same caches."""
+    """The error of a kind's kernel against the operator, and whether both wrote the same caches.
+
+    With `shared` another layer reads what was written then, and its error is told too.
+    """
     kind = AttentionKind(**request["kind"])
     made = attention_kernel(kind, "tested", (0,), 64)
     made = replace(made, decode=Tiles(16, 16), kernel=replace(made.kernel, tiles=Tiles(16, 16)))
@@ -69,7 +73,13 @@ def kernel_error(request: dict[str, Any]) -> dict[str, Any]:
     found, *caches = attend_in_place(made, request["parts"])(**mine)
     expected, *right = cached_attention_in_place(**given)
     same = all(torch.equal(a, b) for a, b in zip(caches, right, strict=True))
-    return {"error": difference(found, expected), "same caches": same}
+    told = {"error": difference(found, expected), "same caches": same}
+    if request.get("shared"):
+        reader = {n: x for n, x in mine.items() if n not in ("k_BSKD", "v_BSKD")}
+        reader["q_BSHD"] = torch.randn_like(given["q_BSHD"])
+        of_reader = attend_shared(made, request["parts"])(**reader)
+        told["reader"] = difference(of_reader, shared_attention(**reader))
+    return told
 
 
 def generate(request: dict[str, Any]) -> dict[str, Any]:

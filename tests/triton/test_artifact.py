@@ -16,7 +16,7 @@ import torch
 import einfold
 from einfold import on_triton
 from einfold.compiler.artifact import file_entry
-from einfold.compiler.attention_kernels import attention_kernels, differences, kernel_files
+from einfold.compiler.attention_kernels import attention_kernels, bind, differences, kernel_files
 from einfold.compiler.attention_kernels.cascade import cascade_of
 from einfold.compiler.attention_kernels.cubins import triton_version, variants
 from einfold.compiler.attention_kernels.kernels import AttentionKernel, attention_kernel
@@ -26,6 +26,7 @@ from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.manifest import NAME, Manifest
+from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.ops.attention import cached_attention_in_place
 from einfold.errors import ArtifactError, ArtifactWarning, RecipeError, UnsupportedError
 from einfold.runtime.artifact import Artifact
@@ -47,6 +48,11 @@ KINDS = {
     "counted": replace(PLAIN, counted=True),
     "everything": AttentionKind(2, 3, 16, 8, 0.3, 7, 3.0, True, "fp32", "i8", True, True),
 }
+
+
+WAITING = {"residual": 8, "slack": 4}
+KIVI = {"method": "kivi", "group": 8} | WAITING
+CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +132,18 @@ def test_a_kernel_does_what_the_operator_does(
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask, name: str) -> None:
+    """After the owner has written this step's tokens, other queries over them; nothing more is written."""
+    found = interpreter(kind=asdict(KINDS[name]), new=3, used=[1, 30, 12], parts=2, shared=True)
+    assert found["reader"] < 2e-5 and found["same caches"]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
         ("llama", {}),
-        ("llama", {"storage": "int8"}),
         ("gemma2", {}),
         ("gpt_oss", {}),
         ("mistral", {"storage": "int8"}),
@@ -143,7 +156,9 @@ def test_a_kernel_does_what_the_operator_does(
                 "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
             },
         ),
-        ("llama", {"quant": {"method": "kivi", "group": 8, "residual": 8, "slack": 4}}),
+        ("llama", {"storage": "int8", "share": CROSS}),
+        ("llama", {"quant": KIVI, "share": CROSS}),
+        ("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
@@ -182,6 +197,17 @@ def test_layers_of_one_kind_share_a_kernel(compiled: Callable[..., Path]) -> Non
     (made,) = kernels_of(compiled("llama"))
     assert made.layers == (0, 1)
     assert "layers 0, 1" in kernel_files([made])[f"kernels/{made.name}.py"]
+
+
+@needs_triton
+def test_a_reader_shares_its_owners_kernel(compiled: Callable[..., Path]) -> None:
+    program = on_triton.read_program(Artifact.open(compiled("llama", storage="int8", share=CROSS)))
+    (made,) = attention_kernels(program)
+    assert made.layers == (0, 1) and made.kind.scaled
+    assert [node.target for node in bind(program, [made])] == [
+        einfold_ops.cached_attention.default,
+        einfold_ops.shared_attention.default,
+    ]
 
 
 def kernels_of(folder: Path) -> list[AttentionKernel]:

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 
 from einfold.compiler.attention_kernels.kernels import attention_kernel
-from einfold.compiler.attention_kernels.packed import PackedKind
-from einfold.compiler.ir.cache.storages import Gear, Kivi, show_storage
+from einfold.compiler.attention_kernels.packed import RETAINED, PackedKind, packed_kinds
+from einfold.compiler.ir.cache.packing import Packed
+from einfold.compiler.ir.cache.storages import Gear, Kivi, read_storage, show_storage
+from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton
+from .packed_worker import node_of
 
 Ask = Callable[..., dict[str, Any]]
+
+PRESSED = {"softcap": 5.0, "sinks": True}
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +34,26 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         ("kivi(slack=8,residual=8,group=8,key_bits=4,value_bits=4)", {}),
         (
             "kivi(slack=8,residual=8,group=8,key_bits=2,value_bits=2)",
-            {"softcap": 5.0, "sinks": True},
+            PRESSED,
         ),
         ("kivi(slack=8,residual=16,group=16,key_bits=3,value_bits=8)", {}),
         ("kivi(slack=8,residual=8,group=8,key_bits=8,value_bits=3,keys=token)", {}),
         ("gear(slack=8,residual=8,group=8,tokens=16,rank=2,share=0.13)", {}),
         ("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
         ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),
+        ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {"reader": True}),
+        ("minicache(slack=8,residual=8,group=8,retained=2)", {"sizes": (13, 7)}),
+        ("minicache(slack=8,residual=8,group=6,retained=3,gamma=0.5,dtype=f16)", PRESSED),
+        ("minicache(slack=8,residual=8,group=8,retained=0)", {}),
     ],
 )
 def test_kernels_do_what_the_operator_does(
     interpreter: Ask, storage: str, options: dict[str, Any]
 ) -> None:
-    """Rows with all, none and some of their granules packed; one token whole, several in parts."""
+    """Rows with all, none and some of their granules packed; one token whole, several in parts.
+
+    A reader writes nothing; what is shared by a pair is read as its deeper layer reads it.
+    """
     for new, parts in ((1, 1), (3, 2)):
         found = interpreter(storage=storage, new=new, parts=parts, **options)
         assert found["error"] < 2e-5, (new, parts)
@@ -70,3 +82,18 @@ def test_a_kernel_reads_no_more_than_the_codes(plan_cache: Any) -> None:
     shared = made.kernel.shared
     assert shared["key_codes", "t"] == 2 and shared["key_scale", "t"] == 32
     assert shared["key_right0", "t"] == 128 and shared["value_codes", "f"] == 2
+
+
+def test_more_retained_rows_than_a_kernel_takes_are_refused() -> None:
+    sizes = "minicache(slack=8,residual=8,group=16,retained={})"
+    assert len(packed_kinds(node_of(read(sizes.format(RETAINED)), {}))) == 1
+    with pytest.raises(
+        UnsupportedError, match=r"layer 1 retains up to 9 of 16 tokens, .* lower retained"
+    ):
+        packed_kinds(node_of(read(sizes.format(RETAINED + 1)), {}))
+
+
+def read(text: str) -> Packed:
+    storage = read_storage(text)
+    assert isinstance(storage, Packed)
+    return storage

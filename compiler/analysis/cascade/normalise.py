@@ -147,6 +147,17 @@ class Normaliser:
     def _div(self, expr: Apply) -> list[Term]:
         return product_of(self.terms(expr.args[0]), [self._power(expr.args[1], Fraction(-1))])
 
+    def _abs(self, expr: Apply) -> list[Term]:
+        """The size of a product of positive factors is the product: |exp(x - m)| is exp(x - m)."""
+        found = self.terms(expr.args[0])
+        known = self.scope.cascade, self.scope.statements
+        signed = [
+            base for term in found for base, _ in term.factors if bounds(base, *known).sign <= 0
+        ]
+        if len(found) != 1 or signed:
+            raise self.refuse(expr)
+        return [replace(found[0], coefficient=abs(found[0].coefficient))]
+
     def _sqrt(self, expr: Apply) -> list[Term]:
         return [self._power(expr.args[0], Fraction(1, 2))]
 

@@ -30,7 +30,7 @@ from .fold import Folding, Refusal, derive
 from .passes import count_passes
 
 #: Part of every key: raised whenever the derivation or the text of plans changes.
-VERSION = 1
+VERSION = 2
 
 
 def fold(cascade: Cascade, rank: str, cache: Path | None = None) -> Folding:

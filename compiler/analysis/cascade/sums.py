@@ -33,7 +33,7 @@ class Split:
     exponent: tuple[tuple[float, Expr], ...]
     scale: Expr | None
     centres: tuple[tuple[Expr, Expr, int], ...]
-    #: Tests of rows alone: they select at the end, since what they hide may be 0/0.
+    #: Tests of rows alone, or of what is known before, select at the end: what they hide may be 0/0.
     tests: tuple[Expr, ...]
 
 
@@ -92,7 +92,7 @@ def split(builder: Builder, term: Term) -> Split:
         outside.append((apply("exp", apply("neg", scale)), Fraction(1)))
         has_scale = False
     kept = scale if has_scale else None
-    tests = tuple(test for test in term.tests if builder.is_row(test))
+    tests = tuple(t for t in term.tests if builder.is_row(t) or not builder.scope.carries(t))
     return Split(tuple(outside), tuple(inside), tuple(streamed), kept, tuple(centres), tests)
 
 

@@ -20,6 +20,7 @@ from ...ir.cascade.expr import (
     Virtual,
     apply,
     ranks_of,
+    reads,
     ref,
     rename_ranks,
     rewrite,
@@ -67,6 +68,8 @@ class Context:
     statements: list[Statement] = field(default_factory=list)
     #: How many virtual coordinates stand ahead of the real ones in the graph's tensor.
     fronts: dict[str, int] = field(default_factory=dict)
+    #: Which operator of the graph made a rank with virtual coordinates.
+    joins: dict[str, str] = field(default_factory=dict)
     #: Of statements that hold a tensor of the graph: its name there, and the ranks of each dimension.
     origins: dict[str, tuple[str, tuple[Dim, ...]]] = field(default_factory=dict)
     _instances: dict[tuple[str, tuple[tuple[str, str], ...]], str] = field(default_factory=dict)
@@ -95,6 +98,27 @@ class Context:
         value = Value(dims, ref(name, *(rank for dim in dims for rank in dim)), kind)
         self.ranks.keep_apart(value.ranks)
         return value
+
+    def is_computed(self, value: Value) -> bool:
+        """Whether the value follows from a reduction, so that it is not an input read in another way."""
+        return bool(self._reduced(value))
+
+    def is_normalised(self, value: Value) -> bool:
+        """Whether the value runs along a rank that it, as weights do, follows from a reduction over."""
+        return bool(self._reduced(value) & set(self.now(value).ranks))
+
+    def _reduced(self, value: Value) -> set[str]:
+        """The ranks that what the value follows from is reduced over."""
+        statements = {item.name: item for item in self.statements}
+        work, seen = [read.tensor for read in reads(value.expr)], set()
+        found: set[str] = set()
+        while work:
+            item = statements.get(work.pop())
+            if item is not None and item.name not in seen:
+                seen.add(item.name)
+                found.update(self.ranks.resolve(item.over))
+                work += [read.tensor for read in reads(item.expr)]
+        return found
 
     def now(self, value: Value) -> Value:
         """The value over the ranks as they stand now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from string import ascii_letters
 
 from ...ir.cascade.expr import ZERO, Pos, apply
 from .context import Context, Value
@@ -74,13 +75,9 @@ def linear(context: Context, name: str, x: Value, weight: Value, bias: Value | N
 
 def einsum(context: Context, name: str, equation: str, operands: Sequence[Value]) -> Value:
     """torch.einsum, two operands at a time, without repeated letters in an operand."""
-    left, arrow, out = equation.replace(" ", "").partition("->")
-    labels = left.split(",")
-    if "." in equation or any(len(set(part)) != len(part) for part in labels):
+    labels, out = _labels(equation, [len(operand.dims) for operand in operands])
+    if any(len(set(part)) != len(part) for part in labels):
         raise NotExpressedError(f"einsum {equation!r}")
-    if not arrow:
-        letters = sorted(set(left) - {","})
-        out = "".join(c for c in letters if left.count(c) == 1)
     value, have = operands[0], labels[0]
     for at, (operand, own) in enumerate(zip(operands[1:], labels[1:], strict=True), start=2):
         later = "".join(labels[at:]) + out
@@ -94,6 +91,24 @@ def einsum(context: Context, name: str, equation: str, operands: Sequence[Value]
         have = "".join(letter for letter in have if letter in out)
         return permute(value, [have.index(letter) for letter in out])
     return value
+
+
+def _labels(equation: str, widths: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result: "..." written out, and "->" where it is left out."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    labels = left.split(",")
+    free = [c for c in ascii_letters if c not in equation]
+    spread = [
+        width - len(part) + 3 for part, width in zip(labels, widths, strict=True) if "." in part
+    ]
+    every = "".join(free[: max(spread, default=0)])
+    for at, part in enumerate(labels):
+        own = widths[at] - len(part) + 3
+        labels[at] = part.replace("...", every[len(every) - own :] if own > 0 else "")
+    if not arrow:
+        letters = sorted(set(left) - {",", "."})
+        out = "..." * ("." in left) + "".join(c for c in letters if left.count(c) == 1)
+    return labels, out.replace("...", every)
 
 
 def attention(

@@ -59,6 +59,26 @@ def _exp2(x: Expr) -> Expr:
     return apply("exp", apply("mul", x, math.log(2)))
 
 
+def _pow(base: Expr | float, exponent: Expr | float) -> Expr:
+    """A number to a power is an exponential, so that a softmax to base two, or e, is one."""
+    if isinstance(base, (int, float)) and not isinstance(exponent, (int, float)) and base > 0:
+        return apply("exp", apply("mul", exponent, math.log(base)))
+    return apply("pow", base, exponent)
+
+
+def _logaddexp(a: Expr, b: Expr) -> Expr:
+    """log(exp(a) + exp(b)), from the larger of the two: -inf where both are."""
+    top = apply("max", a, b)
+    top = apply("where", apply("eq", apply("abs", top), math.inf), 0.0, top)
+    total = apply("add", apply("exp", apply("sub", a, top)), apply("exp", apply("sub", b, top)))
+    return apply("add", top, apply("log", total))
+
+
+def _with_product(a: Expr, b: Expr, c: Expr, value: float = 1) -> Expr:
+    found = apply("mul", b, c)
+    return apply("add", a, found if value == 1 else apply("mul", found, float(value)))
+
+
 def _log_by(base: float) -> Rule:
     return lambda x: apply("div", apply("log", x), math.log(base))
 
@@ -77,6 +97,10 @@ def _replace_nan(x: Expr, nan: float | None = None, posinf: Any = None, neginf: 
     return apply("where", apply("eq", x, x), x, float(nan or 0))
 
 
+#: The long names of comparisons.
+_COMPARISONS = {"less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge"}
+_COMPARISONS |= {"not_equal": "ne"}
+
 RULES: dict[str, Rule] = {
     "add": _alpha("add"),
     "sub": _alpha("sub"),
@@ -86,7 +110,13 @@ RULES: dict[str, Rule] = {
     "true_divide": _div,
     "floor_divide": _binary("floordiv"),
     "remainder": _binary("mod"),
-    "pow": _binary("pow"),
+    "pow": _pow,
+    "logaddexp": _logaddexp,
+    "xlogy": lambda x, y: apply("mul", x, apply("log", y)),
+    "special_xlogy": lambda x, y: apply("mul", x, apply("log", y)),
+    "addcmul": _with_product,
+    "addcdiv": lambda a, b, c, value=1: _with_product(a, b, apply("div", 1.0, c), value),
+    "softsign": lambda x: apply("div", x, apply("add", apply("abs", x), 1.0)),
     "square": lambda x: apply("pow", x, 2.0),
     "maximum": _binary("max"),
     "minimum": _binary("min"),
@@ -125,6 +155,7 @@ RULES: dict[str, Rule] = {
         for name in ("relu", "erf", "sin", "cos", "floor", "ceil", "round", "trunc")
     },
     **{name: _binary(name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{name: _binary(op) for name, op in _COMPARISONS.items()},
     "isfinite": _unary("isfinite"),
     "special_entr": lambda x: apply("neg", apply("mul", x, apply("log", x))),
     "bitwise_not": _unary("not"),
@@ -132,20 +163,25 @@ RULES: dict[str, Rule] = {
     "__and__": _binary("bits"),
     "bitwise_or": _binary("or"),
     "__or__": _binary("or"),
+    "bitwise_xor": _binary("ne"),
+    "__xor__": _binary("ne"),
+    "logical_xor": _binary("ne"),
 }
 
 #: Of truth values these mean something else than of whole numbers.
 _OF_TRUTH = {"bitwise_and": "and", "__and__": "and", "mul": "and"}
 _OF_TRUTH |= {"bitwise_or": "or", "__or__": "or", "bitwise_not": "not"}
+_OF_TRUTH |= {"bitwise_xor": "ne", "__xor__": "ne", "logical_xor": "ne"}
 _TRUTH = {"logical_and", "logical_or", "logical_not", "isnan", "isinf", "isfinite"}
-_TRUTH |= {"eq", "ne", "lt", "le", "gt", "ge"}
+_TRUTH |= {"eq", "ne", "lt", "le", "gt", "ge", *_COMPARISONS}
 
 
 def elementwise(
     context: Context, name: str, args: list[Any], kwargs: dict[str, Any], kind: str
 ) -> Value:
     """The value of a pointwise operator whose result is of `kind`. Raises NotExpressedError."""
-    rule = RULES[name]
+    # A whole number to the power of whole numbers is one.
+    rule = RULES[name] if (name, kind) != ("pow", "integer") else _binary("pow")
     at = [i for i, arg in enumerate(args) if isinstance(arg, Value)]
     values, dims = context.align([args[i] for i in at])
     only_truth = all(value.kind == "bool" for value in values)
@@ -155,7 +191,7 @@ def elementwise(
     real = frozenset().union(*(value.real for value in values))
     if only_truth and name in _OF_TRUTH:
         return Value(dims, apply(_OF_TRUTH[name], *filled), "bool", real)
-    if name in ("bitwise_or", "__or__", "bitwise_not"):
+    if name in ("bitwise_or", "__or__", "bitwise_not", "bitwise_xor", "__xor__", "logical_xor"):
         raise NotExpressedError(f"{name} of whole numbers")
     constants = [Const(a) if isinstance(a, (bool, int, float)) else a for a in filled]
     pick = constants if name in ("where", "masked_fill", "maximum", "minimum") else filled

@@ -30,7 +30,8 @@ class Imported:
     """A cascade with the graph's tensors that it reads and writes.
 
     `opaque` has, for each operator that became an input, the reason; `weights` the inputs that are
-    parameters; `nodes` the statements whose result is a tensor of the graph.
+    parameters; `nodes` the statements whose result is a tensor of the graph; `feeds` the nodes that each
+    operator that became an input reads.
     """
 
     cascade: Cascade
@@ -40,6 +41,7 @@ class Imported:
     sizes: Mapping[str, int]
     weights: frozenset[str] = frozenset()
     nodes: Mapping[str, Binding] = field(default_factory=dict)
+    feeds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def arrays(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The cascade's inputs from the graph's tensors, by node name: dimensions cut into ranks."""

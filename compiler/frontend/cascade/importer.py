@@ -46,7 +46,23 @@ def import_graph(
     `weights` which of them are parameters.
     Raises UnsupportedError where an output is no cascade.
     """
-    return _Importer(constants or {}, names or {}, frozenset(weights)).run(graph)
+    outside: dict[str, str] = {}
+    while True:
+        try:
+            importer = _Importer(constants or {}, names or {}, frozenset(weights), outside)
+            return importer.run(graph)
+        except _JoinedError as error:
+            if error.join in outside:
+                raise
+            outside[error.join] = f"{error.reader} needs it whole"
+
+
+class _JoinedError(UnsupportedError):
+    """A tensor with virtual coordinates, made by `join`, is needed as it is by an operator without a form."""
+
+    def __init__(self, join: str, reader: str) -> None:
+        super().__init__(f"{join} joins tensors, and {reader} has no form as a cascade")
+        self.join, self.reader = join, reader
 
 
 @dataclass(frozen=True)
@@ -63,12 +79,15 @@ class _Importer:
         constants: Mapping[str, torch.Tensor],
         names: Mapping[str, str],
         weights: frozenset[str],
+        outside: Mapping[str, str],
     ) -> None:
         self.constants, self.names, self.weights = constants, names, weights
+        self.outside = outside
         self.context = Context()
         self.values: dict[fx.Node, Any] = {}
         self.opaque: dict[str, str] = {}
         self.extra: list[tuple[str, Value]] = []
+        self.feeds: dict[str, tuple[str, ...]] = {}
 
     def run(self, graph: fx.Graph) -> Imported:
         results: list[tuple[str, Value]] = []
@@ -95,6 +114,7 @@ class _Importer:
             sizes,
             frozenset(name for key, name, _ in inputs if key in self.weights),
             {name: Binding(str(key), name, dims) for key, name, dims in nodes},
+            self.feeds,
         )
 
     def _given(self, node: fx.Node) -> Any:
@@ -120,9 +140,7 @@ class _Importer:
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            found = self.values[node.args[0]]  # type: ignore[index]
-            item = found[int(node.args[1])] if isinstance(found, tuple) else None  # type: ignore[arg-type]
-            return item if item is not None else self._source(node, node.meta["val"])
+            return self._item(node)
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
             return _Symbol(_hint(node.meta["val"]), self._size_of(node))
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
@@ -131,9 +149,11 @@ class _Importer:
             value = self._express(node)
         except NotExpressedError as error:
             self.opaque[node.name] = str(error)
+            self.feeds[node.name] = tuple(source.name for source in node.all_input_nodes)
             for source in node.all_input_nodes:
                 used = self.values[source]
                 if isinstance(used, Value) and not self._is_outside(used):
+                    self._check_whole(node, used)
                     self.extra.append((source.name, used))
             return self._source(node, node.meta.get("val"))
         self._check_shape(node, value)
@@ -143,6 +163,18 @@ class _Importer:
             self._remember(node, value)
         return value
 
+    def _item(self, node: fx.Node) -> Any:
+        """One of several results. One without a form is an input; whoever makes it then stays outside too."""
+        maker, at = node.args
+        found = self.values[maker]  # type: ignore[index]
+        item = found[int(at)] if isinstance(found, tuple) else None  # type: ignore[arg-type]
+        if item is not None:
+            return item
+        if isinstance(maker, fx.Node) and maker.op == "call_function" and node.users:
+            self.opaque.setdefault(maker.name, f"result {at} of it has no form as a cascade")
+            self.opaque[node.name] = f"it is result {at} of {maker.name}"
+        return self._source(node, node.meta["val"])
+
     def _remember(self, node: fx.Node, value: Any) -> None:
         """Which tensor of the graph a statement holds, where it holds one."""
         if isinstance(value, Value) and isinstance(value.expr, Ref) and not value.real:
@@ -150,14 +182,23 @@ class _Importer:
 
     def _check_shape(self, node: fx.Node, value: Any) -> None:
         """The ranks of a result must multiply to its shape; otherwise an operator was read wrongly."""
-        if isinstance(value, Value):
-            value = self.context.now(value)
-            ranks, real = self.context.ranks, value.real
-            found = [math.prod(ranks.size(rank, real) for rank in dim) for dim in value.dims]
-            if found != _sizes(node.meta["val"])[0]:
-                raise UnsupportedError(
-                    f"{node.name} was read as {found}, but is {node.meta['val'].shape}"
-                )
+        several = isinstance(value, tuple)
+        pairs = (
+            zip(value, node.meta["val"], strict=False) if several else [(value, node.meta["val"])]
+        )
+        for one, real in pairs:
+            if isinstance(one, Value):
+                one = self.context.now(one)
+                size = self.context.ranks.size
+                found = [math.prod(size(rank, one.real) for rank in dim) for dim in one.dims]
+                if found != _sizes(real)[0]:
+                    raise UnsupportedError(f"{node.name} was read as {found}, but is {real.shape}")
+
+    def _check_whole(self, reader: fx.Node, value: Value) -> None:
+        value = self.context.now(value)
+        for rank in value.ranks:
+            if self.context.ranks.virtual.get(rank) and rank not in value.real:
+                raise _JoinedError(self.context.joins[rank], reader.name)
 
     def _is_outside(self, value: Value) -> bool:
         return isinstance(value.expr, Ref) and value.expr.tensor in self.context.sources
@@ -171,6 +212,8 @@ class _Importer:
 
     def _express(self, node: fx.Node) -> Any:
         target = node.target
+        if node.name in self.outside:
+            raise NotExpressedError(self.outside[node.name])
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
             raise NotExpressedError(f"{target} is no ATen operator")
         if target._schema.is_mutable:
@@ -199,6 +242,8 @@ class _Importer:
             elif declared.name in node.kwargs:
                 arguments[declared.name] = self._argument(node.kwargs[declared.name], False)
         call = Call(self.context, node.name, arguments, sizes, extents, kind)
+        several = meta if isinstance(meta, (tuple, list)) else [meta]
+        arguments["results"] = [_sizes(v)[0] for v in several if isinstance(v, torch.Tensor)]
         arguments["operator"] = name
         arguments["dtype"] = first.dtype
         return HANDLERS[name](call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...ir.cascade.expr import Const
 from . import views
 from .context import Value
 from .ranks import NotExpressedError
@@ -87,7 +88,24 @@ def _repeat_interleave(call: Call) -> Value:
 
 @handles("cat", "concat", "concatenate")
 def _cat(call: Call) -> Value:
-    return views.concatenate(call.context, call.tensors, call.dim or 0)
+    return views.concatenate(call.context, call.name, call.tensors, call.dim or 0)
+
+
+@handles("pad", "constant_pad_nd")
+def _pad(call: Call) -> Value:
+    """Logits with constants before or behind them, such as the 0 of a softmax plus one."""
+    widths = [(call.pad[at], call.pad[at + 1]) for at in range(0, len(call.pad), 2)]
+    padded = [at for at, width in enumerate(widths) if width != (0, 0)]
+    if (call.mode or "constant") != "constant" or len(padded) != 1 or min(widths[padded[0]]) < 0:
+        raise NotExpressedError("padding of several dimensions, or by what is there")
+    whole: Value = call.self
+    if not call.context.is_computed(whole):
+        raise NotExpressedError("padding of what is not computed here")
+    number = 0.0 if call.value is None else float(call.value)
+    constant = Value(((),) * len(whole.dims), Const(number))
+    before, behind = widths[padded[0]]
+    parts = [constant] * before + [whole] + [constant] * behind
+    return views.concatenate(call.context, call.name, parts, -1 - padded[0])
 
 
 @handles("slice", "narrow")
@@ -95,14 +113,31 @@ def _slice(call: Call) -> Value:
     start = call.start or 0
     end = start + call.length if call.length is not None else call.end
     end = 2**62 if end is None else end
-    return views.cut(call.context, call.self, call.dim or 0, start, end, call.step or 1)
+    return views.cut(call.context, call.name, call.self, call.dim or 0, start, end, call.step or 1)
 
 
 @handles("select")
 def _select(call: Call) -> Value:
-    if call.self.dims[call.dim]:
+    if not call.self.dims[call.dim]:
+        return views.squeeze(call.self, [call.dim])
+    if not call.context.is_normalised(call.self):
         raise NotExpressedError("one coordinate of a rank")
-    return views.squeeze(call.self, [call.dim])
+    size = call.context.ranks.size(call.context.now(call.self).dims[call.dim][0])
+    return views.pick(call.context, call.name, call.self, call.dim, call.index % size)
+
+
+@handles("unbind")
+def _unbind(call: Call) -> tuple[Value | None, ...]:
+    dim = call.dim or 0
+    sizes = [1] * len(call.results)
+    found = views.pieces(call.context, call.name, call.self, dim, sizes)
+    return tuple(None if one is None else views.squeeze(one, [dim]) for one in found)
+
+
+@handles("split", "split_with_sizes", "chunk", "tensor_split")
+def _split(call: Call) -> tuple[Value | None, ...]:
+    dim = call.dim or 0
+    return views.pieces(call.context, call.name, call.self, dim, [s[dim] for s in call.results])
 
 
 @handles("arange")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ...ir.cascade.expr import Const, Expr, Pos, Virtual, apply
 from .context import Context, Value
 from .ranks import NotExpressedError
+
+#: Parts of a computed value, and logits that are joined to others, are written out up to this many.
+_FEW = 8
 
 
 def reshape(context: Context, value: Value, sizes: Sequence[int]) -> Value:
@@ -67,26 +71,28 @@ def repeat_interleave(context: Context, value: Value, count: int, dim: int) -> V
     return replace(value, dims=dims)
 
 
-def concatenate(context: Context, values: Sequence[Value], dim: int) -> Value:
-    """Joins one long tensor with tensors of length one: these become virtual coordinates.
+def concatenate(context: Context, name: str, values: Sequence[Value], dim: int) -> Value:
+    """Joins one long tensor with few coordinates more: these become virtual ones.
 
     [scores over t] + [a sink] -> one value over t with a virtual coordinate that holds the sink.
     Anything else that is joined is no cascade.
     """
     at = dim % len(values[0].dims)
-    long = [place for place, value in enumerate(values) if value.dims[at]]
-    if len(long) != 1 or len(values[long[0]].dims[at]) != 1:
-        raise NotExpressedError("only tensors of length one can be joined to a rank")
-    main = context.now(values[long[0]])
+    place = _longest(context, values, at)
+    if len(values[place].dims[at]) != 1:
+        raise NotExpressedError("a join along a merged dimension")
+    main = context.now(values[place])
     (rank,) = main.dims[at]
     if context.ranks.virtual.get(rank):
         raise NotExpressedError("a second join along a rank")
-    extended = context.ranks.fresh(
-        context.ranks.sizes[rank], context.ranks.extents[rank], len(values) - 1
-    )
+    parts = [_coordinates(context, name, value, at) for value in values[:place]]
+    front = sum(len(part) for part in parts)
+    parts += [_coordinates(context, name, value, at) for value in values[place + 1 :]]
+    others = [one for part in parts for one in part]
+    size, extent = context.ranks.sizes[rank], context.ranks.extents[rank]
+    extended = context.ranks.fresh(size, extent, len(others))
     main = context.instance(main, {rank: extended})
-    others = [value for place, value in enumerate(values) if place != long[0]]
-    aligned, _ = context.align([_without(main, at), *(_without(other, at) for other in others)])
+    aligned, _ = context.align([_without(main, at), *others])
     expr = aligned[0].expr
     for number, other in enumerate(aligned[1:]):
         expr = apply("where", Virtual(extended, number), other.expr, expr)
@@ -94,16 +100,89 @@ def concatenate(context: Context, values: Sequence[Value], dim: int) -> Value:
     dims.insert(at, (extended,))
     context.ranks.keep_apart([r for group in dims for r in group])
     joined = Value(tuple(dims), expr, main.kind, main.real - {extended})
-    context.fronts[extended] = long[0]
+    context.fronts[extended], context.joins[extended] = front, name
     return context.now(joined)
+
+
+def _longest(context: Context, values: Sequence[Value], at: int) -> int:
+    """Which tensor the others are joined to: they have length one, or are few beside a computed one."""
+    sizes = [math.prod(context.ranks.size(r, v.real) for r in v.dims[at]) for v in values]
+    place = sizes.index(max(sizes))
+    rest = sum(sizes) - sizes[place]
+    few = rest <= _FEW and rest < sizes[place] and context.is_computed(values[place])
+    if not values[place].dims[at] or not (few or sum(size > 1 for size in sizes) == 1):
+        raise NotExpressedError("only tensors of length one can be joined to a rank")
+    return place
+
+
+def _coordinates(context: Context, name: str, value: Value, at: int) -> list[Value]:
+    """A tensor at each of its coordinates, without the dimension."""
+    if not value.dims[at]:
+        return [_without(value, at)]
+    (rank, *more) = value.dims[at]
+    if more or context.ranks.virtual.get(rank):
+        raise NotExpressedError("a join of merged or joined dimensions")
+    count = context.ranks.sizes[rank]
+    return [pick(context, f"{name}_{number}", value, at, number) for number in range(count)]
+
+
+def pick(context: Context, name: str, value: Value, dim: int, number: int) -> Value:
+    """One coordinate of a dimension, as a sum of one: sum over r of where(pos(r) == number, value, 0)."""
+    value = context.now(value)
+    at = dim % len(value.dims)
+    if len(value.dims[at]) != 1 or context.ranks.virtual.get(value.dims[at][0]):
+        raise NotExpressedError("one coordinate of a merged or joined dimension")
+    (rank,) = value.dims[at]
+    if context.ranks.sizes[rank] > _FEW or not _is_fixed(context, [rank]) or value.kind == "bool":
+        raise NotExpressedError("one coordinate of a rank")
+    here = apply("eq", Pos(rank), float(number))
+    picked = replace(value, expr=apply("where", here, value.expr, 0.0))
+    return context.reduce(name, "sum", picked, [at])
+
+
+def _is_fixed(context: Context, ranks: Sequence[str]) -> bool:
+    """Whether the sizes are numbers, whatever the inputs."""
+    return all(context.ranks.extents[rank].isdigit() for rank in ranks)
+
+
+def part(context: Context, name: str, value: Value, dim: int, number: int, count: int) -> Value:
+    """One of `count` equal parts of a dimension of normalised weights; of others it is an input as well."""
+    value = context.now(value)
+    at = dim % len(value.dims)
+    length = math.prod(context.ranks.sizes[rank] for rank in value.dims[at])
+    fixed = _is_fixed(context, value.dims[at]) and count <= _FEW and length % count == 0
+    if not fixed or not context.is_normalised(value):
+        raise NotExpressedError("a slice of a rank")
+    sizes = [math.prod(context.ranks.size(r, value.real) for r in group) for group in value.dims]
+    sizes[at : at + 1] = [count, length // count]
+    return pick(context, name, reshape(context, value, sizes), at, number)
+
+
+def pieces(
+    context: Context, name: str, value: Value, dim: int, sizes: Sequence[int]
+) -> tuple[Value | None, ...]:
+    """A dimension in pieces of these sizes; None where a piece has no form."""
+    found: list[Value | None] = []
+    start = 0
+    for number, size in enumerate(sizes):
+        try:
+            found.append(cut(context, f"{name}_{number}", value, dim, start, start + size))
+        except NotExpressedError:
+            found.append(None)
+        start += size
+    if not any(found):
+        raise NotExpressedError("a slice of a rank")
+    return tuple(found)
 
 
 def _without(value: Value, at: int) -> Value:
     return replace(value, dims=(*value.dims[:at], *value.dims[at + 1 :]))
 
 
-def cut(context: Context, value: Value, dim: int, start: int, end: int, step: int = 1) -> Value:
-    """A slice that takes all of a dimension, or just the real coordinates of a joined one."""
+def cut(
+    context: Context, name: str, value: Value, dim: int, start: int, end: int, step: int = 1
+) -> Value:
+    """A slice: all of a dimension, the real coordinates of a joined one, or an equal part of weights."""
     value = context.now(value)
     at = dim % len(value.dims)
     group = value.dims[at]
@@ -121,6 +200,9 @@ def cut(context: Context, value: Value, dim: int, start: int, end: int, step: in
     joined = rank and context.ranks.virtual.get(rank) and rank not in value.real
     if joined and (start, end) == (front, front + context.ranks.sizes[rank]):
         return replace(value, real=value.real | {rank})
+    if not joined and end > start and start % (end - start) == 0 and length % (end - start) == 0:
+        size = end - start
+        return part(context, name, value, at, start // size, length // size)
     raise NotExpressedError("a slice of a rank")
 
 

@@ -12,7 +12,7 @@ allocates, or SymPy symbols, as in the account: one formula serves both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -244,6 +244,10 @@ class CacheLayout:
                 return later
         return None
 
+    def readers(self, layer: int) -> tuple[int, ...]:
+        """The layers that read this one's cache and have none of their own."""
+        return tuple(later.layer for later, _, group in self.groups() if group.owner == layer)
+
     def __getitem__(self, layer: int) -> LayerCache:
         for entry in self.layers:
             if entry.layer == layer:
@@ -321,23 +325,30 @@ class CacheLayout:
     def peak_bytes(self, batch: Size, capacity: Size, prompt: Size) -> Size:
         """The most bytes that are ever live when a prompt of so many tokens is read and continued.
 
-        Once the prompt has been read, groups that kept all of it are compressed one after the other: each
-        takes its final buffers, then lets go of the larger ones. Two groups that share are packed with the
-        first of them, so the bulk of both is taken then.
+        Once the prompt has been read, groups that kept all of it are compressed one after the other, buffer
+        by buffer: each final one is taken before the larger one is let go of. One that keeps its shape
+        stays. Two groups that share are packed with the first of them, so the bulk of both is taken then.
         """
         live: Any = self.bytes(batch, capacity, prompt)
         peaks: list[Size] = [live]
         for layer, index, group in self.groups():
             if not group.exact or group.owner is not None:
                 continue
-            taken: Any = _total(layer.group_buffers(index, batch, capacity))
-            follower = self.follower(layer, index)
-            if follower is not None:
-                taken = taken + _bulk(follower.group_buffers(index, batch, capacity))
-            if group.partner is not None:
-                taken = taken - _bulk(layer.group_buffers(index, batch, capacity))
-            peaks.append(live + taken)
-            live = live + taken - _total(layer.group_buffers(index, batch, capacity, prompt))
+            final = list(layer.group_buffers(index, batch, capacity))
+            if group.packed and group.partner is None:
+                follower = self.follower(layer, index)
+                packed = [] if follower is None else follower.group_buffers(index, batch, capacity)
+                live = live + _bulk(final) + _bulk(packed)
+                peaks.append(live)
+            replaced = {b.name: b for b in layer.group_buffers(index, batch, capacity, prompt)}
+            kept = {buffer.name for buffer in final}
+            live = live - _total(b for name, b in replaced.items() if name not in kept)
+            for buffer in final:
+                old = replaced[buffer.name]
+                if old.shape == buffer.shape or (group.packed and buffer.role == "read"):
+                    continue
+                peaks.append(live + buffer.bytes())
+                live = live + buffer.bytes() - old.bytes()
         return most(*peaks, live)
 
     def account(self) -> sympy.Expr:
@@ -382,14 +393,14 @@ class CacheLayout:
         )
 
 
-def _total(buffers: Iterator[Buffer]) -> Size:
+def _total(buffers: Iterable[Buffer]) -> Size:
     total: Any = 0
     for buffer in buffers:
         total = total + buffer.bytes()
     return total
 
 
-def _bulk(buffers: Iterator[Buffer]) -> Size:
+def _bulk(buffers: Iterable[Buffer]) -> Size:
     """Bytes of the buffers that hold packed tokens."""
     return _total(buffer for buffer in buffers if buffer.role == "read")
 

@@ -28,6 +28,14 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.float() * scale.float() + zero.float()
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; what is larger than its largest number is cut to that, where a cast gives infinity."""
+    if x.dtype == dtype:
+        return x
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
 def _down(x: Tensor) -> Tensor:
     """The largest float16 that is no larger than x."""
     near = x.half()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..cache.gear import Gear
 from . import kivi
+from .affine import narrowed
 from .grouped import Pieces
 
 #: Rounds of the power iteration (the paper's SVD solver, algorithm 2).
@@ -22,12 +23,12 @@ def encode(storage: Gear, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:
         error, place, axis = whole[part] - coded, places[part], _axis(part)
         if storage.rank:
             smooth = error if place is None else error.scatter(axis, place, 0.0)
-            left, right = low_rank(smooth, storage.rank)
-            pieces |= {f"{part}_left": left.half(), f"{part}_right": right.half()}
-            error = error - left.half().float() @ right.half().float().mT
+            left, right = (narrowed(x, torch.float16) for x in low_rank(smooth, storage.rank))
+            pieces |= {f"{part}_left": left, f"{part}_right": right}
+            error = error - left.float() @ right.float().mT
         if place is not None:
             pieces[f"{part}_place"] = place.to(torch.uint8)
-            pieces[f"{part}_outlier"] = error.gather(axis, place).clamp(-6e4, 6e4).half()
+            pieces[f"{part}_outlier"] = narrowed(error.gather(axis, place), torch.float16)
     return pieces
 
 

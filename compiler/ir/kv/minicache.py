@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cache.minicache import MiniCache
+from .affine import narrowed
 from .grouped import Pieces
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16}
@@ -60,10 +61,10 @@ def encode_pair(
         if storage.retained:
             place = distinct(distance(to_a, to_b), storage.gamma, storage.retained)
             first |= {
-                f"{part}_kept": _taken(a, place).to(merged.dtype),
+                f"{part}_kept": narrowed(_taken(a, place), merged.dtype),
                 f"{part}_place": place.to(torch.int32).unsqueeze(-1),
             }
-            second |= {f"{part}_kept": _taken(b, place).to(merged.dtype)}
+            second |= {f"{part}_kept": narrowed(_taken(b, place), merged.dtype)}
     return first, second
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kv.affine import narrowed
 from .attention import new_slots, visible_slots, write_slots
 from .packed import Partial, partial_attention
 from .rotary import rotary_reference
@@ -145,9 +146,8 @@ def low_rank_attention_in_place(
 def _write_features(low_BCR: Tensor, new_BSKD: Tensor, basis_RM: Tensor, token_BS: Tensor) -> None:
     """Writes the features of new tokens at their indices, in place."""
     features_BSR = new_BSKD.flatten(2) @ basis_RM.T
-    low_BCR.scatter_(
-        1, token_BS[:, :, None].expand_as(features_BSR), features_BSR.to(low_BCR.dtype)
-    )
+    index_BSR = token_BS[:, :, None].expand_as(features_BSR)
+    low_BCR.scatter_(1, index_BSR, narrowed(features_BSR, low_BCR.dtype))
 
 
 @low_rank_attention.register_fake

@@ -56,12 +56,11 @@ class OrderHeads(Pass):
         if program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result
-        owners = {g.owner for _, _, g in program.layout.groups() if g.owner is not None}
         nodes = {int(call_arguments(node)["layer"]): node for node in attention_nodes(program)}
         layers = []
         for cache in program.layout.layers:
             where = f"layer {cache.layer}"
-            shared = cache.layer in owners or any(g.owner is not None for g in cache.groups)
+            shared = bool(program.layout.readers(cache.layer)) or cache.groups[0].owner is not None
             if len(cache.groups) > 1 and shared:
                 result.skipped(where, "shares its cache with another layer, which fixes its order")
             elif len(cache.groups) > 1:

@@ -9,7 +9,7 @@ from ....errors import RecipeError
 from ...ir.cache.layout import CacheLayout, LayerCache
 from ...ir.cache.policies import HeavyHitters, Policy, Voted, Window
 from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import PassResult
+from ..base import PassResult, check_lets_go
 
 #: Policies that a method may choose.
 Chosen = Window | HeavyHitters | Voted
@@ -23,13 +23,8 @@ def prunable(program: Program, result: PassResult, policy: Chosen) -> Iterator[L
     if program.layout is None:
         result.skipped("graph", "no attention in the graph")
         return
-    kept, context = policy.lead + policy.newest, program.model.context
-    if kept + policy.slack >= context:
-        raise RecipeError(
-            f"the cache would keep {kept} tokens and up to {policy.slack} of slack, but the context has "
-            f"{context}: nothing would be pruned; keep fewer tokens, lower slack, or compile for a longer "
-            "context"
-        )
+    kept = policy.lead + policy.newest
+    check_lets_go(program, "cache.prune: the method", kept, policy.slack, "pruned")
     windows = {
         int(found["layer"]): int(found["window"])
         for found in map(call_arguments, attention_nodes(program))

@@ -37,6 +37,10 @@ class NativeWindow(Pass):
             if not window:
                 continue
             where = f"layer {layer.layer}"
+            owner = layer.groups[0].owner
+            if owner is not None:
+                result.skipped(where, f"reads the cache of layer {owner}, which keeps that window")
+                continue
             if window + self.slack >= program.model.context:
                 result.skipped(
                     where,

@@ -10,7 +10,7 @@ from ...ir.cache.packing import Packed
 from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES
 from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import PassResult
+from ..base import PassResult, check_lets_go
 
 
 def pack_groups(program: Program, storage: Packed) -> PassResult:
@@ -22,13 +22,8 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
     if program.layout is None:
         result.skipped("graph", "no attention in the graph")
         return result
-    context = program.model.context
-    if storage.newest + storage.waiting >= context:
-        raise RecipeError(
-            f"cache.quant: {storage.name} leaves the newest {storage.residual} tokens and up to "
-            f"{storage.waiting} that wait as they are, but the context has {context}: nothing would be "
-            "packed; lower residual or slack, or compile for a longer context"
-        )
+    who = f"cache.quant: {storage.name}"
+    check_lets_go(program, who, storage.newest, storage.waiting, "packed")
     windows = {
         int(found["layer"]): int(found["window"])
         for found in map(call_arguments, attention_nodes(program))

@@ -156,7 +156,12 @@ def alike_pairs(program: Program) -> list[Pair]:
         for layer in program.layout.layers
         if all(not group.moves and group.owner is None for group in layer.groups)
     ]
-    return [(i, j) for i, j in combinations(free, 2) if kinds[i] == kinds[j]]
+    # A layer that the model itself shares may be read by one more, but cannot become a reader.
+    return [
+        (i, j)
+        for i, j in combinations(free, 2)
+        if kinds[i] == kinds[j] and not program.layout.readers(j)
+    ]
 
 
 def most_readers(pairs: Sequence[Pair]) -> int:

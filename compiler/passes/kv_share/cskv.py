@@ -15,7 +15,7 @@ from ...ir.cache.storages import ITEM_BYTES, Plain
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight
-from ..base import Pass, PassResult, check_options
+from ..base import Pass, PassResult, check_lets_go, check_options
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,8 @@ class CSKV(Pass):
         if program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result
-        if self.sinks + self.recent >= program.model.context:
-            raise RecipeError(
-                f"cache.share: cskv would keep {self.sinks + self.recent} tokens whole, but the context has "
-                f"{program.model.context}: no feature would be read; keep fewer tokens whole"
-            )
+        who, kept = "cache.share: cskv", self.sinks + self.recent
+        check_lets_go(program, who, kept, self.slack, "read from its features")
         reasons = _left_alone(program)
         chosen: dict[int, LowRank] = {}
         for layer in program.layout.layers:
@@ -131,6 +128,8 @@ def _left_alone(program: Program) -> dict[int, str]:
             reason = f"has a sliding window of {found['window']} tokens of its own"
         elif layer.groups != (HeadGroup(tuple(range(layer.kv_heads)), Full(), Plain()),):
             reason = "an earlier pass decided how it is cached"
+        elif readers := program.layout.readers(layer.layer):
+            reason = f"its cache is read by layer {', '.join(map(str, readers))} too"
         elif any(turned) and (not all(turned) or query.args[1:] != key.args[1:]):
             reason = "queries and keys are rotated in different ways"
         else:

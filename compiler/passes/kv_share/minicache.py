@@ -11,7 +11,7 @@ from ...ir.cache.minicache import MiniCache as Storage
 from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES, Plain
 from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import Pass, PassResult, check_options
+from ..base import Pass, PassResult, check_lets_go, check_options
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,8 @@ class MiniCache(Pass):
         if program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result
-        if not storage.granules(program.model.context):
-            raise RecipeError(
-                f"cache.share: minicache merges {self.group} tokens at a time behind the newest "
-                f"{self.residual}, but the context has {program.model.context}: nothing would be merged; "
-                "keep fewer tokens as they are, or compile for a longer context"
-            )
+        who = f"cache.share: {self.name}"
+        check_lets_go(program, who, storage.newest, storage.waiting, "merged")
         layers = list(program.layout.layers)
         first = math.ceil(self.start * len(layers))
         for layer in layers[:first]:
@@ -89,7 +85,7 @@ class MiniCache(Pass):
         place = first
         while place < len(layers):
             pair = layers[place : place + 2]
-            reason = _left_alone(pair, windows)
+            reason = _left_alone(pair, windows, program.layout)
             if reason:
                 result.skipped(f"layer {pair[0].layer}", reason)
                 place += 1
@@ -97,11 +93,17 @@ class MiniCache(Pass):
             layers[place : place + 2] = _paired(pair, storage)
             result.applied(f"layers {pair[0].layer} and {pair[1].layer}", _saving(pair[0], storage))
             place += 2
+        if not result.changed:
+            why = result.notes[min(first, len(layers) - 1)]
+            raise RecipeError(
+                f"{who} finds no two adjacent layers to pair among the {len(layers)}, from layer {first} on "
+                f"({why.where}: {why.what}); lower start, or take another method"
+            )
         program.layout = CacheLayout(tuple(layers))
         return result
 
 
-def _left_alone(pair: list[LayerCache], windows: dict[int, int]) -> str:
+def _left_alone(pair: list[LayerCache], windows: dict[int, int], layout: CacheLayout) -> str:
     """Why the first of two layers cannot be paired with the second."""
     if len(pair) < 2:
         return "has no layer behind it to pair with"
@@ -112,6 +114,8 @@ def _left_alone(pair: list[LayerCache], windows: dict[int, int]) -> str:
         plain = HeadGroup(tuple(range(layer.kv_heads)), Full(), Plain())
         if layer.groups != (plain,):
             return f"an earlier pass decided how layer {layer.layer} is cached"
+        if readers := layout.readers(layer.layer):
+            return f"the cache of layer {layer.layer} is read by layer {', '.join(map(str, readers))} too"
     a, b = pair
     if a.shape(a.groups[0]) != b.shape(b.groups[0]):
         return f"layer {b.layer} has other heads"

@@ -1,0 +1,203 @@
+"""`compile` and `estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .common import err, out, parse_bytes, print_json, progress
+from .options import (
+    CacheOption,
+    Chunk,
+    Debug,
+    Json,
+    ModelName,
+    PruneOption,
+    QuantOption,
+    RecipeFile,
+    ShareOption,
+    TargetOption,
+    WeightsOption,
+    name_of,
+)
+
+
+def compile_(
+    model: ModelName,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The artifact folder to write.", show_default=False)
+    ],
+    target: TargetOption = None,
+    cubins: Annotated[
+        str | None,
+        typer.Option(
+            help="With --target triton: also compile the kernels for these GPUs, such as sm_80,sm_90 "
+            "(sm_100 is known too). Needs Triton and no GPU; takes seconds a kernel and GPU. Loading uses "
+            "them only with --trust.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: WeightsOption = None,
+    cache: CacheOption = None,
+    prune: PruneOption = None,
+    quant: QuantOption = None,
+    share: ShareOption = None,
+    recipe: RecipeFile = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of context to compile for. [default: the model's own limit]",
+            show_default=False,
+        ),
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an artifact that exists.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Run the finished artifact beside the reference on a few tokens, and behind a prompt of "
+            "which tokens have left the cache where that is quick."
+        ),
+    ] = True,
+    dump: Annotated[
+        Path | None, typer.Option(help="Folder for the graph's text after each pass.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model into an artifact folder."""
+    options = {
+        "target": name_of(target),
+        "cubins": None if cubins is None else [part.strip() for part in cubins.split(",")],
+        "weights": name_of(weights),
+        "cache": name_of(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+        "recipe": recipe,
+        "context": context,
+        "portable": portable or None,
+    }
+    compile_model(model, out, options, force, check, dump, json)
+
+
+def compile_model(
+    model: str,
+    output: Path,
+    options: dict[str, Any],
+    force: bool,
+    check: bool,
+    dump: Path | None,
+    as_json: bool,
+) -> None:
+    from ..compiler.artifact import check_output
+
+    check_output(output, force)  # before the slow imports: most mistakes are found here
+    from ..api import compile
+
+    with progress(as_json) as tell:
+        report = compile(
+            model, output, force=force, check=check, dump=dump, progress=tell, **options
+        )
+    data = report.data()
+    if as_json:
+        print_json({"artifact": str(output), **data})
+        return
+    from ..compiler.report import human_bytes, summary_lines
+
+    for line in summary_lines(data["passes"]):
+        err.print(f"  {line}", style="dim")
+    seconds = sum(report.seconds.values())
+    parameters = report.manifest.model.parameters
+    out.print(
+        f"{output}: {human_bytes(report.manifest.weight_bytes)} of weights "
+        f"({human_bytes(4 * parameters)} in float32), context {report.manifest.model.context:,}, "
+        f"{seconds:.1f} s, peak memory {human_bytes(report.peak_rss)}"
+    )
+    if report.tokenizer.startswith("none"):
+        reason = report.tokenizer.removeprefix("none: ")
+        err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")
+    if "check" in report.check:
+        err.print(f"check against the reference {report.check['check']}")
+    if "not checked" in report.check.get("compressed cache", ""):
+        err.print(f"check of the compressed cache: {report.check['compressed cache']}")
+    out.print(f"report: {output / 'report.html'}")
+
+
+def estimate(
+    model: ModelName,
+    target: TargetOption = None,
+    weights: WeightsOption = None,
+    cache: CacheOption = None,
+    prune: PruneOption = None,
+    quant: QuantOption = None,
+    share: ShareOption = None,
+    recipe: RecipeFile = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of context to compile for, and to fill. [default: the model's own limit]",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 1,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory at hand, such as 4GB or 800MiB: gives the longest run, prompt and answer, that fits "
+            "it, up to the context.",
+            show_default=False,
+        ),
+    ] = None,
+    chunk: Chunk = 512,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell weights, cache and activation bytes from a model's config, before any weight is read."""
+    options = {
+        "target": name_of(target),
+        "weights": name_of(weights),
+        "cache": name_of(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+        "recipe": recipe,
+        "context": context,
+        "batch": batch,
+        "chunk": chunk,
+    }
+    estimate_model(model, options, budget, json)
+
+
+def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_json: bool) -> None:
+    limit = None if budget is None else parse_bytes(budget)
+    from ..api import estimate
+    from ..compiler.report import human_bytes
+
+    found = estimate(model, budget=limit, **options)
+    if as_json:
+        print_json({**vars(found), "total": found.total})
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("weights", human_bytes(found.weights))
+    table.add_row(f"KV cache, {found.batch} x {found.context:,} tokens", human_bytes(found.cache))
+    if found.cache_peak != found.cache:
+        table.add_row("  while a prompt as long is read", human_bytes(found.cache_peak))
+    table.add_row(f"activations, {found.chunk} tokens a step", human_bytes(found.activations))
+    table.add_row("in all", human_bytes(found.total))
+    if found.largest_context is not None:
+        fits = (
+            f"{found.largest_context:,} tokens"
+            if found.largest_context
+            else "none: the weights alone do not fit"
+        )
+        table.add_row(f"largest context in {human_bytes(limit or 0)}", fits)
+    out.print(table)

@@ -1,0 +1,143 @@
+"""Options that several verbs take."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Target(str, Enum):
+    onnx = "onnx"
+    triton = "triton"
+    reference = "reference"
+
+
+class Weights(str, Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class CacheStorage(str, Enum):
+    f32 = "f32"
+    int8 = "int8"
+
+
+class EngineName(str, Enum):
+    onnx = "onnx"
+    triton = "triton"
+    reference = "reference"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Artifact = Annotated[
+    Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)
+]
+ModelName = Annotated[
+    str, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        help="TOML file that sets every knob, or the name of a recipe that comes with einfold "
+        "(int4, int4-128, int4-exact, streaming); options override it.",
+    ),
+]
+TargetOption = Annotated[
+    Target | None,
+    typer.Option(
+        help="What to generate: a model for onnxruntime, or Triton kernels for attention on a GPU, beside "
+        "which torch runs the rest, or nothing (reference: torch runs the graph by its operators' meaning, "
+        "slowly). [default: onnx]",
+        show_default=False,
+    ),
+]
+WeightsOption = Annotated[
+    Weights | None,
+    typer.Option(
+        "--weights",
+        help="How weights are stored. fp16 halves the file; on a CPU it is a storage format only, the "
+        "arithmetic stays float32. int8 and int4 are group-wise, rounded to nearest. [default: fp32]",
+        show_default=False,
+    ),
+]
+CacheOption = Annotated[
+    CacheStorage | None,
+    typer.Option(
+        "--cache",
+        help="How the KV cache is stored. int8 has one scale a channel, from a short calibration text: a "
+        "quarter of the bytes, and faster decoding at long contexts. [default: f32]",
+        show_default=False,
+    ),
+]
+_WRITTEN = "METHOD or METHOD:key=value,key=value; `einfold methods` lists them with their options"
+PruneOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prune",
+        metavar="METHOD[:KEY=VALUE,..]",
+        help="Keep fewer tokens in the KV cache: a window for all heads or for some, or the tokens that "
+        f"got the most attention. {_WRITTEN}. [default: keep all]",
+        show_default=False,
+    ),
+]
+QuantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quant",
+        metavar="METHOD[:KEY=VALUE,..]",
+        help="Pack the tokens of the KV cache into few bits, the newest left as they are. "
+        f"{_WRITTEN}. [default: packed into nothing, see --cache]",
+        show_default=False,
+    ),
+]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        metavar="METHOD[:KEY=VALUE,..]",
+        help="Let layers share their keys and values, or shrink the channels of both. "
+        f"{_WRITTEN}. [default: each layer its own]",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Threads to compute with. [default: all processors]",
+        show_default=False,
+    ),
+]
+Engine = Annotated[
+    EngineName | None,
+    typer.Option(
+        help="onnxruntime, Triton kernels on a GPU, or the operators' reference meaning in torch. "
+        "[default: what the artifact was compiled for]",
+        show_default=False,
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Use the compiled kernels (cubins) that a Triton artifact brings for this GPU and Triton "
+        "version. They are machine code that nothing checks; without this they are ignored and all "
+        "kernels are made from the artifact's graph.",
+    ),
+]
+Chunk = Annotated[
+    int, typer.Option(min=1, help="Tokens of a prefill step; bounds the memory of activations.")
+]
+
+
+def name_of(choice: Enum | None) -> str | None:
+    """What a choice is called in a recipe."""
+    return None if choice is None else str(choice.value)

@@ -1,0 +1,177 @@
+"""`run`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import PromptError
+from .common import err, out, print_json
+from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust, name_of
+
+
+def run(
+    artifact: Artifact,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The prompt.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "-f", "--file", help="Read the prompt from a file; - is stdin.", show_default=False
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option(help="The prompt as token ids, such as '1 15 27'.", show_default=False),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="A system message, with --chat.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 is all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the smallest set with this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens under this share of the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: avoid tokens seen before.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes a draw repeatable.", show_default=False)
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop at this text; may be given again.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past end-of-text tokens.")
+    ] = False,
+    engine: Engine = None,
+    trust: Trust = False,
+    threads: Threads = None,
+    chunk: Chunk = 512,
+    verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt; the text streams to stdout."""
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or [],
+        "ignore_eos": ignore_eos,
+    }
+    loading: dict[str, Any] = {
+        "engine": name_of(engine),
+        "threads": threads,
+        "chunk": chunk,
+        "verify": verify,
+        "trust": trust,
+    }
+    run_artifact(artifact, prompt, file, ids, chat, system, options, loading, json)
+
+
+def run_artifact(
+    artifact: Path,
+    prompt: str | None,
+    file: Path | None,
+    ids: str | None,
+    chat: bool,
+    system: str | None,
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from ..model import load
+
+    text = _read_prompt(prompt, file, ids)
+    if chat and ids is not None:
+        raise PromptError("--chat needs a prompt of text, not --ids")
+    if system is not None and not chat:
+        raise PromptError("--system needs --chat")
+    started = time.perf_counter()
+    model = load(artifact, **loading)
+    load_seconds = time.perf_counter() - started
+    tokens: Any = text
+    if ids is not None:
+        tokens = _parse_ids(ids)
+    elif chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        tokens = model.chat([*messages, {"role": "user", "content": str(text)}])
+    show = None if as_json else _write_piece
+    result = model.generate(tokens, on_text=show, **options)
+    times = model.timings
+    timings = {
+        "load_seconds": load_seconds,
+        "prefill_seconds": times.prefill_seconds,
+        "prefill_tokens": times.prefill_tokens,
+        "decode_seconds": times.decode_seconds,
+        "decode_tokens": times.decode_tokens,
+        "decode_tokens_per_second": times.decode_tokens / times.decode_seconds
+        if times.decode_seconds
+        else None,
+    }
+    if as_json:
+        print_json(
+            {
+                "text": result.text,
+                "tokens": result.tokens,
+                "prompt_tokens": result.prompt_tokens,
+                "finish_reason": result.finish_reason,
+                "timings": timings,
+            }
+        )
+        return
+    if not model.artifact.has("tokenizer.json"):
+        out.print(" ".join(map(str, result.tokens)), end="")
+    sys.stdout.write("\n")
+    rate = timings["decode_tokens_per_second"]
+    prefill = times.prefill_tokens / max(times.prefill_seconds, 1e-9)
+    err.print(
+        f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason}); "
+        f"load {load_seconds:.2f} s, prefill {prefill:.0f} tokens/s"
+        + (f", decode {rate:.1f} tokens/s" if rate else ""),
+        style="dim",
+    )
+
+
+def _write_piece(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _read_prompt(prompt: str | None, file: Path | None, ids: str | None) -> str | None:
+    given = [value for value in (prompt, file, ids) if value is not None]
+    if len(given) != 1:
+        raise PromptError("give one prompt: -p TEXT, -f FILE (- is stdin), or --ids")
+    if file is None:
+        return prompt
+    try:
+        # Bytes, so that neither the locale's encoding nor its line ends change a prompt.
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read the prompt {file}: {error}") from error
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise PromptError(f"--ids takes numbers, such as '1 15 27'; found {text!r}") from None

@@ -1,0 +1,227 @@
+"""`inspect`, `diff`, `passes` and `methods`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import ArtifactError
+from .common import out, print_json
+from .options import (
+    Artifact,
+    CacheOption,
+    Debug,
+    Json,
+    PruneOption,
+    QuantOption,
+    RecipeFile,
+    ShareOption,
+    TargetOption,
+    WeightsOption,
+    name_of,
+)
+
+
+def inspect(
+    artifact: Artifact,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph's text.")] = False,
+    notes: Annotated[bool, typer.Option("--notes", help="Print every note of every pass.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what an artifact holds and what each pass did."""
+    inspect_artifact(artifact, graph, notes, json)
+
+
+def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) -> None:
+    import json
+
+    from ..compiler.ir.manifest import GRAPH
+    from ..runtime.artifact import Artifact
+
+    found = Artifact.open(artifact)
+    if graph:
+        sys.stdout.write(found.file(GRAPH).read_text(encoding="utf-8"))
+        return
+    report = json.loads(found.file("report.json").read_text(encoding="utf-8"))
+    if as_json:
+        print_json(
+            {
+                "manifest": found.manifest.model_dump(mode="json"),
+                "passes": report["passes"],
+                "check": report["check"],
+            }
+        )
+        return
+    from ..compiler.report import cache_bytes, human_bytes, summary_lines
+
+    manifest, model = found.manifest, found.manifest.model
+    table = Table(show_header=False, box=None)
+    for label, value in (
+        ("model", f"{model.source} ({model.architecture}), {model.parameters:,} parameters"),
+        ("target", f"{manifest.target}, flavour {manifest.flavour}"),
+        *(
+            ("kernel", name)
+            for name in manifest.files
+            if name.startswith("kernels/") and name.endswith(".py")
+        ),
+        (
+            "weights",
+            f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}",
+        ),
+        ("context", f"{model.context:,} tokens"),
+        (
+            "KV cache",
+            f"{_cache_methods(manifest.recipe['cache'])}, "
+            f"{manifest.cache_bytes} bytes for B rows of C tokens",
+        ),
+        ("", cache_bytes(manifest.layout(), model.context)),
+        ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
+    ):
+        table.add_row(label, value)
+    out.print(table)
+    out.print("passes")
+    for line, record in zip(summary_lines(report["passes"]), report["passes"], strict=True):
+        out.print(f"  {line}")
+        for note in record["notes"]:
+            if notes or note["action"] == "skipped":
+                out.print(
+                    f"    {note['action']} {note['where']}: {note['what']}",
+                    style="dim",
+                )
+
+
+def _cache_methods(recipe: dict[str, Any]) -> str:
+    """`f32, prune streaming_llm`: how a recipe has the KV cache stored."""
+    chosen = {name: value["method"] for name, value in recipe.items() if isinstance(value, dict)}
+    return ", ".join([recipe["storage"], *(f"{name} {method}" for name, method in chosen.items())])
+
+
+def diff(
+    before: Annotated[
+        Path,
+        typer.Argument(help="A graph's text (.eir) or an artifact folder.", show_default=False),
+    ],
+    after: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    context: Annotated[int, typer.Option(min=0, help="Lines shown around a change.")] = 2,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two graphs: counts of operators, and the lines. Exits with 1 where they differ."""
+    diff_graphs(before, after, context, json)
+
+
+def diff_graphs(before: Path, after: Path, context: int, as_json: bool) -> None:
+    from ..compiler.ir.diff import diff_text
+
+    found = diff_text(_graph_text(before), _graph_text(after), (str(before), str(after)), context)
+    if as_json:
+        print_json({"same": found.same, "counts": found.counts, "lines": list(found.lines)})
+    else:
+        for op, (old, new) in found.counts.items():
+            out.print(f"{op}: {old} -> {new}")
+        for line in found.lines:
+            style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
+            out.print(line, style=style)
+    raise typer.Exit(0 if found.same else 1)
+
+
+def _graph_text(path: Path) -> str:
+    from ..compiler.ir.manifest import GRAPH
+
+    file = path / GRAPH if path.is_dir() else path
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read the graph {file}: {error}") from error
+
+
+def passes(
+    target: TargetOption = None,
+    weights: WeightsOption = None,
+    cache: CacheOption = None,
+    prune: PruneOption = None,
+    quant: QuantOption = None,
+    share: ShareOption = None,
+    recipe: RecipeFile = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="The pipeline of the portable flavour.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the pipeline: each pass, in order, with its options and what it does."""
+    options = {
+        "target": name_of(target),
+        "weights": name_of(weights),
+        "cache": name_of(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+        "portable": portable or None,
+    }
+    list_passes(recipe, options, json)
+
+
+def list_passes(recipe: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    from ..api import resolve_recipe
+    from ..compiler.pipeline import language_model_passes
+
+    chosen = resolve_recipe(recipe, **options)
+    pipeline = language_model_passes(chosen.weight_passes(), chosen.cache_passes())
+    rows: list[dict[str, Any]] = [
+        {
+            "name": step.name,
+            "what": _first_lines(type(step)),
+            "options": step.options(),
+            "requires": sorted(step.requires),
+            "ensures": sorted(step.ensures),
+        }
+        for step in pipeline
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    for number, row in enumerate(rows, start=1):
+        shown = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        out.print(f"{number:2d} {row['name']}" + (f" ({shown})" if shown else ""))
+        out.print(f"   {row['what']}", style="dim")
+
+
+def methods(json: Json = False, debug: Debug = False) -> None:
+    """List the methods that --prune, --quant and --share take, each with its options."""
+    list_methods(json)
+
+
+def list_methods(as_json: bool) -> None:
+    from ..compiler.passes.cache_methods import FAMILIES
+
+    rows: list[dict[str, Any]] = [
+        {
+            "family": family,
+            "name": name,
+            "what": _first_lines(kind),
+            "options": kind().options(),
+        }
+        for family, known in FAMILIES.items()
+        for name, kind in known.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        out.print(f"--{row['family']} {row['name']}")
+        out.print(f"   {row['what']}", style="dim")
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        out.print(f"   {options or 'no options'}", style="dim")
+
+
+def _first_lines(kind: type[Any]) -> str:
+    """The first paragraph of a docstring, on one line."""
+    import inspect
+
+    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
