@@ -220,10 +220,12 @@ def estimate(
     assert layout is not None
 
     def parts(tokens: int) -> tuple[int, int]:
-        dims = {"B": 1, "S": min(chunk, tokens), "N": 1, **layout.slot_dims(tokens, tokens)}
-        return int(layout.peak_bytes(batch, tokens, tokens)), peak_activation_bytes(
-            program, dims, chosen.onnx.portable
-        )
+        slots = layout.slot_dims(tokens, tokens)
+        steps = ({"B": 1, "S": min(chunk, tokens), "N": 1}, {"B": batch, "S": 1, "N": batch})
+        activations = [
+            peak_activation_bytes(program, step | slots, chosen.onnx.portable) for step in steps
+        ]
+        return int(layout.peak_bytes(batch, tokens, tokens)), max(activations)
 
     weight_bytes = program.weights.nbytes
     largest = None

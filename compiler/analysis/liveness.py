@@ -11,6 +11,9 @@ from torch import fx
 from ..ir.ops import einfold_ops
 from ..ir.program import OVER_CACHES, Program, call_arguments
 
+#: Query heads a KV head from which on decode steps over int8 go in integers on onnxruntime.
+INTEGER_GROUP = 4
+
 #: Calls whose result shares the memory of their input.
 _VIEWS = {
     torch.ops.aten.reshape.default,
@@ -25,7 +28,8 @@ def peak_activation_bytes(program: Program, dims: Mapping[str, int], portable: b
     Inputs, caches and weights are not counted; operators run in the graph's order. Attention is
     charged what its ONNX lowering takes: onnxruntime's GroupQueryAttention works in tiles, but holds
     B * H * S * C logits where it caps them or has sinks (measured with onnxruntime 1.31), and the
-    `portable` flavour holds them always, twice where the softmax is spelled out.
+    `portable` flavour holds them always, twice where the softmax is spelled out. With S = 1 over int8 it is
+    charged attention in integers, whether or not C is such that steps go that way.
     """
     sizes = {node: _bytes(program, node, dims) for node in program.graph.nodes}
     last = _last_use(program)
@@ -87,5 +91,12 @@ def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable:
     query = found["q_BSHD"].meta["val"]
     batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
     spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
-    slots = program.shapes.evaluate(found["key_cache_BKCD"].meta["val"].shape[2], dims)
+    cache = found["key_cache_BKCD"].meta["val"]
+    slots = program.shapes.evaluate(cache.shape[2], dims)
+    kv_heads, size = cache.shape[1], cache.shape[3]
+    plain = not spelled_out and not found["window"] and found["count_BK"] is None
+    own = node.target is einfold_ops.cached_attention.default and found["key_scale_KD"] is not None
+    if own and plain and new == 1 and heads >= INTEGER_GROUP * kv_heads:
+        # Two copies of the keys and the matrices of the softmax; measured, with what the arena cannot reuse.
+        return int(batch * slots * (2 * kv_heads * size + 33 * heads))
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))

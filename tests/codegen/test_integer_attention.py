@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from einfold.compiler.analysis.liveness import INTEGER_GROUP, peak_activation_bytes
 from einfold.compiler.codegen.onnx import integer_attention
 from einfold.compiler.codegen.onnx.lower import lower
 from einfold.compiler.codegen.weights_file import write_weights
@@ -166,8 +167,7 @@ def test_it_gives_what_the_operator_means(
     found = layer(heads, kv, size, **options)
     feeds = inputs(found, slots, lengths)
     got, want = run(session(found, tmp_path), feeds), reference(found, feeds)
-    # Values reach 128 * 0.03. Queries have 14 bits, which moves a weight by about 1e-4 of itself.
-    np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=5e-4)
+    np.testing.assert_allclose(got["o"], want["o"], rtol=2e-5, atol=2e-5)
     for row, length in enumerate(lengths):
         for name in ("cache.0.0.key", "cache.0.0.value"):
             # A number that lies on the edge of two codes may fall on either side.
@@ -190,7 +190,7 @@ def test_a_new_token_is_rounded_as_group_query_attention_rounds_it(
     feeds["k"] *= 2.0  # some are cut off at the largest code
     one, other = run(wide, feeds), run(narrow, feeds)
     assert (one["o"] != other["o"]).any()  # two ways indeed
-    np.testing.assert_allclose(one["o"], other["o"], rtol=0, atol=5e-4)
+    np.testing.assert_allclose(one["o"], other["o"], rtol=2e-5, atol=2e-5)
     for name in ("cache.0.0.key", "cache.0.0.value"):
         for row, length in enumerate(lengths):
             np.testing.assert_array_equal(
@@ -216,7 +216,8 @@ def test_small_probabilities_beside_a_large_one_count(
     values[0, 0, 77] = np.arange(16)
     got, want = run(session(found, tmp_path), feeds)["o"], reference(found, feeds)["o"]
     assert want[0, 0, 0, 0] > 0.08
-    np.testing.assert_allclose(got, want, rtol=0.01, atol=1e-6)
+    # The fourth plane's half step, 0.9 / 63 / 126 ** 3 / 2, is so much of 6e-6.
+    np.testing.assert_allclose(got, want, rtol=6e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("always")
@@ -237,23 +238,23 @@ def test_the_largest_numbers_do_not_overflow(tmp_path: Path) -> None:
     for name in ("cache.0.0.key", "cache.0.0.value"):
         feeds[name][:] = np.where(feeds[name] < 0, -128, 127)
     got, want = run(session(found, tmp_path), feeds)["o"], reference(found, feeds)["o"]
-    np.testing.assert_allclose(got, want, rtol=0, atol=5e-4)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("slots", "lengths", "new", "taken"),
+    ("slots", "lengths", "taken"),
     [
-        (3000, [2200], 1, True),
-        (3000, [9, 2200], 1, True),
-        (3000, [2000], 1, False),  # too few tokens
-        (6000, [2200], 1, False),  # too many slots for them
+        (4000, [3200], True),
+        (4000, [9, 3200], True),
+        (4000, [3000], False),  # too few tokens
+        (6000, [3200], False),  # too many slots for them
     ],
 )
 def test_it_is_taken_where_it_is_faster(
-    slots: int, lengths: list[int], new: int, taken: bool, tmp_path: Path
+    slots: int, lengths: list[int], taken: bool, tmp_path: Path
 ) -> None:
     found = session(layer(4, 1, 8), tmp_path, profile=True)
-    run(found, inputs(layer(4, 1, 8), slots, lengths, new))
+    run(found, inputs(layer(4, 1, 8), slots, lengths))
     events = json.loads(Path(found.end_profiling()).read_text())
     ran = {event.get("args", {}).get("op_name") for event in events}
     assert ("MatMulInteger" in ran) == taken
@@ -262,8 +263,7 @@ def test_it_is_taken_where_it_is_faster(
 
 def test_several_new_tokens_go_by_group_query_attention(tmp_path: Path) -> None:
     found = layer(4, 1, 16, half=8)
-    feeds = inputs(found, 2300, [2200], new=5)
-    feeds["position_ids"] += 3
+    feeds = inputs(found, 4000, [3200], new=5)
     got, want = run(session(found, tmp_path), feeds), reference(found, feeds)
     np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=1e-5)
 
@@ -273,3 +273,13 @@ def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_
     session(layer(heads, kv, 16), tmp_path)
     model = ir.load(tmp_path / "m.onnx")
     assert sum(node.op_type == "If" for node in model.graph) == branches
+
+
+def test_its_memory_is_accounted_for() -> None:
+    assert INTEGER_GROUP == integer_attention.SMALLEST_GROUP
+    dims = {"B": 2, "S": 1, "C": 5000}
+    more = 2 * 5000 * (2 * 2 * 16 + 33 * 8)
+    out = 2 * 8 * 16 * 4
+    assert peak_activation_bytes(layer(8, 2, 16), dims) == out + more
+    assert peak_activation_bytes(layer(8, 2, 16), dims | {"S": 3}) == 3 * out
+    assert peak_activation_bytes(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
