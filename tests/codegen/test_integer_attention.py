@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+import einfold
 from einfold.compiler.analysis.liveness import INTEGER_GROUP, peak_activation_bytes
 from einfold.compiler.codegen.onnx import integer_attention
 from einfold.compiler.codegen.onnx.lower import lower
@@ -22,6 +23,7 @@ from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.weights import Weight
 
+from .. import models
 from ..programs import program
 
 CACHED = """
@@ -283,3 +285,25 @@ def test_its_memory_is_accounted_for() -> None:
     assert peak_activation_bytes(layer(8, 2, 16), dims) == out + more
     assert peak_activation_bytes(layer(8, 2, 16), dims | {"S": 3}) == 3 * out
     assert peak_activation_bytes(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
+
+
+@pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("qwen3", {"head_dim": 32})])
+def test_a_model_decodes_the_same_tokens(
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Prompts read by GroupQueryAttention, tokens decoded in integers; two rows of unequal length."""
+    folder = models.save(name, tmp_path / "model", num_attention_heads=8, **changes)
+    prompts = [np.random.default_rng(0).integers(3, models.VOCABULARY, n).tolist() for n in (40, 9)]
+
+    def tokens(kind: str) -> list[list[int]]:
+        einfold.compile(folder, tmp_path / kind, cache="int8", weights="fp32")
+        loaded = einfold.load(tmp_path / kind, chunk=16, threads=1)
+        rows = loaded.generate_batch(prompts, max_new_tokens=24, ignore_eos=True)
+        return [row.tokens for row in rows]
+
+    before = tokens("before")
+    monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    assert tokens("after") == before
+    files = [(tmp_path / kind / "model.onnx").read_bytes() for kind in ("before", "after")]
+    assert files[0] != files[1]
