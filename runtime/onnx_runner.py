@@ -49,8 +49,8 @@ class OnnxRunner:
         options.intra_op_num_threads = threads or available_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # A plan made in the first step of each shape lays buffers side by side. Without, they are used again while
-        # the processor's caches hold them, and attention in integers takes half the memory.
+        # A plan, made in the first step of each shape, lays buffers side by side. Without they are used again
+        # while the processor's caches hold them, and attention in integers takes half the memory.
         options.enable_mem_pattern = False
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -97,8 +97,7 @@ def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable:
     plain = not spelled_out and not found["window"] and found["count_BK"] is None
     own = node.target is einfold_ops.cached_attention.default and found["key_scale_KD"] is not None
     if own and plain and new == 1 and heads >= INTEGER_GROUP * kv_heads:
-        # Two copies of the keys, or one and the matrices of the softmax. An eighth more is what onnxruntime 1.31
-        # takes at most, for its arena leaves gaps.
+        # Two copies of the keys, or one and the matrices of the softmax; and an eighth for gaps.
         held = max(2 * kv_heads * size, kv_heads * size + 16 * heads)
         return int(batch * slots * held * 9 // 8)
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))
