@@ -27,8 +27,8 @@ from .. import models
 from ..programs import program
 
 CACHED = """
-    weight @cos : f32[4096, {half}]
-    weight @sin : f32[4096, {half}]
+    weight @cos : f32[9100, {half}]
+    weight @sin : f32[9100, {half}]
     weight @ks : f32[{kv}, {size}]
     weight @vs : f32[{kv}, {size}]
     input %ids "input_ids" : i64[B, S]
@@ -39,8 +39,8 @@ CACHED = """
     input %kc "cache.0.0.key" : i8[B, {kv}, C, {size}]
     input %vc "cache.0.0.value" : i8[B, {kv}, C, {size}]
     input %past "lengths" : i64[B]
-    read %cos "cos" : f32[4096, {half}]
-    read %sin "sin" : f32[4096, {half}]
+    read %cos "cos" : f32[9100, {half}]
+    read %sin "sin" : f32[9100, {half}]
     read %ks "ks" : f32[{kv}, {size}]
     read %vs "vs" : f32[{kv}, {size}]
     call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, none, none, {rotary}, %ks, %vs, \
@@ -76,7 +76,7 @@ def layer(
         scale=scale or size**-0.5,
     )
     random = torch.Generator().manual_seed(1)
-    angles = 6.3 * torch.rand(4096, half or 1, generator=random)
+    angles = 6.3 * torch.rand(9100, half or 1, generator=random)
     scales = [0.01 + 0.02 * torch.rand(kv, size, generator=random) for _ in range(2)]
     if key_scale is not None:
         scales[0] = key_scale
@@ -246,10 +246,10 @@ def test_the_largest_numbers_do_not_overflow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slots", "lengths", "taken"),
     [
-        (4000, [3200], True),
-        (4000, [9, 3200], True),
-        (4000, [3000], False),  # too few tokens
-        (6000, [3200], False),  # too many slots for them
+        (9000, [8300], True),
+        (9000, [9, 8300], True),
+        (9000, [8000], False),  # too few tokens
+        (15000, [8300], False),  # too many slots for them
     ],
 )
 def test_it_is_taken_where_it_is_faster(
@@ -265,7 +265,7 @@ def test_it_is_taken_where_it_is_faster(
 
 def test_several_new_tokens_go_by_group_query_attention(tmp_path: Path) -> None:
     found = layer(4, 1, 16, half=8)
-    feeds = inputs(found, 4000, [3200], new=5)
+    feeds = inputs(found, 9000, [8300], new=5)
     got, want = run(session(found, tmp_path), feeds), reference(found, feeds)
     np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=1e-5)
 

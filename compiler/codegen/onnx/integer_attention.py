@@ -27,8 +27,9 @@ from .builder import CONTRIB, Builder
 #: and converting the cache, whatever the number of queries.
 SMALLEST_GROUP = 4
 
-#: Tokens from which on it is faster: some thirty small operators cost as much as attention over two thousand.
-FEWEST_TOKENS = 3072
+#: Tokens from which on it is faster: there are some thirty small operators. At half of it the two are even where
+#: the processor is shared with others, as more of this goes through the cache that processors share.
+FEWEST_TOKENS = 8192
 
 #: Tokens up to which the sum of 127 * 63 a token fits in 32 bits.
 _MOST_TOKENS = 2**18
