@@ -37,8 +37,9 @@ BODY = """
     input %pos "position_ids" : i64[B, S]
     input %q "q" : f32[B, S, 8, 8]
     input %k "k" : f32[B, S, 4, 8]
+    input %v "v" : f32[B, S, 4, 8]
     call %o = einfold.attention(%q, %k, %k, none, 0, 0.25, 0, 0.0) : f32[B, S, 8, 8]
-    call %p = einfold.attention(%o, %k, %k, none, 1, 0.25, {window}, 0.0) : f32[B, S, 8, 8]
+    call %p = einfold.attention(%o, %k, %v, none, 1, 0.25, {window}, 0.0) : f32[B, S, 8, 8]
     output "o" = %p
 """
 
@@ -275,6 +276,7 @@ def test_shown_queries_times_stored_keys_are_the_logits() -> None:
         position_ids=torch.arange(5)[None],
         q=q,
         k=k,
+        v=k,
         lengths=torch.tensor([0]),
         **{"slots.0": torch.tensor([0])},
         **{
@@ -341,6 +343,7 @@ class Text:
             position_ids=places,
             q=self.q[where],
             k=self.k[where],
+            v=self.k[where],
             **inputs,
         )
         for name, array in cache.buffers.items():
