@@ -27,8 +27,8 @@ from .builder import CONTRIB, Builder
 #: and converting the cache, whatever the number of queries.
 SMALLEST_GROUP = 4
 
-#: Tokens from which on it is faster: there are some thirty small operators. At half of it the two are even where
-#: the processor is shared with others, as more of this goes through the cache that processors share.
+#: Tokens from which on it is faster: there are some thirty small operators. At half of it the two are even
+#: where the processor is shared with others, as more of this goes through the cache that processors share.
 FEWEST_TOKENS = 8192
 
 #: Tokens up to which the sum of 127 * 63 a token fits in 32 bits.
@@ -84,10 +84,11 @@ class IntegerAttention:
     def _append(self, cache: ir.Value, new_B1M: ir.Value, scale: ir.Value) -> ir.Value:
         """The cache with the new token in its slot, rounded as GroupQueryAttention rounds it."""
         builder = self.builder
-        width = self.kv_heads * self.size
         flat = builder.shared("Reshape", scale, builder.ints(-1))
-        zeros = builder.constant(np.zeros(width), np.int8)
-        rounded = builder.op("QuantizeLinear", new_B1M, flat, zeros, axis=2)
+        # It multiplies by the inverse, which may fall on the other side of an edge than dividing.
+        scaled = builder.op("Mul", new_B1M, builder.shared("Reciprocal", flat))
+        one, zero = builder.floats(1.0), builder.constant(0, np.int8)
+        rounded = builder.op("QuantizeLinear", scaled, one, zero)
         slot = builder.reshape(rounded, [0, self.kv_heads, 1, self.size])
         return builder.op("TensorScatter", cache, slot, self.used_B, axis=2)
 
