@@ -12,7 +12,7 @@ from ..ir.ops import einfold_ops
 from ..ir.program import OVER_CACHES, Program, call_arguments
 
 #: Query heads a KV head from which on decode steps over int8 go in integers on onnxruntime.
-INTEGER_GROUP = 4
+INTEGER_GROUP = 6
 
 #: Calls whose result shares the memory of their input.
 _VIEWS = {

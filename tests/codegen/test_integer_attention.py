@@ -146,11 +146,11 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("heads", "kv", "size", "options"),
     [
-        (4, 1, 16, {}),
+        (6, 1, 16, {}),
         (14, 2, 64, {"half": 32}),
-        (8, 2, 32, {"half": 16, "pairing": "true"}),
+        (12, 2, 32, {"half": 16, "pairing": "true"}),
         (8, 1, 32, {"half": 8}),
-        (10, 2, 24, {"half": 12}),
+        (14, 2, 24, {"half": 12}),
         (16, 1, 8, {}),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_new_token_is_rounded_as_group_query_attention_rounds_it(
     half: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Prompts are read by one and tokens decoded by the other, from the same bytes."""
-    found = layer(8, 2, 32, half=half)
+    found = layer(12, 2, 32, half=half)
     wide = session(found, tmp_path)
     monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
     narrow = session(found, tmp_path)
@@ -207,7 +207,7 @@ def test_small_probabilities_beside_a_large_one_count(
 ) -> None:
     """One token of a probability of 0.1 and 16 thousand of 5e-5: these make nine tenths of the result."""
     slots = 16384
-    found = layer(4, 1, 16, scale=1.0, key_scale=torch.full((1, 16), 0.01))
+    found = layer(6, 1, 16, scale=1.0, key_scale=torch.full((1, 16), 0.01))
     feeds = inputs(found, slots, [slots - 1])
     keys, values = feeds["cache.0.0.key"], feeds["cache.0.0.value"]
     keys[:] = values[:] = 0
@@ -224,7 +224,7 @@ def test_small_probabilities_beside_a_large_one_count(
 
 @pytest.mark.usefixtures("always")
 def test_a_query_of_zeros_takes_the_mean(tmp_path: Path) -> None:
-    found = layer(4, 1, 16)
+    found = layer(6, 1, 16)
     feeds = inputs(found, 50, [49])
     feeds["q"][:] = 0
     got, want = run(session(found, tmp_path), feeds)["o"], reference(found, feeds)["o"]
@@ -234,7 +234,7 @@ def test_a_query_of_zeros_takes_the_mean(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("always")
 def test_the_largest_numbers_do_not_overflow(tmp_path: Path) -> None:
     """Codes of 127 and -128 against queries of one size: the largest sums of products there are."""
-    found = layer(4, 1, 128, scale=0.01)
+    found = layer(6, 1, 128, scale=0.01)
     feeds = inputs(found, 3000, [2999])
     feeds["q"][:] = np.sign(feeds["q"])
     for name in ("cache.0.0.key", "cache.0.0.value"):
@@ -255,8 +255,8 @@ def test_the_largest_numbers_do_not_overflow(tmp_path: Path) -> None:
 def test_it_is_taken_where_it_is_faster(
     slots: int, lengths: list[int], taken: bool, tmp_path: Path
 ) -> None:
-    found = session(layer(4, 1, 8), tmp_path, profile=True)
-    run(found, inputs(layer(4, 1, 8), slots, lengths))
+    found = session(layer(6, 1, 8), tmp_path, profile=True)
+    run(found, inputs(layer(6, 1, 8), slots, lengths))
     events = json.loads(Path(found.end_profiling()).read_text())
     ran = {event.get("args", {}).get("op_name") for event in events}
     assert ("MatMulInteger" in ran) == taken
@@ -264,13 +264,13 @@ def test_it_is_taken_where_it_is_faster(
 
 
 def test_several_new_tokens_go_by_group_query_attention(tmp_path: Path) -> None:
-    found = layer(4, 1, 16, half=8)
+    found = layer(6, 1, 16, half=8)
     feeds = inputs(found, 9000, [8300], new=5)
     got, want = run(session(found, tmp_path), feeds), reference(found, feeds)
     np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("heads", "kv", "branches"), [(6, 2, 0), (8, 2, 1)])
+@pytest.mark.parametrize(("heads", "kv", "branches"), [(10, 2, 0), (12, 2, 1)])
 def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_path: Path) -> None:
     session(layer(heads, kv, 16), tmp_path)
     model = ir.load(tmp_path / "m.onnx")
@@ -280,11 +280,11 @@ def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_
 def test_its_memory_is_accounted_for() -> None:
     assert INTEGER_GROUP == integer_attention.SMALLEST_GROUP
     dims = {"B": 2, "S": 1, "C": 5000}
-    more = 2 * 5000 * (2 * 16 + 16 * 8) * 9 // 8
-    out = 2 * 8 * 16 * 4
-    assert peak_activation_bytes(layer(8, 2, 16), dims) == out + more
-    assert peak_activation_bytes(layer(8, 2, 16), dims | {"S": 3}) == 3 * out
-    assert peak_activation_bytes(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
+    more = 2 * 5000 * (2 * 16 + 16 * 12) * 9 // 8
+    out = 2 * 12 * 16 * 4
+    assert peak_activation_bytes(layer(12, 2, 16), dims) == out + more
+    assert peak_activation_bytes(layer(12, 2, 16), dims | {"S": 3}) == 3 * out
+    assert peak_activation_bytes(layer(10, 2, 16), dims) == 2 * 10 * 16 * 4
 
 
 @pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("qwen3", {"head_dim": 32})])
@@ -292,7 +292,9 @@ def test_a_model_decodes_the_same_tokens(
     name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Prompts read by GroupQueryAttention, tokens decoded in integers; two rows of unequal length."""
-    folder = models.save(name, tmp_path / "model", num_attention_heads=8, **changes)
+    folder = models.save(
+        name, tmp_path / "model", num_attention_heads=8, num_key_value_heads=1, **changes
+    )
     prompts = [np.random.default_rng(0).integers(3, models.VOCABULARY, n).tolist() for n in (40, 9)]
 
     def tokens(kind: str) -> list[list[int]]:
