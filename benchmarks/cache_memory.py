@@ -33,6 +33,8 @@ LAYOUTS = {
     "full, f32": ("int4",),
     "full, int8": ("benchmarks/recipes/int4-kv8.toml",),
     "window of 324, streaming prefill": ("benchmarks/recipes/int4-window.toml",),
+    "SnapKV, 256 tokens": ("benchmarks/recipes/int4-snapkv.toml",),
+    "H2O, 256 tokens": ("benchmarks/recipes/int4-h2o.toml",),
     "a quarter of the heads full, f32": ("int4", "quarter"),
     "a quarter of the heads full, int8": ("benchmarks/recipes/int4-kv8.toml", "quarter"),
 }
@@ -78,7 +80,7 @@ def child(artifact: Path, context: int) -> dict[str, int]:
         cache.make_room(1)
         ids = np.full((1, 1), 5)
         engine.runner.step(cache, ids, cache.lengths[:, None], np.zeros(1, np.int64))
-        cache.advance(1)
+        cache.advance(1, engine.runner.observed)
     steady = status_bytes(os.getpid(), "VmRSS")
     return {
         "accounted_peak": int(layout.peak_bytes(1, context + 8, context)),

@@ -126,6 +126,7 @@ def main() -> None:
         page = markdown(pool.map(measure, range(len(_traced)), chunksize=1))
     print(page)
     if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"derive-{date.today()}-{slug(machine())}.md").write_text(page)
 
 

@@ -29,8 +29,8 @@ Ints = npt.NDArray[np.int64]
 BY_SLOT = ("key", "value", "score", "local")
 _BOOKS = BY_SLOT[2:]
 
-#: Numbers of attention weights that are held at a time: 16 MB.
-_BLOCK = 1 << 22
+#: Numbers of attention weights that are held at a time: 4 MB, little beside the caches that are chosen from.
+_BLOCK = 1 << 20
 
 
 def observe(cache: Cache, sizes: npt.NDArray[np.int64], observed: Mapping[str, Any]) -> None:
@@ -101,8 +101,8 @@ def attention_sums(q_SHD: Floats, keys_KTD: Any, first: int, weights_MS: Floats)
         q_KRD = part_SHD.reshape(count, heads, each, -1).transpose(1, 2, 0, 3)
         logits = q_KRD.reshape(heads, each * count, -1) @ keys_KDT
         logits = logits.reshape(heads, each, count, total)
-        seen = np.arange(total) <= first + start + np.arange(count)[:, None]
-        logits = np.where(seen, logits, np.float32(-np.inf))
+        hidden = np.arange(total) > first + start + np.arange(count)[:, None]
+        np.copyto(logits, np.float32(-np.inf), where=hidden)
         logits -= logits.max(-1, keepdims=True)
         attention = np.exp(logits, out=logits)
         attention /= attention.sum(-1, keepdims=True)
