@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..codegen.triton.launch import DTYPES
 from ..ir.ops import einfold_ops
 from ..ir.ops.attention import new_slots, write_slots
-from ..ir.ops.rotary import rotary_reference
+from ..ir.ops.rotary import turned
 from ..ir.program import Program
 from .bound_packed import attend_packed
 from .kernels import ATTENTIONS, AttentionKernel, kinds_at, split_parts
@@ -61,9 +61,8 @@ def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function
         softcap: float,
         interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-            q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+        q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+        k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
         slot_BS = new_slots(used_B, q_BSHD.shape[1])
         write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
         write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
@@ -103,8 +102,7 @@ def attend_shared(made: AttentionKernel, parts: int | None = None) -> Function:
         softcap: float,
         interleaved: bool,
     ) -> Tensor:
-        if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-            q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+        q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
         return _over_slots(
             made,
             q_BSHD,

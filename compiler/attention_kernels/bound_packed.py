@@ -12,7 +12,7 @@ from ..codegen.triton.launch import DTYPES
 from ..ir.cache.storage import GroupShape
 from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.packed import packed_storage, piece_names
-from ..ir.ops.rotary import rotary_reference
+from ..ir.ops.rotary import turned
 from .kernels import AttentionKernel, split_parts
 from .kinds import AttentionKind
 from .packed import PackedKind, stream_of
@@ -45,11 +45,9 @@ def attend_packed(
         interleaved: bool,
         storage: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-            q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-            if k_BSKD is not None:
-                k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+        q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
         if k_BSKD is not None and v_BSKD is not None:
+            k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
             slot_BS = new_slots(used_B, q_BSHD.shape[1])
             write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
             write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)

@@ -20,7 +20,7 @@ from ...errors import CalibrationError, IRError
 from ..ir.interpreter import Interpreter
 from ..ir.ops import einfold_ops
 from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
-from ..ir.weights import WeightStore
+from .snapshot import snapshot, text_inputs
 
 #: Numbers of attention weights in a block of rows: 64 MB.
 _BLOCK = 1 << 24
@@ -65,12 +65,7 @@ def stream(
 
 def cut_behind_attention(program: Program) -> Program:
     """A copy that ends with the last attention; it shares the weights and holds none of its own."""
-    weights = WeightStore()
-    for name in program.weights:
-        weights.add(name, program.weights[name])
-    cut = Program(program.model, program.shapes, weights=weights)
-    copies: dict[fx.Node, fx.Node] = {}
-    cut.graph.graph_copy(program.graph, copies)
+    cut, copies = snapshot(program)
     last = [node for node in program.graph.nodes if node.target is einfold_ops.attention.default]
     if not last:
         raise IRError("the program has no attention to observe")
@@ -90,15 +85,11 @@ class _Run:
         self.found: dict[int, dict[str, Tensor]] = {}
 
     def over(self, tokens_BS: Tensor) -> dict[int, dict[str, Tensor]]:
-        inputs = {
-            "input_ids": tokens_BS,
-            "position_ids": torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
-            "logit_rows": torch.zeros(1, dtype=torch.long),
-        }
         resume = self._resumed()
         if len(self.found) < self.layers:
             instead = {einfold_ops.attention.default: self._attention}
-            Interpreter(self.program, False, instead).run(inputs, self._after, resume)
+            interpreter = Interpreter(self.program, False, instead)
+            interpreter.run(text_inputs(tokens_BS), self._after, resume)
             if self.folder is not None:
                 (self.folder / _PROGRESS).unlink(missing_ok=True)
         return self.found

@@ -115,6 +115,12 @@ OVER_CACHES = (
 )
 
 
+def own_windows(program: Program) -> dict[int, int]:
+    """The sliding window that the model itself gives each attention layer, 0 where it gives none."""
+    found = map(call_arguments, attention_nodes(program))
+    return {int(call["layer"]): int(call["window"]) for call in found}
+
+
 def attention_nodes(program: Program) -> list[fx.Node]:
     """The attention calls, with or without a cache, in the order of their layers."""
     found = program.nodes(einfold_ops.attention.default, *OVER_CACHES)

@@ -21,7 +21,7 @@ from .options import (
     ShareOption,
     TargetOption,
     WeightsOption,
-    name_of,
+    recipe_options,
 )
 
 
@@ -74,13 +74,8 @@ def compile_(
 ) -> None:
     """Compile a model into an artifact folder."""
     options = {
-        "target": name_of(target),
+        **recipe_options(target, weights, cache, prune, quant, share),
         "cubins": None if cubins is None else [part.strip() for part in cubins.split(",")],
-        "weights": name_of(weights),
-        "cache": name_of(cache),
-        "prune": prune,
-        "quant": quant,
-        "share": share,
         "recipe": recipe,
         "context": context,
         "portable": portable or None,
@@ -163,12 +158,7 @@ def estimate(
 ) -> None:
     """Tell weights, cache and activation bytes from a model's config, before any weight is read."""
     options = {
-        "target": name_of(target),
-        "weights": name_of(weights),
-        "cache": name_of(cache),
-        "prune": prune,
-        "quant": quant,
-        "share": share,
+        **recipe_options(target, weights, cache, prune, quant, share),
         "recipe": recipe,
         "context": context,
         "batch": batch,

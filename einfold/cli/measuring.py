@@ -54,32 +54,18 @@ def eval_(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity, KL, top-1 agreement, pass-key recall and bytes against the original."""
-    evaluate_artifact(
-        artifact,
-        against,
-        text,
-        window,
-        prompt,
-        {"engine": name_of(engine), "threads": threads, "chunk": chunk, "trust": trust},
-        json,
-    )
-
-
-def evaluate_artifact(
-    artifact: Path,
-    against: str,
-    text: Path | None,
-    window: int | None,
-    prompt: float,
-    loading: dict[str, Any],
-    as_json: bool,
-) -> None:
     from ..evaluate.quality import evaluate
     from ..model import load
 
-    with progress(as_json) as tell:
+    loading: dict[str, Any] = {
+        "engine": name_of(engine),
+        "threads": threads,
+        "chunk": chunk,
+        "trust": trust,
+    }
+    with progress(json) as tell:
         quality = evaluate(load(artifact, **loading), against, text, window, tell, prompt)
-    if as_json:
+    if json:
         print_json(quality.data())
         return
     from ..compiler.report import human_bytes
@@ -139,39 +125,13 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time loading, prefill and decode of an artifact on random tokens."""
-    bench_artifact(
-        artifact,
-        prompt_tokens,
-        context or [128],
-        new_tokens,
-        batch,
-        repeat,
-        threads,
-        chunk,
-        trust,
-        json,
-    )
-
-
-def bench_artifact(
-    artifact: Path,
-    prompt_tokens: int,
-    contexts: list[int],
-    new_tokens: int,
-    batch: int,
-    repeat: int,
-    threads: int | None,
-    chunk: int,
-    trust: bool,
-    as_json: bool,
-) -> None:
     from ..evaluate.speed import measure_speed
 
-    with progress(as_json) as tell:
+    with progress(json) as tell:
         speed = measure_speed(
             artifact,
             prompt_tokens,
-            contexts,
+            context or [128],
             new_tokens,
             batch,
             repeat,
@@ -180,12 +140,12 @@ def bench_artifact(
             tell,
             trust,
         )
-    if as_json:
+    if json:
         print_json(speed.data())
         return
     table = Table(show_header=False, box=None)
     table.add_row("load", f"{speed.load_seconds:.2f} s")
     table.add_row(f"prefill of {prompt_tokens}", f"{speed.prefill_tokens_per_second:.1f} tokens/s")
-    for context, rate in speed.decode_tokens_per_second.items():
-        table.add_row(f"decode at {context}", f"{rate:.1f} tokens/s")
+    for tokens, rate in speed.decode_tokens_per_second.items():
+        table.add_row(f"decode at {tokens}", f"{rate:.1f} tokens/s")
     out.print(table)

@@ -141,3 +141,22 @@ Chunk = Annotated[
 def name_of(choice: Enum | None) -> str | None:
     """What a choice is called in a recipe."""
     return None if choice is None else str(choice.value)
+
+
+def recipe_options(
+    target: Target | None,
+    weights: Weights | None,
+    cache: CacheStorage | None,
+    prune: str | None,
+    quant: str | None,
+    share: str | None,
+) -> dict[str, str | None]:
+    """The options that stand for keys of a recipe, as `resolve_recipe` takes them."""
+    return {
+        "target": name_of(target),
+        "weights": name_of(weights),
+        "cache": name_of(cache),
+        "prune": prune,
+        "quant": quant,
+        "share": share,
+    }

@@ -22,7 +22,7 @@ from .options import (
     ShareOption,
     TargetOption,
     WeightsOption,
-    name_of,
+    recipe_options,
 )
 
 
@@ -156,12 +156,7 @@ def passes(
 ) -> None:
     """List the pipeline: each pass, in order, with its options and what it does."""
     options = {
-        "target": name_of(target),
-        "weights": name_of(weights),
-        "cache": name_of(cache),
-        "prune": prune,
-        "quant": quant,
-        "share": share,
+        **recipe_options(target, weights, cache, prune, quant, share),
         "portable": portable or None,
     }
     list_passes(recipe, options, json)

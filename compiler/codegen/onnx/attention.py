@@ -135,14 +135,20 @@ def _group_query(call: _Call) -> list[ir.Value]:
 
 
 def _operator(
-    call: _Call, query: ir.Value, key: ir.Value | None, value: ir.Value | None, in_op: bool
+    call: _Call,
+    query: ir.Value,
+    key: ir.Value | None,
+    value: ir.Value | None,
+    in_op: bool,
+    results: int = 3,
 ) -> list[ir.Value]:
-    """GroupQueryAttention; `query` is the packed QKV where key and value are None."""
+    """GroupQueryAttention; `query` is the packed QKV where key and value are None. The results are the output
+    and, of three, both caches with the new tokens."""
     context, found = call.context, call.found
     last, total = _lengths(call)
     return context.builder.multi(
         "GroupQueryAttention",
-        3,
+        results,
         query,
         key,
         value,
@@ -312,34 +318,7 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
         builder.ints(0, call.kv_heads * call.key_size),
         builder.ints(1, 2),
     )
-    last, total = _lengths(call)
-    out, *presents = builder.multi(
-        "GroupQueryAttention",
-        3 if call.quantized else 1,
-        query,
-        none,
-        none,
-        call.value("key_cache_BKCD"),
-        call.value("value_cache_BKCD"),
-        last,
-        total,
-        None,
-        None,
-        None,
-        _bias(call, total),
-        context.optional(found["sinks_H"]),
-        context.optional(found["key_scale_KD"]),
-        context.optional(found["value_scale_KD"]),
-        domain=CONTRIB,
-        kv_cache_bit_width=8 if call.quantized else None,
-        k_quant_type="PER_CHANNEL" if call.quantized else None,
-        v_quant_type="PER_CHANNEL" if call.quantized else None,
-        num_heads=call.heads,
-        kv_num_heads=call.kv_heads,
-        scale=found["scale"],
-        softcap=found["softcap"] or None,
-        local_window_size=found["window"] or -1,
-    )
+    out, *presents = _operator(call, query, none, none, False, 3 if call.quantized else 1)
     for name, present in zip(("key_cache_BKCD", "value_cache_BKCD"), presents, strict=False):
         owner = context.arguments(found[name].args[0])[name]
         context.rewritten.append((f"{owner.target}@{found['layer']}", present, owner))

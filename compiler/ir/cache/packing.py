@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ....errors import IRError
 from .policies import check_prefill
 from .sizes import Size, divided_down, most
-from .storage import GroupShape, Storage
+from .storage import ITEM_BYTES, GroupShape, Storage
 
 #: Bits that a code may have.
 BITS = (2, 3, 4, 8)
@@ -35,6 +35,11 @@ class Piece:
     rows: int
     width: int
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it, for one head."""
+        return self.rows * self.width * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class Packed(Storage):
 
     def granule_bytes(self, shape: GroupShape) -> int:
         """Bytes of a granule, all heads."""
-        return sum(int(_bytes(item)) for item in self.bulk(shape, 1, self.residual + self.granule))
+        self.check(shape)
+        return shape.heads * sum(piece.nbytes for piece in self.pieces(shape))
 
     def check_waiting(self) -> None:
         """Raises IRError for a residual, slack or prefill that there cannot be."""
@@ -103,15 +109,6 @@ class Packed(Storage):
                 f"not {self.residual} and {self.slack}"
             )
         check_prefill(self.prefill)
-
-
-def _bytes(item: tuple[str, tuple[Size, ...], str]) -> Size:
-    from .storage import ITEM_BYTES
-
-    total: Size = ITEM_BYTES[item[2]]
-    for size in item[1]:
-        total = total * size
-    return total
 
 
 def check_bits(name: str, *bits: int) -> None:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..cache.minicache import MiniCache
+from ..types import DTYPES
 from .affine import narrowed
 from .grouped import Pieces
-
-_DTYPES = {"f32": torch.float32, "f16": torch.float16}
 
 #: Below this sine of the angle two directions are merged along the line between them.
 _STRAIGHT = 1e-4
@@ -55,7 +54,7 @@ def encode_pair(
     second: Pieces = {}
     for part, (a, b) in (("key", keys), ("value", values)):
         (to_a, length_a), (to_b, length_b) = directions(a), directions(b)
-        merged = slerp(to_a, to_b, storage.slerp).to(_DTYPES[storage.dtype])
+        merged = slerp(to_a, to_b, storage.slerp).to(DTYPES[storage.dtype])
         first |= {f"{part}_direction": merged, f"{part}_length": length_a}
         second |= {f"{part}_length": length_b}
         if storage.retained:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rotary import rotary_reference
+from .rotary import turned
 
 
 def masked_attention(
@@ -167,9 +167,8 @@ def cached_attention_in_place(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`einfold::cached_attention` that writes the caches it is given and gives them back."""
-    if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-        q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+    k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
     write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
     write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..kv.affine import narrowed
 from .attention import new_slots, visible_slots, write_slots
-from .packed import Partial, partial_attention
-from .rotary import rotary_reference
+from .packed import partial_attention
+from .rotary import turned
 
 #: Older tokens whose keys and values are rebuilt at a time.
 TILE = 1024
@@ -100,10 +100,8 @@ def low_rank_attention_in_place(
     token_BS = new_slots(lengths_B, q_BSHD.shape[1])
     _write_features(key_low_BCR, k_BSKD, key_basis_RM, token_BS)
     _write_features(value_low_BCR, v_BSKD, value_basis_RM, token_BS)
-    turned = cos_PR is not None and sin_PR is not None and positions_BS is not None
-    if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-        q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+    k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
     write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
     write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
@@ -122,9 +120,8 @@ def low_rank_attention_in_place(
             (low_BCR[:, begin:end].to(basis.dtype) @ basis).unflatten(2, (kv_heads, -1))
             for low_BCR, basis in ((key_low_BCR, key_basis_RM), (value_low_BCR, value_basis_RM))
         )
-        if turned:
-            tables = (cos_PR, sin_PR)
-            keys = rotary_reference(keys, token_T.expand(len(used_B), -1), *tables, interleaved)  # type: ignore[arg-type]
+        token_BT = None if positions_BS is None else token_T.expand(len(used_B), -1)
+        keys = turned(keys, token_BT, cos_PR, sin_PR, interleaved)
         visible_BT = (token_T >= start_B[:, None]) & (token_T < end_B[:, None])
         state = state.merged(
             partial_attention(
@@ -136,11 +133,7 @@ def low_rank_attention_in_place(
                 softcap,
             )
         )
-    if sinks_H is not None:
-        sink = sinks_H.reshape(1, kv_heads, -1, 1, 1).expand_as(state.most)
-        state = state.merged(Partial(sink, torch.ones_like(sink), torch.zeros_like(state.values)))
-    out = state.finished().flatten(1, 2).transpose(1, 2).contiguous()
-    return out, key_cache_BKCD, value_cache_BKCD, key_low_BCR, value_low_BCR
+    return state.attention(sinks_H), key_cache_BKCD, value_cache_BKCD, key_low_BCR, value_low_BCR
 
 
 def _write_features(low_BCR: Tensor, new_BSKD: Tensor, basis_RM: Tensor, token_BS: Tensor) -> None:

@@ -15,7 +15,7 @@ from ..cache.storage import GroupShape
 from ..cache.storages import read_storage
 from ..kv.codec import decode
 from .attention import new_slots, visible_slots, write_slots
-from .rotary import rotary_reference
+from .rotary import turned
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class Partial:
     def finished(self) -> Tensor:
         """values / total; zeros where there was no live key."""
         return torch.nan_to_num(self.values / self.total)
+
+    def attention(self, sinks_H: Tensor | None) -> Tensor:
+        """What an operator gives, [B, S, H, D], of a state [B, K, G, S, ..] over all keys but the sinks."""
+        state = self
+        if sinks_H is not None:
+            sink = sinks_H.reshape(1, self.most.shape[1], -1, 1, 1).expand_as(self.most)
+            state = self.merged(Partial(sink, torch.ones_like(sink), torch.zeros_like(self.values)))
+        return state.finished().flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def partial_attention(
@@ -141,12 +149,10 @@ def packed_attention_in_place(
     storage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`einfold::packed_attention` that writes the caches it is given and gives them back."""
-    if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-        q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        if k_BSKD is not None:
-            k_BSKD = rotary_reference(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
+    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
     if k_BSKD is not None and v_BSKD is not None:
+        k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
         write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
         write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
     visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], 0, None)
@@ -156,11 +162,7 @@ def packed_attention_in_place(
         q_BKGSD, key_cache_BKCD, value_cache_BKCD, visible_BSC, scale, softcap
     )
     state = _over_bulk(state, q_BKGSD, packed_B, bulk, scale, softcap, packed_storage(storage))
-    if sinks_H is not None:
-        sink = sinks_H.reshape(1, kv_heads, -1, 1, 1).expand_as(state.most)
-        state = state.merged(Partial(sink, torch.ones_like(sink), torch.zeros_like(state.values)))
-    out = state.finished().flatten(1, 2).transpose(1, 2).contiguous()
-    return out, key_cache_BKCD, value_cache_BKCD
+    return state.attention(sinks_H), key_cache_BKCD, value_cache_BKCD
 
 
 def _over_bulk(

@@ -31,6 +31,19 @@ def rotary_reference(
     return torch.cat((turned, rest), dim=-1)
 
 
+def turned(
+    x_BSHD: Tensor,
+    positions_BS: Tensor | None,
+    cos_PR: Tensor | None,
+    sin_PR: Tensor | None,
+    interleaved: bool,
+) -> Tensor:
+    """`rotary_reference` where tables are given, x as it is where they are not."""
+    if positions_BS is None or cos_PR is None or sin_PR is None:
+        return x_BSHD
+    return rotary_reference(x_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+
+
 @torch.library.custom_op("einfold::rotary", mutates_args=())
 def rotary(
     x_BSHD: Tensor, positions_BS: Tensor, cos_PR: Tensor, sin_PR: Tensor, interleaved: bool

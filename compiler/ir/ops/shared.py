@@ -12,7 +12,7 @@ from .attention import (
     stored,
     visible_slots,
 )
-from .rotary import rotary_reference
+from .rotary import turned
 
 
 @torch.library.custom_op("einfold::shared_attention", mutates_args=())
@@ -40,8 +40,7 @@ def shared_attention(
     of which the newest were written in this step. Only the queries are rotated. `count`, the scales and the
     rest mean what they mean there; nothing is written. Gives [B, S, H, D].
     """
-    if cos_PR is not None and sin_PR is not None and positions_BS is not None:
-        q_BSHD = rotary_reference(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
     slots = key_cache_BKCD.shape[2]
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
     return masked_attention(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ....errors import RecipeError
 from ...ir.cache.layout import CacheLayout, LayerCache
 from ...ir.cache.policies import HeavyHitters, Policy, Voted, Window
-from ...ir.program import Program, attention_nodes, call_arguments
+from ...ir.program import Program, attention_nodes, call_arguments, own_windows
 from ..base import PassResult, check_lets_go
 
 #: Policies that a method may choose.
@@ -25,10 +25,7 @@ def prunable(program: Program, result: PassResult, policy: Chosen) -> Iterator[L
         return
     kept = policy.lead + policy.newest
     check_lets_go(program, "cache.prune: the method", kept, policy.slack, "pruned")
-    windows = {
-        int(found["layer"]): int(found["window"])
-        for found in map(call_arguments, attention_nodes(program))
-    }
+    windows = own_windows(program)
     for layer in program.layout.layers:
         window = windows[layer.layer]
         if window:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.cache.gear import Gear as Storage
-from ...ir.program import Program
-from ..base import Pass, PassResult, check_options
-from .layers import pack_groups
+from .layers import PackingPass
 
 
 @dataclass(frozen=True)
-class Gear(Pass):
+class Gear(PackingPass):
     """Packs older tokens into `bits` bits a number and stores what that loses (Kang et al. 2024, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -41,13 +39,8 @@ class Gear(Pass):
     prefill: str = "exact"
 
     name = "gear"
-    requires = frozenset({"cache planned"})
-
-    def __post_init__(self) -> None:
-        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
-        """The storage that these options ask for. Raises IRError for one that cannot be."""
         return Storage(
             self.residual,
             self.slack,
@@ -60,6 +53,3 @@ class Gear(Pass):
             self.rank,
             self.share,
         )
-
-    def run(self, program: Program) -> PassResult:
-        return pack_groups(program, self.storage())

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.cache.kivi import Kivi as Storage
-from ...ir.program import Program
-from ..base import Pass, PassResult, check_options
-from .layers import pack_groups
+from .layers import PackingPass
 
 
 @dataclass(frozen=True)
-class Kivi(Pass):
+class Kivi(PackingPass):
     """Packs older tokens into `bits` bits a number (Liu et al. 2024, section 3.3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -38,13 +36,8 @@ class Kivi(Pass):
     prefill: str = "exact"
 
     name = "kivi"
-    requires = frozenset({"cache planned"})
-
-    def __post_init__(self) -> None:
-        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
-        """The storage that these options ask for. Raises IRError for one that cannot be."""
         return Storage(
             self.residual,
             self.slack,
@@ -54,6 +47,3 @@ class Kivi(Pass):
             self.group,
             self.keys,
         )
-
-    def run(self, program: Program) -> PassResult:
-        return pack_groups(program, self.storage())

@@ -9,8 +9,24 @@ from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.cache.packing import Packed
 from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES
-from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import PassResult, check_lets_go
+from ...ir.program import Program, own_windows
+from ..base import Pass, PassResult, check_lets_go, check_options
+
+
+class PackingPass(Pass):
+    """A method of `[cache.quant]`: its options say a storage, which all groups that may be packed get."""
+
+    requires = frozenset({"cache planned"})
+
+    def __post_init__(self) -> None:
+        check_options("cache.quant", self.storage)
+
+    def storage(self) -> Packed:
+        """The storage that these options ask for. Raises IRError for one that cannot be."""
+        raise NotImplementedError
+
+    def run(self, program: Program) -> PassResult:
+        return pack_groups(program, self.storage())
 
 
 def pack_groups(program: Program, storage: Packed) -> PassResult:
@@ -24,10 +40,7 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
         return result
     who = f"cache.quant: {storage.name}"
     check_lets_go(program, who, storage.newest, storage.waiting, "packed")
-    windows = {
-        int(found["layer"]): int(found["window"])
-        for found in map(call_arguments, attention_nodes(program))
-    }
+    windows = own_windows(program)
     layers = [
         _packed(layer, storage, windows[layer.layer], result) for layer in program.layout.layers
     ]

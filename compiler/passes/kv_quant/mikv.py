@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.cache.mixed import MiKV as Storage
-from ...ir.program import Program
-from ..base import Pass, PassResult, check_options
-from .layers import pack_groups
+from .layers import PackingPass
 from .shares import salient_tokens
 
 
 @dataclass(frozen=True)
-class MiKV(Pass):
+class MiKV(PackingPass):
     """Packs older tokens, a `share` of them in `high` bits, the rest in `low` (Yang et al. 2024, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -38,13 +36,8 @@ class MiKV(Pass):
     prefill: str = "exact"
 
     name = "mikv"
-    requires = frozenset({"cache planned"})
-
-    def __post_init__(self) -> None:
-        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
-        """The storage that these options ask for. Raises IRError for one that cannot be."""
         return Storage(
             residual=self.residual,
             slack=self.slack,
@@ -55,6 +48,3 @@ class MiKV(Pass):
             tokens=self.tokens,
             group=self.group,
         )
-
-    def run(self, program: Program) -> PassResult:
-        return pack_groups(program, self.storage())

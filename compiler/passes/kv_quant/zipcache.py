@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.cache.mixed import ZipCache as Storage
-from ...ir.program import Program
-from ..base import Pass, PassResult, check_options
-from .layers import pack_groups
+from .layers import PackingPass
 from .shares import salient_tokens
 
 
 @dataclass(frozen=True)
-class ZipCache(Pass):
+class ZipCache(PackingPass):
     """Packs older tokens, a `share` of them in `high` bits, the rest in `low` (He et al. 2024, section 4).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -40,17 +38,9 @@ class ZipCache(Pass):
     prefill: str = "exact"
 
     name = "zipcache"
-    requires = frozenset({"cache planned"})
-
-    def __post_init__(self) -> None:
-        check_options("cache.quant", self.storage)
 
     def storage(self) -> Storage:
-        """The storage that these options ask for. Raises IRError for one that cannot be."""
         salient = salient_tokens(self.share, self.tokens)
         return Storage(
             self.residual, self.slack, self.prefill, self.high, self.low, salient, self.tokens
         )
-
-    def run(self, program: Program) -> PassResult:
-        return pack_groups(program, self.storage())

@@ -10,7 +10,7 @@ from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.cache.minicache import MiniCache as Storage
 from ...ir.cache.policies import Full
 from ...ir.cache.storages import ITEM_BYTES, Plain
-from ...ir.program import Program, attention_nodes, call_arguments
+from ...ir.program import Program, own_windows
 from ..base import Pass, PassResult, check_lets_go, check_options
 
 
@@ -78,10 +78,7 @@ class MiniCache(Pass):
         first = math.ceil(self.start * len(layers))
         for layer in layers[:first]:
             result.skipped(f"layer {layer.layer}", f"is before layer {first}, where pairs begin")
-        windows = {
-            int(found["layer"]): int(found["window"])
-            for found in map(call_arguments, attention_nodes(program))
-        }
+        windows = own_windows(program)
         place = first
         while place < len(layers):
             pair = layers[place : place + 2]
@@ -133,11 +130,7 @@ def _paired(pair: list[LayerCache], storage: Storage) -> list[LayerCache]:
 def _saving(layer: LayerCache, storage: Storage) -> str:
     shape = layer.shape(layer.groups[0])
     of_pair = sum(
-        (1 if piece.name in storage.shared else 2)
-        * piece.rows
-        * piece.width
-        * ITEM_BYTES[piece.dtype]
-        for piece in storage.pieces(shape)
+        (1 if piece.name in storage.shared else 2) * piece.nbytes for piece in storage.pieces(shape)
     )
     each = shape.heads * of_pair / storage.group
     before = 2 * shape.heads * (shape.key_size + shape.value_size) * ITEM_BYTES["f32"]
