@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 __all__ = ["main"]
@@ -19,7 +20,10 @@ def main() -> None:
     show_warnings()
     debug = "--debug" in sys.argv
     try:
-        app(prog_name="einfold", standalone_mode=True)
+        try:
+            app(prog_name="einfold", standalone_mode=True)
+        finally:
+            sys.stdout.flush()  # a full disk is met here, not when Python has ended
     except SystemExit as stop:
         if stop.code == 130:  # typer's for Ctrl-C, of which it says nothing
             print("interrupted", file=sys.stderr)
@@ -27,4 +31,16 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(explain_error(error, as_json="--json" in sys.argv))
+        code = explain_error(error, as_json="--json" in sys.argv)
+        _let_go_of_stdout()
+        sys.exit(code)
+
+
+def _let_go_of_stdout() -> None:
+    """What stdout cannot take is given up, or Python would try once more and end with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

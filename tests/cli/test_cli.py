@@ -304,13 +304,25 @@ def test_a_locale_that_cannot_write_the_text(text_artifact: Path) -> None:
     text = json.loads(found.stdout.decode("ascii"))["text"]
     assert not text.isascii()
     assert plain.stdout.decode("ascii") == text.encode("ascii", "backslashreplace").decode() + "\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_stdout_that_is_full(text_artifact: Path, form: tuple[str, ...], unbuffered: str) -> None:
+    """Said once and with the code for it, whether the text stops at a write or at Python's end."""
+    command = [sys.executable, "-m", "einfold", "inspect", str(text_artifact), *form]
     with open("/dev/full", "wb") as full:
         refused = subprocess.run(
-            [*command, "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )
     assert refused.returncode == 6
     assert refused.stderr.startswith("error: the disk is full")
-    assert "Traceback" not in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
 
 
 def test_names_with_brackets_are_no_markup(text_model: Path, tmp_path: Path) -> None:
