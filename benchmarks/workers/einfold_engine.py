@@ -33,7 +33,7 @@ class EinfoldEngine(Engine):
     def fill(self, context: int, room: int) -> None:
         """Random numbers: filling by a prefill would take minutes and change no time."""
         random = np.random.default_rng(0)
-        cache = Cache.allocate(self._engine.layout, 1, context + room)
+        cache = self._engine.allocate(1, context + room)
         for name, buffer in cache.buffers.items():
             if name.endswith(".count"):
                 buffer[:] = context  # tokens that a compensation token stands for

@@ -12,7 +12,7 @@ from ..ir.ops import einfold_ops
 from ..ir.program import OVER_CACHES, Program, call_arguments
 
 #: Query heads a KV head from which on decode steps over int8 go in integers on onnxruntime.
-INTEGER_GROUP = 6
+INTEGER_GROUP = 4
 
 #: Calls whose result shares the memory of their input.
 _VIEWS = {
@@ -97,7 +97,9 @@ def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable:
     plain = not spelled_out and not found["window"] and found["count_BK"] is None
     own = node.target is einfold_ops.cached_attention.default and found["key_scale_KD"] is not None
     if own and plain and new == 1 and heads >= INTEGER_GROUP * kv_heads:
-        # Two copies of the keys, or one and the matrices of the softmax; and an eighth for gaps.
-        held = max(2 * kv_heads * size, kv_heads * size + 16 * heads)
+        # Two copies of the keys, or one and the products with both planes, or the weights with what their
+        # planes are made of; and an eighth for gaps.
+        keys = kv_heads * size
+        held = max(2 * keys, keys + 8 * heads, 13 * heads)
         return int(batch * slots * held * 9 // 8)
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))

@@ -135,11 +135,31 @@ def reference(
     return {name: value.numpy() for name, value in want.items()}
 
 
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of one token goes by integers."""
+def take_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of one token goes by integers, in blocks of 8 slots."""
     monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    monkeypatch.setattr(integer_attention, "BLOCK", 8)
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_integers(monkeypatch)
+
+
+def most_wrong(found: Program, feeds: dict[str, np.ndarray[Any, Any]], scale: float) -> float:
+    """The largest error that two planes can make, of queries and of probabilities.
+
+    A number of a query is off by half a step, 1 / (63 * 126) of the row's largest, and so a score by that
+    times the sum of a key's codes; a probability by half of 1 / 127 ** 2 of its block's largest.
+    """
+    key_scale, value_scale = (found.weights[name].load().numpy() for name in ("ks", "vs"))
+    groups = feeds["q"].reshape(*feeds["q"].shape[:2], len(key_scale), -1, key_scale.shape[1])
+    largest = (abs(groups) * key_scale[:, None] * scale).max()
+    score = largest / (2 * 63 * 126) * abs(feeds["cache.0.0.key"].astype(int)).sum(-1).max()
+    block = integer_attention.BLOCK / (2 * 127**2)
+    share = float(np.expm1(2 * score) + block)
+    return 2 * share * 128 * float(value_scale.max())
 
 
 @pytest.mark.usefixtures("always")
@@ -154,7 +174,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
         (16, 1, 8, {}),
     ],
 )
-@pytest.mark.parametrize(("slots", "lengths"), [(9, [0]), (40, [39]), (700, [699, 3, 250])])
+@pytest.mark.parametrize(("slots", "lengths"), [(16, [0]), (40, [39]), (704, [699, 3, 250])])
 def test_it_gives_what_the_operator_means(
     heads: int,
     kv: int,
@@ -169,7 +189,10 @@ def test_it_gives_what_the_operator_means(
     found = layer(heads, kv, size, **options)
     feeds = inputs(found, slots, lengths)
     got, want = run(session(found, tmp_path), feeds), reference(found, feeds)
-    np.testing.assert_allclose(got["o"], want["o"], rtol=2e-5, atol=2e-5)
+    error = abs(got["o"] - want["o"])
+    assert error.max() <= most_wrong(found, feeds, size**-0.5)
+    # What is rounded up makes up for what is rounded down.
+    assert np.sqrt((error**2).mean()) <= 2e-3 * np.sqrt((want["o"] ** 2).mean())
     for row, length in enumerate(lengths):
         for name in ("cache.0.0.key", "cache.0.0.value"):
             # A number that lies on the edge of two codes may fall on either side.
@@ -185,14 +208,14 @@ def test_a_new_token_is_rounded_as_group_query_attention_rounds_it(
     """Prompts are read by one and tokens decoded by the other, from the same bytes."""
     found = layer(12, 2, 32, half=half)
     wide = session(found, tmp_path)
-    monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
+    take_integers(monkeypatch)
     narrow = session(found, tmp_path)
     lengths = list(range(5, 24)) * 20
     feeds = inputs(found, 24, lengths)
     feeds["k"] *= 2.0  # some are cut off at the largest code
     one, other = run(wide, feeds), run(narrow, feeds)
     assert (one["o"] != other["o"]).any()  # two ways indeed
-    np.testing.assert_allclose(one["o"], other["o"], rtol=2e-5, atol=2e-5)
+    assert abs(one["o"] - other["o"]).max() <= most_wrong(found, feeds, 32**-0.5)
     for name in ("cache.0.0.key", "cache.0.0.value"):
         for row, length in enumerate(lengths):
             np.testing.assert_array_equal(
@@ -201,11 +224,14 @@ def test_a_new_token_is_rounded_as_group_query_attention_rounds_it(
 
 
 @pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("block", [64, 512])
 @pytest.mark.parametrize(("top", "background"), [(0.1, 5.5e-5), (0.9, 6e-6)])
 def test_small_probabilities_beside_a_large_one_count(
-    top: float, background: float, tmp_path: Path
+    top: float, background: float, block: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One token of a probability of 0.1 and 16 thousand of 5e-5: these make nine tenths of the result."""
+    """One token of a probability of 0.1 and 16 thousand of 5e-5, which make nine tenths of the result: those
+    that share a block with the one may be lost, no others."""
+    monkeypatch.setattr(integer_attention, "BLOCK", block)
     slots = 16384
     found = layer(6, 1, 16, scale=1.0, key_scale=torch.full((1, 16), 0.01))
     feeds = inputs(found, slots, [slots - 1])
@@ -218,14 +244,15 @@ def test_small_probabilities_beside_a_large_one_count(
     values[0, 0, 77] = np.arange(16)
     got, want = run(session(found, tmp_path), feeds)["o"], reference(found, feeds)["o"]
     assert want[0, 0, 0, 0] > 0.08
-    # The fourth plane's half step, 0.9 / 63 / 126 ** 3 / 2, is so much of 6e-6.
-    np.testing.assert_allclose(got, want, rtol=6e-4, atol=1e-6)
+    # A half step of the second plane, all alike, in one block; and half a step of the query, 12 / 63 / 126.
+    lost = block / slots + np.expm1(np.log(top / background) / (2 * 63 * 126))
+    np.testing.assert_allclose(got, want, rtol=lost, atol=1e-6)
 
 
 @pytest.mark.usefixtures("always")
 def test_a_query_of_zeros_takes_the_mean(tmp_path: Path) -> None:
     found = layer(6, 1, 16)
-    feeds = inputs(found, 50, [49])
+    feeds = inputs(found, 48, [44])
     feeds["q"][:] = 0
     got, want = run(session(found, tmp_path), feeds)["o"], reference(found, feeds)["o"]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -240,16 +267,17 @@ def test_the_largest_numbers_do_not_overflow(tmp_path: Path) -> None:
     for name in ("cache.0.0.key", "cache.0.0.value"):
         feeds[name][:] = np.where(feeds[name] < 0, -128, 127)
     got, want = run(session(found, tmp_path), feeds)["o"], reference(found, feeds)["o"]
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    assert abs(got - want).max() <= most_wrong(found, feeds, 0.01)
 
 
 @pytest.mark.parametrize(
     ("slots", "lengths", "taken"),
     [
-        (9000, [8300], True),
-        (9000, [9, 8300], True),
-        (9000, [8000], False),  # too few tokens
-        (15000, [8300], False),  # too many slots for them
+        (5120, [4300], True),
+        (5120, [9, 4300], True),
+        (5120, [4000], False),  # too few tokens
+        (7680, [4300], False),  # too many slots for them
+        (5000, [4300], False),  # no whole blocks
     ],
 )
 def test_it_is_taken_where_it_is_faster(
@@ -259,18 +287,18 @@ def test_it_is_taken_where_it_is_faster(
     run(found, inputs(layer(6, 1, 8), slots, lengths))
     events = json.loads(Path(found.end_profiling()).read_text())
     ran = {event.get("args", {}).get("op_name") for event in events}
-    assert ("MatMulInteger" in ran) == taken
+    assert ("MatMulIntegerToFloat" in ran) == taken
     assert ("GroupQueryAttention" in ran) == (not taken)
 
 
 def test_several_new_tokens_go_by_group_query_attention(tmp_path: Path) -> None:
     found = layer(6, 1, 16, half=8)
-    feeds = inputs(found, 9000, [8300], new=5)
+    feeds = inputs(found, 5120, [4300], new=5)
     got, want = run(session(found, tmp_path), feeds), reference(found, feeds)
     np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("heads", "kv", "branches"), [(10, 2, 0), (12, 2, 1)])
+@pytest.mark.parametrize(("heads", "kv", "branches"), [(6, 2, 0), (8, 2, 1)])
 def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_path: Path) -> None:
     session(layer(heads, kv, 16), tmp_path)
     model = ir.load(tmp_path / "m.onnx")
@@ -280,11 +308,11 @@ def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_
 def test_its_memory_is_accounted_for() -> None:
     assert INTEGER_GROUP == integer_attention.SMALLEST_GROUP
     dims = {"B": 2, "S": 1, "C": 5000}
-    more = 2 * 5000 * (2 * 16 + 16 * 12) * 9 // 8
+    more = 2 * 5000 * 13 * 12 * 9 // 8
     out = 2 * 12 * 16 * 4
     assert peak_activation_bytes(layer(12, 2, 16), dims) == out + more
     assert peak_activation_bytes(layer(12, 2, 16), dims | {"S": 3}) == 3 * out
-    assert peak_activation_bytes(layer(10, 2, 16), dims) == 2 * 10 * 16 * 4
+    assert peak_activation_bytes(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
 
 
 @pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("qwen3", {"head_dim": 32})])
@@ -304,8 +332,7 @@ def test_a_model_decodes_the_same_tokens(
         return [row.tokens for row in rows]
 
     before = tokens("before")
-    monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    take_integers(monkeypatch)
     assert tokens("after") == before
     files = [(tmp_path / kind / "model.onnx").read_bytes() for kind in ("before", "after")]
     assert files[0] != files[1]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import einfold
+from einfold.compiler.codegen.onnx import attention, integer_attention
 from einfold.evaluate.quality import Quality, evaluate
 from einfold.evaluate.texts import read_documents
 
@@ -103,6 +104,45 @@ def test_greedy_tokens_and_logits(
         want_logits = exact(torch.tensor([text])).logits[0].numpy()
     got_logits = all_logits(model, text)
     assert np.abs(got_logits - want_logits).max() < 1e-4
+
+
+def step_by_step(artifact: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
+    """Log-probabilities behind each token, of steps of one token each."""
+    engine = einfold.load(artifact, threads=1).engine
+    cache = engine.allocate(1, 1024)
+    found = []
+    for index, token in enumerate(tokens):
+        cache.make_room(1)
+        at = np.array([[index]])
+        found.append(engine.runner.step(cache, np.array([[token]]), at, np.zeros(1, int))[0].copy())
+        cache.advance(1)
+    return torch.tensor(np.stack(found)).double().log_softmax(-1).numpy()
+
+
+def test_decoding_in_integers_costs_far_less_than_int8(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Queries and probabilities in two planes, beside what rounding the cache to int8 costs."""
+    text = next(doc.text for doc in read_documents(MODEL / "eval.txt") if not doc.keys)
+
+    def decoded(name: str, **options: Any) -> np.ndarray[Any, Any]:
+        einfold.compile(MODEL, tmp_path / name, weights="fp32", check=False, **options)
+        tokens = einfold.load(tmp_path / name, threads=1).encode(text)[:800]
+        assert len(tokens) > integer_attention.BLOCK
+        return step_by_step(tmp_path / name, tokens)
+
+    exact = decoded("exact")
+    int8 = decoded("int8", cache="int8")
+    monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    monkeypatch.setattr(attention, "SMALLEST_GROUP", 1)
+    integers = decoded("integers", cache="int8")
+
+    def kl(p: np.ndarray[Any, Any], q: np.ndarray[Any, Any]) -> float:
+        return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+    assert 0 < kl(int8, integers) < kl(exact, int8) / 10
+    assert kl(exact, integers) == pytest.approx(kl(exact, int8), rel=0.05)
 
 
 def test_fp32_loses_nothing(quality: Callable[..., Quality]) -> None:

@@ -188,7 +188,7 @@ def _takes_integers(call: _Call) -> bool:
 def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
     """(whether this step goes by `integer_attention`, its mask), shared by layers with the same counter."""
     context, builder = call.context, call.context.builder
-    context.opset = 24  # TensorScatter
+    context.opset = max(context.opset, 26)  # TensorScatter, BitCast
     ids = context.value(context.program.placeholder("input_ids"))
     slots = builder.dim(context.value(_leader(call)["key_cache_BKCD"]), 2)
     longest = builder.shared("Reshape", _longest(call), builder.ints(1))
@@ -352,7 +352,7 @@ def _refuse_int8(call: _Call) -> None:
 def _standard(call: _Call) -> list[ir.Value]:
     context, builder = call.context, call.context.builder
     _refuse_int8(call)
-    context.opset = 24  # TensorScatter
+    context.opset = max(context.opset, 24)  # TensorScatter
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     key = call.turned(call.flat("k_BSKD", call.kv_heads, call.key_size), call.kv_heads)
     value = call.flat("v_BSKD", call.kv_heads, call.value_size)
