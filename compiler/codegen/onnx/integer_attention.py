@@ -159,11 +159,11 @@ class IntegerAttention:
     def _weight_planes(self, weights_BKNGT: ir.Value) -> ir.Value:
         """Both planes [B, K, N, 2 G, BLOCK] of weights up to `_LEVELS`: whole numbers, and what they lack."""
         builder = self.builder
-        first = builder.op("Cast", weights_BKNGT, to=int(ir.DataType.UINT8))
-        rest = builder.op(
-            "Sub", weights_BKNGT, builder.op("Cast", first, to=int(ir.DataType.FLOAT))
-        )
-        zero = builder.constant(0, np.uint8)
+        # Not by Cast and back: onnxruntime runs that on one thread, and what two share moves between caches.
+        whole = builder.op("Floor", weights_BKNGT)
+        rest = builder.op("Sub", weights_BKNGT, whole)
+        zero, one = builder.constant(0, np.uint8), builder.floats(1.0)
+        first = builder.op("QuantizeLinear", whole, one, zero)
         second = builder.op("QuantizeLinear", rest, builder.floats(1 / _LEVELS), zero)
         return builder.op("Concat", first, second, axis=3)
 
