@@ -23,6 +23,7 @@ def users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is measured of models in tests stays out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("EINFOLD_CACHE", raising=False)  # it would come before
         yield
 
 

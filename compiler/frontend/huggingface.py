@@ -39,7 +39,10 @@ def find_model(name: str | Path) -> ModelSource:
 
     Raises ModelError for a path that does not exist, a file, or a folder without config.json.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ of a user who has no home
+        path = Path(name)
     if path.is_dir():
         if not any(path.iterdir()):
             raise ModelError(

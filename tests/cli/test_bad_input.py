@@ -38,6 +38,7 @@ def compile_refused(model: Path | str, out: Path, *more: str, code: int, says: s
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     out = tmp_path / "out"
     compile_refused(tmp_path / "absent", out, code=3, says="there is no model folder")
+    compile_refused("~no such user/m", out, code=3, says="there is no model folder ~no such user/m")
     (tmp_path / "empty").mkdir()
     compile_refused(tmp_path / "empty", out, code=3, says="is empty")
     (tmp_path / "empty" / "note.txt").write_text("x")

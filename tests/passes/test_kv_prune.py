@@ -108,6 +108,12 @@ def test_without_weights_the_bytes_are_the_same() -> None:
     assert blind.layout is not None and seeing.layout is not None
     assert lines(blind) != lines(seeing)
     assert blind.layout.account() == seeing.layout.account()
+    assert blind.layout.peak_bytes(1, 60, 60) == seeing.layout.peak_bytes(1, 60, 60)
+    first = planned()
+    first.statistics = Known(induction=[[1] * 8, [0] * 8], echo=[[1] * 8, [0] * 8])
+    RazorAttention(induction=0.5, echo=0.125, recent=8, slack=4).run(first)
+    assert first.layout is not None
+    assert first.layout.peak_bytes(1, 60, 60) < blind.layout.peak_bytes(1, 60, 60)
     notes = RazorAttention(recent=8, slack=4).run(planned()).notes
     assert [note.what for note in notes if note.action == "skipped"] == [
         "without weights they are chosen at will; only sizes count"

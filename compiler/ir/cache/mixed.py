@@ -29,7 +29,8 @@ class Mixed(Packed):
         if not 0 < self.salient < self.tokens or self.salient % CODES or self.tokens % CODES:
             raise IRError(
                 f"{self.name}: a granule and its salient tokens are multiples of {CODES}, fewer salient "
-                f"than all, not {self.salient} of {self.tokens}"
+                f"than all but more than none, not {self.salient} of {self.tokens}; change tokens, or the "
+                "share of them that is salient"
             )
 
     @property
