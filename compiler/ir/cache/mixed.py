@@ -26,6 +26,11 @@ class Mixed(Packed):
     def __post_init__(self) -> None:
         self.check_waiting()
         check_bits(self.name, self.high, self.low)
+        if self.high < self.low:
+            raise IRError(
+                f"{self.name}: salient tokens get as many bits as the rest or more, "
+                f"not {self.high} beside {self.low}"
+            )
         if not 0 < self.salient < self.tokens or self.salient % CODES or self.tokens % CODES:
             raise IRError(
                 f"{self.name}: a granule and its salient tokens are multiples of {CODES}, fewer salient "
