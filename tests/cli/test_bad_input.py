@@ -128,6 +128,9 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
         ('[weights]\nformat = "int5"\n', "weights.format"),
         ("[weights\n", "not valid TOML"),
         ("context = 1\n", "context"),
+        ('cache = "int8"\n', "cache is a table, [cache], not 'int8'"),
+        ("[cache]\nprune = 5\n", "cache.prune is a table, [cache.prune], not 5"),
+        ('[cache.prune]\nmethod = ["h2o"]\n', "cache.prune.method is one of"),
         ("context = 100000\n", "longer than the 256 tokens"),
         ('[weights]\nformat = "int4"\nblock = 48\n', "power of two"),
     ):
