@@ -124,7 +124,11 @@ def test_no_text_is_read_or_written_as_the_locale_says() -> None:
             if not isinstance(node, ast.Call):
                 continue
             function = node.func
-            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            name = (
+                function.attr
+                if isinstance(function, ast.Attribute)
+                else getattr(function, "id", "")
+            )
             if name not in ("read_text", "write_text", "fdopen", "open"):
                 continue
             words = [ast.literal_eval(a) for a in node.args if isinstance(a, ast.Constant)]

@@ -359,7 +359,9 @@ def test_the_engine_takes_whole_blocks(tmp_path: Path, monkeypatch: pytest.Monke
         assert cache.capacity == given
         assert cache.nbytes == found.layout.bytes(2, given, asked)
     assert engine("f32", 8, 120, "f32").allocate(1, 41).capacity == 41
-    assert engine("small", 4, 120, "int8").allocate(1, 41).capacity == 41  # two query heads a KV head
+    assert (
+        engine("small", 4, 120, "int8").allocate(1, 41).capacity == 41
+    )  # two query heads a KV head
     reference = engine("reference", 8, 120, "int8", target="reference")
     assert reference.allocate(1, 41).capacity == 41
     window = {"method": "streaming_llm", "recent": 60, "sinks": 4, "slack": 8}

@@ -115,7 +115,7 @@ def test_without_weights_the_bytes_are_the_same() -> None:
 
 
 def test_without_weights_the_peak_is_the_highest() -> None:
-    """How high it is hangs on which heads of the first layer keep all; an estimate must not tell too little."""
+    """How high it is hangs on which heads of the first layer keep all; an estimate tells no less."""
 
     def peak(scores: list[list[int]] | None) -> int:
         found = planned()

@@ -125,9 +125,7 @@ def lower(
         opset_imports={"": context.opset} | ({CONTRIB: 1} if _has_contrib(builder) else {}),
         name=program.model.architecture,
     )
-    return ir.Model(
-        graph, ir_version=10, producer_name="einfold", metadata_props=context.metadata
-    )
+    return ir.Model(graph, ir_version=10, producer_name="einfold", metadata_props=context.metadata)
 
 
 def _lower_node(context: Context, node: fx.Node, fallback: Lowering) -> Any:

@@ -38,7 +38,8 @@ class CrossLayer(Pass):
 
     Differs from the paper: an owner never becomes a reader later, so that no chains form. Layers pair only
     where heads, sizes, sliding window and rotary tables are the same. Without weights (`estimate`) the
-    deepest layers that may share are taken; they save the same bytes, where as many share in the end.
+    deepest layers that may share are taken; they save the same bytes where as many share in the end, and
+    all layers are cached alike.
     """
 
     layers: int = 0
