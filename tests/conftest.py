@@ -11,6 +11,9 @@ from hypothesis import settings
 from . import models
 
 torch.set_num_threads(1)
+# Continuous integration sets these, and command lines colour what they say for it, in pipes too.
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "CLICOLOR_FORCE"):
+    os.environ.pop(_name, None)
 # Shared machines are slow at times; a slow example is no failure. Examples are the same in every run, so that
 # what a change breaks shows with that change; EINFOLD_EXPLORE=1 draws new ones.
 explore = bool(os.environ.get("EINFOLD_EXPLORE"))
