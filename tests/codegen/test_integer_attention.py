@@ -22,6 +22,7 @@ from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.weights import Weight
+from einfold.runtime.onnx_runner import _two_numbers
 
 from .. import models
 from ..programs import program
@@ -366,3 +367,18 @@ def test_the_engine_takes_whole_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     assert reference.allocate(1, 41).capacity == 41
     window = {"method": "streaming_llm", "recent": 60, "sinks": 4, "slack": 8}
     assert engine("window", 8, 120, "int8", prune=window).allocate(1, 90).capacity == 90
+
+
+@pytest.mark.parametrize(
+    ("said", "blocks"),
+    [
+        ("16 40", (16, 40)),
+        ("0 7", (1, 7)),
+        ("", (1, 0)),
+        ("16", (1, 0)),
+        ("-8 x", (1, 0)),
+        ("9" * 99, (1, 0)),
+    ],
+)
+def test_what_a_model_says_of_blocks_may_be_nonsense(said: str, blocks: tuple[int, int]) -> None:
+    assert _two_numbers(said) == blocks
