@@ -25,7 +25,7 @@ def known(key: str) -> dict[str, float]:
     """Seconds a call by lowering; empty where nothing was measured."""
     text = _text(key)
     try:
-        data = json.loads(_path(text).read_text())
+        data = json.loads(_path(text).read_text("utf-8"))
         if data["key"] != text:
             return {}
         return {str(name): float(seconds) for name, seconds in data["seconds"].items()}
@@ -53,7 +53,7 @@ def _text(key: str) -> str:
 @lru_cache(maxsize=1)
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -196,6 +196,10 @@ class Recipe(_Section):
             key = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
                 raise RecipeError(f"{where} has an unknown key {key!r}") from error
+            if first["type"] in ("model_type", "dict_type"):
+                raise RecipeError(
+                    f"{where}: {key} is a table, [{key}], not {first.get('input')!r}"
+                ) from error
             if first["type"] == "value_error":
                 raise RecipeError(f"{where}: {first['ctx']['error']}") from error
             raise RecipeError(

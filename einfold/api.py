@@ -192,6 +192,7 @@ def estimate(
     share: Method = None,
     recipe: str | Path | Recipe | dict[str, Any] | None = None,
     context: int | None = None,
+    portable: bool | None = None,
     batch: int = 1,
     budget: int | None = None,
     chunk: int = CHUNK,
@@ -211,6 +212,7 @@ def estimate(
         quant=quant,
         share=share,
         context=context,
+        portable=portable,
         target=target,
     )
     if batch < 1 or chunk < 1:

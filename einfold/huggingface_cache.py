@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache as TransformersCache
@@ -89,6 +90,14 @@ class _Carried(NamedTuple):
     keys_BKSD: Tensor
     handle: int
     layer: int
+
+    @property
+    def shape(self) -> Any:
+        """What any other attention function asks for first."""
+        raise UnsupportedError(
+            "this einfold cache came to a model whose attention does not go through it; give it to the model "
+            "that cache_for made it for, before release()"
+        )
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -200,7 +209,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         self.cache, self.seen, self.stored = None, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest tokens, given as a negative number; refused where tokens leave the slots."""
+        """Forgets the newest tokens, given as a negative number; refused where tokens leave the slots.
+
+        Of a row with padding in front these may be more than it has: then it is empty.
+        """
         if tokens_to_remove > 0:
             raise UnsupportedError("crop takes the tokens to remove as a negative number")
         if self.layout.clocks():
@@ -209,8 +221,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
                 "without prune and quant, or generate without assisted decoding"
             )
         if self.cache is not None and tokens_to_remove:
-            self.cache.lengths += tokens_to_remove
-            self.seen += tokens_to_remove
+            np.maximum(self.cache.lengths + tokens_to_remove, 0, out=self.cache.lengths)
+            self.seen = max(0, self.seen + tokens_to_remove)
             self._count()
 
     def select(self, rows: Tensor) -> None:
@@ -225,14 +237,14 @@ class EinfoldCache(TransformersCache):  # type: ignore[misc]
     def __init__(self, model: Any, planned: Program) -> None:
         assert planned.layout is not None
         for layer, _, group in planned.layout.groups():
-            try:
-                CacheLayout((layer,)).bytes(1, 1)
-            except IRError as error:
-                raise UnsupportedError(f"{error}; {_ALONE}") from error
             if group.owner is not None:
                 raise UnsupportedError(
                     f"layer {layer.layer} reads the cache of layer {group.owner}; {_ALONE}"
                 )
+            try:
+                CacheLayout((layer,)).bytes(1, 1)
+            except IRError as error:
+                raise UnsupportedError(f"{error}; {_ALONE}") from error
         self.layout = planned.layout
         programs = layer_programs(planned)
         if sorted(programs) != list(range(len(programs))):

@@ -17,9 +17,6 @@ from .sampling import Sampler, Sampling
 #: Tokens of a prefill step: bounds the memory of activations at any context.
 CHUNK = 512
 
-#: Slots that decoding over a long int8 cache takes at a time (`BLOCK` of codegen/onnx/integer_attention.py).
-SLOTS = 512
-
 
 @dataclass
 class Generated:
@@ -99,15 +96,12 @@ class Engine:
     def allocate(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
         """An empty cache that the runner can step over; see `Cache.allocate`.
 
-        A long one in int8 gets whole blocks of slots, for steps are faster so, where the context has room for
-        them.
+        It has room for more tokens, to the next whole block of slots, where the runner is faster so and the
+        context has them.
         """
-        whole = -(-capacity // SLOTS) * SLOTS
-        int8 = any(
-            group.storage.slot_dtype == "i8" and not group.moves
-            for _, _, group in self.layout.groups()
-        )
-        if int8 and capacity >= 8 * SLOTS and whole <= self.context:
+        block, fewest = getattr(self.runner, "blocks", (1, 0))
+        whole = -(-capacity // block) * block
+        if fewest <= capacity and whole <= self.context:
             capacity = whole
         return Cache.allocate(self.layout, batch, capacity, prompt, self.make)
 

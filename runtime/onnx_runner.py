@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..compiler.ir.manifest import MODEL
+from ..compiler.ir.manifest import BLOCKS, MODEL
 from ..errors import ArtifactError
 from .artifact import Artifact
 from .cache import Array, Cache
@@ -70,6 +70,8 @@ class OnnxRunner:
         self._inputs = {node.name for node in self.session.get_inputs()}
         self._outputs = {node.name: node.shape for node in self.session.get_outputs()}
         self.observed: dict[str, Array] = {}
+        self.blocks = _two_numbers(self.session.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
+        """Slots that are stepped over at a time, and the capacity from which on it counts."""
 
     @property
     def weight_bytes(self) -> int:
@@ -116,6 +118,14 @@ class OnnxRunner:
 
 def _bind_array(bind: Any, name: str, array: Any) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _two_numbers(text: str) -> tuple[int, int]:
+    """What a model says of its blocks; (1, 0) where it says nothing, or nonsense."""
+    words = text.split()
+    if len(words) != 2 or not all(word.isdecimal() and len(word) < 10 for word in words):
+        return 1, 0
+    return max(1, int(words[0])), int(words[1])
 
 
 def available_cores() -> int:

@@ -31,7 +31,7 @@ def read_program(artifact: Artifact, device: str = "cpu") -> Program:
             )
         return Weight(declared.shape, declared.dtype, lambda: weights.get_tensor(name).to(device))
 
-    return parse(artifact.file(GRAPH).read_text(), load)
+    return parse(artifact.file(GRAPH).read_text("utf-8"), load)
 
 
 class ReferenceRunner:

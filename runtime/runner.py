@@ -15,7 +15,11 @@ Floats = npt.NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """Runs the graph on new tokens and updates the cache in place."""
+    """Runs the graph on new tokens and updates the cache in place.
+
+    One may have `make`, which makes the cache's buffers where it wants them, and `blocks`, (slots, tokens):
+    it is faster over a cache for so many tokens or more whose slots are a multiple of the first.
+    """
 
     @property
     def weight_bytes(self) -> int:

@@ -11,6 +11,9 @@ from hypothesis import settings
 from . import models
 
 torch.set_num_threads(1)
+# Continuous integration sets these, and command lines colour what they say for it, in pipes too.
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "CLICOLOR_FORCE"):
+    os.environ.pop(_name, None)
 # Shared machines are slow at times; a slow example is no failure. Examples are the same in every run, so that
 # what a change breaks shows with that change; EINFOLD_EXPLORE=1 draws new ones.
 explore = bool(os.environ.get("EINFOLD_EXPLORE"))
@@ -23,6 +26,7 @@ def users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is measured of models in tests stays out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("EINFOLD_CACHE", raising=False)  # it would come before
         yield
 
 

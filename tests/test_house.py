@@ -115,3 +115,24 @@ def test_the_ir_that_the_runtime_needs_is_light() -> None:
         text = path.read_text()
         top = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
         assert not [line for line in top if "torch" in line or "sympy" in line]
+
+
+def test_no_text_is_read_or_written_as_the_locale_says() -> None:
+    """What is opened as text, and by no name of an encoding, would be read otherwise elsewhere."""
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            function = node.func
+            name = (
+                function.attr
+                if isinstance(function, ast.Attribute)
+                else getattr(function, "id", "")
+            )
+            if name not in ("read_text", "write_text", "fdopen", "open"):
+                continue
+            words = [ast.literal_eval(a) for a in node.args if isinstance(a, ast.Constant)]
+            named = any(keyword.arg == "encoding" for keyword in node.keywords) or "utf-8" in words
+            mode = [word for word in words if isinstance(word, str) and set(word) <= set("rwxab+t")]
+            plain = name.endswith("text") or (mode and "b" not in mode[0])
+            assert named or not plain, f"{path.relative_to(ROOT)}:{node.lineno} names no encoding"

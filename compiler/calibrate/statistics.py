@@ -42,14 +42,9 @@ class Statistics:
     def retrieval_heads(self, program: Program, probe: int) -> dict[int, dict[str, Tensor]]:
         """`echo` and `induction` [H] of each layer, on `probe` random tokens that repeat.
 
-        Raises CalibrationError where the context is too short for them.
+        Raises CalibrationError as `probe_period` does.
         """
-        period = min(probe, program.model.context // REPEATS)
-        if period < SHORTEST_PROBE:
-            raise CalibrationError(
-                f"retrieval heads show on {SHORTEST_PROBE} random tokens repeated {REPEATS} times at least; "
-                f"a probe of {probe} in a context of {program.model.context} tokens is too short"
-            )
+        period = probe_period(probe, program.model.context)
         tokens = repeated_tokens(period, program.model.vocabulary)
         origin = f"{period} random tokens, {REPEATS} times"
         return self._measured(
@@ -86,6 +81,20 @@ class Statistics:
         digest.update(_text(program).encode())
         digest.update(tokens.numpy().tobytes())
         return self.folder / f"{name}-{digest.hexdigest()[:24]}"
+
+
+def probe_period(probe: int, context: int) -> int:
+    """How many random tokens are repeated to find retrieval heads: `probe`, or what the context has room for.
+
+    Raises CalibrationError where that is too few to tell anything.
+    """
+    period = min(probe, context // REPEATS)
+    if period < SHORTEST_PROBE:
+        raise CalibrationError(
+            f"retrieval heads show on {SHORTEST_PROBE} random tokens repeated {REPEATS} times at least; "
+            f"a probe of {probe} in a context of {context} tokens is too short"
+        )
+    return period
 
 
 def _text(program: Program) -> str:

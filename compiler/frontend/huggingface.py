@@ -39,7 +39,10 @@ def find_model(name: str | Path) -> ModelSource:
 
     Raises ModelError for a path that does not exist, a file, or a folder without config.json.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ of a user who has no home
+        path = Path(name)
     if path.is_dir():
         if not any(path.iterdir()):
             raise ModelError(
@@ -87,7 +90,7 @@ def _config_error(source: ModelSource, error: Exception) -> Exception:
             f"there is no folder {source.name}, and the Hugging Face hub gives no such model: {first}"
         )
     try:
-        raw = json.loads((source.folder / "config.json").read_text())
+        raw = json.loads((source.folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as reason:
         return ModelError(f"{source.folder}/config.json cannot be read as JSON: {reason}")
     kind = raw.get("model_type") if isinstance(raw, dict) else None
@@ -106,7 +109,7 @@ def check_weight_files(source: ModelSource) -> None:
     index = source.folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
+            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged: {error}") from error
         missing = sorted(named - {file.name for file in files})

@@ -11,11 +11,17 @@ from typing import Any
 
 
 def cache_home() -> Path:
-    """The folder: `EINFOLD_CACHE`, or `einfold` in the user's cache folder."""
+    """The folder: `EINFOLD_CACHE`, or `einfold` in the user's cache folder.
+
+    For a user without a home, as in some containers, it is one that cannot be: nothing is found or kept.
+    """
     named = os.environ.get("EINFOLD_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einfold"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "einfold"
+    except RuntimeError:
+        return Path(os.devnull) / "einfold"
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -23,7 +29,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(data, file)
         os.replace(name, path)
     except OSError:

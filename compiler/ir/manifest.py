@@ -19,6 +19,10 @@ WEIGHTS = "weights.safetensors"
 GRAPH = "graph.eir"
 MODEL = "model.onnx"
 
+#: In the metadata of model.onnx, two numbers: a cache for so many tokens or more (the second) is stepped over
+#: faster where its slots are a multiple of the first.
+BLOCKS = "einfold.blocks"
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -63,7 +63,7 @@ def method_pass(family: str, table: Mapping[str, Any]) -> Pass:
     known = FAMILIES[family]
     options = dict(table)
     method = options.pop("method", None)
-    if method not in known:
+    if not isinstance(method, str) or method not in known:
         raise ValueError(f"cache.{family}.method is one of {', '.join(known)}, not {method!r}")
     kind = known[method]
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]

@@ -46,7 +46,8 @@ def print_json(data: Any) -> None:
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Tell]:
     """A bar on stderr for work whose share is told; nothing where stderr is no terminal or on `quiet`."""
-    if quiet or not err.is_terminal:
+    # Not what the console says, which FORCE_COLOR has say yes of a file or a pipe too.
+    if quiet or not sys.stderr.isatty():
         yield lambda text, share: None
         return
     columns = (

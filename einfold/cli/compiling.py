@@ -15,6 +15,7 @@ from .options import (
     Debug,
     Json,
     ModelName,
+    Portable,
     PruneOption,
     QuantOption,
     RecipeFile,
@@ -53,9 +54,7 @@ def compile_(
             show_default=False,
         ),
     ] = None,
-    portable: Annotated[
-        bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")
-    ] = False,
+    portable: Portable = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an artifact that exists.")
     ] = False,
@@ -143,6 +142,7 @@ def estimate(
             show_default=False,
         ),
     ] = None,
+    portable: Portable = False,
     batch: Annotated[int, typer.Option(min=1, help="Rows that run together.")] = 1,
     budget: Annotated[
         str | None,
@@ -161,6 +161,7 @@ def estimate(
         **recipe_options(target, weights, cache, prune, quant, share),
         "recipe": recipe,
         "context": context,
+        "portable": portable or None,
         "batch": batch,
         "chunk": chunk,
     }

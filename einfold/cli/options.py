@@ -107,6 +107,9 @@ ShareOption = Annotated[
         show_default=False,
     ),
 ]
+Portable = Annotated[
+    bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(

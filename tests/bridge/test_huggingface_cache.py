@@ -167,6 +167,25 @@ def test_crop(model: Any, cache_for: Any) -> None:
         pruned.crop(-1)
 
 
+def test_crop_of_more_than_a_row_has(model: Any, cache_for: Any) -> None:
+    """The newest tokens of a padded row end where its padding begins."""
+    inputs = left_padded(rows(2))
+    longest, real = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
+    cache, fresh = cache_for(), cache_for()
+    model(**inputs, past_key_values=cache)
+    left = longest - min(real) - 1
+    cache.crop(left - longest)
+    assert cache.get_seq_length() == left
+    for layer in cache.layers:
+        assert layer.cache.lengths.tolist() == [max(0, n - longest + left) for n in real]
+        assert layer.cache.lengths.min() == 0
+    cache.crop(-1000)
+    assert cache.get_seq_length() == 0
+    again = model(**inputs, past_key_values=cache).logits
+    want = model(**inputs, past_key_values=fresh).logits
+    torch.testing.assert_close(again, want)
+
+
 def test_the_attention_function_is_installed_and_given_back(model: Any) -> None:
     ids, before = torch.tensor(rows(1)), model.config._attn_implementation
     with einfold.cache_for(model), einfold.cache_for(model) as cache:
@@ -176,6 +195,17 @@ def test_the_attention_function_is_installed_and_given_back(model: Any) -> None:
         with pytest.raises(UnsupportedError, match="not one of 4 dimensions"):
             model(ids, past_key_values=cache, attention_mask=torch.ones(1, 1, 41, 41))
     assert model.config._attn_implementation == before
+
+
+def test_a_model_that_the_cache_was_not_made_for(model: Any, cache_for: Any) -> None:
+    ids = torch.tensor(rows(1))
+    other = models.build("llama", vocab_size=300)
+    cache = cache_for()
+    with pytest.raises(UnsupportedError, match="give it to the model that cache_for made it for"):
+        other(ids, past_key_values=cache)
+    cache.release()
+    with pytest.raises(UnsupportedError, match="before release"):
+        model(ids, past_key_values=cache)
 
 
 def test_what_does_not_fit_is_refused(model: Any, cache_for: Any) -> None:

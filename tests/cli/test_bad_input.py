@@ -38,6 +38,7 @@ def compile_refused(model: Path | str, out: Path, *more: str, code: int, says: s
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     out = tmp_path / "out"
     compile_refused(tmp_path / "absent", out, code=3, says="there is no model folder")
+    compile_refused("~no such user/m", out, code=3, says="there is no model folder ~no such user/m")
     (tmp_path / "empty").mkdir()
     compile_refused(tmp_path / "empty", out, code=3, says="is empty")
     (tmp_path / "empty" / "note.txt").write_text("x")
@@ -127,6 +128,9 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
         ('[weights]\nformat = "int5"\n', "weights.format"),
         ("[weights\n", "not valid TOML"),
         ("context = 1\n", "context"),
+        ('cache = "int8"\n', "cache is a table, [cache], not 'int8'"),
+        ("[cache]\nprune = 5\n", "cache.prune is a table, [cache.prune], not 5"),
+        ('[cache.prune]\nmethod = ["h2o"]\n', "cache.prune.method is one of"),
         ("context = 100000\n", "longer than the 256 tokens"),
         ('[weights]\nformat = "int4"\nblock = 48\n', "power of two"),
     ):

@@ -113,3 +113,11 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_that_are_none(text_model: Path, family: str, written: str, says: str) -> None:
     refused("estimate", text_model, family, written, code=7, says=says)
     refused("passes", family, written, code=7, says=says)
+
+
+def test_an_estimate_refuses_a_probe_as_a_compile_does(text_model: Path) -> None:
+    """Heads are found by a compile alone, but what it would say of the probe is known before."""
+    short = "razor_attention:probe=9,recent=20,slack=8"
+    refused("estimate", text_model, "--prune", short, code=10, says="a probe of 9 in a context of")
+    none = short + ",induction=0,echo=0"  # no head to find, so no probe is needed
+    assert as_json("estimate", text_model, "--prune", none)["cache"]

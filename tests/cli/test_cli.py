@@ -146,6 +146,18 @@ def test_one_flavour_against_the_other(
     assert measured["kl"] > 1e-6
 
 
+def test_an_estimate_of_the_portable_flavour(text_model: Path, tmp_path: Path) -> None:
+    """It stores zero points, and its attention holds all logits."""
+    import einfold as package
+
+    options = ("--weights", "int4")
+    made = package.compile(text_model, tmp_path / "a", weights="int4", portable=True, check=False)
+    plain = as_json("estimate", text_model, *options)
+    told = as_json("estimate", text_model, *options, "--portable")
+    assert told["weights"] == made.manifest.weight_bytes > plain["weights"]
+    assert told["activations"] > plain["activations"]
+
+
 def test_estimate_agrees_with_the_artifact(text_model: Path, text_artifact: Path) -> None:
     told = as_json("estimate", text_model, "--batch", "3")
     manifest = as_json("inspect", text_artifact)["manifest"]

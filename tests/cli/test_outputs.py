@@ -180,3 +180,15 @@ def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> N
     assert process.returncode == 130
     assert err == "interrupted\n"
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_bar_is_for_terminals_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever wants colours in a log wants no frames of a bar there."""
+    from einfold.cli.common import progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress() as tell:
+        tell("compiling", 0.5)
+    assert capsys.readouterr().err == ""

@@ -22,6 +22,7 @@ from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.weights import Weight
+from einfold.runtime.onnx_runner import _two_numbers
 
 from .. import models
 from ..programs import program
@@ -325,14 +326,59 @@ def test_a_model_decodes_the_same_tokens(
     )
     prompts = [np.random.default_rng(0).integers(3, models.VOCABULARY, n).tolist() for n in (40, 9)]
 
-    def tokens(kind: str) -> list[list[int]]:
+    def tokens(kind: str, slots: int) -> list[list[int]]:
         einfold.compile(folder, tmp_path / kind, cache="int8", weights="fp32")
         loaded = einfold.load(tmp_path / kind, chunk=16, threads=1)
         rows = loaded.generate_batch(prompts, max_new_tokens=24, ignore_eos=True)
+        assert loaded.engine.cache is not None
+        assert loaded.engine.cache.capacity == slots
         return [row.tokens for row in rows]
 
-    before = tokens("before")
+    before = tokens("before", 63)
     take_integers(monkeypatch)
-    assert tokens("after") == before
+    assert tokens("after", 64) == before  # whole blocks, or no step would go by integers
     files = [(tmp_path / kind / "model.onnx").read_bytes() for kind in ("before", "after")]
     assert files[0] != files[1]
+
+
+def test_the_engine_takes_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps are faster so, and only there; the bytes are those of the capacity."""
+    monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 40)
+    monkeypatch.setattr(integer_attention, "BLOCK", 16)
+
+    def engine(name: str, heads: int, context: int, cache: str, **options: Any) -> Any:
+        folder = tmp_path / f"model{heads}"
+        if not folder.exists():
+            models.save("llama", folder, num_attention_heads=heads, num_key_value_heads=2)
+        out = tmp_path / name
+        einfold.compile(folder, out, cache=cache, context=context, check=False, **options)
+        return einfold.load(out, threads=1).engine
+
+    found = engine("whole", 8, 120, "int8")
+    for asked, given in ((39, 39), (40, 48), (48, 48), (112, 112), (113, 113), (120, 120)):
+        cache = found.allocate(2, asked, asked)
+        assert cache.capacity == given
+        assert cache.nbytes == found.layout.bytes(2, given, asked)
+    assert engine("f32", 8, 120, "f32").allocate(1, 41).capacity == 41
+    assert (
+        engine("small", 4, 120, "int8").allocate(1, 41).capacity == 41
+    )  # two query heads a KV head
+    reference = engine("reference", 8, 120, "int8", target="reference")
+    assert reference.allocate(1, 41).capacity == 41
+    window = {"method": "streaming_llm", "recent": 60, "sinks": 4, "slack": 8}
+    assert engine("window", 8, 120, "int8", prune=window).allocate(1, 90).capacity == 90
+
+
+@pytest.mark.parametrize(
+    ("said", "blocks"),
+    [
+        ("16 40", (16, 40)),
+        ("0 7", (1, 7)),
+        ("", (1, 0)),
+        ("16", (1, 0)),
+        ("-8 x", (1, 0)),
+        ("9" * 99, (1, 0)),
+    ],
+)
+def test_what_a_model_says_of_blocks_may_be_nonsense(said: str, blocks: tuple[int, int]) -> None:
+    assert _two_numbers(said) == blocks

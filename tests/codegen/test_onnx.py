@@ -462,6 +462,38 @@ def test_what_has_no_lowering_goes_through_torch(flavour: str, tmp_path: Path) -
     compare(found, flavour, tmp_path, tolerance=1e-4, x=torch.rand(3, 5))
 
 
+def test_torch_is_asked_for_an_opset_that_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention over int8 brings in the newest one, which torch's exporter may not write."""
+    asked = []
+    export = torch.onnx.export
+
+    def watched(*args: Any, **options: Any) -> Any:
+        asked.append(options["opset_version"])
+        return export(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", watched)
+    found = program("""
+        weight @s : f32[1, 16]
+        input %ids "input_ids" : i64[B, S]
+        input %q "q" : f32[B, S, 4, 16]
+        input %k "k" : f32[B, S, 1, 16]
+        input %kc "cache.0.0.key" : i8[B, 1, C, 16]
+        input %vc "cache.0.0.value" : i8[B, 1, C, 16]
+        input %past "lengths" : i64[B]
+        read %s "s" : f32[1, 16]
+        call %a = einfold.cached_attention(%q, %k, %k, %kc, %vc, %past, none, none, none, none, none, \
+%s, %s, 0, 0.3, 0, 0.0, false) : (f32[B, S, 4, 16], i8[B, 1, C, 16], i8[B, 1, C, 16])
+        call %o = builtin.getitem(%a, 0) : f32[B, S, 4, 16]
+        call %c = aten.cumsum.default(%o, 1) : f32[B, S, 4, 16]
+        output "c" = %c
+    """)
+    build(found, "ort", tmp_path)
+    assert ir.load(tmp_path / "m.onnx").opset_imports[""] == 26
+    assert asked == [23]
+
+
 def test_what_nobody_can_lower_is_named(tmp_path: Path) -> None:
     found = program("""
         input %x "x" : f32[4, 4]

@@ -69,9 +69,10 @@ def packed(draw: st.DrawFn) -> Packed:
             options |= {"tokens": draw(st.sampled_from([8, 16]))}
             options |= {"rank": draw(st.integers(0, 2)), "share": draw(st.floats(0, 0.9))}
     else:
+        low, high = sorted((draw(width), draw(width)))
         options = {
-            "high": draw(width),
-            "low": draw(width),
+            "high": high,
+            "low": low,
             "residual": draw(st.integers(0, 9)),
             "tokens": draw(st.sampled_from([16, 24])),
             "salient": 8,

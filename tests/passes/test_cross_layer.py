@@ -188,6 +188,11 @@ def test_damaged_weights_and_orders_are_refused() -> None:
     found.statistics = Statistics(lambda: (torch.full((1, 64), 3), "a text"))
     with pytest.raises(CalibrationError, match="keys of layer 0 are not finite"):
         CrossLayer(layers=1).run(found)
+    for wrong in (float("nan"), 2.0):
+        with pytest.raises(
+            RecipeError, match="threshold is a cosine similarity, from -1 to 1, not"
+        ):
+            CrossLayer(threshold=wrong)
     with pytest.raises(RecipeError, match="dissimilar or similar pairs first"):
         Recipe.build({"cache": {"share": {"method": "cross_layer", "order": "random"}}})
 

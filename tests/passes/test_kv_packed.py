@@ -125,7 +125,15 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
         (lambda: Kivi(residual=16), "residual of 16 tokens is smaller than a group of 32"),
         (lambda: Gear(group=24, tokens=64), "group of 24 does not divide the granule 64"),
         (lambda: ZipCache(share=1.0), "fewer salient than all"),
-        (lambda: MiKV(share=0.01), "not 0 of 128"),
+        (lambda: MiKV(share=0.01), "not 0 of 128; change tokens, or the share"),
+        (lambda: ZipCache(share=float("inf")), "share of salient tokens is from 0 to 1, not inf"),
+        (lambda: MiKV(share=float("nan")), "share of salient tokens is from 0 to 1, not nan"),
+        (
+            lambda: ZipCache(high=2, low=4),
+            "salient tokens get as many bits as the rest or more, not 2",
+        ),
+        (lambda: Kivi(key_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
+        (lambda: Kivi(value_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
         (
             lambda: Kivi(group=16, residual=16, slack=4).run(planned()),
             "16 does not divide the value size",

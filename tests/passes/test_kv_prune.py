@@ -114,6 +114,21 @@ def test_without_weights_the_bytes_are_the_same() -> None:
     ]
 
 
+def test_without_weights_the_peak_is_the_highest() -> None:
+    """How high it is hangs on which heads of the first layer keep all; an estimate tells no less."""
+
+    def peak(scores: list[list[int]] | None) -> int:
+        found = planned()
+        if scores is not None:
+            found.statistics = Known(induction=scores, echo=scores)
+        RazorAttention(induction=0.25, echo=0, recent=8, slack=4).run(found)
+        assert found.layout is not None
+        return int(found.layout.peak_bytes(1, 60, 60))
+
+    first, last = [[1] * 8, [0] * 8], [[0] * 8, [1] * 8]
+    assert peak(first) < peak(last) == peak(None)
+
+
 def test_what_cannot_be_pruned_is_refused_or_skipped() -> None:
     with pytest.raises(RecipeError, match=r"shares of retrieval heads, 0\.9 by induction and 0\.2"):
         RazorAttention(induction=0.9, echo=0.2)

@@ -98,7 +98,7 @@ def _in_words(text: str, names: Names) -> str:
 
 def _load(path: Path, text: str, cascade: Cascade, rank: str) -> Folding | None:
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text("utf-8"))
         if data["cascade"] != text or data["rank"] != rank:
             return None
         plans = tuple(parse_plan(plan) for plan in data["plans"])

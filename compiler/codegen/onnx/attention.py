@@ -21,10 +21,12 @@ import torch
 from torch import fx
 
 from ....errors import UnsupportedError
+from ...ir.cache.layout import TOKENS
+from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB
 from .einfold_ops import rotate
-from .integer_attention import SMALLEST_GROUP, IntegerAttention, mask, pays
+from .integer_attention import SMALLEST_GROUP, IntegerAttention, blocks, mask, pays
 from .lower import Context, lowering
 
 aten = torch.ops.aten
@@ -193,6 +195,8 @@ def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
     slots = builder.dim(context.value(_leader(call)["key_cache_BKCD"]), 2)
     longest = builder.shared("Reshape", _longest(call), builder.ints(1))
     wanted = pays(builder, builder.dim(ids, 1), longest, slots)
+    if call.found["used_B"].target == TOKENS:  # the runtime chooses no other counter's slots
+        context.metadata[BLOCKS] = blocks()
     return wanted, mask(builder, call.value("used_B"), slots, wanted)
 
 

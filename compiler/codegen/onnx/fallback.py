@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.program import op_name
-from .lower import Context, unsupported
+from .lower import OPSET, Context, unsupported
 
 
 def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]:
@@ -81,7 +81,8 @@ def _export(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model
         _OneCall(node, sources),
         tuple(examples),
         dynamo=True,
-        opset_version=context.opset,
+        # Not what the graph may have grown to: the exporter knows fewer, and operators mean the same since.
+        opset_version=OPSET[context.flavour],
         dynamic_shapes=(tuple(shapes),),
         verbose=False,
         optimize=True,

@@ -192,6 +192,11 @@ def pays(builder: Builder, new: ir.Value, longest: ir.Value, slots: ir.Value) ->
     return found
 
 
+def blocks() -> str:
+    """What the runtime is told: the slots of a block, and the capacity from which on whole blocks count."""
+    return f"{BLOCK} {FEWEST_TOKENS}"
+
+
 def mask(builder: Builder, used_B: ir.Value, slots: ir.Value, wanted: ir.Value) -> ir.Value:
     """[B, 1, N, 1, BLOCK]: 0 for slots up to the new token's, far below for the others.
 

@@ -23,7 +23,7 @@ from .builder import CONTRIB, Builder, value_type
 
 FLAVOURS = ("ort", "portable")
 
-#: The standard operator set; 24 where a graph needs TensorScatter.
+#: The standard operator set to begin with; an operator of a later one raises it (`Context.opset`).
 OPSET = {"ort": 23, "portable": 24}
 
 Lowering = Callable[["Context", fx.Node], "ir.Value | list[ir.Value]"]
@@ -53,6 +53,8 @@ class Context:
     accuracy_level: int = 4
     values: dict[fx.Node, Any] = field(default_factory=dict)
     opset: int = 23
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the model says of itself to the runtime."""
     exported: dict[Any, ir.Model] = field(default_factory=dict)
     """Calls that torch's exporter translated."""
     flat: dict[ir.Value, ir.Value] = field(default_factory=dict)
@@ -123,7 +125,7 @@ def lower(
         opset_imports={"": context.opset} | ({CONTRIB: 1} if _has_contrib(builder) else {}),
         name=program.model.architecture,
     )
-    return ir.Model(graph, ir_version=10, producer_name="einfold")
+    return ir.Model(graph, ir_version=10, producer_name="einfold", metadata_props=context.metadata)
 
 
 def _lower_node(context: Context, node: fx.Node, fallback: Lowering) -> Any:

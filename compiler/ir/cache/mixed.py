@@ -26,10 +26,16 @@ class Mixed(Packed):
     def __post_init__(self) -> None:
         self.check_waiting()
         check_bits(self.name, self.high, self.low)
+        if self.high < self.low:
+            raise IRError(
+                f"{self.name}: salient tokens get as many bits as the rest or more, "
+                f"not {self.high} beside {self.low}"
+            )
         if not 0 < self.salient < self.tokens or self.salient % CODES or self.tokens % CODES:
             raise IRError(
                 f"{self.name}: a granule and its salient tokens are multiples of {CODES}, fewer salient "
-                f"than all, not {self.salient} of {self.tokens}"
+                f"than all but more than none, not {self.salient} of {self.tokens}; change tokens, or the "
+                "share of them that is salient"
             )
 
     @property

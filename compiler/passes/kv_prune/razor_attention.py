@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ....errors import RecipeError
-from ...calibrate.statistics import kv_scores
+from ...calibrate.statistics import kv_scores, probe_period
 from ...ir.cache.layout import HeadGroup, LayerCache
 from ...ir.cache.policies import Window
 from ...ir.program import Program
@@ -83,14 +83,16 @@ class RazorAttention(Pass):
         """The heads that keep all: as many as the shares say, whatever the scores."""
         every = [(layer.layer, head) for layer in layers for head in range(layer.kv_heads)]
         counts = math.ceil(self.induction * len(every)), math.ceil(self.echo * len(every))
-        if program.statistics is None:
-            if every:
-                result.skipped(
-                    "retrieval heads", "without weights they are chosen at will; only sizes count"
-                )
-            return set(every[: sum(counts)])
-        if not sum(counts) or not every:
+        if not sum(counts):
             return set()
+        probe_period(self.probe, program.model.context)  # an estimate refuses what a compile does
+        if program.statistics is None:
+            result.skipped(
+                "retrieval heads", "without weights they are chosen at will; only sizes count"
+            )
+            # Of the deepest layers: no other choice has a higher peak, for the first layer to be compressed
+            # then has the most to take beside what is still whole.
+            return set(every[-sum(counts) :])
         found = program.statistics.retrieval_heads(program, self.probe)
         scores: dict[str, dict[Head, float]] = {"induction": {}, "echo": {}}
         for layer in layers:

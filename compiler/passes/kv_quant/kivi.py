@@ -42,8 +42,8 @@ class Kivi(PackingPass):
             self.residual,
             self.slack,
             self.prefill,
-            self.key_bits or self.bits,
-            self.value_bits or self.bits,
+            self.bits if self.key_bits is None else self.key_bits,
+            self.bits if self.value_bits is None else self.value_bits,
             self.group,
             self.keys,
         )

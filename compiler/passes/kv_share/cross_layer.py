@@ -38,7 +38,8 @@ class CrossLayer(Pass):
 
     Differs from the paper: an owner never becomes a reader later, so that no chains form. Layers pair only
     where heads, sizes, sliding window and rotary tables are the same. Without weights (`estimate`) the
-    deepest layers that may share are taken; they save the same bytes.
+    deepest layers that may share are taken; they save the same bytes where as many share in the end, and
+    all layers are cached alike.
     """
 
     layers: int = 0
@@ -54,6 +55,10 @@ class CrossLayer(Pass):
         if self.order not in ORDERS:
             raise RecipeError(
                 f"cross_layer tries {' or '.join(ORDERS)} pairs first, not {self.order!r}"
+            )
+        if not -1 <= self.threshold <= 1:
+            raise RecipeError(
+                f"cross_layer: threshold is a cosine similarity, from -1 to 1, not {self.threshold}"
             )
         if self.layers < 0 or self.rows < 1 or self.tokens < 2:
             raise RecipeError(
