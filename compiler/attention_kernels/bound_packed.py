@@ -14,7 +14,6 @@ from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.packed import packed_storage, piece_names
 from ..ir.ops.rotary import turned
 from .kernels import AttentionKernel, split_parts
-from .kinds import AttentionKind
 from .packed import PackedKind, stream_of
 
 #: An output [B, S, K, G, F] and its log-sum-exp [B, S, K, G].
@@ -57,7 +56,7 @@ def attend_packed(
         given["used"] = used_B.to(torch.int32)
         if sinks_H is not None:
             given["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
-        states = [_run(slots, given, key_cache_BKCD.shape[2], parts)]
+        states = [run(slots, given, query, key_cache_BKCD.shape[2], parts)]
         if bulk[0].shape[2]:  # there are no granules while a prompt is read whole
             shape = GroupShape(heads[0], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
             names = piece_names(packed_storage(storage), shape)
@@ -82,18 +81,22 @@ def _over_stream(
     given = {"query": query, "live": (granules_B * kind.tokens).to(torch.int32)}
     given |= {source.name: source.of(pieces[source.piece]) for source in stream_of(kind).sources}
     length = next(iter(pieces.values())).shape[2] * kind.tokens
-    return _run(made, given, length, parts)
+    return run(made, given, query, length, parts)
 
 
-def _run(made: AttentionKernel, given: dict[str, Tensor], length: int, parts: int | None) -> State:
-    query = given["query"]
-    assert isinstance(made.kind, (AttentionKind, PackedKind))
-    new = query.shape[1]
+def run(
+    made: AttentionKernel,
+    given: dict[str, Tensor],
+    query: Tensor,
+    length: int,
+    parts: int | None,
+) -> State:
+    """A kernel's state over so many keys, for queries [B, S, ..]."""
     found = made.kernel(
         given,
         parts=parts or split_parts(made, query, length),
         dtypes={"out": DTYPES["fp32"], "lse": DTYPES["fp32"]},
-        tiles=made.tiles(new),
+        tiles=made.tiles(query.shape[1]),
     )
     return found["out"], found["lse"]
 
