@@ -59,7 +59,7 @@ def kinds_of(head: int) -> dict[str, Kind]:
     features = LowRankKind(8, 4, head, head, fifth, fifth, head // 2, scale, 0.0, "fp32", "fp32")
     found["CSKV"] = features
     found["CSKV, no rotary"] = replace(features, half=0)
-    found["CSKV, 819 features"] = replace(features, key_rank=819, value_rank=819)
+    found["CSKV, 816 features"] = replace(features, key_rank=816, value_rank=816)
     return found
 
 

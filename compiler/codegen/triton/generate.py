@@ -67,7 +67,11 @@ def generate(
         emitter = Emitter(f"{name}_{kind}", division, function, options.lazy)
         functions[kind] = getattr(emitter, kind)()
         if kind == "whole":
-            demand = Demand(tuple(function.held.values()), frozenset(function.products))
+            demand = Demand(
+                tuple(function.held.values()),
+                frozenset(function.products),
+                _scattered(division, sizes, shared or {}),
+            )
     tiles = options.tiles or choose_tiles(division, types, sizes, demand, options.device)
     made = list(functions.values())
     text = "\n\n".join(
@@ -97,6 +101,19 @@ def _check_shared(division: Division, shared: Mapping[tuple[str, str], int]) -> 
     for tensor, rank in shared:
         if (rank != roles.stream and rank not in roles.lanes) or tensor in ahead:
             raise UnsupportedError(f"{tensor} shares elements along {rank}, which has no form here")
+
+
+def _scattered(
+    division: Division, sizes: Mapping[str, int], shared: Mapping[tuple[str, str], int]
+) -> frozenset[str]:
+    """Inputs whose last rank is lanes of no multiple of 16, so that rows begin anywhere."""
+    lanes = division.roles.lanes
+    last = {n: t.ranks[-1] for n, t in division.plan.inputs.items() if t.ranks}
+    return frozenset(
+        name
+        for name, rank in last.items()
+        if rank in lanes and sizes[rank] % 16 and (name, rank) not in shared
+    )
 
 
 def _uncorrected(plan: Plan) -> Plan:

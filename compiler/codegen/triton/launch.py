@@ -16,6 +16,7 @@ from ..torch_plan import TorchStatements
 from .emit import Generated
 from .gates import reads_inputs
 from .options import Tiles, merge_tiles
+from .pressure import lane
 
 if TYPE_CHECKING:
     from .kernel import Kernel
@@ -115,10 +116,10 @@ def _sizes(
             size = length * kernel.shared.get((name, rank), 1)
             if shown.setdefault(rank, size) != size:
                 raise UnsupportedError(f"{name}: {rank} is {size}, elsewhere {shown[rank]}")
-    for lane in kernel.division.roles.lanes:
-        if shown.get(lane, kernel.sizes[lane]) != kernel.sizes[lane]:
+    for rank in kernel.division.roles.lanes:
+        if shown.get(rank, kernel.sizes[rank]) != kernel.sizes[rank]:
             raise UnsupportedError(
-                f"{lane} is {shown[lane]}; the kernel was made for {kernel.sizes[lane]}"
+                f"{rank} is {shown[rank]}; the kernel was made for {kernel.sizes[rank]}"
             )
     return {**kernel.sizes, **sizes, **shown}
 
@@ -183,7 +184,7 @@ def _parts(
     for argument in kernel.functions["part"].arguments:
         if argument.kind == "part":
             axes = roles.axes(kernel.division.plan.ranks_of(argument.of))
-            lanes = math.prod(kernel.sizes[axis] for axis in axes if axis in roles.lanes)
+            lanes = math.prod(lane(kernel.sizes[axis]) for axis in axes if axis in roles.lanes)
             count = parts * programs * lanes * (rows if set(roles.rows) and "row" in axes else 1)
             found[argument.of] = torch.empty(count, dtype=torch.float32, device=device)
     return found
