@@ -18,6 +18,7 @@ from einfold.compiler.attention_kernels.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cache.mixed import Mixed
 from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, MiniCache, ZipCache, show_storage
+from einfold.compiler.passes.kv_share.cskv import features_of
 
 #: Head sizes; float32 and nothing else at the largest.
 HEADS = (64, 128, 256)
@@ -54,8 +55,8 @@ def kinds_of(head: int) -> dict[str, Kind]:
             title = f"{name}, {part} bits" if part else name
             kind = PackedKind(2, 4, head, head, scale, 0.0, "fp32", show_storage(storage), part)
             found[title] = kind
-    # A fifth of the channels of 8 KV heads; and so many that values are made within each tile.
-    fifth = round(0.2 * 8 * head)
+    # A fifth of the channels of 8 KV heads, as the pass rounds it; and so many that values are made in tiles.
+    fifth = features_of(0.2, 8 * head)
     features = LowRankKind(8, 4, head, head, fifth, fifth, head // 2, scale, 0.0, "fp32", "fp32")
     found["CSKV"] = features
     found["CSKV, no rotary"] = replace(features, half=0)

@@ -18,7 +18,7 @@ from .conftest import asking, needs_triton
 
 Ask = Callable[..., dict[str, Any]]
 
-#: Two steps of features a key, with a rest; half of the key's channels are rotated with the other half.
+#: Two steps of features a key and a half; half of the key's channels are rotated with the other half.
 ROTARY = LowRankKind(2, 2, 16, 24, 40, 13, 8, 0.25, 0.0, "fp32", "fp32")
 PLAIN = replace(ROTARY, half=0)
 MANY = SUMMED + 4
@@ -60,7 +60,7 @@ def test_no_keys_are_made_ahead_of_a_kernel(plan_cache: Any) -> None:
     assert not division.ahead and [item.name for item in division.after] == ["out"]
     assert division.roles.grid == ("b", "k") and division.roles.rows == ("s", "g")
     source = made.kernel.functions["whole"].text
-    assert source.count("for from_r in range(0, 40, 32):") == 1
+    assert source.count("for from_r in range(0, 40, 16):") == 1
     made = attention_kernel(PLAIN, "tested", (0,), 4096, cache=plan_cache)
     assert [item.name for item in made.kernel.division.ahead] == ["absorbed"]
     assert made.kernel.division.roles.rows == ("s", "k", "g")

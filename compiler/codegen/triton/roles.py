@@ -22,7 +22,7 @@ from ...ir.cascade.plan import Plan, Reference, State
 
 ROW, STREAM = "row", "stream"
 #: Coordinates of a walked rank that a tile has at a time.
-STEP = 32
+STEP = 16
 #: Most lanes that a tile has whole.
 LANES = 512
 

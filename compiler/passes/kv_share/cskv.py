@@ -91,7 +91,7 @@ class CSKV(Pass):
     def _storage(self, layer: LayerCache) -> LowRank:
         shares = (self.key_keep or self.keep, self.value_keep or self.keep)
         ranks = [
-            _features(share, layer.kv_heads * layer.size(part))
+            features_of(share, layer.kv_heads * layer.size(part))
             for part, share in zip(PARTS, shares, strict=True)
         ]
         return LowRank(ranks[0], ranks[1], self.dtype)
@@ -117,7 +117,7 @@ class CSKV(Pass):
         program.layout = CacheLayout(tuple(layers))
 
 
-def _features(share: float, channels: int) -> int:
+def features_of(share: float, channels: int) -> int:
     """Features for a share of the channels: at least one, and above 64 a multiple of 16.
 
     Then the features of a token begin at an address that a GPU loads from in whole vectors.
