@@ -35,7 +35,7 @@ def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, 
         if node.target is einfold_ops.shared_attention.default:
             found[node] = attend_shared(slots)
         elif node.target is einfold_ops.low_rank_attention.default:
-            found[node] = attend_low_rank(slots, *streams)
+            found[node] = attend_low_rank(slots, streams[0])
         else:
             found[node] = attend_packed(slots, streams) if streams else attend_in_place(slots)
     return found

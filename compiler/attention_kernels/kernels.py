@@ -100,9 +100,9 @@ def kinds_at(node: fx.Node) -> list[Kind]:
     return [kind_of(node)]
 
 
-def kinds_of(program: Program) -> dict[AttentionKind | PackedKind, list[int]]:
+def kinds_of(program: Program) -> dict[Kind, list[int]]:
     """Every kind of a program with its layers, in the order of the graph."""
-    kinds: dict[AttentionKind | PackedKind, list[int]] = {}
+    kinds: dict[Kind, list[int]] = {}
     for node in program.nodes(*ATTENTIONS):
         layer = int(call_arguments(node)["layer"])
         for kind in kinds_at(node):

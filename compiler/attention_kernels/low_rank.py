@@ -154,7 +154,8 @@ def inputs_of(kind: LowRankKind) -> dict[str, tuple[str, ...]]:
 
 
 def _statements(kind: LowRankKind) -> Iterator[str]:
-    score = yield from _score(kind)
+    made, score = _score(kind)
+    yield from made
     seen = "pos(t) >= begin[b] & pos(t) < end[b]"
     yield f"logit[b, s, k, g, t] = where({seen}, {logit_of(score, kind.scale, kind.softcap)}, -inf)"
     yield from softmax_of(STREAM)
@@ -169,24 +170,29 @@ def _statements(kind: LowRankKind) -> Iterator[str]:
     yield "lse[b, s, k, g] = log(total[b, s, k, g]) + top[b, s, k, g]"
 
 
-def _score(kind: LowRankKind) -> Iterator[str]:
+def _score(kind: LowRankKind) -> tuple[list[str], str]:
     """The statements that give the products of queries and keys, and these as an expression."""
     if not kind.half:
-        yield "absorbed[b, s, k, g, r] = whole_query[b, s, k, g, d] * whole_basis[r, k, d] :: sum(d)"
-        yield "score[b, s, k, g, t] = absorbed[b, s, k, g, r] * low_key[b, t, r] :: sum(r)"
-        return "score[b, s, k, g, t]"
-    for name, rank in kind.key_parts.items():
-        yield f"{name}[b, t, k, {rank}] = low_key[b, t, r] * {name}_basis[r, k, {rank}] :: sum(r)"
+        made = [
+            "absorbed[b, s, k, g, r] = whole_query[b, s, k, g, d] * whole_basis[r, k, d] :: sum(d)",
+            "score[b, s, k, g, t] = absorbed[b, s, k, g, r] * low_key[b, t, r] :: sum(r)",
+        ]
+        return made, "score[b, s, k, g, t]"
+    parts = kind.key_parts
+    made = [
+        f"{name}[b, t, k, {rank}] = low_key[b, t, r] * {name}_basis[r, k, {rank}] :: sum(r)"
+        for name, rank in parts.items()
+    ]
     lower, upper, cos, sin = "lower[b, t, k, h]", "upper[b, t, k, h]", "cos[t, h]", "sin[t, h]"
     turned = {
         "lower": f"({lower} * {cos} - {upper} * {sin})",
         "upper": f"({upper} * {cos} + {lower} * {sin})",
         "rest": "rest[b, t, k, e]",
     }
-    for name, rank in kind.key_parts.items():
+    for name, rank in parts.items():
         query = f"{name}_query[b, s, k, g, {rank}]"
-        yield f"{name}_score[b, s, k, g, t] = {query} * {turned[name]} :: sum({rank})"
-    return f"({' + '.join(f'{name}_score[b, s, k, g, t]' for name in kind.key_parts)})"
+        made.append(f"{name}_score[b, s, k, g, t] = {query} * {turned[name]} :: sum({rank})")
+    return made, f"({' + '.join(f'{name}_score[b, s, k, g, t]' for name in parts)})"
 
 
 def low_rank_types(kind: LowRankKind) -> dict[str, str]:
