@@ -15,7 +15,7 @@ from ...ir.cascade.cascade import Statement
 from ...ir.cascade.plan import Reference, State, Step, step_reads
 from .block import Block, Function
 from .gates import Bound, bounds, hiding_place
-from .memory import shape, store
+from .memory import masks, shape, store
 from .places import places, stretch
 from .reduce import reduce
 from .roles import ROW, STREAM, Division
@@ -213,10 +213,9 @@ class Emitter:
         step_size = 1
         for axis in reversed([a for a in axes if a != ROW]):
             spread.append(f"{kernel.index(axis).over(axes)} * {step_size}")
-            step_size *= kernel.padded(axis)
+            step_size *= kernel.sizes[axis]
         place = " + ".join(spread)
-        # Lanes that only pad have their place too: rows are aligned then, and stored in whole vectors.
-        mask = Value("live_row", (ROW,)).over(axes) if ROW in axes else ""
+        mask = masks(kernel, axes)
         if value is not None:
             block.put(f"tl.store({place}, {value.text}{f', mask={mask}' if mask else ''})")
             return value
@@ -284,7 +283,7 @@ def _lane_count(kernel: Function, axes: tuple[str, ...]) -> int:
     count = 1
     for axis in axes:
         if axis not in (ROW, STREAM):
-            count *= kernel.padded(axis)
+            count *= kernel.sizes[axis]
     return count
 
 

@@ -16,7 +16,6 @@ from ..torch_plan import TorchStatements
 from .emit import Generated
 from .gates import reads_inputs
 from .options import Tiles, merge_tiles
-from .pressure import lane
 
 if TYPE_CHECKING:
     from .kernel import Kernel
@@ -184,7 +183,7 @@ def _parts(
     for argument in kernel.functions["part"].arguments:
         if argument.kind == "part":
             axes = roles.axes(kernel.division.plan.ranks_of(argument.of))
-            lanes = math.prod(lane(kernel.sizes[axis]) for axis in axes if axis in roles.lanes)
+            lanes = math.prod(kernel.sizes[axis] for axis in axes if axis in roles.lanes)
             count = parts * programs * lanes * (rows if set(roles.rows) and "row" in axes else 1)
             found[argument.of] = torch.empty(count, dtype=torch.float32, device=device)
     return found
