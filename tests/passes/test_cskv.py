@@ -17,7 +17,7 @@ from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.cache.plan_cache import PlanCache
 from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
-from einfold.compiler.passes.kv_share.cskv import CSKV
+from einfold.compiler.passes.kv_share.cskv import CSKV, features_of
 from einfold.compiler.recipe import Recipe
 from einfold.errors import CalibrationError, IRError, RecipeError
 from einfold.runtime.cache import Cache
@@ -152,6 +152,11 @@ def test_errors_are_reported() -> None:
     found.calibrations[0].run(torch.randint(11, (4, 32)))
     assert sorted(result.measured) == ["layer 0 keys", "layer 0 values"]
     assert all(0 < error < 1 for error in result.measured.values())
+
+
+def test_many_features_are_a_multiple_of_sixteen() -> None:
+    assert [features_of(share, 128) for share in (0.001, 0.2, 0.5, 0.6, 0.8)] == [1, 26, 64, 80, 96]
+    assert features_of(0.2, 1024) == 208 and features_of(0.99, 76) == 76
 
 
 def test_what_makes_no_sense_is_refused() -> None:

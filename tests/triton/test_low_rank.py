@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 
+from einfold.compiler.analysis.cascade.plans import fold
 from einfold.compiler.attention_kernels.cubins import triton_version, variants
 from einfold.compiler.attention_kernels.kernels import attention_kernel
-from einfold.compiler.attention_kernels.low_rank import SUMMED, LowRankKind
+from einfold.compiler.attention_kernels.low_rank import (
+    STREAM,
+    SUMMED,
+    LowRankKind,
+    low_rank_cascade,
+    low_rank_types,
+)
+from einfold.compiler.codegen.triton import generate
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton
 
@@ -67,16 +76,28 @@ def test_no_keys_are_made_ahead_of_a_kernel(plan_cache: Any) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "many"), [(80, False), (90, True)])
+@pytest.mark.parametrize(
+    ("capability", "head", "rank", "half"),
+    [(80, 128, 208, 64), (90, 128, 816, 64), (90, 128, 45, 0)],
+    ids=["a fifth of 8 heads", "values made", "rows that begin anywhere"],
+)
 def test_kernels_fit_the_gpu_that_they_are_compiled_for(
-    capability: int, many: bool, plan_cache: Any
+    capability: int, head: int, rank: int, half: int, plan_cache: Any
 ) -> None:
-    """A fifth of the channels of 8 heads of 128; or more features than a tile sums."""
-    rank = 816 if many else 208
-    kind = LowRankKind(8, 4, 128, 128, rank, rank, 64, 0.09, 0.0, "fp32", "fp32")
-    made = attention_kernel(kind, "tested", (0,), 8162, DEVICES[capability], plan_cache)
+    kind = LowRankKind(8, 4, head, head, rank, rank, half, 0.09, 0.0, "fp32", "fp32")
+    made = attention_kernel(kind, "tested", (0,), 8192, DEVICES[capability], plan_cache)
     for variant in variants(made):
-        if variant.name in ("prefill", "decode"):
+        if variant.name in ("prefill", "decode", "part8"):
             found = made.kernel.compile_ahead(capability, variant.kind, variant.tiles)
             limits = limits_of(triton_version(), capability)
             assert exceeded(made.kernel, found, limits) == []
+
+
+def test_only_sums_are_walked() -> None:
+    """What a step of a walked rank gives must be no more than a term of a sum."""
+    kind = replace(ROTARY, value_rank=MANY)
+    folding = fold(low_rank_cascade(kind), STREAM)
+    assert folding.plan is not None
+    sizes = {"b": 1, "s": 4, "t": 64, **kind.sizes}
+    with pytest.raises(UnsupportedError, match="lower is no sum over one of h alone"):
+        generate(folding.plan, low_rank_types(kind), sizes, walked=("h",))

@@ -140,8 +140,6 @@ class Emitter:
             axes = self.roles.axes(item.ranks)
             zeros = f"tl.full({shape(kernel, axes)}, 0.0, tl.float32)"
             total = loop.keep(item.name, Value(zeros, axes, "fp32", 1))
-            # It stays while the others are summed, and while what is made of it is multiplied.
-            kernel.held[item.name] = (axes, 1)
             new = reduce(walk, "sum", item.expr, (rank,), onto=total)
             walk.put(f"{total.text} = {new.text}")
             totals.append(total)

@@ -36,7 +36,7 @@ _PIECE = 0.25
 #: Streamed matrices that the assembler takes one by one, and registers for each number of one beyond them.
 _MATRICES, _BEYOND = 7, 1.2
 #: Registers for each number of a streamed matrix that is loaded number by number, by an address each.
-_SCATTERED = 2.5
+_SCATTERED = 5
 #: How often a result of tcgen05 is in registers while three products are summed.
 _RESULTS = 3.5
 

@@ -206,6 +206,13 @@ def _fits(item: Statement, roles: Roles) -> bool:
 
 
 def _check(plan: Plan, roles: Roles, sizes: Mapping[str, int]) -> None:
+    for step in (*plan.stream, *plan.steps):
+        over = () if isinstance(step, Reference) else step.over
+        alone = isinstance(step, Statement) and step.op == "sum" and len(over) == 1
+        if set(roles.walked) & {*step.ranks, *(() if alone else over)}:
+            raise UnsupportedError(
+                f"{step.name} is no sum over one of {', '.join(roles.walked)} alone, which are walked"
+            )
     for item in (*plan.before, *plan.stream, *plan.steps, *plan.finish):
         over = item.over if isinstance(item, (Statement, State)) else ()
         if not roles.knows([*item.ranks, *over]):
@@ -214,13 +221,6 @@ def _check(plan: Plan, roles: Roles, sizes: Mapping[str, int]) -> None:
             raise UnsupportedError(
                 f"{item.name} needs a tile along {', '.join(roles.axes([*item.ranks, *over]))}: "
                 "more than three axes"
-            )
-    for step in (*plan.stream, *plan.steps):
-        over = () if isinstance(step, Reference) or not roles.walked else step.over
-        alone = isinstance(step, Statement) and step.op == "sum" and len(over) == 1
-        if set(roles.walked) & {*step.ranks, *(() if alone else over)}:
-            raise UnsupportedError(
-                f"{step.name} is no sum over one of {', '.join(roles.walked)} alone, which are walked"
             )
     for rank in roles.lanes:
         if rank not in sizes:
