@@ -35,8 +35,8 @@ _HALVES = 2.0 / 2.3
 _PIECE = 0.25
 #: Streamed matrices that the assembler takes one by one, and registers for each number of one beyond them.
 _MATRICES, _BEYOND = 7, 1.2
-#: Registers for each number of a streamed matrix that is loaded number by number, by an address each.
-_SCATTERED = 5
+#: The same for a float32 matrix whose rows begin anywhere: it is loaded number by number, by an address each.
+_SCATTERED = 5.0
 #: How often a result of tcgen05 is in registers while three products are summed.
 _RESULTS = 3.5
 
@@ -128,7 +128,7 @@ def values(
         # With 16 rows none was seen to spill, however many there are (GEAR has 14).
         if wide and matrices > _MATRICES and tile.rows > 16:
             live += _BEYOND * elements(sizes, axes, tile)
-        if name in demand.scattered:
+        if wide and name in demand.scattered:
             live += _SCATTERED * elements(sizes, axes, tile)
     # Masks and biases come in another layout than scores have, and wait in registers to be turned.
     pairs = [t for t in plan.inputs.values() if {ROW, STREAM} <= set(roles.axes(t.ranks))]
