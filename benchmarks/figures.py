@@ -133,6 +133,11 @@ class Figures:
             found |= record.get("versions", {})
         return dict(sorted(found.items()))
 
+    def apart(self) -> list[float]:
+        """Nanoseconds that a cache line took from core to core as each round began, where measured."""
+        rounds = [r for r in self._records if r["measure"] == "round"]
+        return [r["apart"] for r in rounds if r.get("apart") is not None]
+
     def busy(self) -> list[float]:
         """The machine's load at the beginning of each round."""
         return [r["busy"] for r in self._records if r["measure"] == "round"]

@@ -54,6 +54,7 @@ def data(records: Records, found: dict[str, str]) -> dict[str, Any]:
         shapes[shape] = {
             "bandwidth": figures.bandwidth(),
             "busy": figures.busy(),
+            "apart": figures.apart(),
             "versions": figures.versions(),
             "rows": {row.entry: vars(row) for row in rows},
             "ratios": {
@@ -134,6 +135,9 @@ def _shape(figures: Figures, shape: str) -> list[str]:
         parts.append("\n".join(skipped))
     bandwidth, busy = figures.bandwidth(), figures.busy()
     notes = [f"{len(busy)} rounds, load of the machine {', '.join(f'{b:.1f}' for b in busy)}"]
+    if apart := figures.apart():
+        between = ", ".join(f"{a:.0f}" for a in apart)
+        notes.append(f"a cache line between two cores {between} ns as each began")
     if bandwidth is not None:
         notes.append(f"bandwidth {bandwidth / 1e9:.1f} GB/s")
     widest = max((s for row in rows for s in row.spread.values()), default=0.0)

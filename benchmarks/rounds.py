@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .client import Worker, WorkerError, python_of
+from .core_distance import core_distance
 from .entries import BANDWIDTH, Entry
 from .prepare import Kitchen, installed
 
@@ -179,7 +180,7 @@ class Run:
                 return
             key = {"shape": self.shape, "measure": "round", "round": number}
             if not self.journal.has(**key):
-                self.journal.add(**key, busy=os.getloadavg()[0])
+                self.journal.add(**key, busy=os.getloadavg()[0], apart=core_distance())
             for measure in self.plan.measures:
                 self._round(measure, number)
             longest = max(longest, time.monotonic() - begun)

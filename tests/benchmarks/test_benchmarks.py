@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache_memory import Held, agrees, page
+from benchmarks.core_distance import core_distance
 from benchmarks.entries import BANDWIDTH, ENTRIES, Entry, choose
 from benchmarks.figures import Figures
 from benchmarks.quarter_heads import QuarterHeads
@@ -201,3 +202,9 @@ def test_a_quarter_of_the_heads_keeps_all() -> None:
     kept = [(layer, head) for layer, heads, name in groups if name == "full" for head in heads]
     assert kept == [(0, 0), (2, 0)]
     assert (1, (0, 1), "window") in groups
+
+
+def test_core_distance_is_of_a_cache_line() -> None:
+    """From a hit in a shared cache to a trip over a socket; nothing where it cannot be had."""
+    found = core_distance()
+    assert found is None or 2 < found < 20_000
