@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.low_rank import outside_slots, write_features
 from ..ir.ops.rotary import turned
-from .bound_packed import merged, run
+from .bound_packed import merged, over_slots, run
 from .kernels import AttentionKernel
 from .low_rank import LowRankKind, parts_of
 
@@ -54,26 +54,19 @@ def attend_low_rank(
         kind = features.kind
         assert isinstance(kind, LowRankKind)
         query = q_BSHD.unflatten(2, (kind.kv_heads, kind.group))
-        over_slots = {"query": query, "key": key_cache_BKCD, "value": value_cache_BKCD}
-        over_slots["used"] = used_B.to(torch.int32)
-        if sinks_H is not None:
-            over_slots["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, query.shape[2:4])
-        over_features = _views(kind, query, key_basis_RM, interleaved)
-        over_features["value_basis"] = value_basis_RM.unflatten(1, (kind.kv_heads, -1))
-        length = key_low_BCR.shape[1]
+        bases = (key_basis_RM, value_basis_RM)
+        given = _given(kind, query, (key_low_BCR, value_low_BCR), bases, interleaved)
         if kind.half and cos_PR is not None and sin_PR is not None:
             # There is no token at an index that the tables lack.
-            length = min(length, cos_PR.shape[0])
-            over_features |= {"cos": cos_PR[:length], "sin": sin_PR[:length]}
-        over_features |= {
-            "low_key": key_low_BCR[:, :length],
-            "low_value": value_low_BCR[:, :length],
-        }
-        begin_B, end_B = outside_slots(used_B, lengths_B, first)
-        over_features |= {"begin": begin_B.to(torch.int32), "end": end_B.to(torch.int32)}
+            tokens = min(len(cos_PR), key_low_BCR.shape[1])
+            given |= {"cos": cos_PR[:tokens], "sin": sin_PR[:tokens]}
+            given |= {name: given[name][:, :tokens] for name in ("low_key", "low_value")}
+        edges = zip(("begin", "end"), outside_slots(used_B, lengths_B, first), strict=True)
+        given |= {name: edge_B.to(torch.int32) for name, edge_B in edges}
+        caches = (key_cache_BKCD, value_cache_BKCD)
         states = [
-            run(slots, over_slots, q_BSHD, key_cache_BKCD.shape[2], parts),
-            run(features, over_features, q_BSHD, length, parts),
+            over_slots(slots, query, caches, used_B, sinks_H, parts),
+            run(features, given, query, given["low_key"].shape[1], parts),
         ]
         out = merged(states).to(q_BSHD.dtype).flatten(2, 3)
         return out, key_cache_BKCD, value_cache_BKCD, key_low_BCR, value_low_BCR
@@ -81,13 +74,17 @@ def attend_low_rank(
     return attend
 
 
-def _views(
-    kind: LowRankKind, query_BSKGD: Tensor, basis_RM: Tensor, interleaved: bool
+def _given(
+    kind: LowRankKind,
+    query_BSKGD: Tensor,
+    low_BCR: tuple[Tensor, Tensor],
+    bases_RM: tuple[Tensor, Tensor],
+    interleaved: bool,
 ) -> dict[str, Tensor]:
-    """Queries and the basis of keys in the parts that keys are made in."""
-    given = {"query": query_BSKGD, "basis": basis_RM.unflatten(1, (kind.kv_heads, -1))}
-    return {
-        f"{part}_{name}": view
-        for name, tensor in given.items()
-        for part, view in parts_of(kind, tensor, interleaved).items()
-    }
+    """Features and bases; queries and the basis of keys in the parts that keys are made in."""
+    key_basis, value_basis = (basis.unflatten(1, (kind.kv_heads, -1)) for basis in bases_RM)
+    found = {"low_key": low_BCR[0], "low_value": low_BCR[1], "value_basis": value_basis}
+    for name, tensor in (("query", query_BSKGD), ("basis", key_basis)):
+        for part, view in parts_of(kind, tensor, interleaved).items():
+            found[f"{part}_{name}"] = view
+    return found

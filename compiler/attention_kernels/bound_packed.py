@@ -50,15 +50,11 @@ def attend_packed(
             slot_BS = new_slots(used_B, q_BSHD.shape[1])
             write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
             write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
-        heads = (slots.kind.kv_heads, slots.kind.group)
-        query = q_BSHD.unflatten(2, heads)
-        given = {"query": query, "key": key_cache_BKCD, "value": value_cache_BKCD}
-        given["used"] = used_B.to(torch.int32)
-        if sinks_H is not None:
-            given["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
-        states = [run(slots, given, query, key_cache_BKCD.shape[2], parts)]
+        query = q_BSHD.unflatten(2, (slots.kind.kv_heads, slots.kind.group))
+        caches = (key_cache_BKCD, value_cache_BKCD)
+        states = [over_slots(slots, query, caches, used_B, sinks_H, parts)]
         if bulk[0].shape[2]:  # there are no granules while a prompt is read whole
-            shape = GroupShape(heads[0], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
+            shape = GroupShape(query.shape[2], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
             names = piece_names(packed_storage(storage), shape)
             pieces = dict(zip(names, bulk, strict=True))
             states += [_over_stream(made, query, packed_B, pieces, parts) for made in streams]
@@ -66,6 +62,22 @@ def attend_packed(
         return out, key_cache_BKCD, value_cache_BKCD
 
     return attend
+
+
+def over_slots(
+    made: AttentionKernel,
+    query_BSKGD: Tensor,
+    caches: tuple[Tensor, Tensor],
+    used_B: Tensor,
+    sinks_H: Tensor | None,
+    parts: int | None,
+) -> State:
+    """The state over keys and values in slots [B, K, C, D], this step's written."""
+    given = {"query": query_BSKGD, "key": caches[0], "value": caches[1]}
+    given["used"] = used_B.to(torch.int32)
+    if sinks_H is not None:
+        given["sink"] = sinks_H.to(query_BSKGD.dtype).unflatten(0, query_BSKGD.shape[2:4])
+    return run(made, given, query_BSKGD, caches[0].shape[2], parts)
 
 
 def _over_stream(
