@@ -6,12 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from einfold.compiler.attention_kernels.cubins import Variant, variants
-from einfold.compiler.attention_kernels.kernels import SPLITS, AttentionKernel, attention_kernel
+from einfold.compiler.attention_kernels.kernels import (
+    SPLITS,
+    AttentionKernel,
+    Kind,
+    attention_kernel,
+)
 from einfold.compiler.attention_kernels.kinds import AttentionKind
+from einfold.compiler.attention_kernels.low_rank import LowRankKind
 from einfold.compiler.attention_kernels.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.cache.mixed import Mixed
 from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, MiniCache, ZipCache, show_storage
+from einfold.compiler.passes.kv_share.cskv import features_of
 
 #: Head sizes; float32 and nothing else at the largest.
 HEADS = (64, 128, 256)
@@ -27,13 +34,13 @@ STORAGES = {
 }
 
 
-def kinds_of(head: int) -> dict[str, AttentionKind | PackedKind]:
+def kinds_of(head: int) -> dict[str, Kind]:
     """The kinds of 8 query heads on 2 KV heads of this size, by the name of their row."""
     scale = head**-0.5
     plain = AttentionKind(2, 4, head, head, scale, 0, 0.0, False, "fp32", "fp32", False)
     if head == HEADS[-1]:
         return {"float32": plain}
-    found: dict[str, AttentionKind | PackedKind] = {
+    found: dict[str, Kind] = {
         "float32": plain,
         "int8": replace(plain, cache="i8", scaled=True),
         "window": replace(plain, window=1024),
@@ -48,11 +55,17 @@ def kinds_of(head: int) -> dict[str, AttentionKind | PackedKind]:
             title = f"{name}, {part} bits" if part else name
             kind = PackedKind(2, 4, head, head, scale, 0.0, "fp32", show_storage(storage), part)
             found[title] = kind
+    # A fifth of the channels of 8 KV heads, as the pass rounds it; and so many that values are made in tiles.
+    fifth = features_of(0.2, 8 * head)
+    features = LowRankKind(8, 4, head, head, fifth, fifth, head // 2, scale, 0.0, "fp32", "fp32")
+    found["CSKV"] = features
+    found["CSKV, no rotary"] = replace(features, half=0)
+    found["CSKV, 816 features"] = replace(features, key_rank=816, value_rank=816)
     return found
 
 
 def functions_of(
-    kind: AttentionKind | PackedKind, context: int, capability: int
+    kind: Kind, context: int, capability: int
 ) -> Iterator[tuple[AttentionKernel, Variant]]:
     """What `--cubins` compiles of a kind, but for splits in more parts, which differ in a constant alone."""
     made = attention_kernel(kind, "kernel", (0,), context, DEVICES[capability])

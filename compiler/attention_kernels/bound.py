@@ -16,6 +16,7 @@ from ..ir.ops import einfold_ops
 from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.rotary import turned
 from ..ir.program import Program
+from .bound_low_rank import attend_low_rank
 from .bound_packed import attend_packed
 from .kernels import ATTENTIONS, AttentionKernel, kinds_at, split_parts
 from .kinds import AttentionKind
@@ -33,6 +34,8 @@ def bind(program: Program, kernels: Sequence[AttentionKernel]) -> dict[fx.Node, 
         slots, *streams = (of_kind[kind] for kind in kinds_at(node))
         if node.target is einfold_ops.shared_attention.default:
             found[node] = attend_shared(slots)
+        elif node.target is einfold_ops.low_rank_attention.default:
+            found[node] = attend_low_rank(slots, streams[0])
         else:
             found[node] = attend_packed(slots, streams) if streams else attend_in_place(slots)
     return found

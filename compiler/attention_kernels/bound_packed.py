@@ -14,7 +14,6 @@ from ..ir.ops.attention import new_slots, write_slots
 from ..ir.ops.packed import packed_storage, piece_names
 from ..ir.ops.rotary import turned
 from .kernels import AttentionKernel, split_parts
-from .kinds import AttentionKind
 from .packed import PackedKind, stream_of
 
 #: An output [B, S, K, G, F] and its log-sum-exp [B, S, K, G].
@@ -51,15 +50,11 @@ def attend_packed(
             slot_BS = new_slots(used_B, q_BSHD.shape[1])
             write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
             write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
-        heads = (slots.kind.kv_heads, slots.kind.group)
-        query = q_BSHD.unflatten(2, heads)
-        given = {"query": query, "key": key_cache_BKCD, "value": value_cache_BKCD}
-        given["used"] = used_B.to(torch.int32)
-        if sinks_H is not None:
-            given["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
-        states = [_run(slots, given, key_cache_BKCD.shape[2], parts)]
+        query = q_BSHD.unflatten(2, (slots.kind.kv_heads, slots.kind.group))
+        caches = (key_cache_BKCD, value_cache_BKCD)
+        states = [over_slots(slots, query, caches, used_B, sinks_H, parts)]
         if bulk[0].shape[2]:  # there are no granules while a prompt is read whole
-            shape = GroupShape(heads[0], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
+            shape = GroupShape(query.shape[2], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
             names = piece_names(packed_storage(storage), shape)
             pieces = dict(zip(names, bulk, strict=True))
             states += [_over_stream(made, query, packed_B, pieces, parts) for made in streams]
@@ -67,6 +62,22 @@ def attend_packed(
         return out, key_cache_BKCD, value_cache_BKCD
 
     return attend
+
+
+def over_slots(
+    made: AttentionKernel,
+    query_BSKGD: Tensor,
+    caches: tuple[Tensor, Tensor],
+    used_B: Tensor,
+    sinks_H: Tensor | None,
+    parts: int | None,
+) -> State:
+    """The state over keys and values in slots [B, K, C, D], this step's written."""
+    given = {"query": query_BSKGD, "key": caches[0], "value": caches[1]}
+    given["used"] = used_B.to(torch.int32)
+    if sinks_H is not None:
+        given["sink"] = sinks_H.to(query_BSKGD.dtype).unflatten(0, query_BSKGD.shape[2:4])
+    return run(made, given, query_BSKGD, caches[0].shape[2], parts)
 
 
 def _over_stream(
@@ -82,18 +93,22 @@ def _over_stream(
     given = {"query": query, "live": (granules_B * kind.tokens).to(torch.int32)}
     given |= {source.name: source.of(pieces[source.piece]) for source in stream_of(kind).sources}
     length = next(iter(pieces.values())).shape[2] * kind.tokens
-    return _run(made, given, length, parts)
+    return run(made, given, query, length, parts)
 
 
-def _run(made: AttentionKernel, given: dict[str, Tensor], length: int, parts: int | None) -> State:
-    query = given["query"]
-    assert isinstance(made.kind, (AttentionKind, PackedKind))
-    new = query.shape[1]
+def run(
+    made: AttentionKernel,
+    given: dict[str, Tensor],
+    query: Tensor,
+    length: int,
+    parts: int | None,
+) -> State:
+    """A kernel's state over so many keys, for queries [B, S, ..]."""
     found = made.kernel(
         given,
         parts=parts or split_parts(made, query, length),
         dtypes={"out": DTYPES["fp32"], "lse": DTYPES["fp32"]},
-        tiles=made.tiles(new),
+        tiles=made.tiles(query.shape[1]),
     )
     return found["out"], found["lse"]
 

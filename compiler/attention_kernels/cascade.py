@@ -62,10 +62,7 @@ def _statements(kind: AttentionKind) -> list[str]:
     key, value = "key[b, k, c, d]", "value[b, k, c, f]"
     if kind.scaled:
         key, value = f"({key} * key_scale[k, d])", f"({value} * value_scale[k, f])"
-    logit = f"score[b, s, k, g, c] * {print_number(kind.scale)}"
-    if kind.softcap:
-        cap = print_number(kind.softcap)
-        logit = f"tanh({logit} / {cap}) * {cap}"
+    logit = logit_of("score[b, s, k, g, c]", kind.scale, kind.softcap)
     seen = "pos(c) <= used[b] + pos(s)"
     if kind.window:
         seen += f" & used[b] + pos(s) - pos(c) < {kind.window}"
@@ -79,9 +76,25 @@ def _statements(kind: AttentionKind) -> list[str]:
     return [
         f"score[b, s, k, g, c] = query[b, s, k, g, d] * {key} :: sum(d)",
         f"logit[b, s, k, g, c] = {logit}",
-        "top[b, s, k, g] = logit[b, s, k, g, c] :: max(c)",
-        "power[b, s, k, g, c] = exp(logit[b, s, k, g, c] - top[b, s, k, g])",
-        "total[b, s, k, g] = power[b, s, k, g, c] :: sum(c)",
+        *softmax_of(STREAM),
         f"out[b, s, k, g, f] = power[b, s, k, g, c] / total[b, s, k, g] * {value} :: sum(c)",
         *([lse] if kind.lse else []),
+    ]
+
+
+def logit_of(score: str, scale: float, softcap: float) -> str:
+    """A score times the scale, and capped where there is a cap."""
+    logit = f"{score} * {print_number(scale)}"
+    if not softcap:
+        return logit
+    cap = print_number(softcap)
+    return f"tanh({logit} / {cap}) * {cap}"
+
+
+def softmax_of(stream: str) -> list[str]:
+    """The statements from logits over a rank to their largest, their powers and the sum of these."""
+    return [
+        f"top[b, s, k, g] = logit[b, s, k, g, {stream}] :: max({stream})",
+        f"power[b, s, k, g, {stream}] = exp(logit[b, s, k, g, {stream}] - top[b, s, k, g])",
+        f"total[b, s, k, g] = power[b, s, k, g, {stream}] :: sum({stream})",
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, fx
@@ -19,8 +21,13 @@ from ..ir.ops import einfold_ops
 from ..ir.program import OVER_CACHES, Program, call_arguments
 from .cascade import STREAM, cascade_of
 from .kinds import AttentionKind, kind_of
+from .low_rank import STREAM as TOKENS
+from .low_rank import LowRankKind, low_rank_cascade, low_rank_kind, low_rank_types
 from .packed import STREAM as PACKED_STREAM
 from .packed import PackedKind, packed_cascade, packed_kinds, packed_shared, packed_types
+
+#: What there are kernels for, with all that a kernel depends on.
+Kind = AttentionKind | PackedKind | LowRankKind
 
 #: Operators that kernels stand for: those over a cache, and the one that reads another layer's slots.
 ATTENTIONS = (*OVER_CACHES, einfold_ops.shared_attention.default)
@@ -39,7 +46,7 @@ _PRECISION = "tf32x3"
 class AttentionKernel:
     """The kernel of the layers of one kind. `kernel.tiles` are for many new tokens, `decode` for one."""
 
-    kind: AttentionKind | PackedKind
+    kind: Kind
     name: str
     layers: tuple[int, ...]
     cascade: Cascade
@@ -81,24 +88,21 @@ def attention_kernels(
     return made
 
 
-def kinds_at(node: fx.Node) -> list[AttentionKind | PackedKind]:
-    """What a call over a cache needs kernels for: its slots, then each stream of packed tokens.
+def kinds_at(node: fx.Node) -> list[Kind]:
+    """What a call over a cache needs kernels for: its slots, then each stream of packed tokens or features.
 
     Raises UnsupportedError for what no kernel reads.
     """
     if node.target is einfold_ops.low_rank_attention.default:
-        raise UnsupportedError(
-            f"layer {call_arguments(node)['layer']} caches features of its tokens, which no kernel reads; "
-            "leave out cache.share (--share cskv), or compile for the target reference"
-        )
+        return [kind_of(node), low_rank_kind(node)]
     if node.target is einfold_ops.packed_attention.default:
         return [kind_of(node), *packed_kinds(node)]
     return [kind_of(node)]
 
 
-def kinds_of(program: Program) -> dict[AttentionKind | PackedKind, list[int]]:
+def kinds_of(program: Program) -> dict[Kind, list[int]]:
     """Every kind of a program with its layers, in the order of the graph."""
-    kinds: dict[AttentionKind | PackedKind, list[int]] = {}
+    kinds: dict[Kind, list[int]] = {}
     for node in program.nodes(*ATTENTIONS):
         layer = int(call_arguments(node)["layer"])
         for kind in kinds_at(node):
@@ -109,7 +113,7 @@ def kinds_of(program: Program) -> dict[AttentionKind | PackedKind, list[int]]:
 
 
 def attention_kernel(
-    kind: AttentionKind | PackedKind,
+    kind: Kind,
     name: str,
     layers: tuple[int, ...],
     context: int,
@@ -117,27 +121,48 @@ def attention_kernel(
     cache: Path | None = None,
 ) -> AttentionKernel:
     """The kernel of one kind, for so many tokens of context; otherwise as `attention_kernels`."""
-    if isinstance(kind, PackedKind):
-        cascade, stream = packed_cascade(kind), PACKED_STREAM
-        types, shared = packed_types(kind), packed_shared(kind)
-    else:
-        cascade, stream, types, shared = cascade_of(kind), STREAM, types_of(kind), {}
+    given = given_of(kind)
+    cascade, stream = given.cascade, given.stream
     folding = fold(cascade, stream, cache)
     if folding.plan is None:
         raise UnsupportedError(f"layers {layers}: attention does not fold: {folding.reason}")
-    sizes = {"b": 1, "s": _PREFILL, "k": kind.kv_heads, "g": kind.group}
-    sizes |= {stream: context, "d": kind.key_size, "f": kind.value_size}
+    sizes = {"b": 1, "s": _PREFILL, stream: context, **given.sizes}
     kernel = generate(
         folding.plan,
-        types,
+        given.types,
         sizes,
         Options(device=device, precision=_PRECISION),
         cascade,
         name,
-        shared,
+        given.shared,
+        given.walked,
     )
     decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.demand, device)
     return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a kernel is generated from: a cascade and the rank that it streams, and what `generate` takes."""
+
+    cascade: Cascade
+    stream: str
+    types: Mapping[str, str]
+    sizes: Mapping[str, int]
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    walked: tuple[str, ...] = ()
+
+
+def given_of(kind: Kind) -> Given:
+    """What the kernel of a kind is generated from."""
+    if isinstance(kind, LowRankKind):
+        cascade, types = low_rank_cascade(kind), low_rank_types(kind)
+        return Given(cascade, TOKENS, types, kind.sizes, walked=kind.walked)
+    sizes = {"k": kind.kv_heads, "g": kind.group, "d": kind.key_size, "f": kind.value_size}
+    if isinstance(kind, PackedKind):
+        types, shared = packed_types(kind), packed_shared(kind)
+        return Given(packed_cascade(kind), PACKED_STREAM, types, sizes, shared)
+    return Given(cascade_of(kind), STREAM, types_of(kind), sizes)
 
 
 def split_parts(made: AttentionKernel, query: Tensor, length: int) -> int:
@@ -146,8 +171,10 @@ def split_parts(made: AttentionKernel, query: Tensor, length: int) -> int:
     `query` is [B, S, ..].
     """
     batch, new = query.shape[:2]
-    tiles = made.tiles(new)
-    programs = batch * made.kind.kv_heads * -(-new * made.kind.group // tiles.rows)
+    tiles, roles = made.tiles(new), made.kernel.division.roles
+    sizes = {"b": batch, "s": new, "k": made.kind.kv_heads, "g": made.kind.group}
+    rows = math.prod(sizes[rank] for rank in roles.rows)
+    programs = math.prod(sizes[rank] for rank in roles.grid) * -(-rows // tiles.rows)
     wanted = split_count(made.kernel, programs, length, tiles, query)
     return max(parts for parts in SPLITS if parts <= wanted)
 

@@ -83,7 +83,11 @@ def kind_of(node: fx.Node) -> AttentionKind:
         cache=type_name(keys.dtype, layer),
         scaled=found.get("key_scale_KD") is not None,
         counted=found.get("count_BK") is not None,
-        lse=node.target is einfold_ops.packed_attention.default,
+        lse=node.target
+        in (
+            einfold_ops.packed_attention.default,
+            einfold_ops.low_rank_attention.default,
+        ),
     )
 
 

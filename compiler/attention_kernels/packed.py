@@ -23,10 +23,11 @@ from ..ir.cache.packing import PLANES, Packed, planes
 from ..ir.cache.storage import GroupShape
 from ..ir.cascade.cascade import Cascade
 from ..ir.cascade.parser import parse
-from ..ir.cascade.printer import FORMAT, print_number
+from ..ir.cascade.printer import FORMAT
 from ..ir.cascade.verifier import verify
 from ..ir.ops.packed import packed_storage
 from ..ir.program import call_arguments
+from .cascade import logit_of, softmax_of
 from .kinds import type_name
 
 #: The streamed rank: packed tokens.
@@ -179,15 +180,10 @@ def _declarations(kind: PackedKind, stream: Stream) -> Iterator[str]:
 
 
 def _statements(kind: PackedKind, stream: Stream) -> Iterator[str]:
-    logit = f"score[b, s, k, g, t] * {print_number(kind.scale)}"
-    if kind.softcap:
-        cap = print_number(kind.softcap)
-        logit = f"tanh({logit} / {cap}) * {cap}"
+    logit = logit_of("score[b, s, k, g, t]", kind.scale, kind.softcap)
     yield f"score[b, s, k, g, t] = query[b, s, k, g, d] * ({stream.key}) :: sum(d)"
     yield f"logit[b, s, k, g, t] = where(pos(t) < live[b], {logit}, -inf)"
-    yield "top[b, s, k, g] = logit[b, s, k, g, t] :: max(t)"
-    yield "power[b, s, k, g, t] = exp(logit[b, s, k, g, t] - top[b, s, k, g])"
-    yield "total[b, s, k, g] = power[b, s, k, g, t] :: sum(t)"
+    yield from softmax_of(STREAM)
     yield f"word[b, k, t, f] = {stream.value}"
     yield "out[b, s, k, g, f] = power[b, s, k, g, t] / total[b, s, k, g] * word[b, k, t, f] :: sum(t)"
     yield "lse[b, s, k, g] = log(total[b, s, k, g]) + top[b, s, k, g]"

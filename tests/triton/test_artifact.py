@@ -52,6 +52,7 @@ KINDS = {
 
 WAITING = {"residual": 8, "slack": 4}
 KIVI = {"method": "kivi", "group": 8} | WAITING
+CSKV = {"method": "cskv", "keep": 0.6, "recent": 5, "slack": 3}
 CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
 
 
@@ -159,6 +160,9 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ("llama", {"storage": "int8", "share": CROSS}),
         ("llama", {"quant": KIVI, "share": CROSS}),
         ("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
+        ("llama", {"share": CSKV}),
+        ("gpt_neox", {"share": CSKV | {"sinks": 1, "prefill": "streaming", "dtype": "f16"}}),
+        ("gpt2", {"share": CSKV}),
     ],
 )
 def test_tokens_are_those_of_the_reference(

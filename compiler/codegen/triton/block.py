@@ -5,7 +5,7 @@ What does not change from tile to tile is computed once, ahead of the loop, wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...ir.cascade.cascade import Statement, Tensor
@@ -13,7 +13,7 @@ from ...ir.cascade.expr import Apply, Const, Expr, Pos, Ref, Size, Virtual, read
 from ...ir.cascade.plan import Plan
 from .names import Names
 from .pressure import Product
-from .roles import ROW, STREAM, Roles
+from .roles import ROW, STEP, STREAM, Roles
 from .values import OPPOSITE, TEST, WHOLE, Value, number, operate
 
 #: Worth a variable of its own when it has the axes of a tile.
@@ -55,8 +55,9 @@ class Function:
         return (ROW, STREAM, *self.roles.lanes)
 
     def padded(self, lane: str) -> int:
-        """The size of a lane as a power of two that a matrix instruction takes."""
-        return max(16, 1 << (self.sizes[lane] - 1).bit_length())
+        """The size of a lane as a power of two that matrix instructions take; a step's, where walked."""
+        whole = max(16, 1 << (self.sizes[lane] - 1).bit_length())
+        return min(whole, STEP) if lane in self.roles.walked else whole
 
     def extent(self, rank: str) -> Value:
         """How many real coordinates a rank has."""
@@ -69,7 +70,11 @@ class Function:
         """The coordinates along a rank."""
         axis = self.roles.axis(rank)
         name = self.names.of(("index", rank), f"at_{rank}")
-        return Value(name, (axis,) if axis else (), "i32", axis == STREAM)
+        return Value(name, (axis,) if axis else (), "i32", self.depth((axis,) if axis else ()))
+
+    def depth(self, axes: Sequence[str]) -> int:
+        """The number of loops in which a tile along these axes is another one each turn."""
+        return 2 if set(axes) & set(self.roles.walked) else int(STREAM in axes)
 
     def stride(self, tensor: str, rank: str) -> str:
         """The name of a tensor's stride."""
@@ -99,15 +104,19 @@ class Function:
             return "real_t" if self.virtual else "live_t"
         size = self.sizes[axis]
         index = self.names.of(("index", axis), f"at_{axis}")
-        return None if self.padded(axis) == size else f"({index} < {size})"
+        return None if size % self.padded(axis) == 0 else f"({index} < {size})"
 
 
 @dataclass
 class Block:
-    """One level of nesting. `outer` is the block ahead of the loop, or None for that block itself."""
+    """One level of nesting. `outer` is the block ahead of the loop, or None for that block itself.
+
+    `along` is the rank whose coordinates change from turn to turn of the loop.
+    """
 
     kernel: Function
     outer: Block | None = None
+    along: str = ""
     lines: list[str] = field(default_factory=list)
     bound: dict[str, Value] = field(default_factory=dict)
     cache: dict[Expr, Value] = field(default_factory=dict)
@@ -118,18 +127,30 @@ class Block:
 
     def keep(self, wanted: str, value: Value) -> Value:
         """The value under a name, assigned where it is first known."""
-        block = self.outer if self.outer is not None and not value.inner else self
+        block = self.home(value.inner)
         name = self.kernel.names.fresh(wanted)
         block.put(f"{name} = {value.text}")
         return replace(value, text=name, level=9)
+
+    @property
+    def depth(self) -> int:
+        """In how many loops this block is."""
+        return 0 if self.outer is None else self.outer.depth + 1
+
+    def home(self, inner: int) -> Block:
+        """The outermost block that knows a value which changes in so many loops."""
+        block = self
+        while block.outer is not None and inner < block.depth:
+            block = block.outer
+        return block
 
     def value(self, expr: Expr, env: Mapping[str, Value] | None = None) -> Value:
         """The value of an expression; `env` names values that stand ahead of the block's own."""
         env = env or {}
         block = self
         if not any(read.tensor in env for read in reads(expr)):
-            if self.outer is not None and not self._changes(expr):
-                block = self.outer
+            while block.outer is not None and not block._changes(expr):
+                block = block.outer
             if expr in block.cache:
                 return block.cache[expr]
             found = block._make(expr, {})
@@ -138,14 +159,11 @@ class Block:
         return self._make(expr, env)
 
     def _changes(self, expr: Expr) -> bool:
-        return _streams(expr, self.kernel.roles.stream) or any(
-            self._find(read.tensor) is not None and self._is_inner(read.tensor)
-            for read in reads(expr)
+        """Whether the expression has another value each turn."""
+        found = [self._find(read.tensor) for read in reads(expr)]
+        return _streams(expr, self.along) or any(
+            value is not None and value.inner >= self.depth for value in found
         )
-
-    def _is_inner(self, name: str) -> bool:
-        found = self._find(name)
-        return found is not None and found.inner
 
     def _find(self, name: str) -> Value | None:
         if name in self.bound:
@@ -188,7 +206,7 @@ class Block:
         """A statement from ahead of the stream, computed where it is first read."""
         from .reduce import reduce
 
-        home = self.outer or self
+        home = self.home(0)
         if item.op is None:
             value = home.value(item.expr)
         else:

@@ -7,13 +7,15 @@ merge   start, the parts' states one after another, finish, outputs
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...ir.cascade.cascade import Statement
 from ...ir.cascade.plan import Reference, State, Step, step_reads
 from .block import Block, Function
 from .gates import Bound, bounds, hiding_place
-from .memory import masks, store
+from .memory import masks, shape, store
 from .places import places, stretch
 from .reduce import reduce
 from .roles import ROW, STREAM, Division
@@ -60,7 +62,7 @@ class Emitter:
         self.name, self.division, self.kernel, self.lazy = name, division, kernel, lazy
         self.plan, self.roles = division.plan, division.roles
         self.head = Block(kernel)
-        self.loop = Block(kernel, self.head)
+        self.loop = Block(kernel, self.head, self.roles.stream)
         self.tail = Block(kernel)
         self.carried = carried(self.plan, lazy is not None)
         for step in self.carried:
@@ -106,20 +108,47 @@ class Emitter:
     def _tiles(self) -> None:
         """The body of the loop: the streamed statements, the steps, and the new values for the old."""
         loop = self.loop
-        for item in self.plan.stream:
-            if item.op is None:
-                value = loop.value(item.expr)
-            else:
-                value = reduce(loop, item.op, item.expr, self.roles.axes(item.over))
-            if item.name == self.hidden:
-                live = Value("live_t", (STREAM,), "i1", True)
-                value = operate("where", [live, value, number(float("-inf"))], self.kernel.order)
-            if value.type != "i1":
-                value = value.cast("fp32")
-            loop.bound[item.name] = loop.keep(item.name, value)
+        for rank, items in itertools.groupby(self.plan.stream, self.roles.walk):
+            for item, value in self._walk(rank, list(items)) if rank else self._streamed(items):
+                if item.name == self.hidden:
+                    live = Value("live_t", (STREAM,), "i1", True)
+                    value = operate(
+                        "where", [live, value, number(float("-inf"))], self.kernel.order
+                    )
+                if value.type != "i1":
+                    value = value.cast("fp32")
+                named = value.text.isidentifier() and bool(rank)
+                loop.bound[item.name] = value if named else loop.keep(item.name, value)
         masked = frozenset() if self.hidden else frozenset(s.name for s in self.plan.states)
         old = {step.name: self._variable(step) for step in self.carried}
         self._advance(Walk(loop, [old], True, self.lazy, masked).run())
+
+    def _streamed(self, items: Iterable[Statement]) -> Iterator[tuple[Statement, Value]]:
+        """Streamed statements, computed on the tile at once."""
+        for item in items:
+            if item.op is None:
+                yield item, self.loop.value(item.expr)
+            else:
+                yield item, reduce(self.loop, item.op, item.expr, self.roles.axes(item.over))
+
+    def _walk(self, rank: str, items: Sequence[Statement]) -> Iterator[tuple[Statement, Value]]:
+        """Sums over a walked rank, a step of it at a time, in one loop within the tile."""
+        kernel, loop = self.kernel, self.loop
+        walk = Block(kernel, loop, rank)
+        totals = []
+        for item in items:
+            axes = self.roles.axes(item.ranks)
+            zeros = f"tl.full({shape(kernel, axes)}, 0.0, tl.float32)"
+            total = loop.keep(item.name, Value(zeros, axes, "fp32", 1))
+            new = reduce(walk, "sum", item.expr, (rank,), onto=total)
+            walk.put(f"{total.text} = {new.text}")
+            totals.append(total)
+        step, place = kernel.padded(rank), kernel.names.fresh(f"from_{rank}")
+        loop.put(f"for {place} in range(0, {kernel.sizes[rank]}, {step}):")
+        loop.put(f"    {kernel.index(rank).text} = {place} + tl.arange(0, {step})")
+        for line in walk.lines:
+            loop.put(f"    {line}")
+        yield from zip(items, totals, strict=True)
 
     def _advance(self, new: Values) -> None:
         for step in self.carried:

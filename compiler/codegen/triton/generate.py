@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ....errors import UnsupportedError
@@ -31,6 +31,7 @@ def generate(
     cascade: Cascade | None = None,
     name: str = "fused",
     shared: Mapping[tuple[str, str], int] | None = None,
+    walked: Sequence[str] = (),
 ) -> Kernel:
     """The kernel of a plan.
 
@@ -38,7 +39,9 @@ def generate(
     size of each rank: those of lanes are built in, the others only guide the choice of tiles and may
     differ at a launch. `cascade`, where given, is printed beside the plan. `shared` says of an (input, rank)
     that so many neighbours along the rank share an element: the input's tensor is that much shorter there, as
-    scales of groups and bytes of several codes are. Raises UnsupportedError where
+    scales of groups and bytes of several codes are. `walked` names ranks that streamed sums run over: such a
+    sum is made within each tile, a step of the rank at a time: the rank may be of any size, and what the sum
+    gives is never in memory (keys that are products of features and a basis). Raises UnsupportedError where
     the plan has no form as a kernel, with the reason.
     """
     options = options or Options()
@@ -48,7 +51,7 @@ def generate(
     plan = simplified(plan)
     if options.base_two:
         plan = in_base_two(plan)
-    division = divide(plan, sizes)
+    division = divide(plan, sizes, walked)
     _check_shared(division, shared or {})
     types = {**types, **{item.name: _dot_type(division, types) for item in division.ahead}}
     for tensor in division.plan.inputs:
@@ -64,7 +67,11 @@ def generate(
         emitter = Emitter(f"{name}_{kind}", division, function, options.lazy)
         functions[kind] = getattr(emitter, kind)()
         if kind == "whole":
-            demand = Demand(tuple(function.held.values()), frozenset(function.products))
+            demand = Demand(
+                tuple(function.held.values()),
+                frozenset(function.products),
+                _scattered(division, sizes, shared or {}),
+            )
     tiles = options.tiles or choose_tiles(division, types, sizes, demand, options.device)
     made = list(functions.values())
     text = "\n\n".join(
@@ -94,6 +101,19 @@ def _check_shared(division: Division, shared: Mapping[tuple[str, str], int]) -> 
     for tensor, rank in shared:
         if (rank != roles.stream and rank not in roles.lanes) or tensor in ahead:
             raise UnsupportedError(f"{tensor} shares elements along {rank}, which has no form here")
+
+
+def _scattered(
+    division: Division, sizes: Mapping[str, int], shared: Mapping[tuple[str, str], int]
+) -> frozenset[str]:
+    """Inputs whose last rank is lanes of no multiple of 16, so that rows begin anywhere."""
+    lanes = division.roles.lanes
+    last = {n: t.ranks[-1] for n, t in division.plan.inputs.items() if t.ranks}
+    return frozenset(
+        name
+        for name, rank in last.items()
+        if rank in lanes and sizes[rank] % 16 and (name, rank) not in shared
+    )
 
 
 def _uncorrected(plan: Plan) -> Plan:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ....errors import UnsupportedError
-from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, walk
+from ...ir.cascade.cascade import Statement
+from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, reads, walk
 from ..torch_plan import TorchStatements
 from .emit import Generated
 from .gates import reads_inputs
@@ -51,8 +52,8 @@ def launch(
     virtual = {name: rank.virtual for name, rank in plan.ranks.items() if rank.virtual}
     beside = TorchStatements(sizes, virtual, DTYPES[kernel.dot], device)
     if division.ahead:
-        for name, tensor in plan.inputs.items():
-            beside.give(name, tensor.ranks, inputs[name])
+        for name in _read(division.ahead) & set(plan.inputs):
+            beside.give(name, plan.inputs[name].ranks, inputs[name])
         beside.run(division.ahead)
         tensors |= {item.name: beside.real(item.name) for item in division.ahead}
     found = {
@@ -69,6 +70,11 @@ def launch(
     return {name: found[name] for name in plan.outputs}
 
 
+def _read(items: Iterable[Statement]) -> set[str]:
+    """What statements read: nothing else is given to torch, which would widen what is stored in halves."""
+    return {read.tensor for item in items for read in reads(item.expr)}
+
+
 def _after(
     kernel: Kernel,
     inputs: Mapping[str, Tensor],
@@ -80,14 +86,14 @@ def _after(
     plan, division = kernel.plan, kernel.division
     virtual = {name: rank.virtual for name, rank in plan.ranks.items() if rank.virtual}
     late = TorchStatements(sizes, virtual, torch.float32, next(iter(inputs.values())).device)
-    for name, tensor in division.plan.inputs.items():
-        late.give(name, tensor.ranks, tensors[name])
-    for name, tensor in plan.inputs.items():
-        late.give(name, tensor.ranks, inputs[name])
+    done = {item.name for item in division.ahead}
+    left = [item for item in (*plan.before, *division.after) if item.name not in done]
+    for given, declared in ((tensors, division.plan.inputs), (inputs, plan.inputs)):
+        for name in _read(left) & set(declared):
+            late.give(name, declared[name].ranks, given[name])
     for name, value in found.items():
         late.give(name, division.plan.ranks_of(name), value.float())
-    done = {item.name for item in division.ahead}
-    late.run([item for item in (*plan.before, *division.after) if item.name not in done])
+    late.run(left)
     made = {item.name for item in division.after}
     rest = {
         name: late.real(name).to(dtypes.get(name) or DTYPES[kernel.dot])

@@ -35,7 +35,8 @@ class Limits:
     def spills_of(self, kernel: Kernel) -> int:
         """The limit on spills for this kernel."""
         split = any(product.split for product in kernel.demand.products)
-        lanes = [kernel.sizes[rank] for rank in kernel.division.roles.lanes]
+        roles = kernel.division.roles
+        lanes = [kernel.sizes[rank] for rank in roles.lanes if rank not in roles.walked]
         return max(self.spills, self.wide if split and max(lanes, default=0) > 128 else 0)
 
 

@@ -23,8 +23,8 @@ def load(block: Block, expr: Ref) -> Value:
     tensor = kernel.plan.inputs[expr.tensor]
     kernel.tensors[expr.tensor] = tensor
     axes = kernel.roles.axes(tensor.ranks)
-    inner = STREAM in axes
-    home = block.outer if block.outer is not None and not inner else block
+    inner = kernel.depth(axes)
+    home = block.home(inner)
     place = address(home, expr.tensor, tensor.ranks)
     mask = masks(kernel, axes)
     other = (
@@ -43,7 +43,7 @@ def load(block: Block, expr: Ref) -> Value:
 def address(block: Block, tensor: str, ranks: tuple[str, ...]) -> str:
     """The source of a tile's addresses; what stays the same in the loop is computed ahead of it."""
     kernel = block.kernel
-    ahead = block.outer or block
+    ahead = block.home(0)
     axes = kernel.roles.axes(ranks)
     parts = [_base(ahead, tensor, ranks).over(axes)]
     stream = kernel.roles.stream

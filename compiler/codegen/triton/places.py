@@ -28,6 +28,8 @@ def places(kernel: Function, reverse: bool) -> list[str]:
     if roles.rows:
         lines += _rows(kernel, reverse)
     for lane in roles.lanes:
+        if lane in roles.walked:
+            continue
         lines.append(f"{kernel.index(lane).text} = tl.arange(0, {kernel.padded(lane)})")
     return lines
 

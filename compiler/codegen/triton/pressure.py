@@ -35,6 +35,8 @@ _HALVES = 2.0 / 2.3
 _PIECE = 0.25
 #: Streamed matrices that the assembler takes one by one, and registers for each number of one beyond them.
 _MATRICES, _BEYOND = 7, 1.2
+#: The same for a float32 matrix whose rows begin anywhere: it is loaded number by number, by an address each.
+_SCATTERED = 5.0
 #: How often a result of tcgen05 is in registers while three products are summed.
 _RESULTS = 3.5
 
@@ -58,10 +60,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a kernel holds beside states and scores: axes of tiles with how often, and products."""
+    """What a kernel holds beside states and scores: axes of tiles with how often, and products.
+
+    `scattered` names inputs whose rows are no multiple of 16 numbers, so that they are not loaded in vectors.
+    """
 
     held: tuple[tuple[tuple[str, ...], int], ...] = ()
     products: frozenset[Product] = frozenset()
+    scattered: frozenset[str] = frozenset()
 
 
 def lane(size: int) -> int:
@@ -122,6 +128,8 @@ def values(
         # With 16 rows none was seen to spill, however many there are (GEAR has 14).
         if wide and matrices > _MATRICES and tile.rows > 16:
             live += _BEYOND * elements(sizes, axes, tile)
+        if wide and name in demand.scattered:
+            live += _SCATTERED * elements(sizes, axes, tile)
     # Masks and biases come in another layout than scores have, and wait in registers to be turned.
     pairs = [t for t in plan.inputs.values() if {ROW, STREAM} <= set(roles.axes(t.ranks))]
     live += 2 * len(pairs) * tile.rows * tile.stream

@@ -150,8 +150,8 @@ def _as_dot(
         hide[any(f.value.inner for f in left)] = live
     a = _operand(block, left, (first, axis), hide[0], axis)
     b = _operand(block, right, (axis, second), hide[1], axis)
-    inner = any(f.value.inner for f in inside)
-    still = inner and not any(f.value.inner for f in left)
+    inner = max(f.value.inner for f in inside)
+    still = inner > 0 and not any(f.value.inner for f in left)
     stored = len(right) == 1 and right[0].value.type == block.kernel.dot
     made = not (stored and _is_loaded(block, right))
     block.kernel.multiplies((first, axis), (axis, second), still, made)

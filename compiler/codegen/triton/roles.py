@@ -3,7 +3,7 @@
     grid     one coordinate a program: batch, KV head
     rows     packed into the rows of a tile: queries, and the query heads that share a KV head
     stream   the plan's rank, walked tile by tile
-    lanes    whole within a tile: head size, value size
+    lanes    whole within a tile: head size, value size; a walked one in steps, in a loop within the tile
 
 Rows are what no streamed matrix carries: each of their coordinates needs the same keys and values, so
 one tile of those serves them all. Statements that would be computed again for every row tile, and
@@ -12,25 +12,30 @@ products of two lanes, are left to torch ahead of the kernel; what finishes acro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ....errors import UnsupportedError
 from ...ir.cascade.cascade import Statement, Tensor
 from ...ir.cascade.expr import Expr, Pos, ranks_of, reads, walk
-from ...ir.cascade.plan import Plan, State
+from ...ir.cascade.plan import Plan, Reference, State
 
 ROW, STREAM = "row", "stream"
+#: Coordinates of a walked rank that a tile has at a time.
+STEP = 16
+#: Most lanes that a tile has whole.
+LANES = 512
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Ranks by what they become, rows from the slowest to the fastest."""
+    """Ranks by what they become, rows from the slowest to the fastest; `walked` are among the lanes."""
 
     stream: str
     grid: tuple[str, ...]
     rows: tuple[str, ...]
     lanes: tuple[str, ...]
+    walked: tuple[str, ...] = ()
 
     def axis(self, rank: str) -> str | None:
         """The axis of a tile along which a rank varies; None for the grid's."""
@@ -44,6 +49,10 @@ class Roles:
         """The axes of a value over ranks, in the order in which tiles have them."""
         found = {self.axis(rank) for rank in ranks} - {None}
         return tuple(axis for axis in (ROW, STREAM, *self.lanes) if axis in found)
+
+    def walk(self, item: Statement) -> str:
+        """The walked rank that a statement sums over, or nothing."""
+        return next((rank for rank in item.over if rank in self.walked), "")
 
     def knows(self, ranks: Iterable[str]) -> bool:
         """Whether a tile has all of these ranks."""
@@ -61,13 +70,13 @@ class Division:
     outputs: tuple[str, ...]
 
 
-def divide(plan: Plan, sizes: Mapping[str, int]) -> Division:
-    """What of the plan the kernel computes, and the roles of its ranks.
+def divide(plan: Plan, sizes: Mapping[str, int], walked: Sequence[str] = ()) -> Division:
+    """What of the plan the kernel computes, and the roles of its ranks; `walked` as in `generate`.
 
     Raises UnsupportedError where ranks fit no role.
     """
     ahead: list[Statement] = []
-    inner, roles = _hoisted(plan, ahead)
+    inner, roles = _hoisted(plan, ahead, frozenset(walked))
     inner = _before(inner, roles, ahead)
     finish: list[Statement] = []
     after: list[Statement] = []
@@ -94,13 +103,13 @@ def _as_input(plan: Plan, item: Statement) -> Plan:
     )
 
 
-def _hoisted(plan: Plan, ahead: list[Statement]) -> tuple[Plan, Roles]:
+def _hoisted(plan: Plan, ahead: list[Statement], walked: frozenset[str]) -> tuple[Plan, Roles]:
     """The plan without streamed products that each row tile would repeat."""
     while True:
-        roles = _roles(plan)
+        roles = _roles(plan, walked)
         item = next((s for s in plan.stream if _repeats(s, plan, roles)), None)
         if item is None and not roles.rows:
-            item = _obstacle(plan)
+            item = _obstacle(plan, walked)
         if item is None:
             return plan, roles
         plan = _hoist(plan, item, ahead)
@@ -117,20 +126,25 @@ def _hoist(plan: Plan, item: Statement, ahead: list[Statement]) -> Plan:
 
 
 def _repeats(item: Statement, plan: Plan, roles: Roles) -> bool:
-    """A product with a result along lanes and none along rows: a projection of the keys, say."""
+    """A product with a result along lanes and none along rows: a projection of the keys, say.
+
+    One that is walked is meant to be repeated: what is made ahead would be as large as the keys.
+    """
     kept = set(item.ranks) & set(roles.lanes)
+    if roles.walk(item):
+        return False
     return bool(item.over) and bool(kept) and not set(item.ranks) & set(roles.rows)
 
 
-def _obstacle(plan: Plan) -> Statement | None:
+def _obstacle(plan: Plan, walked: frozenset[str]) -> Statement | None:
     """The reduction whose streamed operand keeps the plan from having rows."""
     for item in plan.stream:
-        if item.over and _roles(_hoist(plan, item, [])).rows:
+        if item.over and _roles(_hoist(plan, item, []), walked).rows:
             return item
     return None
 
 
-def _roles(plan: Plan) -> Roles:
+def _roles(plan: Plan, walked: frozenset[str]) -> Roles:
     stream = plan.rank
     # What a maximum stands for is a row; without one, what a streamed product has beside the stream.
     made = {r for x in plan.references if x.kind == "scale" for r in x.ranks}
@@ -150,10 +164,14 @@ def _roles(plan: Plan) -> Roles:
         r for r in plan.ranks if r in made | set(state_ranks) and r not in lanes and r != stream
     ]
     matrices = [set(ranks) for ranks in streamed.values() if set(ranks) & set(lanes)]
+    # What is made of a walked rank is a matrix too, though nothing streams it.
+    made_here = [set(s.ranks) for s in plan.stream if set(s.over) & walked]
+    matrices += [ranks for ranks in made_here if ranks & set(lanes)]
     rows = [r for r in rest if matrices and not any(r in ranks for ranks in matrices)]
     placed = {p.rank for e in _streamed_exprs(plan) for p in walk(e) if isinstance(p, Pos)}
     rows.sort(key=lambda rank: rank not in placed)
-    return Roles(stream, tuple(r for r in rest if r not in rows), tuple(rows), tuple(lanes))
+    grid = tuple(r for r in rest if r not in rows)
+    return Roles(stream, grid, tuple(rows), tuple(lanes), tuple(r for r in lanes if r in walked))
 
 
 def _streamed_exprs(plan: Plan) -> list[Expr]:
@@ -179,7 +197,7 @@ def _before(plan: Plan, roles: Roles, ahead: list[Statement]) -> Plan:
 def _fits(item: Statement, roles: Roles) -> bool:
     """Whether a tile can compute the statement: one lane at a time, and nothing across programs."""
     inside = ranks_of(item.expr) | set(item.ranks)
-    if not roles.knows(inside) or roles.stream in inside:
+    if not roles.knows(inside) or inside & {roles.stream, *roles.walked}:
         return False
     if not item.over:
         return True
@@ -188,6 +206,13 @@ def _fits(item: Statement, roles: Roles) -> bool:
 
 
 def _check(plan: Plan, roles: Roles, sizes: Mapping[str, int]) -> None:
+    for step in (*plan.stream, *plan.steps):
+        over = () if isinstance(step, Reference) else step.over
+        alone = isinstance(step, Statement) and step.op == "sum" and len(over) == 1
+        if set(roles.walked) & {*step.ranks, *(() if alone else over)}:
+            raise UnsupportedError(
+                f"{step.name} is no sum over one of {', '.join(roles.walked)} alone, which are walked"
+            )
     for item in (*plan.before, *plan.stream, *plan.steps, *plan.finish):
         over = item.over if isinstance(item, (Statement, State)) else ()
         if not roles.knows([*item.ranks, *over]):
@@ -200,5 +225,5 @@ def _check(plan: Plan, roles: Roles, sizes: Mapping[str, int]) -> None:
     for rank in roles.lanes:
         if rank not in sizes:
             raise UnsupportedError(f"the size of {rank} must be known: a tile has it whole")
-        if sizes[rank] > 512:
-            raise UnsupportedError(f"{rank} has {sizes[rank]} lanes; a tile has 512 at most")
+        if sizes[rank] > LANES and rank not in roles.walked:
+            raise UnsupportedError(f"{rank} has {sizes[rank]} lanes; a tile has {LANES} at most")

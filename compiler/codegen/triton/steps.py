@@ -95,7 +95,7 @@ class Walk:
     def _renew(self, step: Reference) -> None:
         if not step.source:
             fixed = number(step.static or 0.0)
-            self.new[step.name] = (self.block.outer or self.block).bound[step.name] = fixed
+            self.new[step.name] = self.block.home(0).bound[step.name] = fixed
             return
         value = self.new[step.source]
         if self.lazy is not None and lagging(step, True):

@@ -9,11 +9,11 @@ Complexity of Attention (2024), as `Z`-word blocks; FuseMax for the rescaling.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .options import Device, Tiles
 from .pressure import Demand, elements, holds, lane
-from .roles import ROW, STREAM, Division
+from .roles import ROW, STEP, STREAM, Division
 from .values import BYTES
 
 #: Relative costs of one byte from L2, one multiply-add of a matrix product, one rescaled number and one
@@ -56,6 +56,7 @@ def fits(
     tile: Tiles,
 ) -> bool:
     """Whether a tile fits the registers, and its streamed operands the shared memory."""
+    sizes = {**sizes, **{rank: min(sizes[rank], STEP) for rank in division.roles.walked}}
     if not holds(division, types, sizes, demand, device, tile):
         return False
     plan, roles = division.plan, division.roles
@@ -86,10 +87,34 @@ def cost(
         math.prod(lane(sizes[a]) for a in roles.axes(s.ranks) if a != ROW) for s in plan.states
     )
     turns = math.ceil(length / tile.stream)
+    products, read = _walked(division, types, sizes, tile)
+    streamed += products * _PRODUCT
     work = turns * tile.stream * (streamed * _BYTE + 2 * tile.rows * lanes * _PRODUCT)
+    work += turns * read * _BYTE
     rescales = turns * (tile.rows * lanes * _RESCALE + _TURN)
     # Deeper pipelines hide latency, which short streams do not have.
     depth = 1.0 if tile.stages == (3 if turns > 4 else 2) else 1.02
     # More warps than the tile has work for wait for each other.
     depth *= 1.05 if tile.warps == 8 and tile.rows < 128 else 1.0
     return math.ceil(rows / tile.rows) * (work + rescales) * depth
+
+
+def _walked(
+    division: Division, types: Mapping[str, str], sizes: Mapping[str, int], tile: Tiles
+) -> tuple[float, float]:
+    """Multiply-adds of walked sums a streamed coordinate, and the bytes a tile that they read beside it."""
+    roles = division.roles
+
+    def count(axes: Sequence[str]) -> int:
+        return math.prod(
+            tile.rows if axis == ROW else sizes[axis] for axis in axes if axis != STREAM
+        )
+
+    sums = [item for item in division.plan.stream if roles.walk(item)]
+    products = sum(count(roles.axes([*item.ranks, *item.over])) for item in sums)
+    beside = {
+        name: axes
+        for name, tensor in division.plan.inputs.items()
+        if set(axes := roles.axes(tensor.ranks)) & set(roles.walked) and STREAM not in axes
+    }
+    return products, sum(count(axes) * BYTES[types[name]] for name, axes in beside.items())

@@ -21,13 +21,14 @@ class Value:
     """A piece of source.
 
     `type` is a storage type, or "const" for a number that takes the other's type; `level` is its
-    operator's precedence. `inner` says that it changes from tile to tile of the streamed rank.
+    operator's precedence. `inner` is the number of loops that it changes in: 0 none, 1 from tile to tile of
+    the streamed rank, 2 along a walked rank within a tile.
     """
 
     text: str
     axes: tuple[str, ...] = ()
     type: str = "fp32"
-    inner: bool = False
+    inner: int = 0
     level: int = ATOM
 
     def at(self, level: int) -> str:
@@ -140,7 +141,7 @@ def operate(op: str, args: Sequence[Value], order: Sequence[str]) -> Value:
     Raises UnsupportedError for an operator that has no form in Triton.
     """
     axes = union(order, args)
-    inner = any(arg.inner for arg in args)
+    inner = max(arg.inner for arg in args)
     if op in _INFIX:
         return _infix(op, args, axes, inner)
     if op == "where":
@@ -172,7 +173,7 @@ def _plain(value: Value) -> str:
     return "fp32" if value.type == "const" else value.type
 
 
-def _infix(op: str, args: Sequence[Value], axes: tuple[str, ...], inner: bool) -> Value:
+def _infix(op: str, args: Sequence[Value], axes: tuple[str, ...], inner: int) -> Value:
     symbol, level = _INFIX[op]
     if op in ("and", "or"):
         a, b = args
@@ -193,7 +194,7 @@ def constant(value: Value) -> float:
     return float(text)
 
 
-def _where(args: Sequence[Value], axes: tuple[str, ...], inner: bool) -> Value:
+def _where(args: Sequence[Value], axes: tuple[str, ...], inner: int) -> Value:
     test, yes, no = args
     if test.text in ("True", "False") and test.type == "i1":
         return yes if test.text == "True" else no
@@ -202,7 +203,7 @@ def _where(args: Sequence[Value], axes: tuple[str, ...], inner: bool) -> Value:
     return Value(text, axes, kind, inner)
 
 
-def _power(base: Value, exponent: Value, axes: tuple[str, ...], inner: bool) -> Value:
+def _power(base: Value, exponent: Value, axes: tuple[str, ...], inner: int) -> Value:
     base, exponent = base.real, exponent.real
     if base.type == "const" and constant(base) == 2.0:
         return Value(f"tl.exp2({exponent.cast('fp32').text})", axes, "fp32", inner)
@@ -219,7 +220,7 @@ def _power(base: Value, exponent: Value, axes: tuple[str, ...], inner: bool) -> 
     )
 
 
-def _integral(op: str, args: Sequence[Value], axes: tuple[str, ...], inner: bool) -> Value:
+def _integral(op: str, args: Sequence[Value], axes: tuple[str, ...], inner: int) -> Value:
     kind, (a, b) = joined([_wider(arg) for arg in args])
     if kind not in WHOLE:
         raise UnsupportedError(f"{op} of numbers that are no integers has no form in Triton")

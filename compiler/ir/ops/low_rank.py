@@ -98,8 +98,8 @@ def low_rank_attention_in_place(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`einfold::low_rank_attention` that writes the caches it is given and gives them back."""
     token_BS = new_slots(lengths_B, q_BSHD.shape[1])
-    _write_features(key_low_BCR, k_BSKD, key_basis_RM, token_BS)
-    _write_features(value_low_BCR, v_BSKD, value_basis_RM, token_BS)
+    write_features(key_low_BCR, k_BSKD, key_basis_RM, token_BS)
+    write_features(value_low_BCR, v_BSKD, value_basis_RM, token_BS)
     q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
     k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
@@ -111,8 +111,7 @@ def low_rank_attention_in_place(
     state = partial_attention(
         q_BKGSD, key_cache_BKCD, value_cache_BKCD, visible_BSC, scale, softcap
     )
-    start_B = used_B.clamp(max=first)
-    end_B = lengths_B - used_B + start_B
+    start_B, end_B = outside_slots(used_B, lengths_B, first)
     for begin in range(0, int(end_B.max()), TILE):
         end = min(begin + TILE, int(end_B.max()))
         token_T = torch.arange(begin, end, device=used_B.device)
@@ -136,7 +135,13 @@ def low_rank_attention_in_place(
     return state.attention(sinks_H), key_cache_BKCD, value_cache_BKCD, key_low_BCR, value_low_BCR
 
 
-def _write_features(low_BCR: Tensor, new_BSKD: Tensor, basis_RM: Tensor, token_BS: Tensor) -> None:
+def outside_slots(used_B: Tensor, lengths_B: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The first token of each row that no slot holds, and the first behind it that one holds again."""
+    start_B = used_B.clamp(max=first)
+    return start_B, lengths_B - used_B + start_B
+
+
+def write_features(low_BCR: Tensor, new_BSKD: Tensor, basis_RM: Tensor, token_BS: Tensor) -> None:
     """Writes the features of new tokens at their indices, in place."""
     features_BSR = new_BSKD.flatten(2) @ basis_RM.T
     index_BSR = token_BS[:, :, None].expand_as(features_BSR)

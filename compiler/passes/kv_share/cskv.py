@@ -28,7 +28,8 @@ class CSKV(Pass):
 
     The newest `recent` tokens, and the `sinks` first, stay whole in slots (up to `slack` more of them); of
     the others the features are read, and their keys rotated when they are. `key_keep` and `value_keep` where
-    they differ from `keep`; `dtype` of the features, f32 or f16; `prefill` as for windows.
+    they differ from `keep`; `dtype` of the features, f32 or f16; `prefill` as for windows. More than 64
+    features are rounded to a multiple of 16, so that a GPU loads them in whole vectors.
 
     Differs from the paper: it starts from a decomposition of the projections' weights and trains the two
     factors to rebuild keys and values on a text. Here both factors are one basis, the leading singular
@@ -90,7 +91,7 @@ class CSKV(Pass):
     def _storage(self, layer: LayerCache) -> LowRank:
         shares = (self.key_keep or self.keep, self.value_keep or self.keep)
         ranks = [
-            max(1, round(share * layer.kv_heads * layer.size(part)))
+            features_of(share, layer.kv_heads * layer.size(part))
             for part, share in zip(PARTS, shares, strict=True)
         ]
         return LowRank(ranks[0], ranks[1], self.dtype)
@@ -114,6 +115,15 @@ class CSKV(Pass):
                 layer = replace(layer, groups=(group,))
             layers.append(layer)
         program.layout = CacheLayout(tuple(layers))
+
+
+def features_of(share: float, channels: int) -> int:
+    """Features for a share of the channels: at least one, and above 64 a multiple of 16.
+
+    Then the features of a token begin at an address that a GPU loads from in whole vectors.
+    """
+    found = max(1, round(share * channels))
+    return found if found <= 64 else min(16 * round(found / 16), channels)
 
 
 def _left_alone(program: Program) -> dict[int, str]:
