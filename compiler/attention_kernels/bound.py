@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ..codegen.triton.launch import DTYPES
 from ..ir.ops import einfold_ops
-from ..ir.ops.attention import new_slots, write_slots
+from ..ir.ops.attention import take_in
 from ..ir.ops.rotary import turned
 from ..ir.program import Program
 from .bound_low_rank import attend_low_rank
-from .bound_packed import attend_packed
+from .bound_packed import attend_packed, slot_inputs
 from .kernels import ATTENTIONS, AttentionKernel, kinds_at, split_parts
 from .kinds import AttentionKind
 
@@ -64,21 +63,10 @@ def attend_in_place(made: AttentionKernel, parts: int | None = None) -> Function
         softcap: float,
         interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-        slot_BS = new_slots(used_B, q_BSHD.shape[1])
-        write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
-        write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
-        out = _over_slots(
-            made,
-            q_BSHD,
-            (key_cache_BKCD, value_cache_BKCD),
-            used_B,
-            count_BK,
-            sinks_H,
-            (key_scale_KD, value_scale_KD),
-            parts,
-        )
+        rotary = (positions_BS, cos_PR, sin_PR, interleaved)
+        caches, scales = (key_cache_BKCD, value_cache_BKCD), (key_scale_KD, value_scale_KD)
+        q_BSHD, _ = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary, scales)
+        out = _over_slots(made, q_BSHD, caches, used_B, count_BK, sinks_H, scales, parts)
         return out, key_cache_BKCD, value_cache_BKCD
 
     return attend
@@ -131,24 +119,17 @@ def _over_slots(
     parts: int | None,
 ) -> Tensor:
     """The kernel over keys and values [B, K, C, D], this step's written; gives [B, S, H, D]."""
-    kind, (keys_BKCD, values_BKCD), (key_scale_KD, value_scale_KD) = made.kind, caches, scales
+    kind, (key_scale_KD, value_scale_KD) = made.kind, scales
     assert isinstance(kind, AttentionKind)
-    heads = (kind.kv_heads, kind.group)
-    inputs = {
-        "query": q_BSHD.unflatten(2, heads),
-        "key": keys_BKCD,
-        "value": values_BKCD,
-        "used": used_B.to(torch.int32),
-    }
+    query = q_BSHD.unflatten(2, (kind.kv_heads, kind.group))
+    inputs = slot_inputs(query, caches, used_B, sinks_H)
     if count_BK is not None:
         inputs["count"] = count_BK
-    if sinks_H is not None:
-        inputs["sink"] = sinks_H.to(q_BSHD.dtype).unflatten(0, heads)
     if key_scale_KD is not None and value_scale_KD is not None:
         inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
     found = made.kernel(
         inputs,
-        parts=parts or split_parts(made, q_BSHD, keys_BKCD.shape[2]),
+        parts=parts or split_parts(made, q_BSHD, caches[0].shape[2]),
         dtypes={"out": DTYPES[kind.query]},
         tiles=made.tiles(q_BSHD.shape[1]),
     )

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.ops.attention import new_slots, write_slots
+from ..ir.ops.attention import new_slots, take_in
 from ..ir.ops.low_rank import outside_slots, write_features
-from ..ir.ops.rotary import turned
 from .bound_packed import merged, over_slots, run
 from .kernels import AttentionKernel
 from .low_rank import LowRankKind, parts_of
@@ -46,11 +45,9 @@ def attend_low_rank(
         token_BS = new_slots(lengths_B, q_BSHD.shape[1])
         write_features(key_low_BCR, k_BSKD, key_basis_RM, token_BS)
         write_features(value_low_BCR, v_BSKD, value_basis_RM, token_BS)
-        q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-        slot_BS = new_slots(used_B, q_BSHD.shape[1])
-        write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
-        write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+        rotary = (positions_BS, cos_PR, sin_PR, interleaved)
+        caches = (key_cache_BKCD, value_cache_BKCD)
+        q_BSHD, _ = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary)
         kind = features.kind
         assert isinstance(kind, LowRankKind)
         query = q_BSHD.unflatten(2, (kind.kv_heads, kind.group))
@@ -63,7 +60,6 @@ def attend_low_rank(
             given |= {name: given[name][:, :tokens] for name in ("low_key", "low_value")}
         edges = zip(("begin", "end"), outside_slots(used_B, lengths_B, first), strict=True)
         given |= {name: edge_B.to(torch.int32) for name, edge_B in edges}
-        caches = (key_cache_BKCD, value_cache_BKCD)
         states = [
             over_slots(slots, query, caches, used_B, sinks_H, parts),
             run(features, given, query, given["low_key"].shape[1], parts),

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..codegen.triton.launch import DTYPES
 from ..ir.cache.storage import GroupShape
-from ..ir.ops.attention import new_slots, write_slots
+from ..ir.ops.attention import take_in
 from ..ir.ops.packed import packed_storage, piece_names
-from ..ir.ops.rotary import turned
 from .kernels import AttentionKernel, split_parts
 from .packed import PackedKind, stream_of
 
@@ -44,14 +43,10 @@ def attend_packed(
         interleaved: bool,
         storage: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-        if k_BSKD is not None and v_BSKD is not None:
-            k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-            slot_BS = new_slots(used_B, q_BSHD.shape[1])
-            write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
-            write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
-        query = q_BSHD.unflatten(2, (slots.kind.kv_heads, slots.kind.group))
+        rotary = (positions_BS, cos_PR, sin_PR, interleaved)
         caches = (key_cache_BKCD, value_cache_BKCD)
+        q_BSHD, _ = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary)
+        query = q_BSHD.unflatten(2, (slots.kind.kv_heads, slots.kind.group))
         states = [over_slots(slots, query, caches, used_B, sinks_H, parts)]
         if bulk[0].shape[2]:  # there are no granules while a prompt is read whole
             shape = GroupShape(query.shape[2], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
@@ -73,11 +68,19 @@ def over_slots(
     parts: int | None,
 ) -> State:
     """The state over keys and values in slots [B, K, C, D], this step's written."""
+    given = slot_inputs(query_BSKGD, caches, used_B, sinks_H)
+    return run(made, given, query_BSKGD, caches[0].shape[2], parts)
+
+
+def slot_inputs(
+    query_BSKGD: Tensor, caches: tuple[Tensor, Tensor], used_B: Tensor, sinks_H: Tensor | None
+) -> dict[str, Tensor]:
+    """What every kernel over slots is given."""
     given = {"query": query_BSKGD, "key": caches[0], "value": caches[1]}
     given["used"] = used_B.to(torch.int32)
     if sinks_H is not None:
         given["sink"] = sinks_H.to(query_BSKGD.dtype).unflatten(0, query_BSKGD.shape[2:4])
-    return run(made, given, query_BSKGD, caches[0].shape[2], parts)
+    return given
 
 
 def _over_stream(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rotary import turned
+from .rotary import Rotary, turned
 
 
 def masked_attention(
@@ -167,11 +167,9 @@ def cached_attention_in_place(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`einfold::cached_attention` that writes the caches it is given and gives them back."""
-    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-    k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-    slot_BS = new_slots(used_B, q_BSHD.shape[1])
-    write_slots(key_cache_BKCD, k_BSKD, slot_BS, key_scale_KD)
-    write_slots(value_cache_BKCD, v_BSKD, slot_BS, value_scale_KD)
+    rotary = (positions_BS, cos_PR, sin_PR, interleaved)
+    caches, scales = (key_cache_BKCD, value_cache_BKCD), (key_scale_KD, value_scale_KD)
+    q_BSHD, slot_BS = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary, scales)
     visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], window, count_BK)
     out = masked_attention(
         q_BSHD,
@@ -184,6 +182,26 @@ def cached_attention_in_place(
         compensation_bias(count_BK, key_cache_BKCD.shape[2]),
     )
     return out, key_cache_BKCD, value_cache_BKCD
+
+
+def take_in(
+    q_BSHD: Tensor,
+    k_BSKD: Tensor | None,
+    v_BSKD: Tensor | None,
+    caches_BKCD: tuple[Tensor, Tensor],
+    used_B: Tensor,
+    rotary: Rotary,
+    scales_KD: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """What a step over slots begins with: new tokens are rotated and written into their slots, in place.
+
+    Gives the queries, rotated, and the slots [B, S]. Without k and v the slots hold the tokens already.
+    """
+    slot_BS = new_slots(used_B, q_BSHD.shape[1])
+    if k_BSKD is not None and v_BSKD is not None:
+        write_slots(caches_BKCD[0], turned(k_BSKD, *rotary), slot_BS, scales_KD[0])
+        write_slots(caches_BKCD[1], v_BSKD, slot_BS, scales_KD[1])
+    return turned(q_BSHD, *rotary), slot_BS
 
 
 def new_slots(used_B: Tensor, new: int) -> Tensor:

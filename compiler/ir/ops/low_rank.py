@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kv.affine import narrowed
-from .attention import new_slots, visible_slots, write_slots
+from .attention import new_slots, take_in, visible_slots
 from .packed import partial_attention
 from .rotary import turned
 
@@ -100,11 +100,9 @@ def low_rank_attention_in_place(
     token_BS = new_slots(lengths_B, q_BSHD.shape[1])
     write_features(key_low_BCR, k_BSKD, key_basis_RM, token_BS)
     write_features(value_low_BCR, v_BSKD, value_basis_RM, token_BS)
-    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-    k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-    slot_BS = new_slots(used_B, q_BSHD.shape[1])
-    write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
-    write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+    rotary = (positions_BS, cos_PR, sin_PR, interleaved)
+    caches = (key_cache_BKCD, value_cache_BKCD)
+    q_BSHD, slot_BS = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary)
     kv_heads, slots = key_cache_BKCD.shape[1:3]
     q_BKGSD = q_BSHD.transpose(1, 2).unflatten(1, (kv_heads, -1))
     visible_BSC = visible_slots(slot_BS, slots, 0, None)

@@ -14,8 +14,7 @@ from ..cache.packing import Packed
 from ..cache.storage import GroupShape
 from ..cache.storages import read_storage
 from ..kv.codec import decode
-from .attention import new_slots, visible_slots, write_slots
-from .rotary import turned
+from .attention import take_in, visible_slots
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,9 @@ def packed_attention_in_place(
     storage: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`einfold::packed_attention` that writes the caches it is given and gives them back."""
-    q_BSHD = turned(q_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
-    slot_BS = new_slots(used_B, q_BSHD.shape[1])
-    if k_BSKD is not None and v_BSKD is not None:
-        k_BSKD = turned(k_BSKD, positions_BS, cos_PR, sin_PR, interleaved)
-        write_slots(key_cache_BKCD, k_BSKD, slot_BS, None)
-        write_slots(value_cache_BKCD, v_BSKD, slot_BS, None)
+    rotary = (positions_BS, cos_PR, sin_PR, interleaved)
+    caches = (key_cache_BKCD, value_cache_BKCD)
+    q_BSHD, slot_BS = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary)
     visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], 0, None)
     kv_heads = key_cache_BKCD.shape[1]
     q_BKGSD = q_BSHD.transpose(1, 2).unflatten(1, (kv_heads, -1))

@@ -31,6 +31,10 @@ def rotary_reference(
     return torch.cat((turned, rest), dim=-1)
 
 
+#: Positions [B, S] and tables [P, R], None where nothing is rotated, and whether pairs are interleaved.
+Rotary = tuple[Tensor | None, Tensor | None, Tensor | None, bool]
+
+
 def turned(
     x_BSHD: Tensor,
     positions_BS: Tensor | None,
