@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ..errors import OutputError
+from ..errors import DiskError, OutputError
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry
 
 #: What `export_onnx` writes of a module.
@@ -104,7 +104,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
             with suppress(OSError):  # something else may have been put there meanwhile
                 folder.rmdir()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
+            raise DiskError(
                 f"the disk is full: {out} could not be written; nothing was left behind"
             ) from error
         if isinstance(error, OSError) and error.errno in _UNWRITABLE and _about(error, staging):

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import EinfoldError, UnsupportedError
+from ..errors import EinfoldError, UnsupportedError, stop_on
 from . import choices
 from .analysis.cascade.choose import choose_rank
 from .analysis.cascade.fold import Folding
@@ -161,6 +161,7 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
         try:
             wrong = agrees(trial, function)
         except Exception as error:  # whatever it is, the region as written is right
+            stop_on(error)
             wrong = _failure(error)
         if wrong:
             why.append(f"{name}: {wrong}")
@@ -227,6 +228,7 @@ def _replace(
             traced = trace_function(function, [node.meta["val"] for node in inputs], mode)
             wrong = _differs(region, traced)
         except Exception as error:  # whatever it is, the region as written is right
+            stop_on(error)
             wrong = _failure(error)
         if wrong:
             why.append(f"{name}: {wrong}")

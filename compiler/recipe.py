@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import RecipeError
+from ..errors import RecipeError, pass_on
 from .passes.base import Pass
 from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
 from .passes.kv_prune.native_window import NativeWindow
@@ -178,6 +178,7 @@ class Recipe(_Section):
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe file {path}") from None
         except (OSError, UnicodeDecodeError) as error:
+            pass_on(error)
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path} is not valid TOML: {error}") from error

@@ -18,7 +18,7 @@ from .compiler.codegen.triton.launch import TYPES
 from .compiler.explain import CascadeReport, explain_function
 from .compiler.fused import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
-from .errors import UnsupportedError
+from .errors import UnsupportedError, first_line, pass_on
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
         with torch.no_grad(), unlimited, _quiet():
             compiled(*inputs, **options)
     except Exception as error:
+        pass_on(error)
         cause = _cause(error, target, inputs, options)
         raise UnsupportedError(f"the function does not run on these inputs: {cause}") from error
     cascades = tuple(item for graph in graphs for item in graph.cascades)
@@ -117,9 +118,10 @@ def _cause(
         with torch.no_grad(), _quiet():
             target(*inputs, **options)
     except Exception as plain:
+        pass_on(plain)
         error = plain
     error = getattr(error, "inner_exception", error)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _whole(

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..compiler.ir.manifest import BLOCKS, MODEL
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line, pass_on
 from .artifact import Artifact
 from .cache import Array, Cache
 from .runner import Floats, Ints
@@ -60,9 +60,9 @@ class OnnxRunner:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises several unrelated classes
-            first = str(error).strip().splitlines()[0]
+            pass_on(error)
             raise ArtifactError(
-                f"onnxruntime {ort.__version__} cannot load {path}: {first}"
+                f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}"
             ) from error
         self._vocabulary = artifact.manifest.model.vocabulary
         self._weight_bytes = artifact.weight_bytes()

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from ..errors import ArtifactError, PromptError
+from ..errors import ArtifactError, PromptError, pass_on
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -21,6 +21,7 @@ class Tokenizer:
         try:
             self._fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises a bare Exception
+            pass_on(error)
             raise ArtifactError(f"{folder}/tokenizer.json cannot be read: {error}") from error
         self._fast.no_truncation()
         self._fast.no_padding()

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, pass_on
 from ..codegen.triton.ahead import signature_of
 from ..codegen.triton.kernel import Kernel
 from .cubins import OWN, Variant, key_of, variants
@@ -104,6 +104,7 @@ def _shipped(
     try:
         key = json.loads(metadata.read_text(encoding="utf-8"))[OWN]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        pass_on(error)
         raise ArtifactError(f"{metadata} does not describe a compiled kernel: {error}") from error
     if key != key_of(made, variant):
         return None

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from ...errors import CalibrationError, IRError
+from ...errors import CalibrationError, IRError, pass_on
 from ..ir.interpreter import Interpreter
 from ..ir.ops import einfold_ops
 from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
@@ -203,6 +203,7 @@ def _read(path: Path) -> Any:
         data = torch.load(path, weights_only=True)
         of, value = data["of"], data["value"]
     except Exception as error:  # damaged files raise many unrelated classes
+        pass_on(error)
         raise CalibrationError(
             f"{path} cannot be read ({type(error).__name__}); delete {path.parent} to measure anew"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CalibrationError
+from ...errors import CalibrationError, pass_on
 
 DEFAULT = Path(__file__).with_name("default.txt")
 
@@ -33,6 +33,7 @@ def calibration_tokens(
     try:
         written = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        pass_on(error)
         raise CalibrationError(f"cannot read the calibration text {path}: {error}") from error
     found = torch.tensor(tokenizer.encode(written, add_special_tokens=False), dtype=torch.long)
     if len(found) < row:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...errors import EinfoldError, IRError, UnsupportedError
+from ...errors import EinfoldError, IRError, UnsupportedError, first_line, pass_on
 from ..ir.program import (
     Editor,
     ModelInfo,
@@ -133,7 +133,8 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: Any, where: str)
     except EinfoldError:
         raise
     except Exception as error:
-        reason = huggingface.first_line(error)
+        pass_on(error)
+        reason = first_line(error)
         raise UnsupportedError(f"{where}: torch.export cannot trace the model: {reason}") from error
     mutating = any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

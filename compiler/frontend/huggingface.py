@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from ...errors import ModelError, UnsupportedError
+from ...errors import ModelError, UnsupportedError, first_line, pass_on
 from . import hooks
 
 
@@ -74,6 +74,7 @@ def read_config(source: ModelSource) -> Any:
     except json.JSONDecodeError as error:
         raise ModelError(f"{source.location}/config.json is not valid JSON: {error}") from error
     except Exception as error:
+        pass_on(error)
         raise _config_error(source, error) from error
 
 
@@ -92,6 +93,7 @@ def _config_error(source: ModelSource, error: Exception) -> Exception:
     try:
         raw = json.loads((source.folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as reason:
+        pass_on(reason)
         return ModelError(f"{source.folder}/config.json cannot be read as JSON: {reason}")
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind is None:
@@ -141,6 +143,7 @@ def _check_safetensors(file: Path) -> None:
                 raise ModelError(f"{file} is not a safetensors file, or is cut off in its header")
             text = stream.read(length)
     except OSError as error:  # a folder, a link to nowhere, a file of somebody else's
+        pass_on(error)
         raise ModelError(f"cannot read {file}: {error.strerror}") from error
     try:
         header = json.loads(text)
@@ -179,6 +182,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
+        pass_on(error)
         raise ModelError(
             f"cannot load the weights of {source.location}: {first_line(error)}"
         ) from error
@@ -215,14 +219,9 @@ def load_reference(source: ModelSource) -> Any:
             source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:
+        pass_on(error)
         raise ModelError(f"cannot load {source.location}: {first_line(error)}") from error
     return model.eval()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's error, to be quoted in a sentence of ours."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def build_skeleton(config: Any, source: ModelSource) -> Any:
@@ -234,6 +233,7 @@ def build_skeleton(config: Any, source: ModelSource) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model.tie_weights()  # left out under no_init_weights; a tied head would be stored twice
     except Exception as error:
+        pass_on(error)
         raise UnsupportedError(
             f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
             f"is no causal language model that can be built: {first_line(error)}"

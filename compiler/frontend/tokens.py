@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
-from ...errors import ModelError
-from .huggingface import ModelSource, first_line
+from ...errors import ModelError, first_line, pass_on
+from .huggingface import ModelSource
 
 #: Any of these says that a folder holds a tokenizer.
 _FILES = (
@@ -34,6 +34,7 @@ def read_generation_config(source: ModelSource) -> Any:
     try:
         return GenerationConfig.from_pretrained(source.location)
     except Exception as error:
+        pass_on(error)
         if source.folder is None:
             return None
         raise ModelError(
@@ -70,6 +71,7 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
     try:
         return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False), ""
     except Exception as error:  # of an unknown kind, or it needs a package
+        pass_on(error)
         return None, f"transformers cannot load it: {first_line(error)}"
 
 
@@ -103,5 +105,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> str:
     try:
         FastTokenizer.from_file(str(folder / _SAVED[0]))
     except Exception as error:  # the library raises a bare Exception
+        pass_on(error)
         raise ModelError(f"{source}/{_SAVED[0]} is damaged: {error}") from error
     return "copied from the model"

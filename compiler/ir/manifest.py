@@ -9,7 +9,7 @@ from typing import Any, Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, pass_on
 from .cache.layout import CacheLayout
 
 #: Version of the folder's layout. A reader refuses what is newer than it knows.
@@ -90,6 +90,7 @@ class Manifest(_Part):
         except FileNotFoundError:
             raise ArtifactError(f"{folder} is no einfold artifact: it has no {NAME}") from None
         except OSError as error:
+            pass_on(error)
             raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
         try:
             data = json.loads(raw)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from ...errors import IRError
+from ...errors import IRError, pass_on
 from .cache.layout import CacheLayout
 from .ops import einfold_ops
 from .types import Shapes
@@ -235,6 +235,7 @@ def infer(program: Program, node: fx.Node) -> None:
         with shapes.mode, torch.no_grad(), _no_log():
             node.meta["val"] = node.target(*args, **kwargs)
     except Exception as error:
+        pass_on(error)
         inputs = ", ".join(
             f"%{n.name}: {shapes.describe(n.meta['val'])}" for n in node.all_input_nodes
         )

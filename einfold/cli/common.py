@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import sys
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..errors import ArtifactWarning, EinfoldError, RecipeError
+from ..errors import ArtifactWarning, EinfoldError, RecipeError, recognise
 
 #: Results go to stdout, everything said on the way to stderr.
 #: Neither reads markup: paths and names of models may hold brackets.
@@ -63,16 +62,11 @@ def progress(quiet: bool = False) -> Iterator[Tell]:
 
 def explain_error(error: Exception, as_json: bool) -> int:
     """Prints an error as one sentence; gives the exit code."""
+    known = recognise(error)
+    if isinstance(known, EinfoldError):
+        error = known
     if isinstance(error, EinfoldError):
         text, code = str(error), error.exit_code
-    elif (
-        isinstance(error, MemoryError)
-        or "bad_alloc" in str(error)
-        or "can't allocate memory" in str(error)
-    ):
-        text, code = "out of memory; `einfold estimate` tells what a model and a context need", 12
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text, code = f"the disk is full: {error.filename or 'the output'} could not be written", 6
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text, code = f"{error.filename}: {error.strerror}", 74
     elif isinstance(error, ModuleNotFoundError):

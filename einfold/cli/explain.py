@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ModelError
+from ..errors import ModelError, pass_on
 from .common import out, print_json
 from .options import Debug, Json
 
@@ -72,6 +72,7 @@ def _load(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        pass_on(error)
         raise ModelError(f"{path} does not run: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))

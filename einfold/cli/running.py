@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import PromptError
+from ..errors import PromptError, pass_on
 from .common import err, out, print_json
 from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust, name_of
 
@@ -167,6 +167,7 @@ def _read_prompt(prompt: str | None, file: Path | None, ids: str | None) -> str 
         data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        pass_on(error)
         raise PromptError(f"cannot read the prompt {file}: {error}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, pass_on
 from .common import out, print_json
 from .options import (
     Artifact,
@@ -137,6 +137,7 @@ def _graph_text(path: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        pass_on(error)
         raise ArtifactError(f"cannot read the graph {file}: {error}") from error
 
 

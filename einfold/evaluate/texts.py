@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PromptError
+from ..errors import PromptError, pass_on
 
 #: `What is the pass key? The pass key is 48213.`, or `... pass key of NAME ...` both times.
 QUESTION = re.compile(r"What is the pass key((?: of \w+)?)\? The pass key\1 is (\d+)")
@@ -42,6 +42,7 @@ def read_documents(path: Path) -> list[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        pass_on(error)
         raise PromptError(f"cannot read the text {path}: {error}") from error
     documents = [document(part.strip("\n")) for part in _BREAK.split(text) if part.strip()]
     if not documents:

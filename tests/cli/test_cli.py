@@ -332,7 +332,7 @@ def test_a_stdout_that_is_full(text_artifact: Path, form: tuple[str, ...], unbuf
             check=False,
             env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )
-    assert refused.returncode == 6
+    assert refused.returncode == 74
     assert refused.stderr.startswith("error: the disk is full")
     assert len(refused.stderr.splitlines()) == 1
 

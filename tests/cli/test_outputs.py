@@ -113,7 +113,7 @@ def test_a_full_disk(text_model: Path, tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with mock.patch.object(driver, "write_weights", full):
-        compile_refused(text_model, tmp_path / "out", code=6, says="the disk is full")
+        compile_refused(text_model, tmp_path / "out", code=74, says="the disk is full")
 
 
 @pytest.mark.parametrize(

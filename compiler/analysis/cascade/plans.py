@@ -13,6 +13,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ....errors import stop_on
 from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
 from ...ir.cascade.plan_text import parse_plan, print_plan
@@ -106,7 +107,8 @@ def _load(path: Path, text: str, cascade: Cascade, rank: str) -> Folding | None:
         if plans:
             check_again(cascade, plans)
         return Folding(rank, plans, refusals, int(data["before"]), int(data["after"]))
-    except Exception:
+    except Exception as error:
+        stop_on(error)
         # Absent, cut short, of another make, or wrong in whatever way: derived again and written anew.
         return None
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from ....errors import first_line, pass_on
 from ...ir.program import op_name
 from .lower import OPSET, Context, unsupported
 
@@ -27,8 +28,8 @@ def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]
     try:
         model = _exported(context, node, sources)
     except Exception as error:
-        first = str(error).strip().splitlines()
-        raise unsupported(node, first[0] if first else type(error).__name__) from error
+        pass_on(error)
+        raise unsupported(node, first_line(error)) from error
     return _take_over(context, node, model, [context.value(source) for source in sources])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ....errors import UnsupportedError
+from ....errors import UnsupportedError, pass_on
 from .emit import Argument, Generated
 from .options import Tiles
 
@@ -80,6 +80,7 @@ def compile_ahead(
         try:
             made = triton.compile(source, target=target, options=options)
         except Exception as error:
+            pass_on(error)
             reason = str(error).strip().splitlines()
             raise UnsupportedError(
                 f"Triton does not compile {generated.name} for sm_{capability}: {reason[-1:]}"

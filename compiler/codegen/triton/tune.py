@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ....errors import stop_on
 from .options import Tiles
 from .tiles import candidates, cost, fits
 
@@ -53,7 +54,8 @@ def autotune(
         try:
             run()
             taken = measure(run)
-        except Exception:
+        except Exception as error:
+            stop_on(error)
             # What Triton raises for a tile that does not fit differs between versions.
             continue
         if taken < best[1]:

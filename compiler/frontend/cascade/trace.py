@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ....errors import UnsupportedError
+from ....errors import UnsupportedError, first_line, pass_on
 from .imported import Imported
 from .importer import import_graph
 
@@ -34,8 +34,10 @@ def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]
             if _mutates(exported.graph):
                 exported = exported.run_decompositions({})
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedError(f"torch.export cannot trace the function: {line}") from error
+        pass_on(error)
+        raise UnsupportedError(
+            f"torch.export cannot trace the function: {first_line(error)}"
+        ) from error
     signature = exported.graph_signature
     known = dict(exported.constants)
     constants = {
