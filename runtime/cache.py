@@ -62,7 +62,7 @@ class Cache:
     clocks: dict[str, Counts]
     """Used slots of each row, by the name of a counter; see `CacheLayout.clocks`."""
     capacity: int
-    """Tokens that a row may see."""
+    """Tokens that a row may see before the cache must `grow`."""
     prompt: int | None = None
     """Tokens of the longest prompt while it is being read, None afterwards."""
     groups: dict[str, HeadGroup] = field(default_factory=dict)
@@ -151,6 +151,15 @@ class Cache:
         if self.prompt is not None:
             maintenance.settle(self)
             self.prompt = None
+
+    def grow(self, capacity: int) -> None:
+        """Takes room for `capacity` tokens a row in all; buffers move one at a time, what they hold stays."""
+        self.capacity = max(self.capacity, capacity)
+        for spec in self.layout.buffers(self.batch, self.capacity, self.prompt):
+            old = self.buffers[spec.name]
+            if tuple(old.shape) != spec.shape:
+                self.buffers[spec.name] = new = self.make(spec)
+                new[tuple(slice(0, size) for size in old.shape)] = old
 
     def assume(self, tokens: int) -> None:
         """Counts as if each row had read a prompt of so many tokens and settled, whatever the buffers hold.

@@ -118,7 +118,7 @@ def test_tokens_are_the_reference_engines(
 
     cache = cache_for(**options, tokenizer=AutoTokenizer.from_pretrained(text_model))
     assert generate(model, prompts, past_key_values=cache) == want
-    assert cache.nbytes == cache.layout.bytes(3, model.config.max_position_embeddings)
+    assert cache.nbytes == cache.layout.bytes(3, cache.capacity)
     cache.reset()
     assert generate(model, prompts[1:2], past_key_values=cache) == want[1:2]
 

@@ -1,0 +1,96 @@
+"""Memory is taken as the text grows: to the byte as the layout accounts, and less than transformers takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import einfold
+from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Policy, Window
+from einfold.compiler.ir.cache.storages import Kivi, LowRank, Plain, Storage
+from einfold.huggingface_layer import STEP, grown
+from einfold.runtime.cache import Cache
+
+from .. import models
+
+CONTEXT = 640
+
+LAYOUTS: dict[str, tuple[Policy, Storage]] = {
+    "full": (Full(), Plain()),
+    "int8": (Full(), Plain("i8", "channel")),
+    "window": (Window(2, 30, 8, True, "streaming"), Plain()),
+    "scores": (HeavyHitters(20, 30, 8, "streaming"), Plain()),
+    "packed": (Full(), Kivi(8, 8, "streaming", 2, 2, 8)),
+    "features": (Window(2, 30, 8, False, "streaming"), LowRank(4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_growing_keeps_what_is_held_and_takes_what_the_account_says(name: str) -> None:
+    policy, storage = LAYOUTS[name]
+    group = HeadGroup((0, 1), policy, storage)
+    layout = CacheLayout((LayerCache(0, 2, 8, 8, (group,)),))
+    cache = Cache.allocate(layout, 2, 16)
+    generator = np.random.default_rng(0)
+    for buffer in cache.buffers.values():
+        buffer[...] = generator.integers(1, 100, buffer.shape)
+    before = {buffer: held.copy() for buffer, held in cache.buffers.items()}
+    cache.grow(200)
+    assert cache.nbytes == layout.bytes(2, 200) == Cache.allocate(layout, 2, 200).nbytes
+    for buffer, held in before.items():
+        kept = cache.buffers[buffer][tuple(slice(0, size) for size in held.shape)]
+        np.testing.assert_array_equal(kept, held)
+    cache.grow(100)
+    assert cache.capacity == 200
+
+
+@pytest.mark.parametrize(
+    ("capacity", "needed", "room"),
+    [(0, 1, 64), (0, 64, 64), (0, 65, 128), (64, 65, 128), (1024, 1025, 1152), (64, 900, 640)],
+)
+def test_steps(capacity: int, needed: int, room: int) -> None:
+    assert grown(capacity, needed, CONTEXT if needed == 900 else 1 << 20) == room
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return models.build("llama", max_position_embeddings=CONTEXT)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "razor": {"prune": "razor_attention:recent=100,slack=16"},
+    "h2o": {"prune": "h2o:tokens=100,recent=40,slack=16"},
+    "kivi": {"quant": "kivi:group=8,residual=32,slack=32"},
+    "cskv": {"share": "cskv:recent=40"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_growing_cache_answers_as_one_of_the_whole_context(
+    name: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(330)[None] % 90 + 3
+
+    def run(start: int) -> tuple[torch.Tensor, list[int]]:
+        with einfold.cache_for(model, **METHODS[name]) as cache, torch.no_grad():
+            rooms, logits, at = [], [], 0
+            for size in (start, 1, 1, 80, 150, 1):
+                step = model(ids[:, at : at + size], past_key_values=cache)
+                at, _ = at + size, logits.append(step.logits)
+                rooms.append(cache.capacity)
+                assert cache.nbytes == cache.layout.bytes(1, cache.capacity)
+            return torch.cat(logits, 1), rooms
+
+    got, rooms = run(63)
+    assert rooms[0] == rooms[1] == STEP < rooms[-1] < CONTEXT
+    monkeypatch.setattr(
+        "einfold.huggingface_layer.grown", lambda capacity, needed, context: context
+    )
+    want, rooms = run(63)
+    assert set(rooms) == {CONTEXT}
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
