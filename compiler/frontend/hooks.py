@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from ...errors import UnsupportedError
 from ..ir.ops import einfold_ops
 from ..ir.ops.activation import GATES, gated_activation_reference
+from .masks import Mask, read_mask
 
 NAME = "einfold"
 
@@ -44,7 +45,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -59,7 +60,9 @@ def _attention(
         raise UnsupportedError(
             f"{where}: the attention module has no layer_idx, so its cache has no place"
         )
-    if attention_mask is not None:
+    if isinstance(attention_mask, Mask):  # the mask decides, where there is one
+        sliding_window = attention_mask.window_at(where)
+    elif attention_mask is not None:
         raise UnsupportedError(
             f"{where}: the model builds an attention mask of its own, which is not captured"
         )
@@ -105,14 +108,10 @@ def _experts(module: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Masks are implied by `einfold::attention` (causal, window), so none is built."""
-
-
 def register() -> None:
     """Makes the attention and expert implementation "einfold" known to transformers (idempotent)."""
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, read_mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
 
