@@ -6,13 +6,13 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 from torch import Tensor
@@ -25,12 +25,15 @@ from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import Placement, write_weights
 from .frontend import huggingface, tokens
-from .frontend.export import capture_language_model, capture_module
+from .frontend.example import Example
+from .frontend.export import capture_language_model
 from .frontend.huggingface import ModelSource
+from .frontend.modules import Captured, capture_module
 from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
 from .ir.program import Program
+from .passes.cleanup.simplify import Simplify
 from .pipeline import PassManager, PassRecord, language_model_passes, module_passes, planning_passes
 from .recipe import Recipe
 from .report import report_page
@@ -216,21 +219,42 @@ def compile_to(
     return report
 
 
+class ExportCheck(Protocol):
+    """Looks at a module's export; both raise where they find a fault."""
+
+    def graph(self, captured: Captured) -> None:
+        """The graph beside the module, before passes that may lose something."""
+
+    def files(self, folder: Path, captured: Captured, recipe: Recipe) -> None:
+        """What was written, before it is put in place."""
+
+
 def export_module(
     module: Any,
     out: Path,
-    example_inputs: tuple[Any, ...],
+    example: Example,
     dynamic_shapes: Any,
     recipe: Recipe,
     force: bool,
+    output_names: Sequence[str] | None = None,
+    check: ExportCheck | None = None,
 ) -> None:
     """Exports any module to a folder with model.onnx, its weights and the graph's text."""
     check_output(out, force)
-    program = capture_module(module, example_inputs, dynamic_shapes)
-    PassManager(module_passes(recipe.weight_passes())).run(program)
+    captured = capture_module(module, example, dynamic_shapes, output_names)
+    program = captured.program
+    lossless = PassManager(module_passes())
+    lossless.run(program)
+    if check is not None:
+        check.graph(captured)
+    PassManager([*recipe.weight_passes(), Simplify()], facts=lossless.facts).run(program)
+    kept = {name: program.weights[name] for name in program.weights}  # writing lets go of them
     with staged(out, force) as folder:
         placements, _ = write_weights(program.weights, folder / WEIGHTS)
         _write_code(program, placements, recipe, folder, lambda text, share: None)
+        if check is not None:
+            program.weights.restore(kept)
+            check.files(folder, captured, recipe)
 
 
 def _write_code(

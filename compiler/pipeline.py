@@ -68,9 +68,9 @@ def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = 
     ]
 
 
-def module_passes(weights: Sequence[Pass] = ()) -> list[Pass]:
-    """The pipeline of a plain module: no cache, no logits."""
-    return [*raising_passes(), FuseLinears(), FuseResidualNorms(), *weights, Simplify()]
+def module_passes() -> list[Pass]:
+    """The pipeline of a plain module, no cache and no logits, up to where weights may lose something."""
+    return [*raising_passes(), FuseLinears(), FuseResidualNorms(), Simplify()]
 
 
 @dataclass
@@ -103,12 +103,14 @@ class PassManager:
     passes: Sequence[Pass]
     dump: Path | None = None
     progress: Progress | None = None
+    facts: set[str] = field(default_factory=set)
+    """What passes ensured, by an earlier manager to begin with."""
 
     def run(self, program: Program) -> list[PassRecord]:
         """Raises IRError, naming the pass, where one breaks a rule of the IR or comes too early."""
         verify(program)
         self._write_dump(program, 0, "captured")
-        facts: set[str] = set()
+        facts = self.facts
         records = []
         for index, step in enumerate(self.passes, start=1):
             if self.progress is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from .compiler.driver import (
     trace,
     wrap_model,
 )
+from .compiler.frontend.example import Example
 from .compiler.ir.manifest import MODEL
 from .compiler.recipe import Recipe
 from .errors import RecipeError
@@ -256,22 +257,44 @@ def estimate(
 def export_onnx(
     model: str | Path | Any,
     out: str | Path,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    output_names: Sequence[str] | None = None,
     portable: bool = False,
     weights: str | None = None,
     force: bool = False,
+    check: bool = True,
 ) -> Path:
     """Exports to a folder with model.onnx and its weights; gives the path of model.onnx.
 
-    With `example_inputs` any `nn.Module` is exported by itself (`dynamic_shapes` as torch.export
-    takes them); its matrix products are raised, fused and, with `weights`, quantized like a language
-    model's. Without them `model` is a causal language model and the folder is a whole artifact.
+    With `example_inputs` any `nn.Module` is exported by itself: a tuple of arguments (or one tensor), a
+    table of them by name, or `example_kwargs` beside them; None and numbers among them are fixed. Inputs
+    are named as in `forward`, outputs as in the table that the module gives (else `output_0` and so on, or
+    `output_names`), axes as in `dynamic_shapes`, which is as torch.export takes it. Matrix products are
+    raised, fused and, with `weights`, quantized like a language model's. Float16 and bfloat16 are computed
+    in float32; inputs and outputs keep their type.
+
+    What was written is run by onnxruntime on the example inputs, and on inputs of other sizes where there
+    are dynamic ones, and is not kept where it differs from the module; `check=False` leaves that out.
+
+    Without example inputs `model` is a causal language model and the folder is a whole artifact.
     """
-    if example_inputs is None:
-        compile(model, out, weights=weights, portable=portable, force=force)
+    if example_inputs is None and example_kwargs is None:
+        compile(model, out, weights=weights, portable=portable, force=force, check=check)
     else:
-        chosen = resolve_recipe(None, weights=weights, portable=portable)
-        export_module(model, Path(out), example_inputs, dynamic_shapes, chosen, force)
+        from .evaluate.export_check import ModuleCheck
+
+        example = Example.of(() if example_inputs is None else example_inputs, example_kwargs)
+        export_module(
+            model,
+            Path(out),
+            example,
+            dynamic_shapes,
+            resolve_recipe(None, weights=weights, portable=portable),
+            force,
+            output_names,
+            ModuleCheck() if check else None,
+        )
     return Path(out) / MODEL

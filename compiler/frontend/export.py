@@ -1,4 +1,4 @@
-"""Capture by `torch.export`: a language model without a cache, or any module with example inputs."""
+"""Capture of a language model without a cache by `torch.export`, and what capture of any module shares."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..ir.verifier import verify
 from ..ir.weights import Weight
 from . import huggingface
 from .huggingface import ModelSource
-from .normalise import normalise_call
+from .normalise import cast, is_cast, normalise_call
 
 #: Gives the data of the weight called (name, shape in the graph, dtype in the graph).
 WeightSource = Callable[[str, tuple[int, ...], torch.dtype], Weight]
@@ -69,8 +69,8 @@ def _capture(
     ids = torch.zeros(2, 7, dtype=torch.long)
     positions = torch.arange(7).expand(2, 7).contiguous()
     dims = {0: batch, 1: length}
-    exported = _export(_Logits(skeleton), (ids, positions), (dims, dims), source.location)
-    first_name = _tied_names(skeleton)
+    exported = export(_Logits(skeleton), (ids, positions), (dims, dims), source.location)
+    first_name = tied_names(skeleton)
     info = ModelInfo(
         architecture=str(config.model_type),
         vocabulary=int(skeleton.get_output_embeddings().weight.shape[0]),
@@ -86,7 +86,7 @@ def _capture(
             return Weight.of(buffers[name], dtype)
         return Weight.absent(shape, dtype, name)
 
-    return _import_or_refuse(
+    return import_or_refuse(
         source.location,
         exported,
         info,
@@ -97,45 +97,26 @@ def _capture(
     )
 
 
-def capture_module(
-    module: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None
-) -> Program:
-    """Any module as a program over its tensor inputs; weights are shared with the module, not copied."""
-    name = type(module).__name__
-    modes = {part: part.training for part in module.modules()}
-    try:
-        exported = _export(module.eval(), example_inputs, dynamic_shapes, name)
-    finally:
-        for part, training in modes.items():  # the caller goes on training, perhaps
-            part.training = training
-    state = dict(module.state_dict(keep_vars=True)) | dict(module.named_buffers())
-    state |= dict(exported.constants)
-
-    def weight(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
-        return Weight.of(state[key], dtype)
-
-    first_name = _tied_names(module)
-    return _import_or_refuse(
-        name,
-        exported,
-        ModelInfo(architecture=name, vocabulary=0, context=0),
-        lambda key: first_name.get(key, key),
-        weight,
-        {},
-        None,
-    )
-
-
-def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: Any, where: str) -> Any:
+def export(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    shapes: Any,
+    where: str,
+    keywords: Mapping[str, Any] | None = None,
+) -> Any:
+    """The exported program, its operators functional; UnsupportedError with torch's reason and its advice."""
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                module, inputs, dict(keywords or {}), dynamic_shapes=shapes, strict=False
+            )
     except EinfoldError:
         raise
     except Exception as error:
         pass_on(error)
-        reason = first_line(error)
-        raise UnsupportedError(f"{where}: torch.export cannot trace the model: {reason}") from error
+        raise UnsupportedError(
+            f"{where}: torch.export cannot trace the model: {_reason(error)}"
+        ) from error
     mutating = any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in exported.graph.nodes
@@ -144,7 +125,20 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], shapes: Any, where: str)
     return exported.run_decompositions({}) if mutating else exported
 
 
-def _tied_names(module: nn.Module) -> dict[str, str]:
+def _reason(error: Exception) -> str:
+    """The first line of torch's message; with what violates a constraint and the fix that it suggests."""
+    first = first_line(error)
+    lines = [line.strip() for line in str(error).split("\n\n")[0].splitlines()[1:]]
+    if "Suggested fixes:" not in lines:
+        return first
+    at = lines.index("Suggested fixes:")
+    reasons = [line.removeprefix("- ") for line in lines[:at] if line.startswith("- ")]
+    fixes = [line for line in lines[at + 1 :] if line]
+    first = first.split(" For more information")[0]
+    return f"{first} {'; '.join(reasons)}. Suggested fixes: {'; '.join(fixes)}"
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
     """Every parameter and buffer name, mapped to the first name of the same tensor."""
     first: dict[int, str] = {}
     names: list[tuple[str, Tensor]] = list(module.named_parameters(remove_duplicate=False))
@@ -152,7 +146,7 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in names}
 
 
-def _import_or_refuse(where: str, *args: Any) -> Program:
+def import_or_refuse(where: str, *args: Any) -> Program:
     try:
         program = _import(*args)
         verify(program)
@@ -168,10 +162,15 @@ def _import(
     info: ModelInfo,
     rename: Callable[[str], str],
     weight: WeightSource,
-    input_shapes: Mapping[str, tuple[str, ...]],
-    output_names: list[str] | None,
+    input_shapes: Mapping[str, tuple[int | str, ...]],
+    output_names: list[str],
+    widened: Mapping[torch.dtype, torch.dtype] | None = None,
 ) -> Program:
-    """Rebuilds an exported graph as a program; every type is inferred again."""
+    """Rebuilds an exported graph as a program; every type is inferred again.
+
+    `widened` names types that the program computes in others; its inputs and outputs keep theirs.
+    """
+    wide = dict(widened or {})
     program = Program(info)
     editor = Editor(program)
     signature = exported.graph_signature
@@ -179,7 +178,6 @@ def _import(
     lifted |= signature.inputs_to_lifted_tensor_constants
     mapped: dict[fx.Node, Any] = {}
     reads: dict[str, fx.Node] = {}
-    dims: dict[str, str] = {}
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in lifted:
             if not node.users:
@@ -195,20 +193,23 @@ def _import(
             if not isinstance(value, Tensor):
                 mapped[node] = value
                 continue
-            shape = input_shapes.get(node.name) or _name_dims(value, dims)
-            mapped[node] = editor.input(node.name, shape, value.dtype)
+            given = editor.input(node.name, input_shapes[node.name], value.dtype)
+            mapped[node] = _cast(editor, given, wide.get(value.dtype, value.dtype))
         elif node.op == "call_function":
             if node.target is torch.ops.aten._assert_tensor_metadata.default:
                 continue
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: mapped[n])
+            args, kwargs = _widen((args, kwargs), wide)
+            if _rounds(node, wide):  # a cast that the module asks for rounds as it does there
+                args = (_cast(editor, args[0], node.meta["val"].dtype), *args[1:])
             call = normalise_call(_known(node), args, kwargs)
             mapped[node] = (
                 call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
             )
         elif node.op == "output":
-            flat = [mapped[value] for value in node.args[0] if isinstance(value, fx.Node)]
-            names = output_names or [f"output_{index}" for index in range(len(flat))]
-            editor.set_output(flat, names)
+            values = [value for value in node.args[0] if isinstance(value, fx.Node)]
+            flat = [_cast(editor, mapped[v], v.meta["val"].dtype) for v in values]
+            editor.set_output(flat, output_names)
         else:
             raise UnsupportedError(
                 f"the trace holds a {node.op} ({node.target}), which einfold does not import"
@@ -227,12 +228,43 @@ def _known(node: fx.Node) -> Callable[..., Any]:
         ) from None
 
 
-def _name_dims(value: Tensor, dims: dict[str, str]) -> tuple[int | str, ...]:
+def name_dims(
+    value: Tensor, dims: dict[str, str], given: Mapping[int, str]
+) -> tuple[int | str, ...]:
+    """The shape of an input; equal dynamic sizes have one name, that of the first axis that was given one."""
     sizes: tuple[Any, ...] = tuple(value.shape)
-    return tuple(
-        dims.setdefault(str(size), f"D{len(dims)}") if isinstance(size, torch.SymInt) else size
-        for size in sizes
-    )
+    names: list[int | str] = []
+    for axis, size in enumerate(sizes):
+        if not isinstance(size, torch.SymInt):
+            names.append(size)
+            continue
+        own = given.get(axis)
+        if str(size) not in dims:
+            free = own is not None and own not in dims.values()
+            dims[str(size)] = str(own) if free else f"D{len(dims)}"
+        names.append(dims[str(size)])
+    return tuple(names)
+
+
+def _widen(arguments: Any, wide: Mapping[torch.dtype, torch.dtype]) -> Any:
+    def widened(argument: Any) -> Any:
+        return wide.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+
+    return fx.node.map_aggregate(arguments, widened)
+
+
+def _rounds(node: fx.Node, wide: Mapping[torch.dtype, torch.dtype]) -> bool:
+    """Whether a node casts from another type to one that is widened."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype not in wide or not is_cast(node.target):
+        return False
+    source: torch.dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    return source != value.dtype
+
+
+def _cast(editor: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    call = cast(value, dtype)
+    return call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
 
 
 def _check_layers(program: Program, config: Any, source: ModelSource) -> None:

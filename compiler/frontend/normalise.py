@@ -35,6 +35,8 @@ _SAME_VALUE = {
     aten.lift_fresh.default,
     aten.view_as.default,
 }
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
+_CASTS_LIKE = {aten.to.other, aten.type_as.default}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _DROPOUTS = {aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default}
 
@@ -54,7 +56,7 @@ def normalise_call(
         return aten.reshape.default, (args[0], list(args[1])), {}
     dtype = _cast_dtype(target, args, kwargs)
     if dtype is not None:
-        return _cast(args[0], dtype)
+        return cast(args[0], dtype)
     if target is aten.slice.Tensor and _takes_all(args):
         return _first(args)
     if target is aten.expand.default and _same_sizes(args):
@@ -68,6 +70,11 @@ def normalise_call(
     return target, args, kwargs
 
 
+def is_cast(target: object) -> bool:
+    """Whether an operator gives the numbers of its first argument in another type."""
+    return target in _CASTS | _CASTS_LIKE
+
+
 def _first(args: tuple[Any, ...]) -> fx.Node:
     node = args[0]
     assert isinstance(node, fx.Node)
@@ -78,17 +85,18 @@ def _cast_dtype(
     target: object, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.dtype | None:
     """The dtype that a cast in any of its spellings gives; None where the call is no cast."""
-    if target in (aten.to.other, aten.type_as.default):
+    if target in _CASTS_LIKE:
         other: torch.dtype = args[1].meta["val"].dtype
         return other
-    if target not in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default):
+    if target not in _CASTS:
         return None
     found = [value for value in (*args[1:], kwargs.get("dtype")) if isinstance(value, torch.dtype)]
     same: torch.dtype = args[0].meta["val"].dtype
     return found[0] if found else same
 
 
-def _cast(value: fx.Node, dtype: torch.dtype) -> fx.Node | Call:
+def cast(value: fx.Node, dtype: torch.dtype) -> fx.Node | Call:
+    """A cast, or the value itself where it has the type."""
     if value.meta["val"].dtype == dtype:
         return value
     return aten._to_copy.default, (value,), {"dtype": dtype}

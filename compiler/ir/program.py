@@ -103,8 +103,10 @@ class Program:
         return None
 
     def is_sequence_model(self) -> bool:
-        """Whether this is a language model (token ids in), not a plain module."""
-        return any(node.target == "input_ids" for node in self.placeholders())
+        """Whether this is a language model, not a plain module, whose inputs may be called as they like."""
+        return self.model.vocabulary > 0 and any(
+            node.target == "input_ids" for node in self.placeholders()
+        )
 
 
 #: Operators that write the slots of a cache and attend over them.

@@ -8,7 +8,7 @@ model, and `estimate` runs the same passes over a model whose weights are never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,10 @@ class WeightStore:
         """Keeps the weight's description and lets go of its data, once it is written elsewhere."""
         weight = self[name]
         self._weights[name] = Weight.absent(weight.shape, weight.dtype, name)
+
+    def restore(self, weights: Mapping[str, Weight]) -> None:
+        """Takes back weights whose data was let go."""
+        self._weights.update(weights)
 
     def discard(self, name: str) -> None:
         """Drops a weight, and with it the memory that only it held."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from einfold.compiler.frontend.export import capture_module
+from einfold.compiler.frontend.modules import capture_module
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
@@ -83,7 +83,7 @@ class Cohere(torch.nn.Module):
 
 def test_layer_norm_spelled_out() -> None:
     module, x = Cohere(), torch.randn(3, 8)
-    found = capture_module(module, (x,))
+    found = capture_module(module, (x,)).program
     RaiseNorms().run(found)
     assert [call.split("(")[0] for call in calls(found)] == ["einfold.layer_norm"]
     torch.testing.assert_close(run(found, x=x)["output_0"], module(x))
@@ -101,7 +101,7 @@ class Conv1D(torch.nn.Module):
 
 def test_addmm_becomes_a_linear_over_all_axes() -> None:
     module, x = Conv1D(), torch.randn(2, 3, 8)
-    found = capture_module(module, (x,))
+    found = capture_module(module, (x,)).program
     RaiseLinears().run(found)
     assert any(call.startswith("einfold.linear(%x") for call in calls(found))
     torch.testing.assert_close(run(found, x=x)["output_0"], module(x))
@@ -127,7 +127,7 @@ class Gelu(torch.nn.Module):
 
 def test_gelu_by_hand_and_its_gate() -> None:
     x, y = torch.randn(3, 8), torch.randn(3, 8)
-    found = capture_module(Gelu(), (x, y))
+    found = capture_module(Gelu(), (x, y)).program
     RaiseActivations().run(found)
     assert calls(found) == ['einfold.gated_activation(%x, %y, "gelu_tanh")']
     torch.testing.assert_close(run(found, x=x, y=y)["output_0"], Gelu()(x, y))
@@ -212,7 +212,7 @@ def captured(module: torch.nn.Module) -> tuple[object, Tensor, Tensor]:
         torch.stack((torch.arange(6), torch.arange(40, 46))),
     )
     dims = {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}
-    found = capture_module(module, (ids, positions), (dims, dims))
+    found = capture_module(module, (ids, positions), (dims, dims)).program
     text = print_program(found).replace("vocabulary=0 context=0", "vocabulary=11 context=64")
     again = parse(text, lambda name, declared: Weight.of(found.weights[name].load()))
     return again, ids, positions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import fx
 
 from ...ir.ops import einfold_ops
@@ -50,7 +51,7 @@ def layer_norm(context: Context, node: fx.Node) -> ir.Value:
 @lowering(einfold_ops.add_rms_norm.default, flavour="ort")
 def add_rms_norm_ort(context: Context, node: fx.Node) -> list[ir.Value]:
     x, residual, weight, eps = node.args
-    if len(context.shape(x)) != 3:
+    if not _has_skip_norm(x):
         return _added(context, node, "SimplifiedLayerNormalization")
     out = context.builder.multi(
         "SkipSimplifiedLayerNormalization",
@@ -67,7 +68,7 @@ def add_rms_norm_ort(context: Context, node: fx.Node) -> list[ir.Value]:
 @lowering(einfold_ops.add_layer_norm.default, flavour="ort")
 def add_layer_norm_ort(context: Context, node: fx.Node) -> list[ir.Value]:
     x, residual, weight, bias, eps = node.args
-    if len(context.shape(x)) != 3:
+    if not _has_skip_norm(x):
         return _added(context, node, "LayerNormalization")
     out = context.builder.multi(
         "SkipLayerNormalization",
@@ -90,6 +91,12 @@ def add_rms_norm_portable(context: Context, node: fx.Node) -> list[ir.Value]:
 @lowering(einfold_ops.add_layer_norm.default, flavour="portable")
 def add_layer_norm_portable(context: Context, node: fx.Node) -> list[ir.Value]:
     return _added(context, node, "LayerNormalization")
+
+
+def _has_skip_norm(x: Any) -> bool:
+    """Whether onnxruntime's norms with a residual take an operand: three axes, in single precision."""
+    value = x.meta["val"]
+    return bool(value.dim() == 3 and value.dtype == torch.float32)
 
 
 def _added(context: Context, node: fx.Node, norm: str) -> list[ir.Value]:
