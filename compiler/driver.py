@@ -29,6 +29,7 @@ from .frontend.example import Example
 from .frontend.export import capture_language_model
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
+from .ir.allowed import check_allowed
 from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
@@ -183,6 +184,7 @@ def compile_to(
             _load(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress)
+        check_allowed(program)  # what could not be loaded again is not written
         read = program.statistics.read
         if program.calibrations:
             with clock.phase("calibrate"):

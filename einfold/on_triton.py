@@ -29,7 +29,8 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
         _warn(artifact, f"{difference}; it is not used")
     if trust:
         kernels = _with_compiled(artifact, kernels, device)
-    return KernelRunner(program, bind(program, kernels), device, artifact.weight_bytes())
+    instead = bind(program, kernels)
+    return KernelRunner(program, instead, device, artifact.weight_bytes(), str(artifact.folder))
 
 
 def find_device() -> torch.device:
@@ -87,7 +88,7 @@ def _texts(artifact: Artifact) -> dict[str, str]:
     for name in artifact.manifest.files:
         if name.startswith(f"{FOLDER}/") and name.endswith((".py", ".plan")):
             try:
-                found[name] = artifact.file(name).read_text(encoding="utf-8")
+                found[name] = artifact.read(name).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ArtifactError(f"{artifact.folder}/{name} is no text: {error}") from error
     return found

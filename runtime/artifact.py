@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..compiler.ir.manifest import WEIGHTS, FileEntry, Manifest
+from ..compiler.ir.regular import LARGEST, open_regular, read_regular
 from ..errors import ArtifactError
 
 
@@ -50,6 +52,10 @@ class Artifact:
     def has(self, name: str) -> bool:
         return name in self.manifest.files
 
+    def read(self, name: str, limit: int = LARGEST) -> bytes:
+        """The bytes of a listed file; raises ArtifactError where it is none, or longer than `limit`."""
+        return read_regular(self.file(name), limit)
+
     def weight_bytes(self) -> int:
         """Bytes of the tensors in the weights file, as its own header says."""
         path = self.file(WEIGHTS)
@@ -59,11 +65,17 @@ class Artifact:
 
     def _check(self, name: str, entry: FileEntry, verify: bool) -> None:
         path = self.folder / name
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            inside = path.resolve(strict=True).is_relative_to(self.folder.resolve())
+        except FileNotFoundError:
+            raise ArtifactError(f"the artifact lacks {path}, which its manifest lists") from None
+        except (OSError, RuntimeError) as error:  # a link to itself, a name that is too long
+            raise ArtifactError(f"{path} cannot be opened: {error}") from error
+        if not inside:
             raise ArtifactError(f"{path} leads out of the artifact's folder")
-        if not path.is_file():
-            raise ArtifactError(f"the artifact lacks {path}, which its manifest lists")
-        size = path.stat().st_size
+        descriptor = open_regular(path.resolve())
+        size = os.fstat(descriptor).st_size
+        os.close(descriptor)
         if size != entry.bytes:
             raise ArtifactError(
                 f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"

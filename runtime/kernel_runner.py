@@ -14,7 +14,7 @@ from ..compiler.ir.ops import IN_PLACE
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import DTYPES
 from .cache import Cache
-from .runner import Floats, Ints
+from .runner import Floats, Ints, running
 
 
 class KernelRunner:
@@ -30,7 +30,9 @@ class KernelRunner:
         instead: Mapping[fx.Node, Callable[..., Any]],
         device: torch.device,
         weight_bytes: int,
+        name: str = "in memory",
     ) -> None:
+        self._name = name
         self.device = device
         self.interpreter = Interpreter(program, instead={**IN_PLACE, **instead}, device=device)
         self.observed: Mapping[str, Any] = {}
@@ -52,7 +54,8 @@ class KernelRunner:
             **cache.counters,
         }
         inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
-        outputs = self.interpreter.run(inputs | cache.buffers)
-        logits: Floats = outputs.pop("logits").cpu().numpy()
+        with running(self._name):
+            outputs = self.interpreter.run(inputs | cache.buffers)
+            logits: Floats = outputs.pop("logits").cpu().numpy()
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits

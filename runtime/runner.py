@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ArtifactError, EinfoldError, IRError, first_line, pass_on
 from .cache import Array, Cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """What the steps of a graph raise, as an ArtifactError: a graph that the compiler made raises nothing."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, EinfoldError) and not isinstance(error, IRError):
+            raise
+        pass_on(error)
+        raise ArtifactError(f"the graph of {name} cannot be run: {first_line(error)}") from error
 
 
 class Runner(Protocol):

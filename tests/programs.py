@@ -29,7 +29,7 @@ def program(body: str, seed: int = 0, **values: torch.Tensor) -> Program:
             torch.randint(0, 16, declared.shape, generator=generator).to(declared.dtype)
         )
 
-    return parse(HEADER + "\n".join(lines) + "\n", load)
+    return parse(HEADER + "\n".join(lines) + "\n", load, any_operator=True)
 
 
 def calls(found: Program) -> list[str]:

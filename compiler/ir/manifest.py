@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...errors import ArtifactError, pass_on
+from ...errors import ArtifactError
 from .cache.layout import CacheLayout
+from .regular import read_regular
 
 #: Version of the folder's layout. A reader refuses what is newer than it knows.
 FORMAT = 1
@@ -22,6 +24,10 @@ MODEL = "model.onnx"
 #: In the metadata of model.onnx, two numbers: a cache for so many tokens or more (the second) is stepped over
 #: faster where its slots are a multiple of the first.
 BLOCKS = "einfold.blocks"
+
+
+#: The most bytes of a manifest: a hundred layers of a hundred groups are a tenth of it.
+_LARGEST = 1 << 24
 
 
 class _Part(BaseModel):
@@ -85,13 +91,9 @@ class Manifest(_Part):
     def read(folder: Path) -> Manifest:
         """Reads and checks a folder's manifest. Raises ArtifactError where it is absent, damaged or newer."""
         path = folder / NAME
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            raise ArtifactError(f"{folder} is no einfold artifact: it has no {NAME}") from None
-        except OSError as error:
-            pass_on(error)
-            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        if not os.path.lexists(path):
+            raise ArtifactError(f"{folder} is no einfold artifact: it has no {NAME}")
+        raw = read_regular(path, _LARGEST)
         try:
             data = json.loads(raw)
             version = data["format"]

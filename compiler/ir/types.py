@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,6 +33,41 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: The dynamic dims that einfold names, with the sizes used while tracing. The sizes are distinct
 #: primes so that a shape rule that mixes two dims up is caught by the numbers.
 NAMED_DIMS = {"B": 3, "S": 17, "C": 101, "N": 7}
+
+
+#: The most elements that a value may have at the sizes used while tracing, and the most that an expression
+#: of sizes may hold: models stay far below, and texts that multiply sizes again and again end here.
+_ELEMENTS, _POWER, _PARTS = 1 << 38, 8, 64
+
+
+def check_size(value: Any) -> None:
+    """Raises IRError for a value with more elements, or a size with a longer expression, than a model has."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            check_size(item)
+    elif isinstance(value, torch.Tensor):
+        count = 1
+        for size in value.shape:
+            check_size(size)
+            count *= max(1, _hint(size))
+        if count > _ELEMENTS:
+            raise IRError(f"it would have {count:,} elements")
+    elif isinstance(value, torch.SymInt):
+        _check_expression(value.node.expr)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise IRError("a size does not fit in 64 bits")
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _check_expression(expression: Any) -> None:
+    for parts, part in enumerate(sympy.preorder_traversal(expression)):
+        number = part.is_Integer and abs(int(part)) >= 2**63
+        power = part.is_Pow and not (part.exp.is_Integer and 0 < int(part.exp) <= _POWER)
+        if parts > _PARTS or number or power:
+            raise IRError("an expression of sizes is longer than any that a model has")
 
 
 class Shapes:

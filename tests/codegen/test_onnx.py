@@ -43,7 +43,9 @@ def compare(
 
 def build(found: Program, flavour: str, folder: Path, accuracy: int = 0) -> tuple[Any, list[str]]:
     copies = {name: found.weights[name].load() for name in found.weights}
-    again = parse(print_program(found), lambda name, declared: Weight.of(copies[name]))
+    again = parse(
+        print_program(found), lambda name, declared: Weight.of(copies[name]), any_operator=True
+    )
     placements, _ = write_weights(again.weights, folder / "w.safetensors")
     model = lower(again, "w.safetensors", placements, flavour, accuracy)
     ir.save(model, folder / "m.onnx")
