@@ -269,7 +269,7 @@ def _number(text: str) -> int | float:
 
 
 def _cut(message: str) -> str:
-    return message if len(message) <= 400 else f"{message[:400]}..."
+    return message if len(message) <= 800 else f"{message[:400]} ... {message[-400:]}"
 
 
 def _read_type(text: str) -> tuple[list[int | str], Any]:
