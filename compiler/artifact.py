@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-from blake3 import blake3
-
-from ..errors import DiskError, OutputError
+from ..errors import DiskError, OutputError, pass_on
+from .ir.file_hash import file_hash
+from .ir.locks import lock
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry
 
 #: What `export_onnx` writes of a module.
@@ -73,33 +75,45 @@ def check_dump(dump: Path, out: Path) -> None:
 def clear_leftovers(out: Path) -> None:
     """Removes what a killed compile left beside `out`; puts back what it was about to replace."""
     name = out.resolve().name
-    for stale in sorted(out.resolve().parent.glob(f".{escape(name)}.einfold-*")):
-        number, _, kind = stale.name.removeprefix(f".{name}.einfold-").partition("-")
-        if not number.isdigit() or kind not in ("", "old") or _alive(int(number)):
-            continue  # somebody's own, or a compile that still runs
-        if kind == "old" and not out.exists():
-            stale.rename(out)
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
+    for found in sorted(out.resolve().parent.glob(f".{escape(name)}.einfold-*")):
+        mark, _, kind = found.name.removeprefix(f".{name}.einfold-").partition("-")
+        if not _MARK.fullmatch(mark) or kind not in ("", "old", "lock"):
+            continue  # somebody's own
+        with suppress(OSError), lock(_lock_of(out, mark)) as dead:  # what cannot be cleared is left
+            if not dead or kind == "lock" or not found.is_dir():
+                continue  # a compile that still runs; a lock goes as it came
+            if kind == "old" and not out.exists():
+                found.rename(out)
+            else:
+                shutil.rmtree(found, ignore_errors=True)
+
+
+#: Tells the folders of two compiles of one output apart. (Older versions put their process id there.)
+_MARK = re.compile(r"[0-9a-f]{16}|\d{1,10}")
+
+
+def _lock_of(out: Path, mark: str) -> Path:
+    return out.resolve().parent / f".{out.resolve().name}.einfold-{mark}-lock"
 
 
 @contextmanager
 def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and goes when it does not."""
+    """A temporary folder that becomes `out` when the block ends well, and goes when it does not.
+
+    Compiles of one output in two threads, processes or containers have folders of their own, and the one that
+    ends last has the last word.
+    """
     check_output(out, force)
-    staging = out.resolve().parent / f".{out.resolve().name}.einfold-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
+    mark = secrets.token_hex(8)
+    staging = out.resolve().parent / f".{out.resolve().name}.einfold-{mark}"
     made = [folder for folder in staging.parents if not folder.exists()]
     try:
-        try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
-        yield staging
-        _check_replaceable(out, force)  # again: somebody may have put something there meanwhile
-        _swap(staging, out)
+        with _own(staging, _lock_of(out, mark)):
+            yield staging
+            with lock(_lock_of(out, "0"), wait=True):
+                _check_replaceable(out, force)  # again: there may be something by now
+                _swap(staging, out)
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
             with suppress(OSError):  # something else may have been put there meanwhile
                 folder.rmdir()
@@ -108,8 +122,24 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
                 f"the disk is full: {out} could not be written; nothing was left behind"
             ) from error
         if isinstance(error, OSError) and error.errno in _UNWRITABLE and _about(error, staging):
-            raise OutputError(f"cannot write {out}: {error.strerror}") from error
+            kind = DiskError if error.errno == errno.EIO else OutputError
+            raise kind(f"cannot write {out}: {error.strerror}") from error
+        pass_on(error)
         raise
+
+
+@contextmanager
+def _own(staging: Path, locked: Path) -> Iterator[None]:
+    """A folder under a lock that says that somebody works in it; both go at the end, whatever that is."""
+    with ExitStack() as stack:
+        try:
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(locked))
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
+            staging.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write to {staging.parent}: {error.strerror}") from error
+        yield
 
 
 _UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.EIO)
@@ -134,20 +164,6 @@ def _swap(staging: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
-
-
 def file_entry(path: Path, known_hash: str | None = None) -> FileEntry:
     """Size and hash of a written file."""
-    if known_hash is None:
-        digest = blake3()
-        digest.update_mmap(path)
-        known_hash = digest.hexdigest()
-    return FileEntry(bytes=path.stat().st_size, blake3=known_hash)
+    return FileEntry(bytes=path.stat().st_size, blake3=known_hash or file_hash(path))

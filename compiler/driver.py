@@ -30,6 +30,7 @@ from .frontend.export import capture_language_model
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
 from .ir.allowed import check_allowed
+from .ir.interrupts import tracing
 from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
@@ -123,6 +124,7 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     return Input(source, config, state, tokenizer, getattr(model, "generation_config", None))
 
 
+@tracing()
 def trace(
     model: Input, recipe: Recipe, dump: Path | None = None, progress: Progress | None = None
 ) -> tuple[Program, list[PassRecord]]:
@@ -143,6 +145,7 @@ def trace(
     return program, manager.run(program)
 
 
+@tracing()
 def plan_cache(model: Input, recipe: Recipe) -> Program:
     """Captures a model and decides how its cache is kept, as a compile does; attention has no cache yet.
 
@@ -159,6 +162,7 @@ def plan_cache(model: Input, recipe: Recipe) -> Program:
     return program
 
 
+@tracing()
 def compile_to(
     model: Input,
     out: Path,
@@ -231,6 +235,7 @@ class ExportCheck(Protocol):
         """What was written, before it is put in place."""
 
 
+@tracing()
 def export_module(
     module: Any,
     out: Path,

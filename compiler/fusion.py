@@ -32,6 +32,7 @@ from .frontend.regions import Region, find_regions, region_at, region_of
 from .frontend.subgraphs import Place, extract, key_of, place_of
 from .fused import AS_WRITTEN, FusedCascade, place_in_model
 from .ir.cascade.printer import print_cascade
+from .ir.interrupts import Later
 from .measure import Trial, agrees, hints_of, measured
 
 Lowering = Callable[..., tuple[torch.Tensor, ...]]
@@ -225,7 +226,8 @@ def _replace(
         # Regions of one key have their inputs in one order; names are this graph's own.
         inputs = [region.inputs[at] for at in decision.reads]
         try:
-            traced = trace_function(function, [node.meta["val"] for node in inputs], mode)
+            with Later():
+                traced = trace_function(function, [node.meta["val"] for node in inputs], mode)
             wrong = _differs(region, traced)
         except Exception as error:  # whatever it is, the region as written is right
             stop_on(error)

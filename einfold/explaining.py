@@ -18,6 +18,7 @@ from .compiler.codegen.triton.launch import TYPES
 from .compiler.explain import CascadeReport, explain_function
 from .compiler.fused import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
+from .compiler.ir.interrupts import tracing
 from .errors import UnsupportedError, first_line, pass_on
 
 
@@ -62,6 +63,7 @@ def _heading(item: FusedCascade) -> str:
     return f"{item.where}: {item.status}, {passes}{lowering}"
 
 
+@tracing()
 def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explanation:
     """What the backend makes of a function or module, called once on `inputs` and keyword `options`.
 

@@ -7,8 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
+from ..compiler.ir.file_hash import file_hash
 from ..compiler.ir.manifest import WEIGHTS, FileEntry, Manifest
 from ..compiler.ir.regular import LARGEST, open_regular, read_regular
 from ..errors import ArtifactError
@@ -80,10 +79,5 @@ class Artifact:
             raise ArtifactError(
                 f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"
             )
-        if verify:
-            digest = blake3(max_threads=blake3.AUTO)
-            digest.update_mmap(path)
-            if digest.hexdigest() != entry.blake3:
-                raise ArtifactError(
-                    f"{path} is damaged: its contents do not match the manifest's hash"
-                )
+        if verify and file_hash(path) != entry.blake3:
+            raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import EinfoldError, IRError, UnsupportedError, first_line, pass_on
+from ..ir.interrupts import Later
 from ..ir.program import (
     Editor,
     ModelInfo,
@@ -106,7 +107,7 @@ def export(
 ) -> Any:
     """The exported program, its operators functional; UnsupportedError with torch's reason and its advice."""
     try:
-        with torch.no_grad():
+        with Later(), torch.no_grad():
             exported = torch.export.export(
                 module, inputs, dict(keywords or {}), dynamic_shapes=shapes, strict=False
             )
@@ -121,8 +122,10 @@ def export(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in exported.graph.nodes
     )
-    # An empty table functionalizes in-place ops and decomposes nothing else.
-    return exported.run_decompositions({}) if mutating else exported
+    if not mutating:
+        return exported
+    with Later():  # an empty table functionalizes in-place ops and decomposes nothing else
+        return exported.run_decompositions({})
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from torch import fx
 from ...errors import IRError
 from .allowed import check_call
 from .cache.layout import CacheLayout
+from .interrupts import Later
 from .printer import FORMAT
 from .program import Editor, ModelInfo, Program, find_op
 from .types import DTYPES, check_size
@@ -54,7 +55,8 @@ def parse(
         raise IRError(
             f"the program has {len(lines):,} lines, more than the {LINES:,} that are read"
         )
-    return _Parser(load or (lambda name, declared: declared), any_operator).run(lines)
+    with Later():  # half of reading is done by fake tensors
+        return _Parser(load or (lambda name, declared: declared), any_operator).run(lines)
 
 
 class _Parser:

@@ -19,6 +19,7 @@ from torch import fx
 
 from ...errors import IRError, pass_on
 from .cache.layout import CacheLayout
+from .interrupts import Later
 from .ops import einfold_ops
 from .types import Shapes
 from .weights import Weight, WeightStore
@@ -234,7 +235,7 @@ def infer(program: Program, node: fx.Node) -> None:
         raise IRError(f"node {node.name} ({node.op}) has no type of its own")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
-        with shapes.mode, torch.no_grad(), _no_log():
+        with Later(), shapes.mode, torch.no_grad(), _no_log():
             node.meta["val"] = node.target(*args, **kwargs)
     except Exception as error:
         pass_on(error)

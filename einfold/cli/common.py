@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -67,6 +68,8 @@ def explain_error(error: Exception, as_json: bool) -> int:
         error = known
     if isinstance(error, EinfoldError):
         text, code = str(error), error.exit_code
+    elif isinstance(error, OSError) and error.errno == errno.EBADF:
+        text, code = "stdout is closed, so there is nowhere to write the result to", 74
     elif isinstance(error, OSError) and error.filename and error.strerror:
         text, code = f"{error.filename}: {error.strerror}", 74
     elif isinstance(error, ModuleNotFoundError):

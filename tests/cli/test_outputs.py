@@ -80,13 +80,15 @@ def test_killed_between_two_renames(text_model: Path, tmp_path: Path) -> None:
 def test_only_leftovers_of_dead_compiles_are_cleared(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for name in (".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"):
-        (tmp_path / name).mkdir()  # somebody's own, a live process's, another output's
-    (tmp_path / f".a*.einfold-{dead.pid}").mkdir()
-    clear_leftovers(tmp_path / "a*")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [".a*.einfold-mine", ".a*.einfold-1", f".ab.einfold-{dead.pid}"]
-    )
+    others = [".a*.einfold-mine", f".ab.einfold-{dead.pid}"]  # somebody's own, another output's
+    for name in (*others, f".a*.einfold-{dead.pid}", f".a*.einfold-{'0' * 16}"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".a*.einfold-{'1' * 16}-lock").touch()
+    with staged(tmp_path / "a*", force=False) as alive:
+        clear_leftovers(tmp_path / "a*")
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {*others, alive.name, f"{alive.name}-lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "a*"}
 
 
 def test_what_appeared_while_compiling_is_not_replaced(tmp_path: Path) -> None:
@@ -165,20 +167,27 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    assert len(list(tmp_path.glob(".out.einfold-*"))) == 1
+    left = list(tmp_path.glob(".out.einfold-*"))
+    assert [path.is_dir() for path in sorted(left)] == [True, False]  # the folder and its lock
     einfold("compile", text_model, "-o", out)
     assert out.is_dir()
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_an_interrupted_compile_cleans_up(text_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, ""), (signal.SIGHUP, "")],
+)
+def test_an_interrupted_compile_cleans_up(
+    number: signal.Signals, says: str, text_model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     process = hanging_compile(text_model, out)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate()
-    assert process.returncode == 130
-    assert err == "interrupted\n"
+    assert process.returncode == 128 + number
+    assert err == says
     assert not list(tmp_path.glob(".out*"))
 
 

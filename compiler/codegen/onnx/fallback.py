@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ....errors import first_line, pass_on
+from ...ir.interrupts import Later
 from ...ir.program import op_name
 from .lower import OPSET, Context, unsupported
 
@@ -47,7 +48,8 @@ def _exported(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Mod
                 logging.ERROR
             )  # the exporter speaks of packages that nothing here needs
             try:
-                context.exported[key] = _export(context, node, sources)
+                with Later():
+                    context.exported[key] = _export(context, node, sources)
             finally:
                 logging.disable(level)
     return context.exported[key]

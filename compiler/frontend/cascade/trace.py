@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ....errors import UnsupportedError, first_line, pass_on
+from ...ir.interrupts import Later
 from .imported import Imported
 from .importer import import_graph
 
@@ -29,7 +30,7 @@ def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]
             return function(*args)
 
     try:
-        with torch.no_grad():
+        with Later(), torch.no_grad():
             exported: Any = torch.export.export(Wrapped(), tuple(inputs), strict=False)
             if _mutates(exported.graph):
                 exported = exported.run_decompositions({})
