@@ -136,3 +136,32 @@ def test_no_text_is_read_or_written_as_the_locale_says() -> None:
             mode = [word for word in words if isinstance(word, str) and set(word) <= set("rwxab+t")]
             plain = name.endswith("text") or (mode and "b" not in mode[0])
             assert named or not plain, f"{path.relative_to(ROOT)}:{node.lineno} names no encoding"
+
+
+def broad_handlers() -> list[tuple[Path, ast.ExceptHandler]]:
+    found = []
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None
+                or {"Exception", "BaseException"}
+                & {getattr(n, "id", "") for n in ast.walk(node.type)}
+            ):
+                found.append((path, node))
+    return found
+
+
+#: Handlers that end in the same error, or in the exit code that `recognise` gives.
+NOTHING_RENAMED = {"einfold/cli/__init__.py", "compiler/ir/interrupts.py", "compiler/ir/locks.py"}
+
+
+def test_whoever_catches_everything_asks_first_what_it_is() -> None:
+    """An interrupt, want of memory and a full disk are none of the faults that a wrapper names."""
+    handlers = broad_handlers()
+    assert len(handlers) > 20
+    for path, handler in handlers:
+        name = str(path.relative_to(ROOT))
+        called = {getattr(n.func, "id", "") for n in ast.walk(handler) if isinstance(n, ast.Call)}
+        assert name in NOTHING_RENAMED or called & {"pass_on", "stop_on"}, (
+            f"{name}:{handler.lineno} catches every error and calls neither pass_on nor stop_on"
+        )
