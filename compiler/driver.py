@@ -29,6 +29,7 @@ from .frontend.example import Example
 from .frontend.export import capture_language_model
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
+from .frontend.structure import parameter_count, structure
 from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
@@ -99,6 +100,8 @@ class Input:
     state: Mapping[str, Tensor] | None = None
     tokenizer: Any = None
     generation: Any = None
+    module: Any = None
+    """The module itself, where it is in memory."""
 
 
 def open_model(name: str | Path) -> Input:
@@ -121,7 +124,8 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     if any(tensor.is_meta for tensor in state.values()):
         raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
     source = ModelSource(name, None, in_memory=True)
-    return Input(source, config, state, tokenizer, getattr(model, "generation_config", None))
+    generation = getattr(model, "generation_config", None)
+    return Input(source, config, state, tokenizer, generation, model)
 
 
 @tracing()
@@ -135,7 +139,7 @@ def trace(
     tell = progress or (lambda text, share: None)
     context = _context(model, recipe)
     tell("tracing the model", 0.0)
-    program = capture_language_model(model.source, model.config, context, model.state)
+    program = capture_language_model(model.source, model.config, context, model.state, model.module)
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
     passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
@@ -153,7 +157,7 @@ def plan_cache(model: Input, recipe: Recipe) -> Program:
     """
     _load(model)
     program = capture_language_model(
-        model.source, model.config, _context(model, recipe), model.state
+        model.source, model.config, _context(model, recipe), model.state, model.module
     )
     program.statistics = _statistics(model, program, recipe, lambda text, share: None)
     PassManager(planning_passes(recipe.cache_passes())).run(program)
@@ -196,6 +200,9 @@ def compile_to(
                 read.append(_calibrate(model, program, recipe))
         calibrated = "; ".join(dict.fromkeys(read)) or calibrated
         program.statistics = None  # lets go of what was found
+        parameters = parameter_count(
+            structure(model.source, model.config, model.state, model.module)
+        )
         model.state = (
             None  # from here on only the program holds the weights, and lets go as they are written
         )
@@ -208,7 +215,7 @@ def compile_to(
         with clock.phase("code"):
             _write_code(program, placements, recipe, folder, tell)
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
-        manifest = _manifest(model, program, recipe, folder, digest)
+        manifest = _manifest(model, program, recipe, folder, digest, parameters)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
         if check is not None:
             with clock.phase("check"):
@@ -347,7 +354,7 @@ def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
 
 
 def _manifest(
-    model: Input, program: Program, recipe: Recipe, folder: Path, digest: str
+    model: Input, program: Program, recipe: Recipe, folder: Path, digest: str, parameters: int
 ) -> Manifest:
     assert program.layout is not None
     files: dict[str, FileEntry] = {
@@ -370,7 +377,7 @@ def _manifest(
             vocabulary=program.model.vocabulary,
             context=program.model.context,
             hidden=program.model.hidden,
-            parameters=huggingface.parameter_count(model.config, model.source),
+            parameters=parameters,
             eos_ids=eos,
             bos_id=bos,
             pad_id=pad,

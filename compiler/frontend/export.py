@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...errors import EinfoldError, IRError, UnsupportedError, first_line, pass_on
+from ...errors import EinfoldError, IRError, ModelError, UnsupportedError, first_line, pass_on
 from ..ir.interrupts import Later
 from ..ir.program import (
     Editor,
@@ -21,9 +21,10 @@ from ..ir.program import (
 )
 from ..ir.verifier import verify
 from ..ir.weights import Weight
-from . import huggingface
+from . import hooks, huggingface
 from .huggingface import ModelSource
 from .normalise import cast, is_cast, normalise_call
+from .structure import structure
 
 #: Gives the data of the weight called (name, shape in the graph, dtype in the graph).
 WeightSource = Callable[[str, tuple[int, ...], torch.dtype], Weight]
@@ -44,16 +45,20 @@ class _Logits(nn.Module):
 
 
 def capture_language_model(
-    source: ModelSource, config: Any, context: int, state: Mapping[str, Tensor] | None = None
+    source: ModelSource,
+    config: Any,
+    context: int,
+    state: Mapping[str, Tensor] | None = None,
+    module: Any = None,
 ) -> Program:
     """The model as a program of (input_ids [B, S], position_ids [B, S]) -> logits [B, S, V], in float32.
 
-    Traced from the config with parameters that take no memory; `state` gives the weights' data, and
-    without it the weights are known by shape only. Raises UnsupportedError, naming the layer, for
+    What is traced is a copy of `module`, or else what the config describes. `state` gives the weights' data,
+    and without it the weights are known by shape only. Raises UnsupportedError, naming the layer, for
     what the hooks or the trace cannot express.
     """
     try:
-        program = _capture(source, config, context, state)
+        program = _capture(source, config, context, state, module)
     except UnsupportedError as error:
         if huggingface.routes_attention(config):
             raise
@@ -63,9 +68,14 @@ def capture_language_model(
 
 
 def _capture(
-    source: ModelSource, config: Any, context: int, state: Mapping[str, Tensor] | None
+    source: ModelSource,
+    config: Any,
+    context: int,
+    state: Mapping[str, Tensor] | None,
+    module: Any,
 ) -> Program:
-    skeleton = huggingface.build_skeleton(config, source)
+    skeleton = structure(source, config, state, module)
+    hooks.install(skeleton)
     batch, length = torch.export.Dim("B"), torch.export.Dim("S")
     ids = torch.zeros(2, 7, dtype=torch.long)
     positions = torch.arange(7).expand(2, 7).contiguous()
@@ -74,7 +84,7 @@ def _capture(
     first_name = tied_names(skeleton)
     info = ModelInfo(
         architecture=str(config.model_type),
-        vocabulary=int(skeleton.get_output_embeddings().weight.shape[0]),
+        vocabulary=_vocabulary(exported, source),
         context=context,
         hidden=int(skeleton.get_input_embeddings().weight.shape[1]),
     )
@@ -83,8 +93,14 @@ def _capture(
         if state is not None and name in state:
             return Weight.of(state[name], dtype)
         buffers = dict(skeleton.named_buffers())
-        if name in buffers:  # computed from the config, such as rotary frequencies
+        if name in buffers:  # computed when the model was built, such as rotary frequencies
             return Weight.of(buffers[name], dtype)
+        # what the model reads and has not registered
+        known = exported.constants.get(name, exported.constants.get(f"model.{name}"))
+        if isinstance(known, Tensor):
+            return Weight.of(known, dtype)
+        if state is not None:
+            raise ModelError(f"{source.location}: nothing gives the numbers of weight {name}")
         return Weight.absent(shape, dtype, name)
 
     return import_or_refuse(
@@ -96,6 +112,24 @@ def _capture(
         {"input_ids": ("B", "S"), "position_ids": ("B", "S")},
         ["logits"],
     )
+
+
+def _vocabulary(exported: Any, source: ModelSource) -> int:
+    """Numbers that the model gives for each token; raises UnsupportedError for what are no logits."""
+    mutated = [*exported.graph_signature.buffers_to_mutate.values()]
+    if mutated:
+        raise UnsupportedError(
+            f"{source.location}: the model writes to its buffer {mutated[0]} while it runs; a compiled "
+            "model has no state but its cache"
+        )
+    (logits,) = exported.graph.output_node().args[0]
+    shape: Any = getattr(logits.meta.get("val"), "shape", ()) if isinstance(logits, fx.Node) else ()
+    if len(shape) != 3 or not isinstance(shape[2], int):
+        raise UnsupportedError(
+            f"{source.location}: the model gives {[str(size) for size in shape]} numbers where logits "
+            "[rows, tokens, vocabulary] were expected: it is no causal language model"
+        )
+    return int(shape[2])
 
 
 def export(

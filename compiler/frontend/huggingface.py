@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
-from . import hooks
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def find_model(name: str | Path) -> ModelSource:
 
 def read_config(source: ModelSource) -> Any:
     """The model's configuration; no weight is read and no code of the model's runs."""
-    _quiet()
+    quiet()
     try:
         return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
     except json.JSONDecodeError as error:
@@ -78,7 +74,7 @@ def read_config(source: ModelSource) -> Any:
         raise _config_error(source, error) from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps transformers' own messages and progress bars off the screen; einfold says what matters."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -162,14 +158,15 @@ def _check_safetensors(file: Path) -> None:
 
 
 def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
-    """All parameters and persistent buffers by name, in the dtype in which they are stored.
+    """All parameters and persistent buffers by name, in the dtype in which they are stored; those that are
+    tied are one tensor.
 
     Loads through `from_pretrained`, so that checkpoint layouts that transformers converts (merged
     experts, renamed keys) come out right. Raises ModelError where a weight is missing or has another
     shape than the config says.
     """
     check_weight_files(source)
-    _quiet()
+    quiet()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -199,10 +196,13 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             f"{source.location}: the checkpoint lacks {len(missing)} weights that config.json asks for, "
             f"{missing[0]} among them"
         )
-    state = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    unread = sorted(info.get("unexpected_keys") or [])
+    if unread:
+        raise ModelError(
+            f"{source.location}: the checkpoint holds {len(unread)} weights that {type(model).__name__} does "
+            f"not read, {unread[0]} among them: it is of another model than config.json says"
+        )
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
     state.update(
         {name: persistent[name] for name, _ in model.named_buffers() if name in persistent}
@@ -213,7 +213,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
 def load_reference(source: ModelSource) -> Any:
     """The original model in float32, as transformers runs it; what einfold is compared with."""
     check_weight_files(source)
-    _quiet()
+    quiet()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -222,44 +222,6 @@ def load_reference(source: ModelSource) -> Any:
         pass_on(error)
         raise ModelError(f"cannot load {source.location}: {first_line(error)}") from error
     return model.eval()
-
-
-def build_skeleton(config: Any, source: ModelSource) -> Any:
-    """The model in float32 with parameters that take no memory, hooked for capture."""
-    _quiet()
-    config = copy.deepcopy(config)  # installing the hooks writes to it
-    try:
-        with hooks.hollow_parameters(), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            model.tie_weights()  # left out under no_init_weights; a tied head would be stored twice
-    except Exception as error:
-        pass_on(error)
-        raise UnsupportedError(
-            f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
-            f"is no causal language model that can be built: {first_line(error)}"
-        ) from error
-    _check_rope(config, source)
-    hooks.install(model)
-    return model.eval()
-
-
-def _check_rope(config: Any, source: ModelSource) -> None:
-    """Refuses rotary forms whose tables change while a text grows."""
-    for rope in _rope_settings(config):
-        kind = rope.get("rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            raise UnsupportedError(
-                f"{source.location}: rotary type {kind!r} changes its frequencies with the length of the "
-                "text, which a table fixed at compile time cannot follow"
-            )
-
-
-def _rope_settings(config: Any) -> list[dict[str, Any]]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if not isinstance(parameters, dict):
-        return []
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]
 
 
 def routes_attention(config: Any) -> bool:
@@ -278,8 +240,3 @@ def context_limit(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def parameter_count(config: Any, source: ModelSource) -> int:
-    """Parameters of the model, shared ones once, from the config alone."""
-    return sum(math.prod(p.shape) for p in build_skeleton(config, source).parameters())

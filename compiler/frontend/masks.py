@@ -14,6 +14,7 @@ from typing import Any
 from transformers import masking_utils
 
 from ...errors import UnsupportedError
+from .huggingface import context_limit
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class Mask:
         """A part of the mask is taken to fit the keys at hand."""
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks for that computes with its mask instead of handing it on."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnsupportedError(
+            f"the model builds an attention mask of its own (it reads {name!r} of the causal one), which is "
+            "not captured"
+        )
+
     def window_at(self, where: str) -> int:
         """The window; raises UnsupportedError where keys are seen by another rule than causality and it."""
         if self.unknown:
@@ -39,8 +49,9 @@ class Mask:
         return self.window
 
 
-def read_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Mask:
+def read_mask(*_: Any, mask_function: Callable[..., Any], config: Any = None, **__: Any) -> Mask:
     """What a mask made with `mask_function` shows; takes what transformers gives to the maker of a mask."""
+    limit = context_limit(config) or float("inf")
     windows, causal, unknown = [0], False, ""
     for part in _parts(mask_function):
         code = part.__code__
@@ -48,9 +59,9 @@ def read_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Mask:
             causal = True
         elif code is _WINDOW:
             windows.append(int(_closure(part)["sliding_window"]))
-        elif (
-            code is not _PACKED
-        ):  # which hides other texts of the same row; a program's rows hold one
+        elif code is _CHUNKS and _closure(part)["chunk_size"] >= limit:
+            continue  # the model's whole context is one chunk
+        elif code is not _PACKED:  # it hides other texts of a row; a program's rows hold one
             unknown = unknown or part.__qualname__.partition(".")[0]
     if not causal and not unknown:
         unknown = "a mask that is not causal"
@@ -84,5 +95,6 @@ def _code(maker: str, *arguments: Any) -> Any:
 
 _ALL = _code("and_masks", masking_utils.causal_mask_function)
 _WINDOW = _code("sliding_window_overlay", 1)
+_CHUNKS = _code("chunked_overlay", 1, None)
 _PACKED = _code("packed_sequence_mask_function", None)
 _RENUMBERED = _code("remap_positions_for_packed_sequence", masking_utils.causal_mask_function, None)

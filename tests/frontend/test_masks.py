@@ -44,6 +44,18 @@ def test_window_of_a_mask(function: Callable[..., Any], window: int) -> None:
     assert mask[:, :, :, :3] == mask
 
 
+@pytest.mark.parametrize(("chunk", "known"), [(models.CONTEXT, True), (models.CONTEXT - 1, False)])
+def test_chunks_that_hold_the_context_hide_nothing(chunk: int, known: bool) -> None:
+    function = masking_utils.chunked_causal_mask_function(chunk, torch.zeros(1))
+    mask = read_mask(mask_function=function, config=models.build("llama").config)
+    assert (not mask.unknown) == known
+
+
+def test_a_model_that_computes_with_its_mask_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="builds an attention mask of its own"):
+        _ = Mask().dtype
+
+
 @pytest.mark.parametrize(
     ("function", "named"),
     [
