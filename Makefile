@@ -51,8 +51,9 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 	CMAKE_ARGS='-DGGML_NATIVE=ON' $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-## Writes the table of docs/attention.md; a test checks that the committed one is current.
+## Writes docs/attention.md, cli.md, recipe.md and api.md; tests check that the committed ones are current.
 docs: $(READY)
+	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/attention_table.py
 
 ## Measures every method for the KV cache on the shipped model and writes docs/methods.md.

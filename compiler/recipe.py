@@ -46,6 +46,7 @@ class WeightsSection(_Section):
     block: int = 32
     """Weights that share a scale, along the input axis."""
     symmetric: bool = True
+    """Whether the range of the codes is centred on zero; otherwise each scale has a zero point beside it."""
     head: Literal["same", "int8", "int4"] = "int8"
     """Storage of the output head, and of an embedding that shares its weight, in int formats."""
     embedding: bool = True

@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from .huggingface_cache import cache_for
     from .model import Model, load
 
-__all__ = ["Model", "cache_for", "compile", "errors", "estimate", "explain", "export_onnx", "load"]
+    __version__: str
+
+__all__ = [
+    "Model",
+    "__version__",
+    "cache_for",
+    "compile",
+    "errors",
+    "estimate",
+    "explain",
+    "export_onnx",
+    "load",
+]
 
 _HOMES = {
     "cache_for": "huggingface_cache",
@@ -38,4 +50,12 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version(__name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

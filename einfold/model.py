@@ -136,6 +136,11 @@ class Model:
             for i, result in enumerate(results)
         ]
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works: the artifact has a tokenizer, and that a template of conversations."""
+        return self.artifact.has("tokenizer.json") and self.tokenizer.has_template
+
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt of a conversation ([{"role": .., "content": ..}]) by the model's template."""
         return self.tokenizer.chat(messages)

@@ -44,6 +44,11 @@ class Tokenizer:
         text: str = self._fast.decode(tokens, skip_special_tokens=True)
         return text
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model brings a chat template."""
+        return self._template is not None
+
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, by the model's chat template, up to where the answer begins.
 
@@ -51,6 +56,8 @@ class Tokenizer:
         """
         if self._template is None:
             raise PromptError("this model has no chat template; give a plain prompt instead")
+        for message in messages:
+            _check_text(message["content"])
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
+from .hub import unreachable
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class ModelSource:
     name: str
     folder: Path | None
     in_memory: bool = False
+    unreachable: str = ""
+    """Why the hub cannot be asked, for an id of it: then only what was downloaded before is looked at."""
+
+    @property
+    def local_only(self) -> bool:
+        """Whether nothing may be asked of the network."""
+        return self.folder is not None or bool(self.unreachable)
 
     @property
     def location(self) -> str:
@@ -56,7 +64,7 @@ def find_model(name: str | Path) -> ModelSource:
     text = str(name)
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/")):
-        return ModelSource(text, None)
+        return ModelSource(text, None, unreachable=unreachable())
     raise ModelError(
         f"there is no model folder {path}; give an existing folder, or a hub id such as owner/name"
     )
@@ -66,7 +74,9 @@ def read_config(source: ModelSource) -> Any:
     """The model's configuration; no weight is read and no code of the model's runs."""
     quiet()
     try:
-        return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            source.location, trust_remote_code=False, local_files_only=source.local_only
+        )
     except json.JSONDecodeError as error:
         raise ModelError(f"{source.location}/config.json is not valid JSON: {error}") from error
     except Exception as error:
@@ -82,6 +92,11 @@ def quiet() -> None:
 
 def _config_error(source: ModelSource, error: Exception) -> Exception:
     first = first_line(error)
+    if source.unreachable:
+        return ModelError(
+            f"there is no folder {source.name}, and if it is an id of the Hugging Face hub: that cannot be "
+            f"asked ({source.unreachable}), and this model was not downloaded before; give a model folder"
+        )
     if source.folder is None:
         return ModelError(
             f"there is no folder {source.name}, and the Hugging Face hub gives no such model: {first}"
@@ -174,6 +189,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             dtype="auto",
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=source.local_only,
             low_cpu_mem_usage=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -216,7 +232,11 @@ def load_reference(source: ModelSource) -> Any:
     quiet()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            source.location,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=source.local_only,
         )
     except Exception as error:
         pass_on(error)

@@ -32,7 +32,7 @@ def read_generation_config(source: ModelSource) -> Any:
     if source.folder is not None and not (source.folder / "generation_config.json").is_file():
         return None
     try:
-        return GenerationConfig.from_pretrained(source.location)
+        return GenerationConfig.from_pretrained(source.location, local_files_only=source.local_only)
     except Exception as error:
         pass_on(error)
         if source.folder is None:
@@ -69,7 +69,9 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
     if not found:
         return None, "the model has none"  # transformers would make an empty one up
     try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False), ""
+        return AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=False, local_files_only=source.local_only
+        ), ""
     except Exception as error:  # of an unknown kind, or it needs a package
         pass_on(error)
         return None, f"transformers cannot load it: {first_line(error)}"

@@ -92,7 +92,10 @@ class Manifest(_Part):
         """Reads and checks a folder's manifest. Raises ArtifactError where it is absent, damaged or newer."""
         path = folder / NAME
         if not os.path.lexists(path):
-            raise ArtifactError(f"{folder} is no einfold artifact: it has no {NAME}")
+            what = f"{folder} is no einfold artifact: it has no {NAME}"
+            if (folder / "config.json").is_file():
+                what += f"; a model folder is compiled first: einfold compile {folder} -o OUT"
+            raise ArtifactError(what)
         raw = read_regular(path, _LARGEST)
         try:
             data = json.loads(raw)

@@ -9,6 +9,7 @@ import typer
 from .compiling import compile_, estimate
 from .explain import explain
 from .measuring import bench, eval_
+from .recipes import recipe
 from .running import run
 from .showing import diff, inspect, methods, passes
 
@@ -48,4 +49,5 @@ app.command()(inspect)
 app.command()(diff)
 app.command()(passes)
 app.command()(methods)
+app.command()(recipe)
 app.command()(explain)

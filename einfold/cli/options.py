@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,34 @@ class EngineName(str, Enum):
     reference = "reference"
 
 
+#: Names for completion, which must not wait for torch to be imported; a test holds them to what there is.
+METHODS = {
+    "prune": ("streaming_llm", "razor_attention", "snapkv", "h2o", "ems"),
+    "quant": ("kivi", "gear", "zipcache", "mikv"),
+    "share": ("cross_layer", "minicache", "cskv"),
+}
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with einfold."""
+    return sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+def _starting(names: Iterable[str]) -> Callable[[str], list[str]]:
+    known = list(names)
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    return complete
+
+
+def _recipes(incomplete: str) -> list[str]:
+    """Names of recipes, and the shell's own TOML files beside them."""
+    here = [str(path) for path in sorted(Path().glob("*.toml"))]
+    return [name for name in (*recipe_names(), *here) if name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Artifact = Annotated[
@@ -46,7 +75,9 @@ RecipeFile = Annotated[
     typer.Option(
         "--recipe",
         help="TOML file that sets every knob, or the name of a recipe that comes with einfold "
-        "(int4, int4-128, int4-exact, streaming); options override it.",
+        "(int4, int4-128, int4-exact, streaming); options override it. `einfold recipe` lists all keys.",
+        autocompletion=_recipes,
+        show_default=False,
     ),
 ]
 TargetOption = Annotated[
@@ -82,6 +113,7 @@ PruneOption = Annotated[
     typer.Option(
         "--prune",
         metavar="METHOD[:KEY=VALUE,..]",
+        autocompletion=_starting((*METHODS["prune"], "none")),
         help="Keep fewer tokens in the KV cache: a window for all heads or for some, or the tokens that "
         f"got the most attention. {_WRITTEN}. [default: keep all]",
         show_default=False,
@@ -92,6 +124,7 @@ QuantOption = Annotated[
     typer.Option(
         "--quant",
         metavar="METHOD[:KEY=VALUE,..]",
+        autocompletion=_starting((*METHODS["quant"], "none")),
         help="Pack the tokens of the KV cache into few bits, the newest left as they are. "
         f"{_WRITTEN}. [default: packed into nothing, see --cache]",
         show_default=False,
@@ -102,6 +135,7 @@ ShareOption = Annotated[
     typer.Option(
         "--share",
         metavar="METHOD[:KEY=VALUE,..]",
+        autocompletion=_starting((*METHODS["share"], "none")),
         help="Let layers share their keys and values, or shrink the channels of both. "
         f"{_WRITTEN}. [default: each layer its own]",
         show_default=False,

@@ -30,10 +30,19 @@ def run(
         typer.Option(help="The prompt as token ids, such as '1 15 27'.", show_default=False),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the prompt into the model's chat template, which is what happens anyway where the "
+            "model has one; refuse where it has none.",
+        ),
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
     ] = False,
     system: Annotated[
-        str | None, typer.Option(help="A system message, with --chat.", show_default=False)
+        str | None,
+        typer.Option(help="A system message, for the chat template.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -84,7 +93,10 @@ def run(
         "verify": verify,
         "trust": trust,
     }
-    run_artifact(artifact, prompt, file, ids, chat, system, options, loading, json)
+    if chat and raw:
+        raise PromptError("--chat and --raw exclude each other")
+    templated = True if chat or system is not None else False if raw else None
+    run_artifact(artifact, prompt, file, ids, templated, system, options, loading, json)
 
 
 def run_artifact(
@@ -92,28 +104,31 @@ def run_artifact(
     prompt: str | None,
     file: Path | None,
     ids: str | None,
-    chat: bool,
+    chat: bool | None,
     system: str | None,
     options: dict[str, Any],
     loading: dict[str, Any],
     as_json: bool,
 ) -> None:
+    """`chat` None: the chat template is used where the model has one."""
     from ..model import load
 
     text = _read_prompt(prompt, file, ids)
     if chat and ids is not None:
         raise PromptError("--chat needs a prompt of text, not --ids")
     if system is not None and not chat:
-        raise PromptError("--system needs --chat")
+        raise PromptError("--system needs the chat template; leave out --raw")
     started = time.perf_counter()
     model = load(artifact, **loading)
     load_seconds = time.perf_counter() - started
     tokens: Any = text
+    said = ""
     if ids is not None:
         tokens = _parse_ids(ids)
-    elif chat:
+    elif chat or (chat is None and model.has_chat_template):
         messages = [{"role": "system", "content": system}] if system else []
         tokens = model.chat([*messages, {"role": "user", "content": str(text)}])
+        said = "in the model's chat template (--raw leaves it out); " if chat is None else ""
     show = None if as_json else _write_piece
     result = model.generate(tokens, on_text=show, **options)
     times = model.timings
@@ -133,6 +148,7 @@ def run_artifact(
                 "text": result.text,
                 "tokens": result.tokens,
                 "prompt_tokens": result.prompt_tokens,
+                "chat_template": isinstance(tokens, list) and ids is None,
                 "finish_reason": result.finish_reason,
                 "timings": timings,
             }
@@ -144,7 +160,7 @@ def run_artifact(
     rate = timings["decode_tokens_per_second"]
     prefill = times.prefill_tokens / max(times.prefill_seconds, 1e-9)
     err.print(
-        f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason}); "
+        f"{said}{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason}); "
         f"load {load_seconds:.2f} s, prefill {prefill:.0f} tokens/s"
         + (f", decode {rate:.1f} tokens/s" if rate else ""),
         style="dim",

@@ -156,7 +156,12 @@ def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
     refused("run", text_artifact, "-f", tmp_path / "absent", code=8, says="cannot read the prompt")
     refused("run", text_artifact, "-p", "x\udcff", code=8, says="not valid UTF-8 at character 1")
     refused("run", text_artifact, "--ids", "1 2", "--chat", code=8, says="--chat needs a prompt of")
-    refused("run", text_artifact, "-p", "x", "--system", "y", code=8, says="--system needs --chat")
+    refused("run", text_artifact, "-p", "x", "--chat", "--raw", code=8, says="exclude each other")
+    refused(
+        *("run", text_artifact, "-p", "x", "--raw", "--system", "y"),
+        code=8,
+        says="--system needs the chat template",
+    )
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     refused("run", text_artifact, "-f", tmp_path / "latin1", code=8, says="cannot read the prompt")
     refused("run", text_artifact, "-p", "x", "--top-p", "7", code=7, says="top_p")

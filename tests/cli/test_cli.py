@@ -93,6 +93,12 @@ def test_compile_run_eval_inspect_diff(text_model: Path, tmp_path: Path) -> None
     )
     assert len(chat["tokens"]) == 2
 
+    one = ("run", out, "-p", "hi", "--max-new-tokens", "2", "--ignore-eos")
+    templated, raw = as_json(*one), as_json(*one, "--raw")
+    assert templated["chat_template"] and not raw["chat_template"]
+    assert templated["prompt_tokens"] > raw["prompt_tokens"]
+    assert as_json(*one, "--chat")["tokens"] == templated["tokens"]
+
     text = tmp_path / "text.txt"
     text.write_text(
         "The pass key is 12. Remember it. What is the pass key? The pass key is 12.\n\f\nthe text"

@@ -1,0 +1,98 @@
+"""A recipe as TOML with every key, its value and its meaning: `einfold recipe` and docs/recipe.md."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from .compiler.passes.cache_methods import FAMILIES
+from .compiler.recipe import Recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """TOML that `Recipe.read` reads as `recipe` again. Keys that are not set stand there in comments."""
+    return "\n".join(_lines(recipe, "")) + "\n"
+
+
+def _lines(section: BaseModel, where: str) -> Iterator[str]:
+    kind = type(section)
+    meanings, inner = field_docs(kind), []
+    for name, info in kind.model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            inner.append((name, value))
+            continue
+        if name in FAMILIES and where == "cache":
+            yield from _comment(
+                f"[cache.{name}]: {meanings[name]} Methods: {', '.join(FAMILIES[name])}."
+            )
+            continue
+        yield from _comment(" ".join(filter(None, (meanings.get(name, ""), _choices(info)))))
+        if value is None:
+            yield f"# {name} ="
+        else:
+            yield f"{name} = {_toml(value)}"
+    if where == "cache":
+        for name in FAMILIES:
+            yield from _method(name, getattr(section, name))
+    for name, value in inner:
+        yield f"\n[{name}]"
+        yield from _comment(inspect.getdoc(type(value)) or "")
+        yield from _lines(value, name)
+
+
+def _method(family: str, table: dict[str, Any] | None) -> Iterator[str]:
+    """A method's table, or in comments those that there are, with their defaults."""
+    if table is not None:
+        yield f"\n[cache.{family}]"
+        yield from (f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)
+        return
+    for name, kind in FAMILIES[family].items():
+        options = {"method": name, **kind().options()}
+        yield f"\n# [cache.{family}]"
+        yield from (f"# {k} = {'' if v is None else _toml(v)}".rstrip() for k, v in options.items())
+
+
+def _comment(text: str) -> Iterator[str]:
+    for line in textwrap.wrap(" ".join(text.split()), 96):
+        yield f"# {line}"
+
+
+def _choices(info: FieldInfo) -> str:
+    """The values that a key takes, where they are few."""
+    kinds = [info.annotation, *get_args(info.annotation)]
+    found = [_toml(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
+    if not found:
+        return ""
+    if get_origin(info.annotation) is tuple:
+        return f"A list of: {', '.join(found)}."
+    return f"One of {', '.join(found)}."
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Path):
+        value = str(value)
+    return json.dumps(value)  # booleans, numbers and basic strings are the same in both
+
+
+def field_docs(kind: type[BaseModel]) -> dict[str, str]:
+    """The text that stands under each field of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for before, after in zip(body.body, body.body[1:], strict=False):
+        named = isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+        said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if named and said:
+            found[before.target.id] = str(after.value.value)  # type: ignore[union-attr,attr-defined]
+    return found
