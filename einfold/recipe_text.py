@@ -7,6 +7,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -90,9 +91,9 @@ def field_docs(kind: type[BaseModel]) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
-    for before, after in zip(body.body, body.body[1:], strict=False):
-        named = isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
-        said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if named and said:
-            found[before.target.id] = str(after.value.value)  # type: ignore[union-attr,attr-defined]
+    for before, after in pairwise(body.body):
+        if not (isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[before.target.id] = str(after.value.value)
     return found

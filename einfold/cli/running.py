@@ -95,7 +95,7 @@ def run(
     }
     if chat and raw:
         raise PromptError("--chat and --raw exclude each other")
-    templated = True if chat or system is not None else False if raw else None
+    templated = False if raw else True if chat or system is not None else None
     run_artifact(artifact, prompt, file, ids, templated, system, options, loading, json)
 
 
