@@ -52,7 +52,7 @@ class Model:
                 raise PromptError(
                     f"{self.artifact.folder} holds no tokenizer; give token ids instead of text"
                 )
-            self._tokenizer = Tokenizer(self.artifact.folder)
+            self._tokenizer = Tokenizer(self.artifact.folder, self.artifact.manifest.files.keys())
         return self._tokenizer
 
     @property
