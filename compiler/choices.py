@@ -8,14 +8,14 @@ and is read as numbers by name; nothing in it is evaluated.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import platform
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from .ir.kept import cache_home, write_json
+from .ir.kept import cache_home, read_json, write_json
 
 #: Part of every key: raised whenever a lowering or the way of measuring changes.
 VERSION = 2
@@ -24,14 +24,12 @@ VERSION = 2
 def known(key: str) -> dict[str, float]:
     """Seconds a call by lowering; empty where nothing was measured."""
     text = _text(key)
-    try:
-        data = json.loads(_path(text).read_text("utf-8"))
-        if data["key"] != text:
-            return {}
-        return {str(name): float(seconds) for name, seconds in data["seconds"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        # Absent, cut short or of another make: measured again and written anew.
-        return {}
+    data = read_json(_path(text)) or {}
+    seconds = data.get("seconds")
+    if data.get("key") != text or not isinstance(seconds, dict):
+        return {}  # absent or of another make: measured again and written anew
+    right = all(type(value) is float and 0 < value < math.inf for value in seconds.values())
+    return seconds if right else {}
 
 
 def keep(key: str, seconds: dict[str, float]) -> None:

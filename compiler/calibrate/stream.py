@@ -8,8 +8,9 @@ there.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from torch import Tensor, fx
 
 from ...errors import CalibrationError, IRError, pass_on
 from ..ir.interpreter import Interpreter
+from ..ir.kept import read, write
+from ..ir.locks import lock
 from ..ir.ops import einfold_ops
 from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
 from .snapshot import snapshot, text_inputs
@@ -32,6 +35,10 @@ Found = Mapping[str, Tensor]
 Tell = Callable[[str, float], None]
 
 _PROGRESS = "progress.pt"
+_LOCK = "lock"
+
+#: Bytes of the largest file that is read back.
+_LARGEST = 1 << 34
 
 
 class Observer(Protocol):
@@ -83,15 +90,33 @@ class _Run:
         self.program, self.observers, self.folder, self.tell = program, observers, folder, tell
         self.layers = len(attention_nodes(program))
         self.found: dict[int, dict[str, Tensor]] = {}
+        self.keeps = False
 
     def over(self, tokens_BS: Tensor) -> dict[int, dict[str, Tensor]]:
+        with self._alone():
+            return self._over(tokens_BS)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps the folder to one reader; another one, at the same time, keeps nothing."""
+        with ExitStack() as stack:
+            if self.folder is not None:
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self.keeps = stack.enter_context(lock(self.folder / _LOCK))
+                except OSError:  # no room, or no right to write: measuring goes on without
+                    self.keeps = False
+            yield
+
+    def _over(self, tokens_BS: Tensor) -> dict[int, dict[str, Tensor]]:
         resume = self._resumed()
         if len(self.found) < self.layers:
             instead = {einfold_ops.attention.default: self._attention}
             interpreter = Interpreter(self.program, False, instead)
             interpreter.run(text_inputs(tokens_BS), self._after, resume)
-            if self.folder is not None:
-                (self.folder / _PROGRESS).unlink(missing_ok=True)
+            if self.keeps and self.folder is not None:
+                with suppress(OSError):
+                    (self.folder / _PROGRESS).unlink(missing_ok=True)
         return self.found
 
     def _attention(
@@ -126,32 +151,35 @@ class _Run:
 
     def _after(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
         """Keeps what was found of a layer, and what is needed to go on behind it."""
-        if self.folder is None or node.target is not einfold_ops.attention.default:
+        attention = node.target is einfold_ops.attention.default
+        if self.folder is None or not self.keeps or not attention:
             return
         layer = int(call_arguments(node)["layer"])
         known = {other.name: value for other, value in values.items()}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.found[layer], self.folder / f"layer-{layer}.pt")
-            _write({"behind": node.name, "values": known}, self.folder / _PROGRESS)
-        except OSError:  # no room, or no right to write: measuring goes on without
-            self.folder = None
+        # Without room, or the right to write, measuring goes on and keeps nothing.
+        self.keeps = _write(self.found[layer], self.folder / f"layer-{layer}.pt") and _write(
+            {"behind": node.name, "values": known}, self.folder / _PROGRESS
+        )
 
     def _resumed(self) -> tuple[str, Mapping[str, Any]] | None:
-        if self.folder is None or not self.folder.is_dir():
+        if self.folder is None:
             return None
-        for node in attention_nodes(self.program):
+        nodes = attention_nodes(self.program)
+        for node in nodes:
             layer = int(call_arguments(node)["layer"])
-            path = self.folder / f"layer-{layer}.pt"
-            if path.is_file():
-                self.found[layer] = _read(path)
+            found = _read(self.folder / f"layer-{layer}.pt")
+            if found is not None:
+                self.found[layer] = found
         if len(self.found) == self.layers:
             return None
-        progress = self.folder / _PROGRESS
-        if not progress.is_file():
-            self.found.clear()
+        state = _read(self.folder / _PROGRESS) or {"behind": ""}
+        names = [node.name for node in nodes]
+        done = names.index(state["behind"]) + 1 if state["behind"] in names else 0
+        before = [int(call_arguments(node)["layer"]) for node in nodes[:done]]
+        if not done or not all(layer in self.found for layer in before):
+            self.found.clear()  # what is behind a gap cannot be measured without it
             return None
-        state = _read(progress)
+        self.found = {layer: self.found[layer] for layer in before}
         return state["behind"], state["values"]
 
 
@@ -190,25 +218,21 @@ def _weighted(weights_BHST: Tensor, v_BSKD: Tensor) -> Tensor:
     return (weights_BHST @ values_BHTD).transpose(1, 2).contiguous()
 
 
-def _write(value: Any, path: Path) -> None:
-    """Writes beside the place, then renames: a file that is there is whole. It says what it is of by the
-    name of its folder, which tells model, graph and sample apart."""
-    beside = path.with_suffix(f".{os.getpid()}")
-    torch.save({"of": path.parent.name, "value": value}, beside)
-    beside.replace(path)
+def _write(value: Any, path: Path) -> bool:
+    """Whether a value could be kept. A file says what it is of by the name of its folder, which tells model,
+    graph and sample apart."""
+    return write(path, lambda file: torch.save({"of": path.parent.name, "value": value}, file))
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any] | None:
+    """The table that was kept; None where there is none, or it is damaged, or of something else."""
+    raw = read(path, _LARGEST)
+    if raw is None:
+        return None
     try:
-        data = torch.load(path, weights_only=True)
+        data = torch.load(io.BytesIO(raw), weights_only=True)
         of, value = data["of"], data["value"]
-    except Exception as error:  # damaged files raise many unrelated classes
+    except Exception as error:  # of another version of torch, which raises many unrelated classes
         pass_on(error)
-        raise CalibrationError(
-            f"{path} cannot be read ({type(error).__name__}); delete {path.parent} to measure anew"
-        ) from error
-    if of != path.parent.name:
-        raise CalibrationError(
-            f"{path} was written for another model or text; delete {path.parent} to measure anew"
-        )
-    return value
+        return None
+    return value if of == path.parent.name and isinstance(value, dict) else None

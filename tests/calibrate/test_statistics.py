@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from einfold.compiler.calibrate.retrieval_heads import RetrievalHeads, repeated_
 from einfold.compiler.calibrate.statistics import Statistics, kv_scores
 from einfold.compiler.calibrate.stream import attention_weights, stream
 from einfold.compiler.calibrate.text_statistics import AttentionMass, KeyValues, similarity
+from einfold.compiler.ir import kept
+from einfold.compiler.ir.locks import lock
 from einfold.compiler.ir.program import Program
 from einfold.errors import CalibrationError
 
@@ -40,6 +43,12 @@ BODY = """
     call %y = aten.add.Tensor(%o2, %q2) : f32[B, S, 4, 4]
     output "y" = %y
 """
+
+THREE = BODY.replace(
+    '    output "y" = %y',
+    "    call %o3 = einfold.attention(%y, %k2, %k, none, 2, 0.5, 0, 0.0) : f32[B, S, 4, 4]\n"
+    '    output "y" = %o3',
+)
 
 
 @pytest.fixture(autouse=True)
@@ -144,37 +153,93 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["layer-0.pt", "layer-1.pt"]
     again = stream(program(BODY), ids, [Interrupted(6)], folder)
     assert len(seen) == 3 and again.keys() == want.keys()
-    (folder / "layer-1.pt").write_bytes(b"damaged")
-    with pytest.raises(CalibrationError, match=r"layer-1\.pt cannot be read .*; delete .*kept"):
-        stream(program(BODY), ids, [Interrupted(6)], folder)
 
 
-def test_files_that_are_damaged_or_of_something_else_are_refused(tmp_path: Path) -> None:
-    ids, other = repeated_tokens(6, 11), tmp_path / "other"
-    stream(program(BODY), ids, [KeyValues()], other)
-    layer, strange = other / "layer-0.pt", "layer-first.pt"
-    for name, damage, says in (
-        (
-            "layer-0.pt",
-            lambda path: shutil.copy(layer, path),
-            "was written for another model or text",
-        ),
-        ("layer-1.pt", lambda path: torch.save([1, 2], path), r"cannot be read \(TypeError\)"),
-        (
-            "progress.pt",
-            lambda path: torch.save({"behind": "o"}, path),
-            r"cannot be read \(KeyError\)",
-        ),
-        ("progress.pt", lambda path: path.write_bytes(layer.read_bytes()[:200]), "cannot be read"),
-    ):
-        folder = tmp_path / "kept"
-        folder.mkdir()
-        damage(folder / name)
-        with pytest.raises(CalibrationError, match=rf"{name} {says}.*; delete .*kept"):
-            stream(program(BODY), ids, [KeyValues()], folder)
-        shutil.rmtree(folder)
-    shutil.copy(layer, other / strange)  # of no layer: not looked at
-    assert len(stream(program(BODY), ids, [KeyValues()], other)) == 2
+def damaged(folder: Path, name: str, data: bytes) -> None:
+    (folder / name).write_bytes(data)
+
+
+def of_another(folder: Path, name: str, data: bytes) -> None:
+    """Whole, and of another folder: another model or text."""
+    other = folder.with_name("another")
+    kept.write(folder / name, lambda file: torch.save({"of": other.name, "value": {}}, file))
+
+
+def unsealed(folder: Path, name: str, data: bytes) -> None:
+    """As whoever knows the format might write it, with numbers that are none."""
+    nothing = {"echo": torch.full((2,), float("nan")), "induction": torch.full((2,), torch.inf)}
+    torch.save({"of": folder.name, "value": nothing}, folder / name)
+
+
+def gone(folder: Path, name: str, data: bytes) -> None:
+    (folder / name).unlink()
+
+
+def pipe(folder: Path, name: str, data: bytes) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+
+def link(folder: Path, name: str, data: bytes) -> None:
+    (folder / name).rename(folder / "aside")
+    (folder / name).symlink_to(folder / "aside")
+
+
+@pytest.mark.parametrize("name", ["layer-0.pt", "layer-1.pt", "progress.pt"])
+@pytest.mark.parametrize("harm", [damaged, of_another, unsealed, gone, pipe, link])
+def test_what_was_kept_and_is_damaged_is_measured_again(
+    name: str, harm: Callable[[Path, str, bytes], None], tmp_path: Path
+) -> None:
+    """Of three layers two were measured before the run was interrupted."""
+    body, ids, folder = THREE, repeated_tokens(6, 11), tmp_path / "kept"
+    want = stream(program(body), ids, [RetrievalHeads(6)])
+    begun: list[int] = []
+
+    class Counted(RetrievalHeads):
+        def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
+            begun.append(1)
+            if len(begun) == 3:
+                raise KeyboardInterrupt
+            super().begin(q_BSHD, k_BSKD, v_BSKD)
+
+    with pytest.raises(KeyboardInterrupt):
+        stream(program(body), ids, [Counted(6)], folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["layer-0.pt", "layer-1.pt", "progress.pt"]
+    harm(folder, name, (folder / name).read_bytes()[:200])
+    got = stream(program(body), ids, [Counted(6)], folder)
+    assert len(begun) == 3 + 3  # all of them: what is behind a gap needs what is before it
+    for layer, found in want.items():
+        for key, value in found.items():
+            torch.testing.assert_close(got[layer][key], value, rtol=0, atol=0)
+    assert len(stream(program(body), ids, [Counted(6)], folder)) == 3
+    assert len(begun) == 3 + 3
+
+
+def test_two_that_measure_at_once(tmp_path: Path) -> None:
+    """The second one keeps nothing, and disturbs nothing."""
+    ids, folder = repeated_tokens(6, 11), tmp_path / "kept"
+    folder.mkdir()
+    with lock(folder / "lock"):
+        assert len(stream(program(BODY), ids, [KeyValues()], folder)) == 2
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    stream(program(BODY), ids, [KeyValues()], folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["layer-0.pt", "layer-1.pt"]
+
+
+def test_a_disk_that_fills_while_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.save
+
+    def full(value: object, file: Any) -> None:
+        real(value, file)
+        with open("/dev/full", "wb") as nowhere:
+            nowhere.write(b"1")
+
+    monkeypatch.setattr(torch, "save", full)
+    folder = tmp_path / "kept"
+    assert len(stream(program(BODY), repeated_tokens(6, 11), [KeyValues()], folder)) == 2
+    assert not list(folder.iterdir())
 
 
 def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +11,17 @@ from einfold.compiler.analysis.cascade import plans
 from einfold.compiler.analysis.cascade.check import WrongFoldError
 from einfold.compiler.ir.cascade.parser import parse
 from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan
+from einfold.compiler.ir.kept import read_json, write_json
 from einfold.errors import IRError
 
 from .test_check import MOMENTS
 from .texts import NAIVE
+
+
+def kept_in(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    assert data is not None
+    return data
 
 
 @pytest.mark.parametrize("text", [NAIVE, MOMENTS])
@@ -52,15 +59,17 @@ def test_a_damaged_file_is_derived_again(damage: str, tmp_path: Path) -> None:
     first = plans.fold(cascade, "t", tmp_path)
     (path,) = tmp_path.iterdir()
     if damage == "plan":
-        data = json.loads(path.read_text())
+        data = kept_in(path)
         data["plans"] = ["einfold.plan 1 over t, passes 3 -> 1\nstate M[s] = __import__('os')\n"]
-        path.write_text(json.dumps(data))
+        write_json(path, data)
     elif damage == "version":
-        path.write_text(path.read_text().replace("einfold.plan 1", "einfold.plan 9"))
+        data = kept_in(path)
+        data["plans"] = [plan.replace("einfold.plan 1", "einfold.plan 9") for plan in data["plans"]]
+        write_json(path, data)
     else:
         path.write_text(damage)
     assert plans.fold(cascade, "t", tmp_path) == first
-    assert json.loads(path.read_text())["plans"]
+    assert kept_in(path)["plans"]
 
 
 @pytest.mark.parametrize(
@@ -81,11 +90,11 @@ def test_a_plan_that_reads_and_is_wrong_is_derived_again(
     first = plans.fold(cascade, "t", tmp_path)
     (path,) = tmp_path.iterdir()
     right = path.read_text()
-    data = json.loads(right)
+    data = kept_in(path)
     assert old in data["plans"][0]
     data["plans"] = [data["plans"][0].replace(old, new)]
     parse_plan(data["plans"][0])  # it reads: only its meaning gives it away
-    path.write_text(json.dumps(data))
+    write_json(path, data)
     assert plans.fold(cascade, "t", tmp_path) == first
     assert path.read_text() == right
 

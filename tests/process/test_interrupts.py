@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 import torch
 
-from einfold.compiler.frontend.export import capture_module
+from einfold.compiler.frontend.modules import capture_module
 from einfold.compiler.ir.interrupts import Later, tracing
 from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
@@ -131,7 +131,7 @@ def test_other_threads_are_left_alone() -> None:
 def test_at_any_moment_of_reading_a_graph() -> None:
     """Torch's fake tensors make another exception of it, or none."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(20)))
-    text = print_program(capture_module(layers, (torch.zeros(2, 8),)))
+    text = print_program(capture_module(layers, (torch.zeros(2, 8),)).program)
     started = time.perf_counter()
     parse(text)
     taken = time.perf_counter() - started

@@ -8,7 +8,6 @@ The key has the version of the derivation in it, so that a better derivation nev
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...ir.cascade.canonical import Names, canonical, rename_plan
 from ...ir.cascade.cascade import Cascade
 from ...ir.cascade.plan_text import parse_plan, print_plan
 from ...ir.cascade.printer import print_cascade
-from ...ir.kept import cache_home, write_json
+from ...ir.kept import cache_home, read_json, write_json
 from .check import (
     WrongFoldError,
     check_again,
@@ -99,8 +98,8 @@ def _in_words(text: str, names: Names) -> str:
 
 def _load(path: Path, text: str, cascade: Cascade, rank: str) -> Folding | None:
     try:
-        data = json.loads(path.read_text("utf-8"))
-        if data["cascade"] != text or data["rank"] != rank:
+        data = read_json(path)
+        if data is None or data["cascade"] != text or data["rank"] != rank:
             return None
         plans = tuple(parse_plan(plan) for plan in data["plans"])
         refusals = tuple(Refusal(*refusal) for refusal in data["refusals"])
@@ -109,7 +108,7 @@ def _load(path: Path, text: str, cascade: Cascade, rank: str) -> Folding | None:
         return Folding(rank, plans, refusals, int(data["before"]), int(data["after"]))
     except Exception as error:
         stop_on(error)
-        # Absent, cut short, of another make, or wrong in whatever way: derived again and written anew.
+        # Of another make, or wrong in whatever way: derived again and written anew.
         return None
 
 
