@@ -35,6 +35,9 @@ _SAME_VALUE = {
     aten.lift_fresh.default,
     aten.view_as.default,
 }
+#: Operators beside a number, and the number that changes nothing.
+_NEUTRAL = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
+_NEUTRAL |= {aten.pow.Tensor_Scalar: 1}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 _CASTS_LIKE = {aten.to.other, aten.type_as.default}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
@@ -61,7 +64,7 @@ def normalise_call(
         return _first(args)
     if target is aten.expand.default and _same_sizes(args):
         return _first(args)
-    if target is aten.mul.Tensor and isinstance(args[1], (int, float)) and args[1] == 1:
+    if len(args) > 1 and _NEUTRAL.get(target) == args[1] and _keeps_its_type(args) and not kwargs:
         return _first(args)
     if target is aten.concat.default:
         return aten.cat.default, args, kwargs
@@ -73,6 +76,14 @@ def normalise_call(
 def is_cast(target: object) -> bool:
     """Whether an operator gives the numbers of its first argument in another type."""
     return target in _CASTS | _CASTS_LIKE
+
+
+def _keeps_its_type(args: tuple[Any, ...]) -> bool:
+    """Whether a number beside a tensor leaves its type: where that is one of fractions, it does."""
+    if not isinstance(args[0], fx.Node) or not isinstance(args[1], (int, float)):
+        return False
+    value = args[0].meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _first(args: tuple[Any, ...]) -> fx.Node:

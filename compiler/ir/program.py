@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from ...errors import IRError, pass_on
 from .cache.layout import CacheLayout
@@ -235,7 +236,8 @@ def infer(program: Program, node: fx.Node) -> None:
         raise IRError(f"node {node.name} ({node.op}) has no type of its own")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
-        with Later(), shapes.mode, torch.no_grad(), _no_log():
+        # The dispatcher in Python knows sizes that are symbols where C++ would fix or refuse them.
+        with Later(), shapes.mode, enable_python_dispatcher(), torch.no_grad(), _no_log():
             node.meta["val"] = node.target(*args, **kwargs)
     except Exception as error:
         pass_on(error)

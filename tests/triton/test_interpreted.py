@@ -74,6 +74,14 @@ def test_dead_rows(interpreted: Ask, form: str) -> None:
     assert max(interpreted(form, fill=fill).values()) < 2e-5
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "3e38"])
+@pytest.mark.parametrize("form", ["boolean mask, -inf", "boolean mask, -1e30"])
+def test_what_a_mask_hides(interpreted: Ask, form: str, value: str) -> None:
+    """A key that no row sees."""
+    fill = {"mask": {"column": 3, "value": 0}, "k": {"row": 3, "value": value}}
+    assert max(interpreted(form, fill=fill).values()) < 2e-5
+
+
 @pytest.mark.parametrize("value", [-3.4028234663852886e38, -math.inf])
 def test_rows_of_the_least_float(interpreted: Ask, value: float) -> None:
     fill = {"mask": {"row": 1, "value": str(value)}}

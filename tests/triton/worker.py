@@ -98,7 +98,10 @@ def overridden(name: str, tensor: torch.Tensor, request: dict[str, Any]) -> torc
     if fill is not None:
         tensor = tensor.clone()
         value = float(fill["value"]) if tensor.is_floating_point() else bool(float(fill["value"]))
-        tensor[..., fill["row"], :] = value
+        if "column" in fill:
+            tensor[..., fill["column"]] = value
+        else:
+            tensor[..., fill["row"], :] = value
     return tensor
 
 

@@ -20,6 +20,7 @@ from ...ir.cascade.expr import Apply, Const, Expr, Pos, ranks_of, reads
 from ...ir.cascade.plan import Plan
 from .expressions import as_tensor, evaluate, factors, on_real, order_of, product
 from .frame import Frame, NotLoweredError, Value
+from .hiding import attention, attention_with_sum
 from .logits import Logits
 from .one_tile import inlined
 from .sums import operand
@@ -144,14 +145,14 @@ def attend(frame: Frame, heads: Heads, statistics: bool) -> tuple[list[Value], V
                 raise NotLoweredError("the kernel's statistics want values as wide as keys")
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.where(mask, 0.0, -torch.inf).to(q.dtype)
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-            )
+            out, lse = attention_with_sum(q, k, v, mask, causal, scale)
             kept = lse.reshape(frame.shape(heads.order))
             statistic = statistic or Value(kept, heads.order)
+        elif causal or mask is not None:
+            out = attention(q, k, v, mask, causal, scale)
         else:
             out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=bool(heads.groups)
+                q, k, v, scale=scale, enable_gqa=bool(heads.groups)
             )
         found.append(Value(out.reshape(shape), (*heads.order, *columns)))
     return found, statistic

@@ -6,16 +6,18 @@ where(pos(t) <= pos(s), scores * 0.25 + mask, -inf)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads
 from ...ir.cascade.plan import Plan
 from .expressions import on_real, simplified
 from .frame import NotLoweredError
+from .hiding import HIDDEN
 from .one_tile import inlined
 
-#: A finite mask value below which no score shows, so that it may be added where it was selected.
-_HIDDEN = -1e20
+#: Added to a score of any finite size it leaves one that no other is below.
+_LOWEST = Const(-3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,19 @@ def _hidden(
 ) -> tuple[Expr, str | None, Expr]:
     for at, other in ((1, 2), (2, 1)):
         value = expr.args[other]
-        low = isinstance(value, Const) and float(value.value) <= _HIDDEN
+        low = isinstance(value, Const) and float(value.value) <= HIDDEN
         if low and parts[at][1] is not None and parts[0][1] is None:
             scale, name, bias = parts[at]
+            # Added where it was selected: lower than any that it may stand over, unless it has its place
+            # in an order of several.
+            if value != Const(-math.inf) and not _hides(bias):
+                value = _LOWEST
             args = (expr.args[0], bias, value) if at == 1 else (expr.args[0], value, bias)
             return scale, name, Apply("where", args)
     raise NotLoweredError("scores are chosen between")
+
+
+def _hides(expr: Expr) -> bool:
+    if isinstance(expr, Const):
+        return float(expr.value) <= HIDDEN
+    return any(_hides(arg) for arg in expr.args) if isinstance(expr, Apply) else False

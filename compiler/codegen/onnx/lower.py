@@ -98,7 +98,17 @@ def lower(
     `accuracy_level` is MatMulNBits's: 4 computes with int8 activations, 0 in float32.
     Raises UnsupportedError, naming operator and node, for what has no lowering.
     """
-    from . import attention, einfold_ops, experts, fallback, quantized, standard_ops  # noqa: F401  (fill the table)
+    from . import (  # noqa: F401  (fill the table)
+        attention,
+        creation,
+        einfold_ops,
+        elementwise,
+        experts,
+        fallback,
+        quantized,
+        sdpa,
+        standard_ops,
+    )
 
     builder = Builder(weights_file, placements)
     context = Context(program, flavour, builder, accuracy_level, opset=OPSET[flavour])
@@ -133,7 +143,7 @@ def _lower_node(context: Context, node: fx.Node, fallback: Lowering) -> Any:
         source, index = node.args
         return context.values[source][index]  # type: ignore[index]
     if not isinstance(node.meta["val"], (torch.Tensor, tuple, list)):
-        return None  # sizes are read where a shape needs them, see standard_ops.shape_operand
+        return None  # sizes are read where a shape needs them, see operands.shape_operand
     function = _TABLE.get((node.target, context.flavour), fallback)
     return function(context, node)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ...ir.cascade.expr import Const, Expr, apply
+from ...ir.cascade.expr import Const, Expr, add, apply, div, is_number, mul, sub
 from .context import Context, Value
 from .ranks import NotExpressedError
 
@@ -14,17 +14,31 @@ from .ranks import NotExpressedError
 Rule = Callable[..., Expr]
 
 
-def _alpha(op: str) -> Rule:
-    def rule(a: Expr, b: Expr, alpha: float = 1) -> Expr:
-        return apply(op, a, b if alpha == 1 else apply("mul", b, float(alpha)))
+def _expr(value: Expr | float) -> Expr:
+    return Const(value) if isinstance(value, (int, float)) else value
 
-    return rule
+
+def _add(a: Expr | float, b: Expr | float, alpha: float = 1) -> Expr:
+    return add(_expr(a), _times(b, alpha))
+
+
+def _sub(a: Expr | float, b: Expr | float, alpha: float = 1) -> Expr:
+    return sub(_expr(a), _times(b, alpha))
+
+
+def _times(value: Expr | float, alpha: float) -> Expr:
+    found = _expr(value)
+    return found if is_number(found, 0) else mul(found, Const(float(alpha)))
+
+
+def _mul(a: Expr | float, b: Expr | float) -> Expr:
+    return mul(_expr(a), _expr(b))
 
 
 def _div(a: Expr, b: Expr, rounding_mode: str | None = None) -> Expr:
     if rounding_mode == "floor":
         return apply("floordiv", a, b)
-    found = apply("div", a, b)
+    found = div(_expr(a), _expr(b))
     return found if rounding_mode is None else apply("trunc", found)
 
 
@@ -63,7 +77,7 @@ def _pow(base: Expr | float, exponent: Expr | float) -> Expr:
     """A number to a power is an exponential, so that a softmax to base two, or e, is one."""
     if isinstance(base, (int, float)) and not isinstance(exponent, (int, float)) and base > 0:
         return apply("exp", apply("mul", exponent, math.log(base)))
-    return apply("pow", base, exponent)
+    return _expr(base) if is_number(_expr(exponent), 1) else apply("pow", base, exponent)
 
 
 def _logaddexp(a: Expr, b: Expr) -> Expr:
@@ -75,8 +89,7 @@ def _logaddexp(a: Expr, b: Expr) -> Expr:
 
 
 def _with_product(a: Expr, b: Expr, c: Expr, value: float = 1) -> Expr:
-    found = apply("mul", b, c)
-    return apply("add", a, found if value == 1 else apply("mul", found, float(value)))
+    return _add(a, _mul(b, c), value)
 
 
 def _log_by(base: float) -> Rule:
@@ -102,10 +115,10 @@ _COMPARISONS = {"less": "lt", "less_equal": "le", "greater": "gt", "greater_equa
 _COMPARISONS |= {"not_equal": "ne"}
 
 RULES: dict[str, Rule] = {
-    "add": _alpha("add"),
-    "sub": _alpha("sub"),
-    "rsub": lambda a, b, alpha=1: _alpha("sub")(b, a, alpha),
-    "mul": _binary("mul"),
+    "add": _add,
+    "sub": _sub,
+    "rsub": lambda a, b, alpha=1: _sub(b, a, alpha),
+    "mul": _mul,
     "div": _div,
     "true_divide": _div,
     "floor_divide": _binary("floordiv"),
