@@ -37,7 +37,7 @@ def test_a_fused_form() -> None:
     (cascade,) = report.cascades
     assert (cascade.status, cascade.passes_before, cascade.passes_after) == ("fused", 4, 1)
     assert not cascade.reason
-    assert "_scaled_dot_product_flash_attention_for_cpu" in cascade.source
+    assert "einfold_cpu.attention_with_sum" in cascade.source
     assert "# rank" in cascade.source, "the cascade stands above the code"
     assert "1 of 1 cascades fused" in str(report)
     assert "the caller owns the cache" in str(report)
