@@ -36,7 +36,12 @@ _SAME_VALUE = {
     aten.view_as.default,
 }
 #: Operators beside a number, and the number that changes nothing.
-_NEUTRAL = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
+_NEUTRAL: dict[object, int] = {
+    aten.add.Tensor: 0,
+    aten.sub.Tensor: 0,
+    aten.mul.Tensor: 1,
+    aten.div.Tensor: 1,
+}
 _NEUTRAL |= {aten.pow.Tensor_Scalar: 1}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
 _CASTS_LIKE = {aten.to.other, aten.type_as.default}

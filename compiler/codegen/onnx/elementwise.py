@@ -100,7 +100,7 @@ def logical_not(context: Context, node: fx.Node) -> ir.Value:
 @lowering(*_BITWISE)
 def bitwise(context: Context, node: fx.Node) -> ir.Value:
     dtype = node.meta["val"].dtype
-    kind = _BITWISE[node.target]  # type: ignore[index]
+    kind = _BITWISE[node.target]
     sides = [operand(context, value, dtype) for value in node.args[:2]]
     return context.builder.op(kind if dtype == torch.bool else f"Bitwise{kind}", *sides)
 
