@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..errors import ModelError, RecipeError
 from .artifact import check_dump, check_output, file_entry, staged
 from .attention_kernels.write import write_kernels
-from .calibrate.statistics import Statistics, fingerprint
+from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import Placement, write_weights
@@ -144,7 +145,10 @@ def trace(
         program.statistics = _statistics(model, program, recipe, tell)
     passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
     manager = PassManager(
-        passes, dump, lambda name, index, total: tell(f"pass {name}", index / max(1, total))
+        passes,
+        dump,
+        lambda name, index, total: tell(f"pass {name}", index / max(1, total)),
+        asked=recipe.asked(),
     )
     return program, manager.run(program)
 
@@ -160,7 +164,7 @@ def plan_cache(model: Input, recipe: Recipe) -> Program:
         model.source, model.config, _context(model, recipe), model.state, model.module
     )
     program.statistics = _statistics(model, program, recipe, lambda text, share: None)
-    PassManager(planning_passes(recipe.cache_passes())).run(program)
+    PassManager(planning_passes(recipe.cache_passes()), asked=recipe.asked()).run(program)
     if program.calibrations:
         _calibrate(model, program, recipe)
     return program
@@ -318,16 +322,19 @@ def _load(model: Input) -> None:
 
 
 def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) -> Statistics:
-    """What passes may ask of the model. Of a model in files it is kept in the user's cache folder."""
+    """What passes may ask of the model; what they found is kept in the user's cache folder."""
     folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
     files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
-    named = fingerprint(files) if files else f"{model.source.name} {revision}"
-    known = bool(files or revision) and not model.source.in_memory  # else its weights may be any
+    named: Callable[[], str] | None = None
+    state = model.state
+    if model.source.in_memory and state is not None:  # its weights may be any
+        named = cache(lambda: digest_of(state))
+    elif files:
+        named = cache(lambda: fingerprint(files))
+    elif revision:
+        named = cache(lambda: f"{model.source.name} {revision}")
     return Statistics(
-        lambda: _calibration_text(model, program, recipe),
-        named if known else None,
-        cache_home() / "calibration",
-        tell,
+        lambda: _calibration_text(model, program, recipe), named, cache_home() / "calibration", tell
     )
 
 

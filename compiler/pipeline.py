@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import IRError
+from ..errors import IRError, RecipeError
 from .ir.printer import print_program
 from .ir.program import Program
 from .ir.verifier import verify
@@ -97,7 +97,7 @@ class PassManager:
     """Runs passes in order, verifying the program before and after each.
 
     `dump` is a folder for the program's text after every pass; `progress(name, index, total)` is
-    called before each.
+    called before each. `asked` names passes that a person chose: one that finds nothing to do is refused.
     """
 
     passes: Sequence[Pass]
@@ -105,9 +105,11 @@ class PassManager:
     progress: Progress | None = None
     facts: set[str] = field(default_factory=set)
     """What passes ensured, by an earlier manager to begin with."""
+    asked: frozenset[str] = frozenset()
 
     def run(self, program: Program) -> list[PassRecord]:
-        """Raises IRError, naming the pass, where one breaks a rule of the IR or comes too early."""
+        """Raises IRError, naming the pass, where one breaks a rule of the IR or comes too early, and
+        RecipeError where one that was asked for changed nothing."""
         verify(program)
         self._write_dump(program, 0, "captured")
         facts = self.facts
@@ -127,6 +129,8 @@ class PassManager:
                 verify(program)
             except IRError as error:
                 raise IRError(f"pass {step.name} broke the program: {error}") from error
+            if step.name in self.asked and not result.changed:
+                raise RecipeError(_idle(step.name, result.notes))
             facts |= step.ensures
             records.append(
                 PassRecord(
@@ -147,3 +151,18 @@ class PassManager:
             (self.dump / f"{index:02d}-{name}.eir").write_text(
                 print_program(program), encoding="utf-8"
             )
+
+
+def _idle(name: str, notes: Sequence[Note]) -> str:
+    """The sentence for a method that was asked for and left everything as it was."""
+    reasons: dict[str, list[str]] = {}
+    for note in notes:
+        reasons.setdefault(note.what, []).append(note.where)
+    told = "; ".join(
+        f"{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}: {what}"
+        for what, where in list(reasons.items())[:3]
+    )
+    return (
+        f"{name} was asked for and found nothing to do, so the result would claim what was not done "
+        f"({told or 'no part of the graph is of its kind'}); leave it out, or change what stands in its way"
+    )

@@ -20,6 +20,7 @@ from ..errors import RecipeError, pass_on
 from .passes.base import Pass
 from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
 from .passes.kv_prune.native_window import NativeWindow
+from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
 from .passes.weight_quant.round_to_nearest import RoundToNearest
@@ -56,7 +57,7 @@ class WeightsSection(_Section):
 class CacheSection(_Section):
     """How the KV cache is stored."""
 
-    storage: Literal["f32", "int8"] = "f32"
+    storage: Literal["f32", "f16", "int8"] = "f32"
     """Of tokens that are not packed. int8: a fixed scale a channel, from the calibration text."""
     window_slack: int = Field(default=512, ge=0)
     """Layers with a sliding window of their own keep it and so many tokens more; 0: they keep everything."""
@@ -80,8 +81,8 @@ class CacheSection(_Section):
         """The passes that these choices stand for: what costs nothing, then the families in their order."""
         chosen = [(family, getattr(self, family)) for family in FAMILIES]
         found = [method_pass(family, table) for family, table in chosen if table is not None]
-        found.insert(0, NativeWindow(self.window_slack))
-        return [*found, StaticInt8()] if self.storage == "int8" else found
+        stored: dict[str, list[Pass]] = {"f32": [], "f16": [HalfSlots()], "int8": [StaticInt8()]}
+        return [NativeWindow(self.window_slack), *found, *stored[self.storage]]
 
 
 class CalibrationSection(_Section):
@@ -130,6 +131,12 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _cache_fits_flavour(self) -> Recipe:
+        if self.target == "onnx" and self.cache.storage == "f16":
+            raise ValueError(
+                "cache.storage f16: onnxruntime's operators for the CPU compute in float32 and would widen "
+                "all of a float16 cache at every step; take cache.storage int8, or compile for the target "
+                "triton or reference"
+            )
         if self.onnx.portable and self.cache.storage != "f32":
             raise ValueError(
                 "the portable flavour has no operator that reads an int8 cache, it could only widen "
@@ -142,7 +149,7 @@ class Recipe(_Section):
         if self.cache.quant is None:
             return self
         method = self.cache.quant["method"]
-        if self.cache.storage != "f32":
+        if self.cache.storage == "int8":
             raise ValueError(
                 f"cache.storage {self.cache.storage} and cache.quant {method} both say how tokens are "
                 "stored; leave one of them out"
@@ -227,3 +234,9 @@ class Recipe(_Section):
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""
         return self.cache.passes()
+
+    def asked(self) -> frozenset[str]:
+        """Names of the passes that a person chose, which must find something to do."""
+        of_itself = (NativeWindow, ExplicitZeros)
+        passes = (*self.weight_passes(), *self.cache_passes())
+        return frozenset(step.name for step in passes if not isinstance(step, of_itself))

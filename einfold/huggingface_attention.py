@@ -53,7 +53,8 @@ def through_cache(
     q_BHSD: Tensor,
     k_BKSD: Tensor,
     v_BKSD: Tensor,
-    real_BS: Tensor | None,
+    mask: Tensor | None,
+    positions: Tensor | None,
     sinks_H: Tensor | None,
     handle: int,
     layer: int,
@@ -68,7 +69,8 @@ def through_cache(
         raise UnsupportedError("the einfold cache of this call is gone")
     q, k, v = (x.transpose(1, 2).float() for x in (q_BHSD, k_BKSD, v_BKSD))
     sinks = None if sinks_H is None else sinks_H.float()
-    out: Tensor = cache.layers[layer].attend(q, k, v, real_BS, sinks)
+    cache.layers[layer].check_new(q.shape[1], positions)
+    out: Tensor = cache.layers[layer].attend(q, k, v, mask, sinks)
     return out.to(q_BHSD.dtype).contiguous()
 
 
@@ -77,13 +79,24 @@ def _(
     q_BHSD: Tensor,
     k_BKSD: Tensor,
     v_BKSD: Tensor,
-    real_BS: Tensor | None,
+    mask: Tensor | None,
+    positions: Tensor | None,
     sinks_H: Tensor | None,
     handle: int,
     layer: int,
 ) -> Tensor:
     batch, heads, new, _ = q_BHSD.shape
     return q_BHSD.new_empty((batch, new, heads, v_BKSD.shape[3]))
+
+
+def _no_gradients(context: Any, *_: Any) -> None:
+    raise UnsupportedError(
+        "attention through an einfold cache gives no gradients: what is cached is not kept for a backward "
+        "pass; run the model under torch.no_grad(), or train it without the cache"
+    )
+
+
+through_cache.register_autograd(_no_gradients)
 
 
 def _attention(
@@ -93,6 +106,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What the model calls for attention; scale, window and softcap are those of the traced model."""
@@ -101,23 +115,18 @@ def _attention(
             "the model's attention goes through an einfold cache, but this call brings none; give it as "
             "past_key_values, or release() the cache first"
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UnsupportedError(
-            f"an einfold cache takes a mask [rows, tokens] of padding, not one of {attention_mask.dim()} "
-            "dimensions: which tokens see each other is decided by the cache"
-        )
-    out = through_cache(query, key.keys_BKSD, value, attention_mask, s_aux, key.handle, key.layer)
-    return out, None
+    new = (query, key.keys_BKSD, value, attention_mask, position_ids, s_aux)
+    return through_cache(*new, key.handle, key.layer), None
 
 
-def _padding(*_: Any, attention_mask: Tensor | None = None, q_length: int = 0, **__: Any) -> Any:
-    """Which of the new tokens are real, [B, S]: all that the cache asks of a mask."""
-    return None if attention_mask is None else attention_mask[:, -q_length:]
+def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Any:
+    """The mask as it was given: the cache itself knows what is causal, and each layer its window."""
+    return attention_mask
 
 
 def install(model: Any) -> None:
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _padding)
+    AttentionMaskInterface.register(NAME, _mask)
     before, count = _INSTALLED.get(model, (model.config._attn_implementation, 0))
     _INSTALLED[model] = (before, count + 1)
     model.set_attn_implementation(NAME)

@@ -8,6 +8,7 @@ layer reads it.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ def cache_for(
     """A cache for `model.generate(.., past_key_values=cache)`, laid out as `einfold.compile` would.
 
     The options are those of `einfold.compile`; of a recipe `[cache]`, `[calibration]` and `context` count.
+    Keys and values are kept in float16 where the model computes in float16 or bfloat16, or where a method
+    changes its answers anyway, in float32 otherwise; `cache="f32"`, "f16" or "int8" says how.
+
     `context` is the most tokens of a row, prompt and answer; methods that calibrate read their text with
     `tokenizer`, or random tokens without one. Memory is taken by the first forward pass, which must hold the
     whole prompt: it is what methods with `prefill=exact` compress. It grows with the text, in steps.
@@ -65,7 +69,19 @@ def cache_for(
         portable=False,
         cubins=(),
     )
+    if "storage" not in chosen.cache.model_fields_set:
+        chosen = _with_slots(model, chosen)
     return EinfoldCache(model, plan_cache(wrap_model(model, tokenizer), chosen))
+
+
+def _with_slots(model: Any, chosen: Recipe) -> Recipe:
+    """The recipe with slots of float16 where that gives no other answers than the recipe does anyway."""
+    cache = chosen.cache
+    half = getattr(model, "dtype", torch.float32) in (torch.float16, torch.bfloat16)
+    plain = cache.quant is None and cache.share is None
+    if plain and (half or cache.prune is not None):
+        cache = cache.model_copy(update={"storage": "f16"})
+    return chosen.model_copy(update={"cache": cache})
 
 
 class EinfoldCache(TransformersCache):  # type: ignore[misc]
@@ -90,9 +106,58 @@ class EinfoldCache(TransformersCache):  # type: ignore[misc]
                 "through transformers every layer must have it"
             )
         super().__init__(layers=[Layer(programs[layer], layer) for layer in sorted(programs)])
+        self._join()
+        self.attach(model)
+
+    def _join(self) -> None:
         self.handle = register(self)
-        self._model: weakref.ref[Any] | None = weakref.ref(model)
+        self._detach: weakref.finalize[Any, Any] | None = None
+
+    def attach(self, model: Any) -> None:
+        """Installs the attention function on a model, for a cache that was copied or read from a file.
+
+        Copies need it only where no other cache of the model does: one installed function serves them all.
+        Raises UnsupportedError for a model with another number of layers.
+        """
+        layers = model.config.get_text_config().num_hidden_layers
+        if layers != len(self.layers):
+            raise UnsupportedError(
+                f"the cache has {len(self.layers)} layers and the model {layers}; give it to the model that "
+                "cache_for made it for"
+            )
+        self.release()
         install(model)
+        self._detach = weakref.finalize(self, _detached, weakref.ref(model))
+        self._detach.atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EinfoldCache:
+        """An independent cache with the same tokens, for a prefix that several prompts share.
+
+        It goes through the attention function that is installed already and does not keep it there.
+        """
+        made = copy.copy(self)
+        made.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["handle"], state["_detach"]
+        state["layout"] = list(self.layout.lines())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        layout = CacheLayout.parse(state["layout"])
+        assert layout is not None
+        self.layout = layout
+        self._join()
+
+    def __copy__(self) -> EinfoldCache:
+        made: EinfoldCache = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.layers = list(self.layers)
+        made._join()
+        return made
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -101,11 +166,12 @@ class EinfoldCache(TransformersCache):  # type: ignore[misc]
         return Carried(key_states, self.handle, layer_idx), value_states
 
     def release(self) -> None:
-        """Gives the model back the attention function that it had; the cache is of no use afterwards."""
-        model = self._model() if self._model is not None else None
-        self._model = None
-        if model is not None:
-            uninstall(model)
+        """Gives the model back the attention function that it had; the cache is of no use afterwards.
+
+        A cache that is let go of does so by itself.
+        """
+        if self._detach is not None:
+            self._detach()
 
     def __enter__(self) -> EinfoldCache:
         return self
@@ -134,3 +200,9 @@ class EinfoldCache(TransformersCache):  # type: ignore[misc]
         for layer in self.layers:
             if layer.cache is not None:
                 layer.select(torch.arange(layer.cache.batch).repeat_interleave(repeats))
+
+
+def _detached(model: weakref.ref[Any]) -> None:
+    found = model()
+    if found is not None:
+        uninstall(found)

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .compiler.ir.cache.layout import Buffer, CacheLayout
+from .compiler.ir.cache.layout import Buffer, CacheLayout, HeadGroup
+from .compiler.ir.cache.policies import Full, Window
+from .compiler.ir.cache.storages import Plain
 from .compiler.ir.interpreter import Interpreter
-from .compiler.ir.ops import IN_PLACE
-from .compiler.ir.program import Program
+from .compiler.ir.ops import IN_PLACE, einfold_ops
+from .compiler.ir.ops.attention import cached_attention_in_place
+from .compiler.ir.parser import parse
+from .compiler.ir.printer import print_program
+from .compiler.ir.program import Program, call_arguments
 from .compiler.ir.types import DTYPES
+from .compiler.ir.weights import Weight
 from .errors import PromptError, UnsupportedError
+from .huggingface_masks import read_mask
 from .runtime.cache import Cache, Counts
 from .runtime.engine import CHUNK
 
 #: Tokens that a growing cache takes room for at a time, at least; a long one takes an eighth of what it has.
 STEP = 64
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Makes buffers as tensors on a device."""
+
+    device: torch.device
+
+    def __call__(self, spec: Buffer) -> Tensor:
+        shape = [int(size) for size in spec.shape]
+        return torch.zeros(shape, dtype=DTYPES[spec.dtype], device=self.device)
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -30,51 +48,90 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, program: Program, layer: int) -> None:
         super().__init__()
-        assert program.layout is not None
-        self.layout: CacheLayout = program.layout
-        self.context = program.model.context
-        """Tokens that a row may see at most."""
         self.layer = layer
         self.seen = 0
         """Tokens of the batch so far, padding among them."""
         self.stored = 0
         """The most slots that any row uses."""
         self.cache: Cache | None = None
+        self.known: Tensor | None = None
+        """Which of the tokens so far are real and not padding, [B, seen]."""
+        self._read(program)
+
+    def _read(self, program: Program) -> None:
+        assert program.layout is not None
+        self.program = program
+        self.layout: CacheLayout = program.layout
+        self.context = program.model.context
+        """Tokens that a row may see at most."""
+        calls = map(call_arguments, program.nodes(einfold_ops.cached_attention.default))
+        self._window = max((int(found["window"]) for found in calls), default=0)
         self._interpreter = Interpreter(program, instead=IN_PLACE)
 
     def attend(
-        self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, real_BS: Tensor | None, sinks_H: Any
+        self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, sinks_H: Any
     ) -> Tensor:
         """Puts new tokens behind those that the cache has seen and attends; [B, S, H, D].
 
-        `real` tells tokens from padding, which the cache never sees: its queries get zeros.
+        The mask is as transformers gives it, [B, T] or [B, 1, S, T] over all tokens, or none. Padding never
+        enters the cache, and its queries get zeros.
         """
         batch, new = q_BSHD.shape[:2]
         if self.cache is not None and batch != self.cache.batch:
             raise PromptError(
                 f"a batch of {batch} does not go into a cache of {self.cache.batch} rows; reset() it first"
             )
-        coming_B = np.full(batch, new) if real_BS is None else real_BS.sum(1).cpu().numpy()
-        cache = self._with_room(coming_B, q_BSHD.device)
-        if real_BS is None or bool(real_BS.all()):
+        out = q_BSHD.new_zeros((*q_BSHD.shape[:3], v_BSKD.shape[3]))
+        if not batch or not new:
+            self.seen += new
+            return out
+        known = q_BSHD.new_ones((batch, 0), dtype=torch.bool) if self.known is None else self.known
+        asked = read_mask(mask, known, new, self._window)
+        if asked.shown_BST is not None:
+            self._check_told_apart()
+        cache = self._with_room(asked.real_BS.sum(1).cpu().numpy(), q_BSHD.device)
+        if asked.shown_BST is None and bool(asked.real_BS.all()):
             out = self._run(cache, q_BSHD, k_BSKD, v_BSKD, sinks_H)
         else:
-            out = (
-                torch.zeros_like(q_BSHD[..., :1]).expand(*q_BSHD.shape[:3], v_BSKD.shape[3]).clone()
-            )
-            for row in range(cache.batch):
-                at = real_BS[row].nonzero()[:, 0]
-                if len(at):
-                    q, k, v = (x[row : row + 1, at] for x in (q_BSHD, k_BSKD, v_BSKD))
-                    out[row, at] = self._run(cache.row(row), q, k, v, sinks_H)[0]
+            real_BT = torch.cat((known, asked.real_BS), 1)
+            for row in range(batch):
+                at = asked.real_BS[row].nonzero()[:, 0]
+                if not len(at):
+                    continue
+                q, k, v = (x[row : row + 1, at] for x in (q_BSHD, k_BSKD, v_BSKD))
+                shown = None
+                if asked.shown_BST is not None:
+                    shown = asked.shown_BST[row][at][:, real_BT[row]]
+                out[row, at] = self._run(cache.row(row), q, k, v, sinks_H, shown)[0]
         cache.settle()  # the first step is the prompt
         self.seen += new
+        self.known = torch.cat((known, asked.real_BS), 1)
         self._count()
         return out
 
+    def check_new(self, new: int, positions: Tensor | None) -> None:
+        """Raises PromptError where the whole text comes again: `generate(use_cache=False)` feeds it so."""
+        if not 0 < self.seen < new or positions is None or positions.dim() != 2:
+            return
+        if bool((positions[:, 0] == 0).all()) and int(positions.max()) >= self.seen:
+            raise PromptError(
+                f"{new} tokens from position 0 on came to a cache that has seen {self.seen}: the text is fed "
+                "again; generate with use_cache=True, or reset() the cache first"
+            )
+
+    def _check_told_apart(self) -> None:
+        """Raises UnsupportedError where slots do not hold tokens in their order, each as it came."""
+        for _, _, group in self.layout.groups():
+            if not in_order(group):
+                raise UnsupportedError(
+                    f"layer {self.layer}: the mask hides some tokens from others, but a cache that keeps "
+                    f"{group.describe()} does not tell tokens apart once they have left its slots; give a "
+                    "mask of padding alone, or a cache without prune, quant and share"
+                )
+
     def _count(self) -> None:
         """Notes how full the cache is, in a plain number: compiled models read it."""
-        if self.cache is None:
+        if self.cache is None or not self.cache.batch:
             self.stored = 0
         else:
             clocks = {self.layout.clock(group) for _, _, group in self.layout.groups()}
@@ -92,18 +149,23 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                 "give cache_for a larger context"
             )
         if self.cache is None:
-
-            def make(spec: Buffer) -> Tensor:
-                shape = [int(size) for size in spec.shape]
-                return torch.zeros(shape, dtype=DTYPES[spec.dtype], device=device)
-
             room = grown(0, longest, self.context)
+            make = OnDevice(device)
             self.cache = Cache.allocate(self.layout, len(coming_B), room, longest, make)
         elif longest > self.cache.capacity:
             self.cache.grow(grown(self.cache.capacity, longest, self.context))
         return self.cache
 
-    def _run(self, cache: Cache, q: Tensor, k: Tensor, v: Tensor, sinks_H: Any) -> Tensor:
+    def _run(
+        self,
+        cache: Cache,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks_H: Any,
+        shown_ST: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of new tokens, in chunks; of one row where `shown` says which tokens each one sees."""
         parts, start = [], 0
         while start < q.shape[1]:
             size = min(CHUNK, cache.step_limit(), q.shape[1] - start)
@@ -114,12 +176,60 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                 inputs["sinks"] = sinks_H
             for name, counts in cache.counters.items():
                 inputs[name] = torch.tensor(counts, device=q.device)
-            found = self._interpreter.run(inputs)
+            interpreter = self._interpreter
+            if shown_ST is not None:
+                interpreter = self._masked(shown_ST[chosen], int(cache.lengths[0]) + size)
+            found = interpreter.run(inputs)
             parts.append(found.pop("out"))
             observed: dict[str, Any] = {n: x for n, x in found.items() if n not in cache.buffers}
             cache.advance(size, observed)
             start += size
         return torch.cat(parts, dim=1)
+
+    def _masked(self, shown_ST: Tensor, total: int) -> Interpreter:
+        """Runs the layer for new tokens of one row that see some of its `total` tokens, as they say.
+
+        Raises UnsupportedError where one of these has left the slots, or is still to come.
+        """
+
+        def attention(*arguments: Any) -> Any:
+            slots, used = arguments[3].shape[2], int(arguments[5][0])
+            held = used + len(shown_ST)
+            gone = shown_ST[:, : total - held].any() or shown_ST[:, total:].any()
+            if bool(gone):
+                raise UnsupportedError(
+                    f"layer {self.layer}: the mask shows a token that the cache does not hold: it left "
+                    "behind the layer's own window, or is fed in a later chunk"
+                )
+            shown_SC = shown_ST.new_zeros((len(shown_ST), slots))
+            shown_SC[:, :held] = shown_ST[:, total - held : total]
+            given = (*arguments, shown_SC[None])
+            return cached_attention_in_place(*given)
+
+        replaced = {einfold_ops.cached_attention.default: attention}
+        return Interpreter(self.program, instead=dict(IN_PLACE) | replaced)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        """A layer with a cache of its own; the program, which nothing changes, is shared."""
+        made = Layer.__new__(Layer)
+        made.__dict__.update(self.__dict__)
+        if self.cache is not None:
+            made.cache = self.cache.copy()
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        program: Program = state.pop("program")
+        del state["layout"], state["_interpreter"]
+        weights = {name: program.weights[name].load() for name in program.weights}
+        return state | {"program": print_program(program), "weights": weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weights, text = state.pop("weights"), state.pop("program")
+        self.__dict__.update(state)
+        self._read(parse(text, lambda name, _: Weight.of(weights[name])))
+        if self.cache is not None:
+            self.cache.layout = self.layout
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -137,7 +247,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         raise UnsupportedError("a layer of an einfold cache is updated through the whole cache")
 
     def reset(self) -> None:
-        self.cache, self.seen, self.stored = None, 0, 0
+        self.cache, self.known, self.seen, self.stored = None, None, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest tokens, given as a negative number; refused where tokens leave the slots.
@@ -146,20 +256,38 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens_to_remove > 0:
             raise UnsupportedError("crop takes the tokens to remove as a negative number")
-        if self.layout.clocks():
-            raise UnsupportedError(
-                f"layer {self.layer}: crop cannot bring back tokens that left the cache; use a cache "
-                "without prune and quant, or generate without assisted decoding"
-            )
-        if self.cache is not None and tokens_to_remove:
-            np.maximum(self.cache.lengths + tokens_to_remove, 0, out=self.cache.lengths)
-            self.seen = max(0, self.seen + tokens_to_remove)
-            self._count()
+        if self.cache is None or not tokens_to_remove:
+            return
+        assert self.known is not None
+        left = max(0, self.seen + tokens_to_remove)
+        removed_B = self.known[:, left:].sum(1).cpu().numpy()
+        for clock, used in self.cache.clocks.items() if removed_B.any() else ():
+            group = self.cache.groups[clock]
+            whole = used == self.cache.lengths
+            if not in_order(group) or not (whole | (used - removed_B >= group.newest)).all():
+                raise UnsupportedError(
+                    f"layer {self.layer}: crop cannot bring back tokens that left the cache, which keeps "
+                    f"{group.describe()}; use a cache without prune and quant, or generate without assisted "
+                    "decoding"
+                )
+        for used in (self.cache.lengths, *self.cache.clocks.values()):
+            used -= removed_B
+        self.seen, self.known = left, self.known[:, :left]
+        self._count()
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows, in this order; a row may come several times."""
-        if self.cache is not None:
+        if self.cache is not None and self.known is not None:
             self.cache = self.cache.select(rows.cpu().numpy())
+            self.known = self.known[rows.to(self.known.device)]
+
+
+def in_order(group: HeadGroup) -> bool:
+    """Whether the slots hold the newest tokens, all of them at best, in their order and as they came."""
+    kept = isinstance(group.policy, Full) or (
+        isinstance(group.policy, Window) and not group.policy.lead
+    )
+    return kept and isinstance(group.storage, Plain)
 
 
 def grown(capacity: int, needed: int, context: int) -> int:

@@ -176,6 +176,10 @@ class Cache:
                 self.packed[packed_of(name)][:] = left
         self.prompt = None
 
+    def copy(self) -> Cache:
+        """The same tokens in memory of their own."""
+        return self.select(np.arange(self.batch))
+
     def row(self, index: int) -> Cache:
         """One row as a cache of its own that shares the memory."""
         return self.select(slice(index, index + 1))

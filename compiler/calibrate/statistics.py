@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from blake3 import blake3
 from torch import Tensor
 
 from ...errors import CalibrationError
@@ -27,12 +29,12 @@ SHORTEST_PROBE = 16
 class Statistics:
     """Statistics of one model, measured when they are asked for and kept until the process ends.
 
-    `text` gives the calibration text [rows, tokens] and where it is from. `model` names the model's files, so
-    that what was measured can be found again in `folder`; without either nothing is kept on disk.
+    `text` gives the calibration text [rows, tokens] and where it is from. `model` gives a name for the
+    model's weights, so that what was measured can be found again in `folder`; without either nothing is kept.
     """
 
     text: Callable[[], tuple[Tensor, str]]
-    model: str | None = None
+    model: Callable[[], str] | None = None
     folder: Path | None = None
     tell: Tell | None = None
     read: list[str] = field(default_factory=list)
@@ -77,7 +79,7 @@ class Statistics:
         """A folder whose name says which model, graph and text were measured."""
         if self.folder is None or self.model is None:
             return None
-        digest = hashlib.sha256(f"{_VERSION} {self.model}\n".encode())
+        digest = hashlib.sha256(f"{_VERSION} {self.model()}\n".encode())
         digest.update(_text(program).encode())
         digest.update(tokens.numpy().tobytes())
         return self.folder / f"{name}-{digest.hexdigest()[:24]}"
@@ -105,6 +107,16 @@ def fingerprint(files: Sequence[Path]) -> str:
     """Names a model by its files: what they are called, how large, when written."""
     stats = [(path.resolve(), path.stat()) for path in sorted(files)]
     return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Names a model in memory by its weights: their names, shapes, types and bytes."""
+    digest = blake3()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def kv_scores(scores_H: Tensor, kv_heads: int) -> Tensor:

@@ -25,6 +25,7 @@ class Weights(str, Enum):
 
 class CacheStorage(str, Enum):
     f32 = "f32"
+    f16 = "f16"
     int8 = "int8"
 
 
@@ -102,8 +103,9 @@ CacheOption = Annotated[
     CacheStorage | None,
     typer.Option(
         "--cache",
-        help="How the KV cache is stored. int8 has one scale a channel, from a short calibration text: a "
-        "quarter of the bytes, and faster decoding at long contexts. [default: f32]",
+        help="How the KV cache is stored. f16 is half of the bytes (targets triton and reference). int8 has "
+        "one scale a channel, from a short calibration text: a quarter of the bytes, and faster decoding at "
+        "long contexts. [default: f32]",
         show_default=False,
     ),
 ]

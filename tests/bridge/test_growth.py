@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 import einfold
 from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
 from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Policy, Window
 from einfold.compiler.ir.cache.storages import Kivi, LowRank, Plain, Storage
+from einfold.compiler.ir.interpreter import Interpreter
 from einfold.huggingface_layer import STEP, grown
 from einfold.runtime.cache import Cache
 
@@ -22,6 +25,7 @@ CONTEXT = 640
 LAYOUTS: dict[str, tuple[Policy, Storage]] = {
     "full": (Full(), Plain()),
     "int8": (Full(), Plain("i8", "channel")),
+    "f16": (Full(), Plain("f16")),
     "window": (Window(2, 30, 8, True, "streaming"), Plain()),
     "scores": (HeavyHitters(20, 30, 8, "streaming"), Plain()),
     "packed": (Full(), Kivi(8, 8, "streaming", 2, 2, 8)),
@@ -94,3 +98,82 @@ def test_a_growing_cache_answers_as_one_of_the_whole_context(
     want, rooms = run(63)
     assert set(rooms) == {CONTEXT}
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def transformers_bytes(model: Any, ids: torch.Tensor) -> int:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("tokens", [200, 1000])
+def test_the_snippet_of_the_readme_takes_less_than_transformers_own_cache(tokens: int) -> None:
+    """`einfold.cache_for(hf_model, prune="razor_attention")`, of a model made for a long context."""
+    model = models.build("llama", max_position_embeddings=8192, num_hidden_layers=2)
+    ids = torch.arange(tokens)[None] % 90 + 3
+    with einfold.cache_for(model, prune="razor_attention") as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        assert cache.nbytes == cache.layout.bytes(1, cache.capacity)
+    assert cache.nbytes < 0.7 * transformers_bytes(model, ids)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "stored"),
+    [
+        (torch.float32, {}, "f32"),
+        (torch.float32, {"prune": "razor_attention:recent=100"}, "f16"),
+        (torch.float32, {"prune": "razor_attention:recent=100", "cache": "f32"}, "f32"),
+        (torch.float32, {"recipe": {"cache": {"storage": "f16"}}}, "f16"),
+        (torch.float16, {}, "f16"),
+        (torch.bfloat16, {}, "f16"),
+        (torch.bfloat16, {"cache": "f32"}, "f32"),
+        (torch.bfloat16, {"cache": "int8"}, "i8/channel"),
+    ],
+)
+def test_slots(dtype: torch.dtype, options: dict[str, Any], stored: str) -> None:
+    model = models.build("llama", max_position_embeddings=CONTEXT).to(dtype)
+    ids = torch.arange(100)[None] % 90 + 3
+    with torch.no_grad():
+        want = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    with einfold.cache_for(model, **options) as cache, torch.no_grad():
+        got = model(ids, past_key_values=cache).logits
+        again = model(ids[:, -1:], past_key_values=cache).logits
+    assert {str(group.storage) for _, _, group in cache.layout.groups()} == {stored}
+    assert got.dtype == again.dtype == dtype and bool(torch.isfinite(again).all())
+    share = ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
+    bound = {torch.float32: 1e-5 if stored == "f32" else 2e-3, torch.float16: 4e-3}.get(dtype, 3e-2)
+    assert share < (5e-2 if stored.startswith("i8") else bound)
+
+
+def test_what_float16_has_no_room_for_is_cut() -> None:
+    from einfold.compiler.ir.ops.attention import write_slots
+
+    slots = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    new = torch.tensor([1e6, -1e6, 1.0, -0.5]).reshape(1, 2, 1, 2)
+    write_slots(slots, new, torch.tensor([[0, 1]]), None)
+    assert slots.flatten().tolist() == [65504.0, -65504.0, 1.0, -0.5]
+
+
+def test_what_was_planned_is_found_again(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process too: what was measured is kept under the name of the weights."""
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
+    runs: list[str] = []
+    run = Interpreter.run
+
+    def counted(self: Interpreter, *arguments: Any) -> Any:
+        runs.append("")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Interpreter, "run", counted)
+    with einfold.cache_for(model, prune="razor_attention:recent=100") as cache:
+        want = list(cache.layout.lines())
+    assert len(runs) == 1
+    with einfold.cache_for(model, prune="razor_attention:recent=100") as cache:
+        assert list(cache.layout.lines()) == want
+    assert len(runs) == 1
+    other = models.build("llama", seed=1, max_position_embeddings=CONTEXT)
+    einfold.cache_for(other, prune="razor_attention:recent=100").release()
+    assert len(runs) == 2

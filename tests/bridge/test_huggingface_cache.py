@@ -22,6 +22,7 @@ PROMPTS = (41, 23, 30)
 #: Every kind of layout, small enough that tokens leave while the prompt is read and while answers are.
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
+    "f16": {"cache": "f16", "target": "reference"},
     "int8": {"cache": "int8"},
     "window": {"prune": "streaming_llm:sinks=2,recent=9,slack=5"},
     "window, streaming": {"prune": "streaming_llm:sinks=2,recent=9,slack=5,prefill=streaming"},
@@ -107,7 +108,7 @@ def test_a_full_cache_is_transformers_own(model: Any, cache_for: Any, count: int
 def test_tokens_are_the_reference_engines(
     name: str, model: Any, cache_for: Any, text_model: Path, tmp_path: Path
 ) -> None:
-    options, prompts = dict((METHODS | PACKED)[name]), rows(3)
+    options, prompts = {"cache": "f32"} | (METHODS | PACKED)[name], rows(3)
     einfold.compile(text_model, tmp_path / "a", check=False, **options)
     options.pop("target", None)
     reference = einfold.load(tmp_path / "a", engine="reference")
@@ -192,7 +193,7 @@ def test_the_attention_function_is_installed_and_given_back(model: Any) -> None:
         assert model.config._attn_implementation == "einfold_cache"
         with pytest.raises(UnsupportedError, match="brings none"):
             model(ids)
-        with pytest.raises(UnsupportedError, match="not one of 4 dimensions"):
+        with pytest.raises(UnsupportedError, match="adds numbers to scores"):
             model(ids, past_key_values=cache, attention_mask=torch.ones(1, 1, 41, 41))
     assert model.config._attn_implementation == before
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from einfold.compiler.calibrate import stream as streaming
 from einfold.compiler.calibrate.retrieval_heads import RetrievalHeads, repeated_tokens
-from einfold.compiler.calibrate.statistics import Statistics, kv_scores
+from einfold.compiler.calibrate.statistics import Statistics, digest_of, kv_scores
 from einfold.compiler.calibrate.stream import attention_weights, stream
 from einfold.compiler.calibrate.text_statistics import AttentionMass, KeyValues, similarity
 from einfold.compiler.ir import kept
@@ -247,8 +247,9 @@ def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path
 
     def statistics(model: str | None) -> Statistics:
         ids = torch.arange(22).reshape(2, 11) % 11
+        named = None if model is None else lambda: model
         return Statistics(
-            lambda: (ids, "a text"), model, tmp_path, lambda text, share: told.append(text)
+            lambda: (ids, "a text"), named, tmp_path, lambda text, share: told.append(text)
         )
 
     def measured(model: str | None, found: Program) -> int:
@@ -260,7 +261,7 @@ def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path
     assert measured("a", program(BODY)) == 0
     assert measured("b", program(BODY)) == 2
     assert measured("a", program(BODY.replace("5, 3.0", "6, 3.0"))) == 2
-    assert measured(None, program(BODY)) == 2  # a model in memory is measured each time
+    assert measured(None, program(BODY)) == 2  # a model without a name is measured each time
     assert len(list(tmp_path.iterdir())) == 3
     one = statistics("a")
     assert one.similarity(program(BODY), "value")[0, 1] == pytest.approx(1)
@@ -287,3 +288,20 @@ def test_a_context_without_room_for_the_probe_is_refused() -> None:
         CalibrationError, match="a probe of 8 in a context of 64 tokens is too short"
     ):
         statistics.retrieval_heads(program(BODY), 8)
+
+
+def test_a_model_in_memory_is_named_by_its_weights() -> None:
+    def state(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"a": torch.arange(6.0), "b": torch.ones(2, 3)} | changes
+
+    same = {"b": torch.ones(3, 2).T, "a": torch.arange(6.0)}
+    assert digest_of(state()) == digest_of(same) == digest_of(dict(reversed(state().items())))
+    others = [
+        state(a=torch.arange(6.0) + torch.tensor([0, 0, 0, 0, 0, 1e-6])),
+        state(a=torch.arange(6.0).reshape(2, 3)),
+        state(a=torch.arange(6.0).half()),
+        state(a=torch.arange(6.0).bfloat16()),
+        state(c=torch.zeros(0)),
+        state(c=torch.tensor(True)),
+    ]
+    assert len({digest_of(state()), *map(digest_of, others)}) == 1 + len(others)

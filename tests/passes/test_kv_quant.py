@@ -138,6 +138,28 @@ def test_an_int8_cache_changes_little(
     assert rows[0].tokens == alone
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_slots_of_float16(
+    name: str, model_folder: Callable[[str], Path], artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    einfold.compile(model_folder(name), tmp_path / "a", cache="f16", target="reference")
+    small, exact = einfold.load(tmp_path / "a", chunk=16), einfold.load(artifact(name), threads=1)
+    tokens = np.random.default_rng(0).integers(3, models.VOCABULARY, 70).tolist()
+    want, got = all_logits(exact, tokens), all_logits(small, tokens)
+    error = np.sqrt(np.square(got - want).mean() / np.square(want - want.mean()).mean())
+    assert 1e-6 < error < 1e-3
+    layout = small.artifact.manifest.layout()
+    assert 2 * layout.bytes(3, 50) == exact.artifact.manifest.layout().bytes(3, 50)  # type: ignore[operator]
+    assert small.engine.allocate(2, 50).nbytes == layout.bytes(2, 50)
+
+
+def test_slots_of_float16_where_nothing_reads_them(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="would widen all of a float16 cache"):
+        einfold.compile(model_folder("llama"), tmp_path / "a", cache="f16")
+
+
 def test_what_cannot_hold_int8_is_refused(
     model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import einfold
 from einfold.compiler.attention_kernels.bound import attend_in_place, attend_shared
 from einfold.compiler.attention_kernels.kernels import attention_kernel
 from einfold.compiler.attention_kernels.kinds import AttentionKind
+from einfold.compiler.codegen.triton.launch import DTYPES
 from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.ir.ops.attention import cached_attention_in_place
 from einfold.compiler.ir.ops.shared import shared_attention
@@ -27,7 +28,7 @@ def arguments(kind: AttentionKind, new: int, slots: int, used: list[int]) -> dic
 
     def cache(size: int) -> Tensor:
         full = torch.randn(batch, kind.kv_heads, slots, size)
-        return (full * 40).to(torch.int8) if kind.scaled else full
+        return (full * 40).to(torch.int8) if kind.scaled else full.to(DTYPES[kind.cache])
 
     scales = {
         f"{part}_scale_KD": torch.rand(kind.kv_heads, size) / 40 if kind.scaled else None

@@ -45,6 +45,7 @@ KINDS = {
     "softcap": replace(PLAIN, softcap=2.0, scale=-0.5),
     "sinks in a window": replace(PLAIN, sinks=True, window=5),
     "int8": replace(PLAIN, cache="i8", scaled=True),
+    "float16": replace(PLAIN, cache="fp16"),
     "counted": replace(PLAIN, counted=True),
     "everything": AttentionKind(2, 3, 16, 8, 0.3, 7, 3.0, True, "fp32", "i8", True, True),
 }
@@ -148,6 +149,12 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ("gemma2", {}),
         ("gpt_oss", {}),
         ("mistral", {"storage": "int8"}),
+        ("gemma2", {"storage": "f16"}),
+        (
+            "llama",
+            {"storage": "f16", "prune": {"method": "ems", "tokens": 8, "recent": 4, "slack": 3}},
+        ),
+        ("llama", {"storage": "f16", "share": CROSS}),
         ("llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}),
         ("llama", {"prune": {"method": "h2o", "tokens": 8, "slack": 3}}),
         (

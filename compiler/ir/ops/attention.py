@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kv.affine import narrowed
 from .rotary import Rotary, turned
 
 
@@ -119,6 +120,8 @@ def cached_attention(
     With `count`, slot 0 of KV head h stands for count[b, h] tokens: log(count) is added to its logit, and
     a count of 0 hides it.
 
+    Caches of float16 hold rounded numbers, cut to its largest; they are attended to in the queries' type.
+
     With scales the caches hold int8: x is stored as clamp(round(x / scale), -128, 127), and what is
     attended to, the new tokens too, is what is stored times its scale.
 
@@ -165,16 +168,22 @@ def cached_attention_in_place(
     window: int,
     softcap: float,
     interleaved: bool,
+    shown_BSC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`einfold::cached_attention` that writes the caches it is given and gives them back."""
+    """`einfold::cached_attention` that writes the caches it is given and gives them back.
+
+    `shown` says which slots each new token sees, in place of all in its window up to its own.
+    """
     rotary = (positions_BS, cos_PR, sin_PR, interleaved)
     caches, scales = (key_cache_BKCD, value_cache_BKCD), (key_scale_KD, value_scale_KD)
     q_BSHD, slot_BS = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary, scales)
-    visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], window, count_BK)
+    visible_BSC = shown_BSC
+    if visible_BSC is None:
+        visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], window, count_BK)
     out = masked_attention(
         q_BSHD,
-        stored(key_cache_BKCD, key_scale_KD),
-        stored(value_cache_BKCD, value_scale_KD),
+        stored(key_cache_BKCD, key_scale_KD).to(q_BSHD.dtype),
+        stored(value_cache_BKCD, value_scale_KD).to(q_BSHD.dtype),
         visible_BSC,
         sinks_H,
         scale,
@@ -240,8 +249,8 @@ def write_slots(
     """Writes new tokens into their slots, in place."""
     slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
     if scale_KD is not None:
-        new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127)
-    cache_BKCD.scatter_(2, slots, new_BSKD.transpose(1, 2).to(cache_BKCD.dtype))
+        new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127).to(cache_BKCD.dtype)
+    cache_BKCD.scatter_(2, slots, narrowed(new_BSKD, cache_BKCD.dtype).transpose(1, 2))
 
 
 @cached_attention.register_fake

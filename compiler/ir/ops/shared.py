@@ -45,8 +45,8 @@ def shared_attention(
     slot_BS = new_slots(used_B, q_BSHD.shape[1])
     return masked_attention(
         q_BSHD,
-        stored(key_cache_BKCD, key_scale_KD),
-        stored(value_cache_BKCD, value_scale_KD),
+        stored(key_cache_BKCD, key_scale_KD).to(q_BSHD.dtype),
+        stored(value_cache_BKCD, value_scale_KD).to(q_BSHD.dtype),
         visible_slots(slot_BS, slots, window, count_BK),
         sinks_H,
         scale,

@@ -69,9 +69,12 @@ class RazorAttention(Pass):
         for layer in layers:
             heads = tuple(h for h in range(layer.kv_heads) if (layer.layer, h) in retrieval)
             split_heads(program, layer, heads, window)
-            others = layer.kv_heads - len(heads)
+            where, others = f"layer {layer.layer}", layer.kv_heads - len(heads)
+            if not others:
+                result.skipped(where, "all of its KV heads retrieve and keep all")
+                continue
             result.applied(
-                f"layer {layer.layer}",
+                where,
                 f"{len(heads)} of {layer.kv_heads} KV heads retrieve and keep all; {others} keep "
                 f"{self.sinks} sinks, {window.recent} recent tokens and a compensation token",
             )
