@@ -19,6 +19,7 @@ from ..ir.program import (
     op_name,
     remove_dead_nodes,
 )
+from ..ir.types import DTYPE_NAMES
 from ..ir.verifier import verify
 from ..ir.weights import Weight
 from . import hooks, huggingface
@@ -243,6 +244,7 @@ def _import(
             mapped[node] = (
                 call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
             )
+            _check_type(node, mapped[node].meta["val"])
         elif node.op == "output":
             values = [value for value in node.args[0] if isinstance(value, fx.Node)]
             flat = [_cast(editor, mapped[v], v.meta["val"].dtype) for v in values]
@@ -259,10 +261,29 @@ def _known(node: fx.Node) -> Callable[..., Any]:
     try:
         return find_op(op_name(node.target))
     except IRError:
-        where = str(node.meta.get("nn_module_stack", "")).split("'")[-2:-1]
         raise UnsupportedError(
-            f"the trace calls {node.target}{' in ' + where[0] if where else ''}, which einfold does not know"
+            f"the trace calls {node.target}{_where(node)}, which einfold does not know"
         ) from None
+
+
+def _check_type(node: fx.Node, value: Any) -> None:
+    """Refuses values that the IR has no type for: complex numbers, and numbers computed from data."""
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(item, Tensor) and item.dtype not in DTYPE_NAMES:
+            kind = str(item.dtype).removeprefix("torch.")
+        elif isinstance(item, (torch.SymFloat, torch.SymBool)):
+            kind = "a number that is computed from data"
+        else:
+            continue
+        raise UnsupportedError(
+            f"{node.target}{_where(node)} gives {kind}, which einfold has no type for"
+        )
+
+
+def _where(node: fx.Node) -> str:
+    """In which part of the module a node was traced."""
+    place = str(node.meta.get("nn_module_stack", "")).split("'")[-2:-1]
+    return f" in {place[0]}" if place else ""
 
 
 def name_dims(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ def capture_module(
         _output_names(exported, name, set(shapes), output_names),
         WIDENED,
     )
+    _refuse_fixed(program, shapes, name)
     other = _other_sizes(exported, inputs, example)
     return Captured(module, program, (example,) if other is None else (example, other))
 
@@ -110,6 +111,18 @@ def _refuse_state(exported: Any, name: str) -> None:
             f"{name}: the module writes into its input {written!r}, which an exported model cannot; "
             "let forward give the new value back"
         )
+
+
+def _refuse_fixed(program: Program, shapes: Mapping[str, tuple[int | str, ...]], name: str) -> None:
+    """A size that an operator fixed while types were inferred would be right for itself alone."""
+    for node in program.placeholders():
+        sizes = program.shapes.describe(node.meta["val"]).split("[")[1].rstrip("]").split(", ")
+        for wanted, found in zip(shapes[str(node.target)], sizes, strict=False):
+            if isinstance(wanted, str) and found.isdigit():
+                raise UnsupportedError(
+                    f"{name}: the size {wanted} of the input {str(node.target)!r} cannot vary, for "
+                    "an operator asks how large it is; leave it out of dynamic_shapes"
+                )
 
 
 def _output_names(

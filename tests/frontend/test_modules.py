@@ -195,6 +195,10 @@ class Table(nn.Module):
         (Call(lambda x: (x * 2, x.shape[0])), (({0: Dim("B")},),), "output 1 is a size"),
         (Table(), ({1: Dim("S")},), r"<= 64. Suggested fixes: S = Dim\('S', max=64\)"),
         (Call(torch.linalg.inv), None, "aten.linalg_inv"),
+        (Call(lambda x: torch.cdist(x, x)), None, r"aten.cdist.default at %\w+ cannot be lowered"),
+        (Call(lambda x: torch.view_as_real(torch.fft.rfft(x))), None, "gives complex64"),
+        (Call(lambda x: x * x.sum().item()), None, "gives a number that is computed from data"),
+        (Call(lambda x: x[x > 0]), None, "which einfold does not know"),
     ],
 )
 def test_what_cannot_be_exported(module: Any, dynamic: Any, reason: str, tmp_path: Path) -> None:
@@ -251,14 +255,15 @@ def test_a_graph_that_is_not_the_module_is_found(
         einfold.export_onnx(nn.Linear(4, 4), tmp_path / "a", (torch.randn(2, 4),), weights="int8")
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("portable", [False, True])
-def test_rounded_weights(weights: str, portable: bool, tmp_path: Path) -> None:
+def test_forms_of_weights_over_any_axes(weights: str, portable: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-    einfold.export_onnx(
-        net, tmp_path / "a", (torch.randn(2, 64),), weights=weights, portable=portable
-    )
+    for shape in ((64,), (2, 64), (2, 3, 64), (2, 3, 4, 64)):
+        path = tmp_path / str(len(shape))
+        x = torch.randn(shape)
+        einfold.export_onnx(net, path, (x,), weights=weights, portable=portable)
 
 
 def test_other_sizes_that_the_module_refuses_are_said(tmp_path: Path) -> None:

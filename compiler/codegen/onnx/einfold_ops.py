@@ -125,7 +125,7 @@ def linear_portable(context: Context, node: fx.Node) -> ir.Value:
 def product(
     context: Context, x: Any, weight_NM: ir.Value, bias: ir.Value | None, node: fx.Node
 ) -> ir.Value:
-    """x @ weight.T + bias by Gemm, over x flattened to two axes where it has more."""
+    """x @ weight.T + bias by Gemm, over x flattened to two axes where it has three."""
     builder = context.builder
     value, shape = context.value(x), context.shape(x)
     outputs = context.shape(node)[-1]
@@ -133,12 +133,13 @@ def product(
         raise unsupported(node, "a weight of unknown size")
     if len(shape) == 2:
         return builder.op("Gemm", value, weight_NM, bias, transB=1)
+    if len(shape) != 3:
+        out = builder.op("MatMul", value, builder.transpose(weight_NM, 1, 0))
+        return out if bias is None else builder.op("Add", out, bias)
     flat = builder.reshape(value, [-1, shape[-1]])
     out = builder.op("Gemm", flat, weight_NM, bias, transB=1)
-    if len(shape) == 3:
-        lead = builder.shared("Shape", value, start=0, end=2)
-        return builder.op("Reshape", out, builder.op("Concat", lead, builder.ints(outputs), axis=0))
-    raise unsupported(node, f"a linear over {len(shape)} axes")
+    lead = builder.shared("Shape", value, start=0, end=2)
+    return builder.op("Reshape", out, builder.op("Concat", lead, builder.ints(outputs), axis=0))
 
 
 @lowering(einfold_ops.embedding.default)

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import fx
 
 from ...ir.ops import einfold_ops
-from .builder import CONTRIB
+from .builder import CONTRIB, DTYPES
 from .einfold_ops import gate_of
 from .lower import Context, lowering
-from .quantized import _UNSIGNED
+from .quantized import checked_kind
+
+aten = torch.ops.aten
 
 Project = Callable[[int, ir.Value], ir.Value]
 
@@ -43,12 +46,13 @@ def quantized_experts(context: Context, node: fx.Node) -> ir.Value:
     found = context.arguments(node)
     hidden = int(found["x_TM"].meta["val"].shape[1])
     inner = int(found["gate_up_packed"].meta["val"].shape[1]) // 2
-    gate_up = _quantized_project(context, found, "gate_up", hidden)
-    down = _quantized_project(context, found, "down", inner)
+    gate_up = _quantized_project(context, node, "gate_up", hidden)
+    down = _quantized_project(context, node, "down", inner)
     return _route(context, found, int(found["gate_up_packed"].meta["val"].shape[0]), gate_up, down)
 
 
-def _quantized_project(context: Context, found: dict[str, Any], part: str, width: int) -> Project:
+def _quantized_project(context: Context, node: fx.Node, part: str, width: int) -> Project:
+    found = context.arguments(node)
     packed, scales = found[f"{part}_packed"], found[f"{part}_scales"]
     zeros, bias = found[f"{part}_zeros"], found[f"{part}_bias"]
     bits, block = int(found["bits"]), int(found["block"])
@@ -73,9 +77,12 @@ def _quantized_project(context: Context, found: dict[str, Any], part: str, width
         )
 
     def portable(expert: int, x: ir.Value) -> ir.Value:
-        kind = _UNSIGNED[bits]
+        kind = checked_kind(context, node, bits, groups, zeros is not None)
         codes = expert_slice(context, packed, expert, shape=(rows, groups * block), dtype=kind)
-        offsets = expert_slice(context, zeros, expert, shape=(rows, groups), dtype=kind)
+        if zeros is None:
+            offsets = builder.filled((rows, groups), 1 << (bits - 1), kind)
+        else:
+            offsets = expert_slice(context, zeros, expert, shape=(rows, groups), dtype=kind)
         scale = expert_slice(context, scales, expert)
         weight = builder.op("DequantizeLinear", codes, scale, offsets, axis=1, block_size=block)
         if width != groups * block:
@@ -94,7 +101,13 @@ def expert_slice(
     shape: tuple[int, ...] | None = None,
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """Expert `expert` of a weight stacked along its first axis, as its own initializer."""
+    """Expert `expert` of a weight stacked along its first axis, as its own initializer.
+
+    Of one that is stored in a shorter type the slice is widened, not the whole.
+    """
+    if weight.target is aten._to_copy.default:
+        part = expert_slice(context, weight.args[0], expert, shape, dtype)
+        return context.builder.shared("Cast", part, to=int(DTYPES[weight.meta["val"].dtype]))
     name = context.weight_name(weight)
     place = context.builder.placements[name]
     length = place.length // place.shape[0]

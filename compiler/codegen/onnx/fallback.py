@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from typing import Any
 
@@ -30,8 +31,15 @@ def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]
         model = _exported(context, node, sources)
     except Exception as error:
         pass_on(error)
-        raise unsupported(node, first_line(error)) from error
+        raise unsupported(node, _reason(error)) from error
     return _take_over(context, node, model, [context.value(source) for source in sources])
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: the exporter puts its own advice, in colours, over it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
 
 
 def _exported(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model:
@@ -102,6 +110,8 @@ def _take_over(
     graph, builder = model.graph, context.builder
     if any(function.domain for function in model.functions.values()):
         raise unsupported(node, "torch's translation uses functions")
+    if any(a.type == ir.AttributeType.GRAPH for old in graph for a in old.attributes.values()):
+        raise unsupported(node, "torch's translation branches or loops")
     mapped: dict[ir.Value | None, ir.Value | None] = {None: None}
     mapped |= dict(zip(graph.inputs, inputs, strict=True))
     for value in graph.initializers.values():

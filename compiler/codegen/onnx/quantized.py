@@ -69,6 +69,23 @@ def quantized_linear_portable(context: Context, node: fx.Node) -> ir.Value:
     return product(context, x, weight, context.optional(bias), node)
 
 
+def checked_kind(
+    context: Context, node: fx.Node, bits: int, groups: int, zeros: bool
+) -> ir.DataType:
+    """The type of packed codes in standard operators. Raises UnsupportedError for what they cannot hold."""
+    if bits not in _UNSIGNED or bits == 2:
+        raise unsupported(
+            node, f"standard operators of opset {context.opset} have no {bits}-bit weights"
+        )
+    if zeros and groups * bits % 8:
+        raise unsupported(
+            node,
+            "an odd number of groups with zero points of their own, which ONNX would pack across "
+            "rows; use symmetric weights or another block",
+        )
+    return _UNSIGNED[bits]
+
+
 def dequantized(
     context: Context,
     node: fx.Node,
@@ -84,23 +101,12 @@ def dequantized(
     name = context.weight_name(packed)
     rows, groups, _ = builder.placements[name].shape
     assert isinstance(bits, int) and isinstance(block, int)
-    if bits not in _UNSIGNED or bits == 2:
-        raise unsupported(
-            node, f"standard operators of opset {context.opset} have no {bits}-bit weights"
-        )
-    codes = builder.weight(name, shape=(rows, groups * block), dtype=_UNSIGNED[bits])
+    kind = checked_kind(context, node, bits, groups, zeros is not None)
+    codes = builder.weight(name, shape=(rows, groups * block), dtype=kind)
     if zeros is None:
-        offsets = builder.filled((rows, groups), 1 << (bits - 1), _UNSIGNED[bits])
-    elif groups * bits % 8:
-        raise unsupported(
-            node,
-            "an odd number of groups with zero points of their own, which ONNX would pack across "
-            "rows; use symmetric weights or another block",
-        )
+        offsets = builder.filled((rows, groups), 1 << (bits - 1), kind)
     else:
-        offsets = builder.weight(
-            context.weight_name(zeros), shape=(rows, groups), dtype=_UNSIGNED[bits]
-        )
+        offsets = builder.weight(context.weight_name(zeros), shape=(rows, groups), dtype=kind)
     weight = builder.op(
         "DequantizeLinear", codes, context.value(scales), offsets, axis=1, block_size=block
     )

@@ -1,0 +1,75 @@
+"""Weights, flavours and architectures that the README names, together: each runs.
+
+In float32 every architecture has both flavours in `frontend/test_architectures.py`, token by token. Here
+those whose matrices are kept in ways of their own meet every form of weights in both flavours, the others
+one each, in turn. The compile's own check runs the artifact on onnxruntime beside the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import einfold
+from einfold.compiler import driver
+from einfold.compiler.ir.parser import parse
+from einfold.compiler.ir.printer import print_program
+from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.weights import Weight
+
+from .. import models
+
+#: Transposed and tied matrices; experts; experts with biases and a gate of their own.
+OWN = ("gpt2", "mixtral", "gpt_oss")
+FORMS = [(weights, portable) for weights in ("fp16", "int8", "int4") for portable in (False, True)]
+#: Recipes that come with einfold.
+RECIPES = ("int4", "int4-128", "int4-exact")
+
+OTHERS = [name for name in models.CONFIGS if name not in (*OWN, "llama")]
+CASES: list[tuple[str, str, bool]] = [
+    *((name, weights, portable) for name in OWN for weights, portable in FORMS),
+    *(("llama", recipe, False) for recipe in RECIPES),
+    *((name, *FORMS[at % len(FORMS)]) for at, name in enumerate(OTHERS)),
+]
+
+#: Largest difference of a logit as a share of the largest. Int8 products round activations to 8 bits.
+BOUNDS = {"float32": 1e-4, "int8 products (accuracy level 4)": 0.05}
+
+_captured: dict[str, tuple[str, dict[str, Weight]]] = {}
+
+
+def once(source: Any, config: Any, *more: Any, **options: Any) -> Program:
+    """The captured program, traced for the first compile of an architecture and read again for the others."""
+    key = config.model_type
+    if key not in _captured:
+        program = _capture(source, config, *more, **options)
+        _captured[key] = (
+            print_program(program),
+            {name: program.weights[name] for name in program.weights},
+        )
+    text, weights = _captured[key]
+    return parse(text, lambda name, declared: weights[name])
+
+
+_capture = driver.capture_language_model
+
+
+@pytest.mark.parametrize(("name", "weights", "portable"), CASES)
+def test_it_runs(
+    name: str,
+    weights: str,
+    portable: bool,
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "capture_language_model", once)
+    chosen: dict[str, Any] = {"recipe": weights} if weights in RECIPES else {"weights": weights}
+    report = einfold.compile(model_folder(name), tmp_path / "a", portable=portable, **chosen)
+    found = report.check
+    assert found["largest difference of logits"] <= BOUNDS[found["arithmetic"]] * max(
+        1.0, found["largest logit"]
+    )
