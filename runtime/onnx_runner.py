@@ -9,11 +9,22 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..compiler.ir.manifest import BLOCKS, MODEL
+from ..compiler.ir.cache.layout import TOKENS
+from ..compiler.ir.manifest import BLOCKS, MODEL, WEIGHTS
+from ..compiler.ir.onnx_check import check_onnx
 from ..errors import ArtifactError, first_line, pass_on
 from .artifact import Artifact
 from .cache import Array, Cache
-from .runner import Floats, Ints
+from .runner import Floats, Ints, running
+
+#: How onnxruntime calls the types of a cache's buffers.
+_KINDS = {
+    "f32": "tensor(float)",
+    "f16": "tensor(float16)",
+    "i8": "tensor(int8)",
+    "u8": "tensor(uint8)",
+    "i32": "tensor(int32)",
+}
 
 
 @dataclass
@@ -48,13 +59,17 @@ class OnnxRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors come as exceptions
         # A plan, made in the first step of each shape, lays buffers side by side. Without they are used again
         # while the processor's caches hold them, and attention in integers takes half the memory.
         options.enable_mem_pattern = False
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = artifact.file(MODEL)
+        try:
+            check_onnx(artifact.read(MODEL), WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path} is not used: {error}") from error
         try:
             self.session = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -70,6 +85,8 @@ class OnnxRunner:
         self._inputs = {node.name for node in self.session.get_inputs()}
         self._outputs = {node.name: node.shape for node in self.session.get_outputs()}
         self.observed: dict[str, Array] = {}
+        self._name = str(artifact.folder)
+        self._check_names(artifact)
         self.blocks = _two_numbers(self.session.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
         """Slots that are stepped over at a time, and the capacity from which on it counts."""
 
@@ -87,10 +104,59 @@ class OnnxRunner:
         given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
         for name, array in (given | cache.counters).items():
             binding.inputs[name][:] = array
-        self.session.run_with_iobinding(binding.io)
+        with running(self._name):
+            self.session.run_with_iobinding(binding.io)
         self.observed = {name: a for name, a in binding.outputs.items() if name != "logits"}
         logits: Floats = binding.outputs["logits"]  # type: ignore[assignment]
         return logits
+
+    def _check_names(self, artifact: Artifact) -> None:
+        """Inputs and results are those of the manifest's cache and vocabulary; raises ArtifactError else."""
+        layout, width = artifact.manifest.layout(), self._vocabulary
+        known: dict[str, tuple[str, tuple[int | None, ...]]] = dict.fromkeys(
+            ("input_ids", "position_ids"), ("tensor(int64)", (None, None))
+        )
+        counters = ("logit_rows", TOKENS, *layout.clocks(), *layout.packs())
+        known |= dict.fromkeys(counters, ("tensor(int64)", (None,)))
+        for spec in layout.buffers(batch=1, capacity=1):
+            heads = (None, int(spec.shape[1]), *(None for _ in spec.shape[2:-1]))
+            known[spec.name] = (
+                _KINDS[spec.dtype],
+                heads if len(spec.shape) == 2 else (*heads, None),
+            )
+        results = {node.name: node for node in self.session.get_outputs()}
+        if "logits" not in results:
+            raise ArtifactError(f"{self._name}/{MODEL} gives no logits")
+        needed = {spec.name for spec in layout.buffers(1, 1) if spec.role != "host"}
+        for name in sorted((needed | layout.clocks().keys()) - self._inputs):
+            raise ArtifactError(
+                f"{self._name}/{MODEL} does not ask for {name!r} of the manifest's cache"
+            )
+        for node in self.session.get_inputs():
+            if node.name not in known:
+                raise ArtifactError(
+                    f"{self._name}/{MODEL} asks for {node.name!r}, which nobody gives"
+                )
+            self._check_kind(node, *known[node.name])
+        self._check_kind(results.pop("logits"), "tensor(float)", (None, width))
+        for name, node in results.items():
+            buffer = name.removeprefix("present.").partition("@")[0]
+            if name.startswith("present.") and buffer in known:
+                self._check_kind(node, *known[buffer])
+            elif not name.startswith("query.") or len(node.shape) < 2:
+                raise ArtifactError(f"{self._name}/{MODEL} gives {name!r}, which nobody takes")
+
+    def _check_kind(self, node: Any, kind: str, sizes: tuple[int | None, ...]) -> None:
+        same = len(node.shape) == len(sizes) and all(
+            wanted is None or not isinstance(size, int) or size == wanted
+            for size, wanted in zip(node.shape, sizes, strict=True)
+        )
+        if node.type != kind or not same:
+            shown = [size if size is not None else "any" for size in sizes]
+            raise ArtifactError(
+                f"{self._name}/{MODEL} has {node.name!r} as {node.type}{node.shape}, where the manifest says "
+                f"{kind}{shown}"
+            )
 
     def _bind(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> _Binding:
         io = self.session.io_binding()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, IRError
 from .cache.layout import CacheLayout
 from .regular import read_regular
 
@@ -30,6 +30,10 @@ BLOCKS = "einfold.blocks"
 _LARGEST = 1 << 24
 
 
+#: A number of bytes or parameters.
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,7 +41,7 @@ class _Part(BaseModel):
 class FileEntry(_Part):
     """Size and BLAKE3 hash (hex) of one file of the artifact."""
 
-    bytes: int
+    bytes: Count
     blake3: str
 
 
@@ -46,10 +50,10 @@ class ModelEntry(_Part):
 
     source: str
     architecture: str
-    vocabulary: int
-    context: int
-    hidden: int
-    parameters: int
+    vocabulary: Annotated[int, Field(ge=1, lt=1 << 31)]
+    context: Annotated[int, Field(ge=1, lt=1 << 31)]
+    hidden: Count
+    parameters: Count
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
@@ -68,7 +72,7 @@ class Manifest(_Part):
     recipe: dict[str, Any]
     cache: tuple[str, ...]
     """The cache layout, a line a head group."""
-    weight_bytes: int
+    weight_bytes: Count
     cache_bytes: str
     """The account: bytes as an expression in B (rows) and C (tokens of capacity), for people to read."""
     versions: dict[str, str]
@@ -76,7 +80,10 @@ class Manifest(_Part):
 
     def layout(self) -> CacheLayout:
         """The cache layout, read from its lines."""
-        layout = CacheLayout.parse(list(self.cache))
+        try:
+            layout = CacheLayout.parse(list(self.cache))
+        except IRError as error:
+            raise ArtifactError(f"the manifest describes a cache that is none: {error}") from error
         if layout is None:
             raise ArtifactError("the manifest describes no KV cache")
         return layout
@@ -100,23 +107,24 @@ class Manifest(_Part):
         try:
             data = json.loads(raw)
             version = data["format"]
-        except (ValueError, KeyError, TypeError):
+            found = data.pop("blake3", None)
+            whole = found == _hash(data) and raw == _encode(data | {"blake3": found})
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ArtifactError(
                 f"{path} is damaged: it is not the JSON that einfold writes"
             ) from None
-        if not isinstance(version, int) or version > FORMAT:
+        if type(version) is not int or version > FORMAT:
             raise ArtifactError(
                 f"{path} has format {version}, this einfold reads up to {FORMAT}; install a newer einfold"
             )
-        found = data.pop("blake3", None)
-        if found != _hash(data) or raw != _encode(data | {"blake3": found}):
+        if not whole:
             raise ArtifactError(f"{path} is damaged: its contents do not match its hash")
         try:
             manifest = Manifest.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path} is not valid: {where}: {first['msg']}") from error
+            raise ArtifactError(f"{path} is not valid: {where[:200]!r}: {first['msg']}") from error
         for name in manifest.files:
             check_name(name)
         return manifest
@@ -129,11 +137,13 @@ def check_name(name: str) -> None:
         path.is_absolute()
         or ".." in path.parts
         or "\\" in name
+        or not name.isprintable()
+        or len(name) > 255
         or ":" in name
         or str(path) in ("", ".")
     ):
         raise ArtifactError(
-            f"the manifest names the file {name!r}, which lies outside the artifact"
+            f"the manifest names the file {name[:255]!r}, which lies outside the artifact"
         )
 
 

@@ -19,8 +19,23 @@ from ..errors import ArtifactWarning, EinfoldError, RecipeError, recognise
 
 #: Results go to stdout, everything said on the way to stderr.
 #: Neither reads markup: paths and names of models may hold brackets.
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+class _Plain(Console):
+    """Prints texts as `printable` gives them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+out = _Plain(highlight=False, soft_wrap=True, markup=False)
+err = _Plain(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def printable(text: str) -> str:
+    """The text with codes that a terminal would obey written out: names of models and files are anybody's."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
 
 Tell = Callable[[str, float], None]
 
@@ -84,7 +99,7 @@ def explain_error(error: Exception, as_json: bool) -> int:
             "(run again with --debug for the traceback, and report it)",
             70,
         )
-    err.print(Text.assemble(("error:", "bold red"), " ", text))
+    err.print(Text.assemble(("error:", "bold red"), " ", printable(text)))
     if as_json:
         with suppress(OSError):  # stdout itself may be what failed
             print_json({"error": text, "kind": type(error).__name__})
@@ -104,7 +119,7 @@ def show_warnings() -> None:
         line: str | None = None,
     ) -> None:
         if issubclass(category, ArtifactWarning):
-            err.print(Text.assemble(("warning:", "bold yellow"), " ", str(message)))
+            err.print(Text.assemble(("warning:", "bold yellow"), " ", printable(str(message))))
         else:
             plain(message, category, filename, lineno, file, line)
 

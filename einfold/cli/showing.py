@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..errors import ArtifactError, pass_on
-from .common import out, print_json
+from .common import out, print_json, printable
 from .options import (
     Artifact,
     CacheOption,
@@ -38,16 +38,14 @@ def inspect(
 
 
 def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) -> None:
-    import json
-
     from ..compiler.ir.manifest import GRAPH
     from ..runtime.artifact import Artifact
 
     found = Artifact.open(artifact)
     if graph:
-        sys.stdout.write(found.file(GRAPH).read_text(encoding="utf-8"))
+        sys.stdout.write(printable(_text(found, GRAPH)))
         return
-    report = json.loads(found.file("report.json").read_text(encoding="utf-8"))
+    report = _report(found)
     if as_json:
         print_json(
             {
@@ -71,18 +69,18 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
         ),
         (
             "weights",
-            f"{manifest.recipe['weights']['format']}, {human_bytes(manifest.weight_bytes)}",
+            f"{_recipe(found, 'weights').get('format')}, {human_bytes(manifest.weight_bytes)}",
         ),
         ("context", f"{model.context:,} tokens"),
         (
             "KV cache",
-            f"{_cache_methods(manifest.recipe['cache'])}, "
+            f"{_cache_methods(_recipe(found, 'cache'))}, "
             f"{manifest.cache_bytes} bytes for B rows of C tokens",
         ),
         ("", cache_bytes(manifest.layout(), model.context)),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
-        table.add_row(label, value)
+        table.add_row(label, printable(value))
     out.print(table)
     out.print("passes")
     for line, record in zip(summary_lines(report["passes"]), report["passes"], strict=True):
@@ -95,10 +93,52 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
                 )
 
 
+def _text(artifact: Any, name: str) -> str:
+    try:
+        return str(artifact.read(name), "utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{artifact.folder}/{name} is no text: {error}") from error
+
+
+def _recipe(artifact: Any, name: str) -> dict[str, Any]:
+    part = artifact.manifest.recipe.get(name)
+    if not isinstance(part, dict):
+        raise ArtifactError(f"the manifest of {artifact.folder} has a recipe without {name!r}")
+    return part
+
+
+def _report(artifact: Any) -> dict[str, Any]:
+    """The report's passes and check; raises ArtifactError where they are not as einfold writes them."""
+    import json
+
+    where = f"{artifact.folder}/report.json"
+    try:
+        report = json.loads(_text(artifact, "report.json"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is damaged: {str(error)[:200]}") from error
+    try:
+        for record in report["passes"]:
+            numbers = [note["bytes_saved"] for note in record["notes"]]
+            notes = [[note["action"], note["where"], note["what"]] for note in record["notes"]]
+            if not all(isinstance(text, str) for note in notes for text in [*note, record["name"]]):
+                raise TypeError("a note is no text")
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise TypeError("a number is none")
+        return {"passes": report["passes"], "check": report["check"]}
+    except (LookupError, TypeError) as error:
+        raise ArtifactError(
+            f"{where} is damaged: it lacks or misplaces {str(error)[:200]}"
+        ) from error
+
+
 def _cache_methods(recipe: dict[str, Any]) -> str:
     """`f32, prune streaming_llm`: how a recipe has the KV cache stored."""
-    chosen = {name: value["method"] for name, value in recipe.items() if isinstance(value, dict)}
-    return ", ".join([recipe["storage"], *(f"{name} {method}" for name, method in chosen.items())])
+    chosen = {
+        name: value.get("method") for name, value in recipe.items() if isinstance(value, dict)
+    }
+    return ", ".join(
+        [str(recipe.get("storage")), *(f"{name} {method}" for name, method in chosen.items())]
+    )
 
 
 def diff(

@@ -21,13 +21,16 @@ from ....errors import IRError
 from .policies import POLICIES, Full, Policy, Window
 from .sizes import Size, least, most
 from .storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
-from .text import read, show
+from .text import count_of, read, show
 
 if TYPE_CHECKING:
     import sympy
 
 #: What is cached of each token.
 PARTS = ("key", "value")
+
+#: The most groups of a cache that are read.
+LINES = 4096
 
 #: The graph's input that counts the tokens of each row; groups that keep every token in slots go by it.
 TOKENS = "lengths"
@@ -133,7 +136,7 @@ class LayerCache:
 
     def __post_init__(self) -> None:
         listed = sorted(head for group in self.groups for head in group.heads)
-        if listed != list(range(self.kv_heads)):
+        if len(listed) != self.kv_heads or listed != list(range(self.kv_heads)):
             raise IRError(
                 f"cache of layer {self.layer}: the groups hold heads {listed}, "
                 f"but each of the {self.kv_heads} KV heads must stand in exactly one group"
@@ -373,6 +376,8 @@ class CacheLayout:
     @staticmethod
     def parse(lines: list[str]) -> CacheLayout | None:
         """Reads what `lines` prints; None where there are none."""
+        if len(lines) > LINES:
+            raise IRError(f"a cache of {len(lines):,} groups is none; {LINES:,} are read")
         layers: dict[int, list[tuple[dict[str, str], HeadGroup]]] = {}
         for line in lines:
             layer, fields, group = _parse_line(line)
@@ -383,9 +388,9 @@ class CacheLayout:
             tuple(
                 LayerCache(
                     layer=layer,
-                    kv_heads=int(groups[0][0]["of"]),
-                    key_size=int(groups[0][0]["key"]),
-                    value_size=int(groups[0][0]["value"]),
+                    kv_heads=count_of(groups[0][0]["of"]),
+                    key_size=count_of(groups[0][0]["key"]),
+                    value_size=count_of(groups[0][0]["value"]),
                     groups=tuple(group for _, group in groups),
                 )
                 for layer, groups in layers.items()
@@ -434,15 +439,17 @@ def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
     try:
         _, place, *rest = line.split()
         fields = dict(item.split("=", 1) for item in rest)
-        layer = int(place.split(".")[0])
+        for name in ("of", "key", "value"):
+            count_of(fields[name])
+        layer = count_of(place.split(".")[0])
         owner, partner = fields.get("owner"), fields.get("partner")
         group = HeadGroup(
-            heads=tuple(int(head) for head in fields["heads"].split(",")),
+            heads=tuple(count_of(head) for head in fields["heads"].split(",")),
             policy=read(fields["policy"], POLICIES, "cache policy"),
             storage=read_storage(fields["storage"]),
-            owner=None if owner is None else int(owner),
-            partner=None if partner is None else int(partner),
+            owner=None if owner is None else count_of(owner),
+            partner=None if partner is None else count_of(partner),
         )
-    except (KeyError, ValueError) as error:
-        raise IRError(f"cannot read the cache line {line!r}: {error}") from None
+    except (LookupError, ValueError, TypeError, ArithmeticError, IRError) as error:
+        raise IRError(f"cannot read the cache line {line[:200]!r}: {str(error)[:400]}") from None
     return layer, fields, group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -48,9 +49,18 @@ def _read(written: str, kind: str, text: str) -> bool | int | float | str:
         if kind == "bool":
             return {"0": False, "1": True}[written]
         if kind == "int":
-            return int(written)
-        if kind == "float":
-            return float(written)
+            return -count_of(written[1:]) if written.startswith("-") else count_of(written)
+        if kind == "float" and math.isfinite(number := float(written[:40])):
+            return number
     except (KeyError, ValueError):
-        raise IRError(f"{text!r}: {written!r} is no {kind}") from None
+        raise IRError(f"{text[:200]!r}: {written[:40]!r} is no {kind}") from None
+    if kind == "float":
+        raise IRError(f"{text[:200]!r}: {written[:40]!r} is no number that a cache has")
     return written
+
+
+def count_of(text: str) -> int:
+    """A number of heads, tokens or layers. Raises ValueError for what is none, or has ten digits."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ValueError(f"{text[:40]!r} is no count")
+    return int(text)
