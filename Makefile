@@ -7,7 +7,7 @@ WORKERS ?= auto
 PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
 
-.PHONY: demo test check bench bench-peers docs aot methods methods-peers clean
+.PHONY: demo test check bench bench-peers docs aot methods methods-peers fuzz clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +73,12 @@ $(KVPRESS)/.ready: benchmarks/requirements-kvpress.txt
 ## Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU and writes benchmarks/results/aot.md.
 aot: $(READY)
 	$(BIN)/python -m benchmarks.aot
+
+## Mutated artifacts, 5,000 of each target: some minutes each. FUZZ takes options: make fuzz FUZZ='--count 300'
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz.driver --target onnx $(FUZZ)
+	$(BIN)/python -m tests.fuzz.driver --target reference $(FUZZ)
+	$(BIN)/python -m tests.fuzz.driver --target triton $(FUZZ)
 
 clean:
 	rm -rf build dist *.egg-info

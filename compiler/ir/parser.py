@@ -271,6 +271,8 @@ def _number(text: str) -> int | float:
 
 
 def _cut(message: str) -> str:
+    """On one line, with its beginning and its end."""
+    message = " ".join(message.split())
     return message if len(message) <= 800 else f"{message[:400]} ... {message[-400:]}"
 
 
