@@ -259,8 +259,9 @@ def template(folder: Path, draw: Draw) -> str:
     pieces = (
         "{{ messages[0].content }}", f"{{% for i in range(10**{draw.randrange(12)}) %}}", "{% endfor %}",
         "{{ 'x' * 10**9 }}", "{{ 1/0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ ''.__class__ }}", "{{ cycler.__init__ }}", "{% include '/etc/passwd' %}", "{{ '%0*d' % (10**9, 1) }}", "{{ (" * 300,
-        "{% if %}", "{{ x|tojson }}", "\x00", "{{ lipsum(n=10**9) }}", "{{ joiner|attr('__init__') }}",
+        "{{ ''.__class__ }}", "{{ cycler.__init__ }}", "{% include '/etc/passwd' %}",
+        "{{ '%0*d' % (10**9, 1) }}", "{{ (" * 300, "{% if %}", "{{ x|tojson }}", "\x00",
+        "{{ lipsum(n=10**9) }}", "{{ joiner|attr('__init__') }}",
         "{{ range(10**18)|list }}", "{# ", "}}",
     )  # fmt: skip
     text = "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 6)))
