@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import onnx_ir as ir
 from torch import Tensor
 
-from ..errors import ModelError, RecipeError
+from ..errors import ArtifactError, ModelError, RecipeError, UnsupportedError
 from .artifact import check_dump, check_output, file_entry, staged
 from .attention_kernels.write import write_kernels
 from .calibrate.statistics import Statistics, digest_of, fingerprint
@@ -35,6 +35,7 @@ from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
+from .ir.onnx_check import check_onnx
 from .ir.printer import print_program
 from .ir.program import Program
 from .passes.cleanup.simplify import Simplify
@@ -218,6 +219,8 @@ def compile_to(
             )
         with clock.phase("code"):
             _write_code(program, placements, recipe, folder, tell)
+            if recipe.target == "onnx":
+                _check_onnx(folder)
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
         manifest = _manifest(model, program, recipe, folder, digest, parameters)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
@@ -293,6 +296,16 @@ def _write_code(
     flavour = _FLAVOURS[recipe.onnx.portable]
     lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
     ir.save(lowered, folder / MODEL)
+
+
+def _check_onnx(folder: Path) -> None:
+    """Raises UnsupportedError for a model that could not be loaded again."""
+    try:
+        check_onnx((folder / MODEL).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size)
+    except ArtifactError as error:
+        raise UnsupportedError(
+            f"the model needs more than an artifact may hold: {error}"
+        ) from error
 
 
 class _Clock:

@@ -11,20 +11,21 @@ from typing import Any
 from ...errors import ArtifactError, first_line, pass_on
 
 #: Operators of ONNX that code generation emits, or torch's exporter for what it has no lowering of. Left out
-#: are those that draw random numbers, loop as long as they like, or work on strings and sequences.
+#: are those that draw random numbers, loop as long as they like, work on strings or sequences, and Mod, which
+#: ends the process for the smallest integer.
 _STANDARD = (
-    "Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention BitCast BitwiseAnd "
-    "BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant "
-    "ConstantOfShape Cos Cosh CumSum DequantizeLinear Div Einsum Elu Equal Erf Exp Expand "
-    "Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid "
-    "HardSwish Identity If IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log "
-    "LogSoftmax MatMul MatMulInteger Max Mean Min Mish Mul Neg Not OneHot Or Pad Pow PRelu "
-    "QuantizeLinear DynamicQuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 "
-    "ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
-    "ReduceSumSquare Relu Reshape RotaryEmbedding Round ScatterElements ScatterND Selu Shape "
-    "Sigmoid Sign SimplifiedLayerNormalization Sin Sinh Size Slice Softmax Softplus Softsign "
-    "Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose "
-    "Trilu Unsqueeze Where Xor"
+    "Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention BitCast BitShift "
+    "BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant "
+    "ConstantOfShape Cos Cosh CumSum DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Flatten "
+    "Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish "
+    "Identity If IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul "
+    "MatMulInteger Max Mean Min Mish Mul Neg NonZero Not OneHot Or Pad Pow PRelu QuantizeLinear "
+    "DynamicQuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum "
+    "ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu "
+    "Reshape RotaryEmbedding Round ScatterElements ScatterND Selu Shape Sigmoid Sign "
+    "SimplifiedLayerNormalization Sin Sinh Size Slice Softmax Softplus Softsign Split Sqrt Squeeze "
+    "Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where "
+    "Xor"
 )
 
 #: onnxruntime's own, of which code generation emits these.
