@@ -167,6 +167,8 @@ def _reason(error: Exception) -> str:
     """The first line of torch's message; with what violates a constraint and the fix that it suggests."""
     first = first_line(error)
     lines = [line.strip() for line in str(error).split("\n\n")[0].splitlines()[1:]]
+    if "transformers.cache_utils" in first:
+        return "the model gives its cache back, which is no tensor; give use_cache=False among the inputs"
     if "Suggested fixes:" not in lines:
         return first
     at = lines.index("Suggested fixes:")

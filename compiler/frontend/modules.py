@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ...errors import UnsupportedError
+from ...errors import ModelError, UnsupportedError
 from ..ir.program import ModelInfo, Program
 from ..ir.weights import Weight
 from .example import Example, dim_names, inferring
@@ -53,11 +53,16 @@ def capture_module(
 ) -> Captured:
     """Any module as a program over its tensor inputs; weights are shared with the module, not copied.
 
-    `dynamic_shapes` is as torch.export takes it; its names become those of the axes. Raises
-    UnsupportedError where the module cannot be traced, or keeps a state between calls.
+    `dynamic_shapes` is as torch.export takes it; its names become those of the axes. Raises ModelError for
+    what is no module, UnsupportedError where it cannot be traced, or keeps a state between calls.
     """
     example = example if isinstance(example, Example) else Example(example)
     name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"example inputs are for a torch.nn.Module in memory, and {name} is none; "
+            "without them a folder or a hub id of a language model is exported"
+        )
     names = dim_names(module, example, dynamic_shapes)
     with inferring(module):
         exported = export(module, example.args, dynamic_shapes, name, example.kwargs)

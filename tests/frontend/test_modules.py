@@ -16,7 +16,9 @@ from torch.export import Dim
 
 import einfold
 from einfold.compiler.codegen.onnx import lower
-from einfold.errors import ArtifactWarning, EinfoldError, UnsupportedError
+from einfold.errors import ArtifactWarning, EinfoldError, ModelError, UnsupportedError
+
+from .. import models
 
 
 class Call(nn.Module):
@@ -206,6 +208,41 @@ def test_what_cannot_be_exported(module: Any, dynamic: Any, reason: str, tmp_pat
     with pytest.raises(UnsupportedError, match=reason):
         einfold.export_onnx(module, tmp_path / "a", (x,), dynamic_shapes=dynamic)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [torch.relu, "some/model", None])
+def test_what_is_no_module(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"example inputs are for a torch\.nn\.Module"):
+        einfold.export_onnx(model, tmp_path / "a", (X,))
+
+
+def test_a_language_model_as_a_plain_module(tmp_path: Path) -> None:
+    """With example inputs it is exported as it stands, without a cache of einfold's."""
+    ids = torch.randint(3, 100, (2, 7))
+    model = models.build("llama")
+    with pytest.raises(UnsupportedError, match=r"gives its cache back.*use_cache=False"):
+        einfold.export_onnx(model, tmp_path / "a", (ids,))
+    path = einfold.export_onnx(model, tmp_path / "a", {"input_ids": ids, "use_cache": False})
+    graph = ir.load(path).graph
+    assert [value.name for value in graph.inputs] == ["input_ids"]
+    assert [value.name for value in graph.outputs] == ["logits"]
+
+
+class Calls(nn.Module):
+    """Counts its calls in a number that is no tensor, which a trace takes for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_a_state_that_is_no_tensor(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="or keeps a state"):
+        einfold.export_onnx(Calls(), tmp_path / "a", (X,))
 
 
 def _wrongly(context: Any, node: Any) -> Any:
