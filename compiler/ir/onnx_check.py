@@ -11,15 +11,14 @@ from typing import Any
 from ...errors import ArtifactError, first_line, pass_on
 
 #: Operators of ONNX that code generation emits, or torch's exporter for what it has no lowering of. Left out
-#: are those that draw random numbers, loop as long as they like, work on strings or sequences, and Mod, which
-#: ends the process for the smallest integer.
+#: are those that draw random numbers, loop as long as they like, or work on strings or sequences.
 _STANDARD = (
     "Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention BitCast BitShift "
     "BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant "
     "ConstantOfShape Cos Cosh CumSum DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Flatten "
     "Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSigmoid HardSwish "
     "Identity If IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul "
-    "MatMulInteger Max Mean Min Mish Mul Neg NonZero Not OneHot Or Pad Pow PRelu QuantizeLinear "
+    "MatMulInteger Max Mean Min Mish Mod Mul Neg NonZero Not OneHot Or Pad Pow PRelu QuantizeLinear "
     "DynamicQuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum "
     "ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu "
     "Reshape RotaryEmbedding Round ScatterElements ScatterND Selu Shape Sigmoid Sign "
@@ -42,6 +41,9 @@ _DOMAINS = {
 
 #: The most nodes in all graphs of a model, graphs in graphs, and dims of a tensor.
 NODES, DEPTH, RANK = 200_000, 2, 8
+
+#: ONNX's numbers of int32 and int64.
+_WHOLE = (6, 7)
 
 #: Bytes of an element by ONNX's number of its type; one of 4 bits is half.
 _ITEM = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 21: 0.5, 22: 0.5}
@@ -67,11 +69,19 @@ def check_onnx(raw: bytes, weights: str, size: int) -> None:
     _Check(weights, size).graph(model.graph, 0)
 
 
+def _above_zero(tensor: Any) -> bool:
+    from onnx import numpy_helper
+
+    return math.prod(tensor.dims) <= 64 and bool((numpy_helper.to_array(tensor) > 0).all())
+
+
 class _Check:
     def __init__(self, weights: str, size: int) -> None:
         self.weights = weights
         self.size = size
         self.nodes = 0
+        self.divisors: set[str] = set()
+        """Constants of whole numbers above 0, which whole numbers may be divided by."""
 
     def graph(self, graph: Any, depth: int) -> None:
         if depth > DEPTH:
@@ -80,6 +90,8 @@ class _Check:
             raise ArtifactError("it has sparse tensors, which no model here has")
         for tensor in graph.initializer:
             self.tensor(tensor)
+            if tensor.data_type in _WHOLE and not tensor.external_data and _above_zero(tensor):
+                self.divisors.add(tensor.name)
         self.nodes += len(graph.node)
         if self.nodes > NODES:
             raise ArtifactError(f"it has more than {NODES:,} nodes")
@@ -87,6 +99,8 @@ class _Check:
             if node.op_type not in _DOMAINS.get(node.domain, ()):
                 name = f"{node.domain or 'ai.onnx'}.{node.op_type}"
                 raise ArtifactError(f"{name} is not among the operators that an artifact may use")
+            if node.op_type == "Mod" and not {*node.input[1:2]} & self.divisors:
+                raise ArtifactError("Mod by what is no constant above 0 may end the process")
             for attribute in node.attribute:
                 self.attribute(node, attribute, depth)
 

@@ -122,6 +122,7 @@ MODELS: dict[str, tuple[Change, str]] = {
         "Evil",
     ),
     "a graph where none belongs": (_node("", "Identity", body=_graph()), "of a kind"),
+    "a remainder by zero": (_node("", "Mod"), "Mod by what is no constant"),
     "functions": (_function, "functions"),
     "an unknown set of operators": (_opset, "evil.domain"),
     "sparse tensors": (_sparse, "sparse"),
