@@ -43,6 +43,7 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "plain": (FOUR, {}),
     "scale": (FOUR, {"scale": 0.3}),
     "scale of 0": (FOUR, {"scale": 0.0}),
+    "negative scale": (FOUR, {"scale": -0.5}),
     "causal, more keys": (FOUR, {"is_causal": True}),
     "causal, more queries": ((r(B, H, T, D), r(B, H, S, D), r(B, H, S, D)), {"is_causal": True}),
     "two axes": ((r(S, D), r(T, D), r(T, D)), {}),

@@ -34,6 +34,8 @@ def scaled_dot_product_attention(context: Context, node: fx.Node) -> ir.Value:
         raise unsupported(node, "a head size that is known only at run time")
     scale = found["scale"] if found["scale"] is not None else 1 / math.sqrt(int(size or 1))
     keys, values = context.value(key), context.value(value)
+    if scale > 0 and _is_plain(query, key, value, found, dtype):  # onnxruntime takes no other scale
+        return builder.op("Attention", context.value(query), keys, values, scale=scale)
     if found["enable_gqa"]:
         keys, values = (_for_all_heads(context, query, part, node) for part in (key, value))
     rank = key.meta["val"].dim()
@@ -41,12 +43,33 @@ def scaled_dot_product_attention(context: Context, node: fx.Node) -> ir.Value:
     queries = builder.op("Mul", context.value(query), operand(context, scale, dtype))
     scores = builder.op("MatMul", queries, turned)
     scores = _masked(context, scores, found, dtype)
-    weights = builder.op("Softmax", scores, axis=-1)
-    if found["attn_mask"] is not None:
-        lowest = builder.op("ReduceMax", scores, builder.ints(-1), keepdims=1)
-        blind = builder.op("Equal", lowest, operand(context, -math.inf, dtype))
-        weights = builder.op("Where", blind, operand(context, 0.0, dtype), weights)
-    return builder.op("MatMul", weights, values)
+    out = builder.op("MatMul", builder.op("Softmax", scores, axis=-1), values)
+    if found["attn_mask"] is None:
+        return out
+    blind = _blind(context, found["attn_mask"])
+    return builder.op("Where", blind, operand(context, 0.0, dtype), out)
+
+
+def _is_plain(query: Any, key: Any, value: Any, found: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether ONNX's own operator takes it, which is a quarter faster: four axes, no mask, nothing broadcast.
+
+    With a mask it adds, where NaN and infinity would stay.
+    """
+    shapes = [str(list(part.meta["val"].shape[:2])) for part in (query, key, value)]
+    plain = found["attn_mask"] is None and not found["is_causal"] and dtype == torch.float32
+    return plain and query.meta["val"].dim() == 4 and len(set(shapes)) == 1
+
+
+def _blind(context: Context, mask: Any) -> ir.Value:
+    """Rows that see nothing, by the mask alone: [.., S, 1]."""
+    builder, value = context.builder, context.value(mask)
+    if mask.meta["val"].dtype == torch.bool:
+        seen = builder.op(
+            "ReduceMax", builder.cast(value, torch.int32), builder.ints(-1), keepdims=1
+        )
+        return builder.op("Not", builder.cast(seen, torch.bool))
+    largest = builder.op("ReduceMax", value, builder.ints(-1), keepdims=1)
+    return builder.op("Equal", largest, operand(context, -math.inf, mask.meta["val"].dtype))
 
 
 def _for_all_heads(context: Context, query: Any, part: Any, node: fx.Node) -> ir.Value:
