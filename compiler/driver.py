@@ -26,8 +26,10 @@ from .calibrate.text import calibration_tokens
 from .codegen.onnx.lower import lower
 from .codegen.weights_file import Placement, write_weights
 from .frontend import huggingface, tokens
+from .frontend.adapters import Adapter, find_adapter
 from .frontend.example import Example
 from .frontend.export import capture_language_model
+from .frontend.folders import check_folder, check_kind
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
 from .frontend.structure import parameter_count, structure
@@ -39,15 +41,13 @@ from .ir.onnx_check import check_onnx
 from .ir.printer import print_program
 from .ir.program import Program
 from .passes.cleanup.simplify import Simplify
+from .passes.compare_original import CompareOriginal
 from .pipeline import PassManager, PassRecord, language_model_passes, module_passes, planning_passes
 from .recipe import Recipe
 from .report import report_page
 
 #: Told of progress: what is being done, and the share of it that is done (0 to 1).
 Progress = Callable[[str, float], None]
-
-#: Looks at a finished artifact before it is put in place; what it gives goes into the report.
-Check = Callable[[Path], dict[str, Any]]
 
 #: Tokens of context for a model whose config names no limit.
 DEFAULT_CONTEXT = 2048
@@ -80,6 +80,8 @@ class CompileReport:
     """What the model was calibrated on."""
     peak_rss: int = 0
     """Largest resident memory of the process so far, bytes."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how the model was read."""
 
     def data(self) -> dict[str, Any]:
         return {
@@ -90,6 +92,7 @@ class CompileReport:
             "check": self.check,
             "calibration": self.calibration,
             "peak_rss": self.peak_rss,
+            "notes": self.notes,
         }
 
 
@@ -104,13 +107,31 @@ class Input:
     generation: Any = None
     module: Any = None
     """The module itself, where it is in memory."""
+    adapter: Adapter | None = None
+    """What is merged into the weights when they are loaded."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of how the model was read."""
+
+
+class Check(Protocol):
+    """Looks at a compile; both raise where they find a fault."""
+
+    def graph(self, model: Input, program: Program) -> str:
+        """The graph beside the model, before passes that may lose something; a sentence for the report."""
+
+    def files(self, folder: Path) -> dict[str, Any]:
+        """The finished artifact, before it is put in place; figures for the report."""
 
 
 def open_model(name: str | Path) -> Input:
     """Finds a model by folder or hub id and reads its config; no weight is read."""
-    source = huggingface.find_model(name)
+    adapter = find_adapter(name)
+    base = adapter.base if adapter is not None and not adapter.beside_base else name
+    source = huggingface.find_model(base)
     config = huggingface.read_config(source)
-    return Input(source, config, generation=tokens.read_generation_config(source))
+    notes = check_folder(source, config)
+    generation = tokens.read_generation_config(source)
+    return Input(source, config, generation=generation, adapter=adapter, notes=notes)
 
 
 def wrap_model(model: Any, tokenizer: Any = None) -> Input:
@@ -126,15 +147,21 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     if any(tensor.is_meta for tensor in state.values()):
         raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
     source = ModelSource(name, None, in_memory=True)
+    check_kind(source, config, [type(model).__name__])
+    huggingface.check_unquantized(source, config, state)
     generation = getattr(model, "generation_config", None)
     return Input(source, config, state, tokenizer, generation, model)
 
 
 @tracing()
 def trace(
-    model: Input, recipe: Recipe, dump: Path | None = None, progress: Progress | None = None
+    model: Input,
+    recipe: Recipe,
+    dump: Path | None = None,
+    progress: Progress | None = None,
+    check: Check | None = None,
 ) -> tuple[Program, list[PassRecord]]:
-    """Captures a model and runs the recipe's pipeline; reads no weight's data.
+    """Captures a model and runs the recipe's pipeline; reads no weight's data, but for the `check`.
 
     Works from the config alone when `model.state` is None, as `estimate` does.
     """
@@ -144,7 +171,9 @@ def trace(
     program = capture_language_model(model.source, model.config, context, model.state, model.module)
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
-    passes = language_model_passes(recipe.weight_passes(), recipe.cache_passes())
+    passes = language_model_passes(
+        recipe.weight_passes(), recipe.cache_passes(), _comparison(model, check)
+    )
     manager = PassManager(
         passes,
         dump,
@@ -155,7 +184,7 @@ def trace(
 
 
 @tracing()
-def plan_cache(model: Input, recipe: Recipe) -> Program:
+def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Program:
     """Captures a model and decides how its cache is kept, as a compile does; attention has no cache yet.
 
     What the storage needs is calibrated. Heads are as the model has them: none are permuted.
@@ -165,7 +194,8 @@ def plan_cache(model: Input, recipe: Recipe) -> Program:
         model.source, model.config, _context(model, recipe), model.state, model.module
     )
     program.statistics = _statistics(model, program, recipe, lambda text, share: None)
-    PassManager(planning_passes(recipe.cache_passes()), asked=recipe.asked()).run(program)
+    planning = planning_passes(recipe.cache_passes(), _comparison(model, check))
+    PassManager(planning, asked=recipe.asked()).run(program)
     if program.calibrations:
         _calibrate(model, program, recipe)
     return program
@@ -196,7 +226,7 @@ def compile_to(
             tell("loading weights", 0.0)
             _load(model)
         with clock.phase("passes"):
-            program, records = trace(model, recipe, dump, progress)
+            program, records = trace(model, recipe, dump, progress, check)
         check_allowed(program)  # what could not be loaded again is not written
         read = program.statistics.read
         if program.calibrations:
@@ -224,11 +254,12 @@ def compile_to(
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
         manifest = _manifest(model, program, recipe, folder, digest, parameters)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
+        report.notes = model.notes
         if check is not None:
             with clock.phase("check"):
                 tell("checking against the reference", 0.0)
                 (folder / NAME).write_bytes(manifest.dump())
-                report.check = check(folder)
+                report.check = check.files(folder)
         report.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         (folder / REPORT).write_text(json.dumps(report.data(), indent=1), encoding="utf-8")
         (folder / PAGE).write_text(report_page(report.data()), encoding="utf-8")
@@ -332,6 +363,13 @@ def _context(model: Input, recipe: Recipe) -> int:
 def _load(model: Input) -> None:
     if model.state is None:
         model.state = huggingface.load_state(model.source, model.config)
+        if model.adapter is not None:
+            model.state, said = model.adapter.merged(model.state)
+            model.notes.append(said)
+
+
+def _comparison(model: Input, check: Check | None) -> list[CompareOriginal]:
+    return [] if check is None else [CompareOriginal(lambda program: check.graph(model, program))]
 
 
 def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) -> Statistics:
@@ -340,7 +378,8 @@ def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) 
     files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
     named: Callable[[], str] | None = None
     state = model.state
-    if model.source.in_memory and state is not None:  # its weights may be any
+    changed = model.source.in_memory or model.adapter is not None  # its weights may be any
+    if changed and state is not None:
         named = cache(lambda: digest_of(state))
     elif files:
         named = cache(lambda: fingerprint(files))

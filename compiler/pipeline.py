@@ -39,28 +39,32 @@ def raising_passes() -> list[Pass]:
     ]
 
 
-def planning_passes(cache: Sequence[Pass] = ()) -> list[Pass]:
+def planning_passes(cache: Sequence[Pass] = (), compare: Sequence[Pass] = ()) -> list[Pass]:
     """The pipeline of a causal language model up to where its cache layout is decided.
 
-    `cache` are the passes that refine the layout.
+    `cache` are the passes that refine the layout, `compare` what compares the graph with the model.
     """
     return [
         *raising_passes(),
         FuseLinears(),  # before quantization: a matrix is then packed once, in its final shape
         FuseResidualNorms(),
         SelectLogitRows(),
+        *compare,  # before anything that may lose something: here the graph is the model
         PlanCache(),
         *cache,  # before the weights: what is measured is the model as it was, not as it is rounded
     ]
 
 
-def language_model_passes(weights: Sequence[Pass] = (), cache: Sequence[Pass] = ()) -> list[Pass]:
+def language_model_passes(
+    weights: Sequence[Pass] = (), cache: Sequence[Pass] = (), compare: Sequence[Pass] = ()
+) -> list[Pass]:
     """The pipeline of a causal language model.
 
-    `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout.
+    `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout,
+    `compare` what compares the graph with the model.
     """
     return [
-        *planning_passes(cache),
+        *planning_passes(cache, compare),
         OrderHeads(),  # before the weights are packed: it permutes their rows and columns
         *weights,
         AttachCache(),  # near the end: earlier passes see attention without its cache

@@ -42,11 +42,12 @@ def report_page(data: dict[str, Any]) -> str:
     sections = [
         f"<h1>{escape(model['source'])}: compiled by einfold {escape(manifest['einfold'])}</h1>",
         _facts(manifest, data["tokenizer"]),
+        *(f"<p>{escape(note)}</p>" for note in data.get("notes", [])),
         "<h2>Where the time went</h2>",
         _bars(data["seconds"]),
         "<h2>Passes</h2>",
         *map(_pass, data["passes"]),
-        "<h2>Check against the reference</h2>",
+        "<h2>Check against the original and the reference</h2>",
         _pairs(data["check"] or {"check": "not run"}),
         "<h2>KV cache</h2>",
         f"<p>Bytes for B rows of C tokens: <code>{escape(manifest['cache_bytes'])}</code></p>",

@@ -56,12 +56,13 @@ def compile(
     override it. `prune`, `quant` and `share` choose methods for the KV cache (`einfold methods` lists
     them) as `"METHOD:key=value,.."` or a table with the key `method`; "none" undoes the recipe's choice.
     `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to compile Triton
-    kernels for ahead of time. `check` runs the finished artifact beside the reference on a few tokens and
-    refuses to keep one that disagrees. `dump` is a folder for the graph's text after each pass.
+    kernels for ahead of time. `check` runs the captured graph beside the model as transformers
+    runs it, and the finished artifact beside both, on a few tokens, and refuses to keep one that disagrees.
+    `dump` is a folder for the graph's text after each pass.
 
     Raises the errors of `einfold.errors`; `out` appears whole or not at all.
     """
-    from .evaluate.self_check import self_check
+    from .evaluate.original import OriginalCheck
 
     chosen = resolve_recipe(
         recipe,
@@ -82,7 +83,7 @@ def compile(
         force=force,
         dump=None if dump is None else Path(dump),
         progress=progress,
-        check=self_check if check else None,
+        check=OriginalCheck() if check else None,
     )
 
 

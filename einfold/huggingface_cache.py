@@ -24,6 +24,7 @@ from .compiler.ir.program import Program
 from .compiler.layer_program import layer_programs
 from .compiler.recipe import Recipe
 from .errors import IRError, UnsupportedError
+from .evaluate.original import OriginalCheck
 from .huggingface_attention import Carried, install, register, uninstall
 from .huggingface_layer import Layer
 
@@ -43,6 +44,7 @@ def cache_for(
     share: Method = None,
     context: int | None = None,
     tokenizer: Any = None,
+    check: bool = True,
 ) -> EinfoldCache:
     """A cache for `model.generate(.., past_key_values=cache)`, laid out as `einfold.compile` would.
 
@@ -52,7 +54,8 @@ def cache_for(
 
     `context` is the most tokens of a row, prompt and answer; methods that calibrate read their text with
     `tokenizer`, or random tokens without one. Memory is taken by the first forward pass, which must hold the
-    whole prompt: it is what methods with `prefill=exact` compress. It grows with the text, in steps.
+    whole prompt: it is what methods with `prefill=exact` compress. It grows with the text, in steps. `check`
+    runs what was captured beside the model on a few tokens, and refuses a model that einfold did not follow.
 
     The call installs an attention function on the model; `cache.release()`, or leaving a `with` block,
     brings the former one back. `cache.reset()` empties the cache for the next prompt. Raises RecipeError
@@ -71,7 +74,9 @@ def cache_for(
     )
     if "storage" not in chosen.cache.model_fields_set:
         chosen = _with_slots(model, chosen)
-    return EinfoldCache(model, plan_cache(wrap_model(model, tokenizer), chosen))
+    return EinfoldCache(
+        model, plan_cache(wrap_model(model, tokenizer), chosen, OriginalCheck() if check else None)
+    )
 
 
 def _with_slots(model: Any, chosen: Recipe) -> Recipe:

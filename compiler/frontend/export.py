@@ -65,6 +65,7 @@ def capture_language_model(
             raise
         raise UnsupportedError(_no_hook(source, config, "it")) from error
     _check_layers(program, config, source)
+    _check_positions(program, config, source)
     return program
 
 
@@ -335,6 +336,19 @@ def _check_layers(program: Program, config: Any, source: ModelSource) -> None:
     if not found or missing:
         place = f"layer {missing[0]}" if missing else "the model"
         raise UnsupportedError(_no_hook(source, config, place))
+
+
+def _check_positions(program: Program, config: Any, source: ModelSource) -> None:
+    """Refuses a model that numbers its tokens by itself: each step of a decode would begin at 0 again."""
+    positions = program.graph.find_nodes(op="placeholder", target="position_ids")
+    counted = list(program.nodes(torch.ops.aten.arange.default, torch.ops.aten.arange.start))
+    counted += program.nodes(torch.ops.aten.arange.start_step, torch.ops.aten.cumsum.default)
+    size = torch.ops.aten.sym_size.int  # which is the batch's, and tells nothing of places
+    if counted and all(user.target is size for node in positions for user in node.users):
+        raise UnsupportedError(
+            f"{source.location}: architecture {config.model_type!r} numbers its tokens itself, from their "
+            "place in the call, and reads no position_ids; steps behind a cache would begin at 0 again"
+        )
 
 
 def _no_hook(source: ModelSource, config: Any, place: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,8 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
         )
     except Exception as error:
         pass_on(error)
+        if getattr(config, "quantization_config", None):
+            raise _quantized(source, config) from error
         raise ModelError(
             f"cannot load the weights of {source.location}: {first_line(error)}"
         ) from error
@@ -223,7 +226,28 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
     state.update(
         {name: persistent[name] for name, _ in model.named_buffers() if name in persistent}
     )
+    check_unquantized(source, config, dict(model.named_parameters()))
     return state
+
+
+def check_unquantized(source: ModelSource, config: Any, state: Mapping[str, Tensor]) -> None:
+    """Raises UnsupportedError for weights that are codes: they are no numbers without their scales."""
+    if getattr(config, "quantization_config", None) and any(
+        tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        for tensor in state.values()
+    ):
+        raise _quantized(source, config)
+
+
+def _quantized(source: ModelSource, config: Any) -> UnsupportedError:
+    found = config.quantization_config
+    told = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
+    method = getattr(told.get("quant_method"), "value", told.get("quant_method")) or "unknown"
+    return UnsupportedError(
+        f"{source.location} is quantized already (by {method}); einfold rounds weights itself and wants the "
+        "checkpoint in float32, float16 or bfloat16 that this one was made from. Where transformers can load "
+        "it, from_pretrained(..).dequantize() gives a model that save_pretrained(..) writes as one"
+    )
 
 
 def load_reference(source: ModelSource) -> Any:

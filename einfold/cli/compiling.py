@@ -61,7 +61,8 @@ def compile_(
     check: Annotated[
         bool,
         typer.Option(
-            help="Run the finished artifact beside the reference on a few tokens, and behind a prompt of "
+            help="Run the captured graph beside the model as transformers runs it, and the finished artifact "
+            "beside both, on a few tokens; and beside the reference behind a prompt of "
             "which tokens have left the cache where that is quick."
         ),
     ] = True,
@@ -115,6 +116,8 @@ def compile_model(
         f"({human_bytes(4 * parameters)} in float32), context {report.manifest.model.context:,}, "
         f"{seconds:.1f} s, peak memory {human_bytes(report.peak_rss)}"
     )
+    for note in report.notes:
+        err.print(note)
     if report.tokenizer.startswith("none"):
         reason = report.tokenizer.removeprefix("none: ")
         err.print(f"the artifact takes token ids, not text: no tokenizer, {reason}")

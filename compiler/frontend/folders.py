@@ -1,0 +1,89 @@
+"""What a model's config tells of it beside its sizes: whether einfold compiles it, and what is not read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...errors import UnsupportedError, pass_on
+from .huggingface import ModelSource
+
+_ENCODER_DECODERS = frozenset(
+    name
+    for mapping in (
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    )
+    for name in getattr(modeling_auto, mapping, {}).values()
+    if isinstance(name, str)
+)
+
+#: Keys of a config.json that say nothing about what the model computes.
+_SAID = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map", "use_cache"}
+
+
+def check_kind(source: ModelSource, config: Any, architectures: list[str]) -> None:
+    """Raises UnsupportedError for an encoder-decoder: its decoder alone is not the model."""
+    named = next((name for name in architectures if name in _ENCODER_DECODERS), None)
+    if named is None and not getattr(config, "is_encoder_decoder", False):
+        return
+    raise UnsupportedError(
+        f"{source.location}: {named or config.model_type} is an encoder-decoder, whose decoder reads what an "
+        "encoder made of another input through cross-attention; einfold compiles causal language models"
+    )
+
+
+def check_folder(source: ModelSource, config: Any) -> list[str]:
+    """What is to be noted of a folder's config.json. Raises UnsupportedError where it is of another model."""
+    raw = _raw_config(source)
+    found = raw.get("architectures")
+    architectures = [str(name) for name in found] if isinstance(found, list) else []
+    check_kind(source, config, architectures)
+    notes = _own_code(source, config, raw.get("auto_map"), architectures)
+    known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {})) | _SAID
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        notes.append(
+            f"config.json sets {', '.join(unknown)}, which transformers' {type(config).__name__} does not "
+            "know and nothing reads"
+        )
+    return notes
+
+
+def _raw_config(source: ModelSource) -> dict[str, Any]:
+    if source.folder is None:
+        return {}
+    try:
+        raw = json.loads((source.folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        pass_on(error)
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def _own_code(
+    source: ModelSource, config: Any, auto_map: Any, architectures: list[str]
+) -> list[str]:
+    """A note where the folder brings code for a class that transformers has; refused where it has it not."""
+    if not isinstance(auto_map, dict):
+        return []
+    code = auto_map.get("AutoModelForCausalLM") or auto_map.get("AutoModel")
+    if not isinstance(code, str):
+        return []
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    own = code.rpartition(".")[2]
+    named = [*architectures, own] if "AutoModelForCausalLM" in auto_map else architectures
+    other = next((name for name in named if name != stock), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"{source.location}: config.json names code of the folder's own ({code}), which einfold does not "
+            f"run, and {other} is not transformers' {stock}; load the model with transformers, if you trust "
+            "it (trust_remote_code=True), and give einfold the model object"
+        )
+    return [
+        f"config.json names code of the folder's own ({code}), which was not run: transformers' {stock} was "
+        "compiled in its place"
+    ]

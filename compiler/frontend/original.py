@@ -1,0 +1,90 @@
+"""Runs a model as transformers runs it, in float32, on the CPU: what everything else is compared with.
+
+Weights in other types are widened a layer at a time, so that no second copy of the model is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .huggingface import ModelSource, quiet
+from .structure import structure
+
+#: Attention functions that stand for the model's own, which is named eager; another one is the user's.
+_STAND_INS = ("sdpa", "flash", "flex", "paged", "einfold", "kernels")
+
+
+def original_logits(
+    source: ModelSource,
+    config: Any,
+    state: Mapping[str, Tensor],
+    module: Any,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+) -> Tensor:
+    """Logits [B, S, V] of rows of tokens, of which `mask` tells the real ones from padding in front."""
+    quiet()
+    model = structure(source, config, state, module)
+    if str(model.config._attn_implementation).startswith(_STAND_INS):
+        model.set_attn_implementation("eager")
+    positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+    with _filled(model, state), torch.no_grad():
+        logits: Tensor = model(
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, use_cache=False
+        ).logits
+    return logits.float()
+
+
+@contextmanager
+def _filled(model: Any, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters have their data while what reads them runs: those of a layer, while it does."""
+    inside: dict[int, nn.Module] = {}
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList):
+            for layer in part:
+                for parameter in layer.parameters():
+                    inside.setdefault(id(parameter), layer)
+    later: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        data = state.get(name)
+        if data is None or data.data_ptr() == parameter.data_ptr():
+            continue  # it is shared with the user's module, data and all
+        owner = inside.get(id(parameter))
+        if owner is None or (data.dtype == torch.float32 and data.device.type == "cpu"):
+            parameter.data = _widened(data)
+        else:
+            later.setdefault(owner, []).append((parameter, data))
+    handles = []
+    for layer, parameters in later.items():
+        fill, empty = _turns(parameters)
+        handles += [layer.register_forward_pre_hook(fill), layer.register_forward_hook(empty)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _turns(
+    parameters: list[tuple[nn.Parameter, Tensor]],
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks that give a layer its data, and take them off again."""
+
+    def fill(*_: Any) -> None:
+        for parameter, data in parameters:
+            parameter.data = _widened(data)
+
+    def empty(*_: Any) -> None:
+        for parameter, _data in parameters:
+            parameter.data = torch.zeros(()).expand(parameter.shape)
+
+    return fill, empty
+
+
+def _widened(data: Tensor) -> Tensor:
+    return data.detach().to("cpu", torch.float32)
