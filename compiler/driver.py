@@ -150,7 +150,14 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     check_kind(source, config, [type(model).__name__])
     huggingface.check_unquantized(source, config, state)
     generation = getattr(model, "generation_config", None)
-    return Input(source, config, state, tokenizer, generation, model)
+    layers = sum(1 for key in state if "lora_A" in key)
+    said = (
+        f"{layers} LoRA layers are compiled as the model runs them, beside the weights that they change; "
+        "merge_and_unload() of peft would make one weight of each"
+    )
+    return Input(
+        source, config, state, tokenizer, generation, model, notes=[said] if layers else []
+    )
 
 
 @tracing()

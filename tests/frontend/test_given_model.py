@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForCausalLM
 
 import einfold
+from einfold.compiler.driver import wrap_model
 from einfold.errors import EinfoldError, ModelError, UnsupportedError
 
 from .. import models
@@ -170,6 +171,14 @@ def test_a_model_in_memory_is_compiled_as_it_is(
     assert list(model.modules()) == parts
     assert model.config._attn_implementation == attention
     assert np.abs(got - in_float32(model)).max() < 1e-4
+
+
+def test_lora_layers_in_memory_are_said() -> None:
+    model = models.build("llama")
+    assert wrap_model(model).notes == []
+    lora(model)
+    (said,) = wrap_model(model).notes
+    assert said.startswith("1 LoRA layers are compiled as the model runs them")
 
 
 @pytest.mark.parametrize("change", [scaling, lora, head_of_its_own, rotary])
