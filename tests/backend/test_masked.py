@@ -97,6 +97,24 @@ def test_a_mask_that_is_added(mask: Tensor, run: Callable[..., Any]) -> None:
     torch.testing.assert_close(run(added, q, hidden, v), added(q, hidden, v), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", ["min", -1e30, -math.inf])
+def test_rows_that_see_nothing(low: Any, dtype: torch.dtype, run: Callable[..., Any]) -> None:
+    """The mean of all values under a number, NaN under -inf; the mask is known at run time alone."""
+    number = torch.finfo(dtype).min if low == "min" else low
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(mask, number).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, n, D).to(dtype) for n in (S, T, T))
+    mask = torch.zeros(S, T, dtype=torch.bool)
+    mask[1], mask[2, 3:] = True, True
+    found, expected = run(attend, q, k, v, mask), attend(q, k, v, mask)
+    step = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=step, atol=step, equal_nan=True)
+
+
 def test_what_is_seen_stays_as_eager_has_it(run: Callable[..., Any]) -> None:
     """A key that one row sees and another does not: rows that do not see it are finite, the others NaN."""
 

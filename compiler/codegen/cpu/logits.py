@@ -6,7 +6,6 @@ where(pos(t) <= pos(s), scores * 0.25 + mask, -inf)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads
@@ -16,8 +15,8 @@ from .frame import NotLoweredError
 from .hiding import HIDDEN
 from .one_tile import inlined
 
-#: Added to a score of any finite size it leaves one that no other is below.
-_LOWEST = Const(-3.4028234663852886e38)
+#: Added to a score that could stand anywhere it leaves one that no other is below; bfloat16 has it too.
+_LOWEST = Const(-1e38)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def _hidden(
             scale, name, bias = parts[at]
             # Added where it was selected: lower than any that it may stand over, unless it has its place
             # in an order of several.
-            if value != Const(-math.inf) and not _hides(bias):
+            assert isinstance(value, Const)
+            if float(value.value) > float(_LOWEST.value) and not _hides(bias):
                 value = _LOWEST
             args = (expr.args[0], bias, value) if at == 1 else (expr.args[0], value, bias)
             return scale, name, Apply("where", args)
