@@ -33,7 +33,7 @@ def attention(
         scale=scale,
         enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1],
     )
-    if not torch.isfinite(out.sum()):
+    if not math.isfinite(out.sum().item()):
         out = _spelled_out(q_BHSD, k_BKTD, v_BKTF, mask, causal, scale)[0]
     return _rows_first(out)
 
@@ -54,7 +54,7 @@ def attention_with_sum(
     out, total = aten._scaled_dot_product_flash_attention_for_cpu(
         q_BHSD, k_BKTD, v_BKTD, 0.0, causal, attn_mask=mask, scale=scale
     )
-    if not torch.isfinite(out.sum()):
+    if not math.isfinite(out.sum().item()):
         out, total = _spelled_out(q_BHSD, k_BKTD, v_BKTD, mask, causal, scale)
     return _rows_first(out), total.contiguous()
 
@@ -76,7 +76,8 @@ def _sums_in(dtype: torch.dtype) -> torch.dtype:
 
 def _rows_first(out_BHSF: Tensor) -> Tensor:
     """In the memory order that the kernel gives, whichever way it was computed."""
-    return out_BHSF.transpose(1, 2).contiguous().transpose(1, 2)
+    rows = out_BHSF.transpose(1, 2)
+    return out_BHSF if rows.is_contiguous() else rows.contiguous().transpose(1, 2)
 
 
 def _spelled_out(
