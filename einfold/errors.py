@@ -72,6 +72,12 @@ class CalibrationError(EinfoldError):
     exit_code = 10
 
 
+class NotFiniteError(EinfoldError):
+    """A step of a compiled model gives numbers that are none; names the step."""
+
+    exit_code = 13
+
+
 class OutOfMemoryError(EinfoldError, MemoryError):
     """The system gives no more memory."""
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..compiler.ir.cache.layout import CacheLayout
-from ..errors import PromptError
+from ..errors import NotFiniteError, PromptError, pass_on
 from .cache import Cache, Make, empty
-from .runner import Floats, Ints, Runner
+from .runner import Flags, Floats, Ints, Runner
 from .sampling import Sampler, Sampling
 
 #: Tokens of a prefill step: bounds the memory of activations at any context.
@@ -166,7 +166,7 @@ class Engine:
         positions = np.broadcast_to(np.arange(longest), padded.shape)
         lengths = np.array([len(row) for row in rows])
         last = np.arange(len(rows)) * longest + lengths - 1
-        logits: Floats = self.runner.step(cache, padded, positions, last).copy()
+        logits: Floats = self.step(cache, padded, positions, last).copy()
         cache.advance(lengths, self.runner.observed)
         return logits
 
@@ -187,10 +187,42 @@ class Engine:
                 np.arange(size) if all_logits else np.arange(size - 1, size)[: 1 if final else 0]
             )
             cache.make_room(size)
-            logits = self.runner.step(cache, ids, positions, wanted)
+            logits = self.step(cache, ids, positions, wanted)
             cache.advance(size, self.runner.observed)
             if all_logits or final:
-                yield place, logits
+                # Runners use the buffer of a step of one token again.
+                yield place, logits.copy() if size == 1 else logits
+
+    def step(
+        self,
+        cache: Cache,
+        input_ids: Ints,
+        position_ids: Ints,
+        logit_rows: Ints,
+        asked: Flags | None = None,
+    ) -> Floats:
+        """The runner's step, see `Runner.step`; what logits hold that were not `asked` for does not matter.
+
+        Raises OutOfMemoryError, and NotFiniteError, which names the step.
+        """
+        try:
+            logits = self.runner.step(cache, input_ids, position_ids, logit_rows)
+        except Exception as error:
+            pass_on(error)
+            raise
+        if not logits.size:
+            return logits
+        largest = logits.max(axis=-1)  # -inf is how a model may rule a token out
+        wrong = np.flatnonzero(~np.isfinite(largest) & (True if asked is None else asked))
+        if wrong.size:
+            row, place = divmod(int(logit_rows[wrong[0]]), input_ids.shape[1])
+            token, position = input_ids[row, place], position_ids[row, place]
+            raise NotFiniteError(
+                f"the logits behind token {token} at position {position} of row {row} are not finite "
+                f"({largest[wrong[0]]}): the model's weights are damaged, or its numbers overflow; "
+                "`einfold eval` beside the original model tells which"
+            )
+        return logits
 
     def _decode(
         self,
@@ -227,7 +259,7 @@ class Engine:
             # A row that has ended stays where it is and writes one slot again and again.
             np.minimum(cache.lengths, cache.capacity - 1, out=cache.lengths)
             cache.make_room(1)
-            logits = self.runner.step(cache, ids, cache.lengths[:, None], every_row)
+            logits = self.step(cache, ids, cache.lengths[:, None], every_row, running)
             cache.advance(running.astype(np.int64), self.runner.observed)
             self.timings.decode_tokens += int(running.sum())
         self.timings.decode_seconds = time.perf_counter() - started

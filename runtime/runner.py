@@ -14,6 +14,7 @@ from .cache import Array, Cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
 
 
 @contextmanager

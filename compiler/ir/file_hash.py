@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from blake3 import blake3
 
-#: Threads of BLAKE3's pool. They are not in a forked child, which would wait for them for ever.
-_threads = blake3.AUTO
+from .forks import forked
 
 
 def file_hash(path: Path) -> str:
     """In hex. The file is mapped, not read into memory."""
-    digest = blake3(max_threads=_threads)
+    digest = blake3(max_threads=1 if forked() else blake3.AUTO)
     digest.update_mmap(path)
     return digest.hexdigest()
-
-
-def _alone() -> None:
-    global _threads
-    _threads = 1
-
-
-os.register_at_fork(after_in_child=_alone)

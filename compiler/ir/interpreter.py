@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import IRError
+from .forks import settle_torch
 from .program import Program
 
 
@@ -43,6 +44,7 @@ class Interpreter:
         `after` is told of each node that was run, with the values that are still needed. `resume` goes on
         behind a node of an earlier run, given its name and those values by the names of their nodes.
         """
+        settle_torch()
         nodes = iter(self.program.graph.nodes)
         values: dict[fx.Node, Any] = {}
         if resume is not None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from .forks import settle_torch
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -71,6 +73,7 @@ def tracing() -> Iterator[None]:
 
     An interrupt that torch swallows on the way is raised at the end.
     """
+    settle_torch()
     with _tracing, Later(hold=False):
         yield
 

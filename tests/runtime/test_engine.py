@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import einfold
-from einfold.errors import PromptError
+from einfold.errors import NotFiniteError, OutOfMemoryError, PromptError
 from einfold.runtime.cache import Cache
 from einfold.runtime.sampling import Sampling
 
@@ -174,3 +174,77 @@ def test_one_token_prompts_are_read_together_and_settled(tmp_path: Path) -> None
     for first, row in zip((5, 7), together, strict=True):
         alone = model.generate([first], max_new_tokens=12, ignore_eos=True)
         assert row.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("engine", ["onnx", "reference"])
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+def test_logits_that_were_given_stay(
+    chunk: int, engine: Any, artifact: Callable[..., Path]
+) -> None:
+    """Each chunk's array is its own, whatever the runner does with its buffers."""
+    model = einfold.load(artifact("qwen3"), engine=engine, threads=1, chunk=chunk)
+    text = prompt(6)
+    kept = list(model.logits(text))
+    copied = [logits.copy() for _, logits in model.logits(text)]
+    for (_, logits), copy in zip(kept, copied, strict=True):
+        np.testing.assert_array_equal(logits, copy)
+    assert len({logits.ctypes.data for _, logits in kept}) == len(kept) == -(-6 // chunk)
+    behind = list(model.logits(text, prompt=2))
+    got = np.concatenate([logits for _, logits in behind])
+    np.testing.assert_allclose(got, np.concatenate(copied)[2:], atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [(0, "token 7 at position 2 of row 1"), (1, "position 4 of row 1"), (2, "position 5 of row 1")],
+)
+def test_numbers_that_are_not_finite_name_their_step(
+    step: int, says: str, value: float, artifact: Callable[..., Path], monkeypatch: Any
+) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+    real, steps = model.engine.runner.step, []
+
+    def damaged(*arguments: Any) -> Any:
+        logits = real(*arguments)
+        steps.append(1)
+        if len(steps) == step + 1:
+            logits[1] = value
+        return logits
+
+    monkeypatch.setattr(model.engine.runner, "step", damaged)
+    prompts = [[3, 4, 5, 6, 9][: 5 if step else 3], [3, 4, 7] if not step else [3, 4, 5, 7]]
+    with pytest.raises(NotFiniteError, match=says):
+        model.generate_batch(prompts, max_new_tokens=4, ignore_eos=True)
+
+
+def test_a_token_that_the_model_rules_out_is_no_fault(
+    artifact: Callable[..., Path], monkeypatch: Any
+) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+    real = model.engine.runner.step
+
+    def ruled_out(*arguments: Any) -> Any:
+        logits = real(*arguments)
+        logits[:, 5:] = -np.inf
+        return logits
+
+    monkeypatch.setattr(model.engine.runner, "step", ruled_out)
+    assert max(model.generate([3, 4], max_new_tokens=4, ignore_eos=True).tokens) < 5
+
+
+def test_memory_that_a_step_does_not_get(artifact: Callable[..., Path], monkeypatch: Any) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("Non-zero status code: Failed to allocate memory for requested buffer")
+
+    monkeypatch.setattr(model.engine.runner, "step", refused)
+    with pytest.raises(OutOfMemoryError):
+        model.generate([3, 4], max_new_tokens=4)
+
+
+def test_no_prompts_give_no_answers(artifact: Callable[..., Path]) -> None:
+    model = einfold.load(artifact("qwen3"), threads=1)
+    assert model.generate_batch([]) == []
+    assert [one.tokens for one in model.generate_batch([[3], [4]], max_new_tokens=0)] == [[], []]
