@@ -17,7 +17,7 @@ from torch import fx
 from ...errors import IRError
 from .allowed import check_call
 from .cache.layout import CacheLayout
-from .interrupts import Later
+from .interrupts import Later, tracing
 from .printer import FORMAT
 from .program import Editor, ModelInfo, Program, find_op
 from .types import DTYPES, check_size
@@ -55,7 +55,7 @@ def parse(
         raise IRError(
             f"the program has {len(lines):,} lines, more than the {LINES:,} that are read"
         )
-    with Later():  # half of reading is done by fake tensors
+    with tracing(), Later():  # half of reading is done by fake tensors
         return _Parser(load or (lambda name, declared: declared), any_operator).run(lines)
 
 
