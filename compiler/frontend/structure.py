@@ -87,6 +87,12 @@ def _build(config: Any, source: ModelSource) -> Any:
             model.tie_weights()  # left out under no_init_weights; a tied head would be stored twice
     except Exception as error:
         pass_on(error)
+        if "written-to tensor" in str(error):  # torch's words for a tensor that takes no memory
+            raise UnsupportedError(
+                f"{source.location}: architecture {config.model_type!r} writes into its weights while it is "
+                "built, so it cannot be built without them; load it with transformers and give einfold the "
+                "model object"
+            ) from error
         raise UnsupportedError(
             f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
             f"is no causal language model that can be built: {first_line(error)}"

@@ -101,6 +101,25 @@ def test_encoder_decoders_are_refused_by_their_name(tmp_path: Path) -> None:
     assert issubclass(BartForCausalLM, transformers.PreTrainedModel)
 
 
+def test_a_model_that_fills_its_weights_while_it_is_built_is_refused_by_that(
+    tmp_path: Path,
+) -> None:
+    """LFM2 with convolutions; in memory it is built already, and then its layers are what is refused."""
+    small = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.Lfm2Config(
+        **small,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    model = transformers.Lfm2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UnsupportedError, match="writes into its weights while it is built"):
+        einfold.estimate(tmp_path / "m")
+    with pytest.raises(UnsupportedError, match="layer 0 does not run its attention"):
+        einfold.compile(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
 def test_quantized_checkpoints_get_a_true_sentence(method: str, tmp_path: Path) -> None:
     told = {"quant_method": method, "bits": 4, "load_in_4bit": True}
