@@ -142,7 +142,8 @@ class _Check:
                 len(tensor.double_data),
                 len(tensor.uint64_data),
             )
-            if len(tensor.raw_data) != needed and typed != math.prod(dims):
+            has = len(tensor.raw_data) == needed if tensor.raw_data else typed == math.prod(dims)
+            if not has or (tensor.raw_data and typed):
                 raise ArtifactError(f"the tensor {tensor.name!r} has not the numbers of its sizes")
             return
         self.external(tensor, needed)

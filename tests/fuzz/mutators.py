@@ -333,7 +333,8 @@ def mutate(base: Path, out: Path, target: str, seed: int) -> str:
     draw = random.Random(f"{target} {seed}")
     folder = forge.copy(base, out)
     said = draw.choice(MUTATORS[target])(folder, draw)
-    if draw.random() < 0.6:
+    listing = folder / "manifest.json"
+    if draw.random() < 0.6 and listing.is_file() and not listing.is_symlink():
         try:
             listed = forge.manifest(folder)
             names = {*listed["files"], *(["chat_template.jinja"] if draw.random() < 0.7 else [])}

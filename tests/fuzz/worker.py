@@ -105,6 +105,10 @@ def main(target: str, base: Path, out: Path) -> None:
     )  # imports, before the limit
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     watch = _Watch(out)
+    answers = os.fdopen(
+        os.dup(1), "w", encoding="utf-8"
+    )  # what libraries say on stdout is no answer
+    os.dup2(2, 1)
     for line in sys.stdin:
         seed = int(line)
         folder = out / f"{target}.einfold"
@@ -122,7 +126,7 @@ def main(target: str, base: Path, out: Path) -> None:
             "why": why,
             "seconds": time.perf_counter() - started,
         }
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ def _dims(model: Any) -> None:
     model.graph.initializer.append(TensorProto(name="evil", dims=[2**40, 2**20], data_type=1))
 
 
+def _empty(model: Any) -> None:
+    model.graph.initializer.append(
+        TensorProto(name="evil", dims=[0], data_type=7, raw_data=b"12345678")
+    )
+
+
 def _opset(model: Any) -> None:
     model.opset_import.append(helper.make_opsetid("evil.domain", 1))
 
@@ -138,6 +144,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "an offset of 5,000 digits": (_external(offset="9" * 5000), "lies at '9999"),
     "a length of nothing": (_external(length="0"), "not all in a file"),
     "sizes without numbers": (_dims, "has not the numbers"),
+    "numbers without sizes": (_empty, "has not the numbers"),
     "another input": (_renamed("lengths", "evil"), "which nobody gives"),
     "another result": (_renamed("present.cache.0.0.key", "evil"), "which nobody takes"),
     "no logits": (_renamed("logits", "query.x"), "gives no logits"),
