@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .compiler.analysis.held import held
 from .compiler.analysis.liveness import peak_activation_bytes
 from .compiler.driver import (
     CompileReport,
@@ -161,9 +162,10 @@ class Estimate:
     """Bytes that a compile and a run would take, told before any weight is read.
 
     `cache` is held once a prompt has been read, `cache_peak` at most while one that fills the context is.
-    `activations` is for a prefill step of `chunk` tokens at the end of the context. `largest_context` is the
-    longest run, prompt and answer, that fits the budget (None without one), up to the `context` that is
-    compiled for; 0 where not even the weights fit.
+    `activations` is for a prefill step of `chunk` tokens at the end of the context. `runtime` is what the
+    runtime packs of weights and keeps in its arena beside these, `process` what a process takes that runs
+    any artifact of the target. `largest_context` is the longest run, prompt and answer, whose `resident`
+    bytes fit the budget (None without one), up to the `context` that is compiled for; 0 where none does.
     """
 
     weights: int
@@ -176,6 +178,13 @@ class Estimate:
     cache_expression: str
     budget: int | None = None
     largest_context: int | None = None
+    runtime: int = 0
+    process: int = 0
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that a process holds at most which runs the artifact."""
+        return self.total + self.runtime + self.process
 
     @property
     def total(self) -> int:
@@ -198,12 +207,14 @@ def estimate(
     batch: int = 1,
     budget: int | None = None,
     chunk: int = CHUNK,
+    progress: Progress | None = None,
 ) -> Estimate:
     """Weights, cache and activation bytes of a model, from its config alone.
 
     Runs the same passes as a compile with the same options, on weights that are known by shape only, so
     the figures are those of the artifact, and what a compile for this `context` would refuse is refused.
-    They are for `batch` rows that fill the context; `budget` is in bytes.
+    They are for `batch` rows that fill the context; `budget` is in bytes, of all that the process holds.
+    `progress` is told what is being done.
     """
     found = open_model(model)
     chosen = resolve_recipe(
@@ -219,28 +230,29 @@ def estimate(
     )
     if batch < 1 or chunk < 1:
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
-    program, _ = trace(found, chosen)
+    program, _ = trace(found, chosen, progress=progress)
     layout, full = program.layout, program.model.context
     assert layout is not None
 
-    def parts(tokens: int) -> tuple[int, int]:
+    def parts(tokens: int) -> tuple[int, int, int]:
         slots = layout.slot_dims(tokens, tokens)
         steps = ({"B": 1, "S": min(chunk, tokens), "N": 1}, {"B": batch, "S": 1, "N": batch})
         activations = [
             peak_activation_bytes(program, step | slots, chosen.onnx.portable) for step in steps
         ]
-        return int(layout.peak_bytes(batch, tokens, tokens)), max(activations)
+        most = max(activations)
+        return int(layout.peak_bytes(batch, tokens, tokens)), most, kept.runtime(most)
 
-    weight_bytes = program.weights.nbytes
+    weight_bytes, kept = program.weights.nbytes, held(program, chosen.target)
     largest = None
     if budget is not None:
         low, high = 0, full
         while low < high:
             middle = (low + high + 1) // 2
-            fits = weight_bytes + sum(parts(middle)) <= budget
+            fits = weight_bytes + kept.process + sum(parts(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         largest = low
-    peak, activations = parts(full)
+    peak, activations, runtime = parts(full)
     return Estimate(
         weight_bytes,
         int(layout.bytes(batch, full)),
@@ -252,6 +264,8 @@ def estimate(
         str(layout.account()),
         budget,
         largest,
+        runtime,
+        kept.process,
     )
 
 

@@ -176,9 +176,10 @@ def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_j
     from ..api import estimate
     from ..compiler.report import human_bytes
 
-    found = estimate(model, budget=limit, **options)
+    with progress(as_json) as tell:
+        found = estimate(model, budget=limit, progress=tell, **options)
     if as_json:
-        print_json({**vars(found), "total": found.total})
+        print_json({**vars(found), "total": found.total, "resident": found.resident})
         return
     table = Table(show_header=False, box=None)
     table.add_row("weights", human_bytes(found.weights))
@@ -186,12 +187,15 @@ def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_j
     if found.cache_peak != found.cache:
         table.add_row("  while a prompt as long is read", human_bytes(found.cache_peak))
     table.add_row(f"activations, {found.chunk} tokens a step", human_bytes(found.activations))
-    table.add_row("in all", human_bytes(found.total))
+    if found.runtime:
+        table.add_row("weights that the runtime packs, its arena", human_bytes(found.runtime))
+    table.add_row("the process itself", human_bytes(found.process))
+    table.add_row("in all", human_bytes(found.resident))
     if found.largest_context is not None:
         fits = (
             f"{found.largest_context:,} tokens"
             if found.largest_context
-            else "none: the weights alone do not fit"
+            else "none: the weights and the process alone do not fit"
         )
         table.add_row(f"largest context in {human_bytes(limit or 0)}", fits)
     out.print(table)
