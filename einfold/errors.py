@@ -101,6 +101,7 @@ _STOP_TEXT = re.compile(r"(KeyboardInterrupt|SystemExit)\b")
 _MEMORY_TEXT = re.compile(
     r"bad_alloc|bad allocation|[Cc]an't allocate memory|[Cc]annot allocate memory|DefaultCPUAllocator"
     r"|Failed to allocate memory|out of memory\b|\bMemoryError\b|Unable to allocate \d"
+    r"|failed to map segment from shared object|can't start new thread"  # a library, a thread's stack
 )
 
 #: What the system says where a file is refused, whatever is in it.

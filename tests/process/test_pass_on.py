@@ -123,6 +123,19 @@ def test_memory_that_a_library_does_not_get(demand: Callable[[], object] | None)
     stop_on(error)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("/lib/x.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_memory_for_libraries_and_threads(error: Exception) -> None:
+    with pytest.raises(OutOfMemoryError):
+        renamed(error)
+
+
 def full_torch() -> None:
     with open(
         "/dev/full", "wb"
