@@ -168,12 +168,12 @@ def test_what_was_planned_is_found_again(
         return run(self, *arguments)
 
     monkeypatch.setattr(Interpreter, "run", counted)
-    with einfold.cache_for(model, prune="razor_attention:recent=100") as cache:
+    with einfold.cache_for(model, prune="razor_attention:recent=100", check=False) as cache:
         want = list(cache.layout.lines())
     assert len(runs) == 1
-    with einfold.cache_for(model, prune="razor_attention:recent=100") as cache:
+    with einfold.cache_for(model, prune="razor_attention:recent=100", check=False) as cache:
         assert list(cache.layout.lines()) == want
     assert len(runs) == 1
     other = models.build("llama", seed=1, max_position_embeddings=CONTEXT)
-    einfold.cache_for(other, prune="razor_attention:recent=100").release()
+    einfold.cache_for(other, prune="razor_attention:recent=100", check=False).release()
     assert len(runs) == 2
