@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import RecipeError, pass_on
+from ..errors import RecipeError, first_line, pass_on
 from .passes.base import Pass
 from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
 from .passes.kv_prune.native_window import NativeWindow
@@ -32,6 +33,9 @@ else:
     import tomli as tomllib
 
 WeightFormat = Literal["fp32", "fp16", "int8", "int4", "int2"]
+
+#: Bytes of a recipe file, and characters of one that a message quotes.
+_LARGEST, _SHOWN = 1 << 20, 200
 
 _BITS = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -182,14 +186,23 @@ class Recipe(_Section):
     def load(path: Path) -> dict[str, Any]:
         """What a TOML file holds, unchecked."""
         try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise RecipeError(f"the recipe {path} is no regular file")
+            if found.st_size > _LARGEST:
+                raise RecipeError(
+                    f"the recipe {path} holds {found.st_size:,} bytes; a recipe has {_LARGEST:,} at most"
+                )
             data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe file {path}") from None
         except (OSError, UnicodeDecodeError) as error:
             pass_on(error)
             raise RecipeError(f"cannot read the recipe {path}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path} is not valid TOML: {error}") from error
+        except RecursionError:
+            raise RecipeError(f"{path} is nested too deeply to be a recipe") from None
+        except ValueError as error:  # no TOML, or a number of thousands of digits
+            raise RecipeError(f"{path} is not valid TOML: {first_line(error)[:_SHOWN]}") from error
         return data
 
     @staticmethod
@@ -199,18 +212,15 @@ class Recipe(_Section):
             return Recipe.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = ".".join(map(str, first["loc"]))[:_SHOWN]
+            given = repr(first.get("input"))[:_SHOWN]
             if first["type"] == "extra_forbidden":
                 raise RecipeError(f"{where} has an unknown key {key!r}") from error
             if first["type"] in ("model_type", "dict_type"):
-                raise RecipeError(
-                    f"{where}: {key} is a table, [{key}], not {first.get('input')!r}"
-                ) from error
+                raise RecipeError(f"{where}: {key} is a table, [{key}], not {given}") from error
             if first["type"] == "value_error":
                 raise RecipeError(f"{where}: {first['ctx']['error']}") from error
-            raise RecipeError(
-                f"{where}: {key}: {first['msg']}, found {first.get('input')!r}"
-            ) from error
+            raise RecipeError(f"{where}: {key}: {first['msg']}, found {given}") from error
 
     def weight_passes(self) -> list[Pass]:
         """The passes over weights that this recipe asks for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -139,6 +140,35 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
     compile_refused(
         text_model, out, "--recipe", str(tmp_path / "absent.toml"), code=7, says="no recipe file"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = " + "[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("context = " + "9" * 5000, "not valid TOML"),
+        ("context = 1e400", "finite number"),
+        ("[cache.prune]\nmethod = 'snapkv'\ntokens = nan", "finite number"),
+        ("a" * 10**5 + " = 1", "unknown key 'aaa"),
+        ("context = '" + "x" * 10**5 + "'", "found 'xxx"),
+        ("#" * (1 << 21), "a recipe has 1,048,576 at most"),
+        ("'\x1b[31m' = 1", "not valid TOML"),
+    ],
+)
+def test_recipes_that_are_no_recipes(
+    text: str, says: str, text_model: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    refused("estimate", text_model, "--recipe", recipe, code=7, says=says)
+    said = einfold("estimate", text_model, "--recipe", recipe, code=7)
+    assert len(said) < 700 and "\x1b" not in said
+
+
+def test_a_recipe_that_is_a_pipe_is_not_waited_for(text_model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        refused("estimate", text_model, "--recipe", path, code=7, says="is no regular file")
 
 
 def test_prompts(text_artifact: Path, tmp_path: Path) -> None:
