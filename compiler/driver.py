@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import resource
@@ -106,7 +107,9 @@ class Input:
     tokenizer: Any = None
     generation: Any = None
     module: Any = None
-    """The module itself, where it is in memory."""
+    """The module itself, where it is in memory, with PEFT's adapters merged into its weights."""
+    given: Any = None
+    """The module as it was given, with its adapters beside the weights."""
     adapter: Adapter | None = None
     """What is merged into the weights when they are loaded."""
     notes: list[str] = field(default_factory=list)
@@ -143,21 +146,26 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
             "use einfold.export_onnx with example inputs for other modules"
         )
     name = str(getattr(config, "name_or_path", "") or type(model).__name__)
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.state_dict())
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
     source = ModelSource(name, None, in_memory=True)
     check_kind(source, config, [type(model).__name__])
-    huggingface.check_unquantized(source, config, state)
     generation = getattr(model, "generation_config", None)
-    layers = sum(1 for key in state if "lora_A" in key)
-    said = (
-        f"{layers} LoRA layers are compiled as the model runs them, beside the weights that they change; "
-        "merge_and_unload() of peft would make one weight of each"
-    )
-    return Input(
-        source, config, state, tokenizer, generation, model, notes=[said] if layers else []
-    )
+    given, notes = None, []
+    layers = sum(1 for key, _ in model.named_parameters() if "lora_A" in key)
+    if layers and callable(getattr(model, "merge_and_unload", None)):
+        given, model = model, copy.deepcopy(model).merge_and_unload()
+        notes = [f"LoRA was merged into the weights that it changes, {layers} of them"]
+    elif layers:
+        notes = [f"LoRA is compiled beside the weights that it changes, {layers} of them"]
+    state = state_of(model)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
+    huggingface.check_unquantized(source, config, state)
+    return Input(source, config, state, tokenizer, generation, model, given, notes=notes)
+
+
+def state_of(model: Any) -> dict[str, Tensor]:
+    """Parameters by all their names, and the buffers that are saved with them."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.state_dict())
 
 
 @tracing()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.calibrate.snapshot import text_inputs
-from ..compiler.driver import Input
+from ..compiler.driver import Input, state_of
 from ..compiler.frontend.original import original_logits
 from ..compiler.ir.compare import difference
 from ..compiler.ir.interpreter import Interpreter
@@ -78,7 +78,10 @@ class OriginalCheck:
 
 def _original(model: Input, ids: Tensor, mask: Tensor) -> Tensor:
     assert model.state is not None
-    return original_logits(model.source, model.config, model.state, model.module, ids, mask)
+    state, module = model.state, model.module
+    if model.given is not None:
+        state, module = state_of(model.given), model.given
+    return original_logits(model.source, model.config, state, module, ids, mask)
 
 
 def _length(program: Program) -> tuple[int, str]:

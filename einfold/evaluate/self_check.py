@@ -38,8 +38,9 @@ _TOLERANCE = 1e-3
 
 
 #: How far the artifact may be from the original, by the format of its weights (`_off`). Float32 is summed in
-#: another order. The others tell another model (1.4) from the same one rounded: SmolLM2-135M, on tokens
-#: drawn at random, is off by 0.04 with int8 and by 0.5 with int4; with int2 it is as good as another model.
+#: another order. The others tell the same model, rounded, from one that has nothing to do with it (1.4, the
+#: square root of 2): SmolLM2-135M, on tokens drawn at random, is off by 0.04 with int8 and by 0.5 with int4;
+#: with int2 by 1.5, so that nothing is left to tell. For float16 the bound is an estimate.
 BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.2, "int4": 1.0, "int2": float("inf")}
 
 

@@ -177,8 +177,9 @@ def test_lora_layers_in_memory_are_said() -> None:
     model = models.build("llama")
     assert wrap_model(model).notes == []
     lora(model)
-    (said,) = wrap_model(model).notes
-    assert said.startswith("1 LoRA layers are compiled as the model runs them")
+    assert wrap_model(model).notes == [
+        "LoRA is compiled beside the weights that it changes, 1 of them"
+    ]
 
 
 @pytest.mark.parametrize("change", [scaling, lora, head_of_its_own, rotary])
@@ -265,3 +266,52 @@ def test_weights_that_are_not_read_or_not_there(
     with pytest.raises(EinfoldError, match=named):
         einfold.compile(folder, tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
+
+
+class _Peft(nn.Module):
+    """What a model looks like that PEFT has wrapped."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_model, self.config = base, base.config
+        self.merges = True
+        lora(base)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+    def merge_and_unload(self) -> Any:
+        attention = self.base_model.model.layers[0].self_attn
+        layer = attention.q_proj
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        delta = layer.lora_B @ layer.lora_A if self.merges else 0
+        plain.weight = nn.Parameter(layer.weight + delta)
+        attention.q_proj = plain
+        return self.base_model
+
+
+def test_adapters_that_peft_wrapped_around_a_model_are_merged_and_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = einfold.compile(models.build("llama"), tmp_path / "plain", check=False)
+    model = _Peft(models.build("llama")).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    report = einfold.compile(model, tmp_path / "a")
+    assert report.notes == ["LoRA was merged into the weights that it changes, 1 of them"]
+    assert report.manifest.weight_bytes == plain.manifest.weight_bytes
+    assert isinstance(model.base_model.model.layers[0].self_attn.q_proj, LoRALinear)
+    np.testing.assert_allclose(all_logits(einfold.load(tmp_path / "a"), IDS), expected, atol=1e-4)
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path: Path) -> None:
+    model = _Peft(models.build("llama")).eval()
+    model.merges = False
+    with pytest.raises(EinfoldError, match="not the model as transformers runs it"):
+        einfold.compile(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
