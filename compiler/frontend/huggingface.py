@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import peft
+from transformers.models.auto import auto_factory
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -184,17 +187,18 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
     check_weight_files(source)
     quiet()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            config=config,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=source.local_only,
-            low_cpu_mem_usage=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _without_adapters():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                config=config,
+                dtype="auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=source.local_only,
+                low_cpu_mem_usage=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:
         pass_on(error)
         if getattr(config, "quantization_config", None):
@@ -248,6 +252,20 @@ def _quantized(source: ModelSource, config: Any) -> UnsupportedError:
         "checkpoint in float32, float16 or bfloat16 that this one was made from. Where transformers can load "
         "it, from_pretrained(..).dequantize() gives a model that save_pretrained(..) writes as one"
     )
+
+
+@contextmanager
+def _without_adapters() -> Iterator[None]:
+    """Where peft is installed, transformers loads an adapter that lies beside a model, and renames the
+    weights that it changes; here the caller merges it. transformers has no argument for that."""
+    asked = {place: place.is_peft_available for place in (auto_factory, peft)}
+    for place in asked:
+        place.is_peft_available = lambda: False
+    try:
+        yield
+    finally:
+        for place, former in asked.items():
+            place.is_peft_available = former
 
 
 def load_reference(source: ModelSource) -> Any:

@@ -186,10 +186,11 @@ def test_adapters_are_merged(
 ) -> None:
     """An adapter alone and one beside its base, in bfloat16, against the layers that it makes."""
     models.build("llama").bfloat16().save_pretrained(tmp_path / "base")
+    # before the adapter lies beside it: transformers would load that too, where peft is installed
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     folder = tmp_path / "base" if beside else tmp_path / "adapter"
     parts = save_adapter(folder, tmp_path / "base", **options)
     scales = dict(zip(_TARGETS, [scale, scale] if scale else [2.0, 0.5], strict=True))
-    original = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     plain = logits(original)
     want = logits(with_adapter(original, parts, scales))  # type: ignore[arg-type]
     report = einfold.compile(folder, tmp_path / "out", target="reference")

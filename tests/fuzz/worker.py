@@ -23,7 +23,7 @@ from typing import Any
 LIMIT = 4 << 30
 
 #: Exit codes that an artifact may end in.
-CODES = {3, 4, 5, 7, 8, 12, 74}
+CODES = {3, 4, 5, 7, 8, 12, 13, 74}
 
 
 _FORBIDDEN = {
