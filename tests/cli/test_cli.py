@@ -268,7 +268,7 @@ def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> No
 
 
 def test_run_is_light(text_artifact: Path) -> None:
-    """Running an ONNX artifact loads neither torch nor transformers nor sympy; onnx, to check the model first."""
+    """Running an ONNX artifact loads neither torch nor transformers nor sympy."""
     script = (
         "import sys, einfold; einfold.errors.EinfoldError;"
         "m = einfold.load(sys.argv[1]); m.generate('the', max_new_tokens=2);"
