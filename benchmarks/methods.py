@@ -4,7 +4,8 @@ python -m benchmarks.methods [MODEL] [--every N] [--only NAME ..] [--table]
 
 Every registered method runs at its default options on every N-th document of the model's evaluation text;
 the figures are kept in benchmarks/results/methods-MODEL.json, and `--only` measures some anew. `--table`
-writes the page from the figures there are. `make methods` runs all of it.
+writes the page from the figures there are. `make methods` runs all of it. The figures of the real model are
+those of `make quality` and `make quality-cache`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from einfold.evaluate.recall import Window, windows
 from einfold.evaluate.speed import measure_speed
 from einfold.evaluate.texts import Document, read_documents
 from einfold.model import EngineName, Model
+
+from .quality.pages import change, read, recall, results
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -134,14 +137,29 @@ def recipes() -> dict[str, dict[str, Any]]:
     return found
 
 
-def page(facts: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """docs/methods.md."""
+def on_real_model() -> dict[str, Any]:
+    """Rows of the real model by the spelling of the command line, from the quality tables."""
+    found = [read(results(name, "real"))["rows"] for name in ("quick", "cache")]
+    return {name: row for rows in found for name, row in rows.items() if "refused" not in row}
+
+
+def page(facts: Mapping[str, Any], figures: Mapping[str, Any], real: Mapping[str, Any]) -> str:
+    """docs/methods.md; `figures` are the toy's, `real` the real model's."""
     rows = figures["rows"]
     lines = [_HEAD.format(**figures["read"])]
     for name, fact in facts.items():
         row = rows.get(name)
-        family = "`--cache int8`" if fact["family"] == "storage" else f"`--{fact['family']} {name}`"
-        cells = [family, fact["paper"], fact["stored"], fact["bytes"], *_figures(row)]
+        spelled = "--cache int8" if fact["family"] == "storage" else f"--{fact['family']} {name}"
+        shown = real.get(spelled)
+        of_real = ["-"] * 4 if shown is None else _real(shown)
+        cells = [
+            f"`{spelled}`",
+            fact["paper"],
+            fact["stored"],
+            fact["bytes"],
+            *_figures(row),
+            *of_real,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("\n## Differences from the papers, and options\n")
     kinds = {"int8": StaticInt8} | {n: k for known in FAMILIES.values() for n, k in known.items()}
@@ -163,6 +181,11 @@ def _figures(row: Mapping[str, Any] | None) -> list[str]:
         f"{row['recall']:.3f} ({row['reference_recall']:.3f})",
         f"{row['speed']:.2f}" if "speed" in row else "-",
     ]
+
+
+def _real(row: Mapping[str, Any]) -> list[str]:
+    held = row["cache_bytes"]["4000"] / row["full_cache_bytes"]["4000"]
+    return [f"{held:.2f}", change(row), f"{row['kl']:.1e}", recall(row)]
 
 
 def _differences(kind: type[Any]) -> str:
@@ -189,6 +212,10 @@ _COLUMNS = (
     "KL",
     "recall",
     "speed",
+    "real: held at 4,000",
+    "real: perplexity",
+    "real: KL",
+    "real: recall behind 1,000; 4,000",
 )
 
 _HEAD = f"""# Methods for the KV cache
@@ -211,6 +238,10 @@ the documents and at the questions. Recall has the original's in brackets. Speed
 behind 1,800 tokens in onnxruntime on one thread, against the full cache's; the model is so small that
 little of it is attention, and the speeds on real shapes are those of `benchmarks/cpu_peers.py`.
 
+The last columns are of a real pretrained model, SmolLM2-135M-Instruct (30 layers, 3 KV heads of 64), as
+[quality.md](quality.md) measures it; methods at several budgets, tails of the KL and stacks stand there. Where
+the two models disagree, believe the real one.
+
 | {" | ".join(_COLUMNS)} |
 |{"---|" * len(_COLUMNS)}"""
 
@@ -222,8 +253,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="methods to measure")
     parser.add_argument("--table", action="store_true", help="write the page and measure nothing")
     given = parser.parse_args()
-    results = ROOT / "benchmarks" / "results" / f"methods-{given.model.name}.json"
-    figures = json.loads(results.read_text()) if results.is_file() else {"rows": {}}
+    path = ROOT / "benchmarks" / "results" / f"methods-{given.model.name}.json"
+    figures = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
     with tempfile.TemporaryDirectory() as folder:
         text = Text.of(given.model, given.every, Path(folder))
         full = Path(folder) / "full"
@@ -242,9 +273,9 @@ def main() -> None:
             if row["prompt"] is not None:
                 read = {key: row[key] for key in ("tokens", "documents", "keys")}
                 figures["read"] = {"model": given.model.name, **read}
-            results.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     facts = tomllib.loads(FACTS.read_text(encoding="utf-8"))
-    PAGE.write_text(page(facts, figures), encoding="utf-8")
+    PAGE.write_text(page(facts, figures, on_real_model()), encoding="utf-8")
 
 
 if __name__ == "__main__":

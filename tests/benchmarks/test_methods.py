@@ -42,8 +42,20 @@ def test_the_page_takes_its_figures_from_the_measurement() -> None:
         "rows": {"streaming_llm": row},
         "read": {"model": "m", "tokens": 1234, "documents": 5, "keys": 6},
     }
-    page = methods.page(facts, figures)
-    assert "| onnx | 0.50, 0.25 | +10.00% | 1.2e-02 | 0.250 (0.900) | 1.50 |" in page
+    real = {
+        "--prune streaming_llm": {
+            "cache_bytes": {"4000": 25},
+            "full_cache_bytes": {"4000": 100},
+            "perplexity": 12.0,
+            "reference_perplexity": 10.0,
+            "kl": 0.5,
+            "recall": {"1000": 0.2, "4000": 0.1},
+            "reference_recall": {"1000": 0.8, "4000": 0.7},
+        }
+    }
+    page = methods.page(facts, figures, real)
+    toys = "| onnx | 0.50, 0.25 | +10.00% | 1.2e-02 | 0.250 (0.900) | 1.50 |"
+    assert f"{toys} 0.25 | +20.00% | 5.0e-01 | 0.20 (0.80); 0.10 (0.70) |" in page
     assert "1,234 tokens" in page and "positions stay absolute" in page
     assert page.count("not measured yet") == len(facts) - 1
 

@@ -1,0 +1,1 @@
+"""What compression costs on trained models: `python -m benchmarks.quality`, see `__main__`."""

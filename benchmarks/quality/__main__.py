@@ -1,0 +1,101 @@
+"""Measures what forms of weights and caches cost on trained models, and writes docs/quality.md.
+
+python -m benchmarks.quality [quick|weights|cache] [--models toy real off-grid] [--only NAME ..] [--again]
+                             [--page]
+
+`quick` is small and fixed: half an hour on two cores for the toy and the real model. `weights` and `cache`
+are long tables (hours). Each row is written to benchmarks/results/quality-SET-MODEL.json when it is measured;
+rows that are there are not measured again without `--again`, so a run that was stopped is gone on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import einfold
+from einfold.errors import EinfoldError
+
+from ..fetch import FetchError
+from .measure import Original, figures
+from .pages import PAGE, read, results, write, written
+from .sets import SETS, Row
+from .subjects import SUBJECTS, Subject
+
+_DEFAULT = {"quick": ["toy", "real"], "weights": ["toy", "real", "off-grid"], "cache": ["real"]}
+
+
+def measure_row(row: Row, subject: Subject, original: Original, threads: int) -> dict[str, Any]:
+    """Compiles and measures one row; with what could not be, the reason in its place."""
+    start, used = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "artifact"
+        try:
+            einfold.compile(subject.folder, out, recipe=row.table, check=False)
+        except EinfoldError as error:
+            return {"refused": str(error)}
+        compiled = time.perf_counter()
+        found = figures(einfold.load(out, threads=threads), subject, original)
+    seconds = {
+        "compile": compiled - start,
+        "read": time.perf_counter() - compiled,
+        "processors": time.process_time()
+        - used,  # of all threads: what a busy machine does not change
+    }
+    return found | {"seconds": seconds, "date": date.today().isoformat()}
+
+
+def run(name: str, model: str, only: list[str] | None, again: bool, threads: int) -> None:
+    """Measures what lacks of a set on one model."""
+    path = results(name, model)
+    data = read(path)
+    wanted = [row for row in SETS[name] if only is None or row.name in only]
+    wanted = [row for row in wanted if again or row.name not in data["rows"]]
+    if not wanted:
+        return
+    subject = SUBJECTS[model]()
+    print(f"{model}: what the original says", file=sys.stderr, flush=True)
+    original = Original.of(subject)
+    for number, row in enumerate(wanted, 1):
+        print(f"{model}: {number}/{len(wanted)} {row.name}", file=sys.stderr, flush=True)
+        data["rows"][row.name] = measure_row(row, subject, original, threads)
+        data["model"] = subject.name
+        data["versions"] = {
+            k: metadata.version(k) for k in ("torch", "onnxruntime", "transformers")
+        }
+        order = [row.name for row in SETS[name]]
+        data["rows"] = {key: data["rows"][key] for key in order if key in data["rows"]}
+        write(path, data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0] if __doc__ else "",
+        prog="python -m benchmarks.quality",
+    )
+    parser.add_argument("set", choices=sorted(SETS), nargs="?", default="quick", help="[quick]")
+    parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), help="[by the set]")
+    parser.add_argument("--only", nargs="+", help="rows, by name")
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
+    parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        for model in [] if given.page else given.models or _DEFAULT[given.set]:
+            run(given.set, model, given.only, given.again, given.threads)
+    except FetchError as error:
+        sys.exit(f"error: {error}")
+    PAGE.write_text(written(), encoding="utf-8")
+    print(f"{PAGE}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

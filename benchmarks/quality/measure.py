@@ -1,0 +1,137 @@
+"""Figures of one compiled model beside the original."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from blake3 import blake3
+
+import einfold
+from einfold.compiler.frontend.huggingface import find_model, load_reference
+
+from ..fetch import cache_folder
+from .subjects import WINDOW, Questions, Subject
+
+Floats = npt.NDArray[np.float32]
+
+#: Of a window so many tokens are the prompt.
+PROMPT = WINDOW // 2
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the original says of a subject's texts, computed once and kept on the disk."""
+
+    windows: list[Floats]
+    """Of each window log-probabilities [WINDOW - PROMPT - 1, V], behind the tokens after the prompt."""
+    recalled: dict[int, float]
+    """Shares of answers by label."""
+
+    @staticmethod
+    def of(subject: Subject) -> Original:
+        """From the cache folder, or by transformers in float32."""
+        weights = blake3((subject.folder / "model.safetensors").read_bytes())
+        weights.update(repr((subject.windows, subject.questions)).encode())
+        folder = cache_folder() / "quality" / f"{subject.name}-{weights.hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{number}.npy" for number in range(len(subject.windows))]
+        best = [folder / f"best-{number}.npy" for number in range(len(subject.questions))]
+        if not all(file.is_file() for file in (*files, *best)):
+            _compute(subject, files, best)
+        asked = list(zip(subject.questions, map(np.load, best), strict=True))
+        return Original([np.load(file, mmap_mode="r") for file in files], shares(asked))
+
+
+def _compute(subject: Subject, files: list[Path], best: list[Path]) -> None:
+    model = load_reference(find_model(subject.folder))
+
+    def logits(tokens: list[int], start: int) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(torch.tensor([tokens]), logits_to_keep=len(tokens) - start)
+        return found.logits[0].float()  # type: ignore[attr-defined,no-any-return]
+
+    for file, tokens in zip(files, subject.windows, strict=True):
+        rows = torch.log_softmax(logits(tokens, PROMPT)[:-1], -1)
+        _save(file, rows.numpy())
+    for file, questions in zip(best, subject.questions, strict=True):
+        _save(file, logits(questions.tokens, questions.prompt - 1).argmax(-1).numpy())
+
+
+def _save(file: Path, data: npt.NDArray[Any]) -> None:
+    beside = file.with_suffix(".tmp.npy")
+    np.save(beside, data)
+    beside.rename(file)
+
+
+def shares(asked: list[tuple[Questions, npt.NDArray[np.int64]]]) -> dict[int, float]:
+    """Recall by label. `best` holds the likeliest token behind each from the prompt's last one on."""
+    hits: dict[int, list[bool]] = defaultdict(list)
+    for questions, best in asked:
+        first = questions.prompt - 1
+        hits[questions.label] += [
+            all(best[place - 1 - first] == questions.tokens[place] for place in answer)
+            for answer in questions.answers
+        ]
+    return {label: sum(found) / len(found) for label, found in sorted(hits.items())}
+
+
+def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[str, Any]:
+    """Quality and bytes. KL(original || compiled) in nats, over the tokens behind the prompts."""
+    kl: list[Floats] = []
+    loss = wanted_loss = 0.0
+    same = 0
+    for tokens, wanted in zip(subject.windows, original.windows, strict=True):
+        at = 0
+        target = np.asarray(tokens[PROMPT + 1 :])
+        for rows in _rows(model, tokens, PROMPT):
+            count = min(len(rows), len(target) - at)  # nothing follows the last token
+            found = torch.log_softmax(torch.from_numpy(rows[:count]), -1)
+            expected = torch.from_numpy(np.array(wanted[at : at + count]))
+            aim = torch.from_numpy(target[at : at + count])[:, None]
+            kl.append((expected.exp() * (expected - found)).sum(-1).numpy())
+            loss -= float(found.gather(1, aim).double().sum())
+            wanted_loss -= float(expected.gather(1, aim).double().sum())
+            same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+            at += count
+    each = np.concatenate(kl).astype(np.float64)
+    asked = [(q, best_behind(model, q)) for q in subject.questions]
+    layout = model.engine.layout
+    return {
+        "perplexity": math.exp(loss / each.size),
+        "reference_perplexity": math.exp(wanted_loss / each.size),
+        "tokens": int(each.size),
+        "kl": float(each.mean()),
+        "kl_p99": float(np.quantile(each, 0.99)),
+        "kl_max": float(each.max()),
+        "same": same / each.size,
+        "recall": {str(label): share for label, share in shares(asked).items()},
+        "reference_recall": {str(label): share for label, share in original.recalled.items()},
+        "questions": sum(len(questions.answers) for questions in subject.questions),
+        "weight_bytes": model.engine.runner.weight_bytes,
+        "cache_bytes": {str(n): int(layout.bytes(1, n)) for n in (1000, 4000)},
+        "full_cache_bytes": {str(n): n * full_token_bytes(model) for n in (1000, 4000)},
+    }
+
+
+def full_token_bytes(model: einfold.Model) -> int:
+    """Bytes of one token in a cache that keeps everything in float32."""
+    return sum(4 * x.kv_heads * (x.key_size + x.value_size) for x in model.engine.layout.layers)
+
+
+def _rows(model: einfold.Model, tokens: list[int], prompt: int) -> Iterator[Floats]:
+    for _, logits in model.logits(tokens, prompt):
+        yield logits
+
+
+def best_behind(model: einfold.Model, questions: Questions) -> npt.NDArray[np.int64]:
+    """The likeliest token behind each from the prompt's last one on, which is asked of the cache too."""
+    found = [rows.argmax(-1) for rows in _rows(model, questions.tokens, questions.prompt - 1)]
+    return np.concatenate(found)

