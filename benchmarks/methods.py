@@ -239,8 +239,8 @@ behind 1,800 tokens in onnxruntime on one thread, against the full cache's; the 
 little of it is attention, and the speeds on real shapes are those of `benchmarks/cpu_peers.py`.
 
 The last columns are of a real pretrained model, SmolLM2-135M-Instruct (30 layers, 3 KV heads of 64), as
-[quality.md](quality.md) measures it; methods at several budgets, tails of the KL and stacks stand there. Where
-the two models disagree, believe the real one.
+[quality.md](quality.md) measures it; there stand methods at several budgets, tails of the KL, and stacks.
+Where the two models disagree, believe the real one.
 
 | {" | ".join(_COLUMNS)} |
 |{"---|" * len(_COLUMNS)}"""

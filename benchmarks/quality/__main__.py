@@ -5,8 +5,8 @@ python -m benchmarks.quality [quick|weights|cache] [--models toy real off-grid] 
 
 `quick` is small and fixed: half an hour on two cores for the toy and the real model. `weights` and `cache`
 are long tables (hours). Each row is written to benchmarks/results/quality-SET-MODEL.json when it is measured.
-The long tables leave rows alone that are there, so that a run that was stopped is gone on with; `quick` measures
-all of them anew. `--again` and `--no-again` have it otherwise.
+The long tables leave rows alone that are there, so that a run that was stopped is gone on with; `quick`
+measures all of them anew. `--again` and `--no-again` have it otherwise.
 """
 
 from __future__ import annotations

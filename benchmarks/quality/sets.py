@@ -58,7 +58,7 @@ QUICK = (
     _INT8_CACHE,
     _RAZOR,
     _cache("quant", "kivi", bits=4),
-    _cache("share", "cskv"),
+    _cache("share", "cross_layer"),
     _STACK,
 )
 
