@@ -73,14 +73,14 @@ def _table(name: str, model: str) -> str:
         f"|{'---|' * len(_COLUMNS)}",
     ]
     for label in (row.name for row in SETS[name]):
-        if label in rows:
-            lines.append(f"| `{label}` | {_cells(rows[label])} |")
+        cells = _cells(rows[label]) if label in rows else _whole("not measured yet")
+        lines.append(f"| `{label}` | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> str:
     if "refused" in row:
-        return f"refused: {row['refused']}" + " |" * (len(_COLUMNS) - 2)
+        return _whole(f"refused: {row['refused']}")
     held = ", ".join(
         f"{size / 1e6:.1f} MB ({size / row['full_cache_bytes'][tokens]:.2f})"
         for tokens, size in row["cache_bytes"].items()
@@ -97,6 +97,11 @@ def _cells(row: dict[str, Any]) -> str:
             recall(row),
         ]
     )
+
+
+def _whole(text: str) -> str:
+    """A sentence in place of the figures of a row."""
+    return text + " |" * (len(_COLUMNS) - 2)
 
 
 _COLUMNS = (
