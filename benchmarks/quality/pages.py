@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ def written() -> str:
     return "\n".join(parts)
 
 
-def change(row: dict[str, Any]) -> str:
+def change(row: Mapping[str, Any]) -> str:
     """Of perplexity."""
     return f"{row['perplexity'] / row['reference_perplexity'] - 1:+.2%}"
 
 
-def recall(row: dict[str, Any]) -> str:
+def recall(row: Mapping[str, Any]) -> str:
     """By label, with the original's in brackets."""
     return "; ".join(
         f"{share:.2f} ({row['reference_recall'][label]:.2f})"

@@ -37,7 +37,7 @@ def _cache(family: str, method: str, **options: Any) -> Row:
 
 
 _FLOAT = Row("float32")
-_INT4 = {"format": "int4", "block": 32, "head": "int8"}
+_INT4: dict[str, Any] = {"format": "int4", "block": 32, "head": "int8"}
 _INT8_CACHE = Row("--cache int8", {"cache": {"storage": "int8"}})
 _RAZOR = _cache("prune", "razor_attention")
 _STACK = Row(
