@@ -7,7 +7,7 @@ WORKERS ?= auto
 PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
 
-.PHONY: demo test check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
+.PHONY: demo test test-slow check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
 	clean
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+## The tests that are left out there, for their time.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 ## Style, types, tests.
 check: $(READY)

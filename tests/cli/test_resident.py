@@ -47,10 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {},
         {"weights": "int4"},
-        {"weights": "int8", "cache": "int8"},
-        {"weights": "fp16"},
-        {"weights": "int4", "portable": True},
-        {"target": "reference"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"weights": "int8", "cache": "int8"},
+                {"weights": "fp16"},
+                {"weights": "int4", "portable": True},
+                {"target": "reference"},
+            )
+        ),
     ],
     ids=["fp32", "int4", "int8", "fp16", "portable", "reference"],
 )

@@ -57,7 +57,10 @@ def once(source: Any, config: Any, *more: Any, **options: Any) -> Program:
 _capture = driver.capture_language_model
 
 
-@pytest.mark.parametrize(("name", "weights", "portable"), CASES)
+@pytest.mark.parametrize(
+    ("name", "weights", "portable"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "mixtral")) for case in CASES],
+)
 def test_it_runs(
     name: str,
     weights: str,

@@ -178,17 +178,20 @@ def test_the_report_tells_of_both_comparisons(tmp_path: Path) -> None:
     assert 0 < report.check["same likeliest token as the original"] <= 1
 
 
-def test_a_finished_artifact_of_another_model_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "weights",
+    ["fp32", "int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "int8"))],
+)
+def test_a_finished_artifact_of_another_model_is_refused(weights: str, tmp_path: Path) -> None:
     """Behind the graph, each form of weights has a bound of its own."""
-    for weights in ("fp32", "fp16", "int8", "int4"):
-        check = OriginalCheck()
-        out = tmp_path / weights
-        einfold.compile(given("llama"), out, weights=weights, check=False, target="reference")
-        model, program = captured(given("llama"))
-        check.graph(model, program)
-        check.files(out)
-        other = OriginalCheck()
-        model, program = captured(models.build("llama", seed=5))
-        other.graph(model, program)
-        with pytest.raises(EinfoldError, match="differs from the original"):
-            other.files(out)
+    check = OriginalCheck()
+    out = tmp_path / weights
+    einfold.compile(given("llama"), out, weights=weights, check=False, target="reference")
+    model, program = captured(given("llama"))
+    check.graph(model, program)
+    check.files(out)
+    other = OriginalCheck()
+    model, program = captured(models.build("llama", seed=5))
+    other.graph(model, program)
+    with pytest.raises(EinfoldError, match="differs from the original"):
+        other.files(out)
