@@ -32,6 +32,7 @@ from einfold.evaluate.speed import measure_speed
 from einfold.evaluate.texts import Document, read_documents
 from einfold.model import EngineName, Model
 
+from .quality.measure import full_token_bytes
 from .quality.pages import change, read, recall, results
 
 if sys.version_info >= (3, 11):
@@ -102,11 +103,7 @@ def shares(model: Model, pieces: Sequence[Window]) -> dict[str, float]:
     layout = model.engine.layout
 
     def share(lengths: list[int]) -> float:
-        full = sum(
-            4 * length * layer.kv_heads * (layer.key_size + layer.value_size)
-            for length in lengths
-            for layer in layout.layers
-        )
+        full = sum(lengths) * full_token_bytes(model)
         return sum(int(layout.bytes(1, length)) for length in lengths) / full
 
     at_questions = [key.answer[-1] + 1 for piece in pieces for key in piece.keys]

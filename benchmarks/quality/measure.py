@@ -16,6 +16,7 @@ from blake3 import blake3
 
 import einfold
 from einfold.compiler.frontend.huggingface import find_model, load_reference
+from einfold.compiler.ir.file_hash import file_hash
 
 from ..fetch import cache_folder
 from .subjects import WINDOW, Questions, Subject
@@ -38,9 +39,11 @@ class Original:
     @staticmethod
     def of(subject: Subject) -> Original:
         """From the cache folder, or by transformers in float32."""
-        weights = blake3((subject.folder / "model.safetensors").read_bytes())
-        weights.update(repr((subject.windows, subject.questions)).encode())
-        folder = cache_folder() / "quality" / f"{subject.name}-{weights.hexdigest()[:16]}"
+        weights = file_hash(subject.folder / "model.safetensors")
+        said = repr((weights, subject.windows, subject.questions))
+        folder = (
+            cache_folder() / "quality" / f"{subject.name}-{blake3(said.encode()).hexdigest()[:16]}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{number}.npy" for number in range(len(subject.windows))]
         best = [folder / f"best-{number}.npy" for number in range(len(subject.questions))]

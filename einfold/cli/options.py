@@ -48,7 +48,8 @@ def recipe_names() -> list[str]:
     return sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 
-def _starting(names: Iterable[str]) -> Callable[[str], list[str]]:
+def starting(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """Completion by the beginning of names."""
     known = list(names)
 
     def complete(incomplete: str) -> list[str]:
@@ -115,7 +116,7 @@ PruneOption = Annotated[
     typer.Option(
         "--prune",
         metavar="METHOD[:KEY=VALUE,..]",
-        autocompletion=_starting((*METHODS["prune"], "none")),
+        autocompletion=starting((*METHODS["prune"], "none")),
         help="Keep fewer tokens in the KV cache: a window for all heads or for some, or the tokens that "
         f"got the most attention. {_WRITTEN}. [default: keep all]",
         show_default=False,
@@ -126,7 +127,7 @@ QuantOption = Annotated[
     typer.Option(
         "--quant",
         metavar="METHOD[:KEY=VALUE,..]",
-        autocompletion=_starting((*METHODS["quant"], "none")),
+        autocompletion=starting((*METHODS["quant"], "none")),
         help="Pack the tokens of the KV cache into few bits, the newest left as they are. "
         f"{_WRITTEN}. [default: packed into nothing, see --cache]",
         show_default=False,
@@ -137,7 +138,7 @@ ShareOption = Annotated[
     typer.Option(
         "--share",
         metavar="METHOD[:KEY=VALUE,..]",
-        autocompletion=_starting((*METHODS["share"], "none")),
+        autocompletion=starting((*METHODS["share"], "none")),
         help="Let layers share their keys and values, or shrink the channels of both. "
         f"{_WRITTEN}. [default: each layer its own]",
         show_default=False,

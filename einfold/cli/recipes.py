@@ -7,11 +7,7 @@ from typing import Annotated
 import typer
 
 from .common import out, print_json
-from .options import Debug, Json, recipe_names
-
-
-def _complete(incomplete: str) -> list[str]:
-    return [name for name in recipe_names() if name.startswith(incomplete)]
+from .options import Debug, Json, recipe_names, starting
 
 
 def recipe(
@@ -20,7 +16,7 @@ def recipe(
         typer.Argument(
             help="A recipe that comes with einfold, or a TOML file, to print with every key spelled out.",
             show_default=False,
-            autocompletion=_complete,
+            autocompletion=starting(recipe_names()),
         ),
     ] = None,
     json: Json = False,
