@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from ...errors import ArtifactError, first_line, pass_on
+from .onnx_divisors import undivided
 
 #: Operators of ONNX that code generation emits, or torch's exporter for what it has no lowering of. Left out
 #: are those that draw random numbers, loop as long as they like, or work on strings or sequences.
@@ -42,9 +43,6 @@ _DOMAINS = {
 #: The most nodes in all graphs of a model, graphs in graphs, and dims of a tensor.
 NODES, DEPTH, RANK = 200_000, 2, 8
 
-#: ONNX's numbers of int32 and int64.
-_WHOLE = (6, 7)
-
 #: Bytes of an element by ONNX's number of its type; one of 4 bits is half.
 _ITEM = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 21: 0.5, 22: 0.5}
 
@@ -67,12 +65,10 @@ def check_onnx(raw: bytes, weights: str, size: int) -> None:
         if opset.domain not in _DOMAINS:
             raise ArtifactError(f"it uses operators of the domain {opset.domain!r}")
     _Check(weights, size).graph(model.graph, 0)
-
-
-def _above_zero(tensor: Any) -> bool:
-    from onnx import numpy_helper
-
-    return math.prod(tensor.dims) <= 64 and bool((numpy_helper.to_array(tensor) > 0).all())
+    for name in undivided(model.graph):
+        raise ArtifactError(
+            f"{name} of whole numbers by what is no constant above 0 may end the process"
+        )
 
 
 class _Check:
@@ -80,8 +76,6 @@ class _Check:
         self.weights = weights
         self.size = size
         self.nodes = 0
-        self.divisors: set[str] = set()
-        """Constants of whole numbers above 0, which whole numbers may be divided by."""
 
     def graph(self, graph: Any, depth: int) -> None:
         if depth > DEPTH:
@@ -90,8 +84,6 @@ class _Check:
             raise ArtifactError("it has sparse tensors, which no model here has")
         for tensor in graph.initializer:
             self.tensor(tensor)
-            if tensor.data_type in _WHOLE and not tensor.external_data and _above_zero(tensor):
-                self.divisors.add(tensor.name)
         self.nodes += len(graph.node)
         if self.nodes > NODES:
             raise ArtifactError(f"it has more than {NODES:,} nodes")
@@ -99,8 +91,6 @@ class _Check:
             if node.op_type not in _DOMAINS.get(node.domain, ()):
                 name = f"{node.domain or 'ai.onnx'}.{node.op_type}"
                 raise ArtifactError(f"{name} is not among the operators that an artifact may use")
-            if node.op_type == "Mod" and not {*node.input[1:2]} & self.divisors:
-                raise ArtifactError("Mod by what is no constant above 0 may end the process")
             for attribute in node.attribute:
                 self.attribute(node, attribute, depth)
 
