@@ -28,7 +28,7 @@ from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.ahead import Compiled, describe
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES, Tiles, merge_tiles
-from einfold.compiler.explain import CascadeReport, explain_function
+from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.errors import UnsupportedError
 
 from .aot_artifacts import HEADS, functions_of, kinds_of

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from einfold.compiler.explain import explain_function
+from einfold.compiler.fuse.explain import explain_function
 from einfold.compiler.ir.cascade.plan_text import print_plan
 from einfold.compiler.ir.cascade.printer import print_cascade
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compiler.fused import FusedCascade
-from .compiler.fusion import fuse
+from .compiler.fuse.replace import fuse
+from .compiler.fuse.report import FusedCascade
 from .errors import RecipeError
 
 #: What happens to each graph in turn; the last ones are kept.

@@ -15,8 +15,8 @@ from torch import fx
 from .backend import GraphReport, rewritten
 from .compiler.codegen.triton import generate
 from .compiler.codegen.triton.launch import TYPES
-from .compiler.explain import CascadeReport, explain_function
-from .compiler.fused import AS_WRITTEN, FusedCascade
+from .compiler.fuse.explain import CascadeReport, explain_function
+from .compiler.fuse.report import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
 from .compiler.ir.interrupts import tracing
 from .errors import UnsupportedError, first_line, pass_on

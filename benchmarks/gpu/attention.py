@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from einfold.compiler.codegen.torch_plan import run_plan
+from einfold.compiler.codegen.reference.plan import run_plan
 from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.launch import DTYPES, TYPES
 from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.codegen.triton.tune import autotune
-from einfold.compiler.explain import CascadeReport, explain_function
+from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.expr import Pos, Size, Virtual, walk
 from einfold.compiler.ir.cascade.plan import Plan
 from einfold.on_triton import described

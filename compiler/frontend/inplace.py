@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .aten_kinds import CONTRACTIONS, CREATION, name_of
 from .cascade.elementwise import RULES
-from .kinds import CONTRACTIONS, CREATION, name_of
 
 aten = torch.ops.aten
 

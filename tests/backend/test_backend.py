@@ -139,7 +139,7 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     Another process reads what was measured; another number of threads measures anew, and so does a process
     that finds the file damaged.
     """
-    from einfold.compiler import choices, fusion
+    from einfold.compiler.fuse import replace, timings
 
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
     asked = []
@@ -148,8 +148,8 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         asked.append(list(able))
         return {"as written": 1.0, **dict.fromkeys(able, 2.0)}
 
-    monkeypatch.setattr(fusion, "measured", timed)
-    fusion.forget()
+    monkeypatch.setattr(replace, "measured", timed)
+    replace.forget()
 
     def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain(plain(q, k, v), k, v)
@@ -165,7 +165,7 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert all("left to Inductor" in cascade.reason for cascade in report.cascades)
 
     def again() -> int:
-        fusion.forget()
+        replace.forget()
         torch._dynamo.reset()
         asked.clear()
         with torch.no_grad():
@@ -177,17 +177,17 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     path.write_text(path.read_text()[:-5])
     assert again() == 1
     assert again() == 0
-    monkeypatch.setattr(choices.torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(timings.torch, "get_num_threads", lambda: 77)
     assert again() == 1
-    fusion.forget()
+    replace.forget()
 
 
 def test_measuring_through_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real thing, once: the region as written and each lowering are compiled and timed."""
-    from einfold.compiler import fusion
+    from einfold.compiler.fuse import replace
 
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
-    fusion.forget()
+    replace.forget()
     compiled = torch.compile(plain, backend="einfold", options={"rest": "eager"})
     inputs = inputs_of(plain)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_measuring_through_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (cascade,) = backend.reports()[0].cascades
     assert set(cascade.seconds) == {"as written", "sdpa", "one tile"}
     assert (cascade.status == "fused") == (cascade.lowering != "as written")
-    fusion.forget()
+    replace.forget()
 
 
 def test_the_public_name() -> None:

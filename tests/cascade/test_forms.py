@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from einfold.compiler.analysis.cascade.check import run_plans
-from einfold.compiler.explain import CascadeReport, explain_function
+from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.cascade.parser import parse
 from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from einfold.compiler.explain import explain_function
 from einfold.compiler.frontend.cascade.imported import Imported
 from einfold.compiler.frontend.cascade.importer import import_graph
 from einfold.compiler.frontend.cascade.trace import import_function
+from einfold.compiler.fuse.explain import explain_function
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.cascade.printer import print_statement
 from einfold.errors import UnsupportedError

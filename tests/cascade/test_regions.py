@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from einfold.compiler.analysis.cascade.check import run_plans
 from einfold.compiler.analysis.cascade.regions import regions
-from einfold.compiler.explain import explain_regions
 from einfold.compiler.frontend.cascade.trace import import_function
+from einfold.compiler.fuse.explain import explain_regions
 from einfold.compiler.ir.cascade.cascade import Cascade
 from einfold.compiler.ir.cascade.evaluate import evaluate
 

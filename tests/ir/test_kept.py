@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from einfold.compiler import choices
+from einfold.compiler.fuse import timings
 from einfold.compiler.ir.kept import cache_home, read, read_json, write, write_json
 
 
@@ -152,12 +152,12 @@ def test_times_that_are_none_are_measured_again(
     seconds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
-    choices.keep("region", {"a": 1.0})
-    assert choices.known("region") == {"a": 1.0}
+    timings.keep("region", {"a": 1.0})
+    assert timings.known("region") == {"a": 1.0}
     (path,) = (tmp_path / "choices").iterdir()
     data = read_json(path)
     assert data is not None
     path.write_bytes(seal(json.dumps(data | {"seconds": seconds}).encode()))
-    assert choices.known("region") == {}
+    assert timings.known("region") == {}
     path.write_bytes(seal(json.dumps(data | {"key": "another"}).encode()))
-    assert choices.known("region") == {}
+    assert timings.known("region") == {}

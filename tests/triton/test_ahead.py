@@ -15,7 +15,7 @@ import torch
 from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.limits import Limits, exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES, Tiles
-from einfold.compiler.explain import explain_function
+from einfold.compiler.fuse.explain import explain_function
 
 from .conftest import needs_triton
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu import attention
 from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, inputs_of, work
 from benchmarks.gpu.peers import flex_function
-from einfold.compiler.codegen.torch_plan import run_plan
+from einfold.compiler.codegen.reference.plan import run_plan
 
 SMALL = [Shape(2, 9, 9), Shape(2, 1, 9)]
 

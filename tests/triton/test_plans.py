@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from einfold.compiler.codegen.torch_plan import run_plan
+from einfold.compiler.codegen.reference.plan import run_plan
 from einfold.compiler.codegen.triton import Options, generate
 from einfold.compiler.codegen.triton.base_two import in_base_two
 from einfold.compiler.codegen.triton.gates import bounds
@@ -18,7 +18,7 @@ from einfold.compiler.codegen.triton.pressure import Demand
 from einfold.compiler.codegen.triton.roles import divide
 from einfold.compiler.codegen.triton.simplify import simplified
 from einfold.compiler.codegen.triton.tiles import candidates, fits
-from einfold.compiler.explain import CascadeReport, explain_function
+from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.plan import Plan
 from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan
 from einfold.compiler.ir.cascade.printer import print_expr

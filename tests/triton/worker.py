@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from einfold.compiler.codegen.torch_plan import run_plan
+from einfold.compiler.codegen.reference.plan import run_plan
 from einfold.compiler.codegen.triton import Options, generate
 from einfold.compiler.codegen.triton.launch import DTYPES, TYPES
 from einfold.compiler.codegen.triton.options import Tiles
-from einfold.compiler.explain import CascadeReport, explain_function
+from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.plan import Plan, State
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

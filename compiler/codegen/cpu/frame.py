@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...ir.cascade.plan import Plan
-from ..torch_functions import FUNCTIONS
+from .functions import FUNCTIONS
 from .tanh import quick_tanh
 
 Dim = tuple[str, ...]

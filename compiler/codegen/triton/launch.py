@@ -13,7 +13,7 @@ from torch import Tensor
 from ....errors import UnsupportedError
 from ...ir.cascade.cascade import Statement
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, reads, walk
-from ..torch_plan import TorchStatements
+from ..reference.plan import TorchStatements
 from .emit import Generated
 from .gates import reads_inputs
 from .options import Tiles, merge_tiles

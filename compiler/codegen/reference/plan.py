@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ir.cascade.cascade import Statement
-from ..ir.cascade.plan import Plan
-from .cpu.frame import Frame, Value
-from .cpu.one_tile import run_maps, run_whole
+from ...ir.cascade.cascade import Statement
+from ...ir.cascade.plan import Plan
+from ..cpu.frame import Frame, Value
+from ..cpu.one_tile import run_maps, run_whole
 
 
 class TorchStatements:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .kinds import VIEWS, name_of
+from ..frontend.aten_kinds import VIEWS, name_of
 from .regions import Region
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .ir.kept import cache_home, read_json, write_json
+from ..ir.kept import cache_home, read_json, write_json
 
 #: Part of every key: raised whenever a lowering or the way of measuring changes.
 VERSION = 2

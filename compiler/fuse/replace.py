@@ -16,24 +16,24 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import EinfoldError, UnsupportedError, stop_on
-from . import choices
-from .analysis.cascade.choose import choose_rank
-from .analysis.cascade.fold import Folding
-from .analysis.cascade.plans import fold
-from .codegen.cpu.frame import NotLoweredError, Signature
-from .codegen.cpu.one_tile import OneTile
-from .codegen.cpu.sdpa import ThroughSdpa
-from .frontend.cascade.imported import Imported
-from .frontend.cascade.importer import import_graph
-from .frontend.dynamo import trace_function
-from .frontend.kinds import WHOLE, name_of
-from .frontend.regions import Region, find_regions, region_at, region_of
-from .frontend.subgraphs import Place, extract, key_of, place_of
-from .fused import AS_WRITTEN, FusedCascade, place_in_model
-from .ir.cascade.printer import print_cascade
-from .ir.interrupts import Later
-from .measure import Trial, agrees, hints_of, measured
+from ...errors import EinfoldError, UnsupportedError, stop_on
+from ..analysis.cascade.choose import choose_rank
+from ..analysis.cascade.fold import Folding
+from ..analysis.cascade.plans import fold
+from ..codegen.cpu.frame import NotLoweredError, Signature
+from ..codegen.cpu.one_tile import OneTile
+from ..codegen.cpu.sdpa import ThroughSdpa
+from ..frontend.aten_kinds import WHOLE, name_of
+from ..frontend.cascade.imported import Imported
+from ..frontend.cascade.importer import import_graph
+from ..frontend.dynamo import trace_function
+from ..ir.cascade.printer import print_cascade
+from ..ir.interrupts import Later
+from . import timings
+from .regions import Region, find_regions, region_at, region_of
+from .report import AS_WRITTEN, FusedCascade, place_in_model
+from .subgraphs import Place, extract, key_of, place_of
+from .trial import Trial, agrees, hints_of, measured
 
 Lowering = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -188,10 +188,10 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
 def _seconds(region: Region, trial: Trial, able: Mapping[str, Lowering]) -> dict[str, float]:
     """What is known of the region and its lowerings on this machine, or else is measured now."""
     key = f"{_size_class(region)}\n{key_of(region)}"
-    seconds = choices.known(key)
+    seconds = timings.known(key)
     if seconds.keys() != {AS_WRITTEN, *able}:
         seconds = measured(trial, able)
-        choices.keep(key, seconds)
+        timings.keep(key, seconds)
     return seconds
 
 

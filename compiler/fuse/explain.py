@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
-from .analysis.cascade.choose import choose_rank
-from .analysis.cascade.fold import Folding
-from .analysis.cascade.plans import fold
-from .analysis.cascade.regions import regions
-from .analysis.cascade.scope import Scope
-from .frontend.cascade.imported import Imported
-from .frontend.cascade.trace import import_function
-from .ir.cascade.cascade import Cascade
-from .ir.cascade.expr import reads
+from ...errors import UnsupportedError
+from ..analysis.cascade.choose import choose_rank
+from ..analysis.cascade.fold import Folding
+from ..analysis.cascade.plans import fold
+from ..analysis.cascade.regions import regions
+from ..analysis.cascade.scope import Scope
+from ..frontend.cascade.imported import Imported
+from ..frontend.cascade.trace import import_function
+from ..ir.cascade.cascade import Cascade
+from ..ir.cascade.expr import reads
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import fx
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .frontend.dynamo import trace_function
-from .fused import AS_WRITTEN
+from ..frontend.dynamo import trace_function
+from .report import AS_WRITTEN
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 

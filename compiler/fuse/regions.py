@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .kinds import (
+from ..frontend.aten_kinds import (
     CONTRACTIONS,
     CREATION,
     MADE,

@@ -1,0 +1,12 @@
+"""From regions of an ATen graph to what runs faster in their place.
+
+    regions     parts of a graph whose reductions feed contractions
+    subgraphs   a region as a graph of its own: its key, and where it may stand
+    replace     each region as a cascade, folded, lowered, tried and put in place
+    trial       what a lowering computes and how long it takes, beside what was written
+    timings     what trials measured, kept on disk
+    report      one entry a region
+    explain     passes before and after, and why not fewer, without replacing anything
+
+What cannot be imported, does not fold or has no faster lowering stays as it was, and the report says why.
+"""
