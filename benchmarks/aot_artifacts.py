@@ -16,8 +16,15 @@ from einfold.compiler.attention_kernels.kinds import AttentionKind
 from einfold.compiler.attention_kernels.low_rank import LowRankKind
 from einfold.compiler.attention_kernels.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
-from einfold.compiler.ir.cache.mixed import Mixed
-from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, MiniCache, ZipCache, show_storage
+from einfold.compiler.ir.kv.store.mixed import Mixed
+from einfold.compiler.ir.kv.store.storages import (
+    Gear,
+    Kivi,
+    MiKV,
+    MiniCache,
+    ZipCache,
+    show_storage,
+)
 from einfold.compiler.passes.kv_share.cskv import features_of
 
 #: Head sizes; float32 and nothing else at the largest.

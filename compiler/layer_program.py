@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .ir.cache.layout import CacheLayout
+from .ir.kv.layout import CacheLayout
 from .ir.ops import einfold_ops
 from .ir.program import Editor, Program, attention_nodes, call_arguments
 from .passes.cache.attach_cache import AttachCache

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from .api import Method, resolve_recipe
 from .compiler.driver import plan_cache, wrap_model
-from .compiler.ir.cache.layout import CacheLayout
+from .compiler.ir.kv.layout import CacheLayout
 from .compiler.ir.program import Program
 from .compiler.layer_program import layer_programs
 from .compiler.recipe import Recipe

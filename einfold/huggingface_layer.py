@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .compiler.ir.cache.layout import Buffer, CacheLayout, HeadGroup
-from .compiler.ir.cache.policies import Full, Window
-from .compiler.ir.cache.storages import Plain
 from .compiler.ir.interpreter import Interpreter
+from .compiler.ir.kv.keep.policies import Full, Window
+from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
+from .compiler.ir.kv.store.storages import Plain
 from .compiler.ir.ops import IN_PLACE, einfold_ops
 from .compiler.ir.ops.attention import cached_attention_in_place
 from .compiler.ir.parser import parse

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import (
+from ..compiler.ir.kv.layout import (
     TOKENS,
     Buffer,
     CacheLayout,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..compiler.ir.cache.layout import CacheLayout
+from ..compiler.ir.kv.layout import CacheLayout
 from ..errors import NotFiniteError, PromptError, pass_on
 from .cache import Cache, Make, empty
 from .runner import Flags, Floats, Ints, Runner

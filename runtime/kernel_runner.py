@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compiler.ir.cache.layout import Buffer
 from ..compiler.ir.interpreter import Interpreter
+from ..compiler.ir.kv.layout import Buffer
 from ..compiler.ir.ops import IN_PLACE
 from ..compiler.ir.program import Program
 from ..compiler.ir.types import DTYPES

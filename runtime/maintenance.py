@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compiler.ir.cache.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
+from ..compiler.ir.kv.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
 from . import scores
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..compiler.ir.cache.layout import TOKENS
+from ..compiler.ir.kv.layout import TOKENS
 from ..compiler.ir.manifest import BLOCKS, MODEL, WEIGHTS
 from ..compiler.ir.onnx_check import check_onnx
 from ..errors import ArtifactError, first_line, pass_on

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..compiler.ir.cache.layout import PARTS, LayerCache, cache_name, packed_of
-from ..compiler.ir.cache.minicache import MiniCache
-from ..compiler.ir.cache.packing import Packed
-from ..compiler.ir.kv.codec import Seen, encode
-from ..compiler.ir.kv.minicache import encode_pair
+from ..compiler.ir.kv.codes.codec import Seen, encode
+from ..compiler.ir.kv.layout import PARTS, LayerCache, cache_name, packed_of
+from ..compiler.ir.kv.store.minicache.codec import encode_pair
+from ..compiler.ir.kv.store.minicache.storage import MiniCache
+from ..compiler.ir.kv.store.packed import Packed
 from ..errors import ModelError
 
 if TYPE_CHECKING:

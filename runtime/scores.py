@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import HeadGroup, cache_name, query_name
-from ..compiler.ir.cache.policies import HeavyHitters, Merged, Voted
+from ..compiler.ir.kv.keep.policies import HeavyHitters, Merged, Voted
+from ..compiler.ir.kv.layout import HeadGroup, cache_name, query_name
 from ..errors import EinfoldError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup
-from einfold.compiler.ir.cache.policies import Full, Window
+from einfold.compiler.ir.kv.keep.policies import Full, Window
+from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup
 from einfold.compiler.ir.program import Program
 from einfold.compiler.passes.base import Pass, PassResult
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.triton.launch import DTYPES
-from ..ir.cache.storage import GroupShape
+from ..ir.kv.store.storage import GroupShape
 from ..ir.ops.attention import take_in
 from ..ir.ops.packed import packed_storage, piece_names
 from .kernels import AttentionKernel, split_parts

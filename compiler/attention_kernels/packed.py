@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from ...errors import UnsupportedError
-from ..ir.cache.gear import Gear
-from ..ir.cache.kivi import Kivi
-from ..ir.cache.minicache import MiniCache
-from ..ir.cache.mixed import MiKV, Mixed, ZipCache
-from ..ir.cache.packing import PLANES, Packed, planes
-from ..ir.cache.storage import GroupShape
 from ..ir.cascade.cascade import Cascade
 from ..ir.cascade.parser import parse
 from ..ir.cascade.printer import FORMAT
 from ..ir.cascade.verifier import verify
+from ..ir.kv.store.gear.storage import Gear
+from ..ir.kv.store.kivi.storage import Kivi
+from ..ir.kv.store.minicache.storage import MiniCache
+from ..ir.kv.store.mixed import MiKV, Mixed, ZipCache
+from ..ir.kv.store.packed import PLANES, Packed, planes
+from ..ir.kv.store.storage import GroupShape
 from ..ir.ops.packed import packed_storage
 from ..ir.program import call_arguments
 from .cascade import logit_of, softmax_of

@@ -11,7 +11,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import ArtifactError, IRError
-from .cache.layout import CacheLayout
+from .kv.layout import CacheLayout
 from .regular import read_regular
 
 #: Version of the folder's layout. A reader refuses what is newer than it knows.

@@ -16,8 +16,8 @@ from torch import fx
 
 from ...errors import IRError
 from .allowed import check_call
-from .cache.layout import CacheLayout
 from .interrupts import Later, tracing
+from .kv.layout import CacheLayout
 from .printer import FORMAT
 from .program import Editor, ModelInfo, Program, find_op
 from .types import DTYPES, check_size

@@ -19,8 +19,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from ...errors import IRError, pass_on
-from .cache.layout import CacheLayout
 from .interrupts import Later
+from .kv.layout import CacheLayout
 from .ops import einfold_ops
 from .types import Shapes
 from .weights import Weight, WeightStore

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from ...errors import IRError
-from .cache.layout import CacheLayout, cache_name
-from .cache.storages import show_storage
+from .kv.layout import CacheLayout, cache_name
+from .kv.store.storages import show_storage
 from .ops import einfold_ops
 from .program import OVER_CACHES, Program, call_arguments, infer, op_name
 from .types import DTYPES

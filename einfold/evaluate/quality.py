@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..compiler.ir.cache.layout import CacheLayout
+from ..compiler.ir.kv.layout import CacheLayout
 from ..compiler.ir.manifest import NAME
 from ..errors import ModelError, PromptError
 from ..model import Model

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.cache.layout import CacheLayout
 from ..compiler.ir.compare import difference
+from ..compiler.ir.kv.layout import CacheLayout
 from ..compiler.ir.manifest import ModelEntry
 from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact

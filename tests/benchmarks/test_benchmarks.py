@@ -17,7 +17,7 @@ from benchmarks.report import data, markdown
 from benchmarks.rounds import Journal, Measure, turns
 from benchmarks.targets import TARGETS, Target
 from benchmarks.workers.llama_state import tile_state
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from einfold.compiler.ir.program import ModelInfo, Program
 
 MACHINE = {

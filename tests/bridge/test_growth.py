@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache
 
 import einfold
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Policy, Window
-from einfold.compiler.ir.cache.storages import Kivi, LowRank, Plain, Storage
 from einfold.compiler.ir.interpreter import Interpreter
+from einfold.compiler.ir.kv.keep.policies import Full, HeavyHitters, Policy, Window
+from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.store.storages import Kivi, LowRank, Plain, Storage
 from einfold.huggingface_layer import STEP, grown
 from einfold.runtime.cache import Cache
 

@@ -13,7 +13,8 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.layout import (
+from einfold.compiler.ir.kv.keep.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
+from einfold.compiler.ir.kv.layout import (
     PARTS,
     Buffer,
     CacheLayout,
@@ -22,11 +23,10 @@ from einfold.compiler.ir.cache.layout import (
     packed_of,
     query_name,
 )
-from einfold.compiler.ir.cache.low_rank import LowRank
-from einfold.compiler.ir.cache.minicache import MiniCache
-from einfold.compiler.ir.cache.packing import BITS, Packed
-from einfold.compiler.ir.cache.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
-from einfold.compiler.ir.cache.storages import Gear, Kivi, MiKV, ZipCache, read_storage
+from einfold.compiler.ir.kv.store.low_rank.storage import LowRank
+from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
+from einfold.compiler.ir.kv.store.packed import BITS, Packed
+from einfold.compiler.ir.kv.store.storages import Gear, Kivi, MiKV, ZipCache, read_storage
 from einfold.errors import IRError
 from einfold.runtime.cache import Cache, empty
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from einfold.compiler.ir.cache.gear import Gear
-from einfold.compiler.ir.cache.kivi import Kivi
-from einfold.compiler.ir.cache.mixed import MiKV, ZipCache
-from einfold.compiler.ir.cache.packing import Packed
-from einfold.compiler.ir.cache.storages import show_storage
-from einfold.compiler.ir.kv.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.codes.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.store.gear.storage import Gear
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
+from einfold.compiler.ir.kv.store.mixed import MiKV, ZipCache
+from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.storages import show_storage
 from einfold.compiler.ir.ops import IN_PLACE, einfold_ops
 from einfold.compiler.ir.ops.attention import masked_attention
 from einfold.compiler.ir.ops.packed import Partial, partial_attention

@@ -7,17 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.gear import Gear
-from einfold.compiler.ir.cache.kivi import Kivi
-from einfold.compiler.ir.cache.mixed import MiKV, ZipCache
-from einfold.compiler.ir.cache.packing import BITS, Packed
-from einfold.compiler.ir.cache.storage import GroupShape
-from einfold.compiler.ir.kv.affine import LARGEST, dequantize, quantize
-from einfold.compiler.ir.kv.bits import pack, unpack
-from einfold.compiler.ir.kv.codec import Seen, decode, encode
-from einfold.compiler.ir.kv.gear import low_rank
-from einfold.compiler.ir.kv.mikv import balancer
-from einfold.compiler.ir.kv.salient import chosen_first
+from einfold.compiler.ir.kv.codes.affine import LARGEST, dequantize, quantize
+from einfold.compiler.ir.kv.codes.bits import pack, unpack
+from einfold.compiler.ir.kv.codes.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.codes.salient import chosen_first
+from einfold.compiler.ir.kv.store.gear.codec import low_rank
+from einfold.compiler.ir.kv.store.gear.storage import Gear
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
+from einfold.compiler.ir.kv.store.mikv.codec import balancer
+from einfold.compiler.ir.kv.store.mixed import MiKV, ZipCache
+from einfold.compiler.ir.kv.store.packed import BITS, Packed
+from einfold.compiler.ir.kv.store.storage import GroupShape
 
 bits = st.sampled_from(BITS)
 

@@ -9,7 +9,7 @@ import torch
 import einfold
 from einfold.compiler.calibrate.layer_similarity import LayerSimilarity
 from einfold.compiler.calibrate.statistics import Statistics
-from einfold.compiler.ir.cache.layout import CacheLayout
+from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import einfold
-from einfold.compiler.ir.cache.layout import CacheLayout
-from einfold.compiler.ir.cache.policies import Full, Window
+from einfold.compiler.ir.kv.keep.policies import Full, Window
+from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.verifier import verify

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import einfold
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.cache.minicache import MiniCache as Storage
-from einfold.compiler.ir.kv.codec import decode
-from einfold.compiler.ir.kv.minicache import (
+from einfold.compiler.ir.kv.codes.codec import decode
+from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.store.minicache.codec import (
     directions,
     distance,
     distinct,
     encode_pair,
     slerp,
 )
+from einfold.compiler.ir.kv.store.minicache.storage import MiniCache as Storage
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.cache.packing import Packed
-from einfold.compiler.ir.cache.storages import Kivi, MiniCache
+from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.storages import Kivi, MiniCache
 from einfold.errors import ModelError
 from einfold.runtime.cache import Cache
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.cache.layout import CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.cache.policies import HeavyHitters, Merged, Policy, Voted, Window
-from einfold.compiler.ir.cache.storages import Plain
+from einfold.compiler.ir.kv.keep.policies import HeavyHitters, Merged, Policy, Voted, Window
+from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.store.storages import Plain
 from einfold.errors import EinfoldError, IRError
 from einfold.runtime import scores
 from einfold.runtime.cache import Cache

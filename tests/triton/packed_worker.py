@@ -11,12 +11,12 @@ from torch import Tensor, fx
 from einfold.compiler.attention_kernels.bound_packed import attend_packed
 from einfold.compiler.attention_kernels.kernels import AttentionKernel, attention_kernel, kinds_at
 from einfold.compiler.codegen.triton.options import Tiles
-from einfold.compiler.ir.cache.layout import CacheLayout
-from einfold.compiler.ir.cache.minicache import MiniCache
-from einfold.compiler.ir.cache.packing import Packed
-from einfold.compiler.ir.cache.storages import read_storage, show_storage
-from einfold.compiler.ir.kv.codec import Seen, encode
-from einfold.compiler.ir.kv.minicache import encode_pair
+from einfold.compiler.ir.kv.codes.codec import Seen, encode
+from einfold.compiler.ir.kv.layout import CacheLayout
+from einfold.compiler.ir.kv.store.minicache.codec import encode_pair
+from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
+from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.storages import read_storage, show_storage
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.ops.packed import packed_attention_in_place
 from einfold.compiler.ir.program import call_arguments

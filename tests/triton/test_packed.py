@@ -9,8 +9,8 @@ import pytest
 
 from einfold.compiler.attention_kernels.kernels import attention_kernel
 from einfold.compiler.attention_kernels.packed import RETAINED, PackedKind, packed_kinds
-from einfold.compiler.ir.cache.packing import Packed
-from einfold.compiler.ir.cache.storages import Gear, Kivi, read_storage, show_storage
+from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.storages import Gear, Kivi, read_storage, show_storage
 from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from ....errors import UnsupportedError
-from ...ir.cache.layout import TOKENS
+from ...ir.kv.layout import TOKENS
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB

@@ -1,5 +1,5 @@
-"""The meaning of packed storages, in torch: how tokens become bytes and bytes become tokens again.
+"""What the KV cache holds, where and in how many bytes: the layout, and what stays, how and read how.
 
-Shape suffixes in this folder:
-    B batch, K key/value heads, T tokens, D head size, G granules, R rows and W width of a piece
+Layout, policies and storages need neither torch nor SymPy until an expression is asked for, so that running
+an artifact stays light; what a storage's bytes mean stands beside it in torch.
 """

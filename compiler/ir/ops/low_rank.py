@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kv.affine import narrowed
+from ..kv.codes.affine import narrowed
 from .attention import new_slots, take_in, visible_slots
 from .packed import partial_attention
 from .rotary import turned

@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..cache.packing import Packed
-from ..cache.storage import GroupShape
-from ..cache.storages import read_storage
-from ..kv.codec import decode
+from ..kv.codes.codec import decode
+from ..kv.store.packed import Packed
+from ..kv.store.storage import GroupShape
+from ..kv.store.storages import read_storage
 from .attention import take_in, visible_slots
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from ....errors import IRError, RecipeError
-from ...ir.cache.layout import (
+from ...ir.kv.keep.policies import Merged
+from ...ir.kv.layout import (
     PARTS,
     TOKENS,
     CacheLayout,
@@ -20,10 +21,9 @@ from ...ir.cache.layout import (
     query_name,
     slots_dim,
 )
-from ...ir.cache.low_rank import LowRank
-from ...ir.cache.packing import Packed
-from ...ir.cache.policies import Merged
-from ...ir.cache.storages import show_storage
+from ...ir.kv.store.low_rank.storage import LowRank
+from ...ir.kv.store.packed import Packed
+from ...ir.kv.store.storages import show_storage
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES

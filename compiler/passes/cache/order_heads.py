@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir.cache.layout import CacheLayout, LayerCache
+from ...ir.kv.layout import CacheLayout, LayerCache
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.weights import derive

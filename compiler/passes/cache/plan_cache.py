@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import Pass, PassResult
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ....errors import RecipeError
-from ...ir.cache.layout import CacheLayout, LayerCache
-from ...ir.cache.policies import HeavyHitters, Policy, Voted, Window
+from ...ir.kv.keep.policies import HeavyHitters, Policy, Voted, Window
+from ...ir.kv.layout import CacheLayout, LayerCache
 from ...ir.program import Program, attention_nodes, call_arguments, own_windows
 from ..base import PassResult, check_lets_go
 

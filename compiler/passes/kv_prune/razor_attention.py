@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from ....errors import RecipeError
 from ...calibrate.statistics import kv_scores, probe_period
-from ...ir.cache.layout import HeadGroup, LayerCache
-from ...ir.cache.policies import Window
+from ...ir.kv.keep.policies import Window
+from ...ir.kv.layout import HeadGroup, LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from .layers import prunable, with_layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.cache.policies import Voted
+from ...ir.kv.keep.policies import Voted
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import Pass, PassResult, check_options
 from .layers import check_budget, observable, with_policy

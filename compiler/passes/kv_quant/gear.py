@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.cache.gear import Gear as Storage
+from ...ir.kv.store.gear.storage import Gear as Storage
 from .layers import PackingPass
 
 

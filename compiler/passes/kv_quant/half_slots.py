@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...ir.cache.layout import CacheLayout
-from ...ir.cache.storages import Plain
+from ...ir.kv.layout import CacheLayout
+from ...ir.kv.store.storages import Plain
 from ...ir.program import Program
 from ..base import Pass, PassResult
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.cache.kivi import Kivi as Storage
+from ...ir.kv.store.kivi.storage import Kivi as Storage
 from .layers import PackingPass
 
 

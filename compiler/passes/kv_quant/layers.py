@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ....errors import IRError, RecipeError
-from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
-from ...ir.cache.packing import Packed
-from ...ir.cache.policies import Full
-from ...ir.cache.storages import ITEM_BYTES
+from ...ir.kv.keep.policies import Full
+from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.kv.store.packed import Packed
+from ...ir.kv.store.storages import ITEM_BYTES
 from ...ir.program import Program, own_windows
 from ..base import Pass, PassResult, check_lets_go, check_options
 

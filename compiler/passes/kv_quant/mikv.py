@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.cache.mixed import MiKV as Storage
+from ...ir.kv.store.mixed import MiKV as Storage
 from .layers import PackingPass
 from .shares import salient_tokens
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ....errors import IRError
-from ...ir.cache.packing import CODES
+from ...ir.kv.store.packed import CODES
 
 
 def salient_tokens(share: float, tokens: int) -> int:

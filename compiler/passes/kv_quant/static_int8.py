@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...calibrate.kv_ranges import KVRanges
-from ...ir.cache.layout import PARTS, CacheLayout, cache_name
-from ...ir.cache.storages import Plain
+from ...ir.kv.layout import PARTS, CacheLayout, cache_name
+from ...ir.kv.store.storages import Plain
 from ...ir.program import Program
 from ...ir.weights import Weight
 from ..base import Pass, PassResult

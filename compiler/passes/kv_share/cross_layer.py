@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....errors import CalibrationError, RecipeError
 from ...calibrate.layer_similarity import LayerSimilarity, read_other_layers
-from ...ir.cache.layout import CacheLayout, HeadGroup
+from ...ir.kv.layout import CacheLayout, HeadGroup
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
 from ..base import Pass, PassResult

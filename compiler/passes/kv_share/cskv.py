@@ -8,10 +8,10 @@ import torch
 
 from ....errors import RecipeError
 from ...calibrate.kv_bases import KVBases
-from ...ir.cache.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
-from ...ir.cache.low_rank import LowRank
-from ...ir.cache.policies import Full, Window
-from ...ir.cache.storages import ITEM_BYTES, Plain
+from ...ir.kv.keep.policies import Full, Window
+from ...ir.kv.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
+from ...ir.kv.store.low_rank.storage import LowRank
+from ...ir.kv.store.storages import ITEM_BYTES, Plain
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight

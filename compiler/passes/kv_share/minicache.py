@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 
 from ....errors import RecipeError
-from ...ir.cache.layout import CacheLayout, HeadGroup, LayerCache
-from ...ir.cache.minicache import MiniCache as Storage
-from ...ir.cache.policies import Full
-from ...ir.cache.storages import ITEM_BYTES, Plain
+from ...ir.kv.keep.policies import Full
+from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.kv.store.minicache.storage import MiniCache as Storage
+from ...ir.kv.store.storages import ITEM_BYTES, Plain
 from ...ir.program import Program, own_windows
 from ..base import Pass, PassResult, check_lets_go, check_options
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ....errors import IRError
-from .sizes import Size
-from .storage import GroupShape, Storage
+from ......errors import IRError
+from ...sizes import Size
+from ..storage import GroupShape, Storage
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ....errors import IRError
-from .packing import CODES, Packed, Piece, by_channel, by_token, check_bits, check_divides
-from .storage import GroupShape
+from ......errors import IRError
+from ..packed import CODES, Packed, Piece, by_channel, by_token, check_bits, check_divides
+from ..storage import GroupShape
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ....errors import IRError
-from .sizes import Size, least
+from .....errors import IRError
+from ..sizes import Size, least
 
 #: What happens while a prompt is read: `exact` attends over all of it and then compresses, as the papers
 #: do; `streaming` compresses after every chunk, so that memory does not grow with the prompt.

@@ -1,10 +1,10 @@
-"""Matrices of tokens and channels as codes with scales by channel or by token; see `ir/cache/packing`."""
+"""Matrices of tokens and channels as codes with scales by channel or by token; see `ir/kv/store/packed`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..cache.packing import planes
+from ..store.packed import planes
 from .affine import dequantize, quantize
 from .bits import pack, unpack
 

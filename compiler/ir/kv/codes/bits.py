@@ -1,7 +1,7 @@
 """Codes of 2, 3, 4 or 8 bits in bytes, without a bit of waste.
 
-A code is cut into planes of 1, 2, 4 or 8 bits (`ir/cache/packing`). A plane's byte j holds the codes j * n ..
-j * n + n - 1, the first in its lowest bits.
+A code is cut into planes of 1, 2, 4 or 8 bits (`ir/kv/store/packed`). A plane's byte j holds the codes
+j * n .. j * n + n - 1, the first in its lowest bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cache.packing import PLANES
+from ..store.packed import PLANES
 
 
 def pack(codes: Tensor, bits: int) -> list[Tensor]:

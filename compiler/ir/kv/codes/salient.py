@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cache.mixed import Mixed, ZipCache
+from ..store.mixed import Mixed, ZipCache
 
 
 @dataclass(frozen=True)

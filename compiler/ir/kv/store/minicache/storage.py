@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ....errors import IRError
-from .packing import Packed, Piece
-from .storage import GroupShape
+from ......errors import IRError
+from ..packed import Packed, Piece
+from ..storage import GroupShape
 
 
 @dataclass(frozen=True)

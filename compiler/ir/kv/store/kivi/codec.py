@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cache.kivi import Kivi
-from .grouped import (
+from ...codes.grouped import (
     Pieces,
     decode_by_channel,
     decode_by_token,
     encode_by_channel,
     encode_by_token,
 )
+from .storage import Kivi
 
 
 def encode(storage: Kivi, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:

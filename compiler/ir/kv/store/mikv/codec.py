@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.mixed import MiKV
-from .grouped import Pieces, decode_by_token, encode_by_token
-from .salient import Seen
+from ...codes.grouped import Pieces, decode_by_token, encode_by_token
+from ...codes.salient import Seen
+from ..mixed import MiKV
 
 
 def encode(storage: MiKV, keys_KGTD: Tensor, values_KGTD: Tensor, seen: Seen) -> Pieces:

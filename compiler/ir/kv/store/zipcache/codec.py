@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.mixed import ZipCache
-from .grouped import (
+from ...codes.grouped import (
     Pieces,
     decode_by_channel,
     decode_by_token,
     encode_by_channel,
     encode_by_token,
 )
+from ..mixed import ZipCache
 
 
 def encode(storage: ZipCache, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:

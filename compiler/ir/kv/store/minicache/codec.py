@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..cache.minicache import MiniCache
-from ..types import DTYPES
-from .affine import narrowed
-from .grouped import Pieces
+from ....types import DTYPES
+from ...codes.affine import narrowed
+from ...codes.grouped import Pieces
+from .storage import MiniCache
 
 #: Below this sine of the angle two directions are merged along the line between them.
 _STRAIGHT = 1e-4

@@ -18,9 +18,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
-from .policies import POLICIES, Full, Policy, Window
+from .keep.policies import POLICIES, Full, Policy, Window
 from .sizes import Size, least, most
-from .storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
+from .store.storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
 from .text import count_of, read, show
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ....errors import IRError
-from .policies import check_prefill
-from .sizes import Size, divided_down, most
+from .....errors import IRError
+from ..keep.policies import check_prefill
+from ..sizes import Size, divided_down, most
 from .storage import ITEM_BYTES, GroupShape, Storage
 
 #: Bits that a code may have.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cache.gear import Gear
-from ..cache.kivi import Kivi
-from ..cache.minicache import MiniCache
-from ..cache.mixed import MiKV, Mixed, ZipCache
-from ..cache.packing import Packed
-from ..cache.storage import GroupShape
-from . import gear, kivi, mikv, minicache, zipcache
+from ..store.gear import codec as gear
+from ..store.gear.storage import Gear
+from ..store.kivi import codec as kivi
+from ..store.kivi.storage import Kivi
+from ..store.mikv import codec as mikv
+from ..store.minicache import codec as minicache
+from ..store.minicache.storage import MiniCache
+from ..store.mixed import MiKV, Mixed, ZipCache
+from ..store.packed import Packed
+from ..store.storage import GroupShape
+from ..store.zipcache import codec as zipcache
 from .grouped import Pieces
 from .salient import Seen, chosen_first
 

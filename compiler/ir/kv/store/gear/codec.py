@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.gear import Gear
-from . import kivi
-from .affine import narrowed
-from .grouped import Pieces
+from ...codes.affine import narrowed
+from ...codes.grouped import Pieces
+from ..kivi import codec as kivi
+from .storage import Gear
 
 #: Rounds of the power iteration (the paper's SVD solver, algorithm 2).
 ROUNDS = 4

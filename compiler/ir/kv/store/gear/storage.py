@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ....errors import IRError
-from .kivi import Kivi
-from .packing import Piece, check_divides
-from .storage import GroupShape
+from ......errors import IRError
+from ..kivi.storage import Kivi
+from ..packed import Piece, check_divides
+from ..storage import GroupShape
 
 #: An outlier's place in its vector is one byte.
 PLACES = 256

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ....errors import IRError
-from .gear import Gear
-from .kivi import Kivi
-from .low_rank import LowRank
-from .minicache import MiniCache
+from .....errors import IRError
+from ..text import read, show
+from .gear.storage import Gear
+from .kivi.storage import Kivi
+from .low_rank.storage import LowRank
+from .minicache.storage import MiniCache
 from .mixed import MiKV, ZipCache
 from .storage import ITEM_BYTES, GroupShape, Storage
-from .text import read, show
 
 __all__ = [
     "ITEM_BYTES",

@@ -1,0 +1,1 @@
+"""Policies: which tokens a group of KV heads keeps."""

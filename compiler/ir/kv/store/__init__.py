@@ -1,0 +1,1 @@
+"""Storages: how the tokens that a group keeps are stored, one a folder."""

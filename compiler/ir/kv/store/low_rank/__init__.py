@@ -1,0 +1,1 @@
+"""CSKV's features."""
