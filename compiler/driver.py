@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import onnx_ir as ir
 from torch import Tensor
 
 from ..errors import ArtifactError, ModelError, RecipeError, UnsupportedError
@@ -24,7 +23,6 @@ from .artifact import check_dump, check_output, file_entry, staged
 from .attention_kernels.write import write_kernels
 from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens
-from .codegen.onnx.lower import lower
 from .codegen.weights_file import Placement, write_weights
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
@@ -38,7 +36,6 @@ from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
-from .ir.onnx_check import check_onnx
 from .ir.printer import print_program
 from .ir.program import Program
 from .passes.cleanup.simplify import Simplify
@@ -62,6 +59,9 @@ _GENERATORS: dict[str, tuple[str, ...]] = {
     "triton": ("triton",),
     "reference": (),
 }
+
+#: Packages that it is written with, by target; the others need none of them.
+_WRITERS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnx_ir")}
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -231,6 +231,7 @@ def compile_to(
     The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
     """
     check_output(out, force)  # before anything long is begun
+    _check_writers(recipe.target)
     if dump is not None:
         check_dump(dump, out)
     tell = progress or (lambda text, share: None)
@@ -308,6 +309,7 @@ def export_module(
 ) -> None:
     """Exports any module to a folder with model.onnx, its weights and the graph's text."""
     check_output(out, force)
+    _check_writers(recipe.target)
     captured = capture_module(module, example, dynamic_shapes, output_names)
     program = captured.program
     lossless = PassManager(module_passes())
@@ -338,14 +340,26 @@ def _write_code(
         write_kernels(program, folder, recipe.triton.cubins, tell)
     if recipe.target != "onnx":
         return
+    import onnx_ir as ir  # here: no other target needs the package
+
+    from .codegen.onnx.lower import lower
+
     tell("generating ONNX", 0.0)
     flavour = _FLAVOURS[recipe.onnx.portable]
     lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
     ir.save(lowered, folder / MODEL)
 
 
+def _check_writers(target: str) -> None:
+    """Raises ModuleNotFoundError where a package that the target is written with is not installed."""
+    for name in _WRITERS.get(target, ()):
+        import_module(name)
+
+
 def _check_onnx(folder: Path) -> None:
     """Raises UnsupportedError for a model that could not be loaded again."""
+    from .ir.onnx_check import check_onnx
+
     try:
         check_onnx((folder / MODEL).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size)
     except ArtifactError as error:
