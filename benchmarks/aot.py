@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from einfold.compiler.codegen.triton import Kernel, Options, generate
 from einfold.compiler.codegen.triton.ahead import Compiled, describe
+from einfold.compiler.codegen.triton.generate import generate
+from einfold.compiler.codegen.triton.kernel import Kernel
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
-from einfold.compiler.codegen.triton.options import DEVICES, Tiles, merge_tiles
+from einfold.compiler.codegen.triton.options import DEVICES, Options, Tiles, merge_tiles
 from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.errors import UnsupportedError
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from einfold.compiler.attention_kernels.cubins import Variant, variants
-from einfold.compiler.attention_kernels.kernels import (
+from einfold.compiler.codegen.triton.attention.cubins import Variant, variants
+from einfold.compiler.codegen.triton.attention.kernels import (
     SPLITS,
     AttentionKernel,
     Kind,
     attention_kernel,
 )
-from einfold.compiler.attention_kernels.kinds import AttentionKind
-from einfold.compiler.attention_kernels.low_rank import LowRankKind
-from einfold.compiler.attention_kernels.packed import PackedKind
+from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
+from einfold.compiler.codegen.triton.attention.low_rank import LowRankKind
+from einfold.compiler.codegen.triton.attention.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.kv.store.mixed import Mixed
 from einfold.compiler.ir.kv.store.storages import (

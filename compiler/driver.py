@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ModelError, RecipeError, UnsupportedError
 from .artifact import check_dump, check_output, file_entry, staged
-from .attention_kernels.write import write_kernels
 from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens
-from .codegen.weights_file import Placement, write_weights
+from .codegen.triton.attention.write import write_kernels
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
 from .frontend.example import Example
@@ -38,6 +37,7 @@ from .ir.kept import cache_home
 from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
 from .ir.program import Program
+from .ir.weights_file import Placement, write_weights
 from .passes.cleanup.simplify import Simplify
 from .passes.compare_original import CompareOriginal
 from .pipeline import PassManager, PassRecord, language_model_passes, module_passes, planning_passes
@@ -358,7 +358,7 @@ def _check_writers(target: str) -> None:
 
 def _check_onnx(folder: Path) -> None:
     """Raises UnsupportedError for a model that could not be loaded again."""
-    from .ir.onnx_check import check_onnx
+    from .codegen.onnx.check import check_onnx
 
     try:
         check_onnx((folder / MODEL).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size)

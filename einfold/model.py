@@ -265,16 +265,16 @@ def _runner(
     if "reference" in (engine, target):
         if engine not in (None, "reference"):
             raise RecipeError(_wrong_engine(artifact, engine))
-        from .runtime.reference_runner import ReferenceRunner
+        from .compiler.codegen.reference.runner import ReferenceRunner
 
         return ReferenceRunner(artifact)
     if engine not in (None, target):
         raise RecipeError(_wrong_engine(artifact, engine))
     if target == "triton":
-        from .on_triton import triton_runner
+        from .compiler.codegen.triton.runner import triton_runner
 
         return triton_runner(artifact, trust)
-    from .runtime.onnx_runner import OnnxRunner
+    from .compiler.codegen.onnx.runner import OnnxRunner
 
     return OnnxRunner(artifact, threads)
 

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.codegen.reference.plan import run_plan
-from einfold.compiler.codegen.triton import Kernel, Options, generate
+from einfold.compiler.codegen.triton.generate import generate
+from einfold.compiler.codegen.triton.kernel import Kernel
 from einfold.compiler.codegen.triton.launch import DTYPES, TYPES
-from einfold.compiler.codegen.triton.options import Tiles
+from einfold.compiler.codegen.triton.options import Options, Tiles
+from einfold.compiler.codegen.triton.runner import described
 from einfold.compiler.codegen.triton.tune import autotune
 from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.expr import Pos, Size, Virtual, walk
 from einfold.compiler.ir.cascade.plan import Plan
-from einfold.on_triton import described
 
 from .clock import Clock, copy_bandwidth, matrix_rate
 from .forms import MODELS, SHAPES, Model, Shape, function_of, inputs_of, work

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..compiler.codegen.reference.runner import ReferenceRunner
 from ..compiler.ir.compare import difference
 from ..compiler.ir.kv.layout import CacheLayout
 from ..compiler.ir.manifest import ModelEntry
@@ -22,7 +23,6 @@ from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
 from ..runtime.cache import Cache, Make, empty
 from ..runtime.engine import Engine
-from ..runtime.reference_runner import ReferenceRunner
 from ..runtime.runner import Floats, Runner
 
 _PROMPT, _STEPS = 12, 4
@@ -143,12 +143,12 @@ def _as_it_came(artifact: Artifact) -> bool:
 
 def _target(artifact: Artifact) -> Runner:
     if artifact.manifest.target == "triton":
-        from ..on_triton import triton_runner
+        from ..compiler.codegen.triton.runner import triton_runner
 
         return triton_runner(artifact)
     if artifact.manifest.target == "reference":
         return ReferenceRunner(artifact, keep_weights=False)
-    from ..runtime.onnx_runner import OnnxRunner
+    from ..compiler.codegen.onnx.runner import OnnxRunner
 
     return OnnxRunner(artifact, prepack=False)
 

@@ -14,7 +14,7 @@ import einfold
 from einfold.compiler.driver import open_model, trace
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.recipe import Recipe
-from einfold.runtime.reference_runner import read_program
+from einfold.runtime.program import read_program
 
 from .. import models
 from ..greedy import all_logits, check_tokens, greedy_batch

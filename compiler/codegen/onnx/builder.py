@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from ....errors import UnsupportedError
-from ..weights_file import Placement
+from ...ir.weights_file import Placement
 
 CONTRIB = "com.microsoft"
 

@@ -18,7 +18,7 @@ from torch import fx
 from ....errors import UnsupportedError
 from ...ir.program import Program, call_arguments, op_name
 from ...ir.types import DTYPE_NAMES
-from ..weights_file import Placement
+from ...ir.weights_file import Placement
 from .builder import CONTRIB, Builder, value_type
 
 FLAVOURS = ("ort", "portable")

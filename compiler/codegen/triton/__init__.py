@@ -7,9 +7,3 @@
 
 Triton itself is imported only to launch or to compile, never to generate.
 """
-
-from .generate import generate
-from .kernel import Kernel
-from .options import Options
-
-__all__ = ["Kernel", "Options", "generate"]

@@ -1,0 +1,87 @@
+"""Kernels compiled ahead of time as files of an artifact, a function a GPU; no GPU is needed for it.
+
+`NAME.sm_90.decode.cubin` is the code, `NAME.sm_90.decode.json` what Triton's loader wants to know of it, and
+under "einfold" what it was made from and for: it is used for that alone (`trusted.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from ....ir.program import Program
+from ..ahead import compile_ahead
+from ..options import DEVICES, Tiles, merge_tiles
+from .files import FOLDER
+from .kernels import SPLITS, AttentionKernel, attention_kernels
+
+#: The entry of a function's metadata that is not Triton's.
+OWN = "einfold"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled function: a generated one at fixed tiles and, for a split, a number of parts."""
+
+    name: str
+    kind: str
+    tiles: Tiles
+    parts: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a launch must ask for to be served by it."""
+        tiles = self.tiles
+        found = {"ROWS": tiles.rows, "num_warps": tiles.warps, "num_stages": tiles.stages}
+        if self.kind != "merge":
+            found["STREAM"] = tiles.stream
+        return found if self.kind == "whole" else {**found, "PARTS": self.parts}
+
+
+def variants(made: AttentionKernel) -> Iterator[Variant]:
+    """What is compiled of a kernel: many new tokens at once, and one, in each number of parts."""
+    yield Variant("prefill", "whole", made.kernel.tiles, 1)
+    yield Variant("decode", "whole", made.decode, 1)
+    for parts in SPLITS[1:]:
+        yield Variant(f"part{parts}", "part", made.decode, parts)
+        yield Variant(f"merge{parts}", "merge", merge_tiles(made.decode), parts)
+
+
+def compile_cubins(program: Program, architecture: str) -> dict[str, bytes]:
+    """The files of all kernels of a program for a GPU such as "sm_90".
+
+    Raises UnsupportedError without Triton, or where it refuses a kernel.
+    """
+    capability = int(architecture.removeprefix("sm_"))
+    found: dict[str, bytes] = {}
+    for made in attention_kernels(program, DEVICES[capability]):
+        for variant in variants(made):
+            compiled = compile_ahead(
+                made.kernel, capability, variant.kind, variant.tiles, variant.parts
+            )
+            stem = f"{FOLDER}/{made.name}.{architecture}.{variant.name}"
+            found[f"{stem}.cubin"] = compiled.cubin
+            metadata = {**compiled.metadata, OWN: key_of(made, variant)}
+            found[f"{stem}.json"] = json.dumps(metadata, indent=1, sort_keys=True).encode()
+    return found
+
+
+def key_of(made: AttentionKernel, variant: Variant) -> dict[str, Any]:
+    """What a compiled function must have been made from: this source, these constants, this Triton."""
+    return {
+        "triton": triton_version(),
+        "source": blake3(made.kernel.source.encode()).hexdigest(),
+        "kind": variant.kind,
+        "constants": variant.constants,
+    }
+
+
+def triton_version() -> str:
+    """The version of Triton that is installed; UnsupportedError where none is."""
+    from ..kernel import triton_module
+
+    return str(triton_module().__version__)

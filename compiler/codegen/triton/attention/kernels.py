@@ -1,0 +1,192 @@
+"""Every attention of a program as a kernel: derived from the IR, whoever asks, compiler or runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, fx
+
+from .....errors import UnsupportedError
+from ....analysis.cascade.plans import fold
+from ....ir.cascade.cascade import Cascade
+from ....ir.cascade.plan import Plan
+from ....ir.ops import einfold_ops
+from ....ir.program import OVER_CACHES, Program, call_arguments
+from ..generate import generate
+from ..kernel import Kernel
+from ..launch import split_count
+from ..options import DEVICES, Device, Options, Tiles
+from ..tiles import choose_tiles
+from .cascade import STREAM, cascade_of
+from .kinds import AttentionKind, kind_of
+from .low_rank import STREAM as TOKENS
+from .low_rank import LowRankKind, low_rank_cascade, low_rank_kind, low_rank_types
+from .packed import STREAM as PACKED_STREAM
+from .packed import PackedKind, packed_cascade, packed_kinds, packed_shared, packed_types
+
+#: What there are kernels for, with all that a kernel depends on.
+Kind = AttentionKind | PackedKind | LowRankKind
+
+#: Operators that kernels stand for: those over a cache, and the one that reads another layer's slots.
+ATTENTIONS = (*OVER_CACHES, einfold_ops.shared_attention.default)
+
+#: New tokens of the prefill step that tiles are chosen for.
+_PREFILL = 512
+
+#: Parts that a step may be cut into. Few, since each number of them is a kernel of its own.
+SPLITS = (1, 8, 32)
+
+#: float32 products on tensor cores in three parts, close to float32; whole ones would not use these.
+_PRECISION = "tf32x3"
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """The kernel of the layers of one kind. `kernel.tiles` are for many new tokens, `decode` for one."""
+
+    kind: Kind
+    name: str
+    layers: tuple[int, ...]
+    cascade: Cascade
+    plan: Plan
+    kernel: Kernel
+    decode: Tiles
+
+    def tiles(self, new: int) -> Tiles:
+        """The tiles for so many new tokens."""
+        return self.kernel.tiles if new > 1 else self.decode
+
+
+def attention_kernels(
+    program: Program, device: Device = DEVICES[90], cache: Path | None = None
+) -> list[AttentionKernel]:
+    """The kernels of a program's attentions, with tiles for a device.
+
+    `cache` is where plans are kept. Raises UnsupportedError, naming layers, for attention without a kernel.
+    """
+    made: list[AttentionKernel] = []
+    for kind, layers in kinds_of(program).items():
+        name = kind.name
+        same = sum(other.kind.name == name for other in made)
+        made.append(
+            attention_kernel(
+                kind,
+                f"{name}_{same}" if same else name,
+                tuple(layers),
+                program.model.context,
+                device,
+                cache,
+            )
+        )
+    if not made:
+        raise UnsupportedError(
+            "no attention of the program reads a cache that holds tokens in slots, which is what there are "
+            "kernels for; compile for onnx"
+        )
+    return made
+
+
+def kinds_at(node: fx.Node) -> list[Kind]:
+    """What a call over a cache needs kernels for: its slots, then each stream of packed tokens or features.
+
+    Raises UnsupportedError for what no kernel reads.
+    """
+    if node.target is einfold_ops.low_rank_attention.default:
+        return [kind_of(node), low_rank_kind(node)]
+    if node.target is einfold_ops.packed_attention.default:
+        return [kind_of(node), *packed_kinds(node)]
+    return [kind_of(node)]
+
+
+def kinds_of(program: Program) -> dict[Kind, list[int]]:
+    """Every kind of a program with its layers, in the order of the graph."""
+    kinds: dict[Kind, list[int]] = {}
+    for node in program.nodes(*ATTENTIONS):
+        layer = int(call_arguments(node)["layer"])
+        for kind in kinds_at(node):
+            layers = kinds.setdefault(kind, [])
+            if layer not in layers:  # groups of a layer's heads may be of one kind
+                layers.append(layer)
+    return kinds
+
+
+def attention_kernel(
+    kind: Kind,
+    name: str,
+    layers: tuple[int, ...],
+    context: int,
+    device: Device = DEVICES[90],
+    cache: Path | None = None,
+) -> AttentionKernel:
+    """The kernel of one kind, for so many tokens of context; otherwise as `attention_kernels`."""
+    given = given_of(kind)
+    cascade, stream = given.cascade, given.stream
+    folding = fold(cascade, stream, cache)
+    if folding.plan is None:
+        raise UnsupportedError(f"layers {layers}: attention does not fold: {folding.reason}")
+    sizes = {"b": 1, "s": _PREFILL, stream: context, **given.sizes}
+    kernel = generate(
+        folding.plan,
+        given.types,
+        sizes,
+        Options(device=device, precision=_PRECISION),
+        cascade,
+        name,
+        given.shared,
+        given.walked,
+    )
+    decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.demand, device)
+    return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a kernel is generated from: a cascade and the rank that it streams, and what `generate` takes."""
+
+    cascade: Cascade
+    stream: str
+    types: Mapping[str, str]
+    sizes: Mapping[str, int]
+    shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    walked: tuple[str, ...] = ()
+
+
+def given_of(kind: Kind) -> Given:
+    """What the kernel of a kind is generated from."""
+    if isinstance(kind, LowRankKind):
+        cascade, types = low_rank_cascade(kind), low_rank_types(kind)
+        return Given(cascade, TOKENS, types, kind.sizes, walked=kind.walked)
+    sizes = {"k": kind.kv_heads, "g": kind.group, "d": kind.key_size, "f": kind.value_size}
+    if isinstance(kind, PackedKind):
+        types, shared = packed_types(kind), packed_shared(kind)
+        return Given(packed_cascade(kind), PACKED_STREAM, types, sizes, shared)
+    return Given(cascade_of(kind), STREAM, types_of(kind), sizes)
+
+
+def split_parts(made: AttentionKernel, query: Tensor, length: int) -> int:
+    """How many parts of so many keys run side by side: as many as fill the device, of those that there are.
+
+    `query` is [B, S, ..].
+    """
+    batch, new = query.shape[:2]
+    tiles, roles = made.tiles(new), made.kernel.division.roles
+    sizes = {"b": batch, "s": new, "k": made.kind.kv_heads, "g": made.kind.group}
+    rows = math.prod(sizes[rank] for rank in roles.rows)
+    programs = math.prod(sizes[rank] for rank in roles.grid) * -(-rows // tiles.rows)
+    wanted = split_count(made.kernel, programs, length, tiles, query)
+    return max(parts for parts in SPLITS if parts <= wanted)
+
+
+def types_of(kind: AttentionKind) -> dict[str, str]:
+    """The storage types of a kernel's inputs."""
+    types = {"query": kind.query, "key": kind.cache, "value": kind.cache, "used": "i32"}
+    if kind.sinks:
+        types["sink"] = kind.query
+    if kind.counted:
+        types["count"] = "fp32"
+    if kind.scaled:
+        types |= {"key_scale": "fp32", "value_scale": "fp32"}
+    return types

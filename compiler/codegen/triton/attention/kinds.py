@@ -1,0 +1,98 @@
+"""Which attentions of a program differ, so that equal layers share one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .....errors import UnsupportedError
+from ....ir.ops import einfold_ops
+from ....ir.program import call_arguments
+from ..launch import TYPES
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What a cached attention's kernel depends on: shapes, options and types; everything but the layer.
+
+    `group` query heads share a KV head. `query` and `cache` are types as kernels name them; `scaled` says
+    that cached numbers are multiplied by a scale a channel when they are read, `counted` that slot 0 stands
+    for a number of tokens.
+    """
+
+    kv_heads: int
+    group: int
+    key_size: int
+    value_size: int
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+    query: str
+    cache: str
+    scaled: bool
+    counted: bool = False
+    lse: bool = False
+    """Whether the log-sum-exp is a result too, to merge with other parts of the keys by."""
+
+    @property
+    def name(self) -> str:
+        """A name for files and functions; kinds that differ in the scale alone have the same."""
+        parts = [f"attention_h{self.kv_heads * self.group}_kv{self.kv_heads}_d{self.key_size}"]
+        parts += [f"v{self.value_size}"] if self.value_size != self.key_size else []
+        parts += [f"window{self.window}"] if self.window else []
+        parts += ["softcap"] if self.softcap else []
+        parts += ["sinks"] if self.sinks else []
+        parts += ["counted"] if self.counted else []
+        parts += ["lse"] if self.lse else []
+        return "_".join([*parts, self.cache])
+
+
+def kind_of(node: fx.Node) -> AttentionKind:
+    """The kind of a call over slots, packed tokens left aside.
+
+    Raises UnsupportedError for types that kernels do not read.
+    """
+    found = call_arguments(node)
+    query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
+    values = found["value_cache_BKCD"].meta["val"]
+    kv_heads = int(keys.shape[1])
+    layer = int(found["layer"])
+    heads = int(query.shape[2])
+    if not kv_heads or heads % kv_heads:
+        raise UnsupportedError(
+            f"layer {layer}: {heads} query heads cannot share {kv_heads} KV heads"
+        )
+    if keys.dtype != values.dtype:
+        raise UnsupportedError(
+            f"layer {layer} caches keys as {keys.dtype} and values as {values.dtype}; "
+            "kernels read one type"
+        )
+    return AttentionKind(
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        key_size=int(keys.shape[3]),
+        value_size=int(values.shape[3]),
+        scale=float(found["scale"]),
+        window=int(found.get("window", 0)),
+        softcap=float(found["softcap"]),
+        sinks=found["sinks_H"] is not None,
+        query=type_name(query.dtype, layer),
+        cache=type_name(keys.dtype, layer),
+        scaled=found.get("key_scale_KD") is not None,
+        counted=found.get("count_BK") is not None,
+        lse=node.target
+        in (
+            einfold_ops.packed_attention.default,
+            einfold_ops.low_rank_attention.default,
+        ),
+    )
+
+
+def type_name(dtype: torch.dtype, layer: int) -> str:
+    """A type as kernels name it. Raises UnsupportedError for one that they do not read."""
+    if dtype not in TYPES:
+        raise UnsupportedError(f"layer {layer}: no kernel reads {dtype}")
+    return TYPES[dtype]

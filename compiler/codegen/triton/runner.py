@@ -1,0 +1,149 @@
+"""A Triton artifact, loaded: kernels are made anew from its graph, and what it brings is compared."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ....errors import ArtifactError, ArtifactWarning, UnsupportedError
+from ....runtime.artifact import Artifact
+from ....runtime.cache import Cache
+from ....runtime.program import read_program
+from ....runtime.runner import Floats, Ints, running
+from ...ir.interpreter import Interpreter
+from ...ir.kv.layout import Buffer
+from ...ir.ops import IN_PLACE
+from ...ir.program import Program
+from ...ir.types import DTYPES
+from .attention import AttentionKernel, attention_kernels, bind, differences
+from .attention.files import FOLDER
+from .options import DEVICES, Device
+
+
+def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
+    """What runs the artifact on this machine's GPU, or in Triton's interpreter where that is asked for.
+
+    Sources and plans that differ from what this einfold generates are told of by an ArtifactWarning and
+    not used. Compiled kernels are used with `trust` alone. Raises UnsupportedError without a device.
+    """
+    device = find_device()
+    program = read_program(artifact, str(device))
+    kernels = attention_kernels(program, described(device))
+    for difference in differences(kernels, _texts(artifact)):
+        _warn(artifact, f"{difference}; it is not used")
+    if trust:
+        kernels = _with_compiled(artifact, kernels, device)
+    instead = bind(program, kernels)
+    return KernelRunner(program, instead, device, artifact.weight_bytes(), str(artifact.folder))
+
+
+def find_device() -> torch.device:
+    """The device for kernels: the CPU under TRITON_INTERPRET=1, else the CUDA device."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    raise UnsupportedError(
+        "this artifact was compiled for Triton, which needs a CUDA device, and there is none here; "
+        "run it with --engine reference (slow), or compile for onnx"
+    )
+
+
+def described(device: torch.device) -> Device:
+    """What the choice of tiles must know of the device; in the interpreter, of a usual one."""
+    if device.type != "cuda":
+        return DEVICES[90]
+    found = torch.cuda.get_device_properties(device)
+    return Device(
+        found.major * 10 + found.minor,
+        # What a block may ask for; the smaller figure is what it has without asking.
+        int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)),
+        found.multi_processor_count,
+    )
+
+
+def _with_compiled(
+    artifact: Artifact, kernels: list[AttentionKernel], device: torch.device
+) -> list[AttentionKernel]:
+    if device.type != "cuda":
+        _warn(artifact, "compiled kernels need a GPU, so none is used")
+        return kernels
+    from .attention.trusted import with_compiled
+
+    architecture = f"sm_{described(device).capability}"
+    files = {name: artifact.file(name) for name in artifact.manifest.files}
+    kernels, missing = with_compiled(kernels, architecture, files)
+    if missing:
+        _warn(
+            artifact,
+            f"{len(missing)} compiled kernels for {architecture} and this Triton are missing, "
+            f"such as {missing[0]}; these are compiled when they are first needed",
+        )
+    return kernels
+
+
+def _warn(artifact: Artifact, text: str) -> None:
+    warnings.warn(ArtifactWarning(f"{artifact.folder}: {text}"), stacklevel=3)
+
+
+def _texts(artifact: Artifact) -> dict[str, str]:
+    """The sources and plans of an artifact by name."""
+    found = {}
+    for name in artifact.manifest.files:
+        if name.startswith(f"{FOLDER}/") and name.endswith((".py", ".plan")):
+            try:
+                found[name] = artifact.read(name).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ArtifactError(f"{artifact.folder}/{name} is no text: {error}") from error
+    return found
+
+
+class KernelRunner:
+    """Runs an artifact's graph in torch on one device, attention by kernels; the cache stays on the device.
+
+    `instead` has the function for each attention; it writes the cache's buffers in place.
+
+    All other operators run by their reference meaning. Weights go to the device when they are first
+    read, and stay.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        instead: Mapping[fx.Node, Callable[..., Any]],
+        device: torch.device,
+        weight_bytes: int,
+        name: str = "in memory",
+    ) -> None:
+        self._name = name
+        self.device = device
+        self.interpreter = Interpreter(program, instead={**IN_PLACE, **instead}, device=device)
+        self.observed: Mapping[str, Any] = {}
+        self._weight_bytes = weight_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def make(self, spec: Buffer) -> Tensor:
+        """The zeroed tensor that a buffer of the cache asks for, on the device."""
+        return torch.zeros(spec.shape, dtype=DTYPES[spec.dtype], device=self.device)
+
+    def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
+        arrays = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "logit_rows": logit_rows,
+            **cache.counters,
+        }
+        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
+        with running(self._name):
+            outputs = self.interpreter.run(inputs | cache.buffers)
+            logits: Floats = outputs.pop("logits").cpu().numpy()
+        self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
+        return logits

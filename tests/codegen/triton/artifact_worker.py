@@ -1,0 +1,116 @@
+"""Runs Triton artifacts in Triton's interpreter; started as `tests.codegen.triton.worker` is."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import einfold
+from einfold.compiler.codegen.triton.attention.bound import attend_in_place, attend_shared
+from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
+from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
+from einfold.compiler.codegen.triton.launch import DTYPES
+from einfold.compiler.codegen.triton.options import Tiles
+from einfold.compiler.ir.ops.attention import cached_attention_in_place
+from einfold.compiler.ir.ops.shared import shared_attention
+
+from .worker import difference, serve
+
+
+def arguments(kind: AttentionKind, new: int, slots: int, used: list[int]) -> dict[str, Any]:
+    """Random arguments of `cached_attention` for a kind: so many new tokens behind `used` slots a row."""
+    torch.manual_seed(0)
+    batch, heads = len(used), kind.kv_heads * kind.group
+
+    def cache(size: int) -> Tensor:
+        full = torch.randn(batch, kind.kv_heads, slots, size)
+        return (full * 40).to(torch.int8) if kind.scaled else full.to(DTYPES[kind.cache])
+
+    scales = {
+        f"{part}_scale_KD": torch.rand(kind.kv_heads, size) / 40 if kind.scaled else None
+        for part, size in (("key", kind.key_size), ("value", kind.value_size))
+    }
+    positions = torch.tensor(used)[:, None] + torch.arange(new)
+    angles = torch.arange(slots)[:, None] / torch.arange(1, kind.key_size // 2 + 1)
+    return {
+        "q_BSHD": torch.randn(batch, new, heads, kind.key_size),
+        "k_BSKD": torch.randn(batch, new, kind.kv_heads, kind.key_size),
+        "v_BSKD": torch.randn(batch, new, kind.kv_heads, kind.value_size),
+        "key_cache_BKCD": cache(kind.key_size),
+        "value_cache_BKCD": cache(kind.value_size),
+        "used_B": torch.tensor(used),
+        # Slot 0 of the first row stands for nothing, of the others for several tokens.
+        "count_BK": torch.arange(batch).float()[:, None].expand(-1, kind.kv_heads) * 5
+        if kind.counted
+        else None,
+        "sinks_H": torch.randn(heads) if kind.sinks else None,
+        "positions_BS": positions,
+        "cos_PR": angles.cos(),
+        "sin_PR": angles.sin(),
+        **scales,
+        "layer": 0,
+        "scale": kind.scale,
+        "window": kind.window,
+        "softcap": kind.softcap,
+        "interleaved": False,
+    }
+
+
+def kernel_error(request: dict[str, Any]) -> dict[str, Any]:
+    """The error of a kind's kernel against the operator, and whether both wrote the same caches.
+
+    With `shared` another layer reads what was written then, and its error is told too.
+    """
+    kind = AttentionKind(**request["kind"])
+    made = attention_kernel(kind, "tested", (0,), 64)
+    made = replace(made, decode=Tiles(16, 16), kernel=replace(made.kernel, tiles=Tiles(16, 16)))
+    given = arguments(kind, request["new"], 37, request["used"])
+    # The caches of a device are views of larger ones at times: no stride may be taken for granted.
+    mine = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+    found, *caches = attend_in_place(made, request["parts"])(**mine)
+    expected, *right = cached_attention_in_place(**given)
+    same = all(torch.equal(a, b) for a, b in zip(caches, right, strict=True))
+    told = {"error": difference(found, expected), "same caches": same}
+    if request.get("shared"):
+        reader = {n: x for n, x in mine.items() if n not in ("k_BSKD", "v_BSKD")}
+        reader["q_BSHD"] = torch.randn_like(given["q_BSHD"])
+        of_reader = attend_shared(made, request["parts"])(**reader)
+        told["reader"] = difference(of_reader, shared_attention(**reader))
+    return told
+
+
+def generate(request: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact writes by its kernels and by the reference, and what loading it warned of."""
+    options = {"max_new_tokens": request["new"], "ignore_eos": True}
+    chunk = request.get("chunk", 512)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", einfold.errors.ArtifactWarning)
+        model = einfold.load(request["artifact"], chunk=chunk, trust=request.get("trust", False))
+    told = [
+        str(w.message) for w in caught if issubclass(w.category, einfold.errors.ArtifactWarning)
+    ]
+    reference = einfold.load(request["artifact"], engine="reference", chunk=chunk)
+    found, expected = (
+        [row.tokens for row in each.generate_batch(request["prompts"], **options)]
+        for each in (model, reference)
+    )
+    assert model.engine.cache is not None
+    buffers = model.engine.cache.buffers.values()
+    return {
+        "found": found,
+        "expected": expected,
+        "warnings": told,
+        "tensors": all(isinstance(buffer, Tensor) for buffer in buffers),
+    }
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    return generate(request) if "artifact" in request else kernel_error(request)
+
+
+if __name__ == "__main__":
+    serve(answer)

@@ -1,0 +1,99 @@
+"""Kernels over packed tokens: the codes are read where they lie, and mean what the operator says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
+from einfold.compiler.codegen.triton.attention.packed import RETAINED, PackedKind, packed_kinds
+from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.storages import Gear, Kivi, read_storage, show_storage
+from einfold.errors import UnsupportedError
+
+from .conftest import asking, needs_triton
+from .packed_worker import node_of
+
+Ask = Callable[..., dict[str, Any]]
+
+PRESSED = {"softcap": 5.0, "sinks": True}
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    with asking("tests.codegen.triton.packed_worker", tmp_path_factory.mktemp("cache")) as ask:
+        yield ask
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("storage", "options"),
+    [
+        ("kivi(slack=8,residual=8,group=8,key_bits=4,value_bits=4)", {}),
+        (
+            "kivi(slack=8,residual=8,group=8,key_bits=2,value_bits=2)",
+            PRESSED,
+        ),
+        ("kivi(slack=8,residual=16,group=16,key_bits=3,value_bits=8)", {}),
+        ("kivi(slack=8,residual=8,group=8,key_bits=8,value_bits=3,keys=token)", {}),
+        ("gear(slack=8,residual=8,group=8,tokens=16,rank=2,share=0.13)", {}),
+        ("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
+        ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),
+        ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {"reader": True}),
+        ("minicache(slack=8,residual=8,group=8,retained=2)", {"sizes": (13, 7)}),
+        ("minicache(slack=8,residual=8,group=6,retained=3,gamma=0.5,dtype=f16)", PRESSED),
+        ("minicache(slack=8,residual=8,group=8,retained=0)", {}),
+    ],
+)
+def test_kernels_do_what_the_operator_does(
+    interpreter: Ask, storage: str, options: dict[str, Any]
+) -> None:
+    """Rows with all, none and some of their granules packed; one token whole, several in parts.
+
+    A reader writes nothing; what is shared by a pair is read as its deeper layer reads it.
+    """
+    for new, parts in ((1, 1), (3, 2)):
+        found = interpreter(storage=storage, new=new, parts=parts, **options)
+        assert found["error"] < 2e-5, (new, parts)
+        assert found["same slots"]
+        assert found["kernels"] == (3 if storage.startswith(("zip", "mikv")) else 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [4, 2])
+def test_a_decode_kernel_compiles_for_a_gpu(bits: int, plan_cache: Any) -> None:
+    """The products go to matrix instructions, and nothing is spilled."""
+    storage = show_storage(Kivi(key_bits=bits, value_bits=bits, group=32, residual=128))
+    kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage)
+    made = attention_kernel(kind, f"kivi{bits}", (0,), 4096, cache=plan_cache)
+    compiled = made.kernel.compile_ahead(90, "part", made.decode)
+    assert sum(compiled.matrix.values()) > 0
+    assert compiled.spills == 0
+
+
+def test_a_kernel_reads_no_more_than_the_codes(plan_cache: Any) -> None:
+    """Every input is a view of a packed piece: nothing of the size of the keys is made ahead of it."""
+    storage = show_storage(Gear(group=32, residual=128, rank=2))
+    kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage)
+    made = attention_kernel(kind, "gear", (0,), 4096, cache=plan_cache)
+    assert not made.kernel.division.ahead and not made.kernel.division.after
+    shared = made.kernel.shared
+    assert shared["key_codes", "t"] == 2 and shared["key_scale", "t"] == 32
+    assert shared["key_right0", "t"] == 128 and shared["value_codes", "f"] == 2
+
+
+def test_more_retained_rows_than_a_kernel_takes_are_refused() -> None:
+    sizes = "minicache(slack=8,residual=8,group=16,retained={})"
+    assert len(packed_kinds(node_of(read(sizes.format(RETAINED)), {}))) == 1
+    with pytest.raises(
+        UnsupportedError, match=r"layer 1 retains up to 9 of 16 tokens, .* lower retained"
+    ):
+        packed_kinds(node_of(read(sizes.format(RETAINED + 1)), {}))
+
+
+def read(text: str) -> Packed:
+    storage = read_storage(text)
+    assert isinstance(storage, Packed)
+    return storage
