@@ -18,7 +18,14 @@ ALLOWED = {
     "compiler.analysis": {"errors", "compiler.ir"},
     "compiler.frontend": {"errors", "compiler.ir"},
     "compiler.calibrate": {"errors", "compiler.ir"},
-    "compiler.passes": {"errors", "compiler.ir", "compiler.analysis", "compiler.calibrate"},
+    "compiler.solve": {"errors", "compiler.ir"},
+    "compiler.passes": {
+        "errors",
+        "compiler.ir",
+        "compiler.analysis",
+        "compiler.calibrate",
+        "compiler.solve",
+    },
     "compiler.codegen": {"errors", "compiler.ir"},
     "compiler.codegen.triton.attention": {
         "errors",

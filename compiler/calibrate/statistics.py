@@ -14,9 +14,9 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ..ir.printer import print_program
 from ..ir.program import Program
-from .retrieval_heads import REPEATS, RetrievalHeads, repeated_tokens
+from .observers.retrieval_heads import REPEATS, RetrievalHeads, repeated_tokens
+from .observers.text_statistics import AttentionMass, KeyValues, similarity
 from .stream import Observer, Tell, cut_behind_attention, stream
-from .text_statistics import AttentionMass, KeyValues, similarity
 
 #: Part of the key under which statistics are kept: to be raised when what they mean changes.
 _VERSION = 2

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.calibrate import stream as streaming
-from einfold.compiler.calibrate.retrieval_heads import RetrievalHeads, repeated_tokens
+from einfold.compiler.calibrate.observers.retrieval_heads import RetrievalHeads, repeated_tokens
+from einfold.compiler.calibrate.observers.text_statistics import (
+    AttentionMass,
+    KeyValues,
+    similarity,
+)
 from einfold.compiler.calibrate.statistics import Statistics, digest_of, kv_scores
 from einfold.compiler.calibrate.stream import attention_weights, stream
-from einfold.compiler.calibrate.text_statistics import AttentionMass, KeyValues, similarity
 from einfold.compiler.ir import kept
 from einfold.compiler.ir.locks import lock
 from einfold.compiler.ir.program import Program

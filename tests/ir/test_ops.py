@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from einfold.compiler.ir.ops import einfold_ops as ops
-from einfold.compiler.ir.ops.quantized import dequantize, pack_bits, unpack_bits
-from einfold.compiler.passes.weight_quant.rtn import quantize_rtn
+from einfold.compiler.ir.quant.pack import dequantize, pack_bits, unpack_bits
+from einfold.compiler.solve.round_to_nearest import quantize_rtn
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_zero_weights_stay_zero() -> None:
 
 
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from einfold.compiler.passes.weight_quant import rtn
+    from einfold.compiler.solve import round_to_nearest as rtn
 
     weight = randn(3, 5, 40)
     whole = quantize_rtn(weight, 4, 16, False)

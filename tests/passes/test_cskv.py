@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.calibrate.kv_bases import best_basis, relative_error
+from einfold.compiler.calibrate.observers.kv_bases import best_basis, relative_error
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.ops import IN_PLACE, low_rank

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.calibrate.kv_ranges import key_range
+from einfold.compiler.calibrate.observers.kv_ranges import key_range
 from einfold.compiler.calibrate.text import calibration_tokens
 from einfold.compiler.ir.ops.rotary import rotary_reference
 from einfold.compiler.ir.verifier import verify

@@ -6,8 +6,8 @@ import torch
 from einfold.compiler.ir.program import Program
 from einfold.compiler.passes.weight_quant.explicit_zeros import ExplicitZeros
 from einfold.compiler.passes.weight_quant.round_to_nearest import RoundToNearest
-from einfold.compiler.passes.weight_quant.rtn import quantize_rtn
 from einfold.compiler.passes.weight_quant.store_half import StoreHalf
+from einfold.compiler.solve.round_to_nearest import quantize_rtn
 from einfold.errors import RecipeError
 
 from ..programs import calls, program, run

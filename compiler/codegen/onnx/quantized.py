@@ -7,7 +7,7 @@ import onnx_ir as ir
 from torch import fx
 
 from ...ir.ops import einfold_ops
-from ...ir.ops.quantized import BITS
+from ...ir.quant.pack import BITS
 from .builder import CONTRIB
 from .einfold_ops import product
 from .lower import Context, lowering, unsupported

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...calibrate.kv_ranges import KVRanges
+from ...calibrate.observers.kv_ranges import KVRanges
 from ...ir.kv.layout import PARTS, CacheLayout, cache_name
 from ...ir.kv.store.storages import Plain
 from ...ir.program import Program

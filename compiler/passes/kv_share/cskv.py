@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ....errors import RecipeError
-from ...calibrate.kv_bases import KVBases
+from ...calibrate.observers.kv_bases import KVBases
 from ...ir.kv.keep.policies import Full, Window
 from ...ir.kv.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
 from ...ir.kv.store.low_rank.storage import LowRank

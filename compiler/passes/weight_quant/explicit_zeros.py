@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.ops import einfold_ops
-from ...ir.ops.quantized import pack_bits
 from ...ir.program import Editor, Program, call_arguments
+from ...ir.quant.pack import pack_bits
 from ...ir.weights import derive
 from ..base import Pass, PassResult
 

@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from ....errors import RecipeError
 from ...ir.ops import einfold_ops
-from ...ir.ops.quantized import BITS
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
+from ...ir.quant.pack import BITS
 from ...ir.weights import Weight, derive
+from ...solve.round_to_nearest import quantize_rtn
 from ..base import Pass, PassResult
-from .rtn import quantize_rtn
 
 Named = tuple[Weight, Weight, Weight | None]
 

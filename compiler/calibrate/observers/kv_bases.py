@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CalibrationError, IRError
-from ..ir.interpreter import Interpreter
-from ..ir.ops import einfold_ops
-from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
-from .snapshot import snapshot, text_inputs
+from ....errors import CalibrationError, IRError
+from ...ir.interpreter import Interpreter
+from ...ir.ops import einfold_ops
+from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
+from ..snapshot import snapshot, text_inputs
 
 
 class KVBases:

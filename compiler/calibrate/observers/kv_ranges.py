@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...errors import CalibrationError, IRError
-from ..ir.interpreter import Interpreter
-from ..ir.ops import einfold_ops
-from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
-from .snapshot import snapshot, text_inputs
+from ....errors import CalibrationError, IRError
+from ...ir.interpreter import Interpreter
+from ...ir.ops import einfold_ops
+from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
+from ..snapshot import snapshot, text_inputs
 
 #: Smallest scale: a channel that is zero throughout is stored as zeros.
 _SMALLEST = 1e-8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...ir.ops.quantized import dequantize, pack_bits
+from ..ir.quant.pack import dequantize, pack_bits
 
 #: Numbers that are rounded at a time: bounds the memory of intermediates at a few tens of megabytes.
 _SLAB = 1 << 21

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .stream import Found
+from ..stream import Found
 
 #: How often the random tokens stand behind each other.
 REPEATS = 4

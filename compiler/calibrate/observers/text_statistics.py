@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .stream import Found
+from ..stream import Found
 
 #: Tokens whose keys and values are kept to compare layers by.
 SAMPLED = 256

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from ...errors import CalibrationError
-from ..ir.interpreter import Interpreter
-from ..ir.ops import einfold_ops
-from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
-from .snapshot import snapshot, text_inputs
+from ....errors import CalibrationError
+from ...ir.interpreter import Interpreter
+from ...ir.ops import einfold_ops
+from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
+from ..snapshot import snapshot, text_inputs
 
 #: The arguments of `einfold::attention` that hold keys and values.
 _KEY, _VALUE = 1, 2

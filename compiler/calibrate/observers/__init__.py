@@ -1,0 +1,1 @@
+"""Observers: what a model shows on a little text, one statistic a file."""

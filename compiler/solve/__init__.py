@@ -1,0 +1,1 @@
+"""Solvers: what a weight is rounded to, one a file."""
