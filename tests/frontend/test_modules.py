@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import einfold
-from einfold.compiler.codegen.onnx import lower
+from einfold.compiler.codegen.onnx import lowerings
 from einfold.errors import ArtifactWarning, EinfoldError, ModelError, UnsupportedError
 
 from .. import models
@@ -273,7 +273,7 @@ def test_a_fault_is_found_before_anything_is_kept(
     """The last one is right for the example's own size alone."""
     module, x = Call(lambda x: x - 1), torch.randn(2, 3)
     einfold.export_onnx(module, tmp_path / "right", (x,))
-    monkeypatch.setitem(lower._TABLE, (torch.ops.aten.sub.Tensor, "ort"), lowering)
+    monkeypatch.setitem(lowerings._TABLE, (torch.ops.aten.sub.Tensor, "ort"), lowering)
     dynamic = (({0: Dim("B")},),)
     with pytest.raises(EinfoldError, match=reason):
         einfold.export_onnx(module, tmp_path / "a", (x,), dynamic_shapes=dynamic)

@@ -27,7 +27,7 @@ from ...ir.ops import einfold_ops
 from .builder import CONTRIB
 from .einfold_ops import rotate
 from .integer_attention import SMALLEST_GROUP, IntegerAttention, blocks, mask, pays
-from .lower import Context, lowering
+from .lowerings import Context, lowering
 
 aten = torch.ops.aten
 

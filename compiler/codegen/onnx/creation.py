@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from .lower import Context, lowering
+from .lowerings import Context, lowering
 from .operands import operand, shape_operand
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ from torch import fx
 
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB
-from .lower import Context, lowering, unsupported
+from .lowerings import Context, lowering, unsupported
 
 
 @lowering(einfold_ops.rms_norm.default, flavour="ort")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from .lower import Context, lowering
+from .lowerings import Context, lowering
 from .operands import computed, given, operand, promoted
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from torch import fx
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB, DTYPES
 from .einfold_ops import gate_of
-from .lower import Context, lowering
+from .lowerings import Context, lowering
 from .quantized import checked_kind
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ....errors import first_line, pass_on
 from ...ir.interrupts import Later
 from ...ir.program import op_name
-from .lower import OPSET, Context, unsupported
+from .lowerings import OPSET, Context, unsupported
 
 
 def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]:

@@ -1,89 +1,35 @@
-"""Lowers a program to an ONNX model: one lowering function an operator, found in a table.
+"""Lowers a program to an ONNX model, operator by operator.
 
-A lowering may be given for one flavour or for both; a program with an operator that has none is
-lowered through torch's own exporter for that operator (`fallback.py`), or refused with its name.
+An operator without a lowering of its own goes through torch's own exporter (`fallback.py`), or is refused
+with its name.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from ....errors import UnsupportedError
-from ...ir.program import Program, call_arguments, op_name
+from ...ir.program import Program
 from ...ir.types import DTYPE_NAMES
 from ...ir.weights_file import Placement
+from . import (  # noqa: F401  (these fill the table of lowerings)
+    attention,
+    creation,
+    einfold_ops,
+    elementwise,
+    experts,
+    quantized,
+    sdpa,
+    standard_ops,
+)
 from .builder import CONTRIB, Builder, value_type
-
-FLAVOURS = ("ort", "portable")
-
-#: The standard operator set to begin with; an operator of a later one raises it (`Context.opset`).
-OPSET = {"ort": 23, "portable": 24}
-
-Lowering = Callable[["Context", fx.Node], "ir.Value | list[ir.Value]"]
-
-_TABLE: dict[tuple[object, str], Lowering] = {}
-
-
-def lowering(*targets: object, flavour: str | None = None) -> Callable[[Lowering], Lowering]:
-    """Registers a lowering of operators, for one flavour or for both."""
-
-    def register(function: Lowering) -> Lowering:
-        for target in targets:
-            for name in (flavour,) if flavour else FLAVOURS:
-                _TABLE[target, name] = function
-        return function
-
-    return register
-
-
-@dataclass
-class Context:
-    """What a lowering sees: the program, the builder, and the values made so far."""
-
-    program: Program
-    flavour: str
-    builder: Builder
-    accuracy_level: int = 4
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    opset: int = 23
-    metadata: dict[str, str] = field(default_factory=dict)
-    """What the model says of itself to the runtime."""
-    exported: dict[Any, ir.Model] = field(default_factory=dict)
-    """Calls that torch's exporter translated."""
-    flat: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    """Values [B, S, H, D] that came as [B, S, H * D], with what they came as."""
-    rewritten: list[tuple[str, ir.Value, fx.Node]] = field(default_factory=list)
-    """Caches that an operator gives once more, unchanged: the cache's name and who gives it, the value, and
-    the node whose type it has. Bound to the cache's buffer, nothing is copied."""
-
-    def value(self, node: Any) -> ir.Value:
-        """The ONNX value of a graph node."""
-        found = self.values[node]
-        assert isinstance(found, ir.Value)
-        return found
-
-    def optional(self, node: Any) -> ir.Value | None:
-        return None if node is None else self.value(node)
-
-    def arguments(self, node: fx.Node) -> dict[str, Any]:
-        return call_arguments(node)
-
-    def shape(self, node: Any) -> list[int | None]:
-        """Sizes of a node's tensor; None for a dynamic one."""
-        return [size if isinstance(size, int) else None for size in node.meta["val"].shape]
-
-    def weight_name(self, node: Any) -> str:
-        """The name of the weight that an argument reads; UnsupportedError where it is computed."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            raise UnsupportedError(f"%{node} must be a weight to be lowered to ONNX")
-        return str(node.target)
+from .fallback import lower_by_torch
+from .lowerings import OPSET, Context, lowering_of
 
 
 def lower(
@@ -98,18 +44,6 @@ def lower(
     `accuracy_level` is MatMulNBits's: 4 computes with int8 activations, 0 in float32.
     Raises UnsupportedError, naming operator and node, for what has no lowering.
     """
-    from . import (  # noqa: F401  (fill the table)
-        attention,
-        creation,
-        einfold_ops,
-        elementwise,
-        experts,
-        fallback,
-        quantized,
-        sdpa,
-        standard_ops,
-    )
-
     builder = Builder(weights_file, placements)
     context = Context(program, flavour, builder, accuracy_level, opset=OPSET[flavour])
     inputs = []
@@ -124,7 +58,7 @@ def lower(
                 None if _packed(program, node) else builder.weight(str(node.target))
             )
         elif node.op == "call_function":
-            context.values[node] = _lower_node(context, node, fallback.lower_by_torch)
+            context.values[node] = _lower_node(context, node)
     outputs = _outputs(context)
     builder.nodes = _live(builder.nodes, outputs)
     graph = ir.Graph(
@@ -138,13 +72,13 @@ def lower(
     return ir.Model(graph, ir_version=10, producer_name="einfold", metadata_props=context.metadata)
 
 
-def _lower_node(context: Context, node: fx.Node, fallback: Lowering) -> Any:
+def _lower_node(context: Context, node: fx.Node) -> Any:
     if node.target is operator.getitem:
         source, index = node.args
         return context.values[source][index]  # type: ignore[index]
     if not isinstance(node.meta["val"], (torch.Tensor, tuple, list)):
         return None  # sizes are read where a shape needs them, see operands.shape_operand
-    function = _TABLE.get((node.target, context.flavour), fallback)
+    function = lowering_of(node.target, context.flavour) or lower_by_torch
     return function(context, node)
 
 
@@ -217,9 +151,3 @@ def _all(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 yield from _all(attribute.as_graph())
-
-
-def unsupported(node: fx.Node, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{op_name(node.target)} at %{node.name} cannot be lowered to ONNX: {reason}"
-    )

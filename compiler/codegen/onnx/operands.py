@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from .lower import Context, unsupported
+from .lowerings import Context, unsupported
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from ...ir.ops import einfold_ops
 from ...ir.quant.pack import BITS
 from .builder import CONTRIB
 from .einfold_ops import product
-from .lower import Context, lowering, unsupported
+from .lowerings import Context, lowering, unsupported
 
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from .lower import Context, lowering, unsupported
+from .lowerings import Context, lowering, unsupported
 from .operands import operand
 
 aten = torch.ops.aten

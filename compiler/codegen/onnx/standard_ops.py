@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from .lower import Context, lowering
+from .lowerings import Context, lowering
 from .operands import computed, given, operand, shape_operand, size_of
 
 aten = torch.ops.aten

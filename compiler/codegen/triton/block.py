@@ -5,7 +5,7 @@ What does not change from tile to tile is computed once, ahead of the loop, wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...ir.cascade.cascade import Statement, Tensor
@@ -35,6 +35,10 @@ class Function:
     sizes: Mapping[str, int]
     dot: str
     precision: str
+    load: Callable[[Block, Ref], Value]
+    """Reads an input (`memory.load`). It and `reduce` are written in blocks, so blocks are given them."""
+    reduce: Callable[[Block, str, Expr, tuple[str, ...]], Value]
+    """Reduces an expression over axes (`reduce.reduce`)."""
     shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Neighbours along a rank that share an element of an input, by (input, rank); 1 where not named."""
     names: Names = field(default_factory=Names)
@@ -197,20 +201,16 @@ class Block:
             return found
         item = next((s for s in self.kernel.plan.before if s.name == expr.tensor), None)
         if item is None:
-            from .memory import load
-
-            return load(self, expr)
+            return self.kernel.load(self, expr)
         return self._once(item)
 
     def _once(self, item: Statement) -> Value:
         """A statement from ahead of the stream, computed where it is first read."""
-        from .reduce import reduce
-
         home = self.home(0)
         if item.op is None:
             value = home.value(item.expr)
         else:
-            value = reduce(home, item.op, item.expr, self.kernel.roles.axes(item.over))
+            value = self.kernel.reduce(home, item.op, item.expr, self.kernel.roles.axes(item.over))
         value = value if value.type == "i1" else value.cast("fp32")
         home.bound[item.name] = home.keep(item.name, value)
         return home.bound[item.name]

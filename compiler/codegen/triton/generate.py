@@ -15,8 +15,10 @@ from .base_two import in_base_two
 from .block import Function
 from .emit import Emitter, Generated, helpers
 from .kernel import Kernel
+from .memory import load
 from .options import Options
 from .pressure import Demand
+from .reduce import reduce
 from .roles import Division, divide
 from .simplify import simplified
 from .tiles import choose_tiles
@@ -62,7 +64,15 @@ def generate(
     demand = Demand()
     for kind in ("whole", "part", "merge"):
         function = Function(
-            division.plan, division.roles, types, sizes, dot, options.precision, dict(shared or {})
+            division.plan,
+            division.roles,
+            types,
+            sizes,
+            dot,
+            options.precision,
+            load,
+            reduce,
+            dict(shared or {}),
         )
         emitter = Emitter(f"{name}_{kind}", division, function, options.lazy)
         functions[kind] = getattr(emitter, kind)()
