@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from einfold.compiler.codegen.triton.ahead import Compiled, describe
+from einfold.compiler.codegen.triton.ahead import Compiled, compile_ahead, describe
 from einfold.compiler.codegen.triton.generate import generate
 from einfold.compiler.codegen.triton.kernel import Kernel
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
@@ -196,7 +196,7 @@ def compiled(job: Job, version: str, kept: dict[str, Any]) -> dict[str, Any]:
     """What the compiler says of a function, from `kept` where it is known; raises UnsupportedError."""
     key = job.key(version)
     if key not in kept:
-        made = job.kernel.compile_ahead(job.capability, job.kind, job.tiles)
+        made = compile_ahead(job.kernel, job.capability, job.kind, job.tiles)
         found = asdict(made)
         del found["ptx"], found["cubin"], found["metadata"]
         kept[key] = found

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from .backend import GraphReport, rewritten
+from .compiler.codegen.triton.dtypes import TYPES
 from .compiler.codegen.triton.generate import generate
-from .compiler.codegen.triton.launch import TYPES
 from .compiler.fuse.explain import CascadeReport, explain_function
 from .compiler.fuse.report import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.codegen.reference.plan import run_plan
+from einfold.compiler.codegen.triton.dtypes import DTYPES, TYPES
 from einfold.compiler.codegen.triton.generate import generate
 from einfold.compiler.codegen.triton.kernel import Kernel
-from einfold.compiler.codegen.triton.launch import DTYPES, TYPES
+from einfold.compiler.codegen.triton.launch import launch
 from einfold.compiler.codegen.triton.options import Options, Tiles
 from einfold.compiler.codegen.triton.runner import described
 from einfold.compiler.codegen.triton.tune import autotune
@@ -111,7 +112,7 @@ def error_of(
         exact = {n: x.double() for n, x in _cut(plan, given, ranks, last).items()}
         expected = run_plan(plan, exact, sizes)
         for parts in (None, 1, 3):
-            found = _cut(plan, kernel(given, parts=parts, tiles=tiles), ranks, last)
+            found = _cut(plan, launch(kernel, given, parts=parts, tiles=tiles), ranks, last)
             for name, value in expected.items():
                 error = float((found[name].double() - value).abs().max() / value.abs().max())
                 worst = max(worst, error if math.isfinite(error) else math.inf)
@@ -145,7 +146,7 @@ class Bench:
         tiles = autotune(kernel, given, self.clock)[0] if self.tune else kernel.tiles
 
         def run() -> object:
-            return kernel(given, tiles=tiles)
+            return launch(kernel, given, tiles=tiles)
 
         wrong = error_of(report, kernel, given, tiles)
         verdict = f"{wrong:.1e}" if wrong <= TOLERANCE[TYPES[self.dtype]] else f"**{wrong:.1e}**"

@@ -13,14 +13,13 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ....errors import UnsupportedError, pass_on
+from .dtypes import TYPES, output_type
 from .emit import Argument, Generated
-from .options import Tiles
-
-if TYPE_CHECKING:
-    from .kernel import Kernel
+from .kernel import Kernel
+from .options import Tiles, merge_tiles
 
 #: Matrix instructions as PTX writes them.
 INSTRUCTIONS = ("mma.sync", "tcgen05.mma", "wgmma.mma_async")
@@ -50,14 +49,22 @@ class Compiled:
 
 
 def compile_ahead(
-    kernel: Kernel, capability: int, kind: str, tiles: Tiles, parts: int = 8
+    kernel: Kernel,
+    capability: int,
+    kind: str = "whole",
+    tiles: Tiles | None = None,
+    parts: int = 8,
 ) -> Compiled:
-    """One function of a kernel compiled for a capability. Raises UnsupportedError where Triton refuses."""
+    """One function of a kernel compiled for a GPU of a compute capability (80, 90, 100), with no GPU.
+
+    `tiles` are the kernel's own where none are given. Raises UnsupportedError where Triton refuses.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     generated = kernel.functions[kind]
+    tiles = tiles or (merge_tiles(kernel.tiles) if kind == "merge" else kernel.tiles)
     known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
     signature, constants, attributes = signature_of(kernel, generated, known)
     source = ASTSource(kernel.function(kind), signature, constants, attributes)
@@ -150,8 +157,6 @@ def _type(kernel: Kernel, argument: Argument) -> str:
     if argument.kind == "input":
         return f"*{kernel.types[argument.of]}"
     if argument.kind == "output":
-        from .launch import TYPES, output_type
-
         return f"*{TYPES[output_type(kernel, argument.of)]}"
     if (
         argument.kind == "stride"

@@ -1,4 +1,4 @@
-"""A generated kernel: its source, its signature, how it is launched and compiled ahead of time."""
+"""A generated kernel: its source, its signature and its functions. `launch` runs it, `ahead` compiles it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ import linecache
 import types as python_types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ....errors import UnsupportedError
 from ...ir.cascade.plan import Plan
 from .emit import Generated
-from .options import Options, Tiles, merge_tiles
+from .options import Options, Tiles
 from .pressure import Demand
 from .roles import Division
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .ahead import Compiled
 
 
 @dataclass(frozen=True)
@@ -49,36 +44,6 @@ class Kernel:
     def signature(self) -> dict[str, str]:
         """The arguments of the single pass by name: pointers, extents and strides."""
         return {argument.name: argument.kind for argument in self.functions["whole"].arguments}
-
-    def __call__(
-        self,
-        inputs: Mapping[str, Tensor],
-        *,
-        parts: int | None = None,
-        dtypes: Mapping[str, Any] | None = None,
-        tiles: Tiles | None = None,
-        sizes: Mapping[str, int] | None = None,
-    ) -> dict[str, Tensor]:
-        """The plan's outputs by name for inputs over its ranks, strided in any way.
-
-        `parts` splits the stream (None: as many as fill the device); `dtypes` gives the outputs' types
-        where they are not the inputs' (float32 for those without lanes); `sizes` those of ranks that no
-        input has. Raises UnsupportedError for sizes or types that the kernel was not made for.
-        """
-        from .launch import launch
-
-        return launch(
-            self, inputs, parts=parts, dtypes=dtypes or {}, tiles=tiles, sizes=sizes or {}
-        )
-
-    def compile_ahead(
-        self, capability: int, kind: str = "whole", tiles: Tiles | None = None
-    ) -> Compiled:
-        """One of the functions compiled for a GPU of this compute capability (80, 90, 100), with no GPU."""
-        from .ahead import compile_ahead
-
-        usual = self.tiles if kind != "merge" else merge_tiles(self.tiles)
-        return compile_ahead(self, capability, kind, tiles or usual)
 
     def function(self, kind: str) -> Any:
         """The Triton function. Its source is this module's own text, made from the plan."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,39 +14,31 @@ from ....errors import UnsupportedError
 from ...ir.cascade.cascade import Statement
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, reads, walk
 from ..reference.plan import TorchStatements
+from .dtypes import DTYPES, TYPES, output_type
 from .emit import Generated
 from .gates import reads_inputs
+from .kernel import Kernel
 from .options import Tiles, merge_tiles
-
-if TYPE_CHECKING:
-    from .kernel import Kernel
-
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
-DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def launch(
     kernel: Kernel,
     inputs: Mapping[str, Tensor],
     *,
-    parts: int | None,
-    dtypes: Mapping[str, torch.dtype],
-    tiles: Tiles | None,
-    sizes: Mapping[str, int],
+    parts: int | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    tiles: Tiles | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """The outputs of a plan; see `Kernel.__call__`."""
+    """The plan's outputs by name for inputs over its ranks, strided in any way.
+
+    `parts` splits the stream (None: as many as fill the device); `dtypes` gives the outputs' types
+    where they are not the inputs' (float32 for those without lanes); `sizes` those of ranks that no
+    input has. Raises UnsupportedError for sizes or types that the kernel was not made for.
+    """
     plan, division = kernel.plan, kernel.division
-    sizes = _sizes(kernel, inputs, sizes)
+    dtypes = dtypes or {}
+    sizes = _sizes(kernel, inputs, sizes or {})
     device = next(iter(inputs.values())).device
     tensors = dict(inputs)
     virtual = {name: rank.virtual for name, rank in plan.ranks.items() if rank.virtual}
@@ -127,13 +119,6 @@ def _sizes(
                 f"{lane} is {shown[lane]}; the kernel was made for {kernel.sizes[lane]}"
             )
     return {**kernel.sizes, **sizes, **shown}
-
-
-def output_type(kernel: Kernel, name: str) -> torch.dtype:
-    """Outputs with lanes have the type of the matrices, statistics are float32."""
-    roles = kernel.division.roles
-    lanes = set(roles.axes(kernel.division.plan.ranks_of(name))) & set(roles.lanes)
-    return DTYPES[kernel.dot] if lanes and name in kernel.plan.outputs else torch.float32
 
 
 def _run(

@@ -7,14 +7,10 @@ that loses the matrix instructions of a target, is then seen and not taken for g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .ahead import INSTRUCTIONS
+from .ahead import INSTRUCTIONS, Compiled
+from .kernel import Kernel
 from .options import DEVICES
-
-if TYPE_CHECKING:
-    from .ahead import Compiled
-    from .kernel import Kernel
 
 
 @dataclass(frozen=True)

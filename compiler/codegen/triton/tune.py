@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ....errors import stop_on
+from .kernel import Kernel
+from .launch import launch
 from .options import Tiles
 from .tiles import candidates, cost, fits
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .kernel import Kernel
 
 Measure = Callable[[Callable[[], object]], float]
 
@@ -49,7 +47,7 @@ def autotune(
     for tile in shortlist(kernel, shown, count):
 
         def run(tile: Tiles = tile) -> object:
-            return kernel(inputs, tiles=tile, sizes=sizes)
+            return launch(kernel, inputs, tiles=tile, sizes=sizes)
 
         try:
             run()

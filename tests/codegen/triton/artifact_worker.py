@@ -13,7 +13,7 @@ import einfold
 from einfold.compiler.codegen.triton.attention.bound import attend_in_place, attend_shared
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
-from einfold.compiler.codegen.triton.launch import DTYPES
+from einfold.compiler.codegen.triton.dtypes import DTYPES
 from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.ir.ops.attention import cached_attention_in_place
 from einfold.compiler.ir.ops.shared import shared_attention

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.generate import generate
 from einfold.compiler.codegen.triton.kernel import Kernel
 from einfold.compiler.codegen.triton.limits import Limits, exceeded, limits_of
@@ -74,7 +75,7 @@ def test_a_kernel_compiles_within_its_limits(
     import triton
 
     kernel = kernel_of(forms, name, kind, capability, plan_cache)
-    made = kernel.compile_ahead(capability, kind)
+    made = compile_ahead(kernel, capability, kind)
     assert exceeded(kernel, made, limits_of(triton.__version__, capability)) == []
     assert 0 < made.registers <= DEVICES[capability].registers_a_thread
     assert made.shared > 0 and made.cubin
@@ -83,7 +84,7 @@ def test_a_kernel_compiles_within_its_limits(
 def test_a_kernel_outside_its_limits_is_told(forms: ModuleType, plan_cache: Path) -> None:
     kernel = kernel_of(forms, "mean and variance under the attention", "whole", 80, plan_cache)
     # More than any registers hold: each of 128 threads has the states of a whole row.
-    made = kernel.compile_ahead(80, "whole", Tiles(128, 64, 4, 2))
+    made = compile_ahead(kernel, 80, "whole", Tiles(128, 64, 4, 2))
     limits = Limits(64, 1024, "wgmma.mma_async")
     assert made.spills > 64 and made.stack > 0
     assert exceeded(kernel, made, limits) == [

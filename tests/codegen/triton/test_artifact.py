@@ -16,6 +16,7 @@ import torch
 import einfold
 from einfold.compiler.artifact import file_entry
 from einfold.compiler.codegen.triton import runner
+from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.attention import (
     attention_kernels,
     bind,
@@ -372,7 +373,7 @@ def test_kernels_fit_the_gpu_that_they_are_compiled_for(
     assert not made.kernel.division.ahead and not made.kernel.division.after
     for variant in variants(made):
         if variant.name in ("prefill", "decode"):
-            found = made.kernel.compile_ahead(capability, variant.kind, variant.tiles)
+            found = compile_ahead(made.kernel, capability, variant.kind, variant.tiles)
             limits = limits_of(triton_version(), capability)
             assert exceeded(made.kernel, found, limits) == []
 

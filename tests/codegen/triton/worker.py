@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from einfold.compiler.codegen.reference.plan import run_plan
+from einfold.compiler.codegen.triton.dtypes import DTYPES, TYPES
 from einfold.compiler.codegen.triton.generate import generate
-from einfold.compiler.codegen.triton.launch import DTYPES, TYPES
+from einfold.compiler.codegen.triton.launch import launch
 from einfold.compiler.codegen.triton.options import Options, Tiles
 from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.plan import Plan, State
@@ -130,7 +131,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         types = {name: TYPES[given[name].dtype] for name in plan.inputs}
         kernel = generate(wrong, types, sizes, options)
         for parts in request.get("parts", [1, 3]):
-            found = kernel({name: given[name] for name in plan.inputs}, parts=parts, sizes=sizes)
+            found = launch(
+                kernel, {name: given[name] for name in plan.inputs}, parts=parts, sizes=sizes
+            )
             for name in plan.outputs:
                 error = difference(found[name].double(), expected[name])
                 key = f"parts {parts}"

@@ -14,7 +14,8 @@ from ....ir.ops import einfold_ops
 from ....ir.ops.attention import take_in
 from ....ir.ops.rotary import turned
 from ....ir.program import Program
-from ..launch import DTYPES
+from ..dtypes import DTYPES
+from ..launch import launch
 from .bound_low_rank import attend_low_rank
 from .bound_packed import attend_packed, slot_inputs
 from .kernels import ATTENTIONS, AttentionKernel, kinds_at, split_parts
@@ -127,7 +128,8 @@ def _over_slots(
         inputs["count"] = count_BK
     if key_scale_KD is not None and value_scale_KD is not None:
         inputs |= {"key_scale": key_scale_KD.float(), "value_scale": value_scale_KD.float()}
-    found = made.kernel(
+    found = launch(
+        made.kernel,
         inputs,
         parts=parts or split_parts(made, q_BSHD, caches[0].shape[2]),
         dtypes={"out": DTYPES[kind.query]},

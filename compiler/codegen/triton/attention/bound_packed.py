@@ -11,7 +11,8 @@ from torch import Tensor
 from ....ir.kv.store.storage import GroupShape
 from ....ir.ops.attention import take_in
 from ....ir.ops.packed import packed_storage, piece_names
-from ..launch import DTYPES
+from ..dtypes import DTYPES
+from ..launch import launch
 from .kernels import AttentionKernel, split_parts
 from .packed import PackedKind, stream_of
 
@@ -107,7 +108,8 @@ def run(
     parts: int | None,
 ) -> State:
     """A kernel's state over so many keys, for queries [B, S, ..]."""
-    found = made.kernel(
+    found = launch(
+        made.kernel,
         given,
         parts=parts or split_parts(made, query, length),
         dtypes={"out": DTYPES["fp32"], "lse": DTYPES["fp32"]},

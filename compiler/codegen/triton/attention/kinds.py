@@ -10,7 +10,7 @@ from torch import fx
 from .....errors import UnsupportedError
 from ....ir.ops import einfold_ops
 from ....ir.program import call_arguments
-from ..launch import TYPES
+from ..dtypes import TYPES
 
 
 @dataclass(frozen=True)
