@@ -188,13 +188,13 @@ def empty_caches() -> Iterator[None]:
 
 def compiled(make: Callable[[str], Run], backend: str) -> tuple[Run, float, float, Tensor]:
     """A run, the seconds of its first call with empty caches and with full ones, and what it gave."""
-    from einfold.compiler.fuse import replace
+    from einfold.compiler.fuse import decide
 
     seconds = []
     with empty_caches():
         for _ in range(2):
             torch._dynamo.reset()
-            replace.forget()
+            decide.forget()
             run = make(backend)
             start = processor()
             result = run()

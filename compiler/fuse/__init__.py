@@ -2,7 +2,8 @@
 
     regions     parts of a graph whose reductions feed contractions
     subgraphs   a region as a graph of its own: its key, and where it may stand
-    replace     each region as a cascade, folded, lowered, tried and put in place
+    decide      a region as a cascade, folded, lowered and tried: what is done with regions of its key
+    replace     the lowering in the region's place
     trial       what a lowering computes and how long it takes, beside what was written
     timings     what trials measured, kept on disk
     report      one entry a region

@@ -139,7 +139,7 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     Another process reads what was measured; another number of threads measures anew, and so does a process
     that finds the file damaged.
     """
-    from einfold.compiler.fuse import replace, timings
+    from einfold.compiler.fuse import decide, timings
 
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
     asked = []
@@ -148,8 +148,8 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         asked.append(list(able))
         return {"as written": 1.0, **dict.fromkeys(able, 2.0)}
 
-    monkeypatch.setattr(replace, "measured", timed)
-    replace.forget()
+    monkeypatch.setattr(decide, "measured", timed)
+    decide.forget()
 
     def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain(plain(q, k, v), k, v)
@@ -165,7 +165,7 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert all("left to Inductor" in cascade.reason for cascade in report.cascades)
 
     def again() -> int:
-        replace.forget()
+        decide.forget()
         torch._dynamo.reset()
         asked.clear()
         with torch.no_grad():
@@ -179,15 +179,15 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert again() == 0
     monkeypatch.setattr(timings.torch, "get_num_threads", lambda: 77)
     assert again() == 1
-    replace.forget()
+    decide.forget()
 
 
 def test_measuring_through_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real thing, once: the region as written and each lowering are compiled and timed."""
-    from einfold.compiler.fuse import replace
+    from einfold.compiler.fuse import decide
 
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
-    replace.forget()
+    decide.forget()
     compiled = torch.compile(plain, backend="einfold", options={"rest": "eager"})
     inputs = inputs_of(plain)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_measuring_through_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (cascade,) = backend.reports()[0].cascades
     assert set(cascade.seconds) == {"as written", "sdpa", "one tile"}
     assert (cascade.status == "fused") == (cascade.lowering != "as written")
-    replace.forget()
+    decide.forget()
 
 
 def test_the_public_name() -> None:

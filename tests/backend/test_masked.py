@@ -12,7 +12,7 @@ from torch import Tensor
 
 from einfold import backend
 from einfold.compiler.codegen.cpu import hiding
-from einfold.compiler.fuse import replace
+from einfold.compiler.fuse import decide
 
 B, H, S, T, D, USED = 2, 2, 5, 9, 8, 6
 LOWEST = torch.finfo(torch.float32).min
@@ -63,14 +63,14 @@ def by_hand(s: Tensor, v: Tensor) -> Tensor:
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("lowering", list(replace.LOWERINGS))
+@pytest.mark.parametrize("lowering", list(decide.LOWERINGS))
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_hidden(
     way: str, lowering: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN, infinities, sums that overflow and large finite scores in the keys of hidden slots."""
-    monkeypatch.setattr(replace, "LOWERINGS", {lowering: replace.LOWERINGS[lowering]})
-    replace.forget()
+    monkeypatch.setattr(decide, "LOWERINGS", {lowering: decide.LOWERINGS[lowering]})
+    decide.forget()
     q, k, v = (torch.randn(B, H, n, D) for n in (S, T, T))
     for number in (math.nan, math.inf, -math.inf, 3e38, 1e37):
         hidden = k.clone()
@@ -79,7 +79,7 @@ def test_what_is_hidden(
         expected = WAYS[way](q, hidden, v)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
         assert found.isfinite().all()
-    replace.forget()
+    decide.forget()
     report = backend.reports()[0]
     assert report.fused or report.cascades[0].reason.startswith("no lowering"), report
 
