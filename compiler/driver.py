@@ -312,11 +312,10 @@ def export_module(
     _check_writers(recipe.target)
     captured = capture_module(module, example, dynamic_shapes, output_names)
     program = captured.program
-    lossless = PassManager(module_passes())
-    lossless.run(program)
+    PassManager(module_passes()).run(program)
     if check is not None:
         check.graph(captured)
-    PassManager([*recipe.weight_passes(), Simplify()], facts=lossless.facts).run(program)
+    PassManager([*recipe.weight_passes(), Simplify()]).run(program)
     kept = {name: program.weights[name] for name in program.weights}  # writing lets go of them
     with staged(out, force) as folder:
         placements, _ = write_weights(program.weights, folder / WEIGHTS)

@@ -18,6 +18,7 @@ from .passes.cache.order_heads import OrderHeads
 from .passes.cache.plan_cache import PlanCache
 from .passes.cleanup.fold_constants import FoldConstants
 from .passes.cleanup.simplify import Simplify
+from .passes.facts import failing
 from .passes.fusion.fuse_linears import FuseLinears
 from .passes.fusion.fuse_residual_norms import FuseResidualNorms
 from .passes.fusion.select_logit_rows import SelectLogitRows
@@ -107,25 +108,20 @@ class PassManager:
     passes: Sequence[Pass]
     dump: Path | None = None
     progress: Progress | None = None
-    facts: set[str] = field(default_factory=set)
-    """What passes ensured, by an earlier manager to begin with."""
     asked: frozenset[str] = frozenset()
 
     def run(self, program: Program) -> list[PassRecord]:
-        """Raises IRError, naming the pass, where one breaks a rule of the IR or comes too early, and
-        RecipeError where one that was asked for changed nothing."""
+        """Raises IRError, naming the pass, where one breaks a rule of the IR or its promise or comes too
+        early, and RecipeError where one that was asked for changed nothing."""
         verify(program)
         self._write_dump(program, 0, "captured")
-        facts = self.facts
         records = []
         for index, step in enumerate(self.passes, start=1):
             if self.progress is not None:
                 self.progress(step.name, index, len(self.passes))
-            missing = step.requires - facts
+            missing = failing(program, step.requires)
             if missing:
-                raise IRError(
-                    f"pass {step.name} needs {', '.join(sorted(missing))}, which no pass before it ensures"
-                )
+                raise IRError(f"pass {step.name} needs what does not hold before it, {missing}")
             started = time.perf_counter()
             result = step.run(program)
             seconds = time.perf_counter() - started
@@ -133,9 +129,11 @@ class PassManager:
                 verify(program)
             except IRError as error:
                 raise IRError(f"pass {step.name} broke the program: {error}") from error
+            broken = failing(program, step.ensures)
+            if broken:
+                raise IRError(f"pass {step.name} did not do what it ensures, {broken}")
             if step.name in self.asked and not result.changed:
                 raise RecipeError(_idle(step.name, result.notes))
-            facts |= step.ensures
             records.append(
                 PassRecord(
                     step.name,

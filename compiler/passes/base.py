@@ -49,9 +49,9 @@ class PassResult:
 
 
 class Pass:
-    """Base of all passes. `requires` and `ensures` are names of facts about a program.
+    """Base of all passes. `requires` and `ensures` are names of facts about a program (`facts.py`).
 
-    The manager refuses to run a pass whose `requires` no earlier pass ensured.
+    The manager checks on the program that `requires` hold before the pass and `ensures` after it.
     """
 
     name: ClassVar[str]

@@ -31,7 +31,6 @@ class SelectLogitRows(Pass):
 
     name = "select_logit_rows"
     requires = frozenset({"linears raised"})
-    ensures = frozenset({"logit rows selected"})
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)

@@ -11,6 +11,7 @@ from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.weights import Weight, derive
 from ..base import Pass, PassResult, place_of
+from ..facts import PRODUCTS, weight_factor
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ class RaiseLinears(Pass):
                 result.skipped(place_of(node), "linear by a computed matrix")
                 continue
             _replace(editor, node, found["input"], found["weight"], found["bias"], result)
-        for node in program.nodes(aten.addmm.default, aten.mm.default, aten.matmul.default):
+        for node in program.nodes(*PRODUCTS):
             self._raise_product(program, editor, node, result)
         for node in program.nodes(aten.embedding.default):
             found = call_arguments(node)
@@ -48,17 +49,15 @@ class RaiseLinears(Pass):
     def _raise_product(
         self, program: Program, editor: Editor, node: fx.Node, result: PassResult
     ) -> None:
-        bias, x, matrix = (
-            (None, *node.args[:2]) if node.target is not aten.addmm.default else node.args[:3]
-        )
-        weight = program.weight_of(matrix)
-        scaled = any(call_arguments(node).get(key, 1) != 1 for key in ("beta", "alpha"))
-        if weight is None or len(weight.shape) != 2 or scaled:
+        matrix = weight_factor(program, node)
+        if matrix is None:
             result.skipped(place_of(node), "matrix product by a computed matrix")
             return
-        assert isinstance(matrix, fx.Node)
+        bias, x = node.args[:2] if node.target is aten.addmm.default else (None, node.args[0])
         with editor.before(node):
-            turned = editor.weight(f"{matrix.target}.transposed", _transposed(weight))
+            turned = editor.weight(
+                f"{matrix.target}.transposed", _transposed(program.weights[str(matrix.target)])
+            )
         _replace(editor, node, x, turned, bias, result)
 
 

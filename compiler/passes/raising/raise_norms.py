@@ -22,7 +22,8 @@ _BIASED = Call(aten.add.Tensor, _MEAN, Number("eps"))
 _INVERSE = Either(
     (Call(aten.rsqrt.default, _BIASED), Call(aten.pow.Tensor_Scalar, _BIASED, Number(value=-0.5)))
 )
-_NORMED = Call(aten.mul.Tensor, _X, _INVERSE)
+#: An RMSNorm without its scale.
+NORMED = Call(aten.mul.Tensor, _X, _INVERSE)
 # Layer normalisation without a bias, as Cohere spells it.
 _MEAN_OF_X = Call(aten.mean.dim, _X, [-1], True)
 _CENTRED = Call(aten.sub.Tensor, _X, _MEAN_OF_X)
@@ -34,7 +35,7 @@ _STANDARD = Call(
 )
 _LAYER_NORMED = Call(aten.mul.Tensor, _STANDARD, Node("weight", where=lambda n: n.op == "get_attr"))
 
-_SCALED = Call(aten.mul.Tensor, _NORMED, Node("weight", where=lambda n: n.op == "get_attr"))
+_SCALED = Call(aten.mul.Tensor, NORMED, Node("weight", where=lambda n: n.op == "get_attr"))
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RaiseNorms(Pass):
         for pattern, raise_one in (
             (_LAYER_NORMED, _raise_spelled),
             (_SCALED, _raise_rms),
-            (_NORMED, _raise_rms),
+            (NORMED, _raise_rms),
         ):
             for node in program.nodes(aten.mul.Tensor):
                 found = match(pattern, node) if node.users else None
@@ -108,7 +109,7 @@ def _raise_spelled(
 def _raise_layer_norm(program: Program, editor: Editor, node: fx.Node, result: PassResult) -> None:
     arguments = call_arguments(node)
     width = int(node.meta["val"].shape[-1])
-    if list(arguments["normalized_shape"]) != [width]:
+    if not over_last_axis(node):
         result.skipped(place_of(node), "layer_norm over more than the last axis")
         return
     with editor.before(node):
@@ -123,3 +124,8 @@ def _raise_layer_norm(program: Program, editor: Editor, node: fx.Node, result: P
         )
     result.applied(place_of(new), "layer_norm")
     editor.replace(node, new)
+
+
+def over_last_axis(node: fx.Node) -> bool:
+    """Whether ATen's layer_norm goes over the last axis alone."""
+    return list(call_arguments(node)["normalized_shape"]) == [int(node.meta["val"].shape[-1])]

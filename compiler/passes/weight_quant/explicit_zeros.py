@@ -33,7 +33,6 @@ class ExplicitZeros(Pass):
     """
 
     name = "explicit_zeros"
-    requires = frozenset({"weights quantized"})
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)

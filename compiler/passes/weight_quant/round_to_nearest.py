@@ -31,7 +31,6 @@ class RoundToNearest(Pass):
 
     name = "round_to_nearest"
     requires = frozenset({"linears raised"})
-    ensures = frozenset({"weights quantized"})
 
     bits: int = 4
     block: int = 32
