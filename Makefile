@@ -8,7 +8,7 @@ PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
 
 .PHONY: demo test test-slow check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
-	clean
+	release-check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -94,6 +94,10 @@ fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.driver --target onnx $(FUZZ)
 	$(BIN)/python -m tests.fuzz.driver --target reference $(FUZZ)
 	$(BIN)/python -m tests.fuzz.driver --target triton $(FUZZ)
+
+## Builds the sdist and the wheel of the last commit into dist/ and looks for what keeps them from being a release.
+release-check: $(READY)
+	$(BIN)/python .ci/release_check.py
 
 clean:
 	rm -rf build dist *.egg-info
