@@ -16,15 +16,12 @@ from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.attention.low_rank import LowRankKind
 from einfold.compiler.codegen.triton.attention.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
-from einfold.compiler.ir.kv.store.mixed import Mixed
-from einfold.compiler.ir.kv.store.storages import (
-    Gear,
-    Kivi,
-    MiKV,
-    MiniCache,
-    ZipCache,
-    show_storage,
-)
+from einfold.compiler.ir.kv.store.gear.storage import Gear
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
+from einfold.compiler.ir.kv.store.mikv.storage import MiKV
+from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
+from einfold.compiler.ir.kv.store.storage import GroupShape
+from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 from einfold.compiler.passes.kv_share.cskv import features_of
 
 #: Head sizes; float32 and nothing else at the largest.
@@ -32,9 +29,9 @@ HEADS = (64, 128, 256)
 
 #: Packed storages as the passes choose them where nothing else is asked for.
 STORAGES = {
-    "KIVI, 4 bits": Kivi(residual=128),
-    "KIVI, 2 bits": Kivi(residual=128, key_bits=2, value_bits=2),
-    "GEAR": Gear(residual=128),
+    "KIVI, 4 bits": Kivi(residual=128, bits=4),
+    "KIVI, 2 bits": Kivi(residual=128),
+    "GEAR": Gear(residual=128, bits=4),
     "ZipCache": ZipCache(residual=0),
     "MiKV": MiKV(residual=32),
     "MiniCache": MiniCache(residual=64),
@@ -57,10 +54,9 @@ def kinds_of(head: int) -> dict[str, Kind]:
         "slots beside packed tokens": replace(plain, lse=True),
     }
     for name, storage in STORAGES.items():
-        parts = [part for part, _, _ in storage.parts] if isinstance(storage, Mixed) else [""]
-        for part in parts:
+        for part in storage.streams(GroupShape(2, head, head)):
             title = f"{name}, {part} bits" if part else name
-            kind = PackedKind(2, 4, head, head, scale, 0.0, "fp32", show_storage(storage), part)
+            kind = PackedKind(2, 4, head, head, scale, 0.0, "fp32", storage.text, part)
             found[title] = kind
     # A fifth of the channels of 8 KV heads, as the pass rounds it; and so many that values are made in tiles.
     fifth = features_of(0.2, 8 * head)

@@ -11,7 +11,6 @@ those of `make quality` and `make quality-cache`.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import einfold
-from einfold.compiler.passes.cache_methods import FAMILIES
+from einfold.compiler.passes.cache_methods import FAMILIES, Method
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.errors import EinfoldError
 from einfold.evaluate.quality import evaluate
@@ -159,7 +158,8 @@ def page(facts: Mapping[str, Any], figures: Mapping[str, Any], real: Mapping[str
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("\n## Differences from the papers, and options\n")
-    kinds = {"int8": StaticInt8} | {n: k for known in FAMILIES.values() for n, k in known.items()}
+    kinds = {"int8": Method(StaticInt8)}
+    kinds |= {n: k for known in FAMILIES.values() for n, k in known.items()}
     for name in facts:
         if name in kinds:
             lines.append(f"- **{name}**. {_differences(kinds[name])}{_options(kinds[name])}")
@@ -185,15 +185,14 @@ def _real(row: Mapping[str, Any]) -> list[str]:
     return [f"{held:.2f}", change(row), f"{row['kl']:.1e}", recall(row)]
 
 
-def _differences(kind: type[Any]) -> str:
+def _differences(kind: Method) -> str:
     """The docstring's paragraph on the paper, on one line."""
-    text = inspect.getdoc(kind) or ""
-    found = [part for part in re.split(r"\n\s*\n", text) if part.startswith("Differs from")]
+    found = [part for part in re.split(r"\n\s*\n", kind.what) if part.startswith("Differs from")]
     return " ".join(found[0].split()) if found else "No difference is noted."
 
 
-def _options(kind: type[Any]) -> str:
-    options = kind().options()
+def _options(kind: Method) -> str:
+    options = kind.defaults()
     listed = ", ".join(f"`{key}={value}`" for key, value in options.items())
     return f" Defaults: {listed}." if listed else ""
 

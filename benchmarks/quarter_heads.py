@@ -12,7 +12,8 @@ from pathlib import Path
 
 from einfold.api import resolve_recipe
 from einfold.compiler.driver import compile_to, open_model
-from einfold.compiler.ir.kv.keep.policies import Full, Window
+from einfold.compiler.ir.kv.keep.full import Full
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup
 from einfold.compiler.ir.program import Program
 from einfold.compiler.passes.base import Pass, PassResult

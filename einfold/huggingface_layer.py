@@ -10,9 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .compiler.ir.interpreter import Interpreter
-from .compiler.ir.kv.keep.policies import Full, Window
 from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
-from .compiler.ir.kv.store.storages import Plain
 from .compiler.ir.ops import IN_PLACE, einfold_ops
 from .compiler.ir.ops.attention import cached_attention_in_place
 from .compiler.ir.parser import parse
@@ -22,7 +20,8 @@ from .compiler.ir.types import DTYPES
 from .compiler.ir.weights import Weight
 from .errors import PromptError, UnsupportedError
 from .huggingface_masks import read_mask
-from .runtime.cache import Cache, Counts
+from .runtime.buffers import Counts
+from .runtime.cache import Cache
 from .runtime.engine import CHUNK
 
 #: Tokens that a growing cache takes room for at a time, at least; a long one takes an eighth of what it has.
@@ -284,10 +283,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
 def in_order(group: HeadGroup) -> bool:
     """Whether the slots hold the newest tokens, all of them at best, in their order and as they came."""
-    kept = isinstance(group.policy, Full) or (
-        isinstance(group.policy, Window) and not group.policy.lead
-    )
-    return kept and isinstance(group.storage, Plain)
+    kept = group.policy.whole or (group.policy.sliding and not group.policy.lead)
+    return kept and group.storage.plain
 
 
 def grown(capacity: int, needed: int, context: int) -> int:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from .errors import PromptError, RecipeError
 from .runtime.artifact import Artifact
-from .runtime.cache import Make, empty
+from .runtime.buffers import Make, empty
 from .runtime.engine import CHUNK, Engine, Generated, Timings
 from .runtime.runner import Floats, Runner
 from .runtime.sampling import Sampling

@@ -57,7 +57,7 @@ def _method(family: str, table: dict[str, Any] | None) -> Iterator[str]:
         yield from (f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)
         return
     for name, kind in FAMILIES[family].items():
-        options = {"method": name, **kind().options()}
+        options = {"method": name, **kind.defaults()}
         yield f"\n# [cache.{family}]"
         yield from (f"# {k} = {'' if v is None else _toml(v)}".rstrip() for k, v in options.items())
 

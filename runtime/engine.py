@@ -10,7 +10,8 @@ import numpy as np
 
 from ..compiler.ir.kv.layout import CacheLayout
 from ..errors import NotFiniteError, PromptError, pass_on
-from .cache import Cache, Make, empty
+from .buffers import Make, empty
+from .cache import Cache
 from .runner import Flags, Floats, Ints, Runner
 from .sampling import Sampler, Sampling
 

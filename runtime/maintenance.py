@@ -11,33 +11,23 @@ Arrays may be NumPy's or torch's: only what both understand is asked of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..compiler.ir.kv.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
-from . import scores
-
-if TYPE_CHECKING:
-    from .cache import Cache
-
+from .buffers import CacheBuffers
 
 #: Tokens that are averaged at a time: a prompt of many leaves without a copy of all of it.
 _PIECE = 512
 
 
-def slots_of(cache: Cache, clock: str) -> int:
-    """Slots of the groups that go by a counter."""
-    layer, index = cache.layout.members(clock)[0]
-    name = cache_name(layer.layer, index)
-    return int(cache.buffers[f"{name}.key"].shape[2])
-
-
-def make_room(cache: Cache, size: int) -> None:
+def make_room(cache: CacheBuffers, size: int) -> None:
     """Moves tokens out of the slots of every row that has no room for `size` more."""
     for clock, group in cache.groups.items():
-        used, slots = cache.clocks[clock], slots_of(cache, clock)
+        used, slots = cache.clocks[clock], cache.slots_of(clock)
         if int(used.max()) + size <= slots:
             continue  # as nearly always
         for row in np.flatnonzero(used + size > slots):
@@ -51,7 +41,7 @@ def make_room(cache: Cache, size: int) -> None:
             _count(cache, clock, int(row), leaving)
 
 
-def settle(cache: Cache) -> None:
+def settle(cache: CacheBuffers) -> None:
     """Compresses the groups that kept the whole prompt, one by one, into their final buffers."""
     for layer, index, group in cache.layout.groups():
         if not group.exact or group.owner is not None:
@@ -73,7 +63,7 @@ def settle(cache: Cache) -> None:
         _shrink(cache, cache_name(layer.layer, index), final)
     for clock, group in cache.groups.items():
         if group.exact:
-            used, slots = cache.clocks[clock], slots_of(cache, clock)
+            used, slots = cache.clocks[clock], cache.slots_of(clock)
             for row in range(cache.batch):
                 _count(cache, clock, row, _settling(group, int(used[row]), slots))
 
@@ -97,20 +87,22 @@ def settled(group: HeadGroup, tokens: int, slots: int) -> tuple[int, int]:
     return seen - leaving, leaving
 
 
-def _count(cache: Cache, clock: str, row: int, leaving: int) -> None:
+def _count(cache: CacheBuffers, clock: str, row: int, leaving: int) -> None:
     """Takes tokens that have left off a counter of slots; packed ones are counted as such."""
     cache.clocks[clock][row] -= leaving
     if cache.groups[clock].packed:
         cache.packed[packed_of(clock)][row] += leaving
 
 
-def _leave(cache: Cache, clock: str, row: int, leaving: int) -> None:
+def _leave(cache: CacheBuffers, clock: str, row: int, leaving: int) -> None:
     used = int(cache.clocks[clock][row])
     for layer, index in cache.layout.members(clock):
         _move(cache, layer, index, row, used, leaving)
 
 
-def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:
+def _move(
+    cache: CacheBuffers, layer: LayerCache, index: int, row: int, used: int, leaving: int
+) -> None:
     """Takes `leaving` tokens out of one row of one group, and closes the gap.
 
     They are those behind the lead, or those that each head chooses by their scores.
@@ -118,9 +110,13 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
     if not leaving:
         return
     group, prefix = layer.groups[index], cache_name(layer.layer, index)
-    staying_KN = scores.staying(cache, group, prefix, row, used, leaving)
+    held = cache.row_of(layer.layer, index, row)
+    staying_KN = group.policy.staying(held, used, leaving)
     if staying_KN is not None:
-        scores.gather(cache, prefix, row, used, staying_KN)
+        heads, stay = np.arange(len(staying_KN))[:, None], staying_KN.shape[1]
+        for part in group.by_slot:
+            held[part][:, :stay] = held[part][heads, staying_KN]
+        _clear(group, held, stay)
         return
     first, last = group.policy.lead, group.policy.lead + leaving
     if group.policy.compensated:
@@ -129,14 +125,19 @@ def _move(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leav
         from .packing import pack  # torch, which running without packed groups does not need
 
         pack(cache, layer, index, row, used, leaving)
-    for part in scores.BY_SLOT:
-        if f"{prefix}.{part}" in cache.buffers:
-            slots_KN = cache.buffers[f"{prefix}.{part}"][row]
-            slots_KN[:, first : used - leaving] = slots_KN[:, last:used] + 0  # a copy: they overlap
-    scores.clear(cache, prefix, row, used - leaving)
+    for part in group.by_slot:
+        slots_KN = held[part]
+        slots_KN[:, first : used - leaving] = slots_KN[:, last:used] + 0  # a copy: they overlap
+    _clear(group, held, used - leaving)
 
 
-def _compensate(cache: Cache, prefix: str, row: int, first: int, last: int) -> None:
+def _clear(group: HeadGroup, held: Mapping[str, Any], used: int) -> None:
+    """Slots behind the used ones have no score: new tokens add to it."""
+    for name in group.scores:
+        held[name][:, used:] = 0
+
+
+def _compensate(cache: CacheBuffers, prefix: str, row: int, first: int, last: int) -> None:
     """Adds slots `first` to `last` to the running mean, and puts the mean into slot 0."""
     count_K = cache.buffers[f"{prefix}.count"][row]
     for start in range(first, last, _PIECE):
@@ -162,7 +163,7 @@ def _holds_integers(slots: Any) -> bool:
     return str(slots.dtype) in ("int8", "torch.int8")
 
 
-def _shrink(cache: Cache, prefix: str, final: dict[str, Any]) -> None:
+def _shrink(cache: CacheBuffers, prefix: str, final: dict[str, Any]) -> None:
     """Replaces a group's buffers by its final ones, one at a time."""
     for name in [name for name in cache.buffers if name.startswith(f"{prefix}.")]:
         if name not in final:
@@ -178,7 +179,7 @@ def _shrink(cache: Cache, prefix: str, final: dict[str, Any]) -> None:
         cache.buffers[name] = new
 
 
-def _make_bulk(cache: Cache, final: dict[str, Any]) -> None:
+def _make_bulk(cache: CacheBuffers, final: dict[str, Any]) -> None:
     """Allocates the bulk buffers of a packed group, which were empty while its prompt was read."""
     for name, spec in final.items():
         if spec.role == "read":

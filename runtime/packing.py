@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compiler.ir.kv.codes.codec import Seen, encode
 from ..compiler.ir.kv.layout import PARTS, LayerCache, cache_name, packed_of
-from ..compiler.ir.kv.store.minicache.codec import encode_pair
-from ..compiler.ir.kv.store.minicache.storage import MiniCache
 from ..compiler.ir.kv.store.packed import Packed
 from ..errors import ModelError
-
-if TYPE_CHECKING:
-    from .cache import Cache
+from .buffers import CacheBuffers
 
 #: Tokens of a row and group that are encoded together: bounds what encoding holds beside the cache.
 TILE = 1024
 
 
-def pack(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leaving: int) -> None:
+def pack(
+    cache: CacheBuffers, layer: LayerCache, index: int, row: int, used: int, leaving: int
+) -> None:
     """Encodes the first `leaving` of a row's `used` slots behind what is packed already.
 
     Granules know nothing of each other, so a long prompt is encoded some of them at a time.
     """
     group = layer.groups[index]
-    storage, lead = group.storage, group.policy.lead
-    assert isinstance(storage, Packed)
+    storage, lead = _packed(layer, index), group.policy.lead
     packed = int(cache.packed[packed_of(cache.layout.clock(group))][row])
     tile = max(1, TILE // storage.granule) * storage.granule
     for start in range(0, leaving, tile):
         slots = slice(lead + start, lead + min(start + tile, leaving))
         first = (packed + start) // storage.granule
-        if isinstance(storage, MiniCache):
+        if storage.shared:
             _pack_pair(cache, layer, index, row, slots, first)
         else:
             prefix = cache_name(layer.layer, index)
@@ -43,21 +40,29 @@ def pack(cache: Cache, layer: LayerCache, index: int, row: int, used: int, leavi
             _store(cache, prefix, row, first, encode(storage, keys_KTD, values_KTD, seen))
 
 
+def _packed(layer: LayerCache, index: int) -> Packed:
+    storage = layer.groups[index].storage
+    assert isinstance(storage, Packed)
+    return storage
+
+
 def _pack_pair(
-    cache: Cache, layer: LayerCache, index: int, row: int, slots: slice, first: int
+    cache: CacheBuffers, layer: LayerCache, index: int, row: int, slots: slice, first: int
 ) -> None:
-    storage, prefix = layer.groups[index].storage, cache_name(layer.layer, index)
+    storage, prefix = _packed(layer, index), cache_name(layer.layer, index)
     follower = cache.layout.follower(layer, index)
-    assert follower is not None and isinstance(storage, MiniCache)  # the layout has checked it
+    assert follower is not None  # the layout has checked it
     other = cache_name(follower.layer, index)
     both = (_leaving(cache, entry, index, row, slots) for entry in (layer, follower))
     pair = zip(*both, strict=True)
     cut = [tuple(x.float().unflatten(1, (-1, storage.granule)) for x in two) for two in pair]
-    for name, pieces in zip((prefix, other), encode_pair(storage, *cut), strict=True):
+    for name, pieces in zip((prefix, other), storage.codec.encode_pair(storage, *cut), strict=True):
         _store(cache, name, row, first, pieces)
 
 
-def _leaving(cache: Cache, layer: LayerCache, index: int, row: int, slots: slice) -> list[Tensor]:
+def _leaving(
+    cache: CacheBuffers, layer: LayerCache, index: int, row: int, slots: slice
+) -> list[Tensor]:
     """Keys and values [K, leaving, D] of the tokens that leave. Raises ModelError where one is not finite."""
     prefix = cache_name(layer.layer, index)
     found = [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
@@ -70,14 +75,16 @@ def _leaving(cache: Cache, layer: LayerCache, index: int, row: int, slots: slice
     return found
 
 
-def _store(cache: Cache, prefix: str, row: int, first: int, pieces: dict[str, Tensor]) -> None:
+def _store(
+    cache: CacheBuffers, prefix: str, row: int, first: int, pieces: dict[str, Tensor]
+) -> None:
     """Writes pieces behind the `first` granules of a row's bulk."""
     for name, pieces_KGRW in pieces.items():
         bulk_KGRW = _tensor(cache.buffers[f"{prefix}.{name}"][row])
         bulk_KGRW[:, first : first + pieces_KGRW.shape[1]] = pieces_KGRW
 
 
-def _seen(cache: Cache, prefix: str, row: int, used: int, slots: slice) -> Seen:
+def _seen(cache: CacheBuffers, prefix: str, row: int, used: int, slots: slice) -> Seen:
     """What is known of how the leaving tokens were attended to."""
     score, largest = cache.buffers.get(f"{prefix}.score"), cache.buffers.get(f"{prefix}.query_max")
     return Seen(

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, EinfoldError, IRError, first_line, pass_on
-from .cache import Array, Cache
+from .buffers import Array
+from .cache import Cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

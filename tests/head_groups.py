@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from einfold.compiler.ir.kv.keep.policies import Full, Window
+from einfold.compiler.ir.kv.keep.full import Full
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup
 from einfold.compiler.ir.program import Program
 from einfold.compiler.passes.base import Pass, PassResult

@@ -9,7 +9,6 @@ from torch import fx
 
 from ...errors import IRError
 from .kv.layout import CacheLayout, cache_name
-from .kv.store.storages import show_storage
 from .ops import einfold_ops
 from .program import OVER_CACHES, Program, call_arguments, infer, op_name
 from .types import DTYPES
@@ -108,7 +107,7 @@ def _check_packed(program: Program, layout: CacheLayout) -> None:
         prefix = str(found["key_cache_BKCD"].target).removesuffix(".key")
         partner, index = groups[prefix].partner, int(prefix.rpartition(".")[2])
         own = [prefix] if partner is None else [prefix, cache_name(partner, index)]
-        stored = show_storage(groups[prefix].storage)
+        stored = groups[prefix].storage.text
         if found["storage"] != stored:
             raise IRError(
                 f"%{node.name} reads {found['storage']}, but the cache layout says {stored}"

@@ -6,6 +6,7 @@ pure functions beside the pass, without the graph.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -61,6 +62,11 @@ class Pass:
     def run(self, program: Program) -> PassResult:
         """Rewrites the program in place."""
         raise NotImplementedError
+
+    @property
+    def what(self) -> str:
+        """What it does, in the words of its docstring."""
+        return inspect.getdoc(type(self)) or ""
 
     def options(self) -> dict[str, Any]:
         """The pass's options by name, for reports and manifests."""

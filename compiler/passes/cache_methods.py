@@ -1,6 +1,7 @@
 """The methods that a recipe may choose for the KV cache, by name: one of each family at most.
 
-A recipe's table gives the method and its options, which are the fields of the pass:
+A method is a policy or a storage that says so (`method`), given to all heads alike, or a pass of its own. A
+recipe's table gives the method and its options, which are the fields of the policy, the storage or the pass:
 
     [cache.prune]
     method = "streaming_llm"
@@ -11,34 +12,104 @@ On the command line, and wherever a text stands for a table, the same is `stream
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ...errors import IRError, RecipeError
+from ..ir.kv.keep.policy import POLICIES
+from ..ir.kv.options import options_of
+from ..ir.kv.store.storage import STORAGES
+from ..ir.registry import Registry
 from .base import Pass
-from .kv_prune.ems import EMS
-from .kv_prune.h2o import H2O
-from .kv_prune.razor_attention import RazorAttention
-from .kv_prune.snapkv import SnapKV
-from .kv_prune.streaming_llm import StreamingLLM
-from .kv_quant.gear import Gear
-from .kv_quant.kivi import Kivi
-from .kv_quant.mikv import MiKV
-from .kv_quant.zipcache import ZipCache
-from .kv_share.cross_layer import CrossLayer
-from .kv_share.cskv import CSKV
-from .kv_share.minicache import MiniCache
+from .kv_prune.keep import KeepByPolicy
+from .kv_quant.pack import PackByStorage
+from .methods import PRUNE, SHARE
 
-PRUNE: Mapping[str, type[Pass]] = {
-    kind.name: kind for kind in (StreamingLLM, RazorAttention, SnapKV, H2O, EMS)
-}
-QUANT: Mapping[str, type[Pass]] = {kind.name: kind for kind in (Kivi, Gear, ZipCache, MiKV)}
-SHARE: Mapping[str, type[Pass]] = {kind.name: kind for kind in (CrossLayer, MiniCache, CSKV)}
+
+@dataclass(frozen=True)
+class Method:
+    """A method: whose fields are its options, and what makes a pass of one of them."""
+
+    kind: type[Any]
+    step: Callable[[Any], Pass] = lambda made: made
+
+    @property
+    def name(self) -> str:
+        return str(self.kind.name if issubclass(self.kind, Pass) else self.kind.method)
+
+    @property
+    def what(self) -> str:
+        """What it does, in the words of its docstring."""
+        return inspect.getdoc(self.kind) or ""
+
+    def defaults(self) -> dict[str, Any]:
+        """Its options and their defaults; None for one that follows from the others, or from the model."""
+        found = {}
+        for field in options_of(self.kind):
+            inner: Any = field.default_factory
+            if inner is MISSING:
+                found[field.name] = field.default
+            else:  # what the pass puts into the layout, whose options are the method's too
+                found |= {each.name: each.default for each in options_of(inner)}
+        return found
+
+    def build(self, options: Mapping[str, Any]) -> Pass:
+        """The pass. Raises pydantic's ValidationError, and IRError for what cannot be."""
+        own = dict(options)
+        for field in options_of(self.kind):
+            inner: Any = field.default_factory
+            if inner is not MISSING:
+                names = [each.name for each in options_of(inner)]
+                taken = {name: own.pop(name) for name in names if name in own}
+                own[field.name] = TypeAdapter(inner).validate_python(taken)
+        return self.step(TypeAdapter(self.kind).validate_python(own))
+
+
+class _Family(Mapping[str, Method]):
+    """The methods of a family, as they are registered: `of` are kinds that `step` makes passes of."""
+
+    def __init__(
+        self,
+        order: tuple[str, ...],
+        passes: Registry[type[Pass]] | None = None,
+        of: Registry[Any] | None = None,
+        step: Callable[[Any], Pass] = lambda made: made,
+    ) -> None:
+        self._order, self._passes, self._of, self._step = order, passes, of, step
+
+    def _all(self) -> dict[str, Method]:
+        kinds = () if self._of is None else self._of.values()
+        made = [Method(kind, self._step) for kind in kinds if kind.method]
+        made += [Method(kind) for kind in (self._passes or {}).values()]
+        named = {method.name: method for method in made}
+        known = [name for name in self._order if name in named]
+        return {name: named[name] for name in (*known, *sorted(set(named) - set(known)))}
+
+    def __getitem__(self, name: str) -> Method:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
 
 #: The families in the order in which their passes run, with the reason for it in `pipeline.py`.
-FAMILIES: Mapping[str, Mapping[str, type[Pass]]] = {"share": SHARE, "prune": PRUNE, "quant": QUANT}
+FAMILIES: Mapping[str, Mapping[str, Method]] = {
+    "share": _Family(("cross_layer", "minicache", "cskv"), SHARE),
+    "prune": _Family(
+        ("streaming_llm", "razor_attention", "snapkv", "h2o", "ems"),
+        PRUNE,
+        POLICIES,
+        KeepByPolicy,
+    ),
+    "quant": _Family(("kivi", "gear", "zipcache", "mikv"), None, STORAGES, PackByStorage),
+}
 
 
 def read_method(family: str, text: str) -> dict[str, Any]:
@@ -59,26 +130,28 @@ def read_method(family: str, text: str) -> dict[str, Any]:
 
 
 def method_pass(family: str, table: Mapping[str, Any]) -> Pass:
-    """The pass that a recipe's table asks for. Raises ValueError with a sentence for what is wrong in it."""
+    """The pass that a recipe's table asks for. Raises ValueError with a sentence for what is wrong in it, and
+    RecipeError for options that do not go together."""
     known = FAMILIES[family]
     options = dict(table)
     method = options.pop("method", None)
     if not isinstance(method, str) or method not in known:
         raise ValueError(f"cache.{family}.method is one of {', '.join(known)}, not {method!r}")
     kind = known[method]
-    fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    fields = list(kind.defaults())
     for name in options:
         if name not in fields:
             raise ValueError(
                 f"cache.{family} has an unknown key {name!r}; {method} takes {', '.join(fields)}"
             )
     try:
-        built: Pass = TypeAdapter(kind).validate_python(options)
+        return kind.build(options)
+    except IRError as error:
+        raise RecipeError(f"cache.{family}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("cache", family, *first["loc"])))
         raise ValueError(f"{where}: {first['msg']}, found {first.get('input')!r}") from error
-    return built
 
 
 def resolved(family: str, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def list_passes(recipe: Path | None, options: dict[str, Any], as_json: bool) -> 
     rows: list[dict[str, Any]] = [
         {
             "name": step.name,
-            "what": _first_lines(type(step)),
+            "what": _first_lines(step.what),
             "options": step.options(),
             "requires": sorted(step.requires),
             "ensures": sorted(step.ensures),
@@ -240,8 +240,8 @@ def list_methods(as_json: bool) -> None:
         {
             "family": family,
             "name": name,
-            "what": _first_lines(kind),
-            "options": kind().options(),
+            "what": _first_lines(kind.what),
+            "options": kind.defaults(),
         }
         for family, known in FAMILIES.items()
         for name, kind in known.items()
@@ -256,8 +256,6 @@ def list_methods(as_json: bool) -> None:
         out.print(f"   {options or 'no options'}", style="dim")
 
 
-def _first_lines(kind: type[Any]) -> str:
+def _first_lines(text: str) -> str:
     """The first paragraph of a docstring, on one line."""
-    import inspect
-
-    return (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+    return text.split("\n\n")[0].replace("\n", " ")

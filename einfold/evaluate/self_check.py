@@ -21,7 +21,8 @@ from ..compiler.ir.kv.layout import CacheLayout
 from ..compiler.ir.manifest import ModelEntry
 from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
-from ..runtime.cache import Cache, Make, empty
+from ..runtime.buffers import Make, empty
+from ..runtime.cache import Cache
 from ..runtime.engine import Engine
 from ..runtime.runner import Floats, Runner
 

@@ -12,9 +12,15 @@ from transformers import DynamicCache
 
 import einfold
 from einfold.compiler.ir.interpreter import Interpreter
-from einfold.compiler.ir.kv.keep.policies import Full, HeavyHitters, Policy, Window
+from einfold.compiler.ir.kv.keep.full import Full
+from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.policy import Policy
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.kv.store.storages import Kivi, LowRank, Plain, Storage
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
+from einfold.compiler.ir.kv.store.low_rank.storage import LowRank
+from einfold.compiler.ir.kv.store.plain.storage import Plain
+from einfold.compiler.ir.kv.store.storage import Storage
 from einfold.huggingface_layer import STEP, grown
 from einfold.runtime.cache import Cache
 
@@ -67,8 +73,9 @@ def model() -> Any:
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
-    "razor": {"prune": "razor_attention:recent=100,slack=16"},
-    "h2o": {"prune": "h2o:tokens=100,recent=40,slack=16"},
+    # In float32: float16 rounds what differs in the last bit to numbers that differ by far more.
+    "razor": {"prune": "razor_attention:recent=100,slack=16", "cache": "f32"},
+    "h2o": {"prune": "h2o:tokens=100,recent=40,slack=16", "cache": "f32"},
     "kivi": {"quant": "kivi:group=8,residual=32,slack=32"},
     "cskv": {"share": "cskv:recent=40"},
 }
@@ -139,7 +146,7 @@ def test_slots(dtype: torch.dtype, options: dict[str, Any], stored: str) -> None
     with einfold.cache_for(model, **options) as cache, torch.no_grad():
         got = model(ids, past_key_values=cache).logits
         again = model(ids[:, -1:], past_key_values=cache).logits
-    assert {str(group.storage) for _, _, group in cache.layout.groups()} == {stored}
+    assert {group.storage.text for _, _, group in cache.layout.groups()} == {stored}
     assert got.dtype == again.dtype == dtype and bool(torch.isfinite(again).all())
     share = ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
     bound = {torch.float32: 1e-5 if stored == "f32" else 2e-3, torch.float16: 4e-3}.get(dtype, 3e-2)

@@ -13,7 +13,12 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.kv.keep.policies import Full, HeavyHitters, Merged, Policy, Voted, Window
+from einfold.compiler.ir.kv.keep.full import Full
+from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.merged import Merged
+from einfold.compiler.ir.kv.keep.policy import Policy
+from einfold.compiler.ir.kv.keep.voted import Voted
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import (
     PARTS,
     Buffer,
@@ -23,12 +28,17 @@ from einfold.compiler.ir.kv.layout import (
     packed_of,
     query_name,
 )
+from einfold.compiler.ir.kv.store.gear.storage import Gear
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.low_rank.storage import LowRank
+from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
 from einfold.compiler.ir.kv.store.packed import BITS, Packed
-from einfold.compiler.ir.kv.store.storages import Gear, Kivi, MiKV, ZipCache, read_storage
+from einfold.compiler.ir.kv.store.storage import read_storage
+from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 from einfold.errors import IRError
-from einfold.runtime.cache import Cache, empty
+from einfold.runtime.buffers import empty
+from einfold.runtime.cache import Cache
 
 
 @st.composite

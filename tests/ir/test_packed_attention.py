@@ -11,9 +11,9 @@ from torch import Tensor
 from einfold.compiler.ir.kv.codes.codec import Seen, decode, encode
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
-from einfold.compiler.ir.kv.store.mixed import MiKV, ZipCache
+from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.packed import Packed
-from einfold.compiler.ir.kv.store.storages import show_storage
+from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 from einfold.compiler.ir.ops import IN_PLACE, einfold_ops
 from einfold.compiler.ir.ops.attention import masked_attention
 from einfold.compiler.ir.ops.packed import Partial, partial_attention
@@ -22,8 +22,8 @@ STORAGES = [
     Kivi(key_bits=2, value_bits=3, group=8, residual=8),
     Kivi(key_bits=4, value_bits=8, group=8, residual=8, keys="token"),
     Gear(group=8, residual=8, tokens=16),
-    ZipCache(salient=8, tokens=16),
-    MiKV(salient=8, tokens=16, group=8),
+    ZipCache(residual=128, salient=8, tokens=16),
+    MiKV(residual=128, salient=8, tokens=16, group=8),
 ]
 
 
@@ -73,7 +73,7 @@ def test_it_is_attention_over_both(
         0.25,
         softcap,
         False,
-        show_storage(storage),
+        storage.text,
     )
     out, keys_after, values_after = einfold_ops.packed_attention(
         q, k, v, key_slots, value_slots, *arguments

@@ -15,9 +15,10 @@ from einfold.compiler.ir.kv.store.gear.codec import low_rank
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.codec import balancer
-from einfold.compiler.ir.kv.store.mixed import MiKV, ZipCache
+from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.packed import BITS, Packed
 from einfold.compiler.ir.kv.store.storage import GroupShape
+from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 
 bits = st.sampled_from(BITS)
 

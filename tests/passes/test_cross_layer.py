@@ -14,7 +14,6 @@ from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.cache.plan_cache import PlanCache
-from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.compiler.passes.kv_share.cross_layer import CrossLayer, search
 from einfold.compiler.recipe import Recipe
@@ -23,6 +22,7 @@ from einfold.runtime.cache import Cache
 
 from .. import models
 from ..greedy import all_logits
+from ..methods import chosen
 from ..programs import calls, program, run
 
 LAYER = """
@@ -118,7 +118,7 @@ def test_steps_over_the_cache_equal_attention_over_the_whole_text(windows: tuple
 def test_readers_of_a_pruned_owner_attend_over_what_it_kept() -> None:
     found = planned(0, 0)
     CrossLayer(layers=1).run(found)
-    result = StreamingLLM(sinks=1, recent=4, slack=2).run(found)
+    result = chosen("streaming_llm", sinks=1, recent=4, slack=2).run(found)
     assert [note.action for note in result.notes] == ["applied", "skipped"]
     AttachCache().run(found)
     verify(found, deep=True)

@@ -15,7 +15,6 @@ from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.cache.plan_cache import PlanCache
-from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.compiler.passes.kv_share.cskv import CSKV, features_of
 from einfold.compiler.recipe import Recipe
@@ -23,6 +22,7 @@ from einfold.errors import CalibrationError, IRError, RecipeError
 from einfold.runtime.cache import Cache
 
 from .. import models
+from ..methods import chosen
 from ..programs import calls, program, run
 from .test_cross_layer import planned, text
 
@@ -184,9 +184,9 @@ def test_later_passes_leave_features_alone() -> None:
     found = planned(0)
     CSKV(recent=16, slack=16).run(found)
     before = found.layout
-    assert [n.action for n in StreamingLLM(sinks=1, recent=8, slack=8).run(found).notes] == [
-        "skipped"
-    ]
+    assert [
+        n.action for n in chosen("streaming_llm", sinks=1, recent=8, slack=8).run(found).notes
+    ] == ["skipped"]
     assert "stored by low_rank" in StaticInt8().run(found).notes[0].what
     assert found.layout == before
 

@@ -10,22 +10,20 @@ import numpy as np
 import pytest
 
 import einfold
-from einfold.compiler.ir.kv.keep.policies import Full, Window
+from einfold.compiler.ir.kv.keep.full import Full
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.cache.plan_cache import PlanCache
-from einfold.compiler.passes.cache_methods import QUANT
-from einfold.compiler.passes.kv_quant.gear import Gear
-from einfold.compiler.passes.kv_quant.kivi import Kivi
-from einfold.compiler.passes.kv_quant.mikv import MiKV
-from einfold.compiler.passes.kv_quant.zipcache import ZipCache
+from einfold.compiler.passes.cache_methods import FAMILIES
 from einfold.compiler.recipe import Recipe
 from einfold.errors import IRError, RecipeError
 
 from .. import models
+from ..methods import chosen
 from ..programs import calls, program
 
 BODY = """
@@ -38,26 +36,26 @@ BODY = """
 
 PASSES = [
     (
-        Kivi(group=8, residual=8, slack=4),
+        chosen("kivi", group=8, residual=8, slack=4),
         "kivi(residual=8,slack=4,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel)",
         # codes of both, then scale and zero of a channel (8 tokens) and of a token
         2 * (8 * 2 / 8 + 8 * 4 / 8 + 8 * 2 / 8 + 4),
     ),
     (
-        Gear(bits=4, group=8, residual=8, slack=4, tokens=16, rank=1, share=0.2),
+        chosen("gear", bits=4, group=8, residual=8, slack=4, tokens=16, rank=1, share=0.2),
         "gear(residual=8,slack=4,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
         "tokens=16,rank=1,share=0.2)",
         # KIVI's, then left and right of both, then outliers: 4 of a channel's 16, 2 of a token's 8
         2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (4 * 8 / 16 + 2) * 3),
     ),
     (
-        ZipCache(share=0.5, tokens=16, slack=4),
+        chosen("zipcache", share=0.5, tokens=16, slack=4),
         "zipcache(residual=0,slack=4,prefill=exact,high=4,low=2,salient=8,tokens=16)",
         # 3 bits each in the mean, two scales and zeros a channel, one a token, and the norms
         2 * (6 + 2 * 8 * 4 / 16 + 4 + 8 * 2 / 16),
     ),
     (
-        MiKV(share=0.5, group=8, tokens=16, slack=4),
+        chosen("mikv", share=0.5, group=8, tokens=16, slack=4),
         "mikv(residual=32,slack=4,prefill=exact,high=8,low=2,salient=8,tokens=16,group=8)",
         2 * (10 + 2 * 4 + 8 * 2 / 16),
     ),
@@ -87,20 +85,20 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
         "einfold.packed_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %slots.0, %packed.0, "
         f'[{listed}], none, none, none, none, 3, 0.25, 0.0, false, "{storage}")'
     )
-    queries = ["query.3.0"] if isinstance(step, (ZipCache, MiKV)) else []
+    queries = ["query.3.0"] if step.name in ("zipcache", "mikv") else []
     assert found.output_names() == ["o", *queries, "cache.3.0.key", "cache.3.0.value"]
     text = print_program(found)
     assert print_program(parse(text)) == text
 
 
 def test_every_method_is_listed() -> None:
-    assert list(QUANT) == ["kivi", "gear", "zipcache", "mikv"]
-    assert [type(step) for step, _, _ in PASSES] == list(QUANT.values())
+    assert list(FAMILIES["quant"]) == ["kivi", "gear", "zipcache", "mikv"]
+    assert [step.name for step, _, _ in PASSES] == list(FAMILIES["quant"])
 
 
 def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
     found = planned(window=5)
-    result = Kivi(group=8, residual=8, slack=4).run(found)
+    result = chosen("kivi", group=8, residual=8, slack=4).run(found)
     assert result.notes[0].what == "has a sliding window of 5 tokens of its own"
     assert not result.changed and not found.layout.packs()
     found = planned()
@@ -108,7 +106,7 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
     first, second = (type(layer.groups[0])((head,)) for head in (0, 1))
     groups = (type(first)((0,), Full()), type(first)((1,), Window(4, 16)))
     found.layout = CacheLayout((type(layer)(3, 2, 8, 8, groups),))
-    result = Kivi(group=8, residual=8, slack=4).run(found)
+    result = chosen("kivi", group=8, residual=8, slack=4).run(found)
     assert [group.packed for group in found.layout[3].groups] == [True, False]
     assert result.notes[1].what == "heads 1 keep few tokens already, by window"
     AttachCache().run(found)
@@ -121,27 +119,39 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (lambda: Kivi(bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
-        (lambda: Kivi(residual=16), "residual of 16 tokens is smaller than a group of 32"),
-        (lambda: Gear(group=24, tokens=64), "group of 24 does not divide the granule 64"),
-        (lambda: ZipCache(share=1.0), "fewer salient than all"),
-        (lambda: MiKV(share=0.01), "not 0 of 128; change tokens, or the share"),
-        (lambda: ZipCache(share=float("inf")), "share of salient tokens is from 0 to 1, not inf"),
-        (lambda: MiKV(share=float("nan")), "share of salient tokens is from 0 to 1, not nan"),
+        (lambda: chosen("kivi", bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
         (
-            lambda: ZipCache(high=2, low=4),
+            lambda: chosen("kivi", residual=16),
+            "residual of 16 tokens is smaller than a group of 32",
+        ),
+        (lambda: chosen("gear", group=24, tokens=64), "group of 24 does not divide the granule 64"),
+        (lambda: chosen("zipcache", share=1.0), "fewer salient than all"),
+        (lambda: chosen("mikv", share=0.01), "not 0 of 128; change tokens, or the share"),
+        (
+            lambda: chosen("zipcache", share=float("inf")),
+            "share of salient tokens is from 0 to 1, not inf",
+        ),
+        (
+            lambda: chosen("mikv", share=float("nan")),
+            "share of salient tokens is from 0 to 1, not nan",
+        ),
+        (
+            lambda: chosen("zipcache", high=2, low=4),
             "salient tokens get as many bits as the rest or more, not 2",
         ),
-        (lambda: Kivi(key_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
-        (lambda: Kivi(value_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
+        (lambda: chosen("kivi", key_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
+        (lambda: chosen("kivi", value_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
         (
-            lambda: Kivi(group=16, residual=16, slack=4).run(planned()),
+            lambda: chosen("kivi", group=16, residual=16, slack=4).run(planned()),
             "16 does not divide the value size",
         ),
-        (lambda: Gear(group=8, residual=8, slack=4, tokens=16, rank=9).run(planned()), "rank 9"),
-        (lambda: Kivi(group=8, residual=60).run(planned()), "the context has 64"),
         (
-            lambda: Kivi(group=8, residual=8, slack=49).run(planned()),
+            lambda: chosen("gear", group=8, residual=8, slack=4, tokens=16, rank=9).run(planned()),
+            "rank 9",
+        ),
+        (lambda: chosen("kivi", group=8, residual=60).run(planned()), "the context has 64"),
+        (
+            lambda: chosen("kivi", group=8, residual=8, slack=49).run(planned()),
             "8 tokens and up to 56 that wait",
         ),
     ],
@@ -166,7 +176,7 @@ def test_a_recipe_says_where_packed_tokens_can_be_read(target: str) -> None:
 
 def test_a_bulk_of_another_storage_is_refused() -> None:
     found = planned()
-    Kivi(group=8, residual=8, slack=4).run(found)
+    chosen("kivi", group=8, residual=8, slack=4).run(found)
     AttachCache().run(found)
     text = print_program(found)
     with pytest.raises(IRError, match="does not hold the pieces"):

@@ -18,18 +18,15 @@ from einfold.compiler.ir.weights import Weight
 from einfold.compiler.passes.base import Pass
 from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.cache.plan_cache import PlanCache
-from einfold.compiler.passes.kv_prune.ems import EMS
-from einfold.compiler.passes.kv_prune.h2o import H2O
 from einfold.compiler.passes.kv_prune.native_window import NativeWindow
 from einfold.compiler.passes.kv_prune.razor_attention import RazorAttention, choose
-from einfold.compiler.passes.kv_prune.snapkv import SnapKV
-from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
 from einfold.compiler.recipe import Recipe
 from einfold.errors import RecipeError
 from einfold.runtime.cache import Cache
 
 from .. import models
 from ..greedy import all_logits, check_tokens, greedy_batch
+from ..methods import chosen
 from ..programs import calls, program, run
 
 BODY = """
@@ -195,9 +192,13 @@ def test_freed_windows_write_the_same_tokens(
 
 
 SCORED = {
-    SnapKV(24, 8, 5, 4): "voted(chosen=16,observe=8,kernel=5,slack=4,queries=2)",
-    H2O(24, slack=4): "heavy_hitters(heavy=12,recent=12,slack=4,prefill=exact)",
-    EMS(24, 8, 4): "merged(heavy=16,recent=8,slack=4,prefill=exact,local=32,similarity=0.6)",
+    chosen(
+        "snapkv", tokens=24, observe=8, kernel=5, slack=4
+    ): "voted(chosen=16,observe=8,kernel=5,slack=4,queries=2)",
+    chosen("h2o", tokens=24, slack=4): "heavy_hitters(heavy=12,recent=12,slack=4,prefill=exact)",
+    chosen(
+        "ems", tokens=24, recent=8, slack=4
+    ): "merged(heavy=16,recent=8,slack=4,prefill=exact,local=32,similarity=0.6)",
 }
 
 
@@ -255,9 +256,15 @@ def test_budgets_that_cannot_be(table: dict[str, object], message: str) -> None:
 
 
 def test_what_keeps_as_much_as_the_context_is_refused() -> None:
-    slack_fills_it = StreamingLLM(sinks=4, recent=40, slack=20)
-    longer = (StreamingLLM(recent=100, slack=4), RazorAttention(recent=100, slack=4))
-    for method in (SnapKV(64), H2O(80), EMS(64), slack_fills_it, *longer):
+    slack_fills_it = chosen("streaming_llm", sinks=4, recent=40, slack=20)
+    longer = (chosen("streaming_llm", recent=100, slack=4), RazorAttention(recent=100, slack=4))
+    for method in (
+        chosen("snapkv", tokens=64),
+        chosen("h2o", tokens=80),
+        chosen("ems", tokens=64),
+        slack_fills_it,
+        *longer,
+    ):
         with pytest.raises(RecipeError, match="but the context has 64: nothing would be pruned"):
             method.run(planned())
 
@@ -266,7 +273,7 @@ def test_merging_is_refused_where_tokens_are_integers() -> None:
     from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 
     found = planned()
-    EMS(40, slack=4).run(found)
+    chosen("ems", tokens=40, slack=4).run(found)
     StaticInt8().run(found)
     with pytest.raises(RecipeError, match="layer 0: tokens that are merged are averaged"):
         AttachCache().run(found)
@@ -277,7 +284,7 @@ def test_shown_queries_times_stored_keys_are_the_logits() -> None:
     from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 
     found = planned()
-    H2O(40, slack=4).run(found)
+    chosen("h2o", tokens=40, slack=4).run(found)
     StaticInt8().run(found)
     scale = torch.rand(4, 8) + 0.5
     for name in list(found.cache_weights):
@@ -425,9 +432,9 @@ def test_razor_attention_is_attention_to_what_the_paper_keeps(prefill: str, chun
 def test_with_room_for_everything_nothing_changes() -> None:
     """Every method is full attention as long as its budget holds the text."""
     for method in (
-        SnapKV(50, 8, slack=4),
-        H2O(50, slack=4),
-        EMS(50, slack=4),
+        chosen("snapkv", tokens=50, observe=8, slack=4),
+        chosen("h2o", tokens=50, slack=4),
+        chosen("ems", tokens=50, slack=4),
         RazorAttention(0.25, 0, 4, 50, 4),
     ):
         text = Text(method, 40, [12, 30])
@@ -439,7 +446,12 @@ def test_with_room_for_everything_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [SnapKV(12, 4, 3, 4), H2O(12, 6, 4), EMS(12, 4, 4, similarity=1)]
+    "method",
+    [
+        chosen("snapkv", tokens=12, observe=4, kernel=3, slack=4),
+        chosen("h2o", tokens=12, recent=6, slack=4),
+        chosen("ems", tokens=12, recent=4, slack=4, similarity=1),
+    ],
 )
 def test_scored_rows_trim_by_themselves(method: Pass) -> None:
     """A row of a batch attends to the same as it does alone, and to less than everything."""

@@ -21,15 +21,13 @@ from einfold.compiler.ir.kv.store.minicache.codec import (
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache as Storage
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
-from einfold.compiler.passes.kv_prune.streaming_llm import StreamingLLM
-from einfold.compiler.passes.kv_quant.kivi import Kivi
 from einfold.compiler.passes.kv_share.cross_layer import CrossLayer
-from einfold.compiler.passes.kv_share.minicache import MiniCache
 from einfold.compiler.recipe import Recipe
 from einfold.errors import IRError, RecipeError
 from einfold.runtime.cache import Cache
 
 from .. import models
+from ..methods import chosen
 from ..programs import calls, run
 from .test_cross_layer import planned
 
@@ -62,7 +60,7 @@ def test_the_most_distant_tokens_are_retained_up_to_the_capacity() -> None:
 
 @pytest.mark.parametrize("retained", [0, 3])
 def test_decoding_gives_lengths_exactly_and_retained_tokens_whole(retained: int) -> None:
-    storage = Storage(group=8, retained=retained, gamma=0.3)
+    storage = Storage(group=8, rows=retained, gamma=0.3)
     generator = torch.Generator().manual_seed(0)
     keys, values = (
         tuple(torch.randn(2, 3, 8, size, generator=generator) for _ in range(2)) for size in (6, 4)
@@ -87,7 +85,7 @@ def test_decoding_gives_lengths_exactly_and_retained_tokens_whole(retained: int)
 
 
 def test_retained_tokens_that_float16_has_no_room_for_are_cut() -> None:
-    storage = Storage(group=8, retained=3, gamma=0.3, dtype="f16")
+    storage = Storage(group=8, rows=3, gamma=0.3, dtype="f16")
     generator = torch.Generator().manual_seed(0)
     a, b = (1e6 * torch.randn(2, 3, 8, 4, generator=generator) for _ in range(2))
     first, second = encode_pair(storage, (a, b), (b, a))
@@ -101,8 +99,10 @@ SMALL = {"group": 2, "residual": 3, "slack": 2, "retained": 0.5, "start": 0}
 
 def test_adjacent_layers_are_paired() -> None:
     found = planned(0, 0, 0, 0, 0)
-    result = MiniCache(group=8, residual=8, slack=8).run(found)
-    storage = "minicache(residual=8,slack=8,prefill=exact,group=8,retained=1,slerp=0.6,gamma=0.05,dtype=f32)"
+    result = chosen("minicache", group=8, residual=8, slack=8).run(found)
+    storage = (
+        "minicache(residual=8,slack=8,prefill=exact,group=8,rows=1,slerp=0.6,gamma=0.05,dtype=f32)"
+    )
     assert list(found.layout.lines())[2:] == [
         "cache 2.0 heads=0 of=1 key=8 value=8 policy=full storage=f32",
         f"cache 3.0 heads=0 of=1 key=8 value=8 policy=full storage={storage}",
@@ -121,14 +121,14 @@ def test_adjacent_layers_are_paired() -> None:
 
 def test_windows_and_lone_layers_are_skipped_and_a_short_context_refused() -> None:
     found = planned(0, 0, 4, 0, 0)
-    result = MiniCache(start=0.4, group=8, residual=8, slack=8).run(found)
+    result = chosen("minicache", start=0.4, group=8, residual=8, slack=8).run(found)
     reasons = {note.where: note.what for note in result.notes}
     assert reasons["layer 2"] == "layer 2 has a sliding window of 4 tokens of its own"
     assert [layer.groups[0].partner for layer in found.layout.layers] == [None] * 4 + [3]
     with pytest.raises(
         RecipeError, match=r"8 tokens and up to 56 that wait .* nothing would be merged"
     ):
-        MiniCache(group=8, residual=8, slack=49).run(planned(0, 0))
+        chosen("minicache", group=8, residual=8, slack=49).run(planned(0, 0))
     small = {"group": 8, "residual": 8, "slack": 8}
     for windows, start, reason in (
         ((0, 4, 0, 4), 0.0, "layer 0: layer 1 has a sliding window of 4 tokens of its own"),
@@ -136,11 +136,11 @@ def test_windows_and_lone_layers_are_skipped_and_a_short_context_refused() -> No
         ((0, 0), 0.9, "layer 1: is before layer 2, where pairs begin"),
     ):
         with pytest.raises(RecipeError, match=f"no two adjacent layers .*{reason}.* lower start"):
-            MiniCache(start=start, **small).run(planned(*windows))  # type: ignore[arg-type]
+            chosen("minicache", start=start, **small).run(planned(*windows))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="slerp and gamma are shares"):
-        MiniCache(slerp=1.5)
+        chosen("minicache", slerp=1.5)
     with pytest.raises(RecipeError, match="start is a share"):
-        MiniCache(start=1)
+        chosen("minicache", start=1)
 
 
 @given(
@@ -213,7 +213,7 @@ def test_both_layers_of_a_pair_are_merged_together(
 def test_attention_reads_what_is_merged() -> None:
     """The deeper layer's call equals attention over its decoded and its plain tokens."""
     found = planned(0, 0)
-    MiniCache(**SMALL).run(found)
+    chosen("minicache", **SMALL).run(found)
     AttachCache().run(found)
     cache = Cache.allocate(found.layout, 1, 20, 12)
     ids = torch.randint(11, (1, 20), generator=torch.Generator().manual_seed(0))
@@ -256,9 +256,9 @@ def test_a_layer_without_a_partner_is_refused(partner: str) -> None:
 def test_a_stack_is_one_layout() -> None:
     """A deep layer pair merged, the others pruned or packed, and what does not fit said so."""
     found = planned(0, 0, 0, 0)
-    MiniCache(group=8, residual=8, slack=8).run(found)
-    pruned = StreamingLLM(sinks=1, recent=8, slack=8).run(found)
-    packed = Kivi(bits=4, group=8, residual=8, slack=4).run(found)
+    chosen("minicache", group=8, residual=8, slack=8).run(found)
+    pruned = chosen("streaming_llm", sinks=1, recent=8, slack=8).run(found)
+    packed = chosen("kivi", bits=4, group=8, residual=8, slack=4).run(found)
     assert [n.action for n in pruned.notes] == ["applied", "applied", "skipped", "skipped"]
     assert all(note.action == "skipped" for note in packed.notes)
     assert "packed by minicache already" in packed.notes[3].what
@@ -269,7 +269,7 @@ def test_a_stack_is_one_layout() -> None:
 def test_a_reader_attends_over_packed_tokens_of_its_owner() -> None:
     found = planned(0, 0, 0)
     CrossLayer(layers=2).run(found)
-    Kivi(bits=8, group=8, residual=8, slack=4).run(found)
+    chosen("kivi", bits=8, group=8, residual=8, slack=4).run(found)
     AttachCache().run(found)
     verify(found, deep=True)
     assert sum("packed_attention(%" in c and ", none, none, %" in c for c in calls(found)) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.ir.kv.keep.policies import Window
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.kv.keep.policies import Window
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.kv.store.storages import Plain
+from einfold.compiler.ir.kv.store.plain.storage import Plain
 from einfold.compiler.ir.types import DTYPES as TORCH_TYPES
 from einfold.errors import EinfoldError
 from einfold.runtime.cache import Cache

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
+from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
 from einfold.compiler.ir.kv.store.packed import Packed
-from einfold.compiler.ir.kv.store.storages import Kivi, MiniCache
 from einfold.errors import ModelError
 from einfold.runtime.cache import Cache
 

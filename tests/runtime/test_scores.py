@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einfold.compiler.ir.kv.keep.policies import HeavyHitters, Merged, Policy, Voted, Window
+from einfold.compiler.ir.kv import attention_sums as sums
+from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.merged import Merged
+from einfold.compiler.ir.kv.keep.policy import Policy
+from einfold.compiler.ir.kv.keep.voted import Voted
+from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.kv.store.storages import Plain
+from einfold.compiler.ir.kv.store.plain.storage import Plain
 from einfold.errors import EinfoldError, IRError
-from einfold.runtime import scores
 from einfold.runtime.cache import Cache
 
 HEADS, EACH, SIZE = 2, 2, 4
@@ -88,9 +92,9 @@ def test_blocks_of_queries_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = text(1, 20)
     weights = np.random.default_rng(1).random((2, 20)).astype(np.float32)
     keys = k[0].transpose(1, 0, 2)
-    whole = scores.attention_sums(q[0], keys, 0, weights)
-    monkeypatch.setattr(scores, "_BLOCK", 20 * HEADS * EACH * 3)
-    np.testing.assert_allclose(scores.attention_sums(q[0], keys, 0, weights), whole, rtol=1e-4)
+    whole = sums.attention_sums(q[0], keys, 0, weights)
+    monkeypatch.setattr(sums, "_BLOCK", 20 * HEADS * EACH * 3)
+    np.testing.assert_allclose(sums.attention_sums(q[0], keys, 0, weights), whole, rtol=1e-4)
 
 
 @pytest.mark.parametrize("storage", ["f32", "i8"])

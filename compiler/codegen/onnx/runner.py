@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from ....errors import ArtifactError, first_line, pass_on
 from ....runtime.artifact import Artifact
-from ....runtime.cache import Array, Cache
+from ....runtime.buffers import Array
+from ....runtime.cache import Cache
 from ....runtime.runner import Floats, Ints, running
 from ...ir.kv.layout import TOKENS
 from ...ir.manifest import BLOCKS, MODEL, WEIGHTS

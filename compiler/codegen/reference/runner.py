@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from ....runtime.artifact import Artifact
-from ....runtime.cache import Array, Cache
+from ....runtime.buffers import Array
+from ....runtime.cache import Cache
 from ....runtime.program import read_program
 from ....runtime.runner import Floats, Ints, running
 from ...ir.interpreter import Interpreter

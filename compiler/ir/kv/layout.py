@@ -12,15 +12,17 @@ allocates, or SymPy symbols, as in the account: one formula serves both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
-from .keep.policies import POLICIES, Full, Policy, Window
+from .keep.full import Full
+from .keep.policy import POLICIES, Policy
 from .sizes import Size, least, most
-from .store.storages import ITEM_BYTES, GroupShape, Plain, Storage, read_storage, show_storage
+from .store.plain.storage import Plain
+from .store.storage import ITEM_BYTES, GroupShape, Storage, read_storage
 from .text import count_of, read, show
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Buffer:
     """One buffer to allocate.
 
     `role` says how a step of the graph meets it: it reads and writes `slots`, only reads what is `read`,
-    and never sees what is for the `host`, which the runtime keeps books in between steps.
+    and never sees what is for the `host`, which the runtime works with between steps.
     """
 
     name: str
@@ -68,13 +70,12 @@ class HeadGroup:
     """The earlier layer whose group of this number holds what the storage shares between two layers."""
 
     def __post_init__(self) -> None:
-        if self.packed and not isinstance(self.policy, Full):
+        if self.packed and not self.policy.whole:
             raise IRError(
                 f"heads {self.heads}: {self.policy.name} keeps few tokens, so there is nothing for "
                 f"{self.storage.name} to pack; pack only groups that keep every token"
             )
-        whole = not isinstance(self.policy, Window) or self.policy.compensated
-        if self.storage.windowed and whole:
+        if self.storage.windowed and not self.policy.sliding:
             raise IRError(
                 f"heads {self.heads}: {self.storage.name} stands for the tokens that leave a window "
                 f"without compensation, and {show(self.policy)} is none"
@@ -91,19 +92,25 @@ class HeadGroup:
         return self.storage.waiting > 0
 
     @property
-    def scored(self) -> bool:
-        """Whether the attention that each token got is added up and goes along with it."""
-        return self.policy.scored or self.storage.scored
+    def scores(self) -> Mapping[str, float]:
+        """The buffers in which the attention that tokens got is added up, which go along with them, and how
+        much each fades with a query."""
+        return self.policy.scores or ({"score": 1.0} if self.storage.scored else {})
+
+    @property
+    def by_slot(self) -> tuple[str, ...]:
+        """The buffers whose third axis is the slots: they move together."""
+        return (*PARTS, *self.scores)
 
     @property
     def observed(self) -> bool:
         """Whether the runtime must be shown the queries."""
-        return self.scored or self.policy.once
+        return bool(self.scores) or self.policy.once
 
     @property
     def moves(self) -> bool:
         """Whether tokens leave the slots, so that a slot's index is not the token's place in the text."""
-        return self.packed or not isinstance(self.policy, Full)
+        return self.packed or not self.policy.whole
 
     @property
     def newest(self) -> int:
@@ -121,7 +128,7 @@ class HeadGroup:
 
     def describe(self) -> str:
         """`window(sinks=4,..) f32`, in one word each."""
-        return f"{show(self.policy)} {show_storage(self.storage)}"
+        return f"{show(self.policy)} {self.storage.text}"
 
 
 @dataclass(frozen=True)
@@ -173,13 +180,13 @@ class LayerCache:
             for part in PARTS:
                 mean = (batch, shape.heads, shape.size(part))
                 yield Buffer(f"{prefix}.mean_{part}", mean, "f32", "host")
-        if group.scored:
-            yield Buffer(f"{prefix}.score", (batch, shape.heads, slots), "f32", "host")
+        for name in group.scores:
+            yield Buffer(f"{prefix}.{name}", (batch, shape.heads, slots), "f32", "host")
         if group.storage.balanced:
             queries = (batch, shape.heads, shape.key_size)
             yield Buffer(f"{prefix}.query_max", queries, "f32", "host")
         reading = prompt is not None
-        for name, size in group.policy.books(batch, shape.heads, shape.key_size, slots, reading):
+        for name, size in group.policy.buffers(batch, shape.heads, shape.key_size, reading):
             yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed:
             tokens = 0 if reading and group.exact else group.policy.slots(capacity)
@@ -370,7 +377,7 @@ class CacheLayout:
             yield (
                 f"cache {layer.layer}.{index} heads={heads} of={layer.kv_heads} "
                 f"key={layer.key_size} value={layer.value_size} "
-                f"policy={show(group.policy)} storage={show_storage(group.storage)}{owner}{partner}"
+                f"policy={show(group.policy)} storage={group.storage.text}{owner}{partner}"
             )
 
     @staticmethod

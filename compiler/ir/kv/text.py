@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from ....errors import IRError
+from .options import text_fields
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ _CALL = re.compile(r"(\w+)(?:\(([^()]*)\))?")
 
 def show(value: Any) -> str:
     """`window(sinks=4,recent=252)`: the fields of a dataclass in order; `name` alone where it has none."""
-    shown = ",".join(f"{f.name}={_show(getattr(value, f.name))}" for f in fields(value))
+    shown = ",".join(f"{f.name}={_show(getattr(value, f.name))}" for f in text_fields(value))
     return f"{value.name}({shown})" if shown else str(value.name)
 
 
@@ -27,7 +28,7 @@ def read(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
     if match is None or match[1] not in kinds:
         raise IRError(f"unknown {what} {text!r}; known: {', '.join(kinds)}")
     kind = kinds[match[1]]
-    declared = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    declared = {f.name: f for f in text_fields(kind)}
     values: dict[str, Any] = {}
     for item in filter(None, (match[2] or "").split(",")):
         name, _, written = item.partition("=")

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..kv.codes.codec import decode
 from ..kv.store.packed import Packed
-from ..kv.store.storage import GroupShape
-from ..kv.store.storages import read_storage
+from ..kv.store.storage import GroupShape, read_storage
 from .attention import take_in, visible_slots
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from ....errors import IRError, RecipeError
-from ...ir.kv.keep.policies import Merged
 from ...ir.kv.layout import (
     PARTS,
     TOKENS,
@@ -21,9 +20,6 @@ from ...ir.kv.layout import (
     query_name,
     slots_dim,
 )
-from ...ir.kv.store.low_rank.storage import LowRank
-from ...ir.kv.store.packed import Packed
-from ...ir.kv.store.storages import show_storage
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
@@ -210,7 +206,7 @@ class Attachment:
     ) -> fx.Node:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
-        if isinstance(group.policy, Merged) and group.storage.slot_dtype == "i8":
+        if group.policy.mixes and group.storage.slot_dtype == "i8":
             raise RecipeError(
                 f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
                 "time; keep them in f32, or choose a method that evicts"
@@ -220,7 +216,7 @@ class Attachment:
             self._show_query(cache, index, query, inputs["key"], found, rotary)
         if group.packed:
             return self._packed_call(cache, index, new, inputs, found, rotary)
-        if isinstance(group.storage, LowRank):
+        if group.storage.windowed:
             return self._low_rank_call(cache, index, new, inputs, found, rotary)
         call = self.editor.call(
             einfold_ops.cached_attention.default,
@@ -261,7 +257,6 @@ class Attachment:
         clock = self.layout.clock(group)
         self._read[cache.layer, index] = inputs
         lent = {} if group.partner is None else self._read[group.partner, index]
-        assert isinstance(group.storage, Packed)
         pieces = group.storage.pieces(cache.shape(group))
         query, key, value, sinks = new
         call = self.editor.call(
@@ -280,7 +275,7 @@ class Attachment:
             found["scale"],
             found["softcap"],
             rotary[3],
-            show_storage(group.storage),
+            group.storage.text,
         )
         return self._updated(call, cache, index)
 

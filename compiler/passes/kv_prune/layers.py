@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ....errors import RecipeError
-from ...ir.kv.keep.policies import HeavyHitters, Policy, Voted, Window
+from ...ir.kv.keep.policy import Policy
 from ...ir.kv.layout import CacheLayout, LayerCache
 from ...ir.program import Program, attention_nodes, call_arguments, own_windows
 from ..base import PassResult, check_lets_go
 
-#: Policies that a method may choose.
-Chosen = Window | HeavyHitters | Voted
 
-
-def prunable(program: Program, result: PassResult, policy: Chosen) -> Iterator[LayerCache]:
+def prunable(program: Program, result: PassResult, policy: Policy) -> Iterator[LayerCache]:
     """The layers whose caches hold every token; the others are noted as skipped, with the reason.
 
     Raises RecipeError where the context has no more tokens than a policy has slots for.
@@ -24,7 +20,7 @@ def prunable(program: Program, result: PassResult, policy: Chosen) -> Iterator[L
         result.skipped("graph", "no attention in the graph")
         return
     kept = policy.lead + policy.newest
-    check_lets_go(program, "cache.prune: the method", kept, policy.slack, "pruned")
+    check_lets_go(program, "cache.prune: the method", kept, policy.waiting, "pruned")
     windows = own_windows(program)
     for layer in program.layout.layers:
         window = windows[layer.layer]
@@ -52,7 +48,7 @@ def with_layer(program: Program, layer: LayerCache) -> None:
     )
 
 
-def observable(program: Program, result: PassResult, policy: Chosen) -> Iterator[LayerCache]:
+def observable(program: Program, result: PassResult, policy: Policy) -> Iterator[LayerCache]:
     """The prunable layers whose attention the runtime can follow, from queries and keys alone."""
     calls = {int(f["layer"]): f for f in map(call_arguments, attention_nodes(program))}
     for layer in prunable(program, result, policy):
@@ -63,12 +59,3 @@ def observable(program: Program, result: PassResult, policy: Chosen) -> Iterator
             result.skipped(f"layer {layer.layer}", "has learned sinks, which scores leave out")
         else:
             yield layer
-
-
-def check_budget(method: str, tokens: int, newest: int, named: str) -> None:
-    """Raises RecipeError where a budget leaves nothing to choose beside the newest tokens."""
-    if tokens <= newest:
-        raise RecipeError(
-            f"{method}: a budget of {tokens} tokens leaves none to choose beside the {newest} of {named}; "
-            f"raise tokens or lower {named}"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.kv.keep.policies import Window
+from ...ir.kv.keep.window import Window
 from ...ir.program import Program, attention_nodes, call_arguments
 from ..base import Pass, PassResult
 from .layers import with_policy

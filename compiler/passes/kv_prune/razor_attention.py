@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 
 from ....errors import RecipeError
 from ...calibrate.statistics import kv_scores, probe_period
-from ...ir.kv.keep.policies import Window
+from ...ir.kv.keep.window import Window
 from ...ir.kv.layout import HeadGroup, LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
+from ..methods import PRUNE
 from .layers import prunable, with_layer
 
 #: A KV head of the model: (layer, head).
 Head = tuple[int, int]
 
 
+@PRUNE.register
 @dataclass(frozen=True)
 class RazorAttention(Pass):
     """Head-wise pruning by retrieval heads (Tang et al. 2024, sections 3.2 and 3.3).

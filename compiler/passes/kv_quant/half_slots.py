@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...ir.kv.layout import CacheLayout
-from ...ir.kv.store.storages import Plain
+from ...ir.kv.store.plain.storage import Plain
 from ...ir.program import Program
 from ..base import Pass, PassResult
 

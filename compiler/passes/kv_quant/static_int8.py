@@ -8,7 +8,7 @@ import torch
 
 from ...calibrate.observers.kv_ranges import KVRanges
 from ...ir.kv.layout import PARTS, CacheLayout, cache_name
-from ...ir.kv.store.storages import Plain
+from ...ir.kv.store.plain.storage import Plain
 from ...ir.program import Program
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
@@ -46,7 +46,7 @@ class StaticInt8(Pass):
                 continue
             groups = []
             for index, group in enumerate(layer.groups):
-                if not isinstance(group.storage, Plain):
+                if not group.storage.plain:
                     groups.append(group)
                     continue
                 groups.append(replace(group, storage=Plain("i8", "channel")))

@@ -14,6 +14,7 @@ from ...ir.kv.layout import CacheLayout, HeadGroup
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
 from ..base import Pass, PassResult
+from ..methods import SHARE
 from .projections import narrow_projections
 
 #: In which order pairs of layers are tried.
@@ -22,6 +23,7 @@ ORDERS = ("dissimilar", "similar")
 Pair = tuple[int, int]
 
 
+@SHARE.register
 @dataclass(frozen=True)
 class CrossLayer(Pass):
     """Has `layers` layers read another layer's cache, as KVSharer (Yang et al. 2024, algorithm 1) finds them.

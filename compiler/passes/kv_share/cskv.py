@@ -8,16 +8,20 @@ import torch
 
 from ....errors import RecipeError
 from ...calibrate.observers.kv_bases import KVBases
-from ...ir.kv.keep.policies import Full, Window
+from ...ir.kv.keep.full import Full
+from ...ir.kv.keep.window import Window
 from ...ir.kv.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
 from ...ir.kv.store.low_rank.storage import LowRank
-from ...ir.kv.store.storages import ITEM_BYTES, Plain
+from ...ir.kv.store.plain.storage import Plain
+from ...ir.kv.store.storage import ITEM_BYTES
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight
 from ..base import Pass, PassResult, check_lets_go, check_options
+from ..methods import SHARE
 
 
+@SHARE.register
 @dataclass(frozen=True)
 class CSKV(Pass):
     """Stores `keep` of the channels of keys and values, for every token (Wang et al. 2024, section 3).

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ....errors import RecipeError
-from ...ir.kv.keep.policies import Full
+from ...ir.kv.keep.full import Full
 from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.store.minicache.storage import MiniCache as Storage
-from ...ir.kv.store.storages import ITEM_BYTES, Plain
+from ...ir.kv.store.plain.storage import Plain
+from ...ir.kv.store.storage import ITEM_BYTES
 from ...ir.program import Program, own_windows
-from ..base import Pass, PassResult, check_lets_go, check_options
+from ..base import Pass, PassResult, check_lets_go
+from ..methods import SHARE
 
 
+@SHARE.register
 @dataclass(frozen=True)
 class MiniCache(Pass):
     """Merges what adjacent layers of the deeper half cache (Liu et al. 2024, section 4).
@@ -34,41 +38,22 @@ class MiniCache(Pass):
     """
 
     start: float = 0.5
-    slerp: float = 0.6
-    gamma: float = 0.05
-    retained: float = 0.05
-    group: int = 64
-    residual: int = 64
-    slack: int = 64
-    dtype: str = "f32"
-    prefill: str = "exact"
+    storage: Storage = field(default_factory=Storage)
 
     name = "minicache"
     requires = frozenset({"cache planned"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < 1 or not 0 <= self.retained <= 1:
+        if not 0 <= self.start < 1:
             raise RecipeError(
-                "cache.share: start is a share of the layers from 0 to below 1, and retained one of the "
-                f"tokens from 0 to 1, not {self.start} and {self.retained}"
+                f"cache.share: start is a share of the layers from 0 to below 1, not {self.start}"
             )
-        check_options("cache.share", self.storage)
 
-    def storage(self) -> Storage:
-        """The storage that these options ask for. Raises IRError for one that cannot be."""
-        return Storage(
-            self.residual,
-            self.slack,
-            self.prefill,
-            self.group,
-            math.ceil(self.retained * self.group),
-            self.slerp,
-            self.gamma,
-            self.dtype,
-        )
+    def options(self) -> dict[str, Any]:
+        return {"start": self.start, **self.storage.options()}
 
     def run(self, program: Program) -> PassResult:
-        result, storage = PassResult(), self.storage()
+        result, storage = PassResult(), self.storage
         if program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result

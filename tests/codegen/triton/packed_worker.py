@@ -20,7 +20,7 @@ from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.kv.store.minicache.codec import encode_pair
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
 from einfold.compiler.ir.kv.store.packed import Packed
-from einfold.compiler.ir.kv.store.storages import read_storage, show_storage
+from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.ops.packed import packed_attention_in_place
 from einfold.compiler.ir.program import call_arguments
@@ -50,7 +50,7 @@ def node_of(storage: Packed, request: dict[str, Any]) -> fx.Node:
         output "a" = %a
         output "o" = %o
     """)
-    own = f"storage={show_storage(storage)}"
+    own = f"storage={storage.text}"
     deeper = "storage=f32 owner=0" if request.get("reader") else own
     deeper += " partner=0" if isinstance(storage, MiniCache) else ""
     heads = f"heads=0,1 of={HEADS} key={key} value={value} policy=full"

@@ -9,9 +9,12 @@ import pytest
 
 from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
-from einfold.compiler.codegen.triton.attention.packed import RETAINED, PackedKind, packed_kinds
+from einfold.compiler.codegen.triton.attention.packed import PackedKind, packed_kinds
+from einfold.compiler.ir.kv.store.gear.storage import Gear
+from einfold.compiler.ir.kv.store.kivi.storage import Kivi
+from einfold.compiler.ir.kv.store.minicache.stream import RETAINED
 from einfold.compiler.ir.kv.store.packed import Packed
-from einfold.compiler.ir.kv.store.storages import Gear, Kivi, read_storage, show_storage
+from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton
@@ -43,9 +46,9 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         ("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
         ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),
         ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {"reader": True}),
-        ("minicache(slack=8,residual=8,group=8,retained=2)", {"sizes": (13, 7)}),
-        ("minicache(slack=8,residual=8,group=6,retained=3,gamma=0.5,dtype=f16)", PRESSED),
-        ("minicache(slack=8,residual=8,group=8,retained=0)", {}),
+        ("minicache(slack=8,residual=8,group=8,rows=2)", {"sizes": (13, 7)}),
+        ("minicache(slack=8,residual=8,group=6,rows=3,gamma=0.5,dtype=f16)", PRESSED),
+        ("minicache(slack=8,residual=8,group=8,rows=0)", {}),
     ],
 )
 def test_kernels_do_what_the_operator_does(
@@ -66,7 +69,7 @@ def test_kernels_do_what_the_operator_does(
 @pytest.mark.parametrize("bits", [4, 2])
 def test_a_decode_kernel_compiles_for_a_gpu(bits: int, plan_cache: Any) -> None:
     """The products go to matrix instructions, and nothing is spilled."""
-    storage = show_storage(Kivi(key_bits=bits, value_bits=bits, group=32, residual=128))
+    storage = Kivi(key_bits=bits, value_bits=bits, group=32, residual=128).text
     kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage)
     made = attention_kernel(kind, f"kivi{bits}", (0,), 4096, cache=plan_cache)
     compiled = compile_ahead(made.kernel, 90, "part", made.decode)
@@ -76,7 +79,7 @@ def test_a_decode_kernel_compiles_for_a_gpu(bits: int, plan_cache: Any) -> None:
 
 def test_a_kernel_reads_no_more_than_the_codes(plan_cache: Any) -> None:
     """Every input is a view of a packed piece: nothing of the size of the keys is made ahead of it."""
-    storage = show_storage(Gear(group=32, residual=128, rank=2))
+    storage = Gear(group=32, residual=128, bits=4, rank=2).text
     kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage)
     made = attention_kernel(kind, "gear", (0,), 4096, cache=plan_cache)
     assert not made.kernel.division.ahead and not made.kernel.division.after
@@ -86,10 +89,10 @@ def test_a_kernel_reads_no_more_than_the_codes(plan_cache: Any) -> None:
 
 
 def test_more_retained_rows_than_a_kernel_takes_are_refused() -> None:
-    sizes = "minicache(slack=8,residual=8,group=16,retained={})"
+    sizes = "minicache(slack=8,residual=8,group=16,rows={})"
     assert len(packed_kinds(node_of(read(sizes.format(RETAINED)), {}))) == 1
     with pytest.raises(
-        UnsupportedError, match=r"layer 1 retains up to 9 of 16 tokens, .* lower retained"
+        UnsupportedError, match=r"layer 1: up to 9 of 16 tokens are retained, .* lower retained"
     ):
         packed_kinds(node_of(read(sizes.format(RETAINED + 1)), {}))
 

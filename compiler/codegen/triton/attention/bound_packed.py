@@ -14,7 +14,7 @@ from ....ir.ops.packed import packed_storage, piece_names
 from ..dtypes import DTYPES
 from ..launch import launch
 from .kernels import AttentionKernel, split_parts
-from .packed import PackedKind, stream_of
+from .packed import PackedKind
 
 #: An output [B, S, K, G, F] and its log-sum-exp [B, S, K, G].
 State = tuple[Tensor, Tensor]
@@ -95,7 +95,7 @@ def _over_stream(
     assert isinstance(kind, PackedKind)
     granules_B = packed_B // kind.form.granule
     given = {"query": query, "live": (granules_B * kind.tokens).to(torch.int32)}
-    given |= {source.name: source.of(pieces[source.piece]) for source in stream_of(kind).sources}
+    given |= {source.name: source.of(pieces[source.piece]) for source in kind.stream.sources}
     length = next(iter(pieces.values())).shape[2] * kind.tokens
     return run(made, given, query, length, parts)
 

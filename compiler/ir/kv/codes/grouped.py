@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..store.packed import planes
+from ..store.packed import Packed, Pieces, planes
 from .affine import dequantize, quantize
 from .bits import pack, unpack
-
-#: Pieces of granules by name.
-Pieces = dict[str, Tensor]
 
 
 def encode_by_channel(prefix: str, x_KGTD: Tensor, bits: int, group: int) -> Pieces:
@@ -25,7 +22,7 @@ def encode_by_channel(prefix: str, x_KGTD: Tensor, bits: int, group: int) -> Pie
 
 def decode_by_channel(prefix: str, pieces: Pieces, bits: int, group: int) -> Tensor:
     """What `encode_by_channel` was given, [.., T, D]."""
-    packed = [
+    packed: list[Tensor] = [
         pieces[name].transpose(-1, -2).unflatten(-1, (-1, group * width // 8))
         for name, width in planes(prefix, bits)
     ]
@@ -55,3 +52,9 @@ def decode_by_token(prefix: str, pieces: Pieces, bits: int) -> Tensor:
 def _named(prefix: str, bits: int, packed: list[Tensor]) -> Pieces:
     names = [name for name, _ in planes(prefix, bits)]
     return dict(zip(names, packed, strict=True))
+
+
+def in_granules(storage: Packed, x_KTD: Tensor) -> Tensor:
+    """Tokens cut into granules, [K, G, T, D], f32."""
+    cut: Tensor = x_KTD.float().unflatten(1, (-1, storage.granule))
+    return cut

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..store.mixed import Mixed, ZipCache
+from ..store.mixed import Mixed
+from .grouped import in_granules
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def chosen_first(storage: Mixed, seen: Seen, tokens_KTD: Tensor) -> Tensor:
     heads, total = tokens_KTD.shape[:2]
     if seen.score_KT is None:
         score_KT = torch.arange(float(total)).expand(heads, -1)
-    elif isinstance(storage, ZipCache) and seen.queries_T is not None:
+    elif storage.per_query and seen.queries_T is not None:
         score_KT = seen.score_KT / seen.queries_T
     else:
         score_KT = seen.score_KT
@@ -45,3 +46,12 @@ def chosen_first(storage: Mixed, seen: Seen, tokens_KTD: Tensor) -> Tensor:
     parts = by_part.split([granules * size for size in sizes], dim=1)
     cut = [part.unflatten(1, (granules, size)) for part, size in zip(parts, sizes, strict=True)]
     return torch.cat(cut, dim=2).flatten(1).to(tokens_KTD.device)
+
+
+def in_parts(
+    storage: Mixed, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen
+) -> tuple[Tensor, Tensor]:
+    """Granules [K, G, T, D] of keys and values that start with their salient tokens."""
+    index = chosen_first(storage, seen, keys_KTD)[:, :, None]
+    keys, values = (x.gather(1, index.expand(-1, -1, x.shape[2])) for x in (keys_KTD, values_KTD))
+    return in_granules(storage, keys), in_granules(storage, values)

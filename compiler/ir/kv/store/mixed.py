@@ -1,4 +1,4 @@
-"""ZipCache and MiKV: tokens that matter in more bits than the others.
+"""Tokens that matter in more bits than the others, as ZipCache and MiKV have it.
 
 Attention over packed tokens does not ask for their order, so a granule's tokens are stored in two parts, a
 fixed number of those that got the most attention and the rest. Both capacities are fixed at compile time.
@@ -6,24 +6,31 @@ fixed number of those that got the most attention and the rest. Both capacities 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .....errors import IRError
-from .packed import CODES, Packed, Piece, by_channel, by_token, check_bits, check_divides
-from .storage import GroupShape
+from ..options import derived, missing, option, settle
+from .packed import CODES, Packed, check_bits
 
 
 @dataclass(frozen=True)
 class Mixed(Packed):
-    """Of each granule of `tokens` tokens `salient` in `high` bits, the rest in `low` bits."""
+    """Of each granule of `tokens` tokens `salient` in `high` bits, the rest in `low` bits.
+
+    `salient` is a `share` of them, to the nearest multiple of 8.
+    """
 
     high: int = 4
     low: int = 2
-    salient: int = 64
+    salient: int = derived()
     tokens: int = 128
+    share: float = option(0.5)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise IRError(f"the share of salient tokens is from 0 to 1, not {self.share}")
+        if missing(self.salient):  # to the nearest multiple, as codes are packed
+            settle(self, salient=CODES * round(self.share * self.tokens / CODES))
         self.check_waiting()
         check_bits(self.name, self.high, self.low)
         if self.high < self.low:
@@ -47,50 +54,11 @@ class Mixed(Packed):
         return True
 
     @property
+    def per_query(self) -> bool:
+        """Whether a token's attention counts over the number of queries that could see it."""
+        return False
+
+    @property
     def parts(self) -> tuple[tuple[str, int, int], ...]:
         """(name, tokens a granule, bits) of the two parts."""
         return ("high", self.salient, self.high), ("low", self.tokens - self.salient, self.low)
-
-
-@dataclass(frozen=True)
-class ZipCache(Mixed):
-    """Keys by channel, values by token once each channel is divided by the square root of its largest
-    magnitude (channel-separable, He et al. 2024, section 4.1); salient tokens by normalized attention
-    (section 4.2)."""
-
-    name = "zipcache"
-
-    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
-        for part, tokens, bits in self.parts:
-            yield from by_channel(f"{part}_key", bits, tokens, tokens, shape.key_size)
-            size = shape.value_size
-            yield from by_token(f"{part}_value", bits, tokens, size, size)
-        yield Piece("value_norm", 1, shape.value_size, "f16")
-
-
-@dataclass(frozen=True)
-class MiKV(Mixed):
-    """Keys and values by token over `group` channels; keys balanced against the queries' outlier channels
-    first (Yang et al. 2024, section 3.2). What other methods would evict stays, in `low` bits."""
-
-    high: int = 8
-    salient: int = 32
-    group: int = 32
-
-    name = "mikv"
-
-    @property
-    def balanced(self) -> bool:
-        return True
-
-    def check(self, shape: GroupShape) -> None:
-        super().check(shape)
-        for part in ("key", "value"):
-            size = shape.size(part)
-            check_divides(self.name, "group", self.group, f"{part} size of a head,", size)
-
-    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
-        for part, tokens, bits in self.parts:
-            for of in ("key", "value"):
-                yield from by_token(f"{part}_{of}", bits, tokens, self.group, shape.size(of))
-        yield Piece("key_balance", 1, shape.key_size, "f16")

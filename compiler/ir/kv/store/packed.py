@@ -8,13 +8,19 @@ Sizes only; what the bytes mean stands in `compiler/ir/kv`, in torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from .....errors import IRError
-from ..keep.policies import check_prefill
+from ..keep.policy import check_prefill
 from ..sizes import Size, divided_down, most
-from .storage import ITEM_BYTES, GroupShape, Storage
+from ..streams import Stream
+from .storage import GroupShape, Piece, Storage
+
+#: Tensors by the names of pieces.
+Pieces = dict[str, Any]
 
 #: Bits that a code may have.
 BITS = (2, 3, 4, 8)
@@ -27,19 +33,17 @@ PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 CODES = 8
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One matrix of a packed granule, for each head: [rows, width] of `dtype`."""
+class Codec(Protocol):
+    """Packs and unpacks a storage. Pieces are [K, G, R, W], or [.., G, R, W] to unpack."""
 
-    name: str
-    rows: int
-    width: int
-    dtype: str
+    def encode(self, storage: Any, keys_KTD: Any, values_KTD: Any, seen: Any) -> Pieces:
+        """The pieces of whole granules of tokens; `seen` is what is known of how they were attended to."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it, for one head."""
-        return self.rows * self.width * ITEM_BYTES[self.dtype]
+    def decode(self, storage: Any, pieces: Pieces) -> tuple[Any, Any]:
+        """Keys and values [.., G, T, D], f32; a granule's tokens may stand in another order."""
+
+    def encode_pair(self, storage: Any, keys: Any, values: Any) -> tuple[Pieces, Pieces]:
+        """The pieces of two layers, of a storage that shares; keys and values [K, G, T, D] of both."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,22 @@ class Packed(Storage):
     residual: int = 128
     slack: int = 64
     prefill: str = "exact"
+
+    @property
+    def codec(self) -> Codec:
+        """What packs and unpacks it, in torch."""
+        return self._beside("codec")  # type: ignore[no-any-return]
+
+    def streams(self, shape: GroupShape) -> Mapping[str, Stream]:
+        """How a kernel reads it: the streams of its packed tokens, by the name of what part they are.
+
+        Raises UnsupportedError for one that no kernel reads.
+        """
+        return self._beside("stream").streams(self, shape)  # type: ignore[no-any-return]
+
+    def _beside(self, name: str) -> Any:
+        """A module that stands beside the storage's own: its other halves load more than sizes need."""
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{name}")
 
     @property
     def newest(self) -> int:
@@ -70,10 +90,6 @@ class Packed(Storage):
     def tile(self) -> int:
         """Granules that are decoded at a time, so that no step widens all of a cache."""
         return max(1, 1024 // self.granule)
-
-    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
-        """What a granule becomes."""
-        raise NotImplementedError
 
     def check(self, shape: GroupShape) -> None:
         """Raises IRError where heads of this shape cannot be stored so."""

@@ -1,4 +1,14 @@
-"""What the layout asks of a storage: how the tokens that a group keeps are stored."""
+"""What a storage is: how the tokens that a group keeps are stored.
+
+Every group appends new tokens to plain slots. A plain storage has nothing else. A packed one keeps the
+newest tokens there, and the runtime packs older ones, `granule` at a time, into *bulk* buffers,
+which a step only reads.
+
+A storage is a folder here: `storage.py` says what it takes of memory, without torch; `codec.py` packs and
+unpacks it in torch, `stream.py` says how a kernel reads it, where it packs anything. Its fields are the
+options of the method that recipes know it by (`method`), and, but for those that are marked otherwise, its
+text in graphs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...registry import Registry
+from ..options import Options
 from ..sizes import Size
+from ..text import read, show
 
 #: Bytes of a number of each dtype that a cache may be stored in.
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
@@ -26,10 +39,38 @@ class GroupShape:
 
 
 @dataclass(frozen=True)
-class Storage:
+class Piece:
+    """One matrix of a packed granule, for each head: [rows, width] of `dtype`."""
+
+    name: str
+    rows: int
+    width: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it, for one head."""
+        return self.rows * self.width * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Storage(Options):
     """What the layout asks of a storage; here with the answers of one that packs nothing."""
 
     name: ClassVar[str]
+    """In the text of a layout."""
+    method: ClassVar[str] = ""
+    """The method of `[cache.quant]` that gives it to every group; none where it is empty."""
+
+    @property
+    def text(self) -> str:
+        """The textual form, `name(field=value,..)`."""
+        return show(self)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the slots are all, in numbers of one type."""
+        return False
 
     @property
     def slot_dtype(self) -> str:
@@ -82,6 +123,10 @@ class Storage:
         """Names of the bulk buffers that a group with a partner reads of it and does not hold itself."""
         return frozenset()
 
+    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
+        """What a granule becomes, in the order in which operators take it."""
+        return iter(())
+
     def granules(self, tokens: Size) -> Size:
         """Granules that are packed at most where `tokens` are kept."""
         return 0
@@ -91,3 +136,15 @@ class Storage:
     ) -> Iterator[tuple[str, tuple[Size, ...], str]]:
         """(name, shape, dtype) of the buffers that hold up to `tokens` packed tokens a row."""
         return iter(())
+
+
+#: Every storage by its name in the text of a layout.
+STORAGES: Registry[type[Storage]] = Registry("cache storage", __package__, module="storage")
+
+
+def read_storage(text: str) -> Storage:
+    """Reads a storage's `text`. Raises IRError for an unknown storage."""
+    dtype, _, scales = text.partition("/")
+    if dtype in ITEM_BYTES:
+        return read(f"plain(dtype={dtype},scales={scales or 'none'})", STORAGES, "cache storage")
+    return read(text, STORAGES, "cache storage")

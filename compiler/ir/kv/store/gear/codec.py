@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 
 from ...codes.affine import narrowed
-from ...codes.grouped import Pieces
+from ...codes.grouped import in_granules
+from ...codes.salient import Seen
 from ..kivi import codec as kivi
+from ..packed import Pieces
 from .storage import Gear
 
 #: Rounds of the power iteration (the paper's SVD solver, algorithm 2).
 ROUNDS = 4
 
 
-def encode(storage: Gear, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:
-    whole = {"key": keys_KGTD, "value": values_KGTD}
+def encode(storage: Gear, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
+    given = {"key": keys_KTD, "value": values_KTD}
+    whole = {part: in_granules(storage, x) for part, x in given.items()}
     places = {part: _outliers(storage, part, x) for part, x in whole.items()}
     rest = {part: _without(x, places[part], _axis(part)) for part, x in whole.items()}
-    pieces = kivi.encode(storage, rest["key"], rest["value"])
+    pieces = kivi.codes(storage, rest["key"], rest["value"])
     for part, coded in zip(whole, kivi.decode(storage, pieces), strict=True):
         error, place, axis = whole[part] - coded, places[part], _axis(part)
         if storage.rank:

@@ -7,29 +7,39 @@ from dataclasses import dataclass
 
 from ......errors import IRError
 from ..kivi.storage import Kivi
-from ..packed import Piece, check_divides
-from ..storage import GroupShape
+from ..packed import check_divides
+from ..storage import STORAGES, GroupShape, Piece
 
 #: An outlier's place in its vector is one byte.
 PLACES = 256
 
 
+@STORAGES.register
 @dataclass(frozen=True)
 class Gear(Kivi):
-    """KIVI's codes, plus a low-rank part of their error, plus outliers (Kang et al. 2024, section 3).
+    """Packs older tokens into `bits` bits a number and stores what that loses (Kang et al. 2024, section 3).
 
-    Of each vector (a channel of a granule's keys, a token's value in a head) a `share` is set aside before
-    the others are quantized, half of it the largest numbers and half the smallest, to the nearest whole
-    count. So their number is fixed and nothing overflows: what is no outlier by count is quantized, however
-    large it is. `rank` columns approximate the error of each head and granule of `tokens` tokens, by power
-    iteration.
+    Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 0.0 heads=0,1 .. policy=full storage=gear(..,tokens=128,rank=2,share=0.02)`
+
+    Options: as for KIVI, whose codes are the backbone; `tokens`, a granule, which is decomposed as one;
+    `rank` of each head's error in a granule (the paper: 4 for prompts, 2 for what is generated); `share`
+    of each vector's numbers that are set aside as outliers, half of them the largest and half the
+    smallest (the paper: 0.02), to the nearest whole count: 0.02 is one at each end of 128 numbers, and none
+    of a token's value in a head of 32.
+
+    Their number is fixed at compile time: what is no outlier by count is quantized, and nothing overflows.
+
+    Differs from the paper: the low-rank part is of each granule and not of the whole prompt, so that both
+    ways of prefilling give the same form; an outlier's vector is a channel of a granule's keys or a token's
+    value in one head.
     """
 
     tokens: int = 128
     rank: int = 2
     share: float = 0.02
 
-    name = "gear"
+    name = method = "gear"
 
     def __post_init__(self) -> None:
         super().__post_init__()

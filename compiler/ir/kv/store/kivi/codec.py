@@ -5,16 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...codes.grouped import (
-    Pieces,
     decode_by_channel,
     decode_by_token,
     encode_by_channel,
     encode_by_token,
+    in_granules,
 )
+from ...codes.salient import Seen
+from ..packed import Pieces
 from .storage import Kivi
 
 
-def encode(storage: Kivi, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:
+def encode(storage: Kivi, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
+    return codes(storage, in_granules(storage, keys_KTD), in_granules(storage, values_KTD))
+
+
+def codes(storage: Kivi, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:
+    """Codes, scales and zeros of granules."""
     by = encode_by_channel if storage.keys == "channel" else encode_by_token
     keys = by("key", keys_KGTD, storage.key_bits, storage.group)
     return keys | encode_by_token("value", values_KGTD, storage.value_bits, storage.group)

@@ -6,26 +6,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ..packed import CODES, Packed, Piece, by_channel, by_token, check_bits, check_divides
-from ..storage import GroupShape
+from ...options import later, missing, option, settle
+from ..packed import CODES, Packed, by_channel, by_token, check_bits, check_divides
+from ..storage import STORAGES, GroupShape, Piece
 
 
+@STORAGES.register
 @dataclass(frozen=True)
 class Kivi(Packed):
-    """Asymmetric codes with a float16 scale and zero (Liu et al. 2024, sections 3.2 and 3.3).
+    """Packs older tokens into `bits` bits a number (Liu et al. 2024, section 3.3).
 
-    Keys share a scale over `group` tokens of a channel, values over `group` channels of a token. With
-    `keys=token` keys are quantized as values are, which the paper found to be worse.
+    Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 0.0 heads=0,1 .. policy=full storage=kivi(..,key_bits=2,value_bits=2,group=32,..)`
+
+    Options: `key_bits` and `value_bits` where they differ from `bits`; `group`, tokens of a channel (keys) or
+    channels of a token (values) that share a scale; `residual`, the newest tokens, which stay as they are;
+    `slack`, how many more may gather before the oldest are packed; `keys`, `channel` or `token`; `prefill`,
+    `exact` (attend to the prompt in full precision, then pack it) or `streaming` (pack after every chunk).
+
+    Differs from the paper: group 32 and residual 128 are its figures, but here the newest 128 tokens are
+    always whole, where the paper lets the keys' residual fall to nothing each time it is packed. Scale and
+    zero are rounded outwards to float16. Groups that keep few tokens, and layers with a sliding window of
+    their own, stay as they are.
     """
 
-    key_bits: int = 4
-    value_bits: int = 4
+    key_bits: int = later()
+    value_bits: int = later()
     group: int = 32
     keys: str = "channel"
+    bits: int = option(2)
 
-    name = "kivi"
+    name = method = "kivi"
 
     def __post_init__(self) -> None:
+        for part in ("key_bits", "value_bits"):
+            if missing(getattr(self, part)):
+                settle(self, **{part: self.bits})
         self.check_waiting()
         check_bits(self.name, self.key_bits, self.value_bits)
         if self.group < 1 or self.group % CODES:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from ......errors import IRError
 from ...sizes import Size
-from ..storage import GroupShape, Storage
+from ..storage import STORAGES, GroupShape, Storage
 
 
+@STORAGES.register
 @dataclass(frozen=True)
 class LowRank(Storage):
     """Every token's keys and values of a group as `key_rank` and `value_rank` features (Wang et al. 2024).

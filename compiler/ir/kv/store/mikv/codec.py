@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...codes.grouped import Pieces, decode_by_token, encode_by_token
-from ...codes.salient import Seen
-from ..mixed import MiKV
+from ...codes.grouped import decode_by_token, encode_by_token
+from ...codes.salient import Seen, in_parts
+from ..packed import Pieces
+from .storage import MiKV
 
 
-def encode(storage: MiKV, keys_KGTD: Tensor, values_KGTD: Tensor, seen: Seen) -> Pieces:
-    """Tokens stand salient first in each granule."""
+def encode(storage: MiKV, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
+    keys_KGTD, values_KGTD = in_parts(storage, keys_KTD, values_KTD, seen)
     balance = balancer(keys_KGTD, seen.query_max_KD)
     pieces: Pieces = {"key_balance": balance}
     keys_KGTD = keys_KGTD * balance.float()

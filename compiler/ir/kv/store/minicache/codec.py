@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....types import DTYPES
 from ...codes.affine import narrowed
-from ...codes.grouped import Pieces
+from ..packed import Pieces
 from .storage import MiniCache
 
 #: Below this sine of the angle two directions are merged along the line between them.
@@ -57,8 +57,8 @@ def encode_pair(
         merged = slerp(to_a, to_b, storage.slerp).to(DTYPES[storage.dtype])
         first |= {f"{part}_direction": merged, f"{part}_length": length_a}
         second |= {f"{part}_length": length_b}
-        if storage.retained:
-            place = distinct(distance(to_a, to_b), storage.gamma, storage.retained)
+        if storage.rows:
+            place = distinct(distance(to_a, to_b), storage.gamma, storage.rows)
             first |= {
                 f"{part}_kept": narrowed(_taken(a, place), merged.dtype),
                 f"{part}_place": place.to(torch.int32).unsqueeze(-1),
@@ -74,8 +74,8 @@ def decode(storage: MiniCache, pieces: Pieces) -> tuple[Tensor, Tensor]:
 
 
 def _decoded(storage: MiniCache, part: str, pieces: Pieces) -> Tensor:
-    merged = pieces[f"{part}_direction"].float() * pieces[f"{part}_length"]
-    if not storage.retained:
+    merged: Tensor = pieces[f"{part}_direction"].float() * pieces[f"{part}_length"]
+    if not storage.rows:
         return merged
     place, kept = pieces[f"{part}_place"].long(), pieces[f"{part}_kept"].float()
     # What is not retained is written to a row behind the last, which is cut off.

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ..packed import Packed, Piece
-from ..storage import GroupShape
+from ...options import derived, missing, option, settle
+from ..packed import Packed
+from ..storage import STORAGES, GroupShape, Piece
 
 
+@STORAGES.register
 @dataclass(frozen=True)
 class MiniCache(Packed):
     """Merged directions, a length a token, and a few tokens as they were (Liu et al. 2024, section 4).
 
     The deeper layer of a pair names the other as its `partner`, and reads that layer's directions and
-    places. In each `group` of tokens of a head, up to `retained` are kept unmerged in both layers: those
-    whose angular distance is within `gamma` of the spread from the largest. Where there are more than that,
-    the least distant of them are merged. `slerp` leans to the partner's direction at 0, to the deeper
-    layer's at 1.
+    places. In each `group` of tokens of a head, up to `rows` (a share `retained`) are kept unmerged in both
+    layers: those whose angular distance is within `gamma` of the spread from the largest. Where there are
+    more than that, the least distant of them are merged. `slerp` leans to the partner's direction at 0, to
+    the deeper layer's at 1.
     """
 
+    residual: int = 64
     group: int = 64
-    retained: int = 4
+    rows: int = derived()
     slerp: float = 0.6
     gamma: float = 0.05
     dtype: str = "f32"
+    retained: float = option(0.05)
 
     name = "minicache"
 
     def __post_init__(self) -> None:
+        if not 0 <= self.retained <= 1:
+            raise IRError(f"{self.name}: a share of 0 to 1 is retained, not {self.retained}")
+        if missing(self.rows):
+            settle(self, rows=math.ceil(self.retained * self.group))
         self.check_waiting()
-        if self.group < 1 or not 0 <= self.retained <= self.group:
+        if self.group < 1 or not 0 <= self.rows <= self.group:
             raise IRError(
                 f"{self.name}: 1 or more tokens are merged together, and 0 to all of them retained, "
-                f"not {self.group} and {self.retained}"
+                f"not {self.group} and {self.rows}"
             )
         if not (0 <= self.slerp <= 1 and 0 <= self.gamma <= 1):
             raise IRError(
@@ -59,9 +68,9 @@ class MiniCache(Packed):
             size = shape.size(part)
             yield Piece(f"{part}_direction", self.group, size, self.dtype)
             yield Piece(f"{part}_length", self.group, 1, "f32")
-            if self.retained:
-                yield Piece(f"{part}_kept", self.retained, size, self.dtype)
-                yield Piece(f"{part}_place", self.retained, 1, "i32")
+            if self.rows:
+                yield Piece(f"{part}_kept", self.rows, size, self.dtype)
+                yield Piece(f"{part}_place", self.rows, 1, "i32")
 
 
 #: What the deeper layer of a pair reads of its partner.

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from ...codes.grouped import (
-    Pieces,
     decode_by_channel,
     decode_by_token,
     encode_by_channel,
     encode_by_token,
 )
-from ..mixed import ZipCache
+from ...codes.salient import Seen, in_parts
+from ..packed import Pieces
+from .storage import ZipCache
 
 
-def encode(storage: ZipCache, keys_KGTD: Tensor, values_KGTD: Tensor) -> Pieces:
-    """Tokens stand salient first in each granule."""
+def encode(storage: ZipCache, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
+    keys_KGTD, values_KGTD = in_parts(storage, keys_KTD, values_KTD, seen)
     norm = values_KGTD.abs().amax(-2, keepdim=True).sqrt().clamp(1e-4, 250.0).half()
     pieces: Pieces = {"value_norm": norm}
     start = 0

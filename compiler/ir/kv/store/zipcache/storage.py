@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...ir.kv.store.mixed import ZipCache as Storage
-from .layers import PackingPass
-from .shares import salient_tokens
+from ...options import option
+from ..mixed import Mixed
+from ..packed import by_channel, by_token
+from ..storage import STORAGES, GroupShape, Piece
 
 
+@STORAGES.register
 @dataclass(frozen=True)
-class ZipCache(PackingPass):
+class ZipCache(Mixed):
     """Packs older tokens, a `share` of them in `high` bits, the rest in `low` (He et al. 2024, section 4).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -29,18 +32,18 @@ class ZipCache(PackingPass):
     A token that was packed stays in its bits.
     """
 
-    high: int = 4
-    low: int = 2
-    share: float = 0.6
-    tokens: int = 128
+    share: float = option(0.6)
     residual: int = 0
-    slack: int = 64
-    prefill: str = "exact"
 
-    name = "zipcache"
+    name = method = "zipcache"
 
-    def storage(self) -> Storage:
-        salient = salient_tokens(self.share, self.tokens)
-        return Storage(
-            self.residual, self.slack, self.prefill, self.high, self.low, salient, self.tokens
-        )
+    @property
+    def per_query(self) -> bool:
+        return True
+
+    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
+        for part, tokens, bits in self.parts:
+            yield from by_channel(f"{part}_key", bits, tokens, tokens, shape.key_size)
+            size = shape.value_size
+            yield from by_token(f"{part}_value", bits, tokens, size, size)
+        yield Piece("value_norm", 1, shape.value_size, "f16")

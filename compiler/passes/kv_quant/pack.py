@@ -1,32 +1,44 @@
-"""What the packing methods share: which groups they may pack, and how the layout is changed."""
+"""One packed storage for all groups that keep every token: the methods of `[cache.quant]`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ....errors import IRError, RecipeError
-from ...ir.kv.keep.policies import Full
 from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.store.packed import Packed
-from ...ir.kv.store.storages import ITEM_BYTES
+from ...ir.kv.store.storage import ITEM_BYTES
 from ...ir.program import Program, own_windows
-from ..base import Pass, PassResult, check_lets_go, check_options
+from ..base import Pass, PassResult, check_lets_go
 
 
-class PackingPass(Pass):
-    """A method of `[cache.quant]`: its options say a storage, which all groups that may be packed get."""
+@dataclass(frozen=True)
+class PackByStorage(Pass):
+    """Packs the older tokens of every group that keeps all of its tokens.
+
+    Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 0.0 heads=0,1 .. policy=full storage=kivi(..,key_bits=2,value_bits=2,group=32,..)`
+    """
+
+    storage: Packed
 
     requires = frozenset({"cache planned"})
 
-    def __post_init__(self) -> None:
-        check_options("cache.quant", self.storage)
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.storage.method
 
-    def storage(self) -> Packed:
-        """The storage that these options ask for. Raises IRError for one that cannot be."""
-        raise NotImplementedError
+    @property
+    def what(self) -> str:
+        return inspect.getdoc(type(self.storage)) or ""
+
+    def options(self) -> dict[str, Any]:
+        return self.storage.options()
 
     def run(self, program: Program) -> PassResult:
-        return pack_groups(program, self.storage())
+        return pack_groups(program, self.storage)
 
 
 def pack_groups(program: Program, storage: Packed) -> PassResult:
@@ -79,7 +91,7 @@ def _packed(layer: LayerCache, storage: Packed, window: int, result: PassResult)
 def _left_alone(group: HeadGroup) -> str:
     if group.owner is not None:
         return f"read the tokens of layer {group.owner}"
-    if not isinstance(group.policy, Full):
+    if not group.policy.whole:
         return f"keep few tokens already, by {group.policy.name}"
     if group.packed:
         return f"are packed by {group.storage.name} already"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...ir.kv.store.mixed import MiKV as Storage
-from .layers import PackingPass
-from .shares import salient_tokens
+from ...options import option
+from ..mixed import Mixed
+from ..packed import by_token, check_divides
+from ..storage import STORAGES, GroupShape, Piece
 
 
+@STORAGES.register
 @dataclass(frozen=True)
-class MiKV(PackingPass):
+class MiKV(Mixed):
     """Packs older tokens, a `share` of them in `high` bits, the rest in `low` (Yang et al. 2024, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -27,24 +30,24 @@ class MiKV(PackingPass):
     """
 
     high: int = 8
-    low: int = 2
-    share: float = 0.2
     group: int = 32
-    tokens: int = 128
+    share: float = option(0.2)
     residual: int = 32
-    slack: int = 64
-    prefill: str = "exact"
 
-    name = "mikv"
+    name = method = "mikv"
 
-    def storage(self) -> Storage:
-        return Storage(
-            residual=self.residual,
-            slack=self.slack,
-            prefill=self.prefill,
-            high=self.high,
-            low=self.low,
-            salient=salient_tokens(self.share, self.tokens),
-            tokens=self.tokens,
-            group=self.group,
-        )
+    @property
+    def balanced(self) -> bool:
+        return True
+
+    def check(self, shape: GroupShape) -> None:
+        super().check(shape)
+        for part in ("key", "value"):
+            size = shape.size(part)
+            check_divides(self.name, "group", self.group, f"{part} size of a head,", size)
+
+    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
+        for part, tokens, bits in self.parts:
+            for of in ("key", "value"):
+                yield from by_token(f"{part}_{of}", bits, tokens, self.group, shape.size(of))
+        yield Piece("key_balance", 1, shape.key_size, "f16")

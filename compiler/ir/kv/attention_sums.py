@@ -1,0 +1,49 @@
+"""How much attention tokens get, in NumPy, from queries and keys alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+#: Numbers of attention weights that are held at a time: 4 MB, little beside the caches that are chosen from.
+_BLOCK = 1 << 20
+
+
+def attention_sums(q_SHD: Floats, keys_KTD: Any, first: int, weights_MS: Floats) -> Floats:
+    """Sums [K, M, T] over queries and the query heads of a KV head of the attention to each slot.
+
+    Query s stands at slot `first` + s and sees the slots up to it. Each query counts by its weight, in
+    M ways. Queries are scaled such that their product with the keys is the logit.
+    """
+    heads, total = keys_KTD.shape[:2]
+    found = np.zeros((heads, len(weights_MS), total), np.float32)
+    each = q_SHD.shape[1] // heads
+    rows = max(1, _BLOCK // (total * q_SHD.shape[1]))
+    keys_KDT = keys_KTD.astype(np.float32, copy=False).swapaxes(1, 2)
+    for start in range(0, len(q_SHD), rows):
+        part_SHD = q_SHD[start : start + rows]
+        count = len(part_SHD)
+        q_KRD = part_SHD.reshape(count, heads, each, -1).transpose(1, 2, 0, 3)
+        logits = q_KRD.reshape(heads, each * count, -1) @ keys_KDT
+        logits = logits.reshape(heads, each, count, total)
+        hidden = np.arange(total) > first + start + np.arange(count)[:, None]
+        np.copyto(logits, np.float32(-np.inf), where=hidden)
+        logits -= logits.max(-1, keepdims=True)
+        attention = np.exp(logits, out=logits)
+        attention /= attention.sum(-1, keepdims=True)
+        found += weights_MS[:, start : start + count] @ attention.sum(1)
+    return found
+
+
+def host(x: Any) -> Any:
+    """As a NumPy array."""
+    return x if isinstance(x, np.ndarray) else x.detach().cpu().numpy()
+
+
+def like(x: Floats, other: Any) -> Any:
+    """As an array of the kind that `other` is."""
+    return x if isinstance(other, np.ndarray) else other.new_tensor(x)

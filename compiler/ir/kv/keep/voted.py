@@ -1,0 +1,121 @@
+"""SnapKV's votes of the prompt's end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .....errors import IRError
+from ..attention_sums import attention_sums, host
+from ..options import derived, missing, option, settle
+from ..sizes import Size, least
+from .policy import POLICIES, Floats, Ints, Policy, Row, best_slots, check_budget
+
+
+@POLICIES.register
+@dataclass(frozen=True)
+class Voted(Policy):
+    """Keeps of a prompt what its last tokens attend to (Li et al. 2024, section 4).
+
+    Before: `cache 0.0 heads=0,1 .. policy=full`
+    After:  `cache 0.0 heads=0,1 .. policy=voted(chosen=224,observe=32,kernel=7,slack=64,queries=2)`
+
+    Options: `tokens`, the budget of a head; `observe`, the last tokens of the prompt, which vote and
+    stay; `kernel`, the neighbours over which votes are max-pooled; `slack`, tokens that may be
+    generated before old ones leave.
+
+    Differs from the paper: what is generated is bounded too, to the newest `observe` to `observe` +
+    `slack` tokens, for the bytes are fixed at compile time; a prompt that is shorter than the budget
+    stays whole, and the first tokens generated fill it up. A KV head adds up the votes of its `queries` query
+    heads. The prompt is held whole while it is read.
+    """
+
+    chosen: int = derived()
+    observe: int = 32
+    kernel: int = 7
+    slack: int = 64
+    queries: int = derived(1)
+    tokens: int = option(256)
+
+    name = "voted"
+    method = "snapkv"
+
+    def __post_init__(self) -> None:
+        if missing(self.chosen):
+            check_budget(self.method, self.tokens, self.observe, "observe")
+            settle(self, chosen=self.tokens - self.observe)
+        if self.chosen < 1 or self.observe < 1 or self.slack < 1:
+            raise IRError(
+                "voting takes 1 or more chosen tokens, voters and tokens of slack, "
+                f"not {self.chosen}, {self.observe} and {self.slack}"
+            )
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise IRError(f"votes are pooled over an odd number of tokens, not {self.kernel}")
+        settle(self, tokens=self.chosen + self.observe)
+
+    @property
+    def lead(self) -> int:
+        return self.chosen
+
+    @property
+    def newest(self) -> int:
+        return self.observe
+
+    @property
+    def waiting(self) -> int:
+        return self.slack
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def once(self) -> bool:
+        return True
+
+    def slots(self, capacity: Size) -> Size:
+        return least(capacity, self.tokens + self.slack)
+
+    def buffers(
+        self, batch: Size, heads: int, key_size: int, reading: bool
+    ) -> Iterator[tuple[str, tuple[Size, ...]]]:
+        if reading:
+            yield "voters", (batch, heads * self.queries, self.observe, key_size)
+
+    def fitted(self, queries: int) -> Voted:
+        return replace(self, queries=queries)
+
+    def says(self) -> str:
+        return f"{self.chosen} tokens of the prompt by vote of its last {self.observe}, and these"
+
+    def watch(self, row: Row, q_SHD: Any) -> None:
+        """Keeps the newest queries, the last of them at the end."""
+        voters_HWD = row.get("voters")
+        if voters_HWD is None:
+            return
+        new, size = q_SHD.shape[0], voters_HWD.shape[1]
+        if new < size:
+            voters_HWD[:, : size - new] = voters_HWD[:, new:] + 0  # a copy: they overlap
+        voters_HWD[:, max(0, size - new) :] = q_SHD[-size:].swapaxes(0, 1)
+
+    def staying(self, row: Row, used: int, leaving: int) -> Ints | None:
+        if "voters" not in row:
+            return None  # the prompt was read: what was chosen stays in front
+        older = used - self.observe
+        return best_slots(self._votes(row, used), older - leaving, used, self.observe)
+
+    def _votes(self, row: Row, used: int) -> Floats:
+        """Attention of the prompt's last tokens to each older slot, [K, older], pooled over neighbours."""
+        voters = min(self.observe, used)
+        q_SHD = host(row["voters"])[:, self.observe - voters :].swapaxes(0, 1)
+        keys_KND = host(row["key"])[:, :used]
+        ones = np.ones((1, voters), np.float32)
+        votes_KT = attention_sums(q_SHD, keys_KND, used - voters, ones)[:, 0]
+        votes_KT = votes_KT[:, : used - self.observe]
+        half = self.kernel // 2
+        padded = np.pad(votes_KT, ((0, 0), (half, half)))
+        around = np.lib.stride_tricks.sliding_window_view(padded, self.kernel, axis=1)
+        return around.max(-1)  # type: ignore[no-any-return]

@@ -1,0 +1,58 @@
+"""Fields of policies and storages that are an option of a recipe alone, or stand in the text alone.
+
+A method is typed once: its options are the fields of what it puts into the layout. Some are convenient for
+a person and say nothing that the layout does not (a budget, of which the newest tokens are a part), others
+follow from the model or from the options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, field, fields
+from typing import Any
+
+_OPTION, _DERIVED = {"einfold": "option"}, {"einfold": "derived"}
+
+
+def option(default: Any) -> Any:
+    """A field that recipes may set and that others follow from: not in the text, and nothing goes by it."""
+    return field(default=default, metadata=_OPTION, compare=False, kw_only=True)
+
+
+def derived(default: Any = None) -> Any:
+    """A field that stands in the text and that no recipe sets; None until it is settled."""
+    return field(default=default, metadata=_DERIVED)
+
+
+def later() -> Any:
+    """An option that follows from others where it is not given."""
+    return field(default=None)
+
+
+def missing(value: object) -> bool:
+    """Whether a field waits to be settled."""
+    return value is None
+
+
+def options_of(kind: Any) -> list[Field[Any]]:
+    """The fields of a dataclass that a recipe may set, those first that others follow from."""
+    found = [each for each in fields(kind) if each.metadata != _DERIVED]
+    return sorted(found, key=lambda each: each.metadata != _OPTION)
+
+
+class Options:
+    """A dataclass whose fields are options."""
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, as they are."""
+        return {found.name: getattr(self, found.name) for found in options_of(self)}
+
+
+def text_fields(kind: Any) -> list[Field[Any]]:
+    """The fields of a dataclass that stand in its text."""
+    return [found for found in fields(kind) if found.metadata != _OPTION]
+
+
+def settle(made: Any, **values: Any) -> None:
+    """Sets fields that follow from others, while a frozen dataclass is made."""
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
