@@ -1,0 +1,56 @@
+"""Every policy and storage of the product keeps to what holds for all."""
+
+from __future__ import annotations
+
+import pytest
+
+from einfold.compiler.ir.kv.keep.full import Full
+from einfold.compiler.ir.kv.keep.policy import POLICIES
+from einfold.compiler.ir.kv.store.storage import STORAGES
+from einfold.compiler.passes.cache_methods import FAMILIES
+
+from . import common
+
+#: Options that let tokens go within the texts here.
+POLICY_OPTIONS = {
+    "full": {},
+    "window": {"sinks": 2, "recent": 5, "slack": 4},
+    "heavy_hitters": {"tokens": 9, "recent": 4, "slack": 4},
+    "merged": {"tokens": 9, "recent": 4, "slack": 4},
+    "voted": {"tokens": 9, "observe": 4, "slack": 4, "queries": 2},
+}
+STORAGE_OPTIONS = {
+    "plain": {"dtype": "f16"},
+    "kivi": {"group": 8, "residual": 8, "slack": 4},
+    "gear": {"group": 8, "residual": 8, "slack": 4, "tokens": 16},
+    "zipcache": {"tokens": 16, "slack": 4},
+    "mikv": {"tokens": 16, "slack": 4, "group": 8, "residual": 4, "share": 0.5},
+    "minicache": {"group": 8, "residual": 4, "slack": 4},
+}
+
+
+def test_all_of_them_are_tried() -> None:
+    """But for CSKV's features, which go with a window."""
+    assert set(POLICIES) == set(POLICY_OPTIONS)
+    assert set(STORAGES) == {*STORAGE_OPTIONS, "low_rank"}
+
+
+@pytest.mark.parametrize("name", POLICY_OPTIONS)
+def test_policies(name: str) -> None:
+    layout = common.layout_of(POLICIES[name](**POLICY_OPTIONS[name]))
+    common.check_text(layout)
+    common.check_account(layout)
+
+
+@pytest.mark.parametrize("name", STORAGE_OPTIONS)
+def test_storages(name: str) -> None:
+    layout = common.layout_of(Full(), STORAGES[name](**STORAGE_OPTIONS[name]))
+    common.check_text(layout)
+    common.check_account(layout)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, known in FAMILIES.items() for name in known]
+)
+def test_methods(family: str, name: str) -> None:
+    common.check_method(family, name)
