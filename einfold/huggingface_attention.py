@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,23 @@ from transformers.modeling_utils import AttentionInterface
 
 from .errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from .huggingface_cache import EinfoldCache
-
 NAME = "einfold_cache"
 
+
+class Layered(Protocol):
+    """A cache, as attention sees it: its layers attend (`huggingface_layer.Layer`)."""
+
+    layers: list[Any]
+
+
 _HANDLES = itertools.count()
-_CACHES: weakref.WeakValueDictionary[int, EinfoldCache] = weakref.WeakValueDictionary()
+_CACHES: weakref.WeakValueDictionary[int, Layered] = weakref.WeakValueDictionary()
 
 #: For each model whose attention is einfold's: what it was before, and how many caches want it so.
 _INSTALLED: weakref.WeakKeyDictionary[nn.Module, tuple[str, int]] = weakref.WeakKeyDictionary()
 
 
-def register(cache: EinfoldCache) -> int:
+def register(cache: Layered) -> int:
     """A number by which a graph names this cache, for as long as it lives."""
     handle = next(_HANDLES)
     _CACHES[handle] = cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+from collections import deque
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,32 +13,80 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: Who may import whom, by the first folder or file of a module's name inside `einfold`.
+#: Who may import whom, by names inside `einfold`: the deepest row that fits a module counts, and an entry
+#: stands for what is beneath it too. What is beneath a module's own folder may always be imported.
 ALLOWED = {
     "errors": set(),
-    "compiler.ir": {"errors"},
-    "compiler.analysis": {"errors", "compiler.ir"},
-    "compiler.frontend": {"errors", "compiler.ir"},
-    "compiler.calibrate": {"errors", "compiler.ir"},
+    "compiler.ir": {"errors", "compiler.ir"},
+    "compiler.ir.cascade": {"errors"},
+    "compiler.ir.kv": {"errors", "compiler.ir.kv", "compiler.ir.registry", "compiler.ir.types"},
+    "compiler.ir.quant": {
+        "errors",
+        "compiler.ir.kv.codes",
+        "compiler.ir.registry",
+        "compiler.ir.types",
+    },
+    "compiler.ir.ops": {
+        "errors",
+        "compiler.ir.kv",
+        "compiler.ir.quant",
+        "compiler.ir.registry",
+        "compiler.ir.types",
+    },
+    "compiler.analysis": {"errors", "compiler.ir", "compiler.analysis"},
+    "compiler.frontend": {"errors", "compiler.ir", "compiler.frontend"},
+    "compiler.fuse": {
+        "errors",
+        "compiler.ir",
+        "compiler.analysis",
+        "compiler.frontend",
+        "compiler.codegen.cpu",
+    },
+    "compiler.calibrate": {"errors", "compiler.ir", "compiler.calibrate"},
     "compiler.solve": {"errors", "compiler.ir"},
     "compiler.passes": {
         "errors",
         "compiler.ir",
         "compiler.analysis",
         "compiler.calibrate",
+        "compiler.passes",
         "compiler.solve",
     },
-    "compiler.codegen": {"errors", "compiler.ir"},
+    "compiler.codegen.target": {"errors", "compiler.ir", "compiler.passes", "runtime"},
+    "compiler.codegen.*.target": {
+        "errors",
+        "compiler.ir",
+        "compiler.passes",
+        "compiler.codegen.target",
+        "runtime",
+    },
+    "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
+    "compiler.codegen.cpu": {"errors", "compiler.ir"},
+    "compiler.codegen.onnx": {"errors", "compiler.ir"},
+    "compiler.codegen.reference": {"errors", "compiler.ir", "compiler.codegen.cpu"},
+    "compiler.codegen.triton": {"errors", "compiler.ir", "compiler.codegen.reference"},
     "compiler.codegen.triton.attention": {
         "errors",
         "compiler.ir",
         "compiler.analysis",
-        "compiler.codegen",
+        "compiler.codegen.triton",
     },
-    "compiler.codegen.*.runner": {"errors", "compiler.ir", "compiler.codegen", "runtime"},
     "compiler": {"errors", "compiler"},
-    "runtime": {"errors", "compiler.ir"},
-    "": {"", "errors", "compiler", "runtime"},
+    "runtime": {"errors", "compiler.ir", "runtime"},
+    "evaluate": {"", "errors", "compiler", "runtime", "model"},
+    "cli": {
+        "errors",
+        "compiler",
+        "runtime",
+        "evaluate",
+        "api",
+        "cli",
+        "explaining",
+        "model",
+        "recipe_text",
+    },
+    "__main__": {"cli"},
+    "": {"", "errors", "compiler", "runtime", "evaluate"},
 }
 
 
@@ -54,41 +104,111 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def home(module: str) -> str:
-    """The longest prefix that the table names."""
+    """The deepest row of the table that fits."""
     prefixes = [
         key for key in ALLOWED if key and (fnmatch(module, key) or fnmatch(module, key + ".*"))
     ]
-    return max(prefixes, key=len, default="")
+    return max(prefixes, key=lambda key: (key.count("."), len(key)), default="")
 
 
-def imports(path: Path, module: str) -> list[str]:
-    """Modules of einfold that a file imports, by their names inside it."""
+def imports(path: Path, module: str) -> Iterator[tuple[str, list[str]]]:
+    """What a file imports of einfold, wherever it does: modules by their names inside, and what of each."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] == "einfold"]
+            for alias in node.names:
+                if alias.name.split(".")[0] == "einfold":
+                    yield alias.name.removeprefix("einfold").lstrip("."), []
         elif isinstance(node, ast.ImportFrom):
+            base = str(node.module or "")
             if node.level:
                 above = node.level - 1
                 assert above <= len(package), f"{path}: relative import leaves einfold"
-                base = package[: len(package) - above]
-                found.append(".".join([*base, *(node.module or "").split(".")]).strip("."))
-            elif (node.module or "").split(".")[0] == "einfold":
-                found.append(str(node.module))
-    return found
+                base = ".".join([*package[: len(package) - above], base]).strip(".")
+            elif base.split(".")[0] == "einfold":
+                base = base.removeprefix("einfold").lstrip(".")
+            else:
+                continue
+            yield base, [alias.name for alias in node.names]
 
 
 def test_imports_run_one_way() -> None:
+    known = dict(modules())
     for module, path in modules():
-        for target in imports(path, module):
-            name = target.removeprefix("einfold").lstrip(".")
-            allowed = ALLOWED[home(module)]
-            ok = home(name) == home(module) or any(
-                name == a or (a and name.startswith(a + ".")) or (a == "" and home(name) == "")
-                for a in allowed
-            )
-            assert ok, f"{path.relative_to(ROOT)} imports {target}"
+        folder = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for base, names in imports(path, module):
+            inside = [f"{base}.{n}".strip(".") for n in names if f"{base}.{n}".strip(".") in known]
+            for name in inside or [base]:
+                ok = (bool(folder) and f"{name}.".startswith(f"{folder}.")) or any(
+                    name == entry or (entry and name.startswith(entry + "."))
+                    for entry in ALLOWED[home(module)]
+                )
+                face = home(module) == home(name) == ""
+                assert ok or face, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_room_has_its_row() -> None:
+    rooms = [
+        folder
+        for pattern in ("compiler/*", "compiler/ir/*", "compiler/codegen/*")
+        for folder in ROOT.glob(pattern)
+        if (folder / "__init__.py").is_file()
+    ]
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in rooms} - {"compiler.codegen"}
+    assert len(names) > 12
+    assert names <= ALLOWED.keys(), "a room without a row in the table of directions"
+
+
+def graph_of_modules() -> dict[str, set[str]]:
+    """What each module imports, lazily and for types too. A package is what its `__init__` holds.
+
+    Whoever imports a.b.c reads a and a.b as well, unless it is in them itself: then they are being read.
+    """
+    known = {"" if name == "__init__" else name: path for name, path in modules()}
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        above = {".".join(module.split(".")[:at]) for at in range(module.count(".") + 1)}
+        read: set[str] = set()
+        for base, names in imports(path, module if module else "__init__"):
+            of_base = [f"{base}.{name}".strip(".") for name in names]
+            read |= {name for name in of_base if name in known}
+            if not names or any(name not in known for name in of_base):
+                read.add(base)
+        around = {".".join(m.split(".")[:at]) for m in read for at in range(1, m.count(".") + 1)}
+        graph[module] = (read | (around - above)) & known.keys() - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]], start: str) -> list[str]:
+    """The shortest way from a module back to itself, or []."""
+    came: dict[str, str] = {}
+    queue = deque([start])
+    while queue:
+        at = queue.popleft()
+        for after in sorted(graph[at]):
+            if after == start:
+                way = [at]
+                while way[-1] != start:
+                    way.append(came[way[-1]])
+                return [*reversed(way), start]
+            if after not in came:
+                came[after] = at
+                queue.append(after)
+    return []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Not at the top, not within a function, not for a type."""
+    graph = graph_of_modules()
+    assert len(graph) > 300
+    found = [circle(graph, module) for module in graph]
+    assert not [" -> ".join(way) for way in found if way]
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": set()}
+    assert circle(graph, "b") == ["b", "c", "a", "b"]
+    assert circle(graph, "d") == []
 
 
 @pytest.mark.parametrize(
