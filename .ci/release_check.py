@@ -28,8 +28,9 @@ ROOT = Path(__file__).parent.parent
 _BUILD = """
 import sys
 from setuptools import build_meta
-for kind in ("sdist", "wheel"):
-    getattr(build_meta, f"build_{kind}")(sys.argv[1])
+out = sys.argv[1]  # setuptools writes its own arguments there
+build_meta.build_sdist(out)
+build_meta.build_wheel(out)
 """
 
 
