@@ -59,7 +59,8 @@ class Optional(nn.Module):
         return {"x": out if flag else -out, "rest": (None if z is None else z * 2, None, 3)}
 
 
-X, Y, Z = torch.randn(2, 3), torch.randn(2, 3), torch.randn(4)
+X, Y = torch.linspace(-1, 1, 6).reshape(2, 3), torch.linspace(3, -2, 6).reshape(2, 3)
+Z = torch.linspace(0.5, 2, 4)
 
 
 @pytest.mark.parametrize(
