@@ -20,6 +20,15 @@ def snapshot(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
     return cut, copies
 
 
+def copied(program: Program) -> Program:
+    """The same program once more, to be changed for a trial."""
+    cut, copies = snapshot(program)
+    output = program.output
+    results = tuple(copies[node] for node in output.args[0])  # type: ignore[union-attr, index]
+    cut.graph.output(results).meta["names"] = list(output.meta["names"])
+    return cut
+
+
 def text_inputs(tokens_BS: Tensor, logit_rows: Tensor | None = None) -> dict[str, Tensor]:
     """The inputs of a language model without a cache for rows of text from position 0 on."""
     return {

@@ -1,18 +1,19 @@
-"""Reads a sample through a model once, layer by layer, and shows its attention to observers.
+"""Reads a sample through a model once, and shows observers what passes its sites.
 
-Weights are loaded one at a time and let go, the sample's activations are kept, and attention is
-computed in blocks of rows, so that memory is bounded by the sample and one layer. What was found of
-each layer can be kept in a folder; a run that was interrupted goes on behind the last layer that is
-there.
+Weights are loaded one at a time and let go, the sample's activations are kept while something needs
+them, and attention is computed in blocks of rows where its weights are looked at, so that memory is bounded
+by the sample and one layer. What was found at each site can be kept in a folder; a run that was interrupted
+goes on behind the last site that is there.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,15 +22,13 @@ from ...errors import CalibrationError, IRError, pass_on
 from ..ir.interpreter import Interpreter
 from ..ir.kept import read, write
 from ..ir.locks import lock
-from ..ir.ops import einfold_ops
-from ..ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
+from ..ir.program import Program, remove_dead_nodes
+from .observer import Found, Observer
+from .sites import Site
 from .snapshot import snapshot, text_inputs
 
 #: Numbers of attention weights in a block of rows: 64 MB.
 _BLOCK = 1 << 24
-
-#: What is found of a layer, by name.
-Found = Mapping[str, Tensor]
 
 #: Told of progress: what is being done, and the share of it that is done (0 to 1).
 Tell = Callable[[str, float], None]
@@ -41,86 +40,153 @@ _LOCK = "lock"
 _LARGEST = 1 << 34
 
 
-class Observer(Protocol):
-    """Looks at one layer after the other."""
-
-    def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
-        """A layer's queries, keys (both rotated) and values."""
-
-    def block(self, start: int, weights_BHST: Tensor) -> None:
-        """Attention weights of the queries from `start` on over all tokens."""
-
-    def end(self) -> Found:
-        """What was found of the layer."""
-
-
 def stream(
     program: Program,
     tokens_BS: Tensor,
     observers: Sequence[Observer],
     folder: Path | None = None,
     tell: Tell | None = None,
-) -> dict[int, dict[str, Tensor]]:
-    """What the observers find of each attention layer on the sample.
+) -> dict[str, Found]:
+    """What the observers find at each of their sites on the sample, by the names of the sites.
 
-    `program` has no cache yet and is left as it is. With `folder`, finished layers are kept there, and those
-    that are there already are not read again. Raises CalibrationError where activations are not finite.
+    `program` has no cache yet and is left as it is. With `folder`, finished sites are kept there, and those
+    that are there already are not read again. Raises CalibrationError where values are not finite.
     """
-    run = _Run(cut_behind_attention(program), observers, folder, tell or (lambda text, share: None))
-    return run.over(tokens_BS)
+    return Stream(program, observers).over(tokens_BS, folder, tell)
 
 
-def cut_behind_attention(program: Program) -> Program:
-    """A copy that ends with the last attention; it shares the weights and holds none of its own."""
+class Later:
+    """What observers find once the calibration text is read: of the model as it is when this is made.
+
+    Later passes may round the weights. It is for what is decided before, and computed when weights are
+    written; a pass adds it to `program.calibrations`.
+    """
+
+    def __init__(self, program: Program, observers: Sequence[Observer]) -> None:
+        self._stream: Stream | None = Stream(program, observers)
+        self._found: dict[str, Found] = {}
+
+    def run(self, tokens_BS: Tensor) -> None:
+        """Reads the text once. Raises CalibrationError where it gives no usable numbers."""
+        assert self._stream is not None
+        self._found = self._stream.over(tokens_BS)
+        self._stream = None  # lets go of the weights
+
+    def at(self, site: str) -> Found:
+        """What was found at a site, nothing where nobody looked. Raises IRError before the text was read."""
+        if self._stream is not None:
+            raise IRError(f"what {site} shows was asked for before calibration")
+        return self._found.get(site, {})
+
+
+def cut_behind(program: Program, places: Sequence[Site]) -> tuple[Program, dict[fx.Node, fx.Node]]:
+    """(a copy that ends behind the sites, each node's copy); it shares the weights, and holds none."""
+    if not places:
+        raise IRError("the program has nothing to observe")
     cut, copies = snapshot(program)
-    last = [node for node in program.graph.nodes if node.target is einfold_ops.attention.default]
-    if not last:
-        raise IRError("the program has no attention to observe")
-    cut.graph.output((copies[last[-1]],)).meta["names"] = ["last"]
+    attention = {site.attention for site in places}
+    last = [node for node in program.graph.nodes if node in attention][-1:]
+    shown = [node for site in places if site.attention is None for node in _sources(site)]
+    ends = dict.fromkeys((*last, *shown))
+    names = ["last"] if last and not shown else [node.name for node in ends]
+    cut.graph.output(tuple(copies[node] for node in ends)).meta["names"] = names
     remove_dead_nodes(cut)
-    return cut
+    return cut, copies
 
 
-class _Run:
-    """One reading of a sample."""
+def _sources(site: Site) -> list[fx.Node]:
+    """The nodes that a site shows."""
+    shown = (*(node for _, node in site.values), *site.more)
+    return [each for each in shown if isinstance(each, fx.Node)]
 
-    def __init__(
-        self, program: Program, observers: Sequence[Observer], folder: Path | None, tell: Tell
-    ) -> None:
-        self.program, self.observers, self.folder, self.tell = program, observers, folder, tell
-        self.layers = len(attention_nodes(program))
-        self.found: dict[int, dict[str, Tensor]] = {}
-        self.keeps = False
 
-    def over(self, tokens_BS: Tensor) -> dict[int, dict[str, Tensor]]:
-        with self._alone():
-            return self._over(tokens_BS)
+class Stream:
+    """The sites of a program at which observers look, and one reading of a sample."""
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keeps the folder to one reader; another one, at the same time, keeps nothing."""
+    def __init__(self, program: Program, observers: Sequence[Observer]) -> None:
+        self._sites: dict[str, Site] = {}
+        self._observers: dict[str, list[Observer]] = {}
+        for observer in observers:
+            for site in observer.sites(program):
+                if self._sites.setdefault(site.name, site) != site:
+                    raise IRError(f"there are two sites {site.name}")
+                self._observers.setdefault(site.name, []).append(observer)
+        self._program, copies = cut_behind(program, list(self._sites.values()))
+        self._ends = self._shown(copies)
+        self._folder: Path | None = None
+        self._tell: Tell = lambda text, share: None
+        self._found: dict[str, Found] = {}
+
+    def _shown(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, str]:
+        """The nodes behind which sites were seen, in their order: attention, and for other sites a call that
+        is put right behind their values."""
+        graph, ends, calls = self._program.graph, {}, []
+        place = {node: index for index, node in enumerate(graph.nodes)}
+        output = self._program.output
+        for site in self._sites.values():
+            if site.attention is not None:
+                ends[copies[site.attention]] = site.name
+                continue
+            values = [copies[node] for _, node in site.values]
+            more = [copies[each] if isinstance(each, fx.Node) else each for each in site.more]
+            last = max((copies[node] for node in _sources(site)), key=place.__getitem__)
+            with graph.inserting_after(last):
+                calls.append(graph.call_function(self._show, (site.name, *values, *more)))
+            ends[calls[-1]] = site.name
+        # The calls stand for what they saw, which then goes.
+        results = [*calls, *(node for node in output.all_input_nodes if node in ends)]
+        graph.erase_node(output)
+        graph.output(tuple(results)).meta["names"] = [node.name for node in results]
+        return {node: ends[node] for node in graph.nodes if node in ends}
+
+    def over(
+        self, tokens_BS: Tensor, folder: Path | None = None, tell: Tell | None = None
+    ) -> dict[str, Found]:
+        """Reads a sample. `stream` says what it gives and raises."""
+        self._folder, self._tell, self._found = None, tell or self._tell, {}
         with ExitStack() as stack:
-            if self.folder is not None:
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    self.keeps = stack.enter_context(lock(self.folder / _LOCK))
-                except OSError:  # no room, or no right to write: measuring goes on without
-                    self.keeps = False
-            yield
+            if folder is not None:
+                with suppress(OSError):  # no room, or no right to write: measuring goes on without
+                    folder.mkdir(parents=True, exist_ok=True)
+                    # Keeps the folder to one reader; another one, at the same time, keeps nothing.
+                    if stack.enter_context(lock(folder / _LOCK)):
+                        self._folder = folder
+            resume = None if folder is None else self._resumed(folder)
+            if len(self._found) < len(self._ends):
+                instead = {
+                    node: partial(self._attention, name)
+                    for node, name in self._ends.items()
+                    if self._sites[name].attention is not None
+                }
+                interpreter = Interpreter(self._program, False, instead)
+                interpreter.run(text_inputs(tokens_BS), self._after, resume)
+                if self._folder is not None:
+                    with suppress(OSError):
+                        (self._folder / _PROGRESS).unlink(missing_ok=True)
+        return self._found
 
-    def _over(self, tokens_BS: Tensor) -> dict[int, dict[str, Tensor]]:
-        resume = self._resumed()
-        if len(self.found) < self.layers:
-            instead = {einfold_ops.attention.default: self._attention}
-            interpreter = Interpreter(self.program, False, instead)
-            interpreter.run(text_inputs(tokens_BS), self._after, resume)
-            if self.keeps and self.folder is not None:
-                with suppress(OSError):
-                    (self.folder / _PROGRESS).unlink(missing_ok=True)
-        return self.found
+    def _begin(self, name: str, *values: Any) -> None:
+        self._tell("measuring the model", len(self._found) / len(self._ends))
+        for (what, _), x in zip(self._sites[name].values, values, strict=False):
+            if not bool(torch.isfinite(x).all()):
+                raise CalibrationError(
+                    f"the {what} are not finite on the calibration text: "
+                    "the model's weights are damaged, or overflow in float32"
+                )
+        for observer in self._observers[name]:
+            observer.begin(self._sites[name], *values)
+
+    def _end(self, name: str) -> None:
+        observers = self._observers[name]
+        self._found[name] = {n: t for observer in observers for n, t in observer.end().items()}
+
+    def _show(self, name: str, *values: Any) -> None:
+        self._begin(name, *values)
+        self._end(name)
 
     def _attention(
         self,
+        name: str,
         q_BSHD: Tensor,
         k_BSKD: Tensor,
         v_BSKD: Tensor,
@@ -130,56 +196,45 @@ class _Run:
         window: int,
         softcap: float,
     ) -> Tensor:
-        self.tell("measuring the model", len(self.found) / self.layers)
-        for part, x in (("queries", q_BSHD), ("keys", k_BSKD), ("values", v_BSKD)):
-            if not bool(torch.isfinite(x).all()):
-                raise CalibrationError(
-                    f"the {part} of layer {layer} are not finite on the calibration sample: "
-                    "the model's weights are damaged, or overflow in float32"
-                )
-        for observer in self.observers:
-            observer.begin(q_BSHD, k_BSKD, v_BSKD)
+        self._begin(name, q_BSHD, k_BSKD, v_BSKD)
         parts = []
         for start, weights_BHST in attention_weights(
             q_BSHD, k_BSKD, sinks_H, scale, window, softcap
         ):
-            for observer in self.observers:
+            for observer in self._observers[name]:
                 observer.block(start, weights_BHST)
             parts.append(_weighted(weights_BHST, v_BSKD))
-        self.found[layer] = {n: t for o in self.observers for n, t in o.end().items()}
+        self._end(name)
         return torch.cat(parts, dim=1)
 
     def _after(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        """Keeps what was found of a layer, and what is needed to go on behind it."""
-        attention = node.target is einfold_ops.attention.default
-        if self.folder is None or not self.keeps or not attention:
+        """Keeps what was found at a site, and what is needed to go on behind it."""
+        folder, name = self._folder, self._ends.get(node)
+        if folder is None or name is None:
             return
-        layer = int(call_arguments(node)["layer"])
         known = {other.name: value for other, value in values.items()}
         # Without room, or the right to write, measuring goes on and keeps nothing.
-        self.keeps = _write(self.found[layer], self.folder / f"layer-{layer}.pt") and _write(
-            {"behind": node.name, "values": known}, self.folder / _PROGRESS
-        )
+        if not (
+            _write(self._found[name], folder / f"{name}.pt")
+            and _write({"behind": node.name, "values": known}, folder / _PROGRESS)
+        ):
+            self._folder = None
 
-    def _resumed(self) -> tuple[str, Mapping[str, Any]] | None:
-        if self.folder is None:
-            return None
-        nodes = attention_nodes(self.program)
-        for node in nodes:
-            layer = int(call_arguments(node)["layer"])
-            found = _read(self.folder / f"layer-{layer}.pt")
+    def _resumed(self, folder: Path) -> tuple[str, Mapping[str, Any]] | None:
+        for name in self._ends.values():
+            found = _read(folder / f"{name}.pt")
             if found is not None:
-                self.found[layer] = found
-        if len(self.found) == self.layers:
+                self._found[name] = found
+        if len(self._found) == len(self._ends):
             return None
-        state = _read(self.folder / _PROGRESS) or {"behind": ""}
-        names = [node.name for node in nodes]
-        done = names.index(state["behind"]) + 1 if state["behind"] in names else 0
-        before = [int(call_arguments(node)["layer"]) for node in nodes[:done]]
-        if not done or not all(layer in self.found for layer in before):
-            self.found.clear()  # what is behind a gap cannot be measured without it
+        state = _read(folder / _PROGRESS) or {"behind": ""}
+        nodes = [node.name for node in self._ends]
+        done = nodes.index(state["behind"]) + 1 if state["behind"] in nodes else 0
+        before = list(self._ends.values())[:done]
+        if not done or not all(name in self._found for name in before):
+            self._found.clear()  # what is behind a gap cannot be measured without it
             return None
-        self.found = {layer: self.found[layer] for layer in before}
+        self._found = {name: self._found[name] for name in before}
         return state["behind"], state["values"]
 
 

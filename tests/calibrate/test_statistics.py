@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.calibrate import stream as streaming
-from einfold.compiler.calibrate.observers.retrieval_heads import RetrievalHeads, repeated_tokens
-from einfold.compiler.calibrate.observers.text_statistics import (
-    AttentionMass,
-    KeyValues,
-    similarity,
+from einfold.compiler.calibrate.observer import Observer
+from einfold.compiler.calibrate.observers.attention_mass import AttentionMass
+from einfold.compiler.calibrate.observers.key_values import KeyValues, similarity
+from einfold.compiler.calibrate.observers.retrieval_heads import (
+    RetrievalHeads,
+    kv_scores,
+    probe_period,
+    repeated_tokens,
 )
-from einfold.compiler.calibrate.statistics import Statistics, digest_of, kv_scores
+from einfold.compiler.calibrate.sites import Site, attention
+from einfold.compiler.calibrate.statistics import Statistics, digest_of
 from einfold.compiler.calibrate.stream import attention_weights, stream
 from einfold.compiler.ir import kept
 from einfold.compiler.ir.locks import lock
@@ -61,10 +65,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "_BLOCK", 4 * 24 * 5)
 
 
-class Whole:
+class Whole(Observer):
     """Keeps a layer's weights whole."""
 
-    def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
+    def begin(self, site: Site, *values: Any) -> None:
         self.parts: list[Tensor] = []
 
     def block(self, start: int, weights_BHST: Tensor) -> None:
@@ -92,19 +96,20 @@ def test_head_scores_are_the_attention_to_earlier_repeats() -> None:
     assert tokens.shape == (1, 24) and len(set(tokens[0, :6].tolist())) == 6
     found = stream(program(BODY), tokens, [Whole(), RetrievalHeads(6)])
     for layer in (0, 1):
-        weights = found[layer]["weights"][0]
+        weights = found[f"layer-{layer}"]["weights"][0]
         for name, offset in (("echo", 0), ("induction", 1)):
             want = torch.zeros(4)
             for i in range(6, 24):
                 earlier = [j for j in range(i) if (i - j) % 6 == 0]
                 want += weights[:, i, [j + offset for j in earlier]].sum(1)
-            torch.testing.assert_close(found[layer][name], want / 18)
+            torch.testing.assert_close(found[f"layer-{layer}"][name], want / 18)
 
 
 def test_a_head_that_copies_has_an_induction_score_of_one() -> None:
     """Keys of the tokens after the query's own: attention by hand, not by a model."""
     tokens, head = repeated_tokens(6, 11), RetrievalHeads(6)
-    head.begin(torch.empty(1, 24, 2, 4), torch.empty(1, 24, 1, 4), torch.empty(1, 24, 1, 4))
+    site, kv = attention(program(BODY))[0], torch.empty(1, 24, 1, 4)
+    head.begin(site, torch.empty(1, 24, 2, 4), kv, kv)
     weights = torch.zeros(1, 2, 24, 24)
     for i in range(6, 24):
         weights[0, 0, i, i - 5] = 1  # one behind the same token, one repeat ago
@@ -120,18 +125,18 @@ def test_a_head_that_copies_has_an_induction_score_of_one() -> None:
 def test_mass_saliency_and_ranges() -> None:
     ids = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
     found = stream(program(BODY), ids, [Whole(), AttentionMass(), KeyValues()])
-    weights, mass = found[0]["weights"], found[0]["mass"]
+    weights, mass = found["layer-0"]["weights"], found["layer-0"]["mass"]
     torch.testing.assert_close(mass.sum(1), torch.ones(4))
     torch.testing.assert_close(mass[:, 0], weights.diagonal(0, 2, 3).mean((0, 2)))
     near = sum(weights.diagonal(-d, 2, 3).sum((0, 2)) for d in (2, 3)) / 48
     torch.testing.assert_close(mass[:, 2], near)
     received = weights.reshape(2, 2, 2, 24, 24).mean(2).sum(2) / torch.arange(24, 0, -1)
-    torch.testing.assert_close(found[0]["saliency"], received)
-    assert found[1]["mass"][:, 4:].sum() == 0  # behind the window of 5
-    samples = [found[layer]["value_sample"] for layer in (0, 1)]
+    torch.testing.assert_close(found["layer-0"]["saliency"], received)
+    assert found["layer-1"]["mass"][:, 4:].sum() == 0  # behind the window of 5
+    samples = [found[name]["value_sample"] for name in ("layer-0", "layer-1")]
     torch.testing.assert_close(similarity(samples), torch.ones(2, 2))  # both layers have one value
     assert similarity([samples[0], samples[0][:, :4]])[0, 1] == 0
-    assert bool((found[0]["key_max"] >= found[0]["key_mean"]).all())
+    assert bool((found["layer-0"]["key_max"] >= found["layer-0"]["key_mean"]).all())
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
@@ -140,11 +145,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     seen: list[str] = []
 
     class Interrupted(RetrievalHeads):
-        def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
+        def begin(self, site: Site, *values: Any) -> None:
             seen.append("begin")
             if len(seen) == 2:
                 raise KeyboardInterrupt
-            super().begin(q_BSHD, k_BSKD, v_BSKD)
+            super().begin(site, *values)
 
     folder = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
@@ -152,7 +157,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["layer-0.pt", "progress.pt"]
     got = stream(program(BODY), ids, [Interrupted(6)], folder)
     assert len(seen) == 3  # the first layer was not read again
-    for layer, name in ((0, "echo"), (1, "echo"), (1, "induction")):
+    for layer, name in (("layer-0", "echo"), ("layer-1", "echo"), ("layer-1", "induction")):
         torch.testing.assert_close(got[layer][name], want[layer][name], rtol=0, atol=0)
     assert sorted(path.name for path in folder.iterdir()) == ["layer-0.pt", "layer-1.pt"]
     again = stream(program(BODY), ids, [Interrupted(6)], folder)
@@ -200,11 +205,11 @@ def test_what_was_kept_and_is_damaged_is_measured_again(
     begun: list[int] = []
 
     class Counted(RetrievalHeads):
-        def begin(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> None:
+        def begin(self, site: Site, *values: Any) -> None:
             begun.append(1)
             if len(begun) == 3:
                 raise KeyboardInterrupt
-            super().begin(q_BSHD, k_BSKD, v_BSKD)
+            super().begin(site, *values)
 
     with pytest.raises(KeyboardInterrupt):
         stream(program(body), ids, [Counted(6)], folder)
@@ -258,7 +263,7 @@ def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path
 
     def measured(model: str | None, found: Program) -> int:
         told.clear()
-        statistics(model).of_text(found)
+        statistics(model).of(found, AttentionMass(), KeyValues())
         return len(told)
 
     assert measured("a", program(BODY)) == 2
@@ -268,8 +273,8 @@ def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path
     assert measured(None, program(BODY)) == 2  # a model without a name is measured each time
     assert len(list(tmp_path.iterdir())) == 3
     one = statistics("a")
-    assert one.similarity(program(BODY), "value")[0, 1] == pytest.approx(1)
-    one.retrieval_heads(program(BODY), 16)
+    assert len(one.of(program(BODY), AttentionMass(), KeyValues())) == 2
+    one.of(program(BODY), RetrievalHeads(16))
     assert one.read == ["22 tokens of a text", "16 random tokens, 4 times"]
 
 
@@ -287,11 +292,10 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 
 
 def test_a_context_without_room_for_the_probe_is_refused() -> None:
-    statistics: Any = Statistics(lambda: (torch.zeros(1, 1), ""))
     with pytest.raises(
         CalibrationError, match="a probe of 8 in a context of 64 tokens is too short"
     ):
-        statistics.retrieval_heads(program(BODY), 8)
+        probe_period(8, 64)
 
 
 def test_a_model_in_memory_is_named_by_its_weights() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.calibrate.observers.layer_similarity import LayerSimilarity
+from einfold.compiler.calibrate.layer_similarity import LayerSimilarity
 from einfold.compiler.calibrate.statistics import Statistics
 from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.ops import einfold_ops

@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....errors import CalibrationError, IRError
-from ...ir.interpreter import Interpreter
-from ...ir.ops import einfold_ops
-from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
-from ..snapshot import snapshot, text_inputs
-
-#: Smallest scale: a channel that is zero throughout is stored as zeros.
-_SMALLEST = 1e-8
+from ...ir.program import Program
+from .. import sites
+from ..observer import OBSERVERS, Found, Observer
+from ..sites import Site
 
 
-class KVRanges:
-    """Largest magnitudes of keys and values on a text; scales that follow from them.
+@OBSERVERS.register
+class KVRanges(Observer):
+    """`range` [K, D]: the largest magnitude of each channel, of keys at any position."""
 
-    Holds the graph as it is when this is made, cut behind the last keys and values: later passes may
-    round the weights, and the ranges are of the model as it was. Weights are loaded one at a time.
-    """
+    name = "kv_ranges"
 
-    def __init__(self, program: Program) -> None:
-        self._program: Program | None = _ranges_of(program)
-        self._found: dict[str, Tensor] = {}
+    def sites(self, program: Program) -> list[Site]:
+        return sites.keys_and_values(program, rotated=False)
 
-    def run(self, tokens_BS: Tensor) -> None:
-        """Reads the text once. Raises CalibrationError where keys or values are not finite."""
-        assert self._program is not None
-        self._found = Interpreter(self._program, keep_weights=False).run(text_inputs(tokens_BS))
-        self._program = None  # lets go of the weights
-        for name, range_KD in self._found.items():
-            if not bool(torch.isfinite(range_KD).all()):
-                layer, part = name.split(".")
-                raise CalibrationError(
-                    f"the {part}s of layer {layer} are not finite on the calibration text: "
-                    "the model's weights are damaged, or overflow in float32"
-                )
-
-    def scale(self, layer: int, part: str, heads: Sequence[int]) -> Callable[[], Tensor]:
-        """Gives the int8 scales [heads, size] of one cache once the text was read."""
-
-        def load() -> Tensor:
-            if not self._found:
-                raise IRError("the scales of the cache were asked for before calibration")
-            range_KD = self._found[f"{layer}.{part}"][list(heads)]
-            return (range_KD / 127).clamp(min=_SMALLEST)
-
-        return load
-
-
-def _ranges_of(program: Program) -> Program:
-    """A program that gives `LAYER.key` and `LAYER.value`, each [K, D], for every attention layer."""
-    cut, copies = snapshot(program)
-    values, names = [], []
-    for node in attention_nodes(program):
-        found = call_arguments(node)
-        key, value = copies[found["k_BSKD"]], copies[found["v_BSKD"]]
-        turned = key.target is einfold_ops.rotary.default
-        arguments = (key.args[0], *key.args[2:]) if turned else (key, None, None, False)
-        values += [
-            cut.graph.call_function(key_range, arguments),
-            cut.graph.call_function(value_range, (value,)),
-        ]
-        names += [f"{found['layer']}.key", f"{found['layer']}.value"]
-    cut.graph.output(tuple(values)).meta["names"] = names
-    remove_dead_nodes(cut)
-    return cut
+    def see(self, site: Site, *values: Any) -> Found:
+        x_BSKD, *rotary = values
+        return {"range": key_range(x_BSKD, *rotary) if rotary else value_range(x_BSKD)}
 
 
 def value_range(v_BSKD: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from ....errors import RecipeError
-from ...calibrate.statistics import kv_scores, probe_period
+from ...calibrate.observers.retrieval_heads import RetrievalHeads, kv_scores, probe_period
+from ...calibrate.sites import layer as site_of
 from ...ir.kv.keep.window import Window
 from ...ir.kv.layout import HeadGroup, LayerCache
 from ...ir.program import Program
@@ -90,7 +91,8 @@ class RazorAttention(Pass):
         counts = math.ceil(self.induction * len(every)), math.ceil(self.echo * len(every))
         if not sum(counts):
             return set()
-        probe_period(self.probe, program.model.context)  # an estimate refuses what a compile does
+        # An estimate refuses what a compile does.
+        heads = RetrievalHeads(probe_period(self.probe, program.model.context))
         if program.statistics is None:
             result.skipped(
                 "retrieval heads", "without weights they are chosen at will; only sizes count"
@@ -98,11 +100,12 @@ class RazorAttention(Pass):
             # Of the deepest layers: no other choice has a higher peak, for the first layer to be compressed
             # then has the most to take beside what is still whole.
             return set(every[-sum(counts) :])
-        found = program.statistics.retrieval_heads(program, self.probe)
+        found = program.statistics.of(program, heads)
         scores: dict[str, dict[Head, float]] = {"induction": {}, "echo": {}}
         for layer in layers:
             for kind, known in scores.items():
-                for head, score in enumerate(kv_scores(found[layer.layer][kind], layer.kv_heads)):
+                scores_H = found[site_of(layer.layer)][kind]
+                for head, score in enumerate(kv_scores(scores_H, layer.kv_heads)):
                     known[layer.layer, head] = float(score)
         return choose(scores["induction"], scores["echo"], *counts)
 

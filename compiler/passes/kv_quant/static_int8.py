@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ...calibrate.observers.kv_ranges import KVRanges
+from ...calibrate.sites import layer as site_of
+from ...calibrate.stream import Later
 from ...ir.kv.layout import PARTS, CacheLayout, cache_name
 from ...ir.kv.store.plain.storage import Plain
 from ...ir.program import Program
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
+
+#: Smallest scale: a channel that is zero throughout is stored as zeros.
+_SMALLEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class StaticInt8(Pass):
         if program.layout is None:
             result.skipped("graph", "no attention in the graph")
             return result
-        ranges = KVRanges(program)
+        ranges = Later(program, [KVRanges()])
         layers = []
         for layer in program.layout.layers:
             owner = layer.groups[0].owner
@@ -55,7 +62,7 @@ class StaticInt8(Pass):
                         Weight(
                             (len(group.heads), layer.size(part)),
                             torch.float32,
-                            ranges.scale(layer.layer, part, group.heads),
+                            _scales(ranges, layer.layer, part, group.heads),
                         )
                     )
             layers.append(replace(layer, groups=tuple(groups)))
@@ -71,3 +78,13 @@ class StaticInt8(Pass):
         program.layout = CacheLayout(tuple(layers))
         program.calibrations.append(ranges)
         return result
+
+
+def _scales(ranges: Later, layer: int, part: str, heads: Sequence[int]) -> Callable[[], Tensor]:
+    """Gives the int8 scales [heads, size] of one cache once the text was read."""
+
+    def load() -> Tensor:
+        range_KD = ranges.at(f"{site_of(layer)}.{part}")["range"]
+        return (range_KD[list(heads)] / 127).clamp(min=_SMALLEST)
+
+    return load

@@ -9,7 +9,7 @@ from itertools import combinations
 from torch import Tensor
 
 from ....errors import CalibrationError, RecipeError
-from ...calibrate.observers.layer_similarity import LayerSimilarity, read_other_layers
+from ...calibrate.layer_similarity import LayerSimilarity, read_other_layers
 from ...ir.kv.layout import CacheLayout, HeadGroup
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ....errors import RecipeError
 from ...calibrate.observers.kv_bases import KVBases
+from ...calibrate.sites import layer as site_of
+from ...calibrate.stream import Later
 from ...ir.kv.keep.full import Full
 from ...ir.kv.keep.window import Window
 from ...ir.kv.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
@@ -102,8 +106,12 @@ class CSKV(Pass):
 
     def _store(self, program: Program, chosen: dict[int, LowRank], result: PassResult) -> None:
         assert program.layout is not None
-        ranks = {layer: (storage.key_rank, storage.value_rank) for layer, storage in chosen.items()}
-        bases = KVBases(program, ranks, result.measured)
+        ranks = {
+            f"{site_of(layer)}.{part}": storage.rank(part)
+            for layer, storage in chosen.items()
+            for part in PARTS
+        }
+        bases = Later(program, [KVBases(ranks)])
         program.calibrations.append(bases)
         layers = []
         for layer in program.layout.layers:
@@ -113,12 +121,23 @@ class CSKV(Pass):
                     name = f"{cache_name(layer.layer, 0)}.{part}_basis"
                     shape = (storage.rank(part), layer.kv_heads * layer.size(part))
                     program.cache_weights[name] = Weight(
-                        shape, torch.float32, bases.basis(layer.layer, part)
+                        shape, torch.float32, _basis(bases, layer.layer, part, result)
                     )
                 group = replace(layer.groups[0], policy=self._policy(), storage=storage)
                 layer = replace(layer, groups=(group,))
             layers.append(layer)
         program.layout = CacheLayout(tuple(layers))
+
+
+def _basis(bases: Later, layer: int, part: str, result: PassResult) -> Callable[[], Tensor]:
+    """Gives the basis of a layer's "key" or "value" once the text was read, and reports its error."""
+
+    def load() -> Tensor:
+        found = bases.at(f"{site_of(layer)}.{part}")
+        result.measured[f"layer {layer} {part}s"] = float(found["error"])
+        return found["basis"]
+
+    return load
 
 
 def features_of(share: float, channels: int) -> int:

@@ -1,0 +1,53 @@
+"""What an observer is: a statistic of the values that pass named sites of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..ir.program import Program
+from ..ir.registry import Registry
+from . import sites
+from .sites import Site
+
+#: What is found at a site, by name.
+Found = Mapping[str, Tensor]
+
+
+class Observer:
+    """Base of all observers. It is shown one site after the other; its fields are its options."""
+
+    name: ClassVar[str]
+
+    @property
+    def key(self) -> str:
+        """Under which what it found is kept: the name, and the options that it depends on."""
+        return self.name
+
+    def sample(self, program: Program) -> tuple[Tensor, str] | None:
+        """The tokens [rows, tokens] that it wants to see, and what they are; None: the calibration text."""
+        return None
+
+    def sites(self, program: Program) -> list[Site]:
+        """Where it looks: at the attention of every layer, unless it says otherwise."""
+        return sites.attention(program)
+
+    def see(self, site: Site, *values: Any) -> Found:
+        """What it finds in the values of a site. Who looks at attention weights too has the three below."""
+        raise NotImplementedError
+
+    def begin(self, site: Site, *values: Any) -> None:
+        """A site, and its values."""
+        self._seen = self.see(site, *values)
+
+    def block(self, start: int, weights_BHST: Tensor) -> None:
+        """Attention weights of the queries from `start` on over all tokens, where the site is attention."""
+
+    def end(self) -> Found:
+        """What was found at the site."""
+        return self._seen
+
+
+OBSERVERS: Registry[type[Observer]] = Registry("observer", "einfold.compiler.calibrate.observers")
