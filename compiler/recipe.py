@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import stat
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,44 +20,90 @@ from pydantic import (
 )
 
 from ..errors import RecipeError, first_line, pass_on
-from .passes.base import Pass
+from .ir.quant.scheme import PRESETS, Preset, Scheme
+from .passes.base import Pass, check_options
 from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
 from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.explicit_zeros import ExplicitZeros
-from .passes.weight_quant.round_to_nearest import RoundToNearest
-from .passes.weight_quant.store_half import StoreHalf
+from .passes.weight_quant.quantize_weights import QuantizeWeights
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-WeightFormat = Literal["fp32", "fp16", "int8", "int4", "int2"]
-
 #: Bytes of a recipe file, and characters of one that a message quotes.
 _LARGEST, _SHOWN = 1 << 20, 200
-
-_BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The names that a key takes, from a room that may grow."""
+
+    names: Callable[[], Iterable[str]]
+
+
 class WeightsSection(_Section):
     """How weights are stored."""
 
-    format: WeightFormat = "fp32"
+    format: Annotated[str, Choices(lambda: PRESETS)] = "fp32"
     block: int = 32
     """Weights that share a scale, along the input axis."""
     symmetric: bool = True
     """Whether the range of the codes is centred on zero; otherwise each scale has a zero point beside it."""
-    head: Literal["same", "int8", "int4"] = "int8"
+    head: Annotated[str, Choices(lambda: ("same", *_for_heads()))] = "int8"
     """Storage of the output head, and of an embedding that shares its weight, in int formats."""
     embedding: bool = True
     """Whether embeddings that stand alone are quantized too."""
+
+    @field_validator("format", "head")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        name = str(info.field_name)
+        (choices,) = (c for c in cls.model_fields[name].metadata if isinstance(c, Choices))
+        if value not in choices.names():
+            known = ", ".join(choices.names())
+            raise ValueError(f"weights.{name} is one of {known}, not {value[:_SHOWN]!r}")
+        return value
+
+    @property
+    def preset(self) -> Preset:
+        """What the format stands for."""
+        return PRESETS.find(self.format)
+
+    def passes(self, portable: bool) -> list[Pass]:
+        """The passes that these choices stand for. Raises RecipeError for options that no weight can have."""
+        scheme = self._scheme(self.format)
+        if scheme is None:
+            return []
+        head = None if self.head == "same" else self._scheme(self.head)
+        found: list[Pass] = [QuantizeWeights(scheme, head, embedding=self.embedding)]
+        if portable and scheme.operators:
+            found.append(ExplicitZeros())  # standard operators know no implied zero point
+        return found
+
+    def _scheme(self, name: str) -> Scheme | None:
+        scheme, options = (
+            PRESETS.find(name).scheme,
+            {"block": self.block, "symmetric": self.symmetric},
+        )
+        if scheme is None:
+            return None
+        check_options("weights", lambda: scheme.adapted(**options))
+        return scheme.adapted(**options)
+
+
+def _for_heads() -> list[str]:
+    """Formats that a head may have by itself."""
+    return [
+        name for name, p in PRESETS.items() if p.scheme is not None and not p.scheme.nearly_exact
+    ]
 
 
 class CacheSection(_Section):
@@ -224,22 +272,7 @@ class Recipe(_Section):
 
     def weight_passes(self) -> list[Pass]:
         """The passes over weights that this recipe asks for."""
-        if self.weights.format == "fp32":
-            return []
-        if self.weights.format == "fp16":
-            return [StoreHalf()]
-        passes: list[Pass] = [
-            RoundToNearest(
-                bits=_BITS[self.weights.format],
-                block=self.weights.block,
-                symmetric=self.weights.symmetric,
-                head_bits=None if self.weights.head == "same" else _BITS[self.weights.head],
-                embedding=self.weights.embedding,
-            )
-        ]
-        if self.onnx.portable:
-            passes.append(ExplicitZeros())  # standard operators know no implied zero point
-        return passes
+        return self.weights.passes(self.onnx.portable)
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""

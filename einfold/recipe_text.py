@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .compiler.passes.cache_methods import FAMILIES
-from .compiler.recipe import Recipe
+from .compiler.recipe import Choices, Recipe
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -71,6 +71,7 @@ def _choices(info: FieldInfo) -> str:
     """The values that a key takes, where they are few."""
     kinds = [info.annotation, *get_args(info.annotation)]
     found = [_toml(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
+    found += [_toml(v) for c in info.metadata if isinstance(c, Choices) for v in c.names()]
     if not found:
         return ""
     if get_origin(info.annotation) is tuple:

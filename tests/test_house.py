@@ -22,9 +22,9 @@ ALLOWED = {
     "compiler.ir.kv": {"errors", "compiler.ir.kv", "compiler.ir.registry", "compiler.ir.types"},
     "compiler.ir.quant": {
         "errors",
-        "compiler.ir.kv.codes",
+        "compiler.ir.kv.text",
+        "compiler.ir.quant",
         "compiler.ir.registry",
-        "compiler.ir.types",
     },
     "compiler.ir.ops": {
         "errors",
@@ -43,7 +43,7 @@ ALLOWED = {
         "compiler.codegen.cpu",
     },
     "compiler.calibrate": {"errors", "compiler.ir", "compiler.calibrate"},
-    "compiler.solve": {"errors", "compiler.ir"},
+    "compiler.solve": {"errors", "compiler.ir", "compiler.solve"},
     "compiler.passes": {
         "errors",
         "compiler.ir",

@@ -63,7 +63,7 @@ _MAKING = (
 _EINFOLD = (
     "experts quantized_experts rms_norm add_rms_norm layer_norm add_layer_norm attention "
     "cached_attention shared_attention packed_attention low_rank_attention select_rows "
-    "gated_activation linear embedding quantized_linear quantized_embedding rotary"
+    "gated_activation linear embedding quantized_linear quantized_embedding dequantize rotary"
 )
 
 

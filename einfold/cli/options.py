@@ -9,18 +9,13 @@ from typing import Annotated
 
 import typer
 
+from ..compiler.ir.quant.scheme import PRESETS
+
 
 class Target(str, Enum):
     onnx = "onnx"
     triton = "triton"
     reference = "reference"
-
-
-class Weights(str, Enum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
-    int4 = "int4"
 
 
 class CacheStorage(str, Enum):
@@ -92,11 +87,13 @@ TargetOption = Annotated[
     ),
 ]
 WeightsOption = Annotated[
-    Weights | None,
+    str | None,
     typer.Option(
         "--weights",
+        metavar=f"<{'|'.join(PRESETS)}>",
+        autocompletion=starting(PRESETS),
         help="How weights are stored. fp16 halves the file; on a CPU it is a storage format only, the "
-        "arithmetic stays float32. int8 and int4 are group-wise, rounded to nearest. [default: fp32]",
+        "arithmetic stays float32. The others are group-wise integers, rounded to nearest. [default: fp32]",
         show_default=False,
     ),
 ]
@@ -185,7 +182,7 @@ def name_of(choice: Enum | None) -> str | None:
 
 def recipe_options(
     target: Target | None,
-    weights: Weights | None,
+    weights: str | None,
     cache: CacheStorage | None,
     prune: str | None,
     quant: str | None,
@@ -194,7 +191,7 @@ def recipe_options(
     """The options that stand for keys of a recipe, as `resolve_recipe` takes them."""
     return {
         "target": name_of(target),
-        "weights": name_of(weights),
+        "weights": weights,
         "cache": name_of(cache),
         "prune": prune,
         "quant": quant,

@@ -52,8 +52,9 @@ class ModuleCheck:
         Raises UnsupportedError where onnxruntime cannot load or run it.
         """
         session = _session(folder / MODEL)
-        exact = recipe.weights.format == "fp32"
-        int8 = not (exact or recipe.weights.format == "fp16" or recipe.onnx.portable)
+        scheme = recipe.weights.preset.scheme
+        exact = scheme is None
+        int8 = scheme is not None and bool(scheme.operators) and not recipe.onnx.portable
         tolerance = _INT8_PRODUCTS if int8 and recipe.onnx.accuracy_level == 4 else None
         interpreter = Interpreter(captured.program)
         for example, expected in self._expected:

@@ -8,6 +8,7 @@ no long prompt: what is checked behind it is how the compressed cache is read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..compiler.codegen.reference.runner import ReferenceRunner
 from ..compiler.ir.compare import difference
 from ..compiler.ir.kv.layout import CacheLayout
 from ..compiler.ir.manifest import ModelEntry
+from ..compiler.ir.quant.scheme import PRESETS
 from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
 from ..runtime.buffers import Make, empty
@@ -38,13 +40,6 @@ _WORK = 2.5e11
 _TOLERANCE = 1e-3
 
 
-#: How far the artifact may be from the original, by the format of its weights (`_off`). Float32 is summed in
-#: another order. The others tell the same model, rounded, from one that has nothing to do with it (1.4, the
-#: square root of 2): SmolLM2-135M, on tokens drawn at random, is off by 0.04 with int8 and by 0.5 with int4;
-#: with int2 by 1.5, so that nothing is left to tell. For float16 the bound is an estimate.
-BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.2, "int4": 1.0, "int2": float("inf")}
-
-
 def check_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
     """The text that is read, [1, S]."""
     return np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS))
@@ -54,7 +49,7 @@ def self_check(folder: Path, original: Floats | None = None) -> dict[str, Any]:
     """Compares the target, over a short prefill and a few decode steps, with the reference at once; and
     again behind a prompt of which tokens were let go or packed, where that costs little. `original` are the
     logits of `check_tokens` as transformers computes them: from them the target may differ by what its
-    weights were rounded to (`BOUNDS`), where its cache still holds every token as it came.
+    weights were rounded to (`Preset.bound`), where its cache still holds every token as it came.
 
     Gives the figures for the report. Raises EinfoldError where the target gives numbers that are not
     finite, or differs from the reference by more than float32 arithmetic explains. Weights that are
@@ -82,7 +77,7 @@ def self_check(folder: Path, original: Floats | None = None) -> dict[str, Any]:
     recipe = artifact.manifest.recipe
     approximate = (
         artifact.manifest.flavour == "ort"  # standard operators multiply in float32
-        and recipe["weights"]["format"].startswith("int")
+        and _rounded_products(recipe)
         and recipe["onnx"]["accuracy_level"] == 4
     )
     if largest > _TOLERANCE * scale and not approximate:
@@ -108,8 +103,9 @@ def _beside_original(artifact: Artifact, target: Floats, original: Floats | None
         return {}
     target, recipe = target[: len(original)], artifact.manifest.recipe
     weights = recipe["weights"]["format"]
-    bound = BOUNDS[weights] if _as_it_came(artifact) else float("inf")
-    off = difference(target, original).share if weights == "fp32" else _off(target, original)
+    preset = PRESETS.find(weights)
+    bound = preset.bound if _as_it_came(artifact) else float("inf")
+    off = difference(target, original).share if preset.scheme is None else _off(target, original)
     if off > bound:
         raise EinfoldError(
             f"the compiled model differs from the original by {off:.1e} of its logits, where {weights} "
@@ -123,6 +119,12 @@ def _beside_original(artifact: Artifact, target: Floats, original: Floats | None
             (target.argmax(-1) == original.argmax(-1)).mean()
         ),
     }
+
+
+def _rounded_products(recipe: Mapping[str, Any]) -> bool:
+    """Whether weights are multiplied as they are stored, by activations that are rounded for it."""
+    scheme = PRESETS.find(recipe["weights"]["format"]).scheme
+    return scheme is not None and bool(scheme.operators)
 
 
 def _off(target: Floats, original: Floats) -> float:

@@ -49,7 +49,7 @@ def test_compile_run_eval_inspect_diff(text_model: Path, tmp_path: Path) -> None
     assert made["manifest"]["recipe"]["weights"]["format"] == "int8"
     assert {p["name"] for p in made["passes"]} >= {
         "raise_rotary",
-        "round_to_nearest",
+        "quantize_weights",
         "attach_cache",
     }
     assert all(0 < error < 0.02 for p in made["passes"] for error in p["measured"].values())
@@ -118,7 +118,7 @@ def test_compile_run_eval_inspect_diff(text_model: Path, tmp_path: Path) -> None
 
     shown = as_json("inspect", out)
     assert shown["manifest"] == made["manifest"]
-    assert "round_to_nearest" in einfold("inspect", out)
+    assert "quantize_weights" in einfold("inspect", out)
     graph = einfold("inspect", out, "--graph")
     assert graph.startswith("einfold.ir 1\n")
     assert as_json("diff", out, out)["same"] is True
@@ -198,7 +198,7 @@ def test_bench_passes_help_version(text_artifact: Path) -> None:
     names = [row["name"] for row in listed]
     assert (
         names.index("fuse_linears")
-        < names.index("round_to_nearest")
+        < names.index("quantize_weights")
         < names.index("explicit_zeros")
     )
     assert all(row["what"] for row in listed)

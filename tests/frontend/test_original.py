@@ -17,9 +17,10 @@ from einfold.compiler.frontend.export import capture_language_model
 from einfold.compiler.frontend.masks import Mask
 from einfold.compiler.frontend.original import original_logits
 from einfold.compiler.ir.program import Program, attention_nodes
+from einfold.compiler.ir.quant.scheme import PRESETS
 from einfold.compiler.ir.weights import Weight
 from einfold.errors import EinfoldError, UnsupportedError
-from einfold.evaluate import original, self_check
+from einfold.evaluate import original
 from einfold.evaluate.original import OriginalCheck
 
 from .. import models
@@ -174,7 +175,7 @@ def test_the_report_tells_of_both_comparisons(tmp_path: Path) -> None:
     (record,) = [record for record in report.passes if record.name == "compare_original"]
     assert not record.changed
     assert "as transformers computes them" in record.notes[0].what
-    assert report.check["bound on that"] == self_check.BOUNDS["int8"]
+    assert report.check["bound on that"] == PRESETS["int8"].bound
     assert 0 < report.check["same likeliest token as the original"] <= 1
 
 

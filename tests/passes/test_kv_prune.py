@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import einfold
+from einfold.compiler.calibrate.observer import Found, Observer
 from einfold.compiler.calibrate.statistics import Statistics
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify
@@ -61,9 +62,10 @@ class Known(Statistics):
     def __init__(self, **scores: list[list[float]]) -> None:
         self.scores = scores
 
-    def retrieval_heads(self, program: Program, probe: int) -> dict[int, dict[str, torch.Tensor]]:
+    def of(self, program: Program, *observers: Observer) -> dict[str, Found]:
+        assert [observer.name for observer in observers] == ["retrieval_heads"]
         return {
-            layer: {name: torch.tensor(by[layer]) for name, by in self.scores.items()}
+            f"layer-{layer}": {name: torch.tensor(by[layer]) for name, by in self.scores.items()}
             for layer in range(len(self.scores["echo"]))
         }
 

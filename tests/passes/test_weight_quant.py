@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.plain import Half
 from einfold.compiler.passes.weight_quant.explicit_zeros import ExplicitZeros
-from einfold.compiler.passes.weight_quant.round_to_nearest import RoundToNearest
-from einfold.compiler.passes.weight_quant.store_half import StoreHalf
-from einfold.compiler.solve.round_to_nearest import quantize_rtn
-from einfold.errors import RecipeError
+from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
+from einfold.compiler.solve.round_to_nearest import RoundToNearest
 
 from ..programs import calls, program, run
 
@@ -36,7 +36,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_every_product_and_the_embedding_are_packed_and_a_shared_weight_once() -> None:
     found = program(TIED)
     want = run(found, input_ids=IDS)["logits"]
-    result = RoundToNearest(bits=8, block=32).run(found)
+    result = QuantizeWeights(Grouped(8, 32)).run(found)
     assert [call.split("(")[0] for call in calls(found)] == [
         "einfold.quantized_embedding",
         *["einfold.quantized_linear"] * 3,
@@ -52,7 +52,7 @@ def test_every_product_and_the_embedding_are_packed_and_a_shared_weight_once() -
 
 def test_the_head_and_what_it_shares_take_their_own_bits() -> None:
     found = program(TIED)
-    RoundToNearest(bits=4, block=32, head_bits=8).run(found)
+    QuantizeWeights(Grouped(4, 32), Grouped(8, 32)).run(found)
     assert found.weights["embed.packed"].shape == (200, 2, 32)
     assert found.weights["up.packed"].shape == (96, 2, 16)
 
@@ -62,17 +62,17 @@ def test_the_head_and_what_it_shares_take_their_own_bits() -> None:
 @pytest.mark.parametrize("block", [16, 64])
 def test_the_graph_computes_with_what_was_rounded(bits: int, symmetric: bool, block: int) -> None:
     found = program(TIED)
-    weight = found.weights["down.weight"].load()
-    RoundToNearest(bits=bits, block=block, symmetric=symmetric).run(found)
-    want = quantize_rtn(weight, bits, block, symmetric)
-    assert torch.equal(found.weights["down.packed"].load(), want.packed)
-    assert torch.equal(found.weights["down.scales"].load(), want.scales)
-    assert ("down.zeros" in found.weights) == (want.zeros is not None)
+    weight, scheme = found.weights["down.weight"].load(), Grouped(bits, block, symmetric)
+    QuantizeWeights(scheme).run(found)
+    want = RoundToNearest().solve(weight, scheme, {}).pieces
+    assert want.keys() == scheme.pieces((64, 96)).keys()
+    for label, piece in want.items():
+        assert torch.equal(found.weights[f"down.{label}"].load(), piece)
 
 
 def test_errors_are_measured_when_weights_are_written() -> None:
     found = program(TIED)
-    result = RoundToNearest(bits=4, block=32).run(found)
+    result = QuantizeWeights(Grouped(4, 32)).run(found)
     assert not result.measured
     for name in list(found.weights):
         found.weights[name].load()
@@ -102,7 +102,7 @@ def test_experts_are_packed_and_routers_are_not() -> None:
     found = program(ROUTER)
     x = torch.randn(5, 32)
     want = run(found, x=x)["y"]
-    result = RoundToNearest(bits=8, block=16).run(found)
+    result = QuantizeWeights(Grouped(8, 16)).run(found)
     assert [note.where for note in result.notes if note.action == "skipped"] == ["g"]
     assert any(call.startswith("einfold.quantized_experts") for call in calls(found))
     assert relative(run(found, x=x)["y"], want) < 0.02
@@ -112,7 +112,7 @@ def test_experts_are_packed_and_routers_are_not() -> None:
 def test_explicit_zeros_change_no_number(block: int) -> None:
     for body, inputs in ((TIED, {"input_ids": IDS}), (ROUTER, {"x": torch.randn(5, 32)})):
         found = program(body)
-        RoundToNearest(bits=4, block=block).run(found)
+        QuantizeWeights(Grouped(4, block)).run(found)
         (want,) = run(found, **inputs).values()
         groups = {w: found.weights[w].shape[-1] for w in found.weights if w.endswith("scales")}
         result = ExplicitZeros().run(found)
@@ -129,17 +129,9 @@ def test_half_is_a_storage_format() -> None:
     found: Program = program(TIED)
     want = run(found, input_ids=IDS)["logits"]
     before = found.weights.nbytes
-    StoreHalf().run(found)
+    QuantizeWeights(Half()).run(found)
     assert found.weights.nbytes == before // 2
     assert {str(found.weights[name].dtype) for name in found.weights} == {"torch.float16"}
     got = run(found, input_ids=IDS)["logits"]
     assert got.dtype == torch.float32
     assert relative(got, want) < 1e-3
-
-
-@pytest.mark.parametrize(
-    "options", [{"bits": 3}, {"bits": 4, "head_bits": 5}, {"block": 48}, {"block": 8}]
-)
-def test_impossible_options(options: dict[str, int]) -> None:
-    with pytest.raises(RecipeError):
-        RoundToNearest(**options)  # type: ignore[arg-type]

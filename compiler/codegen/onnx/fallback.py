@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -17,22 +18,32 @@ from ...ir.program import op_name
 from .lowerings import OPSET, Context, unsupported
 
 
-def lower_by_torch(context: Context, node: fx.Node) -> ir.Value | list[ir.Value]:
-    """Exports a module of this one call and takes its nodes over.
+def lower_by_torch(
+    context: Context, node: fx.Node, meaning: Callable[..., Any] | None = None
+) -> ir.Value | list[ir.Value]:
+    """Exports a module of this one call and takes its nodes over; of `meaning`, where that says in torch what
+    an operator of einfold computes.
 
     Raises UnsupportedError, naming the operator, where torch has no translation either.
     """
-    if op_name(node.target).startswith("einfold."):
+    if meaning is None and op_name(node.target).startswith("einfold."):
         raise unsupported(node, f"it has no lowering for the flavour {context.flavour!r}")
     sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], Tensor)]
     if len(sources) != len(node.all_input_nodes):
         raise unsupported(node, "it takes a size that is known only at run time")
     try:
-        model = _exported(context, node, sources)
+        model = _exported(context, node, sources, meaning)
     except Exception as error:
         pass_on(error)
         raise unsupported(node, _reason(error)) from error
-    return _take_over(context, node, model, [context.value(source) for source in sources])
+    return _take_over(context, node, model, [_whole(context, source) for source in sources])
+
+
+def _whole(context: Context, source: fx.Node) -> ir.Value:
+    """The value of a node; of packed weights, which their readers read by name, the bytes."""
+    if context.values[source] is None:
+        return context.builder.weight(context.weight_name(source))
+    return context.value(source)
 
 
 def _reason(error: BaseException) -> str:
@@ -42,7 +53,9 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
 
 
-def _exported(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model:
+def _exported(
+    context: Context, node: fx.Node, sources: list[fx.Node], meaning: Callable[..., Any] | None
+) -> ir.Model:
     """The exported call; an equal call on equal types is exported once."""
     describe = context.program.shapes.describe
     args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: describe(n.meta["val"]))
@@ -57,25 +70,30 @@ def _exported(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Mod
             )  # the exporter speaks of packages that nothing here needs
             try:
                 with Later():
-                    context.exported[key] = _export(context, node, sources)
+                    context.exported[key] = _export(context, node, sources, meaning)
             finally:
                 logging.disable(level)
     return context.exported[key]
 
 
 class _OneCall(torch.nn.Module):
-    def __init__(self, node: fx.Node, sources: list[fx.Node]) -> None:
+    def __init__(
+        self, node: fx.Node, sources: list[fx.Node], meaning: Callable[..., Any] | None
+    ) -> None:
         super().__init__()
         self.node = node
+        self.function: Any = meaning or node.target
         self.sources = sources
 
     def forward(self, *tensors: Tensor) -> Any:
         known = dict(zip(self.sources, tensors, strict=True))
         args, kwargs = fx.map_arg((self.node.args, dict(self.node.kwargs)), lambda n: known[n])
-        return self.node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.function(*args, **kwargs)
 
 
-def _export(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model:
+def _export(
+    context: Context, node: fx.Node, sources: list[fx.Node], meaning: Callable[..., Any] | None
+) -> ir.Model:
     examples, shapes = [], []
     for source in sources:
         value = source.meta["val"]
@@ -89,7 +107,7 @@ def _export(context: Context, node: fx.Node, sources: list[fx.Node]) -> ir.Model
             }
         )
     program = torch.onnx.export(
-        _OneCall(node, sources),
+        _OneCall(node, sources, meaning),
         tuple(examples),
         dynamo=True,
         # Not what the graph may have grown to: the exporter knows fewer, and operators mean the same since.

@@ -7,9 +7,10 @@ import onnx_ir as ir
 from torch import fx
 
 from ...ir.ops import einfold_ops
-from ...ir.quant.pack import BITS
+from ...ir.ops.quantized import meaning_of_pieces
 from .builder import CONTRIB
 from .einfold_ops import product
+from .fallback import lower_by_torch
 from .lowerings import Context, lowering, unsupported
 
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -145,9 +146,7 @@ def quantized_embedding_portable(context: Context, node: fx.Node) -> ir.Value:
 def _gathered(context: Context, node: fx.Node) -> ir.Value:
     """Gathers the packed rows, then unpacks those alone: the table is never dequantized as a whole."""
     ids, packed, scales, zeros, bits, block, width = node.args
-    assert (
-        isinstance(bits, int) and isinstance(block, int) and isinstance(width, int) and bits in BITS
-    )
+    assert isinstance(bits, int) and isinstance(block, int) and isinstance(width, int)
     builder = context.builder
     name = context.weight_name(packed)
     _, groups, _ = builder.placements[name].shape
@@ -174,6 +173,14 @@ def _gathered(context: Context, node: fx.Node) -> ir.Value:
     if width == groups * block:
         return flat
     return builder.op("Slice", flat, builder.ints(0), builder.ints(width), builder.ints(2))
+
+
+@lowering(einfold_ops.dequantize.default)
+def dequantize(context: Context, node: fx.Node) -> ir.Value:
+    """A scheme that no operator reads: its meaning in torch, in standard operators."""
+    found = lower_by_torch(context, node, meaning_of_pieces)
+    assert isinstance(found, ir.Value)
+    return found
 
 
 def _unpacked(context: Context, packed: ir.Value, bits: int) -> ir.Value:

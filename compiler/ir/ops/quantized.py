@@ -1,17 +1,41 @@
-"""Operators that read group-wise quantized weights; `quant/pack.py` has their format."""
+"""Operators that read quantized weights: groups of integers as they are (`quant/pack.py`), others widened."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..quant.pack import dequantize
+from ....errors import IRError
+from ..quant.pack import dequantize as dequantize_groups
+from ..quant.scheme import read_scheme
+from ..types import DTYPES
 from .activation import gated_activation_reference
 from .experts import pick, route
 
 #: Weights that are widened at a time in a product: bounds its memory at some tens of megabytes.
 _SLAB = 1 << 22
+
+
+def meaning_of_pieces(pieces: Sequence[Tensor], scheme: str, shape: Sequence[int]) -> Tensor:
+    """The weight of a shape that pieces in any scheme, given by its text, stand for, in float32."""
+    kind = read_scheme(scheme)
+    named = dict(zip(kind.pieces(tuple(shape)), pieces, strict=True))
+    return kind.dequantize(named, shape[-1])
+
+
+dequantize = torch.library.custom_op("einfold::dequantize", meaning_of_pieces, mutates_args=())
+
+
+@dequantize.register_fake
+def _(pieces: Sequence[Tensor], scheme: str, shape: Sequence[int]) -> Tensor:
+    expected = read_scheme(scheme).pieces(tuple(shape))
+    given = [(tuple(piece.shape), piece.dtype) for piece in pieces]
+    if given != [(size, DTYPES[kind]) for size, kind in expected.values()]:
+        raise IRError(f"a weight {list(shape)} in the scheme {scheme} has other pieces than these")
+    return pieces[0].new_empty(tuple(shape), dtype=torch.float32)
 
 
 @torch.library.custom_op("einfold::quantized_linear", mutates_args=())
@@ -30,7 +54,7 @@ def quantized_linear(
     parts = [
         functional.linear(
             x,
-            dequantize(
+            dequantize_groups(
                 packed[start : start + step],
                 scales[start : start + step],
                 None if zeros is None else zeros[start : start + step],
@@ -70,7 +94,7 @@ def quantized_embedding(
 ) -> Tensor:
     """Rows `ids` of the dequantized table [V, width]."""
     zero_rows = None if zeros is None else zeros[ids]
-    return dequantize(packed[ids], scales[ids], zero_rows, bits, block, width)
+    return dequantize_groups(packed[ids], scales[ids], zero_rows, bits, block, width)
 
 
 @quantized_embedding.register_fake
@@ -110,7 +134,7 @@ def quantized_experts(
     def apply(
         expert: int, rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
     ) -> Tensor:
-        weight = dequantize(
+        weight = dequantize_groups(
             packed[expert], scales[expert], pick(zeros, expert), bits, block, rows.shape[-1]
         )
         return rows @ weight.T

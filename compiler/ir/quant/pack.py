@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BITS = (2, 4, 8)
-
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Packs integers 0..2^bits-1 of the last axis into uint8, low bits first, padding with zeros."""
@@ -32,9 +30,11 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_bits`; `count` is the length of the last axis before packing."""
-    per_byte = 8 // bits
-    mask = (1 << bits) - 1
-    parts = [(packed >> (bits * index)) & mask for index in range(per_byte)]
+    if bits == 8:
+        return packed[..., :count]
+    # Masked first: what torch's ONNX exporter makes of the shift is signed.
+    places = range(0, 8, bits)
+    parts = [(packed & (((1 << bits) - 1) << place)) >> place for place in places]
     return torch.stack(parts, dim=-1).flatten(-2)[..., :count]
 
 

@@ -17,10 +17,11 @@ from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.weights import Weight
 from einfold.compiler.ir.weights_file import write_weights
 from einfold.compiler.passes.weight_quant.explicit_zeros import ExplicitZeros
-from einfold.compiler.passes.weight_quant.round_to_nearest import RoundToNearest
+from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
 from einfold.errors import UnsupportedError
 
 from ...programs import program
@@ -216,7 +217,7 @@ def test_packed_weights(
         output "y" = %y
         output "logits" = %l
     """)
-    RoundToNearest(bits=bits, block=block, symmetric=symmetric).run(found)
+    QuantizeWeights(Grouped(bits, block, symmetric)).run(found)
     odd_groups = bits == 4 and -(-width // block) % 2 == 1
     if flavour == "portable":
         ExplicitZeros().run(found)
@@ -239,7 +240,7 @@ def test_shared_weights_lie_in_the_file_once(flavour: str, tmp_path: Path) -> No
     """)
     for weights in ("fp32", "int8"):
         if weights == "int8":
-            RoundToNearest(bits=8, block=32).run(found)
+            QuantizeWeights(Grouped(8, 32)).run(found)
             if flavour == "portable":
                 ExplicitZeros().run(found)
         build(found, flavour, tmp_path)
@@ -441,10 +442,10 @@ def test_experts(flavour: str, bias: bool, kind: str, bits: int, tmp_path: Path)
     names = {"gub": "%gub", "dnb": "%dnb"} if bias else {"gub": "none", "dnb": "none"}
     found = program(EXPERTS.format(kind=kind, **names))
     if bits:
-        RoundToNearest(bits=bits, block=16).run(found)
+        QuantizeWeights(Grouped(bits, 16)).run(found)
         if flavour == "portable":
             found = program(EXPERTS.format(kind=kind, **names))
-            RoundToNearest(bits=8, block=16).run(found)
+            QuantizeWeights(Grouped(8, 16)).run(found)
             ExplicitZeros().run(found)
     index = torch.tensor([[0, 2], [2, 3], [0, 3]])
     compare(

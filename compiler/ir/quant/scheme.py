@@ -1,0 +1,120 @@
+"""What a weight format is: a scheme, a frozen record from which everything about its bytes follows.
+
+A scheme stores a weight [.., N, M], rows of M inputs in a stack or not, as named pieces [.., N, ...]. Its
+text, pieces and bytes need no torch; its arithmetic is in torch, on rows [R, M] cut into groups [R, G, B].
+A solver decides the codes (`compiler/solve`); a scheme says which codes there are and what they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..kv.text import read, show
+from ..registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Bytes of a number of each type that pieces have.
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
+
+#: A piece of a stored weight: its shape, and the type of its numbers.
+Piece = tuple[tuple[int, ...], str]
+
+
+class Scheme:
+    """Base of all schemes: frozen dataclasses whose fields are the options of the format."""
+
+    name: ClassVar[str]
+
+    operators: ClassVar[Mapping[str, str]] = {}
+    """Operators that read the pieces as they are, by the operator over a plain weight that each stands for.
+    Other readers get the weight widened: `widened`."""
+
+    nearly_exact: ClassVar[bool] = False
+    """Whether every matrix is stored so, whoever reads it, and no error is worth a measurement."""
+
+    def __str__(self) -> str:
+        return show(self)
+
+    def describe(self) -> str:
+        """What the report says of a weight that is stored so."""
+        return str(self)
+
+    def adapted(self, **options: Any) -> Scheme:
+        """This scheme with those of `options` that it has. Raises IRError where they are none of a format."""
+        known = {field.name for field in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: v for name, v in options.items() if name in known})  # type: ignore[type-var]
+
+    @property
+    def fewest_rows(self) -> int:
+        """Rows of an embedding below which storing it so saves next to nothing."""
+        return 0
+
+    def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
+        """What a weight of a shape is stored as, by the names of the pieces."""
+        raise NotImplementedError
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight of a shape."""
+        return sum(math.prod(size) * ITEM_BYTES[kind] for size, kind in self.pieces(shape).values())
+
+    def groups(self, rows_RM: Tensor) -> Tensor:
+        """Rows, cut into the groups [R, G, B] that have a grid each; padded where they do not divide."""
+        return rows_RM[:, None]
+
+    def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
+        """The levels that each group may take, [R, G, 1] each, chosen by the range of its weights."""
+        return {}
+
+    def nearest(self, groups_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
+        """The codes [R, G, B] of the levels that are nearest. May overwrite nothing."""
+        raise NotImplementedError
+
+    def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pieces of rows, from their codes and grid."""
+        raise NotImplementedError
+
+    def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
+        """The weight [.., N, width] that pieces stand for, in float32: the meaning of the format."""
+        raise NotImplementedError
+
+    def widened(self, editor: Any, pieces: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
+        """A node that gives the whole weight, for readers that have no operator over the pieces."""
+        from torch import ops
+
+        return editor.call(ops.einfold.dequantize.default, list(pieces.values()), str(self), shape)
+
+
+SCHEMES: Registry[type[Scheme]] = Registry("weight scheme", "einfold.compiler.ir.quant.schemes")
+
+
+def read_scheme(text: str) -> Scheme:
+    """Reads what `str(scheme)` gives, evaluating nothing. Raises IRError for what is none."""
+    return read(text, SCHEMES, "weight scheme")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A weight format by the name that recipes and the command line know. `scheme` is None for weights that
+    stay as they come.
+
+    `bound`: how far logits may be from the original's for this rounding to explain it, as a share of their
+    spread. It tells the same model, rounded, from one that has nothing to do with it (1.4, the square root
+    of 2).
+    """
+
+    name: str
+    scheme: Scheme | None
+    bound: float
+
+
+#: In the order of their bits; they stand beside their schemes.
+PRESETS: Registry[Preset] = Registry(
+    "weight format",
+    "einfold.compiler.ir.quant.schemes",
+    order=("fp32", "fp16", "int8", "int4", "int2"),
+)

@@ -1,0 +1,1 @@
+"""Schemes, one a file, with the names by which recipes know them."""

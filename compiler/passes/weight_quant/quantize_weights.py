@@ -1,0 +1,209 @@
+"""quantize_weights: weights are stored in a scheme, and read by the operators that the scheme names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...calibrate.observer import OBSERVERS
+from ...calibrate.stream import Later
+from ...ir.ops import einfold_ops
+from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
+from ...ir.quant.scheme import Scheme
+from ...ir.types import DTYPES
+from ...ir.weights import Weight, derive
+from ...solve.solver import SOLVERS, Solver
+from ..base import Pass, PassResult
+
+#: The operators over plain weights, with the arguments that are weights.
+_WEIGHTS = {
+    "linear": ("weight_NM",),
+    "experts": ("gate_up_ENM", "down_EMI"),
+    "embedding": ("weight_VM",),
+}
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Stores the weights of linears, experts and, with `embedding`, of embeddings as `scheme` says.
+
+    Before: `%y = linear(%x, %w, %b)`
+    After:  `%y = quantized_linear(%x, %w.packed, %w.scales, none, %b, 4, 32)`, with operators,
+            `%h = read "w.half" : f16[..]; %w = aten._to_copy(%h, dtype=f32)`, with none.
+
+    A weight that a head and an embedding share stays one weight: both read the packed form. The head is
+    stored as `head` says. A scheme that is nearly exact takes every matrix, the head too, but not norm
+    scales, biases and rotary tables (one-dimensional, or read as positions): they are few and their rounding
+    is felt everywhere.
+    """
+
+    scheme: Scheme
+    head: Scheme | None = None
+    solver: Solver = field(default_factory=lambda: SOLVERS["round_to_nearest"]())
+    embedding: bool = True
+
+    name = "quantize_weights"
+    requires = frozenset({"linears raised"})
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "scheme": str(self.scheme),
+            "head": str(self.head or self.scheme),
+            "solver": str(self.solver),
+            "embedding": self.embedding,
+        }
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        # The inputs are those of the model as it is here: no weight is rounded yet.
+        observers = [OBSERVERS[name]() for name in self.solver.observes]
+        inputs = Later(program, observers) if observers else None
+        if inputs is not None:
+            program.calibrations.append(inputs)
+        store = _Store(self.solver, inputs, program, result)
+        if self.scheme.nearly_exact:
+            self._every_matrix(program, store)
+        else:
+            self._products(program, store, result)
+        remove_dead_nodes(program)
+        return result
+
+    def _every_matrix(self, program: Program, store: _Store) -> None:
+        for node in list(program.graph.nodes):
+            weight = program.weight_of(node)
+            if weight is None or weight.dtype != torch.float32 or len(weight.shape) < 2:
+                continue
+            if not str(node.target).startswith("rotary."):
+                node.replace_all_uses_with(store.widened(node, self.scheme), propagate_meta=False)
+
+    def _products(self, program: Program, store: _Store, result: PassResult) -> None:
+        head, last = self.head or self.scheme, _head(program)
+        for node in program.nodes(einfold_ops.linear.default):
+            if _routes(node):
+                result.skipped(
+                    str(node.args[1]), "a router: its rounding would change which experts run"
+                )
+            else:
+                store.replace(node, head if node is last else self.scheme)
+        for node in program.nodes(einfold_ops.experts.default):
+            store.replace(node, self.scheme)
+        for node in program.nodes(einfold_ops.embedding.default):
+            table = node.args[1]
+            assert isinstance(table, fx.Node)
+            if not self.embedding and not store.holds(table):
+                reason = "embeddings are kept as they are (embedding = false)"
+            elif table.meta["val"].shape[0] < head.fewest_rows:
+                reason = "a small table: packing would save next to nothing"
+            else:
+                store.replace(node, head)
+                continue
+            result.skipped(str(table.target), reason)
+
+
+class _Store:
+    """Stores weights on first use, and has their readers read what was stored."""
+
+    def __init__(
+        self, solver: Solver, inputs: Later | None, program: Program, result: PassResult
+    ) -> None:
+        self.solver = solver
+        self.inputs = inputs
+        self.program = program
+        self.result = result
+        self.editor = Editor(program)
+        self.done: dict[str, tuple[Scheme, dict[str, str]]] = {}
+        self.wide: dict[fx.Node, fx.Node] = {}
+
+    def holds(self, read: fx.Node) -> bool:
+        return str(read.target) in self.done
+
+    def replace(self, node: fx.Node, scheme: Scheme) -> None:
+        """Has a call read its weights as they are stored: in `scheme`, if they are not stored yet."""
+        kind = node.target._opname  # type: ignore[union-attr]
+        found = call_arguments(node)
+        reads = {name: found[name] for name in _WEIGHTS[kind]}
+        stored = {name: self._stored(read, scheme) for name, read in reads.items()}
+        (scheme,) = {scheme for scheme, _ in stored.values()}
+        if kind not in scheme.operators:
+            for read in reads.values():
+                node.replace_input_with(read, self.widened(read, scheme))
+            return
+        target = getattr(einfold_ops, scheme.operators[kind]).default
+        with self.editor.before(node):
+            known: dict[str, Any] = {_stem(name): value for name, value in found.items()}
+            for name, (_, names) in stored.items():
+                prefix = f"{_stem(name)}_" if len(stored) > 1 else ""
+                known |= {prefix + label: self.editor.read(n) for label, n in names.items()}
+                known["width"] = int(reads[name].meta["val"].shape[-1])
+            known |= vars(scheme)
+            arguments = [known.get(_stem(a.name)) for a in target._schema.arguments]
+            new = self.editor.call(target, *arguments)
+        self.editor.replace(node, new)
+
+    def widened(self, read: fx.Node, scheme: Scheme) -> fx.Node:
+        """The weight that a node reads, stored and widened again; once for all of its readers."""
+        if read not in self.wide:
+            scheme, names = self._stored(read, scheme)
+            last, pieces = read, {}
+            for label, name in names.items():
+                with self.editor.after(last):
+                    last = pieces[label] = self.editor.read(name)
+            with self.editor.after(last):
+                self.wide[read] = scheme.widened(self.editor, pieces, tuple(read.meta["val"].shape))
+        return self.wide[read]
+
+    def _stored(self, read: fx.Node, scheme: Scheme) -> tuple[Scheme, dict[str, str]]:
+        name = str(read.target)
+        if name not in self.done:
+            weight = self.program.weights[name]
+            stem = name.removesuffix(".weight")
+            parts = self._solved(name, weight, scheme)
+            names = {
+                label: self.program.weights.add(f"{stem}.{label}", part)
+                for label, part in parts.items()
+            }
+            self.done[name] = scheme, names
+            self.result.applied(
+                name, scheme.describe(), weight.nbytes - scheme.nbytes(weight.shape)
+            )
+        return self.done[name]
+
+    def _solved(self, name: str, weight: Weight, scheme: Scheme) -> Mapping[str, Weight]:
+        pieces = scheme.pieces(weight.shape)
+
+        def compute() -> list[Tensor]:
+            statistics = {} if self.inputs is None else self.inputs.at(name)
+            found = self.solver.solve(weight.load(), scheme, statistics)
+            if found.error is not None:
+                self.result.measured[name] = found.error
+            return [found.pieces[label] for label in pieces]
+
+        parts = derive([(shape, DTYPES[kind]) for shape, kind in pieces.values()], compute)
+        return dict(zip(pieces, parts, strict=True))
+
+
+def _stem(name: str) -> str:
+    """An argument's name without its shape suffix: `gate_up` for `gate_up_ENM`."""
+    return re.sub(r"_[A-Z]+$", "", name)
+
+
+def _routes(node: fx.Node) -> bool:
+    """Whether a linear's result is only ranked, to choose experts."""
+    reached, frontier = {node}, [node]
+    for _ in range(3):
+        frontier = [user for source in frontier for user in source.users if user not in reached]
+        reached.update(frontier)
+        if any(user.target is torch.ops.aten.topk.default for user in frontier):
+            return True
+    return False
+
+
+def _head(program: Program) -> fx.Node | None:
+    """The linear that makes the logits: the last one of the graph."""
+    linears = list(program.nodes(einfold_ops.linear.default))
+    return linears[-1] if linears and program.is_sequence_model() else None
