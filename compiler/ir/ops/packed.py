@@ -60,18 +60,22 @@ def partial_attention(
     softcap: float,
 ) -> Partial:
     """The state over these keys; G query heads share a KV head. `visible` may be broadcast."""
-    logits = q_BKGSD @ k_BKTD.unsqueeze(2).mT * scale
+    logits = (q_BKGSD @ k_BKTD.unsqueeze(2).mT).mul_(scale)
     if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible_BST[:, None, None], float("-inf"))
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits.masked_fill_(~visible_BST[:, None, None], float("-inf"))
     most = logits.amax(-1, keepdim=True)
-    weights = _weight(logits, most)
+    weights = logits.sub_(_shift(most)).exp_()
     return Partial(most, weights.sum(-1, keepdim=True), weights @ v_BKTD.unsqueeze(2))
 
 
 def _weight(logits: Tensor, most: Tensor) -> Tensor:
     """exp(logits - most), and 0 for -inf also where `most` is -inf."""
-    return torch.exp(logits - torch.where(most == float("-inf"), 0.0, most))
+    return torch.exp(logits - _shift(most))
+
+
+def _shift(most: Tensor) -> Tensor:
+    return torch.where(most == float("-inf"), 0.0, most)
 
 
 @torch.library.custom_op("einfold::packed_attention", mutates_args=())
