@@ -16,12 +16,13 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import einfold
+from einfold.compiler.codegen.target import TARGETS
 from einfold.compiler.passes.cache_methods import FAMILIES, Method
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.errors import EinfoldError
@@ -29,7 +30,7 @@ from einfold.evaluate.quality import evaluate
 from einfold.evaluate.recall import Window, windows
 from einfold.evaluate.speed import measure_speed
 from einfold.evaluate.texts import Document, read_documents
-from einfold.model import EngineName, Model
+from einfold.model import Model
 
 from .quality.measure import full_token_bytes
 from .quality.pages import change, read, recall, results
@@ -43,7 +44,6 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny_llama"
 FACTS = ROOT / "docs" / "methods.toml"
 PAGE = ROOT / "docs" / "methods.md"
-TARGETS = ("onnx", "triton", "reference")
 
 #: The context of the decode rates, the tokens that are timed, and how often.
 _CONTEXT, _NEW, _TURNS = 1800, 32, 5
@@ -68,7 +68,7 @@ def measure(
     model: Path,
     text: Text,
     cache: dict[str, Any],
-    targets: Sequence[str] = TARGETS,
+    targets: Iterable[str] = TARGETS,
     full: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of one recipe's `[cache]`: quality, shares of bytes, and which targets take it.
@@ -85,7 +85,7 @@ def measure(
                 made[target] = Path(folder) / target
             except EinfoldError as error:
                 print(f"  {target}: {error}", file=sys.stderr)
-        engine: EngineName = "onnx" if "onnx" in made else "reference"
+        engine = "onnx" if "onnx" in made else "reference"
         artifact = made.get("onnx") or made["reference"]
         loaded = einfold.load(artifact, engine=engine, threads=1)
         found = evaluate(loaded, model, text.file).data()

@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..errors import ArtifactError, ModelError, RecipeError, UnsupportedError
+from ..errors import ModelError, RecipeError
 from .artifact import check_dump, check_output, file_entry, staged
 from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens
-from .codegen.triton.attention.write import write_kernels
+from .codegen.target import Progress
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
 from .frontend.example import Example
@@ -34,34 +34,18 @@ from .frontend.structure import parameter_count, structure
 from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
-from .ir.manifest import GRAPH, MODEL, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
+from .ir.manifest import GRAPH, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
 from .ir.printer import print_program
 from .ir.program import Program
-from .ir.weights_file import Placement, write_weights
+from .ir.weights_file import write_weights
 from .passes.cleanup.simplify import Simplify
 from .passes.compare_original import CompareOriginal
 from .pipeline import PassManager, PassRecord, language_model_passes, module_passes, planning_passes
 from .recipe import Recipe
 from .report import report_page
 
-#: Told of progress: what is being done, and the share of it that is done (0 to 1).
-Progress = Callable[[str, float], None]
-
 #: Tokens of context for a model whose config names no limit.
 DEFAULT_CONTEXT = 2048
-
-#: Flavours of ONNX, by whether standard operators alone are asked for.
-_FLAVOURS: dict[bool, Literal["ort", "portable"]] = {False: "ort", True: "portable"}
-
-#: Packages that the code of a target is made with.
-_GENERATORS: dict[str, tuple[str, ...]] = {
-    "onnx": ("onnx-ir",),
-    "triton": ("triton",),
-    "reference": (),
-}
-
-#: Packages that it is written with, by target; the others need none of them.
-_WRITERS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnx_ir")}
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -195,7 +179,17 @@ def trace(
         lambda name, index, total: tell(f"pass {name}", index / max(1, total)),
         asked=recipe.asked(),
     )
-    return program, manager.run(program)
+    records = manager.run(program)
+    _check_layout(program, recipe)
+    return program, records
+
+
+def _check_layout(program: Program, recipe: Recipe) -> None:
+    """Raises RecipeError where the target cannot run over the cache as it came to be planned."""
+    assert program.layout is not None
+    for layer, _, group in program.layout.groups():
+        if reason := recipe.made_for.refuses(group.storage):
+            raise RecipeError(f"layer {layer.layer}, {group.storage.name}: {reason}")
 
 
 @tracing()
@@ -231,7 +225,7 @@ def compile_to(
     The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
     """
     check_output(out, force)  # before anything long is begun
-    _check_writers(recipe.target)
+    recipe.made_for.check_installed()
     if dump is not None:
         check_dump(dump, out)
     tell = progress or (lambda text, share: None)
@@ -264,9 +258,9 @@ def compile_to(
                 lambda name, done, total: tell("writing weights", done / max(1, total)),
             )
         with clock.phase("code"):
-            _write_code(program, placements, recipe, folder, tell)
-            if recipe.target == "onnx":
-                _check_onnx(folder)
+            (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+            recipe.made_for.write(program, placements, folder, tell)
+            recipe.made_for.check_written(folder)
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
         manifest = _manifest(model, program, recipe, folder, digest, parameters)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
@@ -309,7 +303,7 @@ def export_module(
 ) -> None:
     """Exports any module to a folder with model.onnx, its weights and the graph's text."""
     check_output(out, force)
-    _check_writers(recipe.target)
+    recipe.made_for.check_installed()
     captured = capture_module(module, example, dynamic_shapes, output_names)
     program = captured.program
     PassManager(module_passes()).run(program)
@@ -319,52 +313,11 @@ def export_module(
     kept = {name: program.weights[name] for name in program.weights}  # writing lets go of them
     with staged(out, force) as folder:
         placements, _ = write_weights(program.weights, folder / WEIGHTS)
-        _write_code(program, placements, recipe, folder, lambda text, share: None)
+        (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
+        recipe.made_for.write(program, placements, folder, lambda text, share: None)
         if check is not None:
             program.weights.restore(kept)
             check.files(folder, captured, recipe)
-
-
-def _write_code(
-    program: Program,
-    placements: dict[str, Placement],
-    recipe: Recipe,
-    folder: Path,
-    tell: Progress,
-) -> None:
-    """The graph's text, and what the target runs."""
-    (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
-    if recipe.target == "triton":
-        tell("generating kernels", 0.0)
-        write_kernels(program, folder, recipe.triton.cubins, tell)
-    if recipe.target != "onnx":
-        return
-    import onnx_ir as ir  # here: no other target needs the package
-
-    from .codegen.onnx.lower import lower
-
-    tell("generating ONNX", 0.0)
-    flavour = _FLAVOURS[recipe.onnx.portable]
-    lowered = lower(program, WEIGHTS, placements, flavour, recipe.onnx.accuracy_level)
-    ir.save(lowered, folder / MODEL)
-
-
-def _check_writers(target: str) -> None:
-    """Raises ModuleNotFoundError where a package that the target is written with is not installed."""
-    for name in _WRITERS.get(target, ()):
-        import_module(name)
-
-
-def _check_onnx(folder: Path) -> None:
-    """Raises UnsupportedError for a model that could not be loaded again."""
-    from .codegen.onnx.check import check_onnx
-
-    try:
-        check_onnx((folder / MODEL).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size)
-    except ArtifactError as error:
-        raise UnsupportedError(
-            f"the model needs more than an artifact may hold: {error}"
-        ) from error
 
 
 class _Clock:
@@ -451,13 +404,13 @@ def _manifest(
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    made_by = ["torch", "transformers", *_GENERATORS[recipe.target]]
+    made_by = ["torch", "transformers", *recipe.made_for.generators]
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
         einfold=metadata.version("einfold"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         target=recipe.target,
-        flavour=_FLAVOURS[recipe.onnx.portable] if recipe.target == "onnx" else "torch",
+        flavour=recipe.made_for.flavour,
         model=ModelEntry(
             source=Path(model.source.location).name or Path(model.source.location).resolve().name,
             architecture=program.model.architecture,

@@ -18,15 +18,16 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
 from ..errors import RecipeError, first_line, pass_on
+from .codegen.target import TARGETS, Target
 from .ir.quant.scheme import PRESETS, Preset, Scheme
 from .passes.base import Pass, check_options
 from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
 from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
-from .passes.weight_quant.explicit_zeros import ExplicitZeros
 from .passes.weight_quant.quantize_weights import QuantizeWeights
 
 if sys.version_info >= (3, 11):
@@ -77,16 +78,13 @@ class WeightsSection(_Section):
         """What the format stands for."""
         return PRESETS.find(self.format)
 
-    def passes(self, portable: bool) -> list[Pass]:
+    def passes(self) -> list[Pass]:
         """The passes that these choices stand for. Raises RecipeError for options that no weight can have."""
         scheme = self._scheme(self.format)
         if scheme is None:
             return []
         head = None if self.head == "same" else self._scheme(self.head)
-        found: list[Pass] = [QuantizeWeights(scheme, head, embedding=self.embedding)]
-        if portable and scheme.operators:
-            found.append(ExplicitZeros())  # standard operators know no implied zero point
-        return found
+        return [QuantizeWeights(scheme, head, embedding=self.embedding)]
 
     def _scheme(self, name: str) -> Scheme | None:
         scheme, options = (
@@ -145,85 +143,99 @@ class CalibrationSection(_Section):
     tokens: int = Field(default=2048, ge=256)
 
 
-class OnnxSection(_Section):
-    """Code generation for ONNX."""
-
-    portable: bool = False
-    accuracy_level: Literal[0, 1, 4] = 4
-    """MatMulNBits: 4 multiplies in int8, 0 and 1 in float32 (slower, exact)."""
-
-
-class TritonSection(_Section):
-    """Code generation for Triton."""
-
-    cubins: tuple[Literal["sm_80", "sm_90", "sm_100"], ...] = ()
-    """GPUs to compile the kernels for ahead of time; loading uses these only where it is told to trust."""
-
-
 class Recipe(_Section):
-    """The resolved recipe goes into the artifact's manifest as it is."""
+    """The resolved recipe goes into the artifact's manifest as it is.
 
-    target: Literal["onnx", "triton", "reference"] = "onnx"
-    """reference: graph and weights alone, run in torch by the meaning of the operators."""
+    Beside these keys each target may have a table of its own, such as `[onnx]`.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    target: str = "onnx"
+    """What to generate."""
     context: int | None = Field(default=None, ge=2)
     """Tokens of context to compile for; the model's own limit where it is not given."""
     weights: WeightsSection = WeightsSection()
     cache: CacheSection = CacheSection()
     calibration: CalibrationSection = CalibrationSection()
-    onnx: OnnxSection = OnnxSection()
-    triton: TritonSection = TritonSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables_of_targets(cls, data: Any) -> Any:
+        """Each target reads its own table; a key that nobody knows is refused."""
+        if not isinstance(data, dict):
+            return data
+        found, wrong = dict(data), list[InitErrorDetails]()
+        for name in data.keys() - cls.model_fields.keys() - TARGETS.keys():
+            wrong.append({"type": "extra_forbidden", "loc": (name,), "input": data[name]})
+        for name, kind in TARGETS.items():
+            if not (kind.model_fields or name in data):
+                continue
+            try:
+                found[name] = kind.model_validate(data.get(name, {}))
+            except ValidationError as error:
+                wrong += [
+                    {
+                        "type": item["type"],
+                        "loc": (name, *item["loc"]),
+                        "input": item["input"],
+                        "ctx": item.get("ctx", {}),
+                    }
+                    for item in error.errors()
+                ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return found
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in TARGETS:
+            raise ValueError(f"target is one of {', '.join(TARGETS)}, not {value[:_SHOWN]!r}")
+        return value
+
+    @property
+    def made_for(self) -> Target:
+        """The target, with the options of its table."""
+        found: Target = self.tables().get(self.target) or TARGETS[self.target]()
+        return found
+
+    def tables(self) -> dict[str, Target]:
+        """The tables of targets that have one, by name."""
+        return self.__pydantic_extra__ or {}
 
     @model_validator(mode="after")
-    def _options_fit_target(self) -> Recipe:
-        if self.target != "onnx" and self.onnx.portable:
-            raise ValueError("portable is for the target onnx; leave it out")
-        if self.target != "triton" and self.triton.cubins:
-            raise ValueError("cubins are for the target triton; add --target triton")
+    def _tables_fit_target(self) -> Recipe:
+        for name, table in self.tables().items():
+            if name != self.target and table.misplaced():
+                raise ValueError(table.misplaced())
         return self
 
     @model_validator(mode="after")
-    def _cache_fits_flavour(self) -> Recipe:
-        if self.target == "onnx" and self.cache.storage == "f16":
+    def _one_storage(self) -> Recipe:
+        if self.cache.quant is not None and self.cache.storage == "int8":
             raise ValueError(
-                "cache.storage f16: onnxruntime's operators for the CPU compute in float32 and would widen "
-                "all of a float16 cache at every step; take cache.storage int8, or compile for the target "
-                "triton or reference"
-            )
-        if self.onnx.portable and self.cache.storage != "f32":
-            raise ValueError(
-                "the portable flavour has no operator that reads an int8 cache, it could only widen "
-                "all of it at every step; use cache.storage f32, or the default flavour"
+                f"cache.storage {self.cache.storage} and cache.quant {self.cache.quant['method']} both say "
+                "how tokens are stored; leave one of them out"
             )
         return self
 
     @model_validator(mode="after")
-    def _packed_cache_has_a_reader(self) -> Recipe:
-        if self.cache.quant is None:
-            return self
-        method = self.cache.quant["method"]
-        if self.cache.storage == "int8":
-            raise ValueError(
-                f"cache.storage {self.cache.storage} and cache.quant {method} both say how tokens are "
-                "stored; leave one of them out"
-            )
-        if self.target == "onnx":
-            raise ValueError(
-                f"cache.quant {method}: onnxruntime has no operator that reads packed tokens, it could "
-                "only widen all of the cache at every step; compile for the target triton or reference, "
-                "or take cache.storage int8"
-            )
+    def _cache_has_a_reader(self) -> Recipe:
+        """What a method stores is refused here already, before a model is read."""
+        for step in self.cache_passes():
+            storage = getattr(step, "storage", None)
+            reason = "" if storage is None else self.made_for.refuses(storage)
+            if reason:
+                raise ValueError(f"{self._place(step.name)}: {reason}")
         return self
 
-    @model_validator(mode="after")
-    def _shared_cache_has_a_reader(self) -> Recipe:
-        method = None if self.cache.share is None else self.cache.share["method"]
-        if self.target == "onnx" and method in ("minicache", "cskv"):
-            raise ValueError(
-                f"cache.share {method}: the target onnx has no operator that reads what it stores, it could "
-                f"only widen all of the cache at every step; leave out cache.share (--share {method}), "
-                "compile for the target triton or reference, or take cross_layer"
-            )
-        return self
+    def _place(self, name: str) -> str:
+        """Where the recipe asks for the cache's pass of a name."""
+        for family in FAMILIES:
+            if name == (getattr(self.cache, family) or {}).get("method"):
+                return f"cache.{family} {name}"
+        return f"cache.storage {self.cache.storage}"
 
     @staticmethod
     def read(path: Path) -> Recipe:
@@ -272,7 +284,11 @@ class Recipe(_Section):
 
     def weight_passes(self) -> list[Pass]:
         """The passes over weights that this recipe asks for."""
-        return self.weights.passes(self.onnx.portable)
+        return [*self.weights.passes(), *self._for_target()]
+
+    def _for_target(self) -> list[Pass]:
+        """What the target needs of the weights."""
+        return self.made_for.weight_passes(self.weights.preset.scheme)
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""
@@ -280,6 +296,6 @@ class Recipe(_Section):
 
     def asked(self) -> frozenset[str]:
         """Names of the passes that a person chose, which must find something to do."""
-        of_itself = (NativeWindow, ExplicitZeros)
+        of_itself = (NativeWindow, *map(type, self._for_target()))
         passes = (*self.weight_passes(), *self.cache_passes())
         return frozenset(step.name for step in passes if not isinstance(step, of_itself))

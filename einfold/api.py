@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .compiler.analysis.held import held
 from .compiler.analysis.liveness import peak_activation_bytes
+from .compiler.codegen.target import Progress
 from .compiler.driver import (
     CompileReport,
     Input,
-    Progress,
     compile_to,
     export_module,
     open_model,
@@ -231,19 +230,19 @@ def estimate(
     if batch < 1 or chunk < 1:
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
     program, _ = trace(found, chosen, progress=progress)
-    layout, full = program.layout, program.model.context
+    layout, full, made_for = program.layout, program.model.context, chosen.made_for
     assert layout is not None
 
     def parts(tokens: int) -> tuple[int, int, int]:
         slots = layout.slot_dims(tokens, tokens)
         steps = ({"B": 1, "S": min(chunk, tokens), "N": 1}, {"B": batch, "S": 1, "N": batch})
         activations = [
-            peak_activation_bytes(program, step | slots, chosen.onnx.portable) for step in steps
+            peak_activation_bytes(program, step | slots, made_for.scratch) for step in steps
         ]
         most = max(activations)
         return int(layout.peak_bytes(batch, tokens, tokens)), most, kept.runtime(most)
 
-    weight_bytes, kept = program.weights.nbytes, held(program, chosen.target)
+    weight_bytes, kept = program.weights.nbytes, made_for.held(program)
     largest = None
     if budget is not None:
         low, high = 0, full

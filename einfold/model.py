@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
-from .errors import PromptError, RecipeError
+from .compiler.codegen.target import TARGETS
+from .errors import ArtifactError, PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
 from .runtime.engine import CHUNK, Engine, Generated, Timings
@@ -17,8 +17,6 @@ from .runtime.sampling import Sampling
 from .runtime.tokenizer import Tokenizer, TokenStream
 
 Prompt = str | Sequence[int]
-
-EngineName = Literal["onnx", "triton", "reference"]
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def _overlap(text: str, stops: list[str]) -> int:
 def load(
     folder: str | Path,
     *,
-    engine: EngineName | None = None,
+    engine: str | None = None,
     threads: int | None = None,
     chunk: int = CHUNK,
     verify: bool = True,
@@ -229,8 +227,8 @@ def load(
     what machine code does. Raises ArtifactError where the folder is damaged or no artifact, RecipeError
     for an impossible option, UnsupportedError where this machine cannot run it.
     """
-    if engine is not None and engine not in get_args(EngineName):
-        raise RecipeError(f"engine {engine!r} is none of {', '.join(get_args(EngineName))}")
+    if engine is not None and engine not in TARGETS:
+        raise RecipeError(f"engine {engine!r} is none of {', '.join(TARGETS)}")
     if threads is not None and not 1 <= threads <= 1024:
         # onnxruntime takes a negative number for one, and dies slowly of a hundred thousand
         raise RecipeError(f"threads must be between 1 and 1024, not {threads}")
@@ -258,29 +256,17 @@ def load(
     )
 
 
-def _runner(
-    artifact: Artifact, engine: EngineName | None, threads: int | None, trust: bool
-) -> Runner:
+def _runner(artifact: Artifact, engine: str | None, threads: int | None, trust: bool) -> Runner:
     target = artifact.manifest.target
-    if "reference" in (engine, target):
-        if engine not in (None, "reference"):
-            raise RecipeError(_wrong_engine(artifact, engine))
-        from .compiler.codegen.reference.runner import ReferenceRunner
-
-        return ReferenceRunner(artifact)
-    if engine not in (None, target):
-        raise RecipeError(_wrong_engine(artifact, engine))
-    if target == "triton":
-        from .compiler.codegen.triton.runner import triton_runner
-
-        return triton_runner(artifact, trust)
-    from .compiler.codegen.onnx.runner import OnnxRunner
-
-    return OnnxRunner(artifact, threads)
-
-
-def _wrong_engine(artifact: Artifact, engine: EngineName | None) -> str:
-    return (
-        f"{artifact.folder} was compiled for {artifact.manifest.target}, so engine {engine!r} cannot run "
-        f"it; leave the engine out, or compile with --target {engine}"
-    )
+    if target not in TARGETS:
+        raise ArtifactError(
+            f"{artifact.folder} was compiled for the target {target!r}, which this einfold does not have; it "
+            f"has {', '.join(TARGETS)}"
+        )
+    chosen = TARGETS[engine or target]()
+    if not chosen.runs(target):
+        raise RecipeError(
+            f"{artifact.folder} was compiled for {target}, so engine {engine!r} cannot run it; leave the "
+            f"engine out, or compile with --target {engine}"
+        )
+    return chosen.runner(artifact, threads, trust)

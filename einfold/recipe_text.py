@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from .compiler.codegen.target import TARGETS
 from .compiler.passes.cache_methods import FAMILIES
 from .compiler.recipe import Choices, Recipe
 
@@ -36,7 +37,7 @@ def _lines(section: BaseModel, where: str) -> Iterator[str]:
                 f"[cache.{name}]: {meanings[name]} Methods: {', '.join(FAMILIES[name])}."
             )
             continue
-        yield from _comment(" ".join(filter(None, (meanings.get(name, ""), _choices(info)))))
+        yield from _comment(" ".join(filter(None, (meanings.get(name, ""), _choices(name, info)))))
         if value is None:
             yield f"# {name} ="
         else:
@@ -44,6 +45,7 @@ def _lines(section: BaseModel, where: str) -> Iterator[str]:
     if where == "cache":
         for name in FAMILIES:
             yield from _method(name, getattr(section, name))
+    inner += [(name, table) for name, table in (section.model_extra or {}).items()]
     for name, value in inner:
         yield f"\n[{name}]"
         yield from _comment(inspect.getdoc(type(value)) or "")
@@ -67,8 +69,10 @@ def _comment(text: str) -> Iterator[str]:
         yield f"# {line}"
 
 
-def _choices(info: FieldInfo) -> str:
+def _choices(name: str, info: FieldInfo) -> str:
     """The values that a key takes, where they are few."""
+    if name == "target":
+        return "; ".join(f"{known}: {target.title}" for known, target in TARGETS.items())
     kinds = [info.annotation, *get_args(info.annotation)]
     found = [_toml(v) for kind in kinds if get_origin(kind) is Literal for v in get_args(kind)]
     found += [_toml(v) for c in info.metadata if isinstance(c, Choices) for v in c.names()]

@@ -62,7 +62,7 @@ ALLOWED = {
     },
     "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
     "compiler.codegen.cpu": {"errors", "compiler.ir"},
-    "compiler.codegen.onnx": {"errors", "compiler.ir"},
+    "compiler.codegen.onnx": {"errors", "compiler.ir", "compiler.codegen.target"},
     "compiler.codegen.reference": {"errors", "compiler.ir", "compiler.codegen.cpu"},
     "compiler.codegen.triton": {"errors", "compiler.ir", "compiler.codegen.reference"},
     "compiler.codegen.triton.attention": {

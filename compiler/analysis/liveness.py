@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..ir.ops import einfold_ops
-from ..ir.program import OVER_CACHES, Program, call_arguments
-
-#: Query heads a KV head from which on decode steps over int8 go in integers on onnxruntime.
-INTEGER_GROUP = 4
+from ..ir.program import OVER_CACHES, Program
 
 #: Calls whose result shares the memory of their input.
 _VIEWS = {
@@ -21,22 +17,28 @@ _VIEWS = {
     torch.ops.aten.squeeze.dim,
 }
 
+#: Bytes that a call takes beside its inputs and results.
+Scratch = Callable[[Program, fx.Node, Mapping[str, int]], int]
 
-def peak_activation_bytes(program: Program, dims: Mapping[str, int], portable: bool = False) -> int:
+
+def _none(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+    return 0
+
+
+def peak_activation_bytes(
+    program: Program, dims: Mapping[str, int], scratch: Scratch = _none
+) -> int:
     """The largest sum of live intermediate values, with dims such as B, S, C, N given as numbers.
 
-    Inputs, caches and weights are not counted; operators run in the graph's order. Attention is
-    charged what its ONNX lowering takes: onnxruntime's GroupQueryAttention works in tiles, but holds
-    B * H * S * C logits where it caps them or has sinks (measured with onnxruntime 1.31), and the
-    `portable` flavour holds them always, twice where the softmax is spelled out. With S = 1 over int8 it is
-    charged attention in integers, whether or not C is such that steps go that way.
+    Inputs, caches and weights are not counted; operators run in the graph's order. `scratch` says what a
+    call takes while it runs, as a target has it.
     """
     sizes = {node: _bytes(program, node, dims) for node in program.graph.nodes}
     last = _last_use(program)
     live, peak = 0, 0
     for index, node in enumerate(program.graph.nodes):
         live += sizes[node]
-        peak = max(peak, live + _scratch(program, node, dims, portable))
+        peak = max(peak, live + scratch(program, node, dims))
         for dead in last.get(index, ()):
             live -= sizes[dead]
     return peak
@@ -79,27 +81,3 @@ def _value_bytes(program: Program, value: Any, dims: Mapping[str, int]) -> int:
     for size in value.shape:
         total *= program.shapes.evaluate(size, dims)
     return total
-
-
-def _scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: bool) -> int:
-    if node.target not in (
-        einfold_ops.cached_attention.default,
-        einfold_ops.shared_attention.default,
-    ):
-        return 0
-    found = call_arguments(node)
-    query = found["q_BSHD"].meta["val"]
-    batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
-    spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
-    cache = found["key_cache_BKCD"].meta["val"]
-    slots = program.shapes.evaluate(cache.shape[2], dims)
-    kv_heads, size = cache.shape[1], cache.shape[3]
-    plain = not spelled_out and not found["window"] and found["count_BK"] is None
-    own = node.target is einfold_ops.cached_attention.default and found["key_scale_KD"] is not None
-    if own and plain and new == 1 and heads >= INTEGER_GROUP * kv_heads:
-        # Two copies of the keys, or one and the products with both planes, or the weights with what their
-        # planes are made of; and an eighth for gaps.
-        keys = kv_heads * size
-        held = max(2 * keys, keys + 8 * heads, 13 * heads)
-        return int(batch * slots * held * 9 // 8)
-    return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,6 +32,10 @@ _LARGEST = 1 << 24
 
 #: A number of bytes or parameters.
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+#: A name that a target gives.
+Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
 class _Part(BaseModel):
@@ -65,9 +69,9 @@ class Manifest(_Part):
     format: int = FORMAT
     einfold: str
     created: str
-    target: Literal["onnx", "triton", "reference"]
-    flavour: Literal["ort", "portable", "torch"]
-    """Which operators of the target: onnxruntime's own or the standard ones; torch where there is no ONNX."""
+    target: Word
+    flavour: Word
+    """Which operators the target's code is written in, such as onnxruntime's own, `ort`, or `torch`."""
     model: ModelEntry
     recipe: dict[str, Any]
     cache: tuple[str, ...]

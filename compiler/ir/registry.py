@@ -7,6 +7,7 @@ is read when a name is first asked for, so that adding a thing edits nothing els
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """What a room brings, by name. Reads like a dict; in the order of `order`, then by name.
 
     `what` is the word for one of them. `room` is the package whose modules are imported, and of its packages
-    the modules called `module`. `order` names those that stand first where the order is shown or counts.
+    the modules called `module`, where they have one. `order` names those that stand first where the order is
+    shown or counts.
     """
 
     def __init__(self, what: str, room: str, module: str = "", order: tuple[str, ...] = ()) -> None:
@@ -75,6 +77,10 @@ class Registry(Mapping[str, T], Generic[T]):
             if not self._read:
                 self._read = True  # first: modules of the room may ask while they are imported
                 for found in pkgutil.iter_modules(importlib.import_module(self._room).__path__):
-                    inside = f".{self._module}" if found.ispkg and self._module else ""
-                    importlib.import_module(f"{self._room}.{found.name}{inside}")
+                    name = f"{self._room}.{found.name}"
+                    if found.ispkg and self._module:
+                        name = f"{name}.{self._module}"
+                        if importlib.util.find_spec(name) is None:
+                            continue
+                    importlib.import_module(name)
             return self._found

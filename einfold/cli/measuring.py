@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .common import out, print_json, progress
-from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust, name_of
+from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust
 
 
 def eval_(
@@ -58,7 +58,7 @@ def eval_(
     from ..model import load
 
     loading: dict[str, Any] = {
-        "engine": name_of(engine),
+        "engine": engine,
         "threads": threads,
         "chunk": chunk,
         "trust": trust,

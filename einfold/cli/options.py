@@ -12,22 +12,10 @@ import typer
 from ..compiler.ir.quant.scheme import PRESETS
 
 
-class Target(str, Enum):
-    onnx = "onnx"
-    triton = "triton"
-    reference = "reference"
-
-
 class CacheStorage(str, Enum):
     f32 = "f32"
     f16 = "f16"
     int8 = "int8"
-
-
-class EngineName(str, Enum):
-    onnx = "onnx"
-    triton = "triton"
-    reference = "reference"
 
 
 #: Names for completion, which must not wait for torch to be imported; a test holds them to what there is.
@@ -51,6 +39,21 @@ def starting(names: Iterable[str]) -> Callable[[str], list[str]]:
         return [name for name in known if name.startswith(incomplete)]
 
     return complete
+
+
+def target_names() -> list[str]:
+    """Targets that come with einfold, by their folders: the command line starts without importing them."""
+    codegen = Path(__file__).parents[1] / "compiler" / "codegen"
+    return sorted(file.parent.name for file in codegen.glob("*/target.py"))
+
+
+def _known_target(value: str | None) -> str | None:
+    if value is not None:
+        from ..compiler.codegen.target import TARGETS
+
+        if value not in TARGETS:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(TARGETS)}.")
+    return value
 
 
 def _recipes(incomplete: str) -> list[str]:
@@ -78,8 +81,12 @@ RecipeFile = Annotated[
     ),
 ]
 TargetOption = Annotated[
-    Target | None,
+    str | None,
     typer.Option(
+        "--target",
+        metavar=f"<{'|'.join(target_names())}>",
+        callback=_known_target,
+        autocompletion=starting(target_names()),
         help="What to generate: a model for onnxruntime, or Triton kernels for attention on a GPU, beside "
         "which torch runs the rest, or nothing (reference: torch runs the graph by its operators' meaning, "
         "slowly). [default: onnx]",
@@ -154,8 +161,12 @@ Threads = Annotated[
     ),
 ]
 Engine = Annotated[
-    EngineName | None,
+    str | None,
     typer.Option(
+        "--engine",
+        metavar=f"<{'|'.join(target_names())}>",
+        callback=_known_target,
+        autocompletion=starting(target_names()),
         help="onnxruntime, Triton kernels on a GPU, or the operators' reference meaning in torch. "
         "[default: what the artifact was compiled for]",
         show_default=False,
@@ -181,7 +192,7 @@ def name_of(choice: Enum | None) -> str | None:
 
 
 def recipe_options(
-    target: Target | None,
+    target: str | None,
     weights: str | None,
     cache: CacheStorage | None,
     prune: str | None,
@@ -190,7 +201,7 @@ def recipe_options(
 ) -> dict[str, str | None]:
     """The options that stand for keys of a recipe, as `resolve_recipe` takes them."""
     return {
-        "target": name_of(target),
+        "target": target,
         "weights": weights,
         "cache": name_of(cache),
         "prune": prune,

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import PromptError, pass_on
 from .common import err, out, print_json
-from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust, name_of
+from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust
 
 
 def run(
@@ -87,7 +87,7 @@ def run(
         "ignore_eos": ignore_eos,
     }
     loading: dict[str, Any] = {
-        "engine": name_of(engine),
+        "engine": engine,
         "threads": threads,
         "chunk": chunk,
         "verify": verify,

@@ -54,8 +54,7 @@ class ModuleCheck:
         session = _session(folder / MODEL)
         scheme = recipe.weights.preset.scheme
         exact = scheme is None
-        int8 = scheme is not None and bool(scheme.operators) and not recipe.onnx.portable
-        tolerance = _INT8_PRODUCTS if int8 and recipe.onnx.accuracy_level == 4 else None
+        tolerance = None if recipe.made_for.exact(scheme) else _INT8_PRODUCTS
         interpreter = Interpreter(captured.program)
         for example, expected in self._expected:
             inputs = captured.inputs(example)

@@ -8,7 +8,6 @@ no long prompt: what is checked behind it is how the compressed cache is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compiler.codegen.reference.runner import ReferenceRunner
+from ..compiler.codegen.target import made_for
 from ..compiler.ir.compare import difference
 from ..compiler.ir.kv.layout import CacheLayout
 from ..compiler.ir.manifest import ModelEntry
@@ -57,8 +57,9 @@ def self_check(folder: Path, original: Floats | None = None) -> dict[str, Any]:
     Where this machine cannot run the target, the report says that it was not checked, and why.
     """
     artifact = Artifact.open(folder, verify=False)
+    made = made_for(artifact.manifest.target, artifact.manifest.recipe)
     try:
-        runner = _target(artifact)
+        runner = made.runner(artifact, lean=True)
     except UnsupportedError as error:
         return {"check": f"not run: {str(error).split(';')[0]}"}
     layout = artifact.manifest.layout()
@@ -75,11 +76,7 @@ def self_check(folder: Path, original: Floats | None = None) -> dict[str, Any]:
     largest = float(np.abs(target - reference).max())
     scale = max(1.0, float(np.abs(reference).max()))
     recipe = artifact.manifest.recipe
-    approximate = (
-        artifact.manifest.flavour == "ort"  # standard operators multiply in float32
-        and _rounded_products(recipe)
-        and recipe["onnx"]["accuracy_level"] == 4
-    )
+    approximate = not made.exact(PRESETS.find(recipe["weights"]["format"]).scheme)
     if largest > _TOLERANCE * scale and not approximate:
         raise EinfoldError(
             f"the compiled model differs from the reference by {largest:.2e} (logits up to {scale:.1f}); "
@@ -121,12 +118,6 @@ def _beside_original(artifact: Artifact, target: Floats, original: Floats | None
     }
 
 
-def _rounded_products(recipe: Mapping[str, Any]) -> bool:
-    """Whether weights are multiplied as they are stored, by activations that are rounded for it."""
-    scheme = PRESETS.find(recipe["weights"]["format"]).scheme
-    return scheme is not None and bool(scheme.operators)
-
-
 def _off(target: Floats, original: Floats) -> float:
     """The difference of a token's logits, beside how far they are spread; of the median token, for single
     ones, the first above all, may be off by much more."""
@@ -142,18 +133,6 @@ def _as_it_came(artifact: Artifact) -> bool:
     shared = artifact.manifest.recipe["cache"]["share"] is not None
     plain = all(group.storage.slot_dtype == "f32" for _, _, group in layout.groups())
     return plain and not shared and not _lets_go(layout)
-
-
-def _target(artifact: Artifact) -> Runner:
-    if artifact.manifest.target == "triton":
-        from ..compiler.codegen.triton.runner import triton_runner
-
-        return triton_runner(artifact)
-    if artifact.manifest.target == "reference":
-        return ReferenceRunner(artifact, keep_weights=False)
-    from ..compiler.codegen.onnx.runner import OnnxRunner
-
-    return OnnxRunner(artifact, prepack=False)
 
 
 def _finite(logits: Floats) -> Floats:

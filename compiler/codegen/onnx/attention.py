@@ -24,9 +24,10 @@ from ....errors import UnsupportedError
 from ...ir.kv.layout import TOKENS
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
+from .account import SMALLEST_GROUP
 from .builder import CONTRIB
 from .einfold_ops import rotate
-from .integer_attention import SMALLEST_GROUP, IntegerAttention, blocks, mask, pays
+from .integer_attention import IntegerAttention, blocks, mask, pays
 from .lowerings import Context, lowering
 
 aten = torch.ops.aten

@@ -24,10 +24,6 @@ import onnx_ir as ir
 
 from .builder import CONTRIB, Builder
 
-#: Query heads a KV head from which on this is faster than GroupQueryAttention: the cost is that of reading
-#: and converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.
-SMALLEST_GROUP = 4
-
 #: Tokens from which on it is faster: there are some forty small operators. At half of it the two are even
 #: where the processor is shared with others.
 FEWEST_TOKENS = 4096

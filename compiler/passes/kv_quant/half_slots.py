@@ -23,6 +23,11 @@ class HalfSlots(Pass):
     name = "half_slots"
     requires = frozenset({"cache planned"})
 
+    @property
+    def storage(self) -> Plain:
+        """What float32 becomes."""
+        return Plain("f16")
+
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         if program.layout is None:
@@ -31,7 +36,7 @@ class HalfSlots(Pass):
         layers = []
         for layer in program.layout.layers:
             groups = tuple(
-                replace(group, storage=Plain("f16")) if group.storage == Plain() else group
+                replace(group, storage=self.storage) if group.storage == Plain() else group
                 for group in layer.groups
             )
             layers.append(replace(layer, groups=groups))

@@ -38,6 +38,11 @@ class StaticInt8(Pass):
     name = "static_int8"
     requires = frozenset({"cache planned"})
 
+    @property
+    def storage(self) -> Plain:
+        """What every plain storage becomes."""
+        return Plain("i8", "channel")
+
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         if program.layout is None:
@@ -56,7 +61,7 @@ class StaticInt8(Pass):
                 if not group.storage.plain:
                     groups.append(group)
                     continue
-                groups.append(replace(group, storage=Plain("i8", "channel")))
+                groups.append(replace(group, storage=self.storage))
                 for part in PARTS:
                     program.cache_weights[f"{cache_name(layer.layer, index)}.{part}_scale"] = (
                         Weight(

@@ -65,7 +65,12 @@ class CSKV(Pass):
                     f"cache.share: cskv keeps a share of the channels between 0 and 1, not {share}"
                 )
         check_options("cache.share", self._policy)
-        check_options("cache.share", lambda: LowRank(1, 1, self.dtype))
+        check_options("cache.share", lambda: self.storage)
+
+    @property
+    def storage(self) -> LowRank:
+        """What is stored, here of one feature; of how many, the sizes of a layer say."""
+        return LowRank(1, 1, self.dtype)
 
     def _policy(self) -> Window:
         return Window(self.sinks, self.recent, self.slack, prefill=self.prefill)

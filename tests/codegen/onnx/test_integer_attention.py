@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.analysis.liveness import INTEGER_GROUP, peak_activation_bytes
+from einfold.compiler.analysis.liveness import peak_activation_bytes
 from einfold.compiler.codegen.onnx import integer_attention
 from einfold.compiler.codegen.onnx.lower import lower
 from einfold.compiler.codegen.onnx.runner import _two_numbers
+from einfold.compiler.codegen.onnx.target import Onnx
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.parser import parse
 from einfold.compiler.ir.printer import print_program
@@ -307,13 +308,12 @@ def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_
 
 
 def test_its_memory_is_accounted_for() -> None:
-    assert INTEGER_GROUP == integer_attention.SMALLEST_GROUP
     dims = {"B": 2, "S": 1, "C": 5000}
     more = 2 * 5000 * 13 * 12 * 9 // 8
     out = 2 * 12 * 16 * 4
-    assert peak_activation_bytes(layer(12, 2, 16), dims) == out + more
-    assert peak_activation_bytes(layer(12, 2, 16), dims | {"S": 3}) == 3 * out
-    assert peak_activation_bytes(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
+    assert peak_activation_bytes(layer(12, 2, 16), dims, Onnx().scratch) == out + more
+    assert peak_activation_bytes(layer(12, 2, 16), dims | {"S": 3}, Onnx().scratch) == 3 * out
+    assert peak_activation_bytes(layer(6, 2, 16), dims, Onnx().scratch) == 2 * 6 * 16 * 4
 
 
 @pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("qwen3", {"head_dim": 32})])

@@ -1,0 +1,64 @@
+"""What onnxruntime takes of memory beside weights, cache and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from ...ir.ops import einfold_ops
+from ...ir.program import Program, call_arguments
+from ..target import Held
+
+#: Query heads a KV head from which on decode steps over int8 go in integers: the cost is that of reading and
+#: converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.
+SMALLEST_GROUP = 4
+
+#: Bytes of the process, measured with onnxruntime 1.31: 80 to 100 MB.
+_PROCESS = 120_000_000
+
+#: Copies that onnxruntime packs, as a share of the weights in the file. Of integers both stay resident (139
+#: MB of memory for 96 MB of int4); of float16 the copy is float32, and the file's pages go.
+_PACKED = {torch.int8: 0.6, torch.uint8: 0.6, torch.float16: 1.0}
+
+#: Its arena grows by doubling: a step may leave twice its activations in it beside them.
+_ARENA = 2
+
+
+def held(program: Program) -> Held:
+    """Of float32 weights the file's mapped pages go as onnxruntime packs its copies: there is one of each."""
+    weights = [program.weights[name] for name in program.weights]
+    packed = sum(_PACKED.get(weight.dtype, 0.0) * weight.nbytes for weight in weights)
+    return Held(_PROCESS, int(packed), _ARENA)
+
+
+def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: bool) -> int:
+    """Bytes that attention takes.
+
+    GroupQueryAttention works in tiles, but holds B * H * S * C logits where it caps them or has sinks
+    (measured with onnxruntime 1.31), and the `portable` flavour holds them always, twice where the softmax is
+    spelled out. With S = 1 over int8 it is charged attention in integers, whether or not C is such that steps
+    go that way.
+    """
+    if node.target not in (
+        einfold_ops.cached_attention.default,
+        einfold_ops.shared_attention.default,
+    ):
+        return 0
+    found = call_arguments(node)
+    query = found["q_BSHD"].meta["val"]
+    batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
+    spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
+    cache = found["key_cache_BKCD"].meta["val"]
+    slots = program.shapes.evaluate(cache.shape[2], dims)
+    kv_heads, size = cache.shape[1], cache.shape[3]
+    plain = not spelled_out and not found["window"] and found["count_BK"] is None
+    own = node.target is einfold_ops.cached_attention.default and found["key_scale_KD"] is not None
+    if own and plain and new == 1 and heads >= SMALLEST_GROUP * kv_heads:
+        # Two copies of the keys, or one and the products with both planes, or the weights with what their
+        # planes are made of; and an eighth for gaps.
+        keys = kv_heads * size
+        held = max(2 * keys, keys + 8 * heads, 13 * heads)
+        return int(batch * slots * held * 9 // 8)
+    return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))

@@ -1,0 +1,121 @@
+"""The target `onnx`: a model for onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ....errors import ArtifactError, UnsupportedError
+from ...ir.manifest import MODEL, WEIGHTS
+from ..target import TARGETS, Held, Progress, Target
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from ....runtime.artifact import Artifact
+    from ....runtime.runner import Runner
+    from ...ir.kv.store.storage import Storage
+    from ...ir.program import Program
+    from ...ir.quant.scheme import Scheme
+    from ...ir.weights_file import Placement
+    from ...passes.base import Pass
+
+
+@TARGETS.register
+class Onnx(Target):
+    """Code generation for ONNX."""
+
+    name: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "a model for onnxruntime"
+    generators: ClassVar[tuple[str, ...]] = ("onnx-ir",)
+    writers: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir")
+
+    portable: bool = False
+    accuracy_level: Literal[0, 1, 4] = 4
+    """MatMulNBits: 4 multiplies in int8, 0 and 1 in float32 (slower, exact)."""
+
+    @property
+    def flavour(self) -> str:
+        """Standard operators alone, or those of onnxruntime beside them."""
+        return "portable" if self.portable else "ort"
+
+    def misplaced(self) -> str:
+        return "portable is for the target onnx; leave it out" if self.portable else ""
+
+    def refuses(self, storage: Storage) -> str:
+        stored = storage.slot_dtype if storage.name == "plain" else storage.name
+        if stored == "f32" or (stored == "i8" and not self.portable):
+            return ""
+        if stored == "i8":
+            return (
+                "the portable flavour has no operator that reads an int8 cache, it could only widen all of "
+                "it at every step; use cache.storage f32, or the default flavour"
+            )
+        if stored == "f16":
+            return (
+                "onnxruntime's operators for the CPU compute in float32 and would widen all of a float16 "
+                "cache at every step; take cache.storage int8, or compile for the target triton or reference"
+            )
+        return (
+            f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
+            "all of the cache at every step; compile for the target triton or reference, or take "
+            "cache.storage int8"
+        )
+
+    def weight_passes(self, scheme: Scheme | None) -> list[Pass]:
+        from ...passes.weight_quant.explicit_zeros import ExplicitZeros
+
+        if not self.portable or scheme is None or not scheme.operators:
+            return []
+        return [ExplicitZeros()]  # standard operators know no implied zero point
+
+    def exact(self, scheme: Scheme | None) -> bool:
+        rounded = scheme is not None and bool(scheme.operators)
+        return self.portable or not rounded or self.accuracy_level != 4
+
+    def scratch(self, program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+        from .account import scratch
+
+        return scratch(program, node, dims, self.portable)
+
+    def held(self, program: Program) -> Held:
+        from .account import held
+
+        return held(program)
+
+    def write(
+        self,
+        program: Program,
+        placements: dict[str, Placement],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        import onnx_ir as ir
+
+        from .lower import lower
+
+        progress("generating ONNX", 0.0)
+        lowered = lower(program, WEIGHTS, placements, self.flavour, self.accuracy_level)
+        ir.save(lowered, folder / MODEL)
+
+    def check_written(self, folder: Path) -> None:
+        from .check import check_onnx
+
+        try:
+            check_onnx((folder / MODEL).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size)
+        except ArtifactError as error:
+            raise UnsupportedError(
+                f"the model needs more than an artifact may hold: {error}"
+            ) from error
+
+    def runner(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        trust: bool = False,
+        lean: bool = False,
+    ) -> Runner:
+        from .runner import OnnxRunner
+
+        return OnnxRunner(artifact, threads, prepack=not lean)

@@ -1,0 +1,33 @@
+"""The target `reference`: graph and weights alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ..target import TARGETS, Target
+
+if TYPE_CHECKING:
+    from ....runtime.artifact import Artifact
+    from ....runtime.runner import Runner
+
+
+@TARGETS.register
+class Reference(Target):
+    """The reference: the graph, run in torch by the operators' meaning. It runs every artifact, slowly."""
+
+    name: ClassVar[str] = "reference"
+    title: ClassVar[str] = "nothing: torch runs the graph by its operators' meaning, slowly"
+
+    def runs(self, target: str) -> bool:
+        return True
+
+    def runner(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        trust: bool = False,
+        lean: bool = False,
+    ) -> Runner:
+        from .runner import ReferenceRunner
+
+        return ReferenceRunner(artifact, keep_weights=not lean)

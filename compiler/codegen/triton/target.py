@@ -1,0 +1,52 @@
+"""The target `triton`: kernels for attention, beside which torch runs the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ..target import TARGETS, Progress, Target
+
+if TYPE_CHECKING:
+    from ....runtime.artifact import Artifact
+    from ....runtime.runner import Runner
+    from ...ir.program import Program
+    from ...ir.weights_file import Placement
+
+
+@TARGETS.register
+class Triton(Target):
+    """Code generation for Triton."""
+
+    name: ClassVar[str] = "triton"
+    title: ClassVar[str] = "Triton kernels for attention on a GPU, beside which torch runs the rest"
+    generators: ClassVar[tuple[str, ...]] = ("triton",)
+
+    cubins: tuple[Literal["sm_80", "sm_90", "sm_100"], ...] = ()
+    """GPUs to compile the kernels for ahead of time; loading uses these only where it is told to trust."""
+
+    def misplaced(self) -> str:
+        return "cubins are for the target triton; add --target triton" if self.cubins else ""
+
+    def write(
+        self,
+        program: Program,
+        placements: dict[str, Placement],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        from .attention.write import write_kernels
+
+        progress("generating kernels", 0.0)
+        write_kernels(program, folder, self.cubins, progress)
+
+    def runner(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        trust: bool = False,
+        lean: bool = False,
+    ) -> Runner:
+        from .runner import triton_runner
+
+        return triton_runner(artifact, trust)
