@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from ..errors import IRError
 from .ir.kv.layout import CacheLayout
 from .ir.ops import einfold_ops
+from .ir.parser import parse
+from .ir.printer import print_program
 from .ir.program import Editor, Program, attention_nodes, call_arguments
+from .ir.weights import Weight
 from .passes.cache.attach_cache import AttachCache
 
 
@@ -54,3 +60,22 @@ def _layer_program(planned: Program, node: fx.Node) -> Program:
     editor.set_output([out], ["out"])
     AttachCache().run(program)
     return program
+
+
+def packed(program: Program) -> dict[str, Any]:
+    """A program as plain data: its text, and its weights as tensors by name."""
+    weights = {name: program.weights[name].load() for name in program.weights}
+    return {"program": print_program(program), "weights": weights}
+
+
+def unpacked(data: dict[str, Any]) -> Program:
+    """The program that `packed` told; raises IRError for text or weights that are none."""
+    weights: dict[str, torch.Tensor] = data["weights"]
+
+    def load(name: str, declared: Weight) -> Weight:
+        found = weights[name]
+        if (tuple(found.shape), found.dtype) != (declared.shape, declared.dtype):
+            raise IRError(f"weight {name!r} is {found.dtype}{tuple(found.shape)}")
+        return Weight.of(found)
+
+    return parse(data["program"], load)

@@ -18,20 +18,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
 from .api import Method, resolve_recipe
-from .compiler.driver import plan_cache, wrap_model
 from .compiler.ir.kv.layout import CacheLayout
-from .compiler.ir.program import Program
-from .compiler.layer_program import layer_programs
 from .compiler.recipe import Recipe
-from .errors import IRError, UnsupportedError
-from .evaluate.original import OriginalCheck
+from .errors import UnsupportedError
 from .huggingface_attention import Carried, install, register, uninstall
 from .huggingface_layer import Layer
-
-_ALONE = (
-    "through transformers each layer must keep its own cache, so leave `share` out; models whose layers "
-    "share keys and values of their own can only be compiled"
-)
+from .huggingface_plan import CachePlan, planned
 
 
 def cache_for(
@@ -57,6 +49,9 @@ def cache_for(
     whole prompt: it is what methods with `prefill=exact` compress. It grows with the text, in steps. `check`
     runs what was captured beside the model on a few tokens, and refuses a model that einfold did not follow.
 
+    What is planned is kept in the user's cache folder and found again, in other processes too, for the same
+    model, options and versions. A plan that was checked when it was made is not checked again.
+
     The call installs an attention function on the model; `cache.release()`, or leaving a `with` block,
     brings the former one back. `cache.reset()` empties the cache for the next prompt. Raises RecipeError
     and the errors of compiling, UnsupportedError for a model whose attention einfold cannot follow.
@@ -74,9 +69,7 @@ def cache_for(
     )
     if "storage" not in chosen.cache.model_fields_set:
         chosen = _with_slots(model, chosen)
-    return EinfoldCache(
-        model, plan_cache(wrap_model(model, tokenizer), chosen, OriginalCheck() if check else None)
-    )
+    return EinfoldCache(model, planned(model, tokenizer, chosen, check))
 
 
 def _with_slots(model: Any, chosen: Recipe) -> Recipe:
@@ -92,25 +85,11 @@ def _with_slots(model: Any, chosen: Recipe) -> Recipe:
 class EinfoldCache(TransformersCache):  # type: ignore[misc]
     """A transformers cache whose layers are laid out by einfold; make it with `cache_for`."""
 
-    def __init__(self, model: Any, planned: Program) -> None:
-        assert planned.layout is not None
-        for layer, _, group in planned.layout.groups():
-            if group.owner is not None:
-                raise UnsupportedError(
-                    f"layer {layer.layer} reads the cache of layer {group.owner}; {_ALONE}"
-                )
-            try:
-                CacheLayout((layer,)).bytes(1, 1)
-            except IRError as error:
-                raise UnsupportedError(f"{error}; {_ALONE}") from error
-        self.layout = planned.layout
-        programs = layer_programs(planned)
-        if sorted(programs) != list(range(len(programs))):
-            raise UnsupportedError(
-                f"the model has attention in layers {sorted(programs)} only; "
-                "through transformers every layer must have it"
-            )
-        super().__init__(layers=[Layer(programs[layer], layer) for layer in sorted(programs)])
+    def __init__(self, model: Any, plan: CachePlan) -> None:
+        self.layout = plan.layout
+        super().__init__(
+            layers=[Layer(program, layer) for layer, program in enumerate(plan.layers)]
+        )
         self._join()
         self.attach(model)
 

@@ -13,11 +13,9 @@ from .compiler.ir.interpreter import Interpreter
 from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
 from .compiler.ir.ops import IN_PLACE, einfold_ops
 from .compiler.ir.ops.attention import cached_attention_in_place
-from .compiler.ir.parser import parse
-from .compiler.ir.printer import print_program
 from .compiler.ir.program import Program, call_arguments
 from .compiler.ir.types import DTYPES
-from .compiler.ir.weights import Weight
+from .compiler.layer_program import packed, unpacked
 from .errors import PromptError, UnsupportedError
 from .huggingface_masks import read_mask
 from .runtime.buffers import Counts
@@ -218,15 +216,13 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        program: Program = state.pop("program")
         del state["layout"], state["_interpreter"]
-        weights = {name: program.weights[name].load() for name in program.weights}
-        return state | {"program": print_program(program), "weights": weights}
+        return state | {"program": packed(state["program"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        weights, text = state.pop("weights"), state.pop("program")
+        program = unpacked(state.pop("program"))
         self.__dict__.update(state)
-        self._read(parse(text, lambda name, _: Weight.of(weights[name])))
+        self._read(program)
         if self.cache is not None:
             self.cache.layout = self.layout
 

@@ -29,16 +29,10 @@ def calibration_tokens(
     if tokenizer is None:
         ids = torch.randint(vocabulary, (rows, row), generator=torch.Generator().manual_seed(0))
         return ids, "random tokens, for the model has no tokenizer"
-    path = text or DEFAULT
-    try:
-        written = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        pass_on(error)
-        raise CalibrationError(f"cannot read the calibration text {path}: {error}") from error
-    found = torch.tensor(tokenizer.encode(written, add_special_tokens=False), dtype=torch.long)
+    found = torch.tensor(encoded(tokenizer, text), dtype=torch.long)
     if len(found) < row:
         raise CalibrationError(
-            f"the calibration text {path} has {len(found)} tokens; {row} are needed at least, "
+            f"the calibration text {text or DEFAULT} has {len(found)} tokens; {row} are needed at least, "
             "so give a longer one"
         )
     if len(found) and int(found.max()) >= vocabulary:
@@ -47,3 +41,15 @@ def calibration_tokens(
         )
     rows = min(rows, len(found) // row)
     return found[: rows * row].reshape(rows, row), text.name if text else "the built-in text"
+
+
+def encoded(tokenizer: Any, text: Path | None) -> list[int]:
+    """The tokens of a text, or of the built-in one. Raises CalibrationError where it cannot be read."""
+    path = text or DEFAULT
+    try:
+        written = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        pass_on(error)
+        raise CalibrationError(f"cannot read the calibration text {path}: {error}") from error
+    found: list[int] = tokenizer.encode(written, add_special_tokens=False)
+    return found

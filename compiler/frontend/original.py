@@ -16,7 +16,7 @@ from .huggingface import ModelSource, quiet
 from .structure import structure
 
 #: Attention functions that stand for the model's own, which is named eager; another one is the user's.
-_STAND_INS = ("sdpa", "flash", "flex", "paged", "einfold", "kernels")
+STAND_INS = ("sdpa", "flash", "flex", "paged", "einfold", "kernels")
 
 
 def original_logits(
@@ -30,7 +30,7 @@ def original_logits(
     """Logits [B, S, V] of rows of tokens, of which `mask` tells the real ones from padding in front."""
     quiet()
     model = structure(source, config, state, module)
-    if str(model.config._attn_implementation).startswith(_STAND_INS):
+    if str(model.config._attn_implementation).startswith(STAND_INS):
         model.set_attn_implementation("eager")
     positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)
     with _filled(model, state), torch.no_grad():

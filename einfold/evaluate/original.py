@@ -41,6 +41,11 @@ class OriginalCheck:
         self._first: Floats | None = None
         """The original's logits of the tokens that the artifact is checked on, once they are known."""
 
+    @property
+    def compared(self) -> bool:
+        """Whether a graph was compared, and agreed."""
+        return self._first is not None
+
     def graph(self, model: Input, program: Program) -> str:
         """The sentence for the report; raises EinfoldError where the graph differs from the original.
 

@@ -93,6 +93,7 @@ def test_a_broken_graph_is_refused(breaking: Callable[[Program], None]) -> None:
 def test_a_lost_mask_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that is read off no mask, on each road; nothing is written."""
     monkeypatch.setattr(hooks, "read_mask", lambda *_, **__: Mask(0))
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))  # where no plan was kept before
     model, out = given("mistral"), tmp_path / "out"
     for work in (
         lambda: einfold.compile(model, out),
