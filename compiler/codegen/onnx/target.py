@@ -54,8 +54,9 @@ class Onnx(Target):
             )
         if stored == "f16":
             return (
-                "onnxruntime's operators for the CPU compute in float32 and would widen all of a float16 "
-                "cache at every step; take cache.storage int8, or compile for the target triton or reference"
+                "onnxruntime's attention for the CPU widens float16 slots at every step, and while it reads "
+                "a prompt takes about the memory that they save; take cache.storage int8, which is smaller and "
+                "faster, or compile for the target triton or reference"
             )
         return (
             f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
