@@ -55,8 +55,8 @@ class Onnx(Target):
         if stored == "f16":
             return (
                 "onnxruntime's attention for the CPU widens float16 slots at every step, and while it reads "
-                "a prompt takes about the memory that they save; take cache.storage int8, which is smaller and "
-                "faster, or compile for the target triton or reference"
+                "a prompt takes about the memory that they save; take cache.storage int8, which is smaller "
+                "and faster, or compile for the target triton or reference"
             )
         return (
             f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
