@@ -152,7 +152,7 @@ def test_a_run_goes_on_where_it_was_stopped(
     path = pages.results("quick", "toy")
     rows = json.loads(path.read_text())["rows"]
     assert list(rows) == ["float32", "refused"] and rows["float32"]["tokens"] == 38
-    assert "packed tokens" in rows["refused"]["refused"]
+    assert "no operator that reads" in rows["refused"]["refused"]
     rows["float32"]["tokens"] = 1
     path.write_text(json.dumps({"rows": {"float32": rows["float32"]}}))
     command.run("quick", "toy", None, False, 1)
