@@ -60,8 +60,8 @@ def _undivided(graph: Any, once: set[str], fractions: set[str], above: set[str])
     for node in graph.node:
         if (
             node.op_type in _DIVIDE
-            and not fractions.issuperset(node.input[:1])
-            and not above.issuperset(node.input[1:2])
+            and not fractions.intersection(node.input[:1])
+            and not above.intersection(node.input[1:2])
         ):
             yield node.op_type
         for attribute in node.attribute:

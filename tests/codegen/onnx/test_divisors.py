@@ -24,6 +24,7 @@ RIGHT = {
 
 WRONG = {
     "whole numbers": ("g (int64[N] n) => (y) { y = Div(n, n) }", "Div"),
+    "nothing to divide by": ("g (int64[N] n) => (y) { y = Mod(n) }", "Mod"),
     "a remainder": ("g (int32[N] n) => (y) { y = Mod(n, n) }", "Mod"),
     "zero": ("g (int64[N] n) => (y) <int64[1] c = {0}> { y = Div(n, c) }", "Div"),
     "minus one": ("g (int64[N] n) => (y) <int64[1] c = {-1}> { y = Div(n, c) }", "Div"),
