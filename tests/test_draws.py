@@ -38,7 +38,8 @@ def draws(text: str) -> Iterator[str]:
         of = getattr(getattr(node.func, "value", None), "id", "")
         unseeded = name in GENERATORS and not node.args and not node.keywords
         bare = of in ("torch", "random", "numpy", "np") and name == "seed" and not node.args
-        loaded = of == "torch" and name in DRAWS and node not in inside
+        own = any(keyword.arg == "generator" for keyword in node.keywords)
+        loaded = of == "torch" and name in DRAWS and node not in inside and not own
         if unseeded or bare or loaded or name in ENTROPY:
             yield f"line {node.lineno}: {ast.unparse(node)}"
 
@@ -58,7 +59,12 @@ def test_it_finds_them(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["def f(): return random.Random(3)", "def f(): return torch.randn(3)"]
+    "line",
+    [
+        "def f(): return random.Random(3)",
+        "def f(): return torch.randn(3)",
+        "WEIGHT = torch.randn(3, generator=SEEDED)",
+    ],
 )
 def test_it_leaves_the_others(line: str) -> None:
     assert not list(draws(line))
