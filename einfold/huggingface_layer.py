@@ -11,8 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .compiler.ir.interpreter import Interpreter
 from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
-from .compiler.ir.ops import IN_PLACE, einfold_ops
-from .compiler.ir.ops.attention import cached_attention_in_place
+from .compiler.ir.ops.attention import CachedAttention
+from .compiler.ir.ops.record import in_place
 from .compiler.ir.program import Program, call_arguments
 from .compiler.ir.types import DTYPES
 from .compiler.layer_program import packed, unpacked
@@ -61,9 +61,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.layout: CacheLayout = program.layout
         self.context = program.model.context
         """Tokens that a row may see at most."""
-        calls = map(call_arguments, program.nodes(einfold_ops.cached_attention.default))
+        calls = map(call_arguments, program.nodes(CachedAttention.overload()))
         self._window = max((int(found["window"]) for found in calls), default=0)
-        self._interpreter = Interpreter(program, instead=IN_PLACE)
+        self._interpreter = Interpreter(program, instead=in_place())
 
     def attend(
         self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None, sinks_H: Any
@@ -189,22 +189,20 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         Raises UnsupportedError where one of these has left the slots, or is still to come.
         """
 
-        def attention(*arguments: Any) -> Any:
-            slots, used = arguments[3].shape[2], int(arguments[5][0])
-            held = used + len(shown_ST)
+        def attend(call: CachedAttention) -> Tensor:
+            held = int(call.used_B[0]) + len(shown_ST)
             gone = shown_ST[:, : total - held].any() or shown_ST[:, total:].any()
             if bool(gone):
                 raise UnsupportedError(
                     f"layer {self.layer}: the mask shows a token that the cache does not hold: it left "
                     "behind the layer's own window, or is fed in a later chunk"
                 )
-            shown_SC = shown_ST.new_zeros((len(shown_ST), slots))
+            shown_SC = shown_ST.new_zeros((len(shown_ST), call.slots))
             shown_SC[:, :held] = shown_ST[:, total - held : total]
-            given = (*arguments, shown_SC[None])
-            return cached_attention_in_place(*given)
+            return call.seeing(shown_SC[None])
 
-        replaced = {einfold_ops.cached_attention.default: attention}
-        return Interpreter(self.program, instead=dict(IN_PLACE) | replaced)
+        replaced = {CachedAttention.overload(): CachedAttention.standing_in(attend)}
+        return Interpreter(self.program, instead=in_place() | replaced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         """A layer with a cache of its own; the program, which nothing changes, is shared."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir.program import OVER_CACHES, Program
+from ..ir.program import Program, writes_cache
 
 #: Calls whose result shares the memory of their input.
 _VIEWS = {
@@ -67,7 +67,7 @@ def _bytes(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     ):
         return 0
     value = node.meta["val"]
-    if node.target in OVER_CACHES:
+    if writes_cache(node):
         value = value[0]  # the caches are updated in place
     return _value_bytes(program, value, dims)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from ...errors import IRError, UnsupportedError
+from .ops.record import operator_of
 from .program import BUILTINS, Program, op_name
 
 _ONE = (
@@ -60,36 +61,20 @@ _MAKING = (
     "new_zeros new_ones scalar_tensor eye sym_size.int"
 )
 
-_EINFOLD = (
-    "experts quantized_experts rms_norm add_rms_norm layer_norm add_layer_norm attention "
-    "cached_attention shared_attention packed_attention low_rank_attention select_rows "
-    "gated_activation linear embedding quantized_linear quantized_embedding dequantize rotary"
-)
-
-
-def _overloads(namespace: str, names: str) -> list[str]:
-    return [f"{namespace}.{name}" + ("" if "." in name else ".default") for name in names.split()]
-
-
-#: The overloads as torch names them, such as `aten.add.Tensor`.
+#: The overloads of `aten` as torch names them, such as `aten.add.Tensor`.
 ALLOWED = frozenset(
-    [
-        *_overloads("einfold", _EINFOLD),
-        *(
-            name
-            for group in (
-                _ONE,
-                _ACTIVATIONS,
-                _TWO,
-                _REDUCTIONS,
-                _VIEWS,
-                _PICKING,
-                _PRODUCTS,
-                _MAKING,
-            )
-            for name in _overloads("aten", group)
-        ),
-    ]
+    f"aten.{name}" if "." in name else f"aten.{name}.default"
+    for group in (
+        _ONE,
+        _ACTIVATIONS,
+        _TWO,
+        _REDUCTIONS,
+        _VIEWS,
+        _PICKING,
+        _PRODUCTS,
+        _MAKING,
+    )
+    for name in group.split()
 )
 
 #: Arguments that speak of places in memory; the IR has none.
@@ -99,7 +84,7 @@ _PLACES = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "o
 def is_allowed(target: object) -> bool:
     """Whether a graph text may call this operator."""
     if isinstance(target, torch._ops.OpOverload):
-        return str(target) in ALLOWED
+        return str(target) in ALLOWED or operator_of(target) is not None
     return any(target is function for function in BUILTINS.values())
 
 

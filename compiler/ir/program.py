@@ -22,6 +22,7 @@ from ...errors import IRError, pass_on
 from .interrupts import Later
 from .kv.layout import CacheLayout
 from .ops import einfold_ops
+from .ops.record import Operator, operator_of, over_caches
 from .types import Shapes
 from .weights import Weight, WeightStore
 
@@ -111,14 +112,6 @@ class Program:
         )
 
 
-#: Operators that write the slots of a cache and attend over them.
-OVER_CACHES = (
-    einfold_ops.cached_attention.default,
-    einfold_ops.packed_attention.default,
-    einfold_ops.low_rank_attention.default,
-)
-
-
 def own_windows(program: Program) -> dict[int, int]:
     """The sliding window that the model itself gives each attention layer, 0 where it gives none."""
     found = map(call_arguments, attention_nodes(program))
@@ -127,8 +120,19 @@ def own_windows(program: Program) -> dict[int, int]:
 
 def attention_nodes(program: Program) -> list[fx.Node]:
     """The attention calls, with or without a cache, in the order of their layers."""
-    found = program.nodes(einfold_ops.attention.default, *OVER_CACHES)
+    found = [*program.nodes(einfold_ops.attention.default), *cache_writers(program)]
     return sorted(found, key=lambda node: int(call_arguments(node)["layer"]))
+
+
+def cache_writers(program: Program) -> Iterator[fx.Node]:
+    """The calls that attend over a cache which they write, in the order of the graph."""
+    return program.nodes(*(kind.overload() for kind in over_caches()))
+
+
+def writes_cache(node: fx.Node) -> bool:
+    """Whether a node attends over a cache which it writes."""
+    kind = operator_of(node.target)
+    return kind is not None and bool(kind.writes)
 
 
 def call_arguments(node: fx.Node) -> dict[str, Any]:
@@ -173,6 +177,10 @@ class Editor:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         infer(self.program, node)
         return node
+
+    def make(self, kind: type[Operator], **arguments: Any) -> fx.Node:
+        """A call of an operator of einfold's, its arguments by name."""
+        return self.call(kind.overload(), *vars(kind(**arguments)).values())
 
     def weight(self, name: str, weight: Weight) -> fx.Node:
         """Adds a weight to the store and a node that reads it."""

@@ -62,6 +62,10 @@ class Registry(Mapping[str, T], Generic[T]):
             raise IRError(f"unknown {self.what} {name!r}; known: {', '.join(self)}")
         return found
 
+    def read(self) -> None:
+        """Imports the room now, where that is wanted for more than its things."""
+        self._all()
+
     def __getitem__(self, name: str) -> T:
         return self._all()[name]
 

@@ -10,7 +10,7 @@ from torch import fx
 from ...errors import IRError
 from .kv.layout import CacheLayout, cache_name
 from .ops import einfold_ops
-from .program import OVER_CACHES, Program, call_arguments, infer, op_name
+from .program import Program, cache_writers, call_arguments, infer, op_name, writes_cache
 from .types import DTYPES
 
 
@@ -76,7 +76,7 @@ def _check_attention(program: Program) -> None:
         return
     specs = {spec.name: spec for spec in program.layout.buffers(batch=1, capacity=1)}
     attached: set[str] = set()
-    for node in program.nodes(*OVER_CACHES):
+    for node in cache_writers(program):
         if call_arguments(node)["k_BSKD"] is None:
             continue  # reads what another layer has written
         for name in ("key_cache_BKCD", "value_cache_BKCD"):
@@ -125,7 +125,7 @@ def _check_reader(layout: CacheLayout, node: fx.Node) -> None:
         call = found[name].args[0] if found[name].target is operator.getitem else None
         if (
             not isinstance(call, fx.Node)
-            or call.target not in OVER_CACHES
+            or not writes_cache(call)
             or int(call_arguments(call)["layer"]) != owner
         ):
             raise IRError(f"%{node.name}: {name} is not what layer {owner} caches in this step")

@@ -14,7 +14,7 @@ from torch import fx
 from ...errors import IRError
 from ..ir.ops import einfold_ops
 from ..ir.pattern import match
-from ..ir.program import OVER_CACHES, Program, call_arguments
+from ..ir.program import Program, cache_writers, call_arguments
 from .raising.raise_norms import NORMED, over_last_axis
 
 aten = torch.ops.aten
@@ -69,7 +69,7 @@ def cache_planned(program: Program) -> bool:
     rows = set() if program.layout is None else {cache.layer for cache in program.layout.layers}
     bare = program.nodes(einfold_ops.attention.default)
     return rows.issuperset(int(call_arguments(node)["layer"]) for node in bare) and not any(
-        program.nodes(*OVER_CACHES)
+        cache_writers(program)
     )
 
 

@@ -14,9 +14,9 @@ from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.packed import Packed
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
-from einfold.compiler.ir.ops import IN_PLACE, einfold_ops
+from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.ops.attention import masked_attention
-from einfold.compiler.ir.ops.packed import Partial, partial_attention
+from einfold.compiler.ir.ops.packed import PackedAttention, Partial, partial_attention
 
 STORAGES = [
     Kivi(key_bits=2, value_bits=3, group=8, residual=8),
@@ -87,7 +87,7 @@ def test_it_is_attention_over_both(
         )
         torch.testing.assert_close(out[b : b + 1], want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(keys_after[b, :, used[b] : used[b] + new], k[b].transpose(0, 1))
-    in_place = IN_PLACE[einfold_ops.packed_attention.default](
+    in_place = PackedAttention.standing_in(PackedAttention.run)(
         q, k, v, key_slots, value_slots, *arguments
     )
     torch.testing.assert_close(in_place[0], out)

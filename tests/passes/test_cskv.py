@@ -10,7 +10,8 @@ import einfold
 from einfold.compiler.calibrate.observers.kv_bases import best_basis, relative_error
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.kv.layout import CacheLayout
-from einfold.compiler.ir.ops import IN_PLACE, low_rank
+from einfold.compiler.ir.ops import low_rank
+from einfold.compiler.ir.ops.record import in_place
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.cache.attach_cache import AttachCache
@@ -64,7 +65,7 @@ def decoded(found: Program, ids: torch.Tensor, prompts: list[int], steps: int) -
     """Logits of `steps` tokens behind prompts of unequal length, [B, steps, M]."""
     longest, rows = max(prompts), len(prompts)
     cache = Cache.allocate(found.layout, rows, longest + steps, longest)  # type: ignore[arg-type]
-    interpreter = Interpreter(found, instead=IN_PLACE)
+    interpreter = Interpreter(found, instead=in_place())
 
     def step(tokens: torch.Tensor, positions: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
         cache.make_room(tokens.shape[1])

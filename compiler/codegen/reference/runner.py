@@ -12,7 +12,7 @@ from ....runtime.cache import Cache
 from ....runtime.program import read_program
 from ....runtime.runner import Floats, Ints, running
 from ...ir.interpreter import Interpreter
-from ...ir.ops import IN_PLACE
+from ...ir.ops.record import in_place
 
 
 class ReferenceRunner:
@@ -21,7 +21,7 @@ class ReferenceRunner:
     def __init__(self, artifact: Artifact, keep_weights: bool = True) -> None:
         """Without `keep_weights` each weight is read when it is needed, and only one is held."""
         self.program = read_program(artifact)
-        self.interpreter = Interpreter(self.program, keep_weights, IN_PLACE)
+        self.interpreter = Interpreter(self.program, keep_weights, in_place())
         self.observed: Mapping[str, Array] = {}
         self._weight_bytes = artifact.weight_bytes()
         self._name = str(artifact.folder)

@@ -17,7 +17,7 @@ from ....runtime.program import read_program
 from ....runtime.runner import Floats, Ints, running
 from ...ir.interpreter import Interpreter
 from ...ir.kv.layout import Buffer
-from ...ir.ops import IN_PLACE
+from ...ir.ops.record import in_place
 from ...ir.program import Program
 from ...ir.types import DTYPES
 from .attention import AttentionKernel, attention_kernels, bind, differences
@@ -122,7 +122,7 @@ class KernelRunner:
     ) -> None:
         self._name = name
         self.device = device
-        self.interpreter = Interpreter(program, instead={**IN_PLACE, **instead}, device=device)
+        self.interpreter = Interpreter(program, instead={**in_place(), **instead}, device=device)
         self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
 

@@ -1,8 +1,8 @@
 """The `einfold::*` operators: one reference meaning each, in plain torch.
 
-Every operator is a `torch.library.custom_op` with a fake (shape-only) implementation, so that
-graphs that hold them can be traced, shape-checked, printed, and run by the reference interpreter.
-A target (ONNX, Triton) is right when it agrees with what stands here.
+Every operator is a record (`record.py`) with a shape-only form beside its meaning, so that graphs that hold
+them can be traced, shape-checked, printed, and run by the reference interpreter. A target (ONNX, Triton) is
+right when it agrees with what stands here.
 
 Shape suffixes in this folder:
     B batch, S new tokens of this step, C cache capacity in tokens, T tokens in all (B*S flattened)
@@ -13,47 +13,13 @@ Shape suffixes in this folder:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from . import (
-    activation,
-    attention,
-    experts,
-    linear,
-    low_rank,
-    norm,
-    packed,
-    quantized,
-    rotary,
-    rows,
-    shared,
-)
+from .record import OPERATORS
 
-__all__ = [
-    "IN_PLACE",
-    "activation",
-    "attention",
-    "einfold_ops",
-    "experts",
-    "linear",
-    "low_rank",
-    "norm",
-    "packed",
-    "quantized",
-    "rotary",
-    "rows",
-    "shared",
-]
+__all__ = ["OPERATORS", "einfold_ops"]
+
+OPERATORS.read()
 
 #: The namespace `torch.ops.einfold`; importing this module is what registers the operators.
 einfold_ops = torch.ops.einfold
-
-#: What may stand for operators that give updated caches, where the caller lets them be written in place.
-IN_PLACE: dict[Any, Callable[..., Any]] = {
-    einfold_ops.cached_attention.default: attention.cached_attention_in_place,
-    einfold_ops.packed_attention.default: packed.packed_attention_in_place,
-    einfold_ops.low_rank_attention.default: low_rank.low_rank_attention_in_place,
-}

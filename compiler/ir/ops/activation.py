@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .record import OPERATORS, Operator
 
 #: Kinds of gate. "swiglu_clamped" is GPT-OSS's: both halves clamped, gate * sigmoid(alpha * gate) * (up + 1).
 GATES = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped")
@@ -29,11 +33,19 @@ def gated_activation_reference(
     raise ValueError(f"unknown gate {kind!r}: one of {', '.join(GATES)}")
 
 
-@torch.library.custom_op("einfold::gated_activation", mutates_args=())
-def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return gated_activation_reference(gate, up, kind)
+@OPERATORS.register
+@dataclass(eq=False)
+class GatedActivation(Operator):
+    """`gated_activation_reference` of a kind without constants."""
 
+    name = "gated_activation"
 
-@gated_activation.register_fake
-def _(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+    gate: Tensor
+    up: Tensor
+    kind: str
+
+    def run(self) -> Tensor:
+        return gated_activation_reference(self.gate, self.up, self.kind)
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.gate, memory_format=torch.contiguous_format)

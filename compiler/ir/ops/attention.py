@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..kv.codes.affine import narrowed
+from .record import OPERATORS, Operator
 from .rotary import Rotary, turned
+
+#: Of keys and of values: a number for each channel [K, D], or none.
+Scales = tuple[Tensor | None, Tensor | None]
 
 
 def masked_attention(
@@ -45,77 +51,119 @@ def masked_attention(
     return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("einfold::attention", mutates_args=())
-def attention(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
-    sinks_H: Tensor | None,
-    layer: int,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
+@OPERATORS.register
+@dataclass(eq=False)
+class Attention(Operator):
     """Causal self-attention over the tokens of this call; `layer` names the cache it will get.
 
     `window` w > 0 lets query i see keys i-w+1 .. i (the newest w, itself included); 0 is no window.
     """
-    new = q_BSHD.shape[1]
-    position = torch.arange(new, device=q_BSHD.device)
-    visible = position[None, :] <= position[:, None]
-    if window:
-        visible &= position[:, None] - position[None, :] < window
-    return masked_attention(
-        q_BSHD,
-        k_BSKD.transpose(1, 2),
-        v_BSKD.transpose(1, 2),
-        visible[None].expand(q_BSHD.shape[0], -1, -1),
-        sinks_H,
-        scale,
-        softcap,
-    )
+
+    name = "attention"
+
+    q_BSHD: Tensor
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+    sinks_H: Tensor | None
+    layer: int
+    scale: float
+    window: int
+    softcap: float
+
+    def run(self) -> Tensor:
+        batch, new = self.q_BSHD.shape[:2]
+        position = torch.arange(new, device=self.q_BSHD.device)
+        visible = position[None, :] <= position[:, None]
+        if self.window:
+            visible &= position[:, None] - position[None, :] < self.window
+        return masked_attention(
+            self.q_BSHD,
+            self.k_BSKD.transpose(1, 2),
+            self.v_BSKD.transpose(1, 2),
+            visible[None].expand(batch, -1, -1),
+            self.sinks_H,
+            self.scale,
+            self.softcap,
+        )
+
+    def shapes(self) -> Tensor:
+        return self.q_BSHD.new_empty((*self.q_BSHD.shape[:-1], self.v_BSKD.shape[-1]))
 
 
-@attention.register_fake
-def _(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
-    sinks_H: Tensor | None,
-    layer: int,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    return q_BSHD.new_empty((*q_BSHD.shape[:-1], v_BSKD.shape[-1]))
+class OverSlots(Operator):
+    """What calls have in common that attend over the slots of a cache: they all take these arguments."""
+
+    q_BSHD: Tensor
+    key_cache_BKCD: Tensor
+    value_cache_BKCD: Tensor
+    used_B: Tensor
+    sinks_H: Tensor | None
+    positions_BS: Tensor | None
+    cos_PR: Tensor | None
+    sin_PR: Tensor | None
+    layer: int
+    scale: float
+    softcap: float
+    interleaved: bool
+
+    @property
+    def rotary(self) -> Rotary:
+        return self.positions_BS, self.cos_PR, self.sin_PR, self.interleaved
+
+    @property
+    def caches(self) -> tuple[Tensor, Tensor]:
+        """The slots of keys and of values."""
+        return self.key_cache_BKCD, self.value_cache_BKCD
+
+    @property
+    def slots(self) -> int:
+        return self.key_cache_BKCD.shape[2]
+
+    def turned_query(self) -> Tensor:
+        return turned(self.q_BSHD, *self.rotary)
+
+    def new_slots(self) -> Tensor:
+        """The slots [B, S] that the new tokens take."""
+        return token_indices(self.used_B, self.q_BSHD.shape[1])
+
+    def take_in(
+        self, k_BSKD: Tensor | None, v_BSKD: Tensor | None, scales_KD: Scales = (None, None)
+    ) -> None:
+        """Rotates new keys and writes them, and values, into their slots; nothing where they are there."""
+        if k_BSKD is not None and v_BSKD is not None:
+            slot_BS = self.new_slots()
+            write_slots(self.key_cache_BKCD, turned(k_BSKD, *self.rotary), slot_BS, scales_KD[0])
+            write_slots(self.value_cache_BKCD, v_BSKD, slot_BS, scales_KD[1])
+
+    def over_slots(
+        self,
+        visible_BSC: Tensor,
+        scales_KD: Scales,
+        count_BK: Tensor | None,
+    ) -> Tensor:
+        """Attention over the slots as they are, the new tokens taken in; gives [B, S, H, D]."""
+        query = self.turned_query()
+        keys, values = (
+            stored(cache, scale).to(query.dtype)
+            for cache, scale in zip(self.caches, scales_KD, strict=True)
+        )
+        bias_BKT = compensation_bias(count_BK, self.slots)
+        return masked_attention(
+            query, keys, values, visible_BSC, self.sinks_H, self.scale, self.softcap, bias_BKT
+        )
+
+    def shapes(self) -> Tensor:
+        return self.q_BSHD.new_empty((*self.q_BSHD.shape[:-1], self.value_cache_BKCD.shape[-1]))
 
 
-@torch.library.custom_op("einfold::cached_attention", mutates_args=())
-def cached_attention(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
-    key_cache_BKCD: Tensor,
-    value_cache_BKCD: Tensor,
-    used_B: Tensor,
-    count_BK: Tensor | None,
-    sinks_H: Tensor | None,
-    positions_BS: Tensor | None,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    key_scale_KD: Tensor | None,
-    value_scale_KD: Tensor | None,
-    layer: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@OPERATORS.register
+@dataclass(eq=False)
+class CachedAttention(OverSlots):
     """Attention of S new tokens over a cache of which row b uses `used[b]` slots.
 
     The new keys (rotated first, where tables are given) and values are written behind them; query s
     sees the cache up to slot used[b] + s, so causality goes by cache index, never by position.
-    `window` counts slots in the same way as `einfold::attention`.
+    `window` counts slots in the same way as `Attention`.
 
     With `count`, slot 0 of KV head h stands for count[b, h] tokens: log(count) is added to its logit, and
     a count of 0 hides it.
@@ -125,96 +173,47 @@ def cached_attention(
     With scales the caches hold int8: x is stored as clamp(round(x / scale), -128, 127), and what is
     attended to, the new tokens too, is what is stored times its scale.
 
-    Gives (out [B, S, H, D], key cache, value cache). A target may write the caches in place.
+    Gives (out [B, S, H, D], key cache, value cache).
     """
-    return cached_attention_in_place(
-        q_BSHD,
-        k_BSKD,
-        v_BSKD,
-        key_cache_BKCD.clone(),
-        value_cache_BKCD.clone(),
-        used_B,
-        count_BK,
-        sinks_H,
-        positions_BS,
-        cos_PR,
-        sin_PR,
-        key_scale_KD,
-        value_scale_KD,
-        layer,
-        scale,
-        window,
-        softcap,
-        interleaved,
-    )
+
+    name = "cached_attention"
+    writes = ("key_cache_BKCD", "value_cache_BKCD")
+
+    q_BSHD: Tensor
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+    key_cache_BKCD: Tensor
+    value_cache_BKCD: Tensor
+    used_B: Tensor
+    count_BK: Tensor | None
+    sinks_H: Tensor | None
+    positions_BS: Tensor | None
+    cos_PR: Tensor | None
+    sin_PR: Tensor | None
+    key_scale_KD: Tensor | None
+    value_scale_KD: Tensor | None
+    layer: int
+    scale: float
+    window: int
+    softcap: float
+    interleaved: bool
+
+    @property
+    def scales(self) -> Scales:
+        return self.key_scale_KD, self.value_scale_KD
+
+    def run(self) -> Tensor:
+        slot_BS = self.new_slots()
+        return self.seeing(visible_slots(slot_BS, self.slots, self.window, self.count_BK))
+
+    def seeing(self, shown_BSC: Tensor) -> Tensor:
+        """The same where each new token sees these slots, in place of all in its window up to its own."""
+        self.take_in(self.k_BSKD, self.v_BSKD, self.scales)
+        return self.over_slots(shown_BSC, self.scales, self.count_BK)
 
 
-def cached_attention_in_place(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
-    key_cache_BKCD: Tensor,
-    value_cache_BKCD: Tensor,
-    used_B: Tensor,
-    count_BK: Tensor | None,
-    sinks_H: Tensor | None,
-    positions_BS: Tensor | None,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    key_scale_KD: Tensor | None,
-    value_scale_KD: Tensor | None,
-    layer: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
-    shown_BSC: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`einfold::cached_attention` that writes the caches it is given and gives them back.
-
-    `shown` says which slots each new token sees, in place of all in its window up to its own.
-    """
-    rotary = (positions_BS, cos_PR, sin_PR, interleaved)
-    caches, scales = (key_cache_BKCD, value_cache_BKCD), (key_scale_KD, value_scale_KD)
-    q_BSHD, slot_BS = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary, scales)
-    visible_BSC = shown_BSC
-    if visible_BSC is None:
-        visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], window, count_BK)
-    out = masked_attention(
-        q_BSHD,
-        stored(key_cache_BKCD, key_scale_KD).to(q_BSHD.dtype),
-        stored(value_cache_BKCD, value_scale_KD).to(q_BSHD.dtype),
-        visible_BSC,
-        sinks_H,
-        scale,
-        softcap,
-        compensation_bias(count_BK, key_cache_BKCD.shape[2]),
-    )
-    return out, key_cache_BKCD, value_cache_BKCD
-
-
-def take_in(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor | None,
-    v_BSKD: Tensor | None,
-    caches_BKCD: tuple[Tensor, Tensor],
-    used_B: Tensor,
-    rotary: Rotary,
-    scales_KD: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    """What a step over slots begins with: new tokens are rotated and written into their slots, in place.
-
-    Gives the queries, rotated, and the slots [B, S]. Without k and v the slots hold the tokens already.
-    """
-    slot_BS = new_slots(used_B, q_BSHD.shape[1])
-    if k_BSKD is not None and v_BSKD is not None:
-        write_slots(caches_BKCD[0], turned(k_BSKD, *rotary), slot_BS, scales_KD[0])
-        write_slots(caches_BKCD[1], v_BSKD, slot_BS, scales_KD[1])
-    return turned(q_BSHD, *rotary), slot_BS
-
-
-def new_slots(used_B: Tensor, new: int) -> Tensor:
-    """The slots [B, S] that the new tokens take."""
+def token_indices(used_B: Tensor, new: int) -> Tensor:
+    """Where the new tokens stand, [B, S], behind so many in each row."""
     return used_B[:, None] + torch.arange(new, device=used_B.device)
 
 
@@ -251,28 +250,3 @@ def write_slots(
     if scale_KD is not None:
         new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127).to(cache_BKCD.dtype)
     cache_BKCD.scatter_(2, slots, narrowed(new_BSKD, cache_BKCD.dtype).transpose(1, 2))
-
-
-@cached_attention.register_fake
-def _(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
-    key_cache_BKCD: Tensor,
-    value_cache_BKCD: Tensor,
-    used_B: Tensor,
-    count_BK: Tensor | None,
-    sinks_H: Tensor | None,
-    positions_BS: Tensor | None,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    key_scale_KD: Tensor | None,
-    value_scale_KD: Tensor | None,
-    layer: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = q_BSHD.new_empty((*q_BSHD.shape[:-1], v_BSKD.shape[-1]))
-    return out, torch.empty_like(key_cache_BKCD), torch.empty_like(value_cache_BKCD)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .activation import gated_activation_reference
+from .record import OPERATORS, Operator
 
 
 def route(
@@ -27,34 +29,36 @@ def pick(tensor: Tensor | None, expert: int) -> Tensor | None:
     return None if tensor is None else tensor[expert]
 
 
-@torch.library.custom_op("einfold::experts", mutates_args=())
-def experts(
-    x_TM: Tensor,
-    index_TJ: Tensor,
-    weight_TJ: Tensor,
-    gate_up_ENM: Tensor,
-    gate_up_bias_EN: Tensor | None,
-    down_EMI: Tensor,
-    down_bias_EM: Tensor | None,
-    kind: str,
-    alpha: float,
-    limit: float,
-) -> Tensor:
+@OPERATORS.register
+@dataclass(eq=False)
+class Experts(Operator):
     """sum over slots j of weight[t, j] * MLP_{index[t, j]}(x[t]).
 
     `gate_up` holds the gate's I rows, then the up projection's I rows (N = 2I). `kind`, `alpha`,
-    `limit` are those of `gated_activation`. Each expert runs on its own tokens only.
+    `limit` are those of `gated_activation_reference`. Each expert runs on its own tokens only.
     """
 
-    def mlp(expert: int, rows: Tensor) -> Tensor:
-        gate_up = functional.linear(rows, gate_up_ENM[expert], pick(gate_up_bias_EN, expert))
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = gated_activation_reference(gate, up, kind, alpha, limit)
-        return functional.linear(hidden, down_EMI[expert], pick(down_bias_EM, expert))
+    name = "experts"
 
-    return route(x_TM, index_TJ, weight_TJ, mlp)
+    x_TM: Tensor
+    index_TJ: Tensor
+    weight_TJ: Tensor
+    gate_up_ENM: Tensor
+    gate_up_bias_EN: Tensor | None
+    down_EMI: Tensor
+    down_bias_EM: Tensor | None
+    kind: str
+    alpha: float
+    limit: float
 
+    def run(self) -> Tensor:
+        return route(self.x_TM, self.index_TJ, self.weight_TJ, self._mlp)
 
-@experts.register_fake
-def _(x_TM: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(x_TM)
+    def _mlp(self, expert: int, rows: Tensor) -> Tensor:
+        bias = pick(self.gate_up_bias_EN, expert)
+        gate, up = functional.linear(rows, self.gate_up_ENM[expert], bias).chunk(2, dim=-1)
+        hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
+        return functional.linear(hidden, self.down_EMI[expert], pick(self.down_bias_EM, expert))
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x_TM)

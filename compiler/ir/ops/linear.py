@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn import functional
 
+from .record import OPERATORS, Operator
 
-@torch.library.custom_op("einfold::linear", mutates_args=())
-def linear(x: Tensor, weight_NM: Tensor, bias: Tensor | None) -> Tensor:
+
+@OPERATORS.register
+@dataclass(eq=False)
+class Linear(Operator):
     """x @ weight.T + bias, for x of any rank."""
-    return functional.linear(x, weight_NM, bias)
+
+    name = "linear"
+
+    x: Tensor
+    weight_NM: Tensor
+    bias: Tensor | None
+
+    def run(self) -> Tensor:
+        return functional.linear(self.x, self.weight_NM, self.bias)
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.weight_NM.shape[0]))
 
 
-@linear.register_fake
-def _(x: Tensor, weight_NM: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_NM.shape[0]))
-
-
-@torch.library.custom_op("einfold::embedding", mutates_args=())
-def embedding(ids: Tensor, weight_VM: Tensor) -> Tensor:
+@OPERATORS.register
+@dataclass(eq=False)
+class Embedding(Operator):
     """Rows of the table; ids of any shape."""
-    return functional.embedding(ids, weight_VM)
 
+    name = "embedding"
 
-@embedding.register_fake
-def _(ids: Tensor, weight_VM: Tensor) -> Tensor:
-    return weight_VM.new_empty((*ids.shape, weight_VM.shape[1]))
+    ids: Tensor
+    weight_VM: Tensor
+
+    def run(self) -> Tensor:
+        return functional.embedding(self.ids, self.weight_VM)
+
+    def shapes(self) -> Tensor:
+        return self.weight_VM.new_empty((*self.ids.shape, self.weight_VM.shape[1]))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from .record import OPERATORS, Operator
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -11,49 +16,80 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-@torch.library.custom_op("einfold::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_reference(x, weight, eps)
+@OPERATORS.register
+@dataclass(eq=False)
+class RmsNorm(Operator):
+    """`rms_norm_reference`."""
+
+    name = "rms_norm"
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+    def run(self) -> Tensor:
+        return rms_norm_reference(self.x, self.weight, self.eps)
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x)
 
 
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("einfold::add_rms_norm", mutates_args=())
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@OPERATORS.register
+@dataclass(eq=False)
+class AddRmsNorm(Operator):
     """total = x + residual; gives (rms_norm(total), total)."""
-    total = x + residual
-    return rms_norm_reference(total, weight, eps), total
+
+    name = "add_rms_norm"
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    eps: float
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        total = self.x + self.residual
+        return rms_norm_reference(total, self.weight, self.eps), total
+
+    def shapes(self) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(self.x), torch.empty_like(self.x)
 
 
-@add_rms_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+@OPERATORS.register
+@dataclass(eq=False)
+class LayerNorm(Operator):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the last axis (Ba et al. 2016, section 3)."""
+
+    name = "layer_norm"
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def run(self) -> Tensor:
+        return functional.layer_norm(self.x, (self.x.shape[-1],), self.weight, self.bias, self.eps)
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x)
 
 
-@torch.library.custom_op("einfold::layer_norm", mutates_args=())
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-
-@layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("einfold::add_layer_norm", mutates_args=())
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+@OPERATORS.register
+@dataclass(eq=False)
+class AddLayerNorm(Operator):
     """total = x + residual; gives (layer_norm(total), total)."""
-    total = x + residual
-    return torch.nn.functional.layer_norm(total, (total.shape[-1],), weight, bias, eps), total
 
+    name = "add_layer_norm"
 
-@add_layer_norm.register_fake
-def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        total = self.x + self.residual
+        size = (total.shape[-1],)
+        return functional.layer_norm(total, size, self.weight, self.bias, self.eps), total
+
+    def shapes(self) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(self.x), torch.empty_like(self.x)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..kv.codes.codec import decode
 from ..kv.store.packed import Packed
 from ..kv.store.storage import GroupShape, read_storage
-from .attention import take_in, visible_slots
+from .attention import OverSlots, visible_slots
+from .record import OPERATORS
 
 
 @dataclass(frozen=True)
@@ -78,114 +79,86 @@ def _shift(most: Tensor) -> Tensor:
     return torch.where(most == float("-inf"), 0.0, most)
 
 
-@torch.library.custom_op("einfold::packed_attention", mutates_args=())
-def packed_attention(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor | None,
-    v_BSKD: Tensor | None,
-    key_cache_BKCD: Tensor,
-    value_cache_BKCD: Tensor,
-    used_B: Tensor,
-    packed_B: Tensor,
-    bulk: Sequence[Tensor],
-    sinks_H: Tensor | None,
-    positions_BS: Tensor | None,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    layer: int,
-    scale: float,
-    softcap: float,
-    interleaved: bool,
-    storage: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@OPERATORS.register
+@dataclass(eq=False)
+class PackedAttention(OverSlots):
     """Attention of S new tokens over packed tokens and over slots.
 
     Row b has packed[b] tokens in `bulk`, the pieces of `storage` in their order ([B, heads, granules, rows,
     width] each), all older than those in its used[b] slots, so every new token sees all of them. The slots
-    are as in `einfold::cached_attention`. The softmax goes over both, and over the sinks.
+    are as in `CachedAttention`. The softmax goes over both, and over the sinks.
 
     Without k and v this is a layer that reads another's cache: the slots hold this step's tokens already.
 
     A few granules are decoded at a time, and their partial state is merged with that of the rest.
 
-    Gives (out [B, S, H, D], key cache, value cache). A target may write the caches in place.
+    Gives (out [B, S, H, D], key cache, value cache).
     """
-    return packed_attention_in_place(
-        q_BSHD,
-        k_BSKD,
-        v_BSKD,
-        key_cache_BKCD.clone(),
-        value_cache_BKCD.clone(),
-        used_B,
-        packed_B,
-        bulk,
-        sinks_H,
-        positions_BS,
-        cos_PR,
-        sin_PR,
-        layer,
-        scale,
-        softcap,
-        interleaved,
-        storage,
-    )
+
+    name = "packed_attention"
+    writes = ("key_cache_BKCD", "value_cache_BKCD")
+
+    q_BSHD: Tensor
+    k_BSKD: Tensor | None
+    v_BSKD: Tensor | None
+    key_cache_BKCD: Tensor
+    value_cache_BKCD: Tensor
+    used_B: Tensor
+    packed_B: Tensor
+    bulk: Sequence[Tensor]
+    sinks_H: Tensor | None
+    positions_BS: Tensor | None
+    cos_PR: Tensor | None
+    sin_PR: Tensor | None
+    layer: int
+    scale: float
+    softcap: float
+    interleaved: bool
+    storage: str
+
+    def run(self) -> Tensor:
+        self.take_in(self.k_BSKD, self.v_BSKD)
+        query, state = partial_over_slots(self)
+        return self._over_bulk(query, state).attention(self.sinks_H)
+
+    def pieces(self) -> dict[str, Tensor]:
+        """The bulk by the names that the storage gives its pieces."""
+        names = piece_names(packed_storage(self.storage), self._shape())
+        return dict(zip(names, self.bulk, strict=True))
+
+    def _shape(self) -> GroupShape:
+        keys, values = (cache.shape for cache in self.caches)
+        return GroupShape(int(keys[1]), int(keys[3]), int(values[3]))
+
+    def _over_bulk(self, q_BKGSD: Tensor, state: Partial) -> Partial:
+        """A state merged with that over the packed tokens, a tile of granules at a time."""
+        storage, pieces = packed_storage(self.storage), self.pieces()
+        granules = int(self.packed_B.max()) // storage.granule
+        for first, last in pairwise([*range(0, granules, storage.tile), granules]):
+            tile = {name: piece[:, :, first:last] for name, piece in pieces.items()}
+            keys, values = (x.flatten(2, 3) for x in decode(storage, tile))
+            granule_T = torch.arange(first, last, device=keys.device)
+            token_T = granule_T.repeat_interleave(storage.granule) * storage.granule
+            visible_BST = (token_T < self.packed_B[:, None])[:, None]
+            tiled = partial_attention(q_BKGSD, keys, values, visible_BST, self.scale, self.softcap)
+            state = state.merged(tiled)
+        return state
+
+    def shapes(self) -> Tensor:
+        form, shape = packed_storage(self.storage), self._shape()
+        form.check(shape)
+        found = [tuple(map(int, (piece.shape[1], *piece.shape[3:]))) for piece in self.bulk]
+        if found != [(shape.heads, piece.rows, piece.width) for piece in form.pieces(shape)]:
+            raise ValueError(f"the bulk does not hold the pieces of {self.storage}")
+        return super().shapes()
 
 
-def packed_attention_in_place(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor | None,
-    v_BSKD: Tensor | None,
-    key_cache_BKCD: Tensor,
-    value_cache_BKCD: Tensor,
-    used_B: Tensor,
-    packed_B: Tensor,
-    bulk: Sequence[Tensor],
-    sinks_H: Tensor | None,
-    positions_BS: Tensor | None,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    layer: int,
-    scale: float,
-    softcap: float,
-    interleaved: bool,
-    storage: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`einfold::packed_attention` that writes the caches it is given and gives them back."""
-    rotary = (positions_BS, cos_PR, sin_PR, interleaved)
-    caches = (key_cache_BKCD, value_cache_BKCD)
-    q_BSHD, slot_BS = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary)
-    visible_BSC = visible_slots(slot_BS, key_cache_BKCD.shape[2], 0, None)
-    kv_heads = key_cache_BKCD.shape[1]
-    q_BKGSD = q_BSHD.transpose(1, 2).unflatten(1, (kv_heads, -1))
-    state = partial_attention(
-        q_BKGSD, key_cache_BKCD, value_cache_BKCD, visible_BSC, scale, softcap
-    )
-    state = _over_bulk(state, q_BKGSD, packed_B, bulk, scale, softcap, packed_storage(storage))
-    return state.attention(sinks_H), key_cache_BKCD, value_cache_BKCD
-
-
-def _over_bulk(
-    state: Partial,
-    q_BKGSD: Tensor,
-    packed_B: Tensor,
-    bulk: Sequence[Tensor],
-    scale: float,
-    softcap: float,
-    storage: Packed,
-) -> Partial:
-    """A state merged with that over the packed tokens, a tile of granules at a time."""
-    shape = GroupShape(q_BKGSD.shape[1], q_BKGSD.shape[-1], state.values.shape[-1])
-    names = piece_names(storage, shape)
-    granules = int(packed_B.max()) // storage.granule
-    for first, last in pairwise([*range(0, granules, storage.tile), granules]):
-        tile = {n: piece[:, :, first:last] for n, piece in zip(names, bulk, strict=True)}
-        keys, values = (x.flatten(2, 3) for x in decode(storage, tile))
-        token_T = torch.arange(first, last, device=keys.device).repeat_interleave(storage.granule)
-        visible_BT = token_T * storage.granule < packed_B[:, None]
-        state = state.merged(
-            partial_attention(q_BKGSD, keys, values, visible_BT[:, None], scale, softcap)
-        )
-    return state
+def partial_over_slots(call: OverSlots) -> tuple[Tensor, Partial]:
+    """Turned queries [B, K, G, S, D], and the state over the slots, the new tokens taken in."""
+    q_BKGSD = call.turned_query().transpose(1, 2).unflatten(1, (call.key_cache_BKCD.shape[1], -1))
+    visible_BSC = visible_slots(call.new_slots(), call.slots, 0, None)
+    state = partial_attention(q_BKGSD, *call.caches, visible_BSC, call.scale, call.softcap)
+    return q_BKGSD, state
 
 
 @cache
@@ -201,35 +174,3 @@ def packed_storage(text: str) -> Packed:
 def piece_names(storage: Packed, shape: GroupShape) -> tuple[str, ...]:
     """The bulk buffers of a storage in the order in which the operator takes them."""
     return tuple(piece.name for piece in storage.pieces(shape))
-
-
-@packed_attention.register_fake
-def _(
-    q_BSHD: Tensor,
-    k_BSKD: Tensor | None,
-    v_BSKD: Tensor | None,
-    key_cache_BKCD: Tensor,
-    value_cache_BKCD: Tensor,
-    used_B: Tensor,
-    packed_B: Tensor,
-    bulk: Sequence[Tensor],
-    sinks_H: Tensor | None,
-    positions_BS: Tensor | None,
-    cos_PR: Tensor | None,
-    sin_PR: Tensor | None,
-    layer: int,
-    scale: float,
-    softcap: float,
-    interleaved: bool,
-    storage: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = (key_cache_BKCD.shape[1], key_cache_BKCD.shape[3], value_cache_BKCD.shape[3])
-    shape = GroupShape(*map(int, sizes))
-    form = packed_storage(storage)
-    form.check(shape)
-    pieces = list(form.pieces(shape))
-    found = [tuple(map(int, (piece.shape[1], *piece.shape[3:]))) for piece in bulk]
-    if found != [(shape.heads, piece.rows, piece.width) for piece in pieces]:
-        raise ValueError(f"the bulk does not hold the pieces of {storage}")
-    out = q_BSHD.new_empty((*q_BSHD.shape[:-1], value_cache_BKCD.shape[-1]))
-    return out, torch.empty_like(key_cache_BKCD), torch.empty_like(value_cache_BKCD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..quant.scheme import read_scheme
 from ..types import DTYPES
 from .activation import gated_activation_reference
 from .experts import pick, route
+from .record import OPERATORS, Operator
 
 #: Weights that are widened at a time in a product: bounds its memory at some tens of megabytes.
 _SLAB = 1 << 22
@@ -26,131 +28,136 @@ def meaning_of_pieces(pieces: Sequence[Tensor], scheme: str, shape: Sequence[int
     return kind.dequantize(named, shape[-1])
 
 
-dequantize = torch.library.custom_op("einfold::dequantize", meaning_of_pieces, mutates_args=())
+@OPERATORS.register
+@dataclass(eq=False)
+class Dequantize(Operator):
+    """`meaning_of_pieces`."""
+
+    name = "dequantize"
+
+    pieces: Sequence[Tensor]
+    scheme: str
+    shape: Sequence[int]
+
+    def run(self) -> Tensor:
+        return meaning_of_pieces(self.pieces, self.scheme, self.shape)
+
+    def shapes(self) -> Tensor:
+        shape = tuple(self.shape)
+        given = [(tuple(piece.shape), piece.dtype) for piece in self.pieces]
+        wanted = read_scheme(self.scheme).pieces(shape).values()
+        if given != [(size, DTYPES[kind]) for size, kind in wanted]:
+            raise IRError(
+                f"a weight {list(shape)} in the scheme {self.scheme} has other pieces than these"
+            )
+        return self.pieces[0].new_empty(shape, dtype=torch.float32)
 
 
-@dequantize.register_fake
-def _(pieces: Sequence[Tensor], scheme: str, shape: Sequence[int]) -> Tensor:
-    expected = read_scheme(scheme).pieces(tuple(shape))
-    given = [(tuple(piece.shape), piece.dtype) for piece in pieces]
-    if given != [(size, DTYPES[kind]) for size, kind in expected.values()]:
-        raise IRError(f"a weight {list(shape)} in the scheme {scheme} has other pieces than these")
-    return pieces[0].new_empty(tuple(shape), dtype=torch.float32)
-
-
-@torch.library.custom_op("einfold::quantized_linear", mutates_args=())
-def quantized_linear(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    block: int,
-) -> Tensor:
+@OPERATORS.register
+@dataclass(eq=False)
+class QuantizedLinear(Operator):
     """x @ dequantized.T + bias, for x [..., M]."""
-    width = x.shape[-1]
-    step = max(1, _SLAB // width)
-    parts = [
-        functional.linear(
-            x,
-            dequantize_groups(
-                packed[start : start + step],
-                scales[start : start + step],
-                None if zeros is None else zeros[start : start + step],
-                bits,
-                block,
-                width,
-            ),
-        )
-        for start in range(0, packed.shape[0], step)
-    ]
-    out = torch.cat(parts, dim=-1)
-    return out if bias is None else out + bias
+
+    name = "quantized_linear"
+
+    x: Tensor
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    bits: int
+    block: int
+
+    def run(self) -> Tensor:
+        width = self.x.shape[-1]
+        step = max(1, _SLAB // width)
+        parts = []
+        for start in range(0, self.packed.shape[0], step):
+            chosen = slice(start, start + step)
+            zeros = None if self.zeros is None else self.zeros[chosen]
+            weight = dequantize_groups(
+                self.packed[chosen], self.scales[chosen], zeros, self.bits, self.block, width
+            )
+            parts.append(functional.linear(self.x, weight))
+        out = torch.cat(parts, dim=-1)
+        return out if self.bias is None else out + self.bias
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.packed.shape[0]))
 
 
-@quantized_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    block: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
-
-
-@torch.library.custom_op("einfold::quantized_embedding", mutates_args=())
-def quantized_embedding(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    block: int,
-    width: int,
-) -> Tensor:
+@OPERATORS.register
+@dataclass(eq=False)
+class QuantizedEmbedding(Operator):
     """Rows `ids` of the dequantized table [V, width]."""
-    zero_rows = None if zeros is None else zeros[ids]
-    return dequantize_groups(packed[ids], scales[ids], zero_rows, bits, block, width)
 
+    name = "quantized_embedding"
 
-@quantized_embedding.register_fake
-def _(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    block: int,
-    width: int,
-) -> Tensor:
-    return scales.new_empty((*ids.shape, width))
+    ids: Tensor
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    block: int
+    width: int
 
-
-@torch.library.custom_op("einfold::quantized_experts", mutates_args=())
-def quantized_experts(
-    x_TM: Tensor,
-    index_TJ: Tensor,
-    weight_TJ: Tensor,
-    gate_up_packed: Tensor,
-    gate_up_scales: Tensor,
-    gate_up_zeros: Tensor | None,
-    gate_up_bias: Tensor | None,
-    down_packed: Tensor,
-    down_scales: Tensor,
-    down_zeros: Tensor | None,
-    down_bias: Tensor | None,
-    kind: str,
-    alpha: float,
-    limit: float,
-    bits: int,
-    block: int,
-) -> Tensor:
-    """`einfold::experts` over packed weights: a leading axis E on every weight."""
-
-    def apply(
-        expert: int, rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None
-    ) -> Tensor:
-        weight = dequantize_groups(
-            packed[expert], scales[expert], pick(zeros, expert), bits, block, rows.shape[-1]
+    def run(self) -> Tensor:
+        zeros = None if self.zeros is None else self.zeros[self.ids]
+        return dequantize_groups(
+            self.packed[self.ids], self.scales[self.ids], zeros, self.bits, self.block, self.width
         )
-        return rows @ weight.T
 
-    def mlp(expert: int, rows: Tensor) -> Tensor:
-        gate_up = apply(expert, rows, gate_up_packed, gate_up_scales, gate_up_zeros)
-        if gate_up_bias is not None:
-            gate_up = gate_up + gate_up_bias[expert]
+    def shapes(self) -> Tensor:
+        return self.scales.new_empty((*self.ids.shape, self.width))
+
+
+@OPERATORS.register
+@dataclass(eq=False)
+class QuantizedExperts(Operator):
+    """`Experts` over packed weights: a leading axis E on every weight."""
+
+    name = "quantized_experts"
+
+    x_TM: Tensor
+    index_TJ: Tensor
+    weight_TJ: Tensor
+    gate_up_packed: Tensor
+    gate_up_scales: Tensor
+    gate_up_zeros: Tensor | None
+    gate_up_bias: Tensor | None
+    down_packed: Tensor
+    down_scales: Tensor
+    down_zeros: Tensor | None
+    down_bias: Tensor | None
+    kind: str
+    alpha: float
+    limit: float
+    bits: int
+    block: int
+
+    def run(self) -> Tensor:
+        return route(self.x_TM, self.index_TJ, self.weight_TJ, self._mlp)
+
+    def _mlp(self, expert: int, rows: Tensor) -> Tensor:
+        packed = (self.gate_up_packed, self.gate_up_scales, self.gate_up_zeros)
+        gate_up = self._product(expert, rows, *packed, self.gate_up_bias)
         gate, up = gate_up.chunk(2, dim=-1)
-        hidden = gated_activation_reference(gate, up, kind, alpha, limit)
-        down = apply(expert, hidden, down_packed, down_scales, down_zeros)
-        return down if down_bias is None else down + down_bias[expert]
+        hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
+        packed = (self.down_packed, self.down_scales, self.down_zeros)
+        return self._product(expert, hidden, *packed, self.down_bias)
 
-    return route(x_TM, index_TJ, weight_TJ, mlp)
+    def _product(
+        self,
+        expert: int,
+        rows: Tensor,
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        of_expert = (packed[expert], scales[expert], pick(zeros, expert))
+        out = rows @ dequantize_groups(*of_expert, self.bits, self.block, rows.shape[-1]).T
+        return out if bias is None else out + bias[expert]
 
-
-@quantized_experts.register_fake
-def _(x_TM: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(x_TM)
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x_TM)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from .record import OPERATORS, Operator
 
 
 def rotary_reference(
@@ -48,15 +52,23 @@ def turned(
     return rotary_reference(x_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
 
 
-@torch.library.custom_op("einfold::rotary", mutates_args=())
-def rotary(
-    x_BSHD: Tensor, positions_BS: Tensor, cos_PR: Tensor, sin_PR: Tensor, interleaved: bool
-) -> Tensor:
-    return rotary_reference(x_BSHD, positions_BS, cos_PR, sin_PR, interleaved)
+@OPERATORS.register
+@dataclass(eq=False)
+class RotaryEmbedding(Operator):
+    """`rotary_reference`."""
 
+    name = "rotary"
 
-@rotary.register_fake
-def _(
-    x_BSHD: Tensor, positions_BS: Tensor, cos_PR: Tensor, sin_PR: Tensor, interleaved: bool
-) -> Tensor:
-    return torch.empty_like(x_BSHD, memory_format=torch.contiguous_format)
+    x_BSHD: Tensor
+    positions_BS: Tensor
+    cos_PR: Tensor
+    sin_PR: Tensor
+    interleaved: bool
+
+    def run(self) -> Tensor:
+        return rotary_reference(
+            self.x_BSHD, self.positions_BS, self.cos_PR, self.sin_PR, self.interleaved
+        )
+
+    def shapes(self) -> Tensor:
+        return torch.empty_like(self.x_BSHD, memory_format=torch.contiguous_format)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from .record import OPERATORS, Operator
 
-@torch.library.custom_op("einfold::select_rows", mutates_args=())
-def select_rows(x_BSM: Tensor, rows: Tensor) -> Tensor:
+
+@OPERATORS.register
+@dataclass(eq=False)
+class SelectRows(Operator):
     """Rows of x flattened to [B*S, M]: gives [len(rows), M]; a row is b*S + s."""
-    return x_BSM.flatten(0, 1).index_select(0, rows)
 
+    name = "select_rows"
 
-@select_rows.register_fake
-def _(x_BSM: Tensor, rows: Tensor) -> Tensor:
-    return x_BSM.new_empty((rows.shape[0], x_BSM.shape[2]))
+    x_BSM: Tensor
+    rows: Tensor
+
+    def run(self) -> Tensor:
+        return self.x_BSM.flatten(0, 1).index_select(0, self.rows)
+
+    def shapes(self) -> Tensor:
+        return self.x_BSM.new_empty((self.rows.shape[0], self.x_BSM.shape[2]))

@@ -21,12 +21,20 @@ from ...ir.kv.layout import (
     slots_dim,
 )
 from ...ir.ops import einfold_ops
+from ...ir.ops.attention import CachedAttention
+from ...ir.ops.low_rank import LowRankAttention
+from ...ir.ops.packed import PackedAttention
+from ...ir.ops.rotary import RotaryEmbedding
+from ...ir.ops.shared import SharedAttention
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
 from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
 
 aten = torch.ops.aten
+
+#: What an attention's arguments say of rotary embeddings where there is none.
+_UNTURNED = {"positions_BS": None, "cos_PR": None, "sin_PR": None, "interleaved": False}
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Attachment:
         call: fx.Node,
         heads: tuple[fx.Node, fx.Node | None],
         found: dict[str, object],
-        rotary: list[object],
+        rotary: dict[str, object],
     ) -> fx.Node:
         """Attention over what another layer's call gives; only queries are new."""
         (query, sinks), written = heads, call_arguments(call)
@@ -149,33 +157,22 @@ class Attachment:
                 f"layer {found['layer']} cannot read another layer's cache of features and a window"
             )
         results = {user.args[1]: user for user in call.users}
-        caches = (results[1], results[2])
+        read = {
+            "q_BSHD": query,
+            "key_cache_BKCD": results[1],
+            "value_cache_BKCD": results[2],
+            "sinks_H": sinks,
+            **rotary,
+            **{name: found[name] for name in ("layer", "scale", "softcap")},
+        }
         if call.target is einfold_ops.packed_attention.default:
-            packed = self.editor.call(
-                einfold_ops.packed_attention.default,
-                query,
-                None,
-                None,
-                *caches,
-                *(written[name] for name in ("used_B", "packed_B", "bulk")),
-                sinks,
-                *rotary[:3],
-                *(found[name] for name in ("layer", "scale", "softcap")),
-                rotary[3],
-                written["storage"],
+            packed = self.editor.make(
+                PackedAttention, **(written | read | {"k_BSKD": None, "v_BSKD": None})
             )
             return self.editor.results(packed)[0]
-        return self.editor.call(
-            einfold_ops.shared_attention.default,
-            query,
-            *caches,
-            *(written[name] for name in ("used_B", "count_BK")),
-            sinks,
-            *rotary[:3],
-            *(written[name] for name in ("key_scale_KD", "value_scale_KD")),
-            *(found[name] for name in ("layer", "scale", "window", "softcap")),
-            rotary[3],
-        )
+        unread = {"k_BSKD", "v_BSKD"}
+        kept = {name: value for name, value in written.items() if name not in unread}
+        return self.editor.make(SharedAttention, **(kept | read | {"window": found["window"]}))
 
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
@@ -202,7 +199,7 @@ class Attachment:
         new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
         inputs: dict[str, fx.Node],
         found: dict[str, object],
-        rotary: list[object],
+        rotary: dict[str, object],
     ) -> fx.Node:
         """The call over one group's cache; gives its output [B, S, heads, D]."""
         group = cache.groups[index]
@@ -211,32 +208,43 @@ class Attachment:
                 f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
                 "time; keep them in f32, or choose a method that evicts"
             )
-        query, key, value, sinks = new
         if group.observed:
-            self._show_query(cache, index, query, inputs["key"], found, rotary)
+            self._show_query(cache, index, new[0], inputs["key"], found, rotary)
         if group.packed:
             return self._packed_call(cache, index, new, inputs, found, rotary)
         if group.storage.windowed:
             return self._low_rank_call(cache, index, new, inputs, found, rotary)
-        call = self.editor.call(
-            einfold_ops.cached_attention.default,
-            query,
-            key,
-            value,
-            inputs["key"],
-            inputs["value"],
-            self._counters[self.layout.clock(group)],
-            inputs.get("count"),
-            sinks,
-            *rotary[:3],
-            *(self._scale(inputs[part]) for part in PARTS),
-            found["layer"],
-            found["scale"],
-            found["window"],
-            found["softcap"],
-            rotary[3],
+        call = self.editor.make(
+            CachedAttention,
+            **self._over_slots(group, new, inputs, found, rotary),
+            count_BK=inputs.get("count"),
+            key_scale_KD=self._scale(inputs["key"]),
+            value_scale_KD=self._scale(inputs["value"]),
+            window=found["window"],
         )
         return self._updated(call, cache, index)
+
+    def _over_slots(
+        self,
+        group: HeadGroup,
+        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
+        inputs: dict[str, fx.Node],
+        found: dict[str, object],
+        rotary: dict[str, object],
+    ) -> dict[str, object]:
+        """The arguments that every call over a group's slots takes."""
+        query, key, value, sinks = new
+        return {
+            "q_BSHD": query,
+            "k_BSKD": key,
+            "v_BSKD": value,
+            "key_cache_BKCD": inputs["key"],
+            "value_cache_BKCD": inputs["value"],
+            "used_B": self._counters[self.layout.clock(group)],
+            "sinks_H": sinks,
+            **rotary,
+            **{name: found[name] for name in ("layer", "scale", "softcap")},
+        }
 
     def _packed_call(
         self,
@@ -245,7 +253,7 @@ class Attachment:
         new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
         inputs: dict[str, fx.Node],
         found: dict[str, object],
-        rotary: list[object],
+        rotary: dict[str, object],
     ) -> fx.Node:
         """The call over the slots and the packed tokens of one group."""
         group = cache.groups[index]
@@ -258,24 +266,12 @@ class Attachment:
         self._read[cache.layer, index] = inputs
         lent = {} if group.partner is None else self._read[group.partner, index]
         pieces = group.storage.pieces(cache.shape(group))
-        query, key, value, sinks = new
-        call = self.editor.call(
-            einfold_ops.packed_attention.default,
-            query,
-            key,
-            value,
-            inputs["key"],
-            inputs["value"],
-            self._counters[clock],
-            self._counters[packed_of(clock)],
-            [(lent | inputs)[piece.name] for piece in pieces],
-            sinks,
-            *rotary[:3],
-            found["layer"],
-            found["scale"],
-            found["softcap"],
-            rotary[3],
-            group.storage.text,
+        call = self.editor.make(
+            PackedAttention,
+            **self._over_slots(group, new, inputs, found, rotary),
+            packed_B=self._counters[packed_of(clock)],
+            bulk=[(lent | inputs)[piece.name] for piece in pieces],
+            storage=group.storage.text,
         )
         return self._updated(call, cache, index)
 
@@ -286,24 +282,21 @@ class Attachment:
         new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
         inputs: dict[str, fx.Node],
         found: dict[str, object],
-        rotary: list[object],
+        rotary: dict[str, object],
     ) -> fx.Node:
         """The call over the slots and the features of one group."""
         group, prefix = cache.groups[index], cache_name(cache.layer, index)
         names = [f"{prefix}.{part}_basis" for part in PARTS]
         bases = [self.editor.weight(n, self.program.cache_weights.pop(n)) for n in names]
-        call = self.editor.call(
-            einfold_ops.low_rank_attention.default,
-            *new[:3],
-            *(inputs[name] for name in (*PARTS, "key_low", "value_low")),
-            *bases,
-            self._counters[self.layout.clock(group)],
-            self._counters[TOKENS],
-            new[3],
-            *rotary[:3],
-            *(found[name] for name in ("layer", "scale", "softcap")),
-            rotary[3],
-            group.policy.lead,
+        call = self.editor.make(
+            LowRankAttention,
+            **self._over_slots(group, new, inputs, found, rotary),
+            key_low_BCR=inputs["key_low"],
+            value_low_BCR=inputs["value_low"],
+            key_basis_RM=bases[0],
+            value_basis_RM=bases[1],
+            lengths_B=self._counters[TOKENS],
+            first=group.policy.lead,
         )
         return self._updated(call, cache, index, (*PARTS, "key_low", "value_low"))
 
@@ -324,11 +317,11 @@ class Attachment:
         query: fx.Node,
         keys: fx.Node,
         found: dict[str, object],
-        rotary: list[object],
+        rotary: dict[str, object],
     ) -> None:
         """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
-        if rotary[0] is not None:
-            query = self.editor.call(einfold_ops.rotary.default, query, *rotary)
+        if rotary["positions_BS"] is not None:
+            query = self.editor.make(RotaryEmbedding, x_BSHD=query, **rotary)
         factor: object = found["scale"]
         of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
         if of_keys is not None:
@@ -401,16 +394,21 @@ class Attachment:
         return self.editor.weight(name, Weight.of(torch.tensor(heads)))
 
 
-def _without_rotary(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, list[object]]:
-    """q and k before their rotary embedding, and its (positions, cos, sin, interleaved)."""
+def _without_rotary(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, dict[str, object]]:
+    """q and k before their rotary embedding, and its arguments."""
     op = einfold_ops.rotary.default
     if query.target is op and key.target is op and query.args[1:] == key.args[1:]:
-        return query.args[0], key.args[0], list(query.args[1:])  # type: ignore[return-value]
-    return query, key, [None, None, None, False]
+        return query.args[0], key.args[0], _rotary_of(query)  # type: ignore[return-value]
+    return query, key, dict(_UNTURNED)
 
 
-def _query_without_rotary(query: fx.Node) -> tuple[fx.Node, list[object]]:
-    """q before its rotary embedding, and its (positions, cos, sin, interleaved)."""
+def _query_without_rotary(query: fx.Node) -> tuple[fx.Node, dict[str, object]]:
+    """q before its rotary embedding, and its arguments."""
     if query.target is einfold_ops.rotary.default:
-        return query.args[0], list(query.args[1:])  # type: ignore[return-value]
-    return query, [None, None, None, False]
+        return query.args[0], _rotary_of(query)  # type: ignore[return-value]
+    return query, dict(_UNTURNED)
+
+
+def _rotary_of(node: fx.Node) -> dict[str, object]:
+    found = call_arguments(node)
+    return {name: found[name] for name in _UNTURNED}

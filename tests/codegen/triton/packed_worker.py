@@ -21,12 +21,11 @@ from einfold.compiler.ir.kv.store.minicache.codec import encode_pair
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
 from einfold.compiler.ir.kv.store.packed import Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
-from einfold.compiler.ir.ops import einfold_ops
-from einfold.compiler.ir.ops.packed import packed_attention_in_place
+from einfold.compiler.ir.ops.packed import PackedAttention
 from einfold.compiler.ir.program import call_arguments
 
 from ...programs import program
-from .worker import difference, serve
+from .worker import compared, serve
 
 HEADS, GRANULES, SLOTS = 2, 3, 12
 
@@ -56,7 +55,7 @@ def node_of(storage: Packed, request: dict[str, Any]) -> fx.Node:
     heads = f"heads=0,1 of={HEADS} key={key} value={value} policy=full"
     found.layout = CacheLayout.parse([f"cache 0.0 {heads} {own}", f"cache 1.0 {heads} {deeper}"])
     AttachCache().run(found)
-    *_, node = found.nodes(einfold_ops.packed_attention.default)
+    *_, node = found.nodes(PackedAttention.overload())
     return node
 
 
@@ -109,11 +108,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         small = replace(one, decode=Tiles(16, 16), kernel=replace(one.kernel, tiles=Tiles(16, 16)))
         made.append(small)
     given = arguments(storage, node, request)
-    mine = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
-    found, *slots = attend_packed(made[0], made[1:], request["parts"])(**mine)
-    expected, *right = packed_attention_in_place(**given)
-    same = all(torch.equal(a, b) for a, b in zip(slots, right, strict=True))
-    return {"error": difference(found, expected), "same slots": same, "kernels": len(made)}
+    attend = attend_packed(*made, parts=request["parts"])
+    error, same = compared(PackedAttention, attend, given)
+    return {"error": error, "same slots": same, "kernels": len(made)}
 
 
 if __name__ == "__main__":

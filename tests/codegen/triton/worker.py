@@ -29,6 +29,7 @@ from einfold.compiler.codegen.triton.launch import launch
 from einfold.compiler.codegen.triton.options import Options, Tiles
 from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.plan import Plan, State
+from einfold.compiler.ir.ops.record import Operator
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -151,6 +152,22 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.numel() == 0:
         return 0.0
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+
+
+def compared(
+    kind: type[Operator], attend: Callable[[Any], Any], given: dict[str, Any]
+) -> tuple[float, bool]:
+    """The error of `attend` against an operator's own meaning, and whether both wrote the same caches."""
+    # The caches of a device are views of larger ones at times: no stride may be taken for granted.
+    mine = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    found, expected = (
+        kind.standing_in(meaning)(**arguments)
+        for meaning, arguments in ((attend, mine), (kind.run, given))
+    )
+    if not kind.writes:
+        return difference(found, expected), True
+    same = all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
+    return difference(found[0], expected[0]), same
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

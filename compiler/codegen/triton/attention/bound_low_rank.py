@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....ir.ops.attention import new_slots, take_in
-from ....ir.ops.low_rank import outside_slots, write_features
+from ....ir.ops.low_rank import LowRankAttention
 from .bound_packed import merged, over_slots, run
 from .kernels import AttentionKernel
 from .low_rank import LowRankKind, parts_of
@@ -17,70 +15,39 @@ from .low_rank import LowRankKind, parts_of
 
 def attend_low_rank(
     slots: AttentionKernel, features: AttentionKernel, parts: int | None = None
-) -> Callable[..., Any]:
-    """What takes the operator's arguments; `parts` cuts both streams so, None as the device wants it."""
+) -> Callable[[LowRankAttention], Tensor]:
+    """The meaning of a call by its kernels; `parts` cuts both streams so, None as the device wants it."""
+    kind = features.kind
+    assert isinstance(kind, LowRankKind)
 
-    def attend(
-        q_BSHD: Tensor,
-        k_BSKD: Tensor,
-        v_BSKD: Tensor,
-        key_cache_BKCD: Tensor,
-        value_cache_BKCD: Tensor,
-        key_low_BCR: Tensor,
-        value_low_BCR: Tensor,
-        key_basis_RM: Tensor,
-        value_basis_RM: Tensor,
-        used_B: Tensor,
-        lengths_B: Tensor,
-        sinks_H: Tensor | None,
-        positions_BS: Tensor | None,
-        cos_PR: Tensor | None,
-        sin_PR: Tensor | None,
-        layer: int,
-        scale: float,
-        softcap: float,
-        interleaved: bool,
-        first: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        token_BS = new_slots(lengths_B, q_BSHD.shape[1])
-        write_features(key_low_BCR, k_BSKD, key_basis_RM, token_BS)
-        write_features(value_low_BCR, v_BSKD, value_basis_RM, token_BS)
-        rotary = (positions_BS, cos_PR, sin_PR, interleaved)
-        caches = (key_cache_BKCD, value_cache_BKCD)
-        q_BSHD, _ = take_in(q_BSHD, k_BSKD, v_BSKD, caches, used_B, rotary)
-        kind = features.kind
-        assert isinstance(kind, LowRankKind)
-        query = q_BSHD.unflatten(2, (kind.kv_heads, kind.group))
-        bases = (key_basis_RM, value_basis_RM)
-        given = _given(kind, query, (key_low_BCR, value_low_BCR), bases, interleaved)
-        if kind.half and cos_PR is not None and sin_PR is not None:
-            # There is no token at an index that the tables lack.
-            tokens = min(len(cos_PR), key_low_BCR.shape[1])
-            given |= {"cos": cos_PR[:tokens], "sin": sin_PR[:tokens]}
-            given |= {name: given[name][:, :tokens] for name in ("low_key", "low_value")}
-        edges = zip(("begin", "end"), outside_slots(used_B, lengths_B, first), strict=True)
-        given |= {name: edge_B.to(torch.int32) for name, edge_B in edges}
+    def attend(call: LowRankAttention) -> Tensor:
+        call.take_in_tokens()
+        query = call.turned_query().unflatten(2, (kind.kv_heads, kind.group))
+        given = _given(kind, query, call)
         states = [
-            over_slots(slots, query, caches, used_B, sinks_H, parts),
+            over_slots(slots, query, call, parts),
             run(features, given, query, given["low_key"].shape[1], parts),
         ]
-        out = merged(states).to(q_BSHD.dtype).flatten(2, 3)
-        return out, key_cache_BKCD, value_cache_BKCD, key_low_BCR, value_low_BCR
+        return merged(states).to(query.dtype).flatten(2, 3)
 
     return attend
 
 
-def _given(
-    kind: LowRankKind,
-    query_BSKGD: Tensor,
-    low_BCR: tuple[Tensor, Tensor],
-    bases_RM: tuple[Tensor, Tensor],
-    interleaved: bool,
-) -> dict[str, Tensor]:
-    """Features and bases; queries and the basis of keys in the parts that keys are made in."""
-    key_basis, value_basis = (basis.unflatten(1, (kind.kv_heads, -1)) for basis in bases_RM)
-    found = {"low_key": low_BCR[0], "low_value": low_BCR[1], "value_basis": value_basis}
+def _given(kind: LowRankKind, query_BSKGD: Tensor, call: LowRankAttention) -> dict[str, Tensor]:
+    """What the kernel over features is given: queries and the basis of keys in the parts keys are made in."""
+    key_basis, value_basis = (
+        basis_RM.unflatten(1, (kind.kv_heads, -1))
+        for basis_RM in (call.key_basis_RM, call.value_basis_RM)
+    )
+    low = {"low_key": call.key_low_BCR, "low_value": call.value_low_BCR}
+    found = {**low, "value_basis": value_basis}
     for name, tensor in (("query", query_BSKGD), ("basis", key_basis)):
-        for part, view in parts_of(kind, tensor, interleaved).items():
+        for part, view in parts_of(kind, tensor, call.interleaved).items():
             found[f"{part}_{name}"] = view
-    return found
+    if kind.half and call.cos_PR is not None and call.sin_PR is not None:
+        # There is no token at an index that the tables lack.
+        tokens = min(len(call.cos_PR), call.key_low_BCR.shape[1])
+        found |= {"cos": call.cos_PR[:tokens], "sin": call.sin_PR[:tokens]}
+        found |= {name: features[:, :tokens] for name, features in low.items()}
+    begin_B, end_B = call.outside_slots()
+    return found | {"begin": begin_B.to(torch.int32), "end": end_B.to(torch.int32)}

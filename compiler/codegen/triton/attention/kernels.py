@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -13,8 +14,12 @@ from .....errors import UnsupportedError
 from ....analysis.cascade.plans import fold
 from ....ir.cascade.cascade import Cascade
 from ....ir.cascade.plan import Plan
-from ....ir.ops import einfold_ops
-from ....ir.program import OVER_CACHES, Program, call_arguments
+from ....ir.ops.attention import CachedAttention
+from ....ir.ops.low_rank import LowRankAttention
+from ....ir.ops.packed import PackedAttention
+from ....ir.ops.record import operator_of
+from ....ir.ops.shared import SharedAttention
+from ....ir.program import Program, call_arguments
 from ..generate import generate
 from ..kernel import Kernel
 from ..launch import split_count
@@ -30,8 +35,13 @@ from .packed import PackedKind, packed_cascade, packed_kinds, packed_shared, pac
 #: What there are kernels for, with all that a kernel depends on.
 Kind = AttentionKind | PackedKind | LowRankKind
 
-#: Operators that kernels stand for: those over a cache, and the one that reads another layer's slots.
-ATTENTIONS = (*OVER_CACHES, einfold_ops.shared_attention.default)
+#: The operators that kernels stand for, and the streams that a call reads beside its slots.
+_STREAMS: dict[Any, Callable[[fx.Node], Sequence[Kind]]] = {
+    CachedAttention: lambda node: (),
+    SharedAttention: lambda node: (),
+    PackedAttention: lambda node: packed_kinds(node),
+    LowRankAttention: lambda node: (low_rank_kind(node),),
+}
 
 #: New tokens of the prefill step that tiles are chosen for.
 _PREFILL = 512
@@ -89,22 +99,24 @@ def attention_kernels(
     return made
 
 
+def attentions(program: Program) -> Iterator[fx.Node]:
+    """The calls that kernels stand for, in the order of the graph."""
+    return program.nodes(*(kind.overload() for kind in _STREAMS))
+
+
 def kinds_at(node: fx.Node) -> list[Kind]:
     """What a call over a cache needs kernels for: its slots, then each stream of packed tokens or features.
 
     Raises UnsupportedError for what no kernel reads.
     """
-    if node.target is einfold_ops.low_rank_attention.default:
-        return [kind_of(node), low_rank_kind(node)]
-    if node.target is einfold_ops.packed_attention.default:
-        return [kind_of(node), *packed_kinds(node)]
-    return [kind_of(node)]
+    streams = _STREAMS[operator_of(node.target)](node)
+    return [kind_of(node, merged=bool(streams)), *streams]
 
 
 def kinds_of(program: Program) -> dict[Kind, list[int]]:
     """Every kind of a program with its layers, in the order of the graph."""
     kinds: dict[Kind, list[int]] = {}
-    for node in program.nodes(*ATTENTIONS):
+    for node in attentions(program):
         layer = int(call_arguments(node)["layer"])
         for kind in kinds_at(node):
             layers = kinds.setdefault(kind, [])

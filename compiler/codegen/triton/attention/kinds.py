@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from .....errors import UnsupportedError
-from ....ir.ops import einfold_ops
 from ....ir.program import call_arguments
 from ..dtypes import TYPES
 
@@ -50,8 +49,8 @@ class AttentionKind:
         return "_".join([*parts, self.cache])
 
 
-def kind_of(node: fx.Node) -> AttentionKind:
-    """The kind of a call over slots, packed tokens left aside.
+def kind_of(node: fx.Node, merged: bool = False) -> AttentionKind:
+    """The kind of a call over its slots; `merged` says that it reads other keys too, to be merged with.
 
     Raises UnsupportedError for types that kernels do not read.
     """
@@ -83,11 +82,7 @@ def kind_of(node: fx.Node) -> AttentionKind:
         cache=type_name(keys.dtype, layer),
         scaled=found.get("key_scale_KD") is not None,
         counted=found.get("count_BK") is not None,
-        lse=node.target
-        in (
-            einfold_ops.packed_attention.default,
-            einfold_ops.low_rank_attention.default,
-        ),
+        lse=merged,
     )
 
 
