@@ -42,6 +42,12 @@ def test_policies(name: str) -> None:
     common.check_account(layout)
 
 
+def test_each_policy_says_what_it_keeps() -> None:
+    told = {name: POLICIES[name](**options).says() for name, options in POLICY_OPTIONS.items()}
+    assert len(set(told.values())) == len(told)
+    assert told["merged"] == "5 centres, which others merge into, and 4 recent tokens"
+
+
 @pytest.mark.parametrize("name", STORAGE_OPTIONS)
 def test_storages(name: str) -> None:
     layout = common.layout_of(Full(), STORAGES[name](**STORAGE_OPTIONS[name]))

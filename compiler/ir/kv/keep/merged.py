@@ -55,6 +55,9 @@ class Merged(HeavyHitters):
     def mixes(self) -> bool:
         return True
 
+    def says(self) -> str:
+        return f"{self.heavy} centres, which others merge into, and {self.recent} recent tokens"
+
     def take_in(self, row: Row, score_KT: Floats, best_KC: Ints) -> None:
         """Averages each token that leaves into the kept one whose key resembles it most, by their scores.
 
