@@ -23,10 +23,13 @@ from .buffers import CacheBuffers
 
 def observe(cache: CacheBuffers, sizes: npt.NDArray[np.int64], observed: Mapping[str, Any]) -> None:
     """Adds what the tokens of a step attended to, `sizes` of each row; they are not counted yet."""
+    if not sizes.any():
+        return
     for layer, index, group in cache.layout.groups():
-        chosen = group.policy.once and cache.prompt is None and not group.scores
-        if not group.observed or group.owner is not None or chosen or not sizes.any():
+        if not group.observed or group.owner is not None:
             continue
+        if group.policy.once and cache.prompt is None and not group.scores:
+            continue  # chosen already
         name, prefix = query_name(layer.layer, index), cache_name(layer.layer, index)
         if name not in observed:
             raise EinfoldError(f"the step gave no {name}, by which the cache chooses its tokens")
