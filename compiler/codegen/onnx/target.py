@@ -44,7 +44,7 @@ class Onnx(Target):
         return "portable is for the target onnx; leave it out" if self.portable else ""
 
     def refuses(self, storage: Storage) -> str:
-        stored = storage.slot_dtype if storage.name == "plain" else storage.name
+        stored = storage.slot_dtype if storage.plain else storage.name
         if stored == "f32" or (stored == "i8" and not self.portable):
             return ""
         if stored == "i8":
