@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,12 @@ from ...errors import IRError
 
 T = TypeVar("T")
 Thing = TypeVar("Thing", bound=Any)
+
+
+def in_order(names: Iterable[str], first: tuple[str, ...]) -> list[str]:
+    """Names by the alphabet, but for those that stand first."""
+    place = {name: index for index, name in enumerate(first)}
+    return sorted(names, key=lambda name: (place.get(name, len(place)), name))
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -70,8 +76,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._all()[name]
 
     def __iter__(self) -> Iterator[str]:
-        place = {name: index for index, name in enumerate(self._order)}
-        return iter(sorted(self._all(), key=lambda name: (place.get(name, len(place)), name)))
+        return iter(in_order(self._all(), self._order))
 
     def __len__(self) -> int:
         return len(self._all())

@@ -21,9 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ...errors import IRError, RecipeError
 from ..ir.kv.keep.policy import POLICIES
-from ..ir.kv.options import options_of
 from ..ir.kv.store.storage import STORAGES
-from ..ir.registry import Registry
+from ..ir.options import options_of
+from ..ir.registry import Registry, in_order
 from .base import Pass
 from .kv_prune.keep import KeepByPolicy
 from .kv_quant.pack import PackByStorage
@@ -70,24 +70,26 @@ class Method:
 
 
 class _Family(Mapping[str, Method]):
-    """The methods of a family, as they are registered: `of` are kinds that `step` makes passes of."""
+    """The methods of a family, as they are registered: passes, and what is `given` to heads by a step.
+
+    `order` names those that stand first where the order is shown.
+    """
 
     def __init__(
         self,
         order: tuple[str, ...],
         passes: Registry[type[Pass]] | None = None,
-        of: Registry[Any] | None = None,
-        step: Callable[[Any], Pass] = lambda made: made,
+        given: tuple[Registry[Any], Callable[[Any], Pass]] | None = None,
     ) -> None:
-        self._order, self._passes, self._of, self._step = order, passes, of, step
+        self._order, self._passes, self._given = order, passes, given
 
     def _all(self) -> dict[str, Method]:
-        kinds = () if self._of is None else self._of.values()
-        made = [Method(kind, self._step) for kind in kinds if kind.method]
-        made += [Method(kind) for kind in (self._passes or {}).values()]
+        made = [Method(kind) for kind in (self._passes or {}).values()]
+        if self._given is not None:
+            kinds, step = self._given
+            made += [Method(kind, step) for kind in kinds.values() if kind.method]
         named = {method.name: method for method in made}
-        known = [name for name in self._order if name in named]
-        return {name: named[name] for name in (*known, *sorted(set(named) - set(known)))}
+        return {name: named[name] for name in in_order(named, self._order)}
 
     def __getitem__(self, name: str) -> Method:
         return self._all()[name]
@@ -105,10 +107,9 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
     "prune": _Family(
         ("streaming_llm", "razor_attention", "snapkv", "h2o", "ems"),
         PRUNE,
-        POLICIES,
-        KeepByPolicy,
+        (POLICIES, KeepByPolicy),
     ),
-    "quant": _Family(("kivi", "gear", "zipcache", "mikv"), None, STORAGES, PackByStorage),
+    "quant": _Family(("kivi", "gear", "zipcache", "mikv"), None, (STORAGES, PackByStorage)),
 }
 
 

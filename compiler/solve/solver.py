@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..ir.kv.text import show
 from ..ir.quant.scheme import Scheme
+from ..ir.record_text import show
 from ..ir.registry import Registry
 
 

@@ -18,12 +18,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ....errors import IRError
+from ..item_bytes import ITEM_BYTES
+from ..record_text import count_of, read, show
 from .keep.full import Full
 from .keep.policy import POLICIES, Policy
 from .sizes import Size, least, most
 from .store.plain.storage import Plain
-from .store.storage import ITEM_BYTES, GroupShape, Storage, read_storage
-from .text import count_of, read, show
+from .store.storage import GroupShape, Storage, read_storage
 
 if TYPE_CHECKING:
     import sympy

@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..kv.text import read, show
+from ..item_bytes import ITEM_BYTES
+from ..record_text import read, show
 from ..registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: Bytes of a number of each type that pieces have.
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
 
 #: A piece of a stored weight: its shape, and the type of its numbers.
 Piece = tuple[tuple[int, ...], str]

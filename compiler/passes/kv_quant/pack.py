@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ....errors import IRError, RecipeError
+from ...ir.item_bytes import ITEM_BYTES
 from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.store.packed import Packed
-from ...ir.kv.store.storage import ITEM_BYTES
 from ...ir.program import Program, own_windows
 from ..base import Pass, PassResult, check_lets_go
 

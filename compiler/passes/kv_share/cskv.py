@@ -12,12 +12,12 @@ from ....errors import RecipeError
 from ...calibrate.observers.kv_bases import KVBases
 from ...calibrate.sites import layer as site_of
 from ...calibrate.stream import Later
+from ...ir.item_bytes import ITEM_BYTES
 from ...ir.kv.keep.full import Full
 from ...ir.kv.keep.window import Window
 from ...ir.kv.layout import PARTS, CacheLayout, HeadGroup, LayerCache, cache_name
 from ...ir.kv.store.low_rank.storage import LowRank
 from ...ir.kv.store.plain.storage import Plain
-from ...ir.kv.store.storage import ITEM_BYTES
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ....errors import RecipeError
+from ...ir.item_bytes import ITEM_BYTES
 from ...ir.kv.keep.full import Full
 from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.store.minicache.storage import MiniCache as Storage
 from ...ir.kv.store.plain.storage import Plain
-from ...ir.kv.store.storage import ITEM_BYTES
 from ...ir.program import Program, own_windows
 from ..base import Pass, PassResult, check_lets_go
 from ..methods import SHARE

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .....errors import IRError
+from ...options import derived, later, missing, option, settle
 from ..attention_sums import host
-from ..options import derived, later, missing, option, settle
 from ..sizes import Size, least
 from .policy import POLICIES, Floats, Ints, Policy, Row, best_slots, check_budget, check_prefill
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .....errors import IRError
+from ...options import Options
 from ...registry import Registry
-from ..options import Options
 from ..sizes import Size
 
 Floats = npt.NDArray[np.float32]

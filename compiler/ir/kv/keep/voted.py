@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .....errors import IRError
+from ...options import derived, missing, option, settle
 from ..attention_sums import attention_sums, host
-from ..options import derived, missing, option, settle
 from ..sizes import Size, least
 from .policy import POLICIES, Floats, Ints, Policy, Row, best_slots, check_budget
 

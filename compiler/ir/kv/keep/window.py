@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .....errors import IRError
-from ..options import derived
+from ...options import derived
 from ..sizes import Size, least
 from .policy import POLICIES, Policy, check_prefill
 

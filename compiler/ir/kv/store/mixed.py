@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .....errors import IRError
-from ..options import derived, missing, option, settle
+from ...options import derived, missing, option, settle
 from .packed import CODES, Packed, check_bits
 
 

@@ -16,13 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...item_bytes import ITEM_BYTES
+from ...options import Options
+from ...record_text import read, show
 from ...registry import Registry
-from ..options import Options
 from ..sizes import Size
-from ..text import read, show
-
-#: Bytes of a number of each dtype that a cache may be stored in.
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1, "u8": 1, "i32": 4}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ...options import later, missing, option, settle
+from ....options import later, missing, option, settle
 from ..packed import CODES, Packed, by_channel, by_token, check_bits, check_divides
 from ..storage import STORAGES, GroupShape, Piece
 

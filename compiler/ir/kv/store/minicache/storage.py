@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ...options import derived, missing, option, settle
+from ....options import derived, missing, option, settle
 from ..packed import Packed
 from ..storage import STORAGES, GroupShape, Piece
 

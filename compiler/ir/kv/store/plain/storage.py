@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ..storage import ITEM_BYTES, STORAGES, Storage
+from ....item_bytes import ITEM_BYTES
+from ..storage import STORAGES, Storage
 
 
 @STORAGES.register

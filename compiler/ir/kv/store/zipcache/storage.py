@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...options import option
+from ....options import option
 from ..mixed import Mixed
 from ..packed import by_channel, by_token
 from ..storage import STORAGES, GroupShape, Piece

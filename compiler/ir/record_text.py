@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
-from ....errors import IRError
+from ...errors import IRError
 from .options import text_fields
 
 T = TypeVar("T")
