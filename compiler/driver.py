@@ -188,8 +188,13 @@ def _check_layout(program: Program, recipe: Recipe) -> None:
     """Raises RecipeError where the target cannot run over the cache as it came to be planned."""
     assert program.layout is not None
     for layer, _, group in program.layout.groups():
-        if reason := recipe.made_for.refuses(group.storage):
-            raise RecipeError(f"layer {layer.layer}, {group.storage.name}: {reason}")
+        refused = {
+            group.storage.name: recipe.made_for.refuses(group.storage),
+            group.reader.name: recipe.made_for.cannot_read(group.reader),
+        }
+        for name, reason in refused.items():
+            if reason:
+                raise RecipeError(f"layer {layer.layer}, {name}: {reason}")
 
 
 @tracing()

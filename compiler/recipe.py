@@ -117,6 +117,8 @@ class CacheSection(_Section):
     """A method that keeps fewer tokens, and its options."""
     quant: dict[str, Any] | None = None
     """A method that packs tokens into few bits, and its options."""
+    read: dict[str, Any] | None = None
+    """A method by which a query reads few of the tokens that are kept, and its options."""
 
     @field_validator(*FAMILIES, mode="before")
     @classmethod
@@ -221,11 +223,12 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _cache_has_a_reader(self) -> Recipe:
-        """What a method stores is refused here already, before a model is read."""
+    def _target_takes_the_cache(self) -> Recipe:
+        """What a method stores or reads is refused here already, before a model is read."""
         for step in self.cache_passes():
-            storage = getattr(step, "storage", None)
+            storage, reader = getattr(step, "storage", None), getattr(step, "reader", None)
             reason = "" if storage is None else self.made_for.refuses(storage)
+            reason = reason or ("" if reader is None else self.made_for.cannot_read(reader))
             if reason:
                 raise ValueError(f"{self._place(step.name)}: {reason}")
         return self

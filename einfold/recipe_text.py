@@ -33,6 +33,8 @@ def _lines(section: BaseModel, where: str) -> Iterator[str]:
             inner.append((name, value))
             continue
         if name in FAMILIES and where == "cache":
+            if not FAMILIES[name]:
+                continue  # a family whose methods others may register
             yield from _comment(
                 f"[cache.{name}]: {meanings[name]} Methods: {', '.join(FAMILIES[name])}."
             )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ...runtime.artifact import Artifact
     from ...runtime.runner import Runner
+    from ..ir.kv.read.reader import Reader
     from ..ir.kv.store.storage import Storage
     from ..ir.program import Program
     from ..ir.quant.scheme import Scheme
@@ -72,6 +73,10 @@ class Target(BaseModel):
 
     def refuses(self, storage: Storage) -> str:
         """Why it cannot run over a cache that is stored so, in a sentence; "" where it can."""
+        return ""
+
+    def cannot_read(self, reader: Reader) -> str:
+        """Why it cannot attend over what a reader chooses, in a sentence; "" where it can."""
         return ""
 
     def weight_passes(self, scheme: Scheme | None) -> list[Pass]:

@@ -11,7 +11,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -179,8 +179,14 @@ class Editor:
         return node
 
     def make(self, kind: type[Operator], **arguments: Any) -> fx.Node:
-        """A call of an operator of einfold's, its arguments by name."""
-        return self.call(kind.overload(), *vars(kind(**arguments)).values())
+        """A call of an operator of einfold's, its arguments by name. Defaults at the end are left out."""
+        call = kind(**arguments)
+        given = [getattr(call, each.name) for each in fields(kind)]
+        for each in reversed(fields(kind)):
+            if each.default is MISSING or given[-1] != each.default:
+                break
+            given.pop()
+        return self.call(kind.overload(), *given)
 
     def weight(self, name: str, weight: Weight) -> fx.Node:
         """Adds a weight to the store and a node that reads it."""

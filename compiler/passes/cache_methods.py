@@ -1,7 +1,7 @@
 """The methods that a recipe may choose for the KV cache, by name: one of each family at most.
 
-A method is a policy or a storage that says so (`method`), given to all heads alike, or a pass of its own. A
-recipe's table gives the method and its options, which are the fields of the policy, the storage or the pass:
+A method is a policy, a storage or a reader that says so (`method`), given to all heads alike, or a pass of
+its own. A recipe's table gives the method and its options, which are the fields of that or of the pass:
 
     [cache.prune]
     method = "streaming_llm"
@@ -21,12 +21,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from ...errors import IRError, RecipeError
 from ..ir.kv.keep.policy import POLICIES
+from ..ir.kv.read.reader import READERS
 from ..ir.kv.store.storage import STORAGES
 from ..ir.options import options_of
 from ..ir.registry import Registry, in_order
 from .base import Pass
 from .kv_prune.keep import KeepByPolicy
 from .kv_quant.pack import PackByStorage
+from .kv_read.by_reader import ReadByReader
 from .methods import PRUNE, SHARE
 
 
@@ -110,6 +112,7 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
         (POLICIES, KeepByPolicy),
     ),
     "quant": _Family(("kivi", "gear", "zipcache", "mikv"), None, (STORAGES, PackByStorage)),
+    "read": _Family((), None, (READERS, ReadByReader)),
 }
 
 
@@ -137,7 +140,8 @@ def method_pass(family: str, table: Mapping[str, Any]) -> Pass:
     options = dict(table)
     method = options.pop("method", None)
     if not isinstance(method, str) or method not in known:
-        raise ValueError(f"cache.{family}.method is one of {', '.join(known)}, not {method!r}")
+        names = f"is one of {', '.join(known)}" if known else "has no name yet that it could be"
+        raise ValueError(f"cache.{family}.method {names}, not {method!r}")
     kind = known[method]
     fields = list(kind.defaults())
     for name in options:

@@ -128,11 +128,12 @@ def _off(target: Floats, original: Floats) -> float:
 
 
 def _as_it_came(artifact: Artifact) -> bool:
-    """Whether the cache holds each of the few tokens in full, and each layer its own."""
+    """Whether the cache holds each of the few tokens in full, each layer its own, and all are read."""
     layout = artifact.manifest.layout()
     shared = artifact.manifest.recipe["cache"]["share"] is not None
     plain = all(group.storage.slot_dtype == "f32" for _, _, group in layout.groups())
-    return plain and not shared and not _lets_go(layout)
+    whole = all(group.reader.whole for _, _, group in layout.groups())
+    return plain and whole and not shared and not _lets_go(layout)
 
 
 def _finite(logits: Floats) -> Floats:

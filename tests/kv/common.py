@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import einfold
 from einfold.compiler.ir.kv.keep.policy import Policy
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from einfold.compiler.ir.kv.read.everything import Everything
+from einfold.compiler.ir.kv.read.reader import Reader
 from einfold.compiler.ir.kv.store.plain.storage import Plain
 from einfold.compiler.ir.kv.store.storage import Storage
 from einfold.compiler.passes.cache_methods import FAMILIES, resolved
@@ -18,12 +21,14 @@ from einfold.runtime.cache import Cache
 HEADS, KEY, VALUE = 2, 16, 8
 
 
-def layout_of(policy: Policy, storage: Storage | None = None) -> CacheLayout:
+def layout_of(
+    policy: Policy, storage: Storage | None = None, reader: Reader | None = None
+) -> CacheLayout:
     """Two layers whose heads are all cached so; a storage that shares has the second read the first."""
-    group = HeadGroup(tuple(range(HEADS)), policy, storage or Plain())
-    other = HeadGroup(
-        group.heads, policy, group.storage, partner=0 if group.storage.shared else None
+    group = HeadGroup(
+        tuple(range(HEADS)), policy, storage or Plain(), reader=reader or Everything()
     )
+    other = replace(group, partner=0 if group.storage.shared else None)
     return CacheLayout(
         tuple(LayerCache(n, HEADS, KEY, VALUE, (g,)) for n, g in enumerate((group, other)))
     )

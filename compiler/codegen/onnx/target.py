@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ....runtime.artifact import Artifact
     from ....runtime.runner import Runner
+    from ...ir.kv.read.reader import Reader
     from ...ir.kv.store.storage import Storage
     from ...ir.program import Program
     from ...ir.quant.scheme import Scheme
@@ -63,6 +64,10 @@ class Onnx(Target):
             "all of the cache at every step; compile for the target triton or reference, or take "
             "cache.storage int8"
         )
+
+    def cannot_read(self, reader: Reader) -> str:
+        reads = f"no operator of the target onnx reads what {reader.name} chooses"
+        return "" if reader.whole else f"{reads}; compile for the target reference"
 
     def weight_passes(self, scheme: Scheme | None) -> list[Pass]:
         from ...passes.weight_quant.explicit_zeros import ExplicitZeros

@@ -10,6 +10,7 @@ from ..target import TARGETS, Progress, Target
 if TYPE_CHECKING:
     from ....runtime.artifact import Artifact
     from ....runtime.runner import Runner
+    from ...ir.kv.read.reader import Reader
     from ...ir.program import Program
     from ...ir.weights_file import Placement
 
@@ -27,6 +28,10 @@ class Triton(Target):
 
     def misplaced(self) -> str:
         return "cubins are for the target triton; add --target triton" if self.cubins else ""
+
+    def cannot_read(self, reader: Reader) -> str:
+        reads = f"no kernel of the target triton reads what {reader.name} chooses"
+        return "" if reader.whole else f"{reads}; compile for the target reference"
 
     def write(
         self,

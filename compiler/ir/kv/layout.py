@@ -1,9 +1,9 @@
 """The CacheLayout: the one table that says what the KV cache holds, where, and in how many bytes.
 
 For each attention layer the KV heads are partitioned into groups. A group has a *policy* (which
-tokens it keeps), a *storage* (how a kept token is stored), and an *owner* (itself, or another layer
-whose tokens it reads). Passes refine the table; `buffers()` is the only place that turns it into tensors,
-so what the runtime allocates is what `bytes()` accounts for.
+tokens it keeps), a *storage* (how a kept token is stored), a *reader* (which of them a query attends
+over), and an *owner* (itself, or another layer whose tokens it reads). Passes refine the table; `buffers()`
+is the only place that turns it into tensors, so what the runtime allocates is what `bytes()` accounts for.
 
 Sizes are given batch rows and a capacity in tokens. Both may be numbers, as when the runtime
 allocates, or SymPy symbols, as in the account: one formula serves both.
@@ -22,6 +22,8 @@ from ..item_bytes import ITEM_BYTES
 from ..record_text import count_of, read, show
 from .keep.full import Full
 from .keep.policy import POLICIES, Policy
+from .read.everything import Everything
+from .read.reader import Reader, parse_reader
 from .sizes import Size, least, most
 from .store.plain.storage import Plain
 from .store.storage import GroupShape, Storage, read_storage
@@ -69,8 +71,15 @@ class HeadGroup:
     of its layer; policy and storage are the owner's, group by group."""
     partner: int | None = None
     """The earlier layer whose group of this number holds what the storage shares between two layers."""
+    reader: Reader = field(default_factory=Everything)
+    """What a step reads; of a layer that reads another's cache its own."""
 
     def __post_init__(self) -> None:
+        if not self.reader.whole and not self.storage.plain:
+            raise IRError(
+                f"heads {self.heads}: {self.reader.name} chooses among tokens in plain slots, and "
+                f"{self.storage.name} is read whole"
+            )
         if self.packed and not self.policy.whole:
             raise IRError(
                 f"heads {self.heads}: {self.policy.name} keeps few tokens, so there is nothing for "
@@ -375,10 +384,11 @@ class CacheLayout:
             heads = ",".join(map(str, group.heads))
             owner = "" if group.owner is None else f" owner={group.owner}"
             partner = "" if group.partner is None else f" partner={group.partner}"
+            reader = "" if group.reader.whole else f" read={group.reader.text}"
             yield (
                 f"cache {layer.layer}.{index} heads={heads} of={layer.kv_heads} "
                 f"key={layer.key_size} value={layer.value_size} "
-                f"policy={show(group.policy)} storage={group.storage.text}{owner}{partner}"
+                f"policy={show(group.policy)} storage={group.storage.text}{owner}{partner}{reader}"
             )
 
     @staticmethod
@@ -457,6 +467,7 @@ def _parse_line(line: str) -> tuple[int, dict[str, str], HeadGroup]:
             storage=read_storage(fields["storage"]),
             owner=None if owner is None else count_of(owner),
             partner=None if partner is None else count_of(partner),
+            reader=parse_reader(fields.get("read", "")),
         )
     except (LookupError, ValueError, TypeError, ArithmeticError, IRError) as error:
         raise IRError(f"cannot read the cache line {line[:200]!r}: {str(error)[:400]}") from None

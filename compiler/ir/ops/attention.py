@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kv.codes.affine import narrowed
+from ..kv.read.reader import parse_reader
 from .record import OPERATORS, Operator
 from .rotary import Rotary, turned
 
@@ -19,7 +20,7 @@ def masked_attention(
     q_BSHD: Tensor,
     k_BKTD: Tensor,
     v_BKTD: Tensor,
-    visible_BST: Tensor,
+    visible: Tensor,
     sinks_H: Tensor | None,
     scale: float,
     softcap: float,
@@ -29,7 +30,7 @@ def masked_attention(
 
     `softcap` c > 0 caps a logit as c * tanh(x / c) (Gemma 2, section 2). `sinks` holds a learned logit
     a head that takes part in the softmax and has no value (GPT-OSS). A query that sees no key at all
-    and has no sink gives zeros.
+    and has no sink gives zeros. `visible` is bool [B, S, T], or [B, K, S, T] with K the KV heads or 1.
     """
     batch, new, heads, _ = q_BSHD.shape
     kv_heads, total = k_BKTD.shape[1], k_BKTD.shape[2]
@@ -40,7 +41,8 @@ def masked_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if bias_BKT is not None:
         logits = logits + bias_BKT[:, :, None, None]
-    logits = logits.masked_fill(~visible_BST[:, None, None], float("-inf"))
+    visible_BKST = visible if visible.ndim == 4 else visible[:, None]
+    logits = logits.masked_fill(~visible_BKST[:, :, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.reshape(1, kv_heads, group, 1, 1).expand(batch, -1, -1, new, 1)
         weights = torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)[..., :-1]
@@ -135,30 +137,50 @@ class OverSlots(Operator):
             write_slots(self.key_cache_BKCD, turned(k_BSKD, *self.rotary), slot_BS, scales_KD[0])
             write_slots(self.value_cache_BKCD, v_BSKD, slot_BS, scales_KD[1])
 
-    def over_slots(
-        self,
-        visible_BSC: Tensor,
-        scales_KD: Scales,
-        count_BK: Tensor | None,
-    ) -> Tensor:
-        """Attention over the slots as they are, the new tokens taken in; gives [B, S, H, D]."""
-        query = self.turned_query()
-        keys, values = (
-            stored(cache, scale).to(query.dtype)
-            for cache, scale in zip(self.caches, scales_KD, strict=True)
-        )
-        bias_BKT = compensation_bias(count_BK, self.slots)
-        return masked_attention(
-            query, keys, values, visible_BSC, self.sinks_H, self.scale, self.softcap, bias_BKT
-        )
-
     def shapes(self) -> Tensor:
         return self.q_BSHD.new_empty((*self.q_BSHD.shape[:-1], self.value_cache_BKCD.shape[-1]))
 
 
+class OverPlainSlots(OverSlots):
+    """What the calls have in common that read nothing but slots; these arguments they take too."""
+
+    count_BK: Tensor | None
+    key_scale_KD: Tensor | None
+    value_scale_KD: Tensor | None
+    window: int
+    read: str
+
+    @property
+    def scales(self) -> Scales:
+        return self.key_scale_KD, self.value_scale_KD
+
+    def attended(self, visible_BSC: Tensor | None = None) -> Tensor:
+        """Attention over the slots as they are, the new tokens taken in; gives [B, S, H, D].
+
+        A new token sees all slots in its window up to its own, or these, and reads what the reader chooses.
+        """
+        if visible_BSC is None:
+            slot_BS = self.new_slots()
+            visible_BSC = visible_slots(slot_BS, self.slots, self.window, self.count_BK)
+        query = self.turned_query()
+        keys, values = (
+            stored(cache, scale).to(query.dtype)
+            for cache, scale in zip(self.caches, self.scales, strict=True)
+        )
+        visible_BKSC = visible_BSC[:, None]
+        if self.read:
+            reader = parse_reader(self.read)
+            q_BKGSD = query.transpose(1, 2).unflatten(1, (keys.shape[1], -1))
+            visible_BKSC = reader.choosing.chosen(reader, q_BKGSD, keys, visible_BSC)
+        bias_BKC = compensation_bias(self.count_BK, self.slots)
+        return masked_attention(
+            query, keys, values, visible_BKSC, self.sinks_H, self.scale, self.softcap, bias_BKC
+        )
+
+
 @OPERATORS.register
 @dataclass(eq=False)
-class CachedAttention(OverSlots):
+class CachedAttention(OverPlainSlots):
     """Attention of S new tokens over a cache of which row b uses `used[b]` slots.
 
     The new keys (rotated first, where tables are given) and values are written behind them; query s
@@ -172,6 +194,8 @@ class CachedAttention(OverSlots):
 
     With scales the caches hold int8: x is stored as clamp(round(x / scale), -128, 127), and what is
     attended to, the new tokens too, is what is stored times its scale.
+
+    `read` is the text of a reader, which chooses among the slots that a query sees; "" reads all of them.
 
     Gives (out [B, S, H, D], key cache, value cache).
     """
@@ -197,19 +221,15 @@ class CachedAttention(OverSlots):
     window: int
     softcap: float
     interleaved: bool
-
-    @property
-    def scales(self) -> Scales:
-        return self.key_scale_KD, self.value_scale_KD
+    read: str = ""
 
     def run(self) -> Tensor:
-        slot_BS = self.new_slots()
-        return self.seeing(visible_slots(slot_BS, self.slots, self.window, self.count_BK))
+        return self.seeing(None)
 
-    def seeing(self, shown_BSC: Tensor) -> Tensor:
+    def seeing(self, shown_BSC: Tensor | None) -> Tensor:
         """The same where each new token sees these slots, in place of all in its window up to its own."""
         self.take_in(self.k_BSKD, self.v_BSKD, self.scales)
-        return self.over_slots(shown_BSC, self.scales, self.count_BK)
+        return self.attended(shown_BSC)
 
 
 def token_indices(used_B: Tensor, new: int) -> Tensor:

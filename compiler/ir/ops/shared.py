@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .attention import OverSlots, Scales, visible_slots
+from .attention import OverPlainSlots
 from .record import OPERATORS
 
 
 @OPERATORS.register
 @dataclass(eq=False)
-class SharedAttention(OverSlots):
+class SharedAttention(OverPlainSlots):
     """Attention of S new tokens over the caches as another layer's `CachedAttention` left them.
 
     So `used` counts the slots of before this step, as it does there: query s sees slots up to used[b] + s,
@@ -38,11 +38,7 @@ class SharedAttention(OverSlots):
     window: int
     softcap: float
     interleaved: bool
-
-    @property
-    def scales(self) -> Scales:
-        return self.key_scale_KD, self.value_scale_KD
+    read: str = ""
 
     def run(self) -> Tensor:
-        visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, self.count_BK)
-        return self.over_slots(visible_BSC, self.scales, self.count_BK)
+        return self.attended()

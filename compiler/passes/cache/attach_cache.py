@@ -139,13 +139,15 @@ class Attachment:
                     self._chosen(query, 2, of_query),
                     None if sinks is None else self._chosen(sinks, 0, of_query),
                 )
-                parts.append(self._read_call(self._calls[owner.layer, index], heads, found, rotary))
+                call = self._calls[owner.layer, index]
+                parts.append(self._read_call(call, cache.groups[0], heads, found, rotary))
             out = parts[0] if len(parts) == 1 else self._joined(parts, owner)
         self.editor.replace(node, out)
 
     def _read_call(
         self,
         call: fx.Node,
+        group: HeadGroup,
         heads: tuple[fx.Node, fx.Node | None],
         found: dict[str, object],
         rotary: dict[str, object],
@@ -172,7 +174,8 @@ class Attachment:
             return self.editor.results(packed)[0]
         unread = {"k_BSKD", "v_BSKD"}
         kept = {name: value for name, value in written.items() if name not in unread}
-        return self.editor.make(SharedAttention, **(kept | read | {"window": found["window"]}))
+        own = {"window": found["window"], "read": group.reader.text}
+        return self.editor.make(SharedAttention, **(kept | read | own))
 
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
@@ -221,6 +224,7 @@ class Attachment:
             key_scale_KD=self._scale(inputs["key"]),
             value_scale_KD=self._scale(inputs["value"]),
             window=found["window"],
+            read=group.reader.text,
         )
         return self._updated(call, cache, index)
 

@@ -1,0 +1,1 @@
+"""What a step reads of what a group keeps."""

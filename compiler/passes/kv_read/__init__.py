@@ -1,0 +1,1 @@
+"""Passes that let a step read few of the tokens that are kept."""

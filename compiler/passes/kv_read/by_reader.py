@@ -1,0 +1,72 @@
+"""One reader for all groups: the methods of `[cache.read]`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
+from ...ir.kv.read.reader import Reader
+from ...ir.program import Program, own_windows
+from ..base import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class ReadByReader(Pass):
+    """Lets every query of the groups whose tokens lie in plain slots read what a reader chooses.
+
+    Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 0.0 heads=0,1 .. policy=full storage=f32 read=NAME(..)`
+    """
+
+    reader: Reader
+
+    requires = frozenset({"cache planned"})
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.reader.method
+
+    @property
+    def what(self) -> str:
+        return inspect.getdoc(type(self.reader)) or ""
+
+    def options(self) -> dict[str, Any]:
+        return self.reader.options()
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        if program.layout is None:
+            result.skipped("graph", "no attention in the graph")
+            return result
+        windows = own_windows(program)
+        layers = [
+            self._reading(layer, windows[layer.layer], result) for layer in program.layout.layers
+        ]
+        program.layout = CacheLayout(tuple(layers))
+        return result
+
+    def _reading(self, layer: LayerCache, window: int, result: PassResult) -> LayerCache:
+        where, groups = f"layer {layer.layer}", []
+        for group in layer.groups:
+            heads = f"heads {','.join(map(str, group.heads))}"
+            reason = _left_alone(group, window)
+            if reason:
+                result.skipped(where, f"{heads} {reason}")
+                groups.append(group)
+            else:
+                result.applied(where, f"{heads} read {self.reader.says()}")
+                groups.append(replace(group, reader=self.reader))
+        return replace(layer, groups=tuple(groups))
+
+
+def _left_alone(group: HeadGroup, window: int) -> str:
+    """Why the group goes on reading all that it keeps; "" where it need not."""
+    if window:
+        return f"have a sliding window of {window} tokens of their own"
+    if not group.storage.plain:
+        return f"are stored as {group.storage.name}, which is read whole"
+    if group.policy.compensated:
+        return "have a slot that stands for many tokens, which every query reads"
+    return ""
