@@ -7,7 +7,7 @@ WORKERS ?= auto
 PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
 
-.PHONY: demo test test-slow check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
+.PHONY: demo test test-slow test-oldest test-environments check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
 	release-check clean
 
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +34,14 @@ test: $(READY)
 ## The tests that are left out there, for their time.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+## The tests where torch, Triton and all else are as old as the package claims, and under every other Python that this
+## machine has; says what was not run. Environments take gigabytes. ENVIRONMENTS: make test-oldest ENVIRONMENTS='-- tests/ir'
+test-oldest: $(READY)
+	$(BIN)/python .ci/environments.py oldest $(ENVIRONMENTS)
+
+test-environments: $(READY)
+	$(BIN)/python .ci/environments.py $(ENVIRONMENTS)
 
 ## Style, types, tests.
 check: $(READY)
