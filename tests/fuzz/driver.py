@@ -28,7 +28,11 @@ ROOT = Path(__file__).parent.parent.parent
 
 class Worker:
     def __init__(self, target: str, base: Path, out: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "EINFOLD_CACHE": str(out / "cache"),
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker", target, str(base), str(out)],
             stdin=subprocess.PIPE,

@@ -338,9 +338,9 @@ def mutate(base: Path, out: Path, target: str, seed: int) -> str:
         try:
             listed = forge.manifest(folder)
             names = {*listed["files"], *(["chat_template.jinja"] if draw.random() < 0.7 else [])}
-            changed = [n for n in names if (folder / n).is_file() and not (folder / n).is_symlink()]
-            added = {p.relative_to(folder).as_posix() for p in (folder / "kernels").glob("*")}
-            forge.seal(folder, listed, *sorted({*changed, *added}))
+            names |= {p.relative_to(folder).as_posix() for p in (folder / "kernels").glob("*")}
+            found = [n for n in names if (folder / n).is_file() and not (folder / n).is_symlink()]
+            forge.seal(folder, listed, *sorted(found))
             said += ", sealed"
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             pass

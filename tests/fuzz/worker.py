@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from einfold.compiler.ir.kept import cache_home
+
 LIMIT = 4 << 30
 
 #: Exit codes that an artifact may end in.
@@ -41,8 +43,8 @@ _FORBIDDEN = {
 class _Watch:
     """Notes events of Python's audit hooks that no artifact may cause."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder.resolve())
+    def __init__(self) -> None:
+        self.plans = cache_home() / "plans"
         self.active = False
         self.found: list[str] = []
         sys.addaudithook(self._see)
@@ -50,15 +52,25 @@ class _Watch:
     def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.active:
             return
-        own = event == "subprocess.Popen" and str(arguments[1][-1]).endswith("render.py")
-        if event in _FORBIDDEN and not own:
+        if event in _FORBIDDEN and not self._own(event, arguments):
             self.found.append(f"{event} {arguments!r}"[:200])
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             path, flags = os.fsdecode(arguments[0]), int(arguments[2] or 0)
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             secret = path.startswith(("/etc/hostname", "/etc/passwd"))
-            if (writes and path != os.devnull) or secret:
+            if (writes and path != os.devnull and not self._kept(path)) or secret:
                 self.found.append(f"opens {path}")
+
+    def _own(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        """Whether einfold does it by itself: templates have a process, and the cache folder keeps plans."""
+        if event == "subprocess.Popen":
+            return str(arguments[1][-1]).endswith("render.py")
+        paths = [argument for argument in arguments if isinstance(argument, (str, os.PathLike))]
+        return event.startswith("os.") and bool(paths) and all(map(self._kept, paths))
+
+    def _kept(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a path is the folder of plans or beneath it: what a graph folds to is derived once."""
+        return Path(path).is_relative_to(self.plans)
 
 
 @contextlib.contextmanager
@@ -104,7 +116,7 @@ def main(target: str, base: Path, out: Path) -> None:
         "the pass key", max_new_tokens=2
     )  # imports, before the limit
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
-    watch = _Watch(out)
+    watch = _Watch()
     answers = os.fdopen(
         os.dup(1), "w", encoding="utf-8"
     )  # what libraries say on stdout is no answer
