@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,10 +21,10 @@ from ...ir.kv.layout import (
     query_name,
     slots_dim,
 )
-from ...ir.ops import einfold_ops
 from ...ir.ops.attention import CachedAttention
 from ...ir.ops.low_rank import LowRankAttention
 from ...ir.ops.packed import PackedAttention
+from ...ir.ops.record import Operator, operator_of
 from ...ir.ops.rotary import RotaryEmbedding
 from ...ir.ops.shared import SharedAttention
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
@@ -32,6 +33,9 @@ from ...ir.weights import Weight
 from ..base import Pass, PassResult
 
 aten = torch.ops.aten
+
+#: Arguments of an operator by their names.
+Arguments = dict[str, Any]
 
 #: What an attention's arguments say of rotary embeddings where there is none.
 _UNTURNED = {"positions_BS": None, "cos_PR": None, "sin_PR": None, "interleaved": False}
@@ -115,67 +119,44 @@ class Attachment:
 
     def attach(self, node: fx.Node, cache: LayerCache) -> None:
         """Replaces one attention."""
-        found = call_arguments(node)
-        query, key, rotary = _without_rotary(found["q_BSHD"], found["k_BSKD"])
-        whole = (query, key, found["v_BSKD"], found["sinks_H"])
+        given = _before_rotary(call_arguments(node), ("q_BSHD", "k_BSKD"))
         inputs = [self._inputs(cache, index) for index in range(len(cache.groups))]
         with self.editor.before(node):
-            parts = []
-            for index, group in enumerate(cache.groups):
-                new = self._heads(whole, cache, group)
-                parts.append(self._call(cache, index, new, inputs[index], found, rotary))
-            out = parts[0] if len(parts) == 1 else self._joined(parts, cache)
+            parts = [
+                self._call(cache, index, self._of_heads(given, cache, group), inputs[index])
+                for index, group in enumerate(cache.groups)
+            ]
+            out = self._joined(parts, cache)
         self.editor.replace(node, out)
 
     def attach_reader(self, node: fx.Node, cache: LayerCache, owner: LayerCache) -> None:
         """Replaces the attention of a layer that reads what `owner` caches."""
-        found = call_arguments(node)
-        query, rotary = _query_without_rotary(found["q_BSHD"])
+        given = _before_rotary(call_arguments(node), ("q_BSHD",)) | {"k_BSKD": None, "v_BSKD": None}
         with self.editor.before(node):
             parts = []
             for index, group in enumerate(owner.groups):
-                of_query, sinks = self._query_heads(query, owner, group), found["sinks_H"]
-                heads = (
-                    self._chosen(query, 2, of_query),
-                    None if sinks is None else self._chosen(sinks, 0, of_query),
-                )
-                call = self._calls[owner.layer, index]
-                parts.append(self._read_call(call, cache.groups[0], heads, found, rotary))
-            out = parts[0] if len(parts) == 1 else self._joined(parts, owner)
+                heads = self._of_heads(given, owner, group) | {"read": cache.groups[0].reader.text}
+                parts.append(self._read_call(self._calls[owner.layer, index], heads))
+            out = self._joined(parts, owner)
         self.editor.replace(node, out)
 
-    def _read_call(
-        self,
-        call: fx.Node,
-        group: HeadGroup,
-        heads: tuple[fx.Node, fx.Node | None],
-        found: dict[str, object],
-        rotary: dict[str, object],
-    ) -> fx.Node:
+    def _read_call(self, call: fx.Node, given: Arguments) -> fx.Node:
         """Attention over what another layer's call gives; only queries are new."""
-        (query, sinks), written = heads, call_arguments(call)
-        if call.target is einfold_ops.low_rank_attention.default:
+        kind, written = operator_of(call.target), call_arguments(call)
+        if kind is LowRankAttention:
             raise IRError(
-                f"layer {found['layer']} cannot read another layer's cache of features and a window"
+                f"layer {given['layer']} cannot read another layer's cache of features and a window"
             )
         results = {user.args[1]: user for user in call.users}
-        read = {
-            "q_BSHD": query,
-            "key_cache_BKCD": results[1],
-            "value_cache_BKCD": results[2],
-            "sinks_H": sinks,
-            **rotary,
-            **{name: found[name] for name in ("layer", "scale", "softcap")},
-        }
-        if call.target is einfold_ops.packed_attention.default:
-            packed = self.editor.make(
-                PackedAttention, **(written | read | {"k_BSKD": None, "v_BSKD": None})
-            )
-            return self.editor.results(packed)[0]
-        unread = {"k_BSKD", "v_BSKD"}
-        kept = {name: value for name, value in written.items() if name not in unread}
-        own = {"window": found["window"], "read": group.reader.text}
-        return self.editor.make(SharedAttention, **(kept | read | own))
+        caches = {"key_cache_BKCD": results[1], "value_cache_BKCD": results[2]}
+        if kind is PackedAttention:
+            return self.editor.results(self._make(kind, written | given | caches))[0]
+        return self._make(SharedAttention, written | given | caches)
+
+    def _make(self, kind: type[Operator], given: Arguments) -> fx.Node:
+        """A call with those of the arguments that it takes."""
+        taken = {each.name for each in fields(kind)} & given.keys()
+        return self.editor.make(kind, **{name: given[name] for name in taken})
 
     def _inputs(self, cache: LayerCache, index: int) -> dict[str, fx.Node]:
         """Inputs for the buffers of a group that a step reads, by the last part of their names."""
@@ -196,15 +177,12 @@ class Attachment:
         return found
 
     def _call(
-        self,
-        cache: LayerCache,
-        index: int,
-        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
-        inputs: dict[str, fx.Node],
-        found: dict[str, object],
-        rotary: dict[str, object],
+        self, cache: LayerCache, index: int, given: Arguments, inputs: dict[str, fx.Node]
     ) -> fx.Node:
-        """The call over one group's cache; gives its output [B, S, heads, D]."""
+        """The call over one group's cache; gives its output [B, S, heads, D].
+
+        The buffers that it writes become the program's outputs.
+        """
         group = cache.groups[index]
         if group.policy.mixes and group.storage.slot_dtype == "i8":
             raise RecipeError(
@@ -212,125 +190,73 @@ class Attachment:
                 "time; keep them in f32, or choose a method that evicts"
             )
         if group.observed:
-            self._show_query(cache, index, new[0], inputs["key"], found, rotary)
-        if group.packed:
-            return self._packed_call(cache, index, new, inputs, found, rotary)
-        if group.storage.windowed:
-            return self._low_rank_call(cache, index, new, inputs, found, rotary)
-        call = self.editor.make(
-            CachedAttention,
-            **self._over_slots(group, new, inputs, found, rotary),
-            count_BK=inputs.get("count"),
-            key_scale_KD=self._scale(inputs["key"]),
-            value_scale_KD=self._scale(inputs["value"]),
-            window=found["window"],
-            read=group.reader.text,
-        )
-        return self._updated(call, cache, index)
-
-    def _over_slots(
-        self,
-        group: HeadGroup,
-        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
-        inputs: dict[str, fx.Node],
-        found: dict[str, object],
-        rotary: dict[str, object],
-    ) -> dict[str, object]:
-        """The arguments that every call over a group's slots takes."""
-        query, key, value, sinks = new
-        return {
-            "q_BSHD": query,
-            "k_BSKD": key,
-            "v_BSKD": value,
+            self._show_query(cache, index, given, inputs["key"])
+        kind, special = self._special(cache, index, given, inputs)
+        slots = {
             "key_cache_BKCD": inputs["key"],
             "value_cache_BKCD": inputs["value"],
             "used_B": self._counters[self.layout.clock(group)],
-            "sinks_H": sinks,
-            **rotary,
-            **{name: found[name] for name in ("layer", "scale", "softcap")},
         }
-
-    def _packed_call(
-        self,
-        cache: LayerCache,
-        index: int,
-        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
-        inputs: dict[str, fx.Node],
-        found: dict[str, object],
-        rotary: dict[str, object],
-    ) -> fx.Node:
-        """The call over the slots and the packed tokens of one group."""
-        group = cache.groups[index]
-        if found["window"]:
-            raise IRError(
-                f"layer {cache.layer} has a window of {found['window']} tokens of its own, which attention "
-                "over packed tokens does not know; leave its storage plain"
-            )
-        clock = self.layout.clock(group)
-        self._read[cache.layer, index] = inputs
-        lent = {} if group.partner is None else self._read[group.partner, index]
-        pieces = group.storage.pieces(cache.shape(group))
-        call = self.editor.make(
-            PackedAttention,
-            **self._over_slots(group, new, inputs, found, rotary),
-            packed_B=self._counters[packed_of(clock)],
-            bulk=[(lent | inputs)[piece.name] for piece in pieces],
-            storage=group.storage.text,
-        )
-        return self._updated(call, cache, index)
-
-    def _low_rank_call(
-        self,
-        cache: LayerCache,
-        index: int,
-        new: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
-        inputs: dict[str, fx.Node],
-        found: dict[str, object],
-        rotary: dict[str, object],
-    ) -> fx.Node:
-        """The call over the slots and the features of one group."""
-        group, prefix = cache.groups[index], cache_name(cache.layer, index)
-        names = [f"{prefix}.{part}_basis" for part in PARTS]
-        bases = [self.editor.weight(n, self.program.cache_weights.pop(n)) for n in names]
-        call = self.editor.make(
-            LowRankAttention,
-            **self._over_slots(group, new, inputs, found, rotary),
-            key_low_BCR=inputs["key_low"],
-            value_low_BCR=inputs["value_low"],
-            key_basis_RM=bases[0],
-            value_basis_RM=bases[1],
-            lengths_B=self._counters[TOKENS],
-            first=group.policy.lead,
-        )
-        return self._updated(call, cache, index, (*PARTS, "key_low", "value_low"))
-
-    def _updated(
-        self, call: fx.Node, cache: LayerCache, index: int, parts: tuple[str, ...] = PARTS
-    ) -> fx.Node:
-        """The output of a call over a cache; the buffers that it wrote become the program's outputs."""
+        call = self._make(kind, given | slots | special)
         self._calls[cache.layer, index] = call
         out, *updated = self.editor.results(call)
         self.values += updated
-        self.names += [f"{cache_name(cache.layer, index)}.{part}" for part in parts]
+        self.names += [str(call_arguments(call)[name].target) for name in kind.writes]
         return out
 
-    def _show_query(
-        self,
-        cache: LayerCache,
-        index: int,
-        query: fx.Node,
-        keys: fx.Node,
-        found: dict[str, object],
-        rotary: dict[str, object],
-    ) -> None:
+    def _special(
+        self, cache: LayerCache, index: int, given: Arguments, inputs: dict[str, fx.Node]
+    ) -> tuple[type[Operator], Arguments]:
+        """The operator that attends over what a group's storage holds, and what it takes beside slots."""
+        group = cache.groups[index]
+        if group.packed:
+            return PackedAttention, self._packed(cache, index, given, inputs)
+        if group.storage.windowed:
+            prefix = cache_name(cache.layer, index)
+            names = [f"{prefix}.{part}_basis" for part in PARTS]
+            bases = [self.editor.weight(n, self.program.cache_weights.pop(n)) for n in names]
+            return LowRankAttention, {
+                "key_low_BCR": inputs["key_low"],
+                "value_low_BCR": inputs["value_low"],
+                "key_basis_RM": bases[0],
+                "value_basis_RM": bases[1],
+                "lengths_B": self._counters[TOKENS],
+                "first": group.policy.lead,
+            }
+        return CachedAttention, {
+            "count_BK": inputs.get("count"),
+            "key_scale_KD": self._scale(inputs["key"]),
+            "value_scale_KD": self._scale(inputs["value"]),
+            "read": group.reader.text,
+        }
+
+    def _packed(
+        self, cache: LayerCache, index: int, given: Arguments, inputs: dict[str, fx.Node]
+    ) -> Arguments:
+        group = cache.groups[index]
+        if given["window"]:
+            raise IRError(
+                f"layer {cache.layer} has a window of {given['window']} tokens of its own, which attention "
+                "over packed tokens does not know; leave its storage plain"
+            )
+        self._read[cache.layer, index] = inputs
+        lent = {} if group.partner is None else self._read[group.partner, index]
+        pieces = group.storage.pieces(cache.shape(group))
+        return {
+            "packed_B": self._counters[packed_of(self.layout.clock(group))],
+            "bulk": [(lent | inputs)[piece.name] for piece in pieces],
+            "storage": group.storage.text,
+        }
+
+    def _show_query(self, cache: LayerCache, index: int, given: Arguments, keys: fx.Node) -> None:
         """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
-        if rotary["positions_BS"] is not None:
-            query = self.editor.make(RotaryEmbedding, x_BSHD=query, **rotary)
-        factor: object = found["scale"]
+        query, factor = given["q_BSHD"], given["scale"]
+        if given["positions_BS"] is not None:
+            query = self._make(RotaryEmbedding, given | {"x_BSHD": query})
         of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
         if of_keys is not None:
             heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])
-            each, scale = heads // len(cache.groups[index].heads), float(str(found["scale"]))
+            each, scale = heads // len(cache.groups[index].heads), float(given["scale"])
             factor = self.editor.weight(
                 f"{query_name(cache.layer, index)}_scale",
                 Weight(
@@ -346,29 +272,20 @@ class Attachment:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)
         return None if scale is None else self.editor.weight(f"{cache.target}_scale", scale)
 
-    def _heads(
-        self,
-        whole: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None],
-        cache: LayerCache,
-        group: HeadGroup,
-    ) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
-        """q, k, v and sinks of a group's heads."""
-        query, key, value, sinks = whole
+    def _of_heads(self, given: Arguments, cache: LayerCache, group: HeadGroup) -> Arguments:
+        """The arguments with q, k, v and sinks of a group's heads alone."""
         if len(cache.groups) == 1:
-            return whole
-        of_query = self._query_heads(query, cache, group)
-        return (
-            self._chosen(query, 2, of_query),
-            self._chosen(key, 2, group.heads),
-            self._chosen(value, 2, group.heads),
-            None if sinks is None else self._chosen(sinks, 0, of_query),
-        )
-
-    @staticmethod
-    def _query_heads(query: fx.Node, cache: LayerCache, group: HeadGroup) -> tuple[int, ...]:
-        """The query heads that attend over a group."""
-        each = int(query.meta["val"].shape[2]) // cache.kv_heads
-        return tuple(head * each + i for head in group.heads for i in range(each))
+            return given
+        each = int(given["q_BSHD"].meta["val"].shape[2]) // cache.kv_heads
+        of_query = tuple(head * each + i for head in group.heads for i in range(each))
+        axes = {"q_BSHD": 2, "k_BSKD": 2, "v_BSKD": 2, "sinks_H": 0}
+        return given | {
+            name: self._chosen(
+                given[name], axis, group.heads if name in ("k_BSKD", "v_BSKD") else of_query
+            )
+            for name, axis in axes.items()
+            if given[name] is not None
+        }
 
     def _chosen(self, x: fx.Node, axis: int, heads: tuple[int, ...]) -> fx.Node:
         """Some heads of x: a slice where they stand side by side."""
@@ -381,6 +298,8 @@ class Attachment:
 
     def _joined(self, parts: list[fx.Node], cache: LayerCache) -> fx.Node:
         """The groups' outputs as one, heads in their order."""
+        if len(parts) == 1:
+            return parts[0]
         out = self.editor.call(aten.cat.default, parts, 2)
         each = int(out.meta["val"].shape[2]) // cache.kv_heads
         heads = [head for group in cache.groups for head in group.heads]
@@ -398,21 +317,13 @@ class Attachment:
         return self.editor.weight(name, Weight.of(torch.tensor(heads)))
 
 
-def _without_rotary(query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node, dict[str, object]]:
-    """q and k before their rotary embedding, and its arguments."""
-    op = einfold_ops.rotary.default
-    if query.target is op and key.target is op and query.args[1:] == key.args[1:]:
-        return query.args[0], key.args[0], _rotary_of(query)  # type: ignore[return-value]
-    return query, key, dict(_UNTURNED)
-
-
-def _query_without_rotary(query: fx.Node) -> tuple[fx.Node, dict[str, object]]:
-    """q before its rotary embedding, and its arguments."""
-    if query.target is einfold_ops.rotary.default:
-        return query.args[0], _rotary_of(query)  # type: ignore[return-value]
-    return query, dict(_UNTURNED)
-
-
-def _rotary_of(node: fx.Node) -> dict[str, object]:
-    found = call_arguments(node)
-    return {name: found[name] for name in _UNTURNED}
+def _before_rotary(given: Arguments, names: tuple[str, ...]) -> Arguments:
+    """The arguments of an attention, these of them before their rotary embedding where they have the same;
+    and what it takes."""
+    turned = [given[name] for name in names]
+    same = {(x.target, x.args[1:]) for x in turned}
+    if len(same) > 1 or turned[0].target is not RotaryEmbedding.overload():
+        return given | _UNTURNED
+    rotary = call_arguments(turned[0])
+    plain = {name: x.args[0] for name, x in zip(names, turned, strict=True)}
+    return given | {name: rotary[name] for name in _UNTURNED} | plain
