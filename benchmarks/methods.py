@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,6 @@ from einfold.model import Model
 
 from .quality.measure import full_token_bytes
 from .quality.pages import change, read, recall, results
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "tiny_llama"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -413,7 +413,7 @@ def _manifest(
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
         einfold=metadata.version("einfold"),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=recipe.target,
         flavour=recipe.made_for.flavour,
         model=ModelEntry(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-import sys
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,6 @@ from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.weight_quant.quantize_weights import QuantizeWeights
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 #: Bytes of a recipe file, and characters of one that a message quotes.
 _LARGEST, _SHOWN = 1 << 20, 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 from ..compiler.ir.quant.scheme import PRESETS
 
 
-class CacheStorage(str, Enum):
+class CacheStorage(StrEnum):
     f32 = "f32"
     f16 = "f16"
     int8 = "int8"

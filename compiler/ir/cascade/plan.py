@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Union
 
 from .cascade import Cascade, Rank, Statement, Tensor
 from .expr import Expr, Ref, reads, ref
@@ -76,7 +75,7 @@ class Reference:
         return ref(self.name, *self.ranks)
 
 
-Step = Union[State, Statement, Reference]  # noqa: UP007 - evaluated on Python 3.10
+Step = State | Statement | Reference
 
 
 @dataclass(frozen=True)
