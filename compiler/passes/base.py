@@ -73,6 +73,31 @@ class Pass:
         return {name: getattr(self, name) for name in getattr(self, "__dataclass_fields__", {})}
 
 
+class GivenToHeads(Pass):
+    """A pass with one field, the policy, storage or reader that it gives to heads: name, words and options of
+    the pass are that thing's."""
+
+    requires = frozenset({"cache planned"})
+
+    @property
+    def given(self) -> Any:
+        """What heads are given."""
+        [only] = super().options().values()
+        return only
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.given.method)
+
+    @property
+    def what(self) -> str:
+        return inspect.getdoc(type(self.given)) or ""
+
+    def options(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.given.options()
+        return found
+
+
 def check_options(section: str, build: Callable[[], object]) -> None:
     """Builds what a pass will put into the layout; raises RecipeError with the sentence of what is wrong."""
     try:

@@ -50,37 +50,12 @@ def layer_norm(context: Context, node: fx.Node) -> ir.Value:
 
 @lowering(einfold_ops.add_rms_norm.default, flavour="ort")
 def add_rms_norm_ort(context: Context, node: fx.Node) -> list[ir.Value]:
-    x, residual, weight, eps = node.args
-    if not _has_skip_norm(x):
-        return _added(context, node, "SimplifiedLayerNormalization")
-    out = context.builder.multi(
-        "SkipSimplifiedLayerNormalization",
-        4,
-        context.value(x),
-        context.value(residual),
-        context.value(weight),
-        domain=CONTRIB,
-        epsilon=eps,
-    )
-    return [out[0], out[3]]
+    return _skip_norm(context, node, "SimplifiedLayerNormalization")
 
 
 @lowering(einfold_ops.add_layer_norm.default, flavour="ort")
 def add_layer_norm_ort(context: Context, node: fx.Node) -> list[ir.Value]:
-    x, residual, weight, bias, eps = node.args
-    if not _has_skip_norm(x):
-        return _added(context, node, "LayerNormalization")
-    out = context.builder.multi(
-        "SkipLayerNormalization",
-        4,
-        context.value(x),
-        context.value(residual),
-        context.value(weight),
-        context.value(bias),
-        domain=CONTRIB,
-        epsilon=eps,
-    )
-    return [out[0], out[3]]
+    return _skip_norm(context, node, "LayerNormalization")
 
 
 @lowering(einfold_ops.add_rms_norm.default, flavour="portable")
@@ -93,10 +68,15 @@ def add_layer_norm_portable(context: Context, node: fx.Node) -> list[ir.Value]:
     return _added(context, node, "LayerNormalization")
 
 
-def _has_skip_norm(x: Any) -> bool:
-    """Whether onnxruntime's norms with a residual take an operand: three axes, in single precision."""
-    value = x.meta["val"]
-    return bool(value.dim() == 3 and value.dtype == torch.float32)
+def _skip_norm(context: Context, node: fx.Node, norm: str) -> list[ir.Value]:
+    """onnxruntime's norm with a residual, where it takes the operands: three axes, in single precision."""
+    *operands, eps = node.args
+    value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    if value.dim() != 3 or value.dtype != torch.float32:
+        return _added(context, node, norm)
+    values = map(context.value, operands)
+    out = context.builder.multi(f"Skip{norm}", 4, *values, domain=CONTRIB, epsilon=eps)
+    return [out[0], out[3]]
 
 
 def _added(context: Context, node: fx.Node, norm: str) -> list[ir.Value]:

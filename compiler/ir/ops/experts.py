@@ -59,6 +59,3 @@ class Experts(Operator):
         gate, up = functional.linear(rows, self.gate_up_ENM[expert], bias).chunk(2, dim=-1)
         hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
         return functional.linear(hidden, self.down_EMI[expert], pick(self.down_bias_EM, expert))
-
-    def shapes(self) -> Tensor:
-        return torch.empty_like(self.x_TM)

@@ -30,9 +30,6 @@ class RmsNorm(Operator):
     def run(self) -> Tensor:
         return rms_norm_reference(self.x, self.weight, self.eps)
 
-    def shapes(self) -> Tensor:
-        return torch.empty_like(self.x)
-
 
 @OPERATORS.register
 @dataclass(eq=False)
@@ -68,9 +65,6 @@ class LayerNorm(Operator):
 
     def run(self) -> Tensor:
         return functional.layer_norm(self.x, (self.x.shape[-1],), self.weight, self.bias, self.eps)
-
-    def shapes(self) -> Tensor:
-        return torch.empty_like(self.x)
 
 
 @OPERATORS.register

@@ -158,6 +158,3 @@ class QuantizedExperts(Operator):
         of_expert = (packed[expert], scales[expert], pick(zeros, expert))
         out = rows @ dequantize_groups(*of_expert, self.bits, self.block, rows.shape[-1]).T
         return out if bias is None else out + bias[expert]
-
-    def shapes(self) -> Tensor:
-        return torch.empty_like(self.x_TM)

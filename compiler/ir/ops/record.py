@@ -41,8 +41,11 @@ class Operator:
         raise NotImplementedError
 
     def shapes(self) -> Any:
-        """Empty tensors as `run` gives them. Raises where arguments do not fit each other."""
-        raise NotImplementedError
+        """Empty tensors as `run` gives them: here one like the first argument.
+
+        Raises where arguments do not fit each other.
+        """
+        return torch.empty_like(getattr(self, fields(self)[0].name))
 
     @classmethod
     def overload(cls) -> torch._ops.OpOverload:
@@ -99,14 +102,22 @@ class Operator:
 
 
 class _Operators(Registry[type[Operator]]):
+    _made: ClassVar[set[type[Operator]]] = set()
+
     def register(self, thing: Any) -> Any:
-        """Adds an operator, and makes it in torch; a decorator of dataclasses."""
+        """Adds an operator, and makes it in torch; a decorator of dataclasses.
+
+        One that was taken out and comes again is the same in torch, which graphs of before call.
+        """
+        super().register(thing)  # first: of two of a name, torch would take the second
+        if thing in self._made:
+            return thing
+        self._made.add(thing)
 
         def pure(*args: Any, **kwargs: Any) -> Any:
             return thing._pure(*args, **kwargs)
 
         pure.__signature__ = thing._signature()  # type: ignore[attr-defined]
-        super().register(thing)  # first: of two of a name, torch would take the second
         made = torch.library.custom_op(f"einfold::{thing.name}", pure, mutates_args=())
         made.register_fake(thing._fake)
         return thing

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any
 
 from ...ir.kv.keep.policy import Policy
 from ...ir.program import Program, attention_nodes, call_arguments
-from ..base import Pass, PassResult
+from ..base import GivenToHeads, PassResult
 from .layers import observable, prunable, with_policy
 
 
 @dataclass(frozen=True)
-class KeepByPolicy(Pass):
+class KeepByPolicy(GivenToHeads):
     """Gives every KV head of the layers that hold all of their tokens one policy.
 
     Before: `cache 0.0 heads=0,1 .. policy=full`
@@ -21,19 +19,6 @@ class KeepByPolicy(Pass):
     """
 
     policy: Policy
-
-    requires = frozenset({"cache planned"})
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.policy.method
-
-    @property
-    def what(self) -> str:
-        return inspect.getdoc(type(self.policy)) or ""
-
-    def options(self) -> dict[str, Any]:
-        return self.policy.options()
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

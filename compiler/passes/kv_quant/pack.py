@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ....errors import IRError, RecipeError
 from ...ir.item_bytes import ITEM_BYTES
 from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.store.packed import Packed
 from ...ir.program import Program, own_windows
-from ..base import Pass, PassResult, check_lets_go
+from ..base import GivenToHeads, PassResult, check_lets_go
 
 
 @dataclass(frozen=True)
-class PackByStorage(Pass):
+class PackByStorage(GivenToHeads):
     """Packs the older tokens of every group that keeps all of its tokens.
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -23,19 +21,6 @@ class PackByStorage(Pass):
     """
 
     storage: Packed
-
-    requires = frozenset({"cache planned"})
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.storage.method
-
-    @property
-    def what(self) -> str:
-        return inspect.getdoc(type(self.storage)) or ""
-
-    def options(self) -> dict[str, Any]:
-        return self.storage.options()
 
     def run(self, program: Program) -> PassResult:
         return pack_groups(program, self.storage)

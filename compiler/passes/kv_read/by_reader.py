@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.read.reader import Reader
 from ...ir.program import Program, own_windows
-from ..base import Pass, PassResult
+from ..base import GivenToHeads, PassResult
 
 
 @dataclass(frozen=True)
-class ReadByReader(Pass):
+class ReadByReader(GivenToHeads):
     """Lets every query of the groups whose tokens lie in plain slots read what a reader chooses.
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
@@ -21,19 +19,6 @@ class ReadByReader(Pass):
     """
 
     reader: Reader
-
-    requires = frozenset({"cache planned"})
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.reader.method
-
-    @property
-    def what(self) -> str:
-        return inspect.getdoc(type(self.reader)) or ""
-
-    def options(self) -> dict[str, Any]:
-        return self.reader.options()
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
