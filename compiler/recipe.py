@@ -45,6 +45,13 @@ class Choices:
     names: Callable[[], Iterable[str]]
 
 
+def _for_heads() -> list[str]:
+    """Formats that a head may have by itself."""
+    return [
+        name for name, p in PRESETS.items() if p.scheme is not None and not p.scheme.nearly_exact
+    ]
+
+
 class WeightsSection(_Section):
     """How weights are stored."""
 
@@ -90,13 +97,6 @@ class WeightsSection(_Section):
             return None
         check_options("weights", lambda: scheme.adapted(**options))
         return scheme.adapted(**options)
-
-
-def _for_heads() -> list[str]:
-    """Formats that a head may have by itself."""
-    return [
-        name for name, p in PRESETS.items() if p.scheme is not None and not p.scheme.nearly_exact
-    ]
 
 
 class CacheSection(_Section):

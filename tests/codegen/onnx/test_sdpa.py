@@ -136,6 +136,10 @@ class Heads(nn.Module):
         return self.attention(x, x, x, key_padding_mask=padding, need_weights=self.weights)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch 2.10 traces these at fixed sizes alone: it does not see that min(S, 2 S) is S",
+)
 @pytest.mark.parametrize("module", [Encoder(), Heads(False), Heads(True)])
 @pytest.mark.parametrize("portable", [False, True])
 def test_padding_of_torch_s_own_layers(module: nn.Module, portable: bool, tmp_path: Path) -> None:
