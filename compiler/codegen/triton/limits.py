@@ -37,10 +37,10 @@ class Limits:
 
 
 #: By version (major.minor) and capability. Spills on sm_80 are stored ahead of the loop; those on sm_90 and
-#: sm_100 come with float32 as tf32x3, and 3.6 has more of them at the same tiles: 184 bytes on sm_90 for heads
-#: of 128 over int8, 108 on sm_80 for heads of 256, where 3.9 has at most 76 and 96. The highest of 3.9
-#: are those of artifacts at head size 128, where the machine code was looked at: ZipCache on sm_90, 76 bytes,
-#: nothing of it in the loop; float32 on sm_100, 120 bytes, of 59 stores and loads one is in the loop.
+#: sm_100 come with float32 as tf32x3. 3.6 has more of them at the same tiles: 184 bytes on sm_90 for heads of
+#: 128 over int8, 108 on sm_80 for heads of 256, where 3.9 has 76 and 96 at most. The highest of 3.9 are of
+#: artifacts at head size 128, where the machine code was looked at: ZipCache on sm_90, 76 bytes, nothing of
+#: it in the loop; float32 on sm_100, 120 bytes, of 59 stores and loads one is in the loop.
 LIMITS = {
     "3.6": {
         80: Limits(64, DEVICES[80].shared_bytes, "mma.sync", wide=108),
