@@ -138,7 +138,9 @@ def known() -> tuple[dict[str, Environment], dict[str, str]]:
         elif name not in there:
             missing[name] = "is not on this machine"
         else:
-            found[name] = Environment(name, there[name], "\n".join(pinned()) + "\n")
+            # A torch that was built for CUDA, which an index may give there, asks for a Triton of its own.
+            lines = [line for line in pinned() if not line.startswith("triton==")]
+            found[name] = Environment(name, there[name], "\n".join(lines) + "\n")
     return found, missing
 
 
