@@ -15,6 +15,8 @@ VIEWS |= {"permute", "transpose", "t", "mT", "movedim", "unsqueeze", "squeeze", 
 VIEWS |= {"expand_as", "broadcast_to", "slice", "narrow", "select", "contiguous", "clone", "detach"}
 VIEWS |= {"repeat", "repeat_interleave", "swapaxes", "swapdims", "adjoint", "mH"}
 VIEWS |= {"numpy_T"}
+#: Views that show elements more than once, which a product would copy.
+REPEATS = {"expand", "repeat", "repeat_interleave"}
 #: Operators with several results, each a view.
 SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 REDUCTIONS = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"}

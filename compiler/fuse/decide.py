@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
-from ...errors import EinfoldError, UnsupportedError, stop_on
-from ..analysis.cascade.choose import choose_rank
-from ..analysis.cascade.fold import Folding
-from ..analysis.cascade.plans import fold
-from ..codegen.cpu.frame import NotLoweredError, Signature
+from ...errors import UnsupportedError, stop_on
+from ..codegen.cpu.frame import NotLoweredError
 from ..codegen.cpu.one_tile import OneTile
 from ..codegen.cpu.sdpa import ThroughSdpa
-from ..frontend.aten_kinds import WHOLE, name_of
+from ..frontend.aten_kinds import REPEATS, WHOLE, name_of
 from ..frontend.cascade.imported import Imported
-from ..frontend.cascade.importer import import_graph
 from . import timings
-from .regions import Region, region_at
+from .folded import Folded, Function, Maker, folded, import_region, reads_of, signature_of
+from .regions import Region
 from .report import AS_WRITTEN
 from .subgraphs import extract, key_of
 from .trial import Trial, agrees, hints_of, measured
 
-Lowering = Callable[..., tuple[torch.Tensor, ...]]
-
 #: A lowering is taken where it needs less than this share of the time of what was written.
 MARGIN = 0.97
 #: In the order of preference where nothing is measured.
-LOWERINGS: dict[str, Callable[[Any, Signature], Lowering]] = {
+LOWERINGS: dict[str, Maker] = {
     "sdpa": ThroughSdpa,
     "one tile": OneTile,
 }
@@ -46,9 +40,8 @@ class Decision:
 
     lowering: str
     reason: str
-    imported: Imported | None = None
-    folding: Folding | None = None
-    functions: tuple[tuple[str, Lowering], ...] = ()
+    folded: Folded | None = None
+    functions: tuple[tuple[str, Function], ...] = ()
     reads: tuple[int, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -68,7 +61,7 @@ def decide(graph: fx.Graph, region: Region, measure: str) -> tuple[Region, Decis
     if key in _decisions:
         return region, _decisions[key]
     try:
-        region, imported = _import(graph, region)
+        region, imported = import_region(graph, region)
     except UnsupportedError as error:
         _decisions[key] = Decision(AS_WRITTEN, f"not a cascade: {error}")
         return region, _decisions[key]
@@ -76,23 +69,6 @@ def decide(graph: fx.Graph, region: Region, measure: str) -> tuple[Region, Decis
     if key not in _decisions:
         _decisions[key] = _decision(region, imported, measure)
     return region, _decisions[key]
-
-
-def _import(graph: fx.Graph, region: Region) -> tuple[Region, Imported]:
-    """The region's cascade. Nodes that become inputs of it are left outside, and what only they used."""
-    outside: set[fx.Node] = set()
-    places = {node: at for at, node in enumerate(graph.nodes)}
-    for _ in range(8):
-        imported = import_graph(extract(region))
-        if not imported.opaque:
-            return region, imported
-        outside |= {node for node in region.nodes if node.name in imported.opaque}
-        smaller = region_at(region.anchor, places, outside)
-        if smaller is None:
-            name, why = next(iter(imported.opaque.items()))
-            raise UnsupportedError(f"{name}: {why}")
-        region = smaller
-    raise UnsupportedError("the region keeps changing while it is imported")
 
 
 def _size_class(region: Region) -> tuple[int, ...]:
@@ -106,37 +82,29 @@ def _size_class(region: Region) -> tuple[int, ...]:
 
 
 def _decision(region: Region, imported: Imported, measure: str) -> Decision:
-    try:
-        rank = choose_rank(imported.cascade, imported.sizes)
-        if not rank:
-            return Decision(AS_WRITTEN, "nothing is reduced", imported)
-        folding = fold(imported.cascade, rank)
-    except EinfoldError as error:
-        return Decision(AS_WRITTEN, f"not folded: {error}", imported)
-    if folding.plan is None:
-        return Decision(AS_WRITTEN, folding.reason, imported, folding)
+    found = folded(imported)
+    if found.plan is None:
+        return Decision(AS_WRITTEN, found.reason, found)
     if _is_one_kernel(region):
-        return Decision("sdpa", "", imported, folding)
-    return _choose(region, imported, folding, measure)
+        return Decision("sdpa", "", found)
+    return _choose(region, found, measure)
 
 
 def _is_one_kernel(region: Region) -> bool:
     """Whether the region is one attention operator already, on operands that nothing repeats."""
-    repeats = {"expand", "repeat", "repeat_interleave"}
     whole = [node for node in region.nodes if name_of(node) in WHOLE]
-    return bool(whole) and not any(name_of(node) in repeats for node in region.nodes)
+    return bool(whole) and not any(name_of(node) in REPEATS for node in region.nodes)
 
 
-def _choose(region: Region, imported: Imported, folding: Folding, measure: str) -> Decision:
-    assert folding.plan is not None
-    signature = _signature(region, imported)
-    names = [node.name for node in region.inputs]
-    reads = tuple(names.index(binding.node) for binding in imported.inputs)
+def _choose(region: Region, found: Folded, measure: str) -> Decision:
+    assert found.plan is not None
+    signature = signature_of(region, found.imported)
+    reads = reads_of(region, found.imported)
     trial = Trial(fx.GraphModule({}, extract(region)), hints_of(region.inputs), reads)
     why: list[str] = []
-    able: dict[str, Lowering] = {}
+    able: dict[str, Function] = {}
     for name, make in LOWERINGS.items():
-        function = make(folding.plan, signature)
+        function = make(found.plan, signature)
         try:
             wrong = agrees(trial, function)
         except Exception as error:  # whatever it is, the region as written is right
@@ -147,23 +115,21 @@ def _choose(region: Region, imported: Imported, folding: Folding, measure: str) 
         else:
             able[name] = function
     if not able:
-        return Decision(
-            AS_WRITTEN, "no lowering on this device; " + "; ".join(why), imported, folding
-        )
+        return Decision(AS_WRITTEN, "no lowering on this device; " + "; ".join(why), found)
     if measure == "never":
-        return Decision("", "", imported, folding, tuple(able.items()), reads)
+        return Decision("", "", found, tuple(able.items()), reads)
     seconds = _seconds(region, trial, able)
     faster = [name for name in able if seconds[name] < MARGIN * seconds[AS_WRITTEN]]
     if not faster:
         ratios = ", ".join(f"{n} {seconds[AS_WRITTEN] / seconds[n]:.2f}" for n in able)
         reason = f"left to Inductor, which was measured as fast (speed beside it: {ratios})"
-        return Decision(AS_WRITTEN, reason, imported, folding, seconds=seconds)
+        return Decision(AS_WRITTEN, reason, found, seconds=seconds)
     best = sorted(faster, key=lambda name: seconds[name])
     functions = tuple((name, able[name]) for name in best)
-    return Decision("", "", imported, folding, functions, reads, seconds)
+    return Decision("", "", found, functions, reads, seconds)
 
 
-def _seconds(region: Region, trial: Trial, able: Mapping[str, Lowering]) -> dict[str, float]:
+def _seconds(region: Region, trial: Trial, able: Mapping[str, Function]) -> dict[str, float]:
     """What is known of the region and its lowerings on this machine, or else is measured now."""
     key = f"{_size_class(region)}\n{key_of(region)}"
     seconds = timings.known(key)
@@ -178,13 +144,3 @@ def failure(error: Exception) -> str:
     if isinstance(error, NotLoweredError):
         return str(error)
     return f"it fails: {type(error).__name__}: {error}"
-
-
-def _signature(region: Region, imported: Imported) -> Signature:
-    dtypes = {node.name: node.meta["val"].dtype for node in region.outputs}
-    return Signature(
-        tuple((b.name, b.dims) for b in imported.inputs),
-        tuple((b.name, b.dims) for b in imported.outputs),
-        imported.sizes,
-        tuple(dtypes[b.node] for b in imported.outputs),
-    )

@@ -16,11 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import stop_on
 from ..frontend.dynamo import trace_function
-from ..ir.cascade.printer import print_cascade
 from ..ir.interrupts import Later
 from .decide import Decision, decide, failure
 from .regions import Region, find_regions, region_of
-from .report import AS_WRITTEN, FusedCascade, place_in_model
+from .report import AS_WRITTEN, FusedCascade, entry, source_of
 from .subgraphs import Place, extract, place_of
 
 
@@ -52,7 +51,7 @@ def _replace(
         try:
             with Later():
                 traced = trace_function(function, [node.meta["val"] for node in inputs], mode)
-            wrong = _differs(region, traced)
+            wrong = differs(region, traced)
         except Exception as error:  # whatever it is, the region as written is right
             stop_on(error)
             wrong = failure(error)
@@ -67,7 +66,7 @@ def _replace(
     return _entry(region, decision, AS_WRITTEN, "; ".join(why))
 
 
-def _differs(region: Region, traced: fx.GraphModule) -> str:
+def differs(region: Region, traced: fx.GraphModule) -> str:
     """Why the results cannot stand for the region's, or ""."""
     (output,) = traced.graph.find_nodes(op="output")
     for old, new in zip(region.outputs, output.args[0], strict=True):
@@ -108,26 +107,9 @@ def _insert(
 def _entry(
     region: Region, decision: Decision, lowering: str, reason: str, source: str = ""
 ) -> FusedCascade:
-    folding, imported = decision.folding, decision.imported
-    left = lowering == AS_WRITTEN
-    if folding is not None and not folding.refusals and not left:
-        reason = folding.reason
-    return FusedCascade(
-        place_in_model(region.anchor),
-        "refused" if left else "fused",
-        folding.passes_before if folding else 0,
-        folding.passes_after if folding else 0,
-        reason,
-        lowering,
-        source,
-        print_cascade(imported.cascade) if imported else "",
-        decision.seconds,
-    )
+    return entry(region.anchor, decision.folded, lowering, reason, source, decision.seconds)
 
 
 def _source(decision: Decision, graph: fx.Graph) -> str:
-    assert decision.imported is not None
-    cascade = print_cascade(decision.imported.cascade).splitlines()[1:]
-    code = fx.GraphModule({}, graph).code if not graph.find_nodes(op="get_attr") else str(graph)
-    comment = "".join(f"# {line}\n" for line in cascade)
-    return f"{comment}{code.strip().replace('def forward(self, ', 'def fused(')}\n"
+    assert decision.folded is not None
+    return source_of(decision.folded, graph)

@@ -13,9 +13,8 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..frontend.dynamo import trace_function
+from .folded import Function
 from .report import AS_WRITTEN
-
-Function = Callable[..., tuple[torch.Tensor, ...]]
 
 #: A trial ends after this many rounds or seconds, whichever comes first.
 ROUNDS, SECONDS = 25, 1.0

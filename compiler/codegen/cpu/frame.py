@@ -22,12 +22,16 @@ class NotLoweredError(Exception):
 
 @dataclass(frozen=True)
 class Signature:
-    """The tensors of a graph that a plan reads and writes: a name in the plan, and ranks a dimension."""
+    """The tensors of a graph that a plan reads and writes: a name in the plan, and ranks a dimension.
+
+    `operators` are those of ATen that the graph computes scores, and what follows from them, with.
+    """
 
     inputs: tuple[tuple[str, tuple[Dim, ...]], ...]
     outputs: tuple[tuple[str, tuple[Dim, ...]], ...]
     sizes: Mapping[str, int]
     dtypes: tuple[torch.dtype, ...]
+    operators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
