@@ -127,9 +127,9 @@ def _is_short(frame: Frame, ranks: Sequence[str]) -> bool:
 
 def attend(frame: Frame, heads: Heads, statistics: bool) -> tuple[list[Value], Value | None]:
     """The attention of each value, and the log-sum-exp of the scores where it is wanted."""
-    q, scale = _query(frame, heads)
+    q, scale = query_of(frame, heads)
     key_order = [*heads.batch, *heads.heads, heads.rank, *heads.inner]
-    k = _four(frame, operand(frame, heads.key, key_order), heads, heads.inner)
+    k = four(frame, operand(frame, heads.key, key_order), heads, heads.inner)
     causal = heads.is_causal(frame)
     mask = None if causal else _mask(frame, heads, q.dtype)
     k = k.to(q.dtype)
@@ -138,7 +138,7 @@ def attend(frame: Frame, heads: Heads, statistics: bool) -> tuple[list[Value], V
     for value in heads.values:
         columns = heads.columns(frame, value)
         order = [*heads.batch, *heads.heads, heads.rank, *columns]
-        v = _four(frame, operand(frame, value, order), heads, columns).to(q.dtype)
+        v = four(frame, operand(frame, value, order), heads, columns).to(q.dtype)
         shape = frame.shape((*heads.order, *columns))
         if statistics:
             if not _same(q.shape[-1], v.shape[-1]):
@@ -163,26 +163,26 @@ def _same(a: Any, b: Any) -> bool:
     return str(a) == str(b)
 
 
-def _query(frame: Frame, heads: Heads) -> tuple[torch.Tensor, float]:
+def query_of(frame: Frame, heads: Heads) -> tuple[torch.Tensor, float]:
+    """Queries [batch, heads, rows, inner], and the number that their scores are multiplied by."""
     q = operand(frame, heads.query, [*heads.order, *heads.inner])
-    scale = 1.0
-    if isinstance(heads.scale, Const):
-        scale = float(heads.scale.value)
-    else:
-        if not ranks_of(heads.scale) <= {*heads.order}:
-            raise NotLoweredError("the scale varies along what is summed")
-        factor = evaluate(frame, heads.scale, [*heads.order, *heads.inner])
-        q = q * (factor.to(q.dtype) if isinstance(factor, torch.Tensor) else factor)
+    if not ranks_of(heads.scale) <= {*heads.order}:
+        raise NotLoweredError("the scale varies along what is summed")
+    scale = evaluate(frame, heads.scale, [*heads.order, *heads.inner])
+    if not isinstance(scale, (int, float)):
+        q = q * (scale.to(q.dtype) if isinstance(scale, torch.Tensor) else scale)
+        scale = 1.0
     shape = [
         frame.count(heads.batch),
         frame.count((*heads.heads, *heads.groups)),
         frame.count(heads.rows),
         frame.count(heads.inner),
     ]
-    return q.reshape(shape), scale
+    return q.reshape(shape), float(scale)
 
 
-def _four(frame: Frame, tensor: torch.Tensor, heads: Heads, last: Sequence[str]) -> torch.Tensor:
+def four(frame: Frame, tensor: torch.Tensor, heads: Heads, last: Sequence[str]) -> torch.Tensor:
+    """Keys or values [batch, heads, keys, last] of a tensor over these ranks."""
     shape = [
         frame.count(heads.batch),
         frame.count(heads.heads),
@@ -197,12 +197,21 @@ def _mask(frame: Frame, heads: Heads, dtype: torch.dtype) -> torch.Tensor | None
     if heads.bias == Const(0.0):
         return None
     test = _as_test(heads.bias)
-    order = [*heads.order, heads.rank]
-    bias = as_tensor(frame, evaluate(frame, heads.bias if test is None else test, order))
-    inside = ranks_of(heads.bias)
+    bias = over_scores(frame, heads, heads.bias if test is None else test)
+    return bias if bias.dtype == torch.bool else bias.to(dtype)
+
+
+def over_scores(frame: Frame, heads: Heads, expr: Expr, keys: bool = True) -> torch.Tensor:
+    """An expression as [batch, heads, rows, keys], of size one where all of a dimension share it.
+
+    With `keys` the last dimension is there in full.
+    """
+    bias = as_tensor(frame, evaluate(frame, expr, [*heads.order, heads.rank]))
+    bias = bias.reshape([1] * (len(heads.order) + 1)) if not bias.ndim else bias
+    inside = ranks_of(expr)
     shape = []
     for group in (heads.batch, (*heads.heads, *heads.groups), heads.rows, (heads.rank,)):
-        used = bool(inside & set(group)) or group == (heads.rank,)
+        used = bool(inside & set(group)) or (keys and group == (heads.rank,))
         at = sum(len(g) for g in _before(heads, group))
         if used and group:
             sizes = frame.shape(group)
@@ -210,8 +219,7 @@ def _mask(frame: Frame, heads: Heads, dtype: torch.dtype) -> torch.Tensor | None
             shape.append(frame.count(group))
         else:
             shape.append(1)
-    bias = bias.reshape(shape)
-    return bias if bias.dtype == torch.bool else bias.to(dtype)
+    return bias.reshape(shape)
 
 
 def _before(heads: Heads, group: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -6,7 +6,8 @@ where(pos(t) <= pos(s), scores * 0.25 + mask, -inf)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads
 from ...ir.cascade.plan import Plan
@@ -20,34 +21,50 @@ _LOWEST = Const(-1e38)
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Scores, with what is added to them, where they are seen; `hidden`, as it was written, elsewhere."""
+
+    seen: Expr
+    bias: Expr
+    hidden: float
+
+
+@dataclass(frozen=True)
 class Logits:
-    """L = scale * scores + bias, the scores a sum of products named `scores`."""
+    """L = scale * scores + bias, the scores a sum of products named `scores`.
+
+    `choices` has what of the bias stands in a score's place. All else is added to it, -inf too.
+    """
 
     scores: str
     scale: Expr
     bias: Expr
+    choices: Mapping[Expr, Choice] = field(default_factory=dict)
 
 
 def decomposed(plan: Plan, expr: Expr) -> Logits:
     """The scores as scale * product + bias. Raises NotLoweredError where they are not of that form."""
     expr = on_real(inlined(plan, expr))
     sums = {item.name for item in plan.stream if item.op == "sum"}
-    scale, scores, bias = _linear(expr, sums)
+    choices: dict[Expr, Choice] = {}
+    scale, scores, bias = _linear(expr, sums, choices)
     if scores is None:
         raise NotLoweredError("scores without a product")
     if plan.rank in ranks_of(scale):
         raise NotLoweredError("scores are scaled key by key")
-    return Logits(scores, scale, simplified(bias))
+    return Logits(scores, scale, simplified(bias), choices)
 
 
-def _linear(expr: Expr, sums: set[str]) -> tuple[Expr, str | None, Expr]:
+def _linear(
+    expr: Expr, sums: set[str], choices: dict[Expr, Choice]
+) -> tuple[Expr, str | None, Expr]:
     zero, one = Const(0.0), Const(1.0)
     if not any(read.tensor in sums for read in reads(expr)):
         return zero, None, expr
     if isinstance(expr, Ref):
         return one, expr.tensor, zero
     assert isinstance(expr, Apply)
-    parts = [_linear(arg, sums) for arg in expr.args]
+    parts = [_linear(arg, sums, choices) for arg in expr.args]
     if expr.op in ("mul", "div") and parts[-1][1] is None:
         scale, name, bias = parts[0]
         return _both(expr.op, scale, expr.args[1]), name, _both(expr.op, bias, expr.args[1])
@@ -62,7 +79,7 @@ def _linear(expr: Expr, sums: set[str]) -> tuple[Expr, str | None, Expr]:
         if expr.op == "add":
             return scale, name, simplified(Apply("add", (expr.args[0], bias)))
     if expr.op == "where":
-        return _hidden(expr, parts)
+        return _hidden(expr, parts, choices)
     raise NotLoweredError(f"scores go through {expr.op}")
 
 
@@ -71,7 +88,9 @@ def _both(op: str, left: Expr, right: Expr) -> Expr:
 
 
 def _hidden(
-    expr: Apply, parts: list[tuple[Expr, str | None, Expr]]
+    expr: Apply,
+    parts: list[tuple[Expr, str | None, Expr]],
+    choices: dict[Expr, Choice],
 ) -> tuple[Expr, str | None, Expr]:
     for at, other in ((1, 2), (2, 1)):
         value = expr.args[other]
@@ -81,11 +100,20 @@ def _hidden(
             # Added where it was selected: lower than any that it may stand over, unless it has its place
             # in an order of several.
             assert isinstance(value, Const)
+            hidden = float(value.value)
             if float(value.value) > float(_LOWEST.value) and not _hides(bias):
                 value = _LOWEST
             args = (expr.args[0], bias, value) if at == 1 else (expr.args[0], value, bias)
-            return scale, name, Apply("where", args)
+            added = simplified(Apply("where", args))
+            seen = expr.args[0] if at == 1 else _not(expr.args[0])
+            choices[added] = Choice(seen, simplified(bias), hidden)
+            return scale, name, added
     raise NotLoweredError("scores are chosen between")
+
+
+def _not(test: Expr) -> Expr:
+    inside = test.args[0] if isinstance(test, Apply) and test.op == "not" else None
+    return inside if inside is not None else Apply("not", (test,))
 
 
 def _hides(expr: Expr) -> bool:

@@ -71,8 +71,8 @@ class ThroughSdpa:
     def _run(
         self, frame: Frame, item: Attention, finish: tuple[Statement, ...], virtual: bool
     ) -> tuple[Statement, ...]:
-        hiding = _hiding(self.plan, item.logits.bias)
-        finish, zeroed = _without_dead_zero(finish, item)
+        hides = hiding(self.plan, item.logits.bias)
+        finish, zeroed = without_dead_zero(finish, item, virtual)
         needs_statistics = virtual or _reads_any(finish, item)
         heads = Heads.of(frame, self.plan, item.logits, [v for _, v in item.weighted])
         run_maps(frame, heads.needs(frame, self.plan))
@@ -81,8 +81,8 @@ class ThroughSdpa:
             frame.values[state.name] = value
         ranks = item.reference.ranks
         one: torch.Tensor = torch.ones((), device=frame.device)
-        if hiding != Const(0.0) and not (zeroed and not virtual):
-            dead = heads.dead(frame, hiding)
+        if hides != Const(0.0) and not (zeroed and not virtual):
+            dead = heads.dead(frame, hides)
             one = torch.where(dead.over(ranks), 0.0, 1.0)
             if statistic is not None:
                 hidden = torch.where(dead.over(ranks), -math.inf, statistic.over(ranks))
@@ -101,7 +101,7 @@ class ThroughSdpa:
                 )
             return finish
         ones = {state.name for state in item.sums} if not one.ndim else set()
-        return tuple(_with_ones(statement, ones) for statement in finish)
+        return tuple(with_ones(statement, ones) for statement in finish)
 
 
 def attentions(plan: Plan) -> list[Attention]:
@@ -114,7 +114,7 @@ def attentions(plan: Plan) -> list[Attention]:
             raise NotLoweredError(f"the outputs depend on {reference.source}")
         found.append(_attention(plan, reference))
     if not found:
-        raise NotLoweredError("nothing is weighted by exponentials")
+        raise NotLoweredError("no weights are exponentials less their maximum")
     for state in plan.states:
         if len(state.references) > 1:
             raise NotLoweredError(f"state {state.name} has two references")
@@ -146,12 +146,14 @@ def _attention(plan: Plan, reference: Reference) -> Attention:
 
 
 def _feeds(plan: Plan, state: State, reference: Reference) -> bool:
+    """Whether a reference follows from a state alone, such as from a maximum times a number."""
     rows = {s.name: s for s in plan.steps if isinstance(s, Statement)}
     name = reference.source
-    while name in rows and isinstance(rows[name].expr, Ref):
-        expr = rows[name].expr
-        assert isinstance(expr, Ref)
-        name = expr.tensor
+    while name in rows:
+        read = {part.tensor for part in reads(rows[name].expr)}
+        if len(read) != 1:
+            return False
+        (name,) = read
     return name == state.name
 
 
@@ -173,10 +175,10 @@ def _weights(state: State, reference: Reference) -> tuple[Expr, list[Expr]]:
     return scores, rest
 
 
-def _hiding(plan: Plan, bias: Expr) -> Expr:
+def hiding(plan: Plan, bias: Expr) -> Expr:
     """What of the bias may be -inf: its finite terms say nothing on whether a row has a live key."""
     if isinstance(bias, Apply) and bias.op in ("add", "sub"):
-        terms = [_hiding(plan, arg) for arg in bias.args]
+        terms = [hiding(plan, arg) for arg in bias.args]
         return simplified(Apply(bias.op, tuple(terms)))
     return bias if _can_hide(plan, bias) else Const(0.0)
 
@@ -195,11 +197,16 @@ def _can_hide(plan: Plan, bias: Expr) -> bool:
     return any(isinstance(read, Ref) for read in reads(bias))
 
 
-def _without_dead_zero(
-    finish: tuple[Statement, ...], item: Attention
+def without_dead_zero(
+    finish: tuple[Statement, ...], item: Attention, virtual: bool
 ) -> tuple[tuple[Statement, ...], bool]:
-    """A row without a live key that is set to zero: the kernel gives zero there by itself."""
+    """A row without a live key that is set to zero: the kernel gives zero there by itself.
+
+    The reference tells of that as the maximum does, but for what a virtual coordinate adds to it.
+    """
     zeroed = False
+    told = [item.maximum.ref] if virtual else [item.maximum.ref, item.reference.ref]
+    dead = [Apply("eq", (ref, Const(-math.inf))) for ref in told]
 
     def change(part: Expr) -> Expr | None:
         nonlocal zeroed
@@ -208,8 +215,7 @@ def _without_dead_zero(
         test, yes, no = part.args
         if isinstance(test, Apply) and test.op == "not":
             test, yes, no = test.args[0], no, yes
-        dead = Apply("eq", (item.maximum.ref, Const(-math.inf)))
-        if test == dead and yes == Const(0.0):
+        if test in dead and yes == Const(0.0):
             zeroed = True
             return rewrite(no, change)
         return None
@@ -232,7 +238,9 @@ def _reads_any(finish: tuple[Statement, ...], item: Attention) -> bool:
     return item.reference.name in read
 
 
-def _with_ones(item: Statement, ones: set[str]) -> Statement:
+def with_ones(item: Statement, ones: set[str]) -> Statement:
+    """The statement where these tensors are 1."""
+
     def change(part: Expr) -> Expr | None:
         return Const(1.0) if isinstance(part, Ref) and part.tensor in ones else None
 
