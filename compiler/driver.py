@@ -311,7 +311,8 @@ def export_module(
     recipe.made_for.check_installed()
     captured = capture_module(module, example, dynamic_shapes, output_names)
     program = captured.program
-    PassManager(module_passes()).run(program)
+    target = recipe.made_for
+    PassManager(module_passes(target.name, target.attention())).run(program)
     if check is not None:
         check.graph(captured)
     PassManager([*recipe.weight_passes(), Simplify()]).run(program)

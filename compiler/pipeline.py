@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IRError, RecipeError
+from .fuse.folded import Maker
 from .ir.printer import print_program
 from .ir.program import Program
 from .ir.verifier import verify
@@ -19,6 +20,7 @@ from .passes.cache.plan_cache import PlanCache
 from .passes.cleanup.fold_constants import FoldConstants
 from .passes.cleanup.simplify import Simplify
 from .passes.facts import failing
+from .passes.fusion.fuse_attention import FuseAttention
 from .passes.fusion.fuse_linears import FuseLinears
 from .passes.fusion.fuse_residual_norms import FuseResidualNorms
 from .passes.fusion.select_logit_rows import SelectLogitRows
@@ -73,9 +75,18 @@ def language_model_passes(
     ]
 
 
-def module_passes() -> list[Pass]:
-    """The pipeline of a plain module, no cache and no logits, up to where weights may lose something."""
-    return [*raising_passes(), FuseLinears(), FuseResidualNorms(), Simplify()]
+def module_passes(target: str = "", attention: Maker | None = None) -> list[Pass]:
+    """The pipeline of a plain module, no cache and no logits, up to where weights may lose something.
+
+    `attention` makes the target's lowerings of attention (`Target.attention`).
+    """
+    return [
+        *raising_passes(),
+        FuseLinears(),
+        FuseResidualNorms(),
+        FuseAttention(target, attention),  # behind what is raised: no norm is then part of a region
+        Simplify(),
+    ]
 
 
 @dataclass

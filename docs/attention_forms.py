@@ -217,8 +217,8 @@ def document_mask(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
 
 @form("ALiBi", square)
 def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    place = torch.arange(T, dtype=torch.float64)
-    slopes = torch.exp2(-2.0 * (torch.arange(H, dtype=torch.float64) + 1))
+    place = torch.arange(T, dtype=q.dtype)
+    slopes = torch.exp2(-2.0 * (torch.arange(H, dtype=q.dtype) + 1))
     bias = slopes[:, None, None] * (place[None, :] - place[:, None])
     live = place[:, None] >= place[None, :]
     return torch.softmax(torch.where(live, q @ k.mT + bias, -math.inf), dim=-1) @ v
@@ -382,8 +382,8 @@ def dequantized(
     k_zero: Tensor,
     v_zero: Tensor,
 ) -> Tensor:
-    k = (k.double() - k_zero.double()) * k_scale
-    v = (v.double() - v_zero.double()) * v_scale
+    k = (k.to(q.dtype) - k_zero.to(q.dtype)) * k_scale
+    v = (v.to(q.dtype) - v_zero.to(q.dtype)) * v_scale
     return torch.softmax(q @ k.mT, dim=-1) @ v
 
 

@@ -50,6 +50,12 @@ ALLOWED = {
         "compiler.passes",
         "compiler.solve",
     },
+    "compiler.passes.fusion.fuse_attention": {
+        "errors",
+        "compiler.ir",
+        "compiler.passes",
+        "compiler.fuse",
+    },
     "compiler.codegen.target": {"errors", "compiler.ir", "compiler.passes", "runtime"},
     "compiler.codegen.*.target": {
         "errors",
@@ -60,7 +66,12 @@ ALLOWED = {
     },
     "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
     "compiler.codegen.cpu": {"errors", "compiler.ir"},
-    "compiler.codegen.onnx": {"errors", "compiler.ir", "compiler.codegen.target"},
+    "compiler.codegen.onnx": {
+        "errors",
+        "compiler.ir",
+        "compiler.codegen.target",
+        "compiler.codegen.cpu",
+    },
     "compiler.codegen.reference": {"errors", "compiler.ir", "compiler.codegen.cpu"},
     "compiler.codegen.triton": {"errors", "compiler.ir", "compiler.codegen.reference"},
     "compiler.codegen.triton.attention": {

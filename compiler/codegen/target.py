@@ -87,6 +87,14 @@ class Target(BaseModel):
         """Whether products with weights that are stored so are computed in float32."""
         return True
 
+    def attention(self) -> Callable[..., Any] | None:
+        """Makes lowerings of attention (`compiler/fuse/folded.py`) in operators that `write` takes.
+
+        A lowering raises NotLoweredError with the reason where a plan is better left as it was written. None
+        where the target has no operators for attention.
+        """
+        return None
+
     def scratch(self, program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
         """Bytes that a call takes while it runs, beside its inputs and results."""
         return 0

@@ -25,6 +25,7 @@ from . import (  # noqa: F401  (these fill the table of lowerings)
     experts,
     quantized,
     sdpa,
+    softmax_attention,
     standard_ops,
 )
 from .builder import CONTRIB, Builder, value_type

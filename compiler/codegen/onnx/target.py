@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import ArtifactError, UnsupportedError
 from ...ir.manifest import MODEL, WEIGHTS
@@ -79,6 +80,11 @@ class Onnx(Target):
     def exact(self, scheme: Scheme | None) -> bool:
         rounded = scheme is not None and bool(scheme.operators)
         return self.portable or not rounded or self.accuracy_level != 4
+
+    def attention(self) -> Callable[..., Any] | None:
+        from .fused import ThroughAttention
+
+        return partial(ThroughAttention, self.flavour)
 
     def scratch(self, program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
         from .account import scratch

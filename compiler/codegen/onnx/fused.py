@@ -1,0 +1,288 @@
+"""A folded plan through `softmax_attention`, which both flavours lower (`softmax_attention.py`).
+
+    state M = L :: max(t)                        O = softmax_attention(q, k, v, bias, visible, sinks, a)
+    state D = exp(L - M) :: sum(t)          ->   D = 1, N = O
+    state N = exp(L - M) * v :: sum(t)           finish as it stands
+    L = a * (q . k) + bias where visible
+
+The operator normalises by itself: the sum of its weights is 1, and the weighted sum is what it returns. It
+gives no log-sum-exp, so what is added to a sum of weights must be a key of its own: a virtual coordinate of
+the plan, or exp(c - M) beside D, as in softmax plus one, which is a key with the logit c and no value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+
+from ...ir.cascade.cascade import Statement
+from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads, rewrite, walk
+from ...ir.cascade.plan import Plan
+from ...ir.ops import einfold_ops
+from ..cpu.expressions import on_virtual, simplified
+from ..cpu.frame import Frame, NotLoweredError, Signature, Value
+from ..cpu.heads import Heads, four, over_scores, query_of
+from ..cpu.logits import Logits
+from ..cpu.one_tile import inlined, run_maps
+from ..cpu.sdpa import Attention, attentions, hiding, with_ones, without_dead_zero
+from ..cpu.sums import operand
+
+Finish = tuple[Statement, ...]
+
+_CAPPED = "scores go through tanh, which takes onnxruntime's attention three times as long as what is written"
+
+#: What scores are computed with where onnxruntime's own fusions leave nothing to gain: products that scale, a
+#: softmax in one operator, and perhaps a sum with a bias.
+_AS_FAST = (["matmul", "matmul", "softmax"], ["add", "matmul", "matmul", "softmax"])
+
+
+@dataclass(frozen=True)
+class ThroughAttention:
+    """A function of the signature's inputs that gives its outputs.
+
+    A call raises NotLoweredError where the plan is not made of attentions, or holds what no argument of the
+    operator expresses.
+    """
+
+    flavour: str
+    plan: Plan
+    signature: Signature
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        try:
+            found = attentions(self.plan)
+        except NotLoweredError as error:
+            raise (NotLoweredError(_CAPPED) if "tanh" in str(error) else error) from None
+        if len(found) > 1:
+            raise NotLoweredError(
+                "several softmaxes meet in one product with the values, which each would do by itself"
+            )
+        frame = Frame.of(self.plan, self.signature, tensors)
+        run_maps(frame, self.plan.before)
+        finish = _with_rows(self.plan)
+        finish = self._run(frame, found[0], finish)
+        for statement in finish:
+            known = {*frame.values, *frame.numbers}
+            missing = [r.tensor for r in reads(statement.expr) if r.tensor not in known]
+            if missing:
+                raise NotLoweredError(f"the outputs depend on {missing[0]}")
+            run_maps(frame, [statement])
+        return frame.results(self.signature)
+
+    def _run(self, frame: Frame, item: Attention, finish: Finish) -> Finish:
+        """Computes one attention; the statements that follow, with what they read of its sums."""
+        virtual = self.plan.ranks[self.plan.rank].virtual > 0
+        finish, zero_blind = without_dead_zero(finish, item, virtual)
+        finish, beside = _keys_beside(item, finish)
+        if beside and hiding(self.plan, item.logits.bias) != Const(0.0):
+            raise NotLoweredError(
+                "rows that see nothing are NaN although a sink has weight in them"
+            )
+        values = [value for _, value in item.weighted]
+        heads = Heads.of(frame, self.plan, item.logits, values)
+        run_maps(frame, heads.needs(frame, self.plan))
+        sinks = [*_virtual_keys(self.plan, item), *beside]
+        arguments = _arguments(frame, heads, item.logits, sinks)
+        reason = self._reason(heads, arguments)
+        if reason:
+            raise NotLoweredError(reason)
+        results = _attend(frame, heads, arguments, zero_blind)
+        for (state, _), result in zip(item.weighted, results, strict=True):
+            frame.values[state.name] = result
+        ones = {state.name for state in item.sums}
+        return tuple(with_ones(statement, ones) for statement in finish)
+
+    def _reason(self, heads: Heads, given: _Arguments) -> str:
+        """Why the operator is not worth its place or cannot take it, or ""."""
+        grouped = bool(heads.groups)
+        counts = [*given.query.shape[1:2], *given.key.shape[1:2]]
+        if grouped and not all(isinstance(count, int) for count in counts):
+            return "grouped heads whose number is known only at run time"
+        hides = given.visible is not None or given.causal or given.sinks is not None
+        if self.flavour != "ort" or grouped or hides or self._rows_first(heads):
+            return ""
+        shared = given.bias is None or str(given.bias.shape[1]) == "1"
+        if sorted(self.signature.operators) in _AS_FAST and given.bias is None:
+            return "onnxruntime runs two products and a softmax as fast as one operator"
+        if sorted(self.signature.operators) in _AS_FAST and not shared:
+            return "a bias for each head takes as long to look through, for rows of -inf, as to add"
+        return ""
+
+    def _rows_first(self, heads: Heads) -> bool:
+        """Whether queries come as [.., S, H, D], which the operators take and what is spelled out turns."""
+        name = heads.query.tensor if isinstance(heads.query, Ref) else ""
+        dims = dict(self.signature.inputs).get(name, ())
+        order = [rank for dim in dims for rank in dim]
+        places = [order.index(r) for r in (*heads.rows[:1], *heads.heads[-1:]) if r in order]
+        return len(places) == 2 and places[0] < places[1]
+
+
+def _with_rows(plan: Plan) -> Finish:
+    """What follows, with the rows beside states written out that are NaN where no key is live.
+
+    So is what the operator gives.
+    """
+    rows = {}
+    for step in plan.steps:
+        expr = step.expr if isinstance(step, Statement) else None
+        if isinstance(expr, Apply) and expr.op == "where":
+            test, value, no = expr.args
+            dead = isinstance(no, Const) and math.isnan(no.value)
+            if dead and isinstance(test, Apply) and test.op == "isfinite":
+                rows[step.name] = value
+
+    def change(part: Expr) -> Expr | None:
+        return rows.get(part.tensor) if isinstance(part, Ref) else None
+
+    return tuple(replace(item, expr=rewrite(item.expr, change)) for item in plan.finish)
+
+
+def _virtual_keys(plan: Plan, item: Attention) -> list[Expr]:
+    """The logits at the virtual coordinates of the streamed rank, where values are 0."""
+    streamed = {name: plan.rank in tensor.ranks for name, tensor in plan.inputs.items()}
+    found = []
+    for number in range(plan.ranks[plan.rank].virtual):
+        for state, _ in item.weighted:
+            if on_virtual(inlined(plan, state.body), plan.rank, number, streamed) != Const(0.0):
+                raise NotLoweredError(f"a virtual coordinate of {plan.rank} has a value")
+        logits = {
+            _logit(on_virtual(inlined(plan, state.body), plan.rank, number, streamed), item)
+            for state in item.sums
+        }
+        logit = logits.pop() if len(logits) == 1 else None
+        if logit is None:
+            raise NotLoweredError(f"a virtual coordinate of {plan.rank} is no key")
+        found.append(logit)
+    return found
+
+
+def _keys_beside(item: Attention, finish: Finish) -> tuple[Finish, list[Expr]]:
+    """What follows, and the logits of keys that it adds to the sum of weights."""
+    sums = {state.name for state in item.sums}
+    found: list[Expr] = []
+
+    def change(part: Expr) -> Expr | None:
+        if not isinstance(part, Apply) or part.op != "add":
+            return None
+        for one, other in (part.args, part.args[::-1]):
+            logit = _logit(one, item)
+            if logit is not None and isinstance(other, Ref) and other.tensor in sums:
+                found.append(logit)
+                return Const(1.0)
+        return None
+
+    changed = tuple(replace(s, expr=simplified(rewrite(s.expr, change))) for s in finish)
+    if not found:
+        return finish, []
+    if len(set(found)) > 1 or any(r.tensor in sums for s in changed for r in reads(s.expr)):
+        raise NotLoweredError("sums of weights are read with a sink and without")
+    return changed, found[:1]
+
+
+def _logit(expr: Expr, item: Attention) -> Expr | None:
+    """c of exp(c - M); None where it is anything else."""
+    inside = expr.args[0] if isinstance(expr, Apply) and expr.op == "exp" else None
+    if isinstance(inside, Apply) and inside.args[-1] == item.reference.ref:
+        return {"neg": Const(0.0), "sub": inside.args[0]}.get(inside.op)
+    return None
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """What the operator is called with."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    values: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None
+    visible: torch.Tensor | None
+    sinks: torch.Tensor | None
+    scale: float
+    hidden: float
+    causal: bool
+
+
+def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]) -> _Arguments:
+    query, scale = query_of(frame, heads)
+    dtype = query.dtype
+    if dtype != torch.float32:
+        raise NotLoweredError(f"onnxruntime's attention takes float32, and this is {dtype}")
+    own = [*heads.batch, *heads.heads, heads.rank]
+    key = four(frame, operand(frame, heads.key, [*own, *heads.inner]), heads, heads.inner)
+    values = []
+    for value in heads.values:
+        columns = heads.columns(frame, value)
+        if len(columns) > 1:
+            raise NotLoweredError("a row has sums of its own for several ranks of the values")
+        values.append(
+            four(frame, operand(frame, value, [*own, *columns]), heads, columns).to(dtype)
+        )
+    bias, seen, hidden = _taken_apart(logits)
+    causal = heads.is_causal(frame) and seen is not None and not sinks
+    return _Arguments(
+        query,
+        key.to(dtype),
+        tuple(values),
+        None if bias == Const(0.0) else over_scores(frame, heads, bias).to(dtype),
+        None if causal or seen is None else over_scores(frame, heads, seen),
+        _side_by_side(frame, heads, sinks, dtype),
+        scale,
+        hidden,
+        causal,
+    )
+
+
+def _attend(frame: Frame, heads: Heads, given: _Arguments, zero_blind: bool) -> list[Value]:
+    """The attention of each value: one call, over values side by side where there are several."""
+    out = einfold_ops.softmax_attention(
+        given.query,
+        given.key,
+        given.values[0] if len(given.values) == 1 else torch.cat(given.values, -1),
+        given.bias,
+        given.visible,
+        given.sinks,
+        given.scale,
+        given.hidden,
+        given.causal,
+        zero_blind,
+    )
+    columns = [heads.columns(frame, value) for value in heads.values]
+    parts = [out]
+    if len(columns) > 1:
+        parts = out.split([frame.count(of_value) for of_value in columns], -1)
+    return [
+        Value(part.reshape(frame.shape((*heads.order, *of_value))), (*heads.order, *of_value))
+        for part, of_value in zip(parts, columns, strict=True)
+    ]
+
+
+def _taken_apart(logits: Logits) -> tuple[Expr, Expr | None, float]:
+    """(what is added to scores, where they are seen, what stands where they are not)."""
+    bias, seen, hidden = logits.bias, [], set()
+    while bias in logits.choices:
+        choice = logits.choices[bias]
+        seen.append(choice.seen)
+        hidden.add(choice.hidden)
+        bias = choice.bias
+    if len(hidden) > 1 or any(part in logits.choices for part in walk(bias)):
+        raise NotLoweredError("scores that are hidden are computed with")
+    test = reduce(lambda a, b: Apply("and", (a, b)), seen) if seen else None
+    return bias, test, hidden.pop() if hidden else -math.inf
+
+
+def _side_by_side(
+    frame: Frame, heads: Heads, sinks: Sequence[Expr], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The logits of sinks as [batch, heads, rows, sinks]."""
+    if not sinks:
+        return None
+    if any(not ranks_of(sink) <= {*heads.order} for sink in sinks):
+        raise NotLoweredError("a sink has ranks of its own")
+    columns = [over_scores(frame, heads, sink, keys=False).to(dtype) for sink in sinks]
+    if len(columns) == 1:
+        return columns[0]
+    return torch.cat(torch.broadcast_tensors(*columns), -1)

@@ -1,0 +1,110 @@
+"""Regions of a program, each as a cascade, folded, and lowered as a target says.
+
+    program -> regions -> cascade -> plan -> lowering -> program
+
+As in `replace`, which does this for graphs of Dynamo's, a region that cannot be imported, does not fold or
+has no lowering stays as it was, and its entry in the report says why. Nothing is measured: the program runs
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ...errors import UnsupportedError, stop_on
+from ..frontend.dynamo import trace_function
+from ..frontend.normalise import normalise_call
+from ..ir.cascade.cascade import Cascade
+from ..ir.cascade.expr import Apply, walk
+from ..ir.interrupts import Later
+from ..ir.program import Editor, Program
+from .decide import failure
+from .folded import Folded, Function, Maker, folded, import_region, reads_of, signature_of
+from .regions import Region, find_regions, region_of
+from .replace import differs
+from .report import AS_WRITTEN, FusedCascade, entry, source_of
+from .subgraphs import place_of
+
+NO_EXPONENTIALS = "nothing is weighted by exponentials"
+
+
+def fuse_program(program: Program, lowering: str, make: Maker) -> list[FusedCascade]:
+    """Replaces the attention of a program in place; the report has one entry a region, in order.
+
+    `make` makes the lowering, which the report calls `lowering`.
+    """
+    entries: list[FusedCascade] = []
+    for found in find_regions(program.graph):
+        # A region that reads another's result reads what stands in its place by now.
+        region = region_of(found.nodes, found.anchor)
+        entries.append(_fuse(program, region, lowering, make))
+    return entries
+
+
+def _fuse(program: Program, region: Region, lowering: str, make: Maker) -> FusedCascade:
+    anchor = region.anchor
+    try:
+        region, imported = import_region(program.graph, region)
+    except UnsupportedError as error:
+        return entry(anchor, None, AS_WRITTEN, f"not a cascade: {error}")
+    if not _has_exponentials(imported.cascade):  # told before it is folded, which takes long
+        return entry(anchor, Folded(imported, None), AS_WRITTEN, NO_EXPONENTIALS)
+    found = folded(imported)
+    if found.plan is None:
+        return entry(anchor, found, AS_WRITTEN, found.reason)
+    place = place_of(region, list(program.graph.nodes))
+    if place.before is None:
+        return entry(anchor, found, AS_WRITTEN, place.reason)
+    inputs = [region.inputs[at] for at in reads_of(region, imported)]
+    traced = _traced(program, region, inputs, make(found.plan, signature_of(region, imported)))
+    if isinstance(traced, str):
+        return entry(anchor, found, AS_WRITTEN, traced)
+    _insert(program, region, place.before, inputs, traced)
+    return entry(anchor, found, lowering, "", source_of(found, traced.graph))
+
+
+def _has_exponentials(cascade: Cascade) -> bool:
+    parts = (part for item in cascade.statements for part in walk(item.expr))
+    return any(isinstance(part, Apply) and part.op == "exp" for part in parts)
+
+
+def _traced(
+    program: Program, region: Region, inputs: list[fx.Node], function: Function
+) -> fx.GraphModule | str:
+    """The lowering as a graph over the program's types, or why it cannot stand for the region."""
+    try:
+        with Later():
+            values = [node.meta["val"] for node in inputs]
+            traced = trace_function(function, values, program.shapes.mode)
+        wrong = differs(region, traced)
+    except Exception as error:  # whatever it is, the region as written is right
+        stop_on(error)
+        return failure(error)
+    if not wrong and traced.graph.find_nodes(op="get_attr"):
+        wrong = "the lowering holds tensors of its own"
+    return wrong or traced
+
+
+def _insert(
+    program: Program, region: Region, before: fx.Node, inputs: list[fx.Node], traced: fx.GraphModule
+) -> None:
+    holders = traced.graph.find_nodes(op="placeholder")
+    copies: dict[fx.Node, Any] = dict(zip(holders, inputs, strict=True))
+    editor = Editor(program)
+    with editor.before(before):
+        for node in traced.graph.nodes:
+            if node.op != "call_function":
+                continue
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
+            call = normalise_call(node.target, args, kwargs)
+            copies[node] = (
+                call if isinstance(call, fx.Node) else editor.call(call[0], *call[1], **call[2])
+            )
+    (output,) = traced.graph.find_nodes(op="output")
+    inside = set(region.nodes)
+    for old, new in zip(region.outputs, output.args[0], strict=True):
+        old.replace_all_uses_with(copies[new], delete_user_cb=lambda user: user not in inside)
+    for node in reversed(region.nodes):
+        program.graph.erase_node(node)
