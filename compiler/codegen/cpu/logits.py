@@ -6,15 +6,18 @@ where(pos(t) <= pos(s), scores * 0.25 + mask, -inf)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.cascade.expr import Apply, Const, Expr, Ref, ranks_of, reads
 from ...ir.cascade.plan import Plan
-from .expressions import on_real, simplified
+from .expressions import factors, on_real, simplified
 from .frame import NotLoweredError
 from .hiding import HIDDEN
 from .one_tile import inlined
+
+#: A number that stands in a score's place and that no score comes near.
+_LOW = -1e9
 
 #: Added to a score that could stand anywhere it leaves one that no other is below; bfloat16 has it too.
 _LOWEST = Const(-1e38)
@@ -42,10 +45,13 @@ class Logits:
     choices: Mapping[Expr, Choice] = field(default_factory=dict)
 
 
-def decomposed(plan: Plan, expr: Expr) -> Logits:
-    """The scores as scale * product + bias. Raises NotLoweredError where they are not of that form."""
+def decomposed(plan: Plan, expr: Expr, values: Sequence[Expr]) -> Logits:
+    """The scores as scale * product + bias; `values` is what is weighted by them.
+
+    Raises NotLoweredError where they are not of that form.
+    """
     expr = on_real(inlined(plan, expr))
-    sums = {item.name for item in plan.stream if item.op == "sum"}
+    sums = _products(plan, values) or {item.name for item in plan.stream if item.op == "sum"}
     choices: dict[Expr, Choice] = {}
     scale, scores, bias = _linear(expr, sums, choices)
     if scores is None:
@@ -53,6 +59,23 @@ def decomposed(plan: Plan, expr: Expr) -> Logits:
     if plan.rank in ranks_of(scale):
         raise NotLoweredError("scores are scaled key by key")
     return Logits(scores, scale, simplified(bias), choices)
+
+
+def _products(plan: Plan, values: Sequence[Expr]) -> set[str]:
+    """The sums of products of a query and a key: the key has no rank that values at its place have not.
+
+    A pair bias, a projection of something that is there for each row and key, is no such sum.
+    """
+    of_keys = {plan.rank}.union(*(ranks_of(inlined(plan, value)) for value in values))
+    found = set()
+    for item in plan.stream:
+        parts = factors(on_real(inlined(plan, item.expr)))
+        streamed = {
+            rank for part in parts if plan.rank in ranks_of(part) for rank in ranks_of(part)
+        }
+        if item.op == "sum" and streamed - set(item.over) <= of_keys:
+            found.add(item.name)
+    return found
 
 
 def _linear(
@@ -94,7 +117,9 @@ def _hidden(
 ) -> tuple[Expr, str | None, Expr]:
     for at, other in ((1, 2), (2, 1)):
         value = expr.args[other]
-        low = isinstance(value, Const) and float(value.value) <= HIDDEN
+        low = isinstance(value, Const) and float(value.value) <= (
+            HIDDEN if _hides(parts[at][2]) else _LOW
+        )
         if low and parts[at][1] is not None and parts[0][1] is None:
             scale, name, bias = parts[at]
             # Added where it was selected: lower than any that it may stand over, unless it has its place

@@ -142,7 +142,8 @@ def _attention(plan: Plan, reference: Reference) -> Attention:
     if logits is None or maximum is None or maximum.op != "max" or not weighted:
         raise NotLoweredError(f"{reference.name} has no weighted sum")
     # What the weights are relative to must bound these very scores.
-    return Attention(reference, maximum, decomposed(plan, logits), tuple(sums), tuple(weighted))
+    taken_apart = decomposed(plan, logits, [value for _, value in weighted])
+    return Attention(reference, maximum, taken_apart, tuple(sums), tuple(weighted))
 
 
 def _feeds(plan: Plan, state: State, reference: Reference) -> bool:

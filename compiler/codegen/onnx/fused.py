@@ -35,9 +35,8 @@ Finish = tuple[Statement, ...]
 
 _CAPPED = "scores go through tanh, which takes onnxruntime's attention three times as long as what is written"
 
-#: What scores are computed with where onnxruntime's own fusions leave nothing to gain: products that scale, a
-#: softmax in one operator, and perhaps a sum with a bias.
-_AS_FAST = (["matmul", "matmul", "softmax"], ["add", "matmul", "matmul", "softmax"])
+#: What scores are computed with, beside a factor, where onnxruntime's own fusions leave nothing to gain.
+_AS_FAST = ["matmul", "matmul", "softmax"]
 
 
 @dataclass(frozen=True)
@@ -103,22 +102,14 @@ class ThroughAttention:
         if grouped and not all(isinstance(count, int) for count in counts):
             return "grouped heads whose number is known only at run time"
         hides = given.visible is not None or given.causal or given.sinks is not None
-        if self.flavour != "ort" or grouped or hides or self._rows_first(heads):
+        if grouped or hides or given.turned:
             return ""
-        shared = given.bias is None or str(given.bias.shape[1]) == "1"
-        if sorted(self.signature.operators) in _AS_FAST and given.bias is None:
-            return "onnxruntime runs two products and a softmax as fast as one operator"
-        if sorted(self.signature.operators) in _AS_FAST and not shared:
+        written = sorted(self.signature.operators)
+        if given.bias is not None and "softmax" in written and str(given.bias.shape[1]) != "1":
             return "a bias for each head takes as long to look through, for rows of -inf, as to add"
+        if self.flavour == "ort" and written == _AS_FAST:
+            return "onnxruntime runs two products and a softmax as fast as one operator"
         return ""
-
-    def _rows_first(self, heads: Heads) -> bool:
-        """Whether queries come as [.., S, H, D], which the operators take and what is spelled out turns."""
-        name = heads.query.tensor if isinstance(heads.query, Ref) else ""
-        dims = dict(self.signature.inputs).get(name, ())
-        order = [rank for dim in dims for rank in dim]
-        places = [order.index(r) for r in (*heads.rows[:1], *heads.heads[-1:]) if r in order]
-        return len(places) == 2 and places[0] < places[1]
 
 
 def _with_rows(plan: Plan) -> Finish:
@@ -193,7 +184,7 @@ def _logit(expr: Expr, item: Attention) -> Expr | None:
 
 @dataclass(frozen=True)
 class _Arguments:
-    """What the operator is called with."""
+    """What the operator is called with; `turned` where queries came as [batch, rows, heads, size]."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -204,6 +195,7 @@ class _Arguments:
     scale: float
     hidden: float
     causal: bool
+    turned: bool
 
 
 def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]) -> _Arguments:
@@ -211,20 +203,28 @@ def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]
     dtype = query.dtype
     if dtype != torch.float32:
         raise NotLoweredError(f"onnxruntime's attention takes float32, and this is {dtype}")
+    turned = None
+    if not any(reads(heads.scale)):
+        order = (heads.rows, (*heads.heads, *heads.groups), heads.inner)
+        turned = _turned(frame, heads, heads.query, *order)
+    keys = (heads.rank,), heads.heads
     own = [*heads.batch, *heads.heads, heads.rank]
-    key = four(frame, operand(frame, heads.key, [*own, *heads.inner]), heads, heads.inner)
+    key = _turned(frame, heads, heads.key, *keys, heads.inner)
+    if key is None:
+        key = four(frame, operand(frame, heads.key, [*own, *heads.inner]), heads, heads.inner)
     values = []
     for value in heads.values:
         columns = heads.columns(frame, value)
         if len(columns) > 1:
             raise NotLoweredError("a row has sums of its own for several ranks of the values")
-        values.append(
-            four(frame, operand(frame, value, [*own, *columns]), heads, columns).to(dtype)
-        )
+        given = _turned(frame, heads, value, *keys, columns)
+        if given is None:
+            given = four(frame, operand(frame, value, [*own, *columns]), heads, columns)
+        values.append(given.to(dtype))
     bias, seen, hidden = _taken_apart(logits)
     causal = heads.is_causal(frame) and seen is not None and not sinks
     return _Arguments(
-        query,
+        query if turned is None else turned,
         key.to(dtype),
         tuple(values),
         None if bias == Const(0.0) else over_scores(frame, heads, bias).to(dtype),
@@ -233,7 +233,28 @@ def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]
         scale,
         hidden,
         causal,
+        turned is not None,
     )
+
+
+def _turned(
+    frame: Frame,
+    heads: Heads,
+    expr: Expr,
+    rows: Sequence[str],
+    by: Sequence[str],
+    last: Sequence[str],
+) -> torch.Tensor | None:
+    """A tensor that came as [batch, rows, heads, size] turned to [batch, heads, rows, size]; else None.
+
+    To turn it is the last that is done, so that the operator's lowering sees that it came so.
+    """
+    value = frame.values.get(expr.tensor) if isinstance(expr, Ref) else None
+    together = (*heads.batch, *rows, *by, *last)
+    if value is None or not rows or not by or value.ranks != together:
+        return None
+    shape = [frame.count(ranks) for ranks in (heads.batch, rows, by, last)]
+    return value.tensor.reshape(shape).permute(0, 2, 1, 3)
 
 
 def _attend(frame: Frame, heads: Heads, given: _Arguments, zero_blind: bool) -> list[Value]:
