@@ -1,4 +1,4 @@
-"""Writes `attention.md`: every form of the catalogue, its passes before and after, fused or refused.
+"""Writes `attention.md`: every form of the catalogue, its passes before and after, and what it is on ONNX.
 
 python docs/attention_table.py           writes the file
 python docs/attention_table.py --check   ends with 1 where the file is not current
@@ -11,12 +11,17 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from einfold.compiler.codegen.onnx.target import Onnx
+from einfold.compiler.frontend.modules import capture_module
 from einfold.compiler.fuse.explain import explain_function
 from einfold.compiler.ir.cascade.plan_text import print_plan
 from einfold.compiler.ir.cascade.printer import print_cascade
+from einfold.compiler.pipeline import PassManager, module_passes
 
 HERE = Path(__file__).parent
 TARGET = HERE / "attention.md"
@@ -35,6 +40,20 @@ Nothing below is annotated, matched by name or matched as a pattern. The forms a
 [attention_forms.py](attention_forms.py); this file is written by `make docs`.
 """
 
+ON_ONNX = """\
+
+## On ONNX
+
+`export_onnx` finds the same regions in a module and folds them
+([fuse_attention](../compiler/passes/fusion/fuse_attention.py)). What fits becomes one
+`einfold.softmax_attention` in the graph, and in the model `Attention`, or `MultiHeadAttention` in the default
+flavour, where heads stand behind rows and nothing is hidden. These operators add what hides a score: NaN
+behind a mask would reach its row, and a row that sees nothing would be 0 where softmax gives NaN. So where a
+mask hides scores, the model looks at the result, and has the attention spelled out beside it. The rest stays
+as written, for the reason given; how fast either is,
+[benchmarks/results/onnx_forms.md](../benchmarks/results/onnx_forms.md) says.
+"""
+
 EXAMPLE = "softmax"
 
 
@@ -48,9 +67,37 @@ def forms() -> ModuleType:
     return module
 
 
+class Form(nn.Module):
+    """A form as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
+def on_onnx(form: Any, portable: bool) -> str:
+    """What a form is in a flavour, in float32: "fused", or why it is as written."""
+    torch.manual_seed(0)
+    inputs = tuple(x.float() if x.is_floating_point() else x for x in form.inputs())
+    program = capture_module(Form(form.function), inputs).program
+    passes = module_passes("onnx", Onnx(portable=portable).attention())
+    records = PassManager(passes).run(program)
+    notes = next(record.notes for record in records if record.name == "fuse_attention")
+    if any(note.action == "applied" for note in notes):
+        return "fused"
+    reasons = (
+        "; ".join(dict.fromkeys(note.what for note in notes)) or "no reduction feeds a product"
+    )
+    return f"as written: {reasons}".replace("|", "\\|")
+
+
 def render() -> str:
     """The whole file."""
     rows = ["| form | passes before | after | | reason |", "|---|---|---|---|---|"]
+    exported = ["| form | default flavour | portable |", "|---|---|---|"]
     example = ""
     with tempfile.TemporaryDirectory() as folder:
         for form in forms().FORMS:
@@ -61,6 +108,10 @@ def render() -> str:
                 f"| {form.name} | {report.passes_before} | {report.passes_after} "
                 f"| {report.status} | {reason} |"
             )
+            default, portable = on_onnx(form, False), on_onnx(form, True)
+            exported.append(
+                f"| {form.name} | {default} | {'the same' if portable == default else portable} |"
+            )
             if form.name == EXAMPLE:
                 cascade = print_cascade(report.imported.cascade)
                 plan = print_plan(report.folding.plans[0])
@@ -69,6 +120,8 @@ def render() -> str:
         [
             INTRODUCTION,
             *rows,
+            ON_ONNX,
+            *exported,
             "\n## An example",
             "\n`torch.softmax(q @ k.mT, dim=-1) @ v` is the cascade\n",
             example,

@@ -287,8 +287,9 @@ def export_onnx(
     table of them by name, or `example_kwargs` beside them; None and numbers among them are fixed. Inputs
     are named as in `forward`, outputs as in the table that the module gives (else `output_0` and so on, or
     `output_names`), axes as in `dynamic_shapes`, which is as torch.export takes it. Matrix products are
-    raised, fused and, with `weights`, quantized like a language model's. Float16 and bfloat16 are computed
-    in float32; inputs and outputs keep their type.
+    raised, fused and, with `weights`, quantized like a language model's, and attention that the module
+    spells out becomes one operator where that gains. Float16 and bfloat16 are computed in float32; inputs and
+    outputs keep their type.
 
     What was written is run by onnxruntime on the example inputs, and on inputs of other sizes where there
     are dynamic ones, and is not kept where it differs from the module; `check=False` leaves that out.

@@ -33,8 +33,6 @@ from ..cpu.sums import operand
 
 Finish = tuple[Statement, ...]
 
-_CAPPED = "scores go through tanh, which takes onnxruntime's attention three times as long as what is written"
-
 #: What scores are computed with, beside a factor, where onnxruntime's own fusions leave nothing to gain.
 _AS_FAST = ["matmul", "matmul", "softmax"]
 
@@ -55,7 +53,7 @@ class ThroughAttention:
         try:
             found = attentions(self.plan)
         except NotLoweredError as error:
-            raise (NotLoweredError(_CAPPED) if "tanh" in str(error) else error) from None
+            raise NotLoweredError(_because(str(error))) from None
         if len(found) > 1:
             raise NotLoweredError(
                 "several softmaxes meet in one product with the values, which each would do by itself"
@@ -110,6 +108,17 @@ class ThroughAttention:
         if self.flavour == "ort" and written == _AS_FAST:
             return "onnxruntime runs two products and a softmax as fast as one operator"
         return ""
+
+
+def _because(reason: str) -> str:
+    """What a plan that is no attention has to do with the operator."""
+    if "tanh" in reason:
+        return (
+            f"{reason}, which takes onnxruntime's attention three times as long as what is written"
+        )
+    if reason.startswith("the outputs depend on"):
+        return f"{reason}, and the operator gives no statistics of its softmax"
+    return reason
 
 
 def _with_rows(plan: Plan) -> Finish:
