@@ -98,7 +98,8 @@ def heads_behind_rows(kv_heads: int, causal: bool, x: Tensor) -> Tensor:
     if causal:
         place = torch.arange(rows)
         scores = scores.masked_fill(place > place[:, None], -math.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, rows, -1)
+    out: Tensor = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, rows, -1)
+    return out
 
 
 def catalogue() -> ModuleType:

@@ -31,7 +31,7 @@ _STANDARD = (
 #: onnxruntime's own, of which code generation emits these.
 _CONTRIB = (
     "BiasGelu FastGelu FusedMatMul GatherBlockQuantized GroupQueryAttention MatMulIntegerToFloat "
-    "MatMulNBits QuickGelu SimplifiedLayerNormalization SkipLayerNormalization "
+    "MatMulNBits MultiHeadAttention QuickGelu SimplifiedLayerNormalization SkipLayerNormalization "
     "SkipSimplifiedLayerNormalization"
 )
 _DOMAINS = {

@@ -19,7 +19,7 @@ _WHOLE, _FRACTIONS = (6, 7), (1, 10, 11, 16)
 _ALWAYS = (
     "Acos Acosh Asin Asinh Atan Atanh Attention BiasGelu Celu Cos Cosh DequantizeLinear Elu Erf Exp FastGelu "
     "Gelu GroupQueryAttention HardSigmoid HardSwish LayerNormalization Log LogSoftmax MatMulIntegerToFloat "
-    "MatMulNBits Mish QuickGelu RMSNormalization Reciprocal RotaryEmbedding Selu Sigmoid "
+    "MatMulNBits Mish MultiHeadAttention QuickGelu RMSNormalization Reciprocal RotaryEmbedding Selu Sigmoid "
     "SimplifiedLayerNormalization Sin Sinh SkipLayerNormalization SkipSimplifiedLayerNormalization Softmax "
     "Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )

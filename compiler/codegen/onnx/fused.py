@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import torch
 
@@ -96,9 +97,11 @@ class ThroughAttention:
     def _reason(self, heads: Heads, given: _Arguments) -> str:
         """Why the operator is not worth its place or cannot take it, or ""."""
         grouped = bool(heads.groups)
-        counts = [*given.query.shape[1:2], *given.key.shape[1:2]]
-        if grouped and not all(isinstance(count, int) for count in counts):
+        shape: tuple[Any, ...] = tuple(given.query.shape)
+        if grouped and not isinstance(shape[1], int):
             return "grouped heads whose number is known only at run time"
+        if given.sinks is not None and not isinstance(shape[3], int):
+            return "a sink beside heads whose size is known only at run time"
         hides = given.visible is not None or given.causal or given.sinks is not None
         if grouped or hides or given.turned:
             return ""

@@ -379,3 +379,13 @@ def test_the_operator_refuses_what_does_not_fit() -> None:
         SoftmaxAttention(q, k, k, None, None, None, 1.0, -math.inf).shapes()
     with pytest.raises(ValueError, match="have four axes"):
         SoftmaxAttention(q, q, q, torch.zeros(3, 3), None, None, 1.0, -math.inf).shapes()
+
+
+def test_a_sink_wants_a_head_size_that_is_known(tmp_path: Path) -> None:
+    form = FORMS["softmax plus one"]
+    inputs = inputs_of(form)
+    sizes = (tuple(dict.fromkeys(range(4), Dim.AUTO) for _ in inputs),)
+    captured = capture_module(Form(form.function), inputs, sizes)
+    records = PassManager(module_passes("onnx", Onnx().attention())).run(captured.program)
+    (note,) = next(record.notes for record in records if record.name == "fuse_attention")
+    assert note.what == "a sink beside heads whose size is known only at run time"
