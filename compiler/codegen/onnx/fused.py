@@ -67,7 +67,7 @@ class ThroughAttention:
             known = {*frame.values, *frame.numbers}
             missing = [r.tensor for r in reads(statement.expr) if r.tensor not in known]
             if missing:
-                raise NotLoweredError(f"the outputs depend on {missing[0]}")
+                raise NotLoweredError(_because(f"the outputs depend on {missing[0]}"))
             run_maps(frame, [statement])
         return frame.results(self.signature)
 
@@ -216,7 +216,7 @@ def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]
     if dtype != torch.float32:
         raise NotLoweredError(f"onnxruntime's attention takes float32, and this is {dtype}")
     turned = None
-    if not any(reads(heads.scale)):
+    if all(isinstance(part, (Apply, Const)) for part in walk(heads.scale)):  # a number: `scale`
         order = (heads.rows, (*heads.heads, *heads.groups), heads.inner)
         turned = _turned(frame, heads, heads.query, *order)
     keys = (heads.rank,), heads.heads

@@ -276,6 +276,24 @@ class Block(nn.Module):
         return out
 
 
+class Scaled(Block):
+    """Rows whose scores are scaled by their place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows = x.shape[:2]
+        q, k, v = (y(x).view(batch, rows, H, 8).transpose(1, 2) for y in (self.q, self.k, self.v))
+        scores = q @ k.mT * torch.log(torch.arange(rows) + 2.0)[:, None]
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def test_a_scale_by_place(tmp_path: Path) -> None:
+    """It goes into the queries, which are then not as they came."""
+    shapes = ({0: Dim("batch"), 1: Dim("rows")},)
+    x = torch.randn(2, 7, 32)
+    path = einfold.export_onnx(Scaled().eval(), tmp_path / "a", (x,), dynamic_shapes=shapes)
+    assert operators(path)["Attention"] == 1
+
+
 @FLAVOURS
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "causal"])
 @pytest.mark.parametrize("kv_heads", [H, K])
