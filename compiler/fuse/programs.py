@@ -3,8 +3,8 @@
     program -> regions -> cascade -> plan -> lowering -> program
 
 As in `replace`, which does this for graphs of Dynamo's, a region that cannot be imported, does not fold or
-has no lowering stays as it was, and its entry in the report says why. Nothing is measured: the program runs
-elsewhere.
+has no lowering stays as it was, and its entry in the report says why. A lowering is run beside its region on
+random tensors, but nothing is timed: the program runs elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .folded import Folded, Function, Maker, folded, import_region, reads_of, si
 from .regions import Region, find_regions, region_of
 from .replace import differs
 from .report import AS_WRITTEN, FusedCascade, entry, source_of
-from .subgraphs import place_of
+from .subgraphs import extract, place_of
+from .trial import Trial, agrees, hints_of
 
 NO_EXPONENTIALS = "nothing is weighted by exponentials"
 
@@ -74,11 +75,13 @@ def _traced(
     program: Program, region: Region, inputs: list[fx.Node], function: Function
 ) -> fx.GraphModule | str:
     """The lowering as a graph over the program's types, or why it cannot stand for the region."""
+    reads = [region.inputs.index(node) for node in inputs]
+    trial = Trial(fx.GraphModule({}, extract(region)), hints_of(region.inputs), reads)
     try:
         with Later():
             values = [node.meta["val"] for node in inputs]
             traced = trace_function(function, values, program.shapes.mode)
-        wrong = differs(region, traced)
+        wrong = differs(region, traced) or agrees(trial, function)
     except Exception as error:  # whatever it is, the region as written is right
         stop_on(error)
         return failure(error)

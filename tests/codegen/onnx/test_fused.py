@@ -327,21 +327,22 @@ def test_rows_and_keys_of_any_number(tmp_path: Path) -> None:
     compare(path, masked, (torch.randn(3, H, 1, D), *torch.randn(2, 3, H, 5, D), mask))
 
 
-@pytest.mark.parametrize("where", ["graph", "file"])
-def test_a_wrong_fusion_is_not_kept(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another scale, in what stands in the graph or in what is written of it."""
-    if where == "graph":
-        monkeypatch.setattr(fused, "query_of", lambda *a: (query_of(*a)[0], 0.5))
-    else:
-        given = Context.arguments
-        wrong = {"scale": 0.5}
-        monkeypatch.setattr(Context, "arguments", lambda *a: given(*a) | wrong)
+def test_a_wrong_lowering_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another scale in what would stand in the graph."""
+    monkeypatch.setattr(fused, "query_of", lambda *a: (query_of(*a)[0], 0.5))
+    inputs = torch.randn(B, H, 3, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)
+    (note,) = notes_of(masked, (*inputs, torch.ones(3, T, dtype=torch.bool)), False)
+    assert note.action == "skipped"
+    assert note.what == "it does not agree with the region on random tensors"
+
+
+def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another scale in what is written: the export's own check finds it."""
+    given = Context.arguments
+    monkeypatch.setattr(Context, "arguments", lambda *a: given(*a) | {"scale": 0.5})
     inputs = torch.randn(B, H, 3, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)
     mask = torch.ones(3, T, dtype=torch.bool)
-    what = "the graph of the module" if where == "graph" else "the exported model"
-    with pytest.raises(EinfoldError, match=f"{what} differs from what is right"):
+    with pytest.raises(EinfoldError, match="the exported model differs from what is right"):
         export(masked, (*inputs, mask), tmp_path, False)
     assert not list(tmp_path.iterdir())
 
