@@ -2,8 +2,10 @@
 
     regions     parts of a graph whose reductions feed contractions
     subgraphs   a region as a graph of its own: its key, and where it may stand
-    decide      a region as a cascade, folded, lowered and tried: what is done with regions of its key
-    replace     the lowering in the region's place
+    folded      a region as a cascade, folded: where every road begins
+    decide      what is done with regions of a key: lowered and tried, for the backend
+    replace     the lowering in the region's place, in a graph of Dynamo's
+    programs    the same in a program, as its target says
     trial       what a lowering computes and how long it takes, beside what was written
     timings     what trials measured, kept on disk
     report      one entry a region
