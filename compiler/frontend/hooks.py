@@ -159,11 +159,17 @@ def hollow_parameters() -> Iterator[None]:
             param = nn.Parameter(empty, requires_grad=False)
         original(self, name, param)
 
+    convolution = nn.modules.conv._ConvNd
+    drawn = (
+        convolution.reset_parameters
+    )  # copies what it drew into the weight, which has no room for it
     nn.Module.register_parameter = register_hollow  # type: ignore[method-assign]
+    convolution.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+        convolution.reset_parameters = drawn  # type: ignore[method-assign]
 
 
 __all__ = ["hollow_parameters", "install", "register"]

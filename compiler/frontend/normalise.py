@@ -48,6 +48,15 @@ _CASTS_LIKE = {aten.to.other, aten.type_as.default}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _DROPOUTS = {aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default}
 
+#: Other names of one operator.
+_OTHER_NAMES = {
+    aten.concat.default: aten.cat.default,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
+}
+
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -71,8 +80,8 @@ def normalise_call(
         return _first(args)
     if len(args) > 1 and _NEUTRAL.get(target) == args[1] and _keeps_its_type(args) and not kwargs:
         return _first(args)
-    if target is aten.concat.default:
-        return aten.cat.default, args, kwargs
+    if target in _OTHER_NAMES:
+        return _OTHER_NAMES[target], args, kwargs
     if target in (aten.chunk.default, aten.split.Tensor):
         return _split(target, args)
     return target, args, kwargs

@@ -11,7 +11,8 @@ indices (`segment_reduce(unsafe)`, `_unsafe_index`), sees memory that it did not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ _PICKING = (
     "index_add index_copy index_fill.int_Scalar topk sort sort.stable argsort select_scatter "
     "slice_scatter"
 )
-_PRODUCTS = "mm bmm matmul addmm baddbmm mv dot linear outer"
+_PRODUCTS = "mm bmm matmul addmm baddbmm mv dot linear outer scaled_dot_product_attention"
 _MAKING = (
     "arange arange.start arange.start_step full full_like zeros zeros_like ones ones_like new_full "
     "new_zeros new_ones scalar_tensor eye sym_size.int"
@@ -80,6 +81,9 @@ ALLOWED = frozenset(
 #: Arguments that speak of places in memory; the IR has none.
 _PLACES = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "out", "generator"}
 
+#: The place of `dropout_p` among the arguments of attention.
+_DROPOUT = 4
+
 
 def is_allowed(target: object) -> bool:
     """Whether a graph text may call this operator."""
@@ -88,12 +92,15 @@ def is_allowed(target: object) -> bool:
     return any(target is function for function in BUILTINS.values())
 
 
-def check_call(target: object, keywords: Iterable[str]) -> None:
+def check_call(target: object, args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
     """Raises IRError for a call that a graph text may not hold."""
     if not is_allowed(target):
         raise IRError(f"{op_name(target)} is not among the operators that an artifact may call")
     for name in sorted(_PLACES & set(keywords)):
         raise IRError(f"{op_name(target)} is told of its {name!r}, and a graph has none")
+    dropout = [keywords.get("dropout_p", 0.0), *args[_DROPOUT : _DROPOUT + 1]]
+    if target is torch.ops.aten.scaled_dot_product_attention.default and any(dropout):
+        raise IRError(f"{op_name(target)} with dropout draws random numbers")
 
 
 def check_allowed(program: Program) -> None:

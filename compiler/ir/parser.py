@@ -134,7 +134,7 @@ class _Parser:
         args, kwargs = self._arguments(body)
         target = find_op(op)
         if not self.any_operator:
-            check_call(target, kwargs)
+            check_call(target, args, kwargs)
         node = self.editor.call(target, *args, name=left[1:], **kwargs)
         self._define(left[1:], node, kind)
 
