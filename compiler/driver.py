@@ -18,30 +18,46 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, RecipeError, UnsupportedError
 from .artifact import check_dump, check_output, file_entry, staged
 from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens
 from .codegen.target import Progress
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
+from .frontend.encoders import Encoder, capture_encoder, encoder_of, result_entries
 from .frontend.example import Example
 from .frontend.export import capture_language_model
-from .frontend.folders import check_folder, check_kind
+from .frontend.folders import check_kind, read_folder
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
-from .frontend.structure import parameter_count, structure
+from .frontend.structure import CAUSAL, parameter_count, structure
 from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
-from .ir.manifest import GRAPH, NAME, WEIGHTS, FileEntry, Manifest, ModelEntry
+from .ir.manifest import (
+    GRAPH,
+    NAME,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    ModelEntry,
+)
 from .ir.printer import print_program
 from .ir.program import Program
 from .ir.weights_file import write_weights
+from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
 from .passes.compare_original import CompareOriginal
-from .pipeline import PassManager, PassRecord, language_model_passes, module_passes, planning_passes
-from .recipe import Recipe
+from .pipeline import (
+    PassManager,
+    PassRecord,
+    encoder_passes,
+    language_model_passes,
+    module_passes,
+    planning_passes,
+)
+from .recipe import CacheSection, Recipe
 from .report import report_page
 
 #: Tokens of context for a model whose config names no limit.
@@ -96,8 +112,15 @@ class Input:
     """The module as it was given, with its adapters beside the weights."""
     adapter: Adapter | None = None
     """What is merged into the weights when they are loaded."""
+    encoder: Encoder | None = None
+    """How the model is built and called where it is an encoder; None for a causal language model."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how the model was read."""
+
+    def structure(self) -> Any:
+        """The module that is traced, see `frontend.structure`."""
+        auto = CAUSAL if self.encoder is None else self.encoder.auto
+        return structure(self.source, self.config, self.state, self.module, auto)
 
 
 class Check(Protocol):
@@ -116,9 +139,11 @@ def open_model(name: str | Path) -> Input:
     base = adapter.base if adapter is not None and not adapter.beside_base else name
     source = huggingface.find_model(base)
     config = huggingface.read_config(source)
-    notes = check_folder(source, config)
+    encoder, notes = read_folder(source, config)
     generation = tokens.read_generation_config(source)
-    return Input(source, config, generation=generation, adapter=adapter, notes=notes)
+    return Input(
+        source, config, generation=generation, adapter=adapter, encoder=encoder, notes=notes
+    )
 
 
 def wrap_model(model: Any, tokenizer: Any = None) -> Input:
@@ -126,7 +151,7 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ModelError(
-            f"{type(model).__name__} is no Hugging Face causal language model; "
+            f"{type(model).__name__} is no Hugging Face causal language model or encoder; "
             "use einfold.export_onnx with example inputs for other modules"
         )
     name = str(getattr(config, "name_or_path", "") or type(model).__name__)
@@ -144,7 +169,10 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     if any(tensor.is_meta for tensor in state.values()):
         raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
     huggingface.check_unquantized(source, config, state)
-    return Input(source, config, state, tokenizer, generation, model, given, notes=notes)
+    encoder = encoder_of(source, model)
+    return Input(
+        source, config, state, tokenizer, generation, model, given, encoder=encoder, notes=notes
+    )
 
 
 def state_of(model: Any) -> dict[str, Tensor]:
@@ -165,14 +193,8 @@ def trace(
     Works from the config alone when `model.state` is None, as `estimate` does.
     """
     tell = progress or (lambda text, share: None)
-    context = _context(model, recipe)
     tell("tracing the model", 0.0)
-    program = capture_language_model(model.source, model.config, context, model.state, model.module)
-    if model.state is not None:
-        program.statistics = _statistics(model, program, recipe, tell)
-    passes = language_model_passes(
-        recipe.weight_passes(), recipe.cache_passes(), _comparison(model, check)
-    )
+    program, passes = _captured(model, recipe, check, tell)
     manager = PassManager(
         passes,
         dump,
@@ -184,10 +206,42 @@ def trace(
     return program, records
 
 
+def _captured(
+    model: Input, recipe: Recipe, check: Check | None, tell: Progress
+) -> tuple[Program, list[Pass]]:
+    """The model as a program, and its pipeline."""
+    weights, compare = recipe.weight_passes(), _comparison(model, check)
+    if model.encoder is not None:
+        check_recipe(recipe, model.source.location)
+        program = capture_encoder(
+            model.source, model.config, model.encoder, recipe.context, model.state, model.module
+        )
+        return program, encoder_passes(weights, compare)
+    context = _context(model, recipe)
+    program = capture_language_model(model.source, model.config, context, model.state, model.module)
+    if model.state is not None:
+        program.statistics = _statistics(model, program, recipe, tell)
+    return program, language_model_passes(weights, recipe.cache_passes(), compare)
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises RecipeError for what a recipe asks of an encoder in vain, UnsupportedError for a target that
+    has none."""
+    chosen = recipe.cache.model_dump()
+    plain = CacheSection().model_dump()
+    asked = [f"cache.{key}" for key, value in chosen.items() if value != plain[key]]
+    if asked:
+        raise RecipeError(
+            f"{where} is an encoder, which keeps no KV cache, and {', '.join(asked)} is about one; leave it "
+            "out"
+        )
+    if reason := recipe.made_for.no_encoders():
+        raise UnsupportedError(f"{where} is an encoder: {reason}")
+
+
 def _check_layout(program: Program, recipe: Recipe) -> None:
     """Raises RecipeError where the target cannot run over the cache as it came to be planned."""
-    assert program.layout is not None
-    for layer, _, group in program.layout.groups():
+    for layer, _, group in () if program.layout is None else program.layout.groups():
         refused = {
             group.storage.name: recipe.made_for.refuses(group.storage),
             group.reader.name: recipe.made_for.cannot_read(group.reader),
@@ -243,16 +297,14 @@ def compile_to(
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress, check)
         check_allowed(program)  # what could not be loaded again is not written
-        read = program.statistics.read
+        read = [] if program.statistics is None else program.statistics.read
         if program.calibrations:
             with clock.phase("calibrate"):
                 tell("calibrating", 0.0)
                 read.append(_calibrate(model, program, recipe))
         calibrated = "; ".join(dict.fromkeys(read)) or calibrated
         program.statistics = None  # lets go of what was found
-        parameters = parameter_count(
-            structure(model.source, model.config, model.state, model.module)
-        )
+        parameters = parameter_count(model.structure())
         model.state = (
             None  # from here on only the program holds the weights, and lets go as they are written
         )
@@ -349,10 +401,25 @@ def _context(model: Input, recipe: Recipe) -> int:
 
 def _load(model: Input) -> None:
     if model.state is None:
-        model.state = huggingface.load_state(model.source, model.config)
+        if model.encoder is None:
+            model.state = huggingface.load_state(model.source, model.config)
+        else:
+            model.state = _encoder_state(model, model.encoder)
         if model.adapter is not None:
             model.state, said = model.adapter.merged(model.state)
             model.notes.append(said)
+
+
+def _encoder_state(model: Input, encoder: Encoder) -> dict[str, Tensor]:
+    """The weights of an encoder; its checkpoint may be of a model that does more."""
+    left_out: list[str] = []
+    state = huggingface.load_state(model.source, model.config, encoder.auto, left_out)
+    if left_out:
+        model.notes.append(
+            f"the checkpoint holds {len(left_out)} weights that {encoder.model_class.__name__} does not "
+            f"read, {left_out[0]} among them"
+        )
+    return state if encoder.head is None else state | encoder.head.state()
 
 
 def _comparison(model: Input, check: Check | None) -> list[CompareOriginal]:
@@ -402,7 +469,6 @@ def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
 def _manifest(
     model: Input, program: Program, recipe: Recipe, folder: Path, digest: str, parameters: int
 ) -> Manifest:
-    assert program.layout is not None
     files: dict[str, FileEntry] = {
         path.relative_to(folder).as_posix(): file_entry(
             path, digest if path.name == WEIGHTS else None
@@ -410,9 +476,12 @@ def _manifest(
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    entries = () if model.encoder is None else model.encoder.inputs(model.config)
+    layout = program.layout
     made_by = ["torch", "transformers", *recipe.made_for.generators]
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
+        kind="causal_lm" if model.encoder is None else "encoder",
         einfold=metadata.version("einfold"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=recipe.target,
@@ -429,9 +498,11 @@ def _manifest(
             pad_id=pad,
         ),
         recipe=recipe.model_dump(mode="json"),
-        cache=tuple(program.layout.lines()),
+        inputs=entries,
+        outputs=result_entries(program) if entries else (),
+        cache=() if layout is None else tuple(layout.lines()),
         weight_bytes=program.weights.nbytes,
-        cache_bytes=str(program.layout.account()),
+        cache_bytes="0" if layout is None else str(layout.account()),
         versions={name: _version(name) for name in made_by} | {"python": platform.python_version()},
         files=files,
     )

@@ -27,6 +27,7 @@ from .passes.fusion.select_logit_rows import SelectLogitRows
 from .passes.raising.raise_activations import RaiseActivations
 from .passes.raising.raise_linears import RaiseLinears
 from .passes.raising.raise_norms import RaiseNorms
+from .passes.raising.raise_patches import RaisePatches
 from .passes.raising.raise_rotary import RaiseRotary
 
 
@@ -85,6 +86,17 @@ def module_passes(target: str = "", attention: Maker | None = None) -> list[Pass
         FuseLinears(),
         FuseResidualNorms(),
         FuseAttention(target, attention),  # behind what is raised: no norm is then part of a region
+        Simplify(),
+    ]
+
+
+def encoder_passes(weights: Sequence[Pass] = (), compare: Sequence[Pass] = ()) -> list[Pass]:
+    """The pipeline of an encoder: that of a plain module, and then its weights."""
+    return [
+        RaisePatches(),  # first: the product that a convolution becomes is a linear as any other
+        *module_passes(),
+        *compare,  # before anything that may lose something: here the graph is the model
+        *weights,
         Simplify(),
     ]
 

@@ -27,6 +27,11 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def context_text(context: int) -> str:
+    """How long a text may be."""
+    return f"{context:,} tokens" if context else "none: it reads no text"
+
+
 def cache_bytes(layout: CacheLayout, context: int) -> str:
     """What a cache takes for one row of the whole context, after its prompt and while it is read."""
     steady, peak = layout.bytes(1, context), layout.peak_bytes(1, context, context)
@@ -49,6 +54,15 @@ def report_page(data: dict[str, Any]) -> str:
         *map(_pass, data["passes"]),
         "<h2>Check against the original and the reference</h2>",
         _pairs(data["check"] or {"check": "not run"}),
+        *(_cache(manifest) if manifest["cache"] else _call(manifest)),
+    ]
+    body = "\n".join(sections)
+    head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en>{head}{body}</html>\n"
+
+
+def _cache(manifest: dict[str, Any]) -> list[str]:
+    return [
         "<h2>KV cache</h2>",
         f"<p>Bytes for B rows of C tokens: <code>{escape(manifest['cache_bytes'])}</code></p>",
         f"<p>{escape(_cache_bytes(manifest))}</p>",
@@ -56,9 +70,23 @@ def report_page(data: dict[str, Any]) -> str:
         + escape("\n".join(manifest["cache"]))
         + "</pre></details>",
     ]
-    body = "\n".join(sections)
-    head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang=en>{head}{body}</html>\n"
+
+
+def _call(manifest: dict[str, Any]) -> list[str]:
+    """What an encoder takes and gives."""
+    kinds = {
+        part: {
+            entry["name"]: f"{entry['dtype']}[{', '.join(entry['shape'])}]"
+            for entry in manifest[part]
+        }
+        for part in ("inputs", "outputs")
+    }
+    return [
+        "<h2>Inputs: B rows of S tokens</h2>",
+        _pairs(kinds["inputs"]),
+        "<h2>Results</h2>",
+        _pairs(kinds["outputs"]),
+    ]
 
 
 def _cache_bytes(manifest: dict[str, Any]) -> str:
@@ -73,7 +101,7 @@ def _facts(manifest: dict[str, Any], tokenizer: str) -> str:
             "architecture": model["architecture"],
             "parameters": f"{model['parameters']:,}",
             "target": f"{manifest['target']} ({manifest['flavour']})",
-            "context": f"{model['context']:,} tokens",
+            "context": context_text(model["context"]),
             "weights": f"{manifest['recipe']['weights']['format']}, {human_bytes(manifest['weight_bytes'])}",
             "float32 would take": human_bytes(4 * model["parameters"]),
             "tokenizer": tokenizer,

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from .compiler.analysis.liveness import peak_activation_bytes
 from .compiler.codegen.target import Progress
 from .compiler.driver import (
+    Check,
     CompileReport,
     Input,
     compile_to,
@@ -62,8 +63,6 @@ def compile(
 
     Raises the errors of `einfold.errors`; `out` appears whole or not at all.
     """
-    from .evaluate.original import OriginalCheck
-
     chosen = resolve_recipe(
         recipe,
         weights=weights,
@@ -76,15 +75,27 @@ def compile(
         target=target,
         cubins=cubins,
     )
+    found = _input(model, tokenizer)
     return compile_to(
-        _input(model, tokenizer),
+        found,
         Path(out),
         chosen,
         force=force,
         dump=None if dump is None else Path(dump),
         progress=progress,
-        check=OriginalCheck() if check else None,
+        check=_check(found) if check else None,
     )
+
+
+def _check(model: Input) -> Check:
+    """What compares a model of its kind with the original."""
+    if model.encoder is not None:
+        from .evaluate.encoder_check import EncoderCheck
+
+        return EncoderCheck()
+    from .evaluate.original import OriginalCheck
+
+    return OriginalCheck()
 
 
 def resolve_recipe(
@@ -165,6 +176,7 @@ class Estimate:
     runtime packs of weights and keeps in its arena beside these, `process` what a process takes that runs
     any artifact of the target. `largest_context` is the longest run, prompt and answer, whose `resident`
     bytes fit the budget (None without one), up to the `context` that is compiled for; 0 where none does.
+    Of an encoder the cache is 0, and the activations are of `batch` texts of the whole context, or images.
     """
 
     weights: int
@@ -231,19 +243,26 @@ def estimate(
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
     program, _ = trace(found, chosen, progress=progress)
     layout, full, made_for = program.layout, program.model.context, chosen.made_for
-    assert layout is not None
 
     def parts(tokens: int) -> tuple[int, int, int]:
-        slots = layout.slot_dims(tokens, tokens)
-        steps = ({"B": 1, "S": min(chunk, tokens), "N": 1}, {"B": batch, "S": 1, "N": batch})
+        slots = {} if layout is None else layout.slot_dims(tokens, tokens)
+        steps = [{"B": 1, "S": min(chunk, tokens), "N": 1}, {"B": batch, "S": 1, "N": batch}]
+        if layout is None:
+            steps = [{"B": batch, "S": tokens}]
         activations = [
             peak_activation_bytes(program, step | slots, made_for.scratch) for step in steps
         ]
         most = max(activations)
-        return int(layout.peak_bytes(batch, tokens, tokens)), most, kept.runtime(most)
+        held = 0 if layout is None else int(layout.peak_bytes(batch, tokens, tokens))
+        return held, most, kept.runtime(most)
 
     weight_bytes, kept = program.weights.nbytes, made_for.held(program)
     largest = None
+    if budget is not None and not full:
+        raise RecipeError(
+            f"{found.source.location} reads no text, so there is no longest one that fits a budget; leave "
+            "the budget out"
+        )
     if budget is not None:
         low, high = 0, full
         while low < high:
@@ -254,13 +273,13 @@ def estimate(
     peak, activations, runtime = parts(full)
     return Estimate(
         weight_bytes,
-        int(layout.bytes(batch, full)),
+        0 if layout is None else int(layout.bytes(batch, full)),
         peak,
         activations,
         full,
         batch,
-        chunk,
-        str(layout.account()),
+        chunk if layout is not None else full,
+        "0" if layout is None else str(layout.account()),
         budget,
         largest,
         runtime,

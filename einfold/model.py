@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .compiler.codegen.target import TARGETS
+from .compiler.codegen.target import TARGETS, Target
+from .compiler.ir.manifest import ENCODER
+from .encoder import Encoder
 from .errors import ArtifactError, PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
+from .runtime.encoding import EncoderEngine
 from .runtime.engine import CHUNK, Engine, Generated, Timings
-from .runtime.runner import Floats, Runner
+from .runtime.runner import Floats
 from .runtime.sampling import Sampling
 from .runtime.tokenizer import Tokenizer, TokenStream
 
@@ -46,11 +50,7 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer; raises PromptError where it has none."""
         if self._tokenizer is None:
-            if not self.artifact.has("tokenizer.json"):
-                raise PromptError(
-                    f"{self.artifact.folder} holds no tokenizer; give token ids instead of text"
-                )
-            self._tokenizer = Tokenizer(self.artifact.folder, self.artifact.manifest.files.keys())
+            self._tokenizer = Tokenizer.of(self.artifact)
         return self._tokenizer
 
     @property
@@ -209,6 +209,15 @@ def _overlap(text: str, stops: list[str]) -> int:
     return 0
 
 
+def language_model(found: Any) -> Model:
+    """A loaded causal language model; raises RecipeError for an encoder."""
+    if isinstance(found, Model):
+        return found
+    raise RecipeError(
+        f"{found.artifact.folder} is an encoder, which writes no text; `einfold run` gives its results"
+    )
+
+
 def load(
     folder: str | Path,
     *,
@@ -217,8 +226,9 @@ def load(
     chunk: int = CHUNK,
     verify: bool = True,
     trust: bool = False,
-) -> Model:
-    """Loads an artifact.
+) -> Any:
+    """Loads an artifact. Gives a `Model`, which writes text, or where it is one of an encoder an `Encoder`,
+    which gives tensors.
 
     `engine` "onnx" runs it on onnxruntime, "triton" with kernels on a GPU, "reference" by the operators'
     meaning in torch; without one it is run by what it was compiled for. `threads` defaults to the
@@ -238,7 +248,10 @@ def load(
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(artifact.check_weights) if verify else None
         try:
-            runner = _runner(artifact, engine, threads, trust)
+            target = _target(artifact, engine)
+            if manifest.kind == ENCODER:
+                return Encoder(artifact, EncoderEngine(target.caller(artifact, threads), manifest))
+            runner = target.runner(artifact, threads, trust)
         finally:
             if checked is not None:
                 checked.result()  # damage explains best what the loader may have met
@@ -256,7 +269,8 @@ def load(
     )
 
 
-def _runner(artifact: Artifact, engine: str | None, threads: int | None, trust: bool) -> Runner:
+def _target(artifact: Artifact, engine: str | None) -> Target:
+    """What runs an artifact."""
     target = artifact.manifest.target
     if target not in TARGETS:
         raise ArtifactError(
@@ -269,4 +283,6 @@ def _runner(artifact: Artifact, engine: str | None, threads: int | None, trust: 
             f"{artifact.folder} was compiled for {target}, so engine {engine!r} cannot run it; leave the "
             f"engine out, or compile with --target {engine}"
         )
-    return chosen.runner(artifact, threads, trust)
+    if artifact.manifest.kind == ENCODER and (reason := chosen.no_encoders()):
+        raise ArtifactError(f"{artifact.folder} is an encoder: {reason}")
+    return chosen

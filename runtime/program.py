@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from safetensors import SafetensorError, safe_open
+from torch import fx
 
-from ..compiler.ir.manifest import GRAPH, WEIGHTS, Manifest
+from ..compiler.ir.manifest import ENCODER, GRAPH, WEIGHTS, Manifest
 from ..compiler.ir.parser import parse
 from ..compiler.ir.program import Program
 from ..compiler.ir.verifier import verify
@@ -44,20 +45,27 @@ def read_program(artifact: Artifact, device: str = "cpu") -> Program:
 
 
 def _check_model(program: Program, manifest: Manifest) -> None:
-    """The graph is of the model and the cache that the manifest speaks of; raises IRError where it is not."""
-    model = manifest.model
-    if program.layout != manifest.layout():
-        raise IRError("its cache is not the one that the manifest describes")
+    """The graph is of the model that the manifest speaks of; raises IRError where it is not."""
+    model, shapes = manifest.model, program.shapes
     if program.model.vocabulary != model.vocabulary:
         raise IRError(
             f"its vocabulary is {program.model.vocabulary}, and the manifest's {model.vocabulary}"
         )
-    results = dict(zip(program.output_names(), program.output.args[0], strict=True))  # type: ignore[arg-type]
-    shapes = program.shapes
-    found = shapes.describe(results["logits"].meta["val"]) if "logits" in results else "nothing"
-    if found != f"f32[N, {model.vocabulary}]":
-        raise IRError(f"its logits are {found}, not f32[N, {model.vocabulary}]")
+    values: list[fx.Node] = list(program.output.args[0])  # type: ignore[arg-type]
+    results = {
+        name: shapes.describe(value.meta["val"])
+        for name, value in zip(program.output_names(), values, strict=True)
+    }
     given = {str(node.target): shapes.describe(node.meta["val"]) for node in program.placeholders()}
+    if manifest.kind == ENCODER:
+        listed = [{e.name: str(e) for e in part} for part in (manifest.inputs, manifest.outputs)]
+        if program.layout is not None or [given, results] != listed:
+            raise IRError("it takes and gives other tensors than the manifest lists")
+        return
+    if program.layout != manifest.layout():
+        raise IRError("its cache is not the one that the manifest describes")
+    if (found := results.get("logits", "nothing")) != f"f32[N, {model.vocabulary}]":
+        raise IRError(f"its logits are {found}, not f32[N, {model.vocabulary}]")
     for name, kind in given.items():
-        if name in results and shapes.describe(results[name].meta["val"]) != kind:
+        if results.get(name, kind) != kind:
             raise IRError(f"it gives {name} another type than it takes it with, {kind}")

@@ -1,4 +1,4 @@
-"""What can run a compiled graph one step further over a cache."""
+"""What can run a compiled graph: one step further over a cache, or, where there is none, as a function."""
 
 from __future__ import annotations
 
@@ -51,3 +51,14 @@ class Runner(Protocol):
         Writes keys and values into the cache's buffers and leaves its counters as they are: the caller
         has made room, and knows how many of the S tokens are real. The result is valid until the next step.
         """
+
+
+class Caller(Protocol):
+    """Runs the graph of an encoder: from its inputs to its results, and nothing is kept."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that are held."""
+
+    def call(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All results by name, of all inputs by name, with the types that the manifest lists."""

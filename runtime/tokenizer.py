@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from ..compiler.ir.regular import read_regular
 from ..errors import ArtifactError, PromptError, first_line, pass_on
+from .artifact import Artifact
 from .templates import render
 from .tokenizer_check import check_tokenizer
 
@@ -51,6 +52,15 @@ class Tokenizer:
             self._fast.decode(self._fast.encode(_SAMPLE).ids)
         self._config = _read_json(folder / FILES[1], files.get(FILES[1], b"{}"))
         self._template = _chat_template(folder / FILES[2], files.get(FILES[2]), self._config)
+
+    @staticmethod
+    def of(artifact: Artifact) -> Tokenizer:
+        """The tokenizer of an artifact; raises PromptError where it has none."""
+        if not artifact.has(FILES[0]):
+            raise PromptError(
+                f"{artifact.folder} holds no tokenizer; give token ids instead of text"
+            )
+        return Tokenizer(artifact.folder, artifact.manifest.files.keys())
 
     @contextmanager
     def _library(self, what: str) -> Iterator[None]:

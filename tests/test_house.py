@@ -90,6 +90,7 @@ ALLOWED = {
         "evaluate",
         "api",
         "cli",
+        "encoder",
         "explaining",
         "model",
         "recipe_text",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from ...runtime.artifact import Artifact
-    from ...runtime.runner import Runner
+    from ...runtime.runner import Caller, Runner
     from ..ir.kv.read.reader import Reader
     from ..ir.kv.store.storage import Storage
     from ..ir.program import Program
@@ -77,6 +77,10 @@ class Target(BaseModel):
 
     def cannot_read(self, reader: Reader) -> str:
         """Why it cannot attend over what a reader chooses, in a sentence; "" where it can."""
+        return ""
+
+    def no_encoders(self) -> str:
+        """Why it cannot compile a model that keeps no cache, in a sentence; "" where it can."""
         return ""
 
     def weight_passes(self, scheme: Scheme | None) -> list[Pass]:
@@ -135,12 +139,17 @@ class Target(BaseModel):
         trust: bool = False,
         lean: bool = False,
     ) -> Runner:
-        """What runs an artifact. `threads` is the processors to use, all that there are without it; `trust`
-        lets it run code that the artifact brings; `lean` holds as little memory as can be, and may be slow.
+        """What runs a causal language model. `threads` is the processors to use, all that there are without
+        it; `trust` lets it run code that the artifact brings; `lean` holds as little memory as can be, and
+        may be slow.
 
         Raises ArtifactError for files that it cannot take, UnsupportedError where this machine lacks what
         runs them.
         """
+        raise NotImplementedError
+
+    def caller(self, artifact: Artifact, threads: int | None = None, lean: bool = False) -> Caller:
+        """What runs an encoder; options and errors are those of `runner`."""
         raise NotImplementedError
 
 

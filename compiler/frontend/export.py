@@ -91,10 +91,28 @@ def _capture(
         hidden=int(skeleton.get_input_embeddings().weight.shape[1]),
     )
 
+    return import_or_refuse(
+        source.location,
+        exported,
+        info,
+        lambda name: first_name.get(name.removeprefix("model."), name.removeprefix("model.")),
+        named_weights(source, skeleton, exported, state),
+        {"input_ids": ("B", "S"), "position_ids": ("B", "S")},
+        ["logits"],
+    )
+
+
+def named_weights(
+    source: ModelSource, skeleton: nn.Module, exported: Any, state: Mapping[str, Tensor] | None
+) -> WeightSource:
+    """The data of weights from `state`, else from the skeleton's buffers and the trace's own constants.
+
+    Without a state weights have shapes alone."""
+    buffers = dict(skeleton.named_buffers())
+
     def weight(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
         if state is not None and name in state:
             return Weight.of(state[name], dtype)
-        buffers = dict(skeleton.named_buffers())
         if name in buffers:  # computed when the model was built, such as rotary frequencies
             return Weight.of(buffers[name], dtype)
         # what the model reads and has not registered
@@ -102,18 +120,12 @@ def _capture(
         if isinstance(known, Tensor):
             return Weight.of(known, dtype)
         if state is not None:
-            raise ModelError(f"{source.location}: nothing gives the numbers of weight {name}")
+            raise ModelError(
+                f"{source.location}: nothing gives the numbers of weight {name}, which the model reads"
+            )
         return Weight.absent(shape, dtype, name)
 
-    return import_or_refuse(
-        source.location,
-        exported,
-        info,
-        lambda name: first_name.get(name.removeprefix("model."), name.removeprefix("model.")),
-        weight,
-        {"input_ids": ("B", "S"), "position_ids": ("B", "S")},
-        ["logits"],
-    )
+    return weight
 
 
 def _vocabulary(exported: Any, source: ModelSource) -> int:

@@ -9,7 +9,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...errors import UnsupportedError, pass_on
+from .encoders import Encoder, find_encoder
 from .huggingface import ModelSource
+from .sentence import MODULES, read_head
 
 _ENCODER_DECODERS = frozenset(
     name
@@ -32,17 +34,29 @@ def check_kind(source: ModelSource, config: Any, architectures: list[str]) -> No
         return
     raise UnsupportedError(
         f"{source.location}: {named or config.model_type} is an encoder-decoder, whose decoder reads what an "
-        "encoder made of another input through cross-attention; einfold compiles causal language models"
+        "encoder made of another input through cross-attention; einfold compiles causal language models and "
+        "encoders, and has no cache yet for the keys of cross-attention"
     )
 
 
-def check_folder(source: ModelSource, config: Any) -> list[str]:
-    """What is to be noted of a folder's config.json. Raises UnsupportedError where it is of another model."""
+def read_folder(source: ModelSource, config: Any) -> tuple[Encoder | None, list[str]]:
+    """(the encoder that a folder holds, None for a causal language model; what is to be noted of its
+    config.json). Raises UnsupportedError where it is of another model."""
     raw = _raw_config(source)
     found = raw.get("architectures")
     architectures = [str(name) for name in found] if isinstance(found, list) else []
     check_kind(source, config, architectures)
-    notes = _own_code(source, config, raw.get("auto_map"), architectures)
+    head = read_head(source.folder)
+    encoder = find_encoder(source, config, architectures, head)
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if encoder is not None:
+        stock = encoder.model_class.__name__
+    notes = _own_code(source, raw.get("auto_map"), architectures, stock)
+    if head is not None and encoder is None:
+        notes.append(
+            f"{MODULES} asks for one embedding of a text, and architectures in config.json for "
+            f"{', '.join(architectures)}: the language model is compiled, and {MODULES} not read"
+        )
     known = set(type(config)().to_dict()) | set(getattr(config, "attribute_map", {})) | _SAID
     unknown = sorted(set(raw) - known)
     if unknown:
@@ -50,7 +64,7 @@ def check_folder(source: ModelSource, config: Any) -> list[str]:
             f"config.json sets {', '.join(unknown)}, which transformers' {type(config).__name__} does not "
             "know and nothing reads"
         )
-    return notes
+    return encoder, notes
 
 
 def _raw_config(source: ModelSource) -> dict[str, Any]:
@@ -65,7 +79,7 @@ def _raw_config(source: ModelSource) -> dict[str, Any]:
 
 
 def _own_code(
-    source: ModelSource, config: Any, auto_map: Any, architectures: list[str]
+    source: ModelSource, auto_map: Any, architectures: list[str], stock: str | None
 ) -> list[str]:
     """A note where the folder brings code for a class that transformers has; refused where it has it not."""
     if not isinstance(auto_map, dict):
@@ -73,7 +87,6 @@ def _own_code(
     code = auto_map.get("AutoModelForCausalLM") or auto_map.get("AutoModel")
     if not isinstance(code, str):
         return []
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     own = code.rpartition(".")[2]
     named = [*architectures, own] if "AutoModelForCausalLM" in auto_map else architectures
     other = next((name for name in named if name != stock), None)

@@ -1,4 +1,4 @@
-"""Loading Hugging Face causal language models, with every way in which a folder can be bad told apart."""
+"""Loading Hugging Face models, with every way in which a folder can be bad told apart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import peft
@@ -176,9 +177,18 @@ def _check_safetensors(file: Path) -> None:
         )
 
 
-def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
+def load_state(
+    source: ModelSource,
+    config: Any,
+    auto: str = "AutoModelForCausalLM",
+    left_out: list[str] | None = None,
+) -> dict[str, Tensor]:
     """All parameters and persistent buffers by name, in the dtype in which they are stored; those that are
     tied are one tensor.
+
+    `auto` is the class of transformers that loads them. With a list `left_out` the model may be a part of
+    what the checkpoint is of: the list is told of weights that it does not read, and those that the
+    checkpoint lacks are left out.
 
     Loads through `from_pretrained`, so that checkpoint layouts that transformers converts (merged
     experts, renamed keys) come out right. Raises ModelError where a weight is missing or has another
@@ -188,7 +198,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
     quiet()
     try:
         with _without_adapters():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = getattr(transformers, auto).from_pretrained(
                 source.location,
                 config=config,
                 dtype="auto",
@@ -214,13 +224,15 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
             + (f" ({len(mismatched) - 1} more like it)" if len(mismatched) > 1 else "")
         )
     missing = sorted(info.get("missing_keys") or [])
-    if missing:
+    if missing and left_out is None:
         raise ModelError(
             f"{source.location}: the checkpoint lacks {len(missing)} weights that config.json asks for, "
             f"{missing[0]} among them"
         )
     unread = sorted(info.get("unexpected_keys") or [])
-    if unread:
+    if left_out is not None:
+        left_out += unread
+    elif unread:
         raise ModelError(
             f"{source.location}: the checkpoint holds {len(unread)} weights that {type(model).__name__} does "
             f"not read, {unread[0]} among them: it is of another model than config.json says"
@@ -231,7 +243,7 @@ def load_state(source: ModelSource, config: Any) -> dict[str, Tensor]:
         {name: persistent[name] for name, _ in model.named_buffers() if name in persistent}
     )
     check_unquantized(source, config, dict(model.named_parameters()))
-    return state
+    return {name: tensor for name, tensor in state.items() if name not in missing}
 
 
 def check_unquantized(source: ModelSource, config: Any, state: Mapping[str, Tensor]) -> None:

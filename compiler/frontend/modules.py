@@ -49,7 +49,7 @@ def capture_module(
     module: nn.Module,
     example: Example | tuple[Any, ...],
     dynamic_shapes: Any = None,
-    output_names: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Captured:
     """Any module as a program over its tensor inputs; weights are shared with the module, not copied.
 
@@ -92,7 +92,7 @@ def capture_module(
         lambda key: first_name.get(key, key),
         weight,
         shapes,
-        _output_names(exported, name, set(shapes), output_names),
+        output_names(exported, name, set(shapes), outputs),
         WIDENED,
     )
     _refuse_fixed(program, shapes, name)
@@ -130,7 +130,7 @@ def _refuse_fixed(program: Program, shapes: Mapping[str, tuple[int | str, ...]],
                 )
 
 
-def _output_names(
+def output_names(
     exported: Any, name: str, inputs: set[str], wanted: Sequence[str] | None
 ) -> list[str]:
     """A name for each tensor that the module gives: its keys where it gives a table, else its place."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .encoders import Encoder
 from .huggingface import ModelSource, quiet
 from .structure import structure
 
@@ -28,16 +29,38 @@ def original_logits(
     mask_BS: Tensor,
 ) -> Tensor:
     """Logits [B, S, V] of rows of tokens, of which `mask` tells the real ones from padding in front."""
-    quiet()
-    model = structure(source, config, state, module)
-    if str(model.config._attn_implementation).startswith(STAND_INS):
-        model.set_attn_implementation("eager")
     positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-    with _filled(model, state), torch.no_grad():
+    with _running(structure(source, config, state, module), state) as model:
         logits: Tensor = model(
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, use_cache=False
         ).logits
     return logits.float()
+
+
+def original_outputs(
+    source: ModelSource,
+    config: Any,
+    encoder: Encoder,
+    state: Mapping[str, Tensor],
+    module: Any,
+    inputs: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What an encoder gives for its `Encoder.inputs`, by name."""
+    with _running(structure(source, config, state, module, encoder.auto), state) as model:
+        found: dict[str, Tensor] = encoder.whole(model, state)(**inputs)
+    return {
+        name: value.float() if value.is_floating_point() else value for name, value in found.items()
+    }
+
+
+@contextmanager
+def _running(model: Any, state: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The model with its data, attention as it spells it itself."""
+    quiet()
+    if str(model.config._attn_implementation).startswith(STAND_INS):
+        model.set_attn_implementation("eager")
+    with _filled(model, state), torch.no_grad():
+        yield model
 
 
 @contextmanager

@@ -11,13 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
 from . import hooks
 from .huggingface import ModelSource, quiet
+
+#: The class of transformers that builds causal language models.
+CAUSAL = "AutoModelForCausalLM"
+_KINDS = {CAUSAL: "causal language model"}
 
 
 def structure(
@@ -25,15 +29,17 @@ def structure(
     config: Any,
     state: Mapping[str, Tensor] | None = None,
     module: Any = None,
+    auto: str = CAUSAL,
 ) -> Any:
-    """A module that computes what the model does; `state` holds the weights of one that is loaded.
+    """A module that computes what the model does; `state` holds the weights of one that is loaded, `auto` is
+    the class of transformers that builds it.
 
     Raises UnsupportedError for what cannot be built, and ModelError for a module that cannot be copied.
     """
     _check_rope(config, source)
     if module is not None:
         return _copy(module, source)
-    built = _build(config, source)
+    built = _build(config, source, auto)
     if state is not None:
         _tie_like(built, state)
     return built
@@ -78,12 +84,12 @@ def _hollow(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
 
 
-def _build(config: Any, source: ModelSource) -> Any:
+def _build(config: Any, source: ModelSource, auto: str) -> Any:
     quiet()
     config = copy.deepcopy(config)  # what is built writes to it
     try:
         with hooks.hollow_parameters(), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = getattr(transformers, auto).from_config(config, dtype=torch.float32)
             model.tie_weights()  # left out under no_init_weights; a tied head would be stored twice
     except Exception as error:
         pass_on(error)
@@ -95,7 +101,7 @@ def _build(config: Any, source: ModelSource) -> Any:
             ) from error
         raise UnsupportedError(
             f"{source.location}: architecture {getattr(config, 'model_type', '?')!r} "
-            f"is no causal language model that can be built: {first_line(error)}"
+            f"is no {_KINDS.get(auto, 'encoder')} that can be built: {first_line(error)}"
         ) from error
     return model.eval()
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import ArtifactError, IRError
 from .kv.layout import CacheLayout
 from .regular import read_regular
 
-#: Version of the folder's layout. A reader refuses what is newer than it knows.
-FORMAT = 1
+#: Version of the folder's layout. A reader refuses what is newer than it knows. 2 added encoders.
+FORMAT = 2
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GRAPH = "graph.eir"
@@ -38,6 +38,16 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
+#: The kind of a model that reads all of its input at once and gives tensors.
+ENCODER = "encoder"
+
+#: What an encoder of texts is given, [B, S] each: tokens, which of them are no padding, and of which kind.
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+#: Dims of a tensor, and tensors of a call, at most.
+_RANK, _TENSORS = 8, 64
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,12 +60,12 @@ class FileEntry(_Part):
 
 
 class ModelEntry(_Part):
-    """The model that was compiled."""
+    """The model that was compiled. Vocabulary and context are 0 where it reads no tokens."""
 
     source: str
     architecture: str
-    vocabulary: Annotated[int, Field(ge=1, lt=1 << 31)]
-    context: Annotated[int, Field(ge=1, lt=1 << 31)]
+    vocabulary: Annotated[int, Field(ge=0, lt=1 << 31)]
+    context: Annotated[int, Field(ge=0, lt=1 << 31)]
     hidden: Count
     parameters: Count
     eos_ids: tuple[int, ...] = ()
@@ -63,10 +73,41 @@ class ModelEntry(_Part):
     pad_id: int | None = None
 
 
+class TensorEntry(_Part):
+    """An input or a result of an encoder: its name, and its type as graphs print it, such as `i64[B, S]`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+    dtype: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{1,7}$")]
+    shape: Annotated[tuple[str, ...], Field(min_length=1, max_length=_RANK)]
+    """Sizes: numbers, B (rows), S (tokens), or what is computed of these."""
+    below: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    """Of whole numbers: how many there are, from 0 on. 0 where that is not bounded."""
+
+    @model_validator(mode="after")
+    def _by_rows(self) -> TensorEntry:
+        if self.shape[0] != "B" or any(len(size) > 200 for size in self.shape):
+            raise ValueError(f"{self.name} has no rows, or sizes that are none")
+        return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it is what a call can give: whole numbers for each token, or numbers of fixed sizes."""
+        if self.dtype == "i64":
+            return self.shape == ("B", "S")
+        sizes = self.shape[1:]
+        numbers = all(size.isdecimal() and len(size) < 10 for size in sizes)
+        return self.dtype == "f32" and numbers and not self.below and self.name not in TEXT_INPUTS
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(self.shape)}]"
+
+
 class Manifest(_Part):
     """Everything that the runtime must know before it opens the model."""
 
     format: int = FORMAT
+    kind: Literal["causal_lm", "encoder"] = "causal_lm"
+    """A causal language model writes text over a cache; an encoder reads all of its input at once."""
     einfold: str
     created: str
     target: Word
@@ -74,13 +115,29 @@ class Manifest(_Part):
     """Which operators the target's code is written in, such as onnxruntime's own, `ort`, or `torch`."""
     model: ModelEntry
     recipe: dict[str, Any]
+    inputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_TENSORS)] = ()
+    """Of an encoder: what a call gives."""
+    outputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_TENSORS)] = ()
+    """Of an encoder: what a call gets."""
     cache: tuple[str, ...]
-    """The cache layout, a line a head group."""
+    """The cache layout, a line a head group; none for an encoder."""
     weight_bytes: Count
     cache_bytes: str
     """The account: bytes as an expression in B (rows) and C (tokens of capacity), for people to read."""
     versions: dict[str, str]
     files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Manifest:
+        if self.kind == ENCODER:
+            whole = bool(self.inputs) and bool(self.outputs) and not self.cache
+            whole = whole and all(entry.is_given for entry in self.inputs)
+        else:
+            whole = not (self.inputs or self.outputs)
+            whole = whole and self.model.vocabulary > 0 and self.model.context > 0
+        if not whole:
+            raise ValueError(f"it is not what a model of the kind {self.kind} has")
+        return self
 
     def layout(self) -> CacheLayout:
         """The cache layout, read from its lines."""

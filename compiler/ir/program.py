@@ -106,10 +106,10 @@ class Program:
         return None
 
     def is_sequence_model(self) -> bool:
-        """Whether this is a language model, not a plain module, whose inputs may be called as they like."""
-        return self.model.vocabulary > 0 and any(
-            node.target == "input_ids" for node in self.placeholders()
-        )
+        """Whether this is a causal language model: an encoder is told of padding, and a plain module's inputs
+        may be called as they like."""
+        names = {node.target for node in self.placeholders()}
+        return self.model.vocabulary > 0 and "input_ids" in names and "attention_mask" not in names
 
 
 def own_windows(program: Program) -> dict[int, int]:

@@ -113,8 +113,9 @@ def compile_model(
     parameters = report.manifest.model.parameters
     out.print(
         f"{output}: {human_bytes(report.manifest.weight_bytes)} of weights "
-        f"({human_bytes(4 * parameters)} in float32), context {report.manifest.model.context:,}, "
-        f"{seconds:.1f} s, peak memory {human_bytes(report.peak_rss)}"
+        f"({human_bytes(4 * parameters)} in float32), "
+        + (f"context {context:,}, " if (context := report.manifest.model.context) else "")
+        + f"{seconds:.1f} s, peak memory {human_bytes(report.peak_rss)}"
     )
     for note in report.notes:
         err.print(note)
@@ -183,10 +184,13 @@ def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_j
         return
     table = Table(show_header=False, box=None)
     table.add_row("weights", human_bytes(found.weights))
-    table.add_row(f"KV cache, {found.batch} x {found.context:,} tokens", human_bytes(found.cache))
+    rows = f"{found.batch} x {found.context:,} tokens" if found.context else f"{found.batch} images"
+    if found.cache:
+        table.add_row(f"KV cache, {rows}", human_bytes(found.cache))
     if found.cache_peak != found.cache:
         table.add_row("  while a prompt as long is read", human_bytes(found.cache_peak))
-    table.add_row(f"activations, {found.chunk} tokens a step", human_bytes(found.activations))
+    step = f"{found.chunk} tokens a step" if found.cache else rows
+    table.add_row(f"activations, {step}", human_bytes(found.activations))
     if found.runtime:
         table.add_row("weights that the runtime packs, its arena", human_bytes(found.runtime))
     table.add_row("the process itself", human_bytes(found.process))

@@ -55,7 +55,7 @@ def eval_(
 ) -> None:
     """Measure perplexity, KL, top-1 agreement, pass-key recall and bytes against the original."""
     from ..evaluate.quality import evaluate
-    from ..model import load
+    from ..model import language_model, load
 
     loading: dict[str, Any] = {
         "engine": engine,
@@ -64,7 +64,9 @@ def eval_(
         "trust": trust,
     }
     with progress(json) as tell:
-        quality = evaluate(load(artifact, **loading), against, text, window, tell, prompt)
+        quality = evaluate(
+            language_model(load(artifact, **loading)), against, text, window, tell, prompt
+        )
     if json:
         print_json(quality.data())
         return

@@ -9,20 +9,33 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import PromptError, pass_on
+from ..errors import PromptError
 from .common import err, out, print_json
+from .encoding import is_encoder, run_encoder
 from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust
+from .prompts import parse_ids, read_prompt
 
 
 def run(
+    context: typer.Context,
     artifact: Artifact,
     prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="The prompt.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "-p",
+            "--prompt",
+            help="The prompt; for an encoder a text, and may be given again.",
+            show_default=False,
+        ),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            "-f", "--file", help="Read the prompt from a file; - is stdin.", show_default=False
+            "-f",
+            "--file",
+            help="Read the prompt from a file; - is stdin. For an encoder also arrays by the names of its "
+            "inputs, from a .npz, or the first of them from a .npy.",
+            show_default=False,
         ),
     ] = None,
     ids: Annotated[
@@ -71,10 +84,22 @@ def run(
     threads: Threads = None,
     chunk: Chunk = 512,
     verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the results of an encoder to this .npz instead of stdout.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt; the text streams to stdout."""
+    """Continue a prompt; the text streams to stdout. Of an encoder, print the results as JSON."""
+    given = {
+        parameter.opts[-1]: str(parameter.name)
+        for parameter in context.command.params
+        if getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    }
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -95,8 +120,16 @@ def run(
     }
     if chat and raw:
         raise PromptError("--chat and --raw exclude each other")
+    if is_encoder(artifact):
+        run_encoder(artifact, prompt or [], file, ids, output, given, loading, as_json=json)
+        return
+    if output is not None:
+        raise PromptError(f"--output is for the results of an encoder, and {artifact} writes text")
+    if prompt is not None and len(prompt) > 1:
+        raise PromptError(f"{artifact} continues one prompt at a time; give one -p")
     templated = False if raw else True if chat or system is not None else None
-    run_artifact(artifact, prompt, file, ids, templated, system, options, loading, json)
+    text = prompt[0] if prompt else None
+    run_artifact(artifact, text, file, ids, templated, system, options, loading, json)
 
 
 def run_artifact(
@@ -113,7 +146,7 @@ def run_artifact(
     """`chat` None: the chat template is used where the model has one."""
     from ..model import load
 
-    text = _read_prompt(prompt, file, ids)
+    text = read_prompt(prompt, file, ids)
     if chat and ids is not None:
         raise PromptError("--chat needs a prompt of text, not --ids")
     if system is not None and not chat:
@@ -124,7 +157,7 @@ def run_artifact(
     tokens: Any = text
     said = ""
     if ids is not None:
-        tokens = _parse_ids(ids)
+        tokens = parse_ids(ids)
     elif chat or (chat is None and model.has_chat_template):
         messages = [{"role": "system", "content": system}] if system else []
         tokens = model.chat([*messages, {"role": "user", "content": str(text)}])
@@ -170,25 +203,3 @@ def run_artifact(
 def _write_piece(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-def _read_prompt(prompt: str | None, file: Path | None, ids: str | None) -> str | None:
-    given = [value for value in (prompt, file, ids) if value is not None]
-    if len(given) != 1:
-        raise PromptError("give one prompt: -p TEXT, -f FILE (- is stdin), or --ids")
-    if file is None:
-        return prompt
-    try:
-        # Bytes, so that neither the locale's encoding nor its line ends change a prompt.
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        pass_on(error)
-        raise PromptError(f"cannot read the prompt {file}: {error}") from error
-
-
-def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise PromptError(f"--ids takes numbers, such as '1 15 27'; found {text!r}") from None

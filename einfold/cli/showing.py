@@ -55,7 +55,8 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             }
         )
         return
-    from ..compiler.report import cache_bytes, human_bytes, summary_lines
+    from ..compiler.ir.manifest import ENCODER
+    from ..compiler.report import context_text, human_bytes, summary_lines
 
     manifest, model = found.manifest, found.manifest.model
     table = Table(show_header=False, box=None)
@@ -71,13 +72,8 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             "weights",
             f"{_recipe(found, 'weights').get('format')}, {human_bytes(manifest.weight_bytes)}",
         ),
-        ("context", f"{model.context:,} tokens"),
-        (
-            "KV cache",
-            f"{_cache_methods(_recipe(found, 'cache'))}, "
-            f"{manifest.cache_bytes} bytes for B rows of C tokens",
-        ),
-        ("", cache_bytes(manifest.layout(), model.context)),
+        ("context", context_text(model.context)),
+        *(_call(manifest) if manifest.kind == ENCODER else _cache(found)),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, printable(value))
@@ -91,6 +87,25 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
                     f"    {note['action']} {note['where']}: {note['what']}",
                     style="dim",
                 )
+
+
+def _cache(artifact: Any) -> list[tuple[str, str]]:
+    from ..compiler.report import cache_bytes
+
+    manifest = artifact.manifest
+    methods = _cache_methods(_recipe(artifact, "cache"))
+    return [
+        ("KV cache", f"{methods}, {manifest.cache_bytes} bytes for B rows of C tokens"),
+        ("", cache_bytes(manifest.layout(), manifest.model.context)),
+    ]
+
+
+def _call(manifest: Any) -> list[tuple[str, str]]:
+    """What an encoder takes and gives."""
+    return [
+        *(("takes", f"{entry.name} {entry}") for entry in manifest.inputs),
+        *(("gives", f"{entry.name} {entry}") for entry in manifest.outputs),
+    ]
 
 
 def _text(artifact: Any, name: str) -> str:

@@ -212,9 +212,9 @@ class _Artifact:
     """Another artifact of the same model, such as the other ONNX flavour, in place of the original."""
 
     def __init__(self, folder: Path) -> None:
-        from .. import load
+        from ..model import language_model, load
 
-        self.model = load(folder)
+        self.model = language_model(load(folder))
         self.vocabulary = self.model.engine.vocabulary
 
     def log_probabilities(self, tokens: list[int]) -> Iterator[tuple[int, Tensor]]:

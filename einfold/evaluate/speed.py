@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PromptError
-from ..model import Model, load
+from ..model import Model, language_model, load
 
 Progress = Callable[[str, float], None]
 
@@ -44,7 +44,7 @@ def measure_speed(
     """Times an artifact. Decoding at a long context starts from a cache of random numbers, so that
     the time to fill it is not part of the wait; speed does not depend on what the numbers mean."""
     started = time.perf_counter()
-    model = load(artifact, threads=threads, chunk=chunk, trust=trust)
+    model = language_model(load(artifact, threads=threads, chunk=chunk, trust=trust))
     seconds = time.perf_counter() - started
     longest = max(prompt_tokens, *(context + new_tokens for context in contexts))
     if longest > model.engine.context:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import einfold
-from einfold.compiler.ir.manifest import Manifest, _encode, _hash
+from einfold.compiler.ir.manifest import FORMAT, Manifest, _encode, _hash
 from einfold.errors import ArtifactError
 from einfold.runtime.artifact import Artifact
 
@@ -93,8 +93,8 @@ def test_external_data_that_leaves_the_folder(copy: Path, tmp_path: Path) -> Non
 
 
 def test_a_newer_format(copy: Path) -> None:
-    rewrite(copy, lambda data: data.update(format=2, invention="unknown to this version"))
-    with pytest.raises(ArtifactError, match=r"format 2.*newer einfold"):
+    rewrite(copy, lambda data: data.update(format=FORMAT + 1, invention="unknown to this version"))
+    with pytest.raises(ArtifactError, match=rf"format {FORMAT + 1}.*newer einfold"):
         Artifact.open(copy)
 
 

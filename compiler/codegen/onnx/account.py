@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -41,6 +42,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     spelled out. With S = 1 over int8 it is charged attention in integers, whether or not C is such that steps
     go that way.
     """
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return _scores(program, node, dims)
     if node.target not in (
         einfold_ops.cached_attention.default,
         einfold_ops.shared_attention.default,
@@ -62,3 +65,11 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
         held = max(2 * keys, keys + 8 * heads, 13 * heads)
         return int(batch * slots * held * 9 // 8)
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))
+
+
+def _scores(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+    """Bytes of an encoder's attention: the scores and their softmax, which is spelled out (`sdpa.py`)."""
+    found = call_arguments(node)
+    query, key = (found[name].meta["val"] for name in ("query", "key"))
+    sizes = [program.shapes.evaluate(size, dims) for size in (*query.shape[:-1], key.shape[-2])]
+    return int(2 * query.dtype.itemsize * math.prod(sizes))

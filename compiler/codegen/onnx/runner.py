@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from ...ir.kv.layout import TOKENS
 from ...ir.manifest import BLOCKS, MODEL, WEIGHTS
 from .check import check_onnx
 
-#: How onnxruntime calls the types of a cache's buffers.
+#: How onnxruntime calls the types of a cache's buffers, and of what encoders take and give.
 _KINDS = {
     "f32": "tensor(float)",
+    "i64": "tensor(int64)",
+    "bool": "tensor(bool)",
     "f16": "tensor(float16)",
     "i8": "tensor(int8)",
     "u8": "tensor(uint8)",
@@ -50,6 +53,31 @@ class _Binding:
         )
 
 
+def open_session(artifact: Artifact, threads: int | None, prepack: bool) -> ort.InferenceSession:
+    """A session of the artifact's model, which is read and checked first."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors come as exceptions
+    # A plan, made in the first step of each shape, lays buffers side by side. Without they are used again
+    # while the processor's caches hold them, and attention in integers takes half the memory.
+    options.enable_mem_pattern = False
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    path = artifact.file(MODEL)
+    try:
+        check_onnx(artifact.read(MODEL), WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path} is not used: {error}") from error
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises several unrelated classes
+        pass_on(error)
+        raise ArtifactError(
+            f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}"
+        ) from error
+
+
 class OnnxRunner:
     """One onnxruntime session; a decode step binds nothing anew and copies no cache."""
 
@@ -57,29 +85,7 @@ class OnnxRunner:
         self, artifact: Artifact, threads: int | None = None, prepack: bool = True
     ) -> None:
         """Loads the model. Without `prepack` weights stay as in the file: slower, half the memory."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # errors come as exceptions
-        # A plan, made in the first step of each shape, lays buffers side by side. Without they are used again
-        # while the processor's caches hold them, and attention in integers takes half the memory.
-        options.enable_mem_pattern = False
-        if not prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        path = artifact.file(MODEL)
-        try:
-            check_onnx(artifact.read(MODEL), WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
-        except ArtifactError as error:
-            raise ArtifactError(f"{path} is not used: {error}") from error
-        try:
-            self.session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises several unrelated classes
-            pass_on(error)
-            raise ArtifactError(
-                f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}"
-            ) from error
+        self.session = open_session(artifact, threads, prepack)
         self._vocabulary = artifact.manifest.model.vocabulary
         self._weight_bytes = artifact.weight_bytes()
         self._binding: _Binding | None = None
@@ -138,26 +144,14 @@ class OnnxRunner:
                 raise ArtifactError(
                     f"{self._name}/{MODEL} asks for {node.name!r}, which nobody gives"
                 )
-            self._check_kind(node, *known[node.name])
-        self._check_kind(results.pop("logits"), "tensor(float)", (None, width))
+            check_kind(self._name, node, *known[node.name])
+        check_kind(self._name, results.pop("logits"), "tensor(float)", (None, width))
         for name, node in results.items():
             buffer = name.removeprefix("present.").partition("@")[0]
             if name.startswith("present.") and buffer in known:
-                self._check_kind(node, *known[buffer])
+                check_kind(self._name, node, *known[buffer])
             elif not name.startswith("query.") or len(node.shape) < 2:
                 raise ArtifactError(f"{self._name}/{MODEL} gives {name!r}, which nobody takes")
-
-    def _check_kind(self, node: Any, kind: str, sizes: tuple[int | None, ...]) -> None:
-        same = len(node.shape) == len(sizes) and all(
-            wanted is None or not isinstance(size, int) or size == wanted
-            for size, wanted in zip(node.shape, sizes, strict=True)
-        )
-        if node.type != kind or not same:
-            shown = [size if size is not None else "any" for size in sizes]
-            raise ArtifactError(
-                f"{self._name}/{MODEL} has {node.name!r} as {node.type}{node.shape}, where the manifest says "
-                f"{kind}{shown}"
-            )
 
     def _bind(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> _Binding:
         io = self.session.io_binding()
@@ -181,6 +175,57 @@ class OnnxRunner:
                 cached = name.removeprefix("present.").partition("@")[0]
                 _bind_array(io.bind_output, name, cache.buffers[cached])
         return _Binding(cache, io, inputs, outputs)
+
+
+class OnnxCaller:
+    """One onnxruntime session of an encoder."""
+
+    def __init__(
+        self, artifact: Artifact, threads: int | None = None, prepack: bool = True
+    ) -> None:
+        """Loads the model. Without `prepack` weights stay as in the file: slower, half the memory."""
+        self.session = open_session(artifact, threads, prepack)
+        self._weight_bytes = artifact.weight_bytes()
+        self._name = str(artifact.folder)
+        manifest = artifact.manifest
+        for entries, nodes in (
+            (manifest.inputs, self.session.get_inputs()),
+            (manifest.outputs, self.session.get_outputs()),
+        ):
+            known = {entry.name: entry for entry in entries}
+            if known.keys() != {node.name for node in nodes} or len(known) != len(nodes):
+                raise ArtifactError(
+                    f"{self._name}/{MODEL} takes or gives {sorted(node.name for node in nodes)}, and the "
+                    f"manifest lists {sorted(known)}"
+                )
+            for node in nodes:
+                entry = known[node.name]
+                sizes = tuple(int(size) if size.isdecimal() else None for size in entry.shape)
+                check_kind(self._name, node, _KINDS.get(entry.dtype, entry.dtype), sizes)
+        self._outputs = [entry.name for entry in manifest.outputs]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def call(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with running(self._name):
+            found = self.session.run(self._outputs, dict(inputs))
+        return dict(zip(self._outputs, found, strict=True))
+
+
+def check_kind(name: str, node: Any, kind: str, sizes: tuple[int | None, ...]) -> None:
+    """An input or a result is what the manifest says; raises ArtifactError else."""
+    same = len(node.shape) == len(sizes) and all(
+        wanted is None or not isinstance(size, int) or size == wanted
+        for size, wanted in zip(node.shape, sizes, strict=True)
+    )
+    if node.type != kind or not same:
+        shown = [size if size is not None else "any" for size in sizes]
+        raise ArtifactError(
+            f"{name}/{MODEL} has {node.name!r} as {node.type}{node.shape}, where the manifest says "
+            f"{kind}{shown}"
+        )
 
 
 def _bind_array(bind: Any, name: str, array: Any) -> None:

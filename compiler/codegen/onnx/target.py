@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from ....runtime.artifact import Artifact
-    from ....runtime.runner import Runner
+    from ....runtime.runner import Caller, Runner
     from ...ir.kv.read.reader import Reader
     from ...ir.kv.store.storage import Storage
     from ...ir.program import Program
@@ -131,3 +131,8 @@ class Onnx(Target):
         from .runner import OnnxRunner
 
         return OnnxRunner(artifact, threads, prepack=not lean)
+
+    def caller(self, artifact: Artifact, threads: int | None = None, lean: bool = False) -> Caller:
+        from .runner import OnnxCaller
+
+        return OnnxCaller(artifact, threads, prepack=not lean)

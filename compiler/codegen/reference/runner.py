@@ -44,3 +44,22 @@ class ReferenceRunner:
         logits: Floats = outputs.pop("logits")
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits
+
+
+class ReferenceCaller:
+    """An encoder's graph and weights, without the target."""
+
+    def __init__(self, artifact: Artifact, keep_weights: bool = True) -> None:
+        """Without `keep_weights` each weight is read when it is needed, and only one is held."""
+        self.interpreter = Interpreter(read_program(artifact), keep_weights)
+        self._weight_bytes = artifact.weight_bytes()
+        self._name = str(artifact.folder)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def call(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        given = {name: torch.tensor(array) for name, array in inputs.items()}
+        with running(self._name):
+            return {name: value.numpy() for name, value in self.interpreter.run(given).items()}

@@ -8,7 +8,7 @@ from ..target import TARGETS, Target
 
 if TYPE_CHECKING:
     from ....runtime.artifact import Artifact
-    from ....runtime.runner import Runner
+    from ....runtime.runner import Caller, Runner
 
 
 @TARGETS.register
@@ -31,3 +31,8 @@ class Reference(Target):
         from .runner import ReferenceRunner
 
         return ReferenceRunner(artifact, keep_weights=not lean)
+
+    def caller(self, artifact: Artifact, threads: int | None = None, lean: bool = False) -> Caller:
+        from .runner import ReferenceCaller
+
+        return ReferenceCaller(artifact, keep_weights=not lean)

@@ -33,6 +33,12 @@ class Triton(Target):
         reads = f"no kernel of the target triton reads what {reader.name} chooses"
         return "" if reader.whole else f"{reads}; compile for the target reference"
 
+    def no_encoders(self) -> str:
+        return (
+            "the target triton writes kernels for attention over a cache, and an encoder keeps none; compile "
+            "for the target onnx or reference"
+        )
+
     def write(
         self,
         program: Program,

@@ -1,0 +1,139 @@
+"""`run` of an encoder: texts or arrays in, the results as JSON or in a file."""
+
+from __future__ import annotations
+
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError, PromptError, pass_on
+from .common import err, print_json
+from .prompts import parse_ids, read_prompt
+
+if TYPE_CHECKING:
+    from ..encoder import Encoder
+
+#: Options of `run` that mean something for an encoder.
+_TAKES = {
+    "artifact",
+    "prompt",
+    "file",
+    "ids",
+    "output",
+    "engine",
+    "threads",
+    "verify",
+    "json",
+    "debug",
+}
+
+
+def is_encoder(artifact: Path) -> bool:
+    """Whether an artifact is one of an encoder; raises ArtifactError where it is none, or damaged."""
+    from ..compiler.ir.manifest import ENCODER, Manifest
+
+    return artifact.is_dir() and Manifest.read(artifact).kind == ENCODER
+
+
+def run_encoder(
+    artifact: Path,
+    texts: list[str],
+    file: Path | None,
+    ids: str | None,
+    output: Path | None,
+    given: Mapping[str, str],
+    loading: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """`given` are the options of the command line, with the names of what they set."""
+    strange = sorted(option for option, name in given.items() if name not in _TAKES)
+    if strange:
+        raise PromptError(
+            f"{artifact} is an encoder, which reads its input at once and writes no text: "
+            f"{', '.join(strange)} means nothing for it, leave it out"
+        )
+    if output is not None and output.suffix != ".npz":
+        raise OutputError(f"--output writes a .npz, and {output} is called otherwise")
+    from ..model import load
+
+    started = time.perf_counter()
+    model: Encoder = load(
+        artifact, **{key: loading[key] for key in ("engine", "threads", "verify")}
+    )
+    loaded = time.perf_counter()
+    inputs = _inputs(model, texts, file, ids)
+    results = model.run(inputs)
+    seconds = {"load_seconds": loaded - started, "run_seconds": time.perf_counter() - loaded}
+    if output is not None:
+        _write(output, results)
+    rows = [] if output is not None else _rows(model, inputs, results)
+    if output is None or as_json:
+        count = len(next(iter(inputs.values())))
+        shapes = {name: list(array.shape) for name, array in results.items()}
+        told = {"rows": rows} if output is None else {"output": str(output), "shapes": shapes}
+        print_json({**told, "count": count, "timings": seconds})
+    else:
+        for name, array in results.items():
+            err.print(f"{output}: {name} {list(array.shape)}", style="dim")
+
+
+def _inputs(model: Encoder, texts: list[str], file: Path | None, ids: str | None) -> dict[str, Any]:
+    """The model's inputs by name, from what was given."""
+    if texts and file is None and ids is None:
+        return dict(model.tokens(texts))
+    if file is not None and file.suffix in (".npz", ".npy") and not texts and ids is None:
+        return _arrays(model, file)
+    text = read_prompt(None if not texts else texts[0], file, ids)
+    return dict(model.tokens([parse_ids(ids) if ids is not None else str(text)]))
+
+
+def _arrays(model: Encoder, file: Path) -> dict[str, Any]:
+    """Arrays of a file; nothing in it is unpickled."""
+    import numpy as np
+
+    try:
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return {model.inputs[0].name: found}
+        with found:
+            return {name: found[name] for name in found.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        pass_on(error)
+        raise PromptError(f"cannot read arrays from {file}: {error}") from error
+
+
+def _rows(
+    model: Encoder, inputs: Mapping[str, Any], results: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The results of each row; of those with a row for each token, none for padding."""
+    mask = inputs.get("attention_mask")
+    by_token = {entry.name for entry in model.outputs if entry.shape[1:2] == ("S",)}
+    rows = []
+    for place in range(len(next(iter(results.values())))):
+        row: dict[str, Any] = {}
+        if mask is not None:
+            row["tokens"] = int((mask[place] > 0).sum())
+        for name, array in results.items():
+            value = array[place]
+            seen = mask is not None and name in by_token
+            row[name] = (value[mask[place] > 0] if seen and mask is not None else value).tolist()
+        rows.append(row)
+    return rows
+
+
+def _write(output: Path, results: Mapping[str, Any]) -> None:
+    """The whole file or none."""
+    import numpy as np
+
+    staging = output.with_name(f".{output.name}.einfold")
+    try:
+        with staging.open("wb") as stream:
+            np.savez(stream, **results)
+        os.replace(staging, output)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        pass_on(error)
+        raise OutputError(f"cannot write {output}: {error.strerror}") from error
