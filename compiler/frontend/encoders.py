@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers.models.auto import modeling_auto
 
 from ...errors import RecipeError, UnsupportedError
@@ -222,7 +222,7 @@ def capture_encoder(
     }
     given = {entry.name: _example(entry) for entry in entries}
     exported = export(whole, (), dims, source.location, given)
-    exported.graph.eliminate_dead_code()  # weights that nothing reads need not be there
+    _without_what_is_dead(exported.graph)
     first_name = tied_names(whole)
     shapes = {
         entry.name: tuple(int(size) if size.isdecimal() else size for size in entry.shape)
@@ -245,6 +245,14 @@ def capture_encoder(
     )
     _check_rows(program, source)
     return program
+
+
+def _without_what_is_dead(graph: fx.Graph) -> None:
+    """Weights that nothing reads need not be there. What torch asserts of sizes holds: they have their range."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _limit(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,7 +158,7 @@ def export(
 ) -> Any:
     """The exported program, its operators functional; UnsupportedError with torch's reason and its advice."""
     try:
-        with Later(), torch.no_grad():
+        with Later(), torch.no_grad(), _quiet():
             exported = torch.export.export(
                 module, inputs, dict(keywords or {}), dynamic_shapes=shapes, strict=False
             )
@@ -174,6 +177,19 @@ def export(
         return exported
     with Later():  # an empty table functionalizes in-place ops and decomposes nothing else
         return exported.run_decompositions({})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs and warns of while it traces: of its own code, or what the error says."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _reason(error: Exception) -> str:

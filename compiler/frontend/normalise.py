@@ -82,6 +82,12 @@ def normalise_call(
         return _first(args)
     if target in _OTHER_NAMES:
         return _OTHER_NAMES[target], args, kwargs
+    if target is aten.pad.default and (*args, "constant")[2] == "constant":
+        return (
+            aten.constant_pad_nd.default,
+            (*args[:2], *(v for v in args[3:] if v is not None)),
+            {},
+        )
     if target in (aten.chunk.default, aten.split.Tensor):
         return _split(target, args)
     return target, args, kwargs

@@ -49,7 +49,7 @@ _VIEWS = (
     "reshape view expand transpose.int permute t squeeze squeeze.dim squeeze.dims unsqueeze "
     "flatten.using_ints unflatten.int select.int slice.Tensor narrow split.Tensor split_with_sizes "
     "chunk unbind.int cat stack repeat_interleave.self_int flip roll tril triu diagonal movedim.int "
-    "clone contiguous _to_copy lift_fresh_copy constant_pad_nd repeat"
+    "clone contiguous _to_copy lift_fresh_copy constant_pad_nd repeat expand_as reshape_as"
 )
 _PICKING = (
     "embedding index.Tensor index_select gather scatter.src scatter.value scatter_add index_put "
@@ -109,5 +109,6 @@ def check_allowed(program: Program) -> None:
         if node.op == "call_function" and not is_allowed(node.target):
             raise UnsupportedError(
                 f"the model calls {op_name(node.target)} at %{node.name}, which is not among the "
-                "operators that an artifact may call (compiler/ir/allowed.py); einfold.export_onnx takes more"
+                "operators that an artifact may call (compiler/ir/allowed.py); einfold.export_onnx with example "
+                "inputs takes more"
             )

@@ -126,5 +126,8 @@ class Shapes:
         if not isinstance(size, torch.SymInt):
             return str(size)
         expression = size.node.expr
-        names = {symbol: self._names[str(symbol)] for symbol in expression.free_symbols}
+        known = self._names
+        if any(str(symbol) not in known for symbol in expression.free_symbols):
+            raise IRError(f"the size {expression} is known only once the data are")
+        names = {symbol: known[str(symbol)] for symbol in expression.free_symbols}
         return str(expression.xreplace({s: type(s)(n) for s, n in names.items()}))

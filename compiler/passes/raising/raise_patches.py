@@ -27,7 +27,7 @@ class RaisePatches(Pass):
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
-        for node in program.nodes(aten.conv2d.default):
+        for node in program.nodes(aten.conv2d.default, aten.conv2d.padding):
             reason = _overlaps(node)
             if reason:
                 result.skipped(f"%{node.name}", reason)
@@ -44,7 +44,8 @@ def _overlaps(node: fx.Node) -> str:
     """Why a convolution is no product over patches; "" where it is."""
     found = call_arguments(node)
     kernel, image = found["weight"].meta["val"].shape[2:], found["input"].meta["val"].shape
-    plain = not any(found["padding"]) and set(found["dilation"]) == {1} and found["groups"] == 1
+    bare = found["padding"] == "valid" or not any(found["padding"])
+    plain = bare and set(found["dilation"]) == {1} and found["groups"] == 1
     if not plain or list(_pair(found["stride"])) != list(kernel):
         return "its windows do not lie side by side"
     if len(image) != 4 or not all(isinstance(size, int) for size in image[1:]):
