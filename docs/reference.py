@@ -18,6 +18,7 @@ import einfold
 from einfold import errors
 from einfold.cli.app import app
 from einfold.compiler.recipe import Recipe
+from einfold.encoder import Encoder
 from einfold.model import Completion, Model
 from einfold.recipe_text import recipe_text
 
@@ -71,13 +72,14 @@ def api() -> str:
     functions = [
         getattr(einfold, name)
         for name in einfold.__all__
-        if name not in ("Model", "errors", "__version__")
+        if name not in ("Encoder", "Model", "errors", "__version__")
     ]
     parts += [_entry(f"einfold.{function.__name__}", function) for function in functions]
-    parts.append(_entry("einfold.Model", Model, signature=False))
-    for name, member in inspect.getmembers(Model):
-        if not name.startswith("_") and name in vars(Model):
-            parts.append(_member(name, member))
+    for kind in (Model, Encoder):
+        parts.append(_entry(f"einfold.{kind.__name__}", kind, signature=False))
+        for name, member in inspect.getmembers(kind):
+            if not name.startswith("_") and name in vars(kind):
+                parts.append(_member(f"{kind.__name__}.{name}", member))
     parts.append(_entry("Completion", Completion))
     parts.append("## einfold.errors\n")
     for error in _errors():
@@ -101,8 +103,8 @@ def _errors() -> Iterator[Any]:
 
 def _member(name: str, member: Any) -> str:
     if isinstance(member, property):
-        return f"### Model.{name}\n\n{inspect.getdoc(member)}\n"
-    return _entry(f"Model.{name}", member, "###")
+        return f"### {name}\n\n{inspect.getdoc(member)}\n"
+    return _entry(name, member, "###")
 
 
 def _entry(name: str, value: Any, heading: str = "##", signature: bool = True) -> str:

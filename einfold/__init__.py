@@ -16,6 +16,7 @@ from . import errors
 
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
+    from .encoder import Encoder
     from .explaining import explain
     from .huggingface_cache import cache_for
     from .model import Model, load
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Encoder",
     "Model",
     "__version__",
     "cache_for",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "cache_for": "huggingface_cache",
+    "Encoder": "encoder",
     "compile": "api",
     "estimate": "api",
     "explain": "explaining",

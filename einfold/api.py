@@ -50,12 +50,13 @@ def compile(
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompileReport:
-    """Compiles a causal language model into the artifact folder `out`.
+    """Compiles a causal language model or an encoder into the artifact folder `out`.
 
     `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
-    `tokenizer` too if the artifact is to take text). `recipe` sets every knob; the other options
-    override it. `prune`, `quant` and `share` choose methods for the KV cache (`einfold methods` lists
-    them) as `"METHOD:key=value,.."` or a table with the key `method`; "none" undoes the recipe's choice.
+    `tokenizer` too if the artifact is to take text). For an encoder options of the cache are refused.
+    `recipe` sets every knob; the other options override it. `prune`, `quant` and `share` choose methods
+    for the KV cache (`einfold methods` lists them) as `"METHOD:key=value,.."` or a table with the key
+    `method`; "none" undoes the recipe's choice.
     `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to compile Triton
     kernels for ahead of time. `check` runs the captured graph beside the model as transformers
     runs it, and the finished artifact beside both, on a few tokens, and refuses to keep one that disagrees.
@@ -313,7 +314,8 @@ def export_onnx(
     What was written is run by onnxruntime on the example inputs, and on inputs of other sizes where there
     are dynamic ones, and is not kept where it differs from the module; `check=False` leaves that out.
 
-    Without example inputs `model` is a causal language model and the folder is a whole artifact.
+    Without example inputs `model` is a causal language model or an encoder, as `compile` takes it, and the
+    folder is a whole artifact.
     """
     if example_inputs is None and example_kwargs is None:
         compile(model, out, weights=weights, portable=portable, force=force, check=check)

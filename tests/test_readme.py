@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import einfold
+from tests.encoders.common import save_embedder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,9 +33,11 @@ SETUP = ("make demo", "make test", "pip install")
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shipped model where the README has its own; its documents are cut to a few."""
+    """A folder with the shipped model where the README has its own, its documents cut to a few, and a tiny
+    random encoder."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "examples" / "tiny_llama", folder / "path" / "to" / "model")
+    save_embedder(folder / "path" / "to" / "encoder")
     text = folder / "path" / "to" / "model" / "eval.txt"
     text.write_text("\n\f\n".join(text.read_text().split("\n\f\n")[:2]))
     return folder
@@ -48,9 +52,10 @@ def test_every_line_of_a_shell_is_run_or_sets_up() -> None:
 def test_the_commands_in_their_order(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     said = [einfold(*shlex.split(command)[1:]) for command in COMMANDS]
-    estimate, compiled, ran, measured = said
+    estimate, compiled, ran, measured, encoder, embedded = said
     assert "largest context" in estimate and "model.einfold: " in compiled
     assert len(ran.strip()) > 20 and "KL to the original" in measured
+    assert "encoder.einfold: " in encoder and len(json.loads(embedded)["rows"]) == 2
 
 
 def _names(here: Path) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def test_the_snippets(
 ) -> None:
     monkeypatch.chdir(here)
     names = _names(here)
-    for name in ("model.einfold", "out"):
+    for name in ("model.einfold", "encoder.einfold", "out"):
         shutil.rmtree(name, ignore_errors=True)
     code = SNIPPETS[number]
     if "explain(function, *inputs)" in code:

@@ -248,7 +248,7 @@ def capture_encoder(
 
 
 def _without_what_is_dead(graph: fx.Graph) -> None:
-    """Weights that nothing reads need not be there. What torch asserts of sizes holds: they have their range."""
+    """Weights that nothing reads need not be there. What torch asserts of sizes holds: they are in range."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
             graph.erase_node(node)

@@ -175,7 +175,10 @@ def export(
     )
     if not mutating:
         return exported
-    with Later():  # an empty table functionalizes in-place ops and decomposes nothing else
+    with (
+        Later(),
+        _quiet(),
+    ):  # an empty table functionalizes in-place ops and decomposes nothing else
         return exported.run_decompositions({})
 
 

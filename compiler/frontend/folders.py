@@ -52,7 +52,9 @@ def read_folder(source: ModelSource, config: Any) -> tuple[Encoder | None, list[
     if encoder is not None:
         stock = encoder.model_class.__name__
     notes = _own_code(source, raw.get("auto_map"), architectures, stock)
-    if head is not None and encoder is None:
+    if encoder is not None:
+        notes += head.notes if head is not None else _of_hub(source)
+    elif head is not None:
         notes.append(
             f"{MODULES} asks for one embedding of a text, and architectures in config.json for "
             f"{', '.join(architectures)}: the language model is compiled, and {MODULES} not read"
@@ -65,6 +67,15 @@ def read_folder(source: ModelSource, config: Any) -> tuple[Encoder | None, list[
             "know and nothing reads"
         )
     return encoder, notes
+
+
+def _of_hub(source: ModelSource) -> list[str]:
+    if source.folder is not None or source.in_memory:
+        return []
+    return [
+        f"the model of {source.name} alone is compiled: the parts of an embedder of sentences, which "
+        f"{MODULES} lists, are read from a folder, not from the hub"
+    ]
 
 
 def _raw_config(source: ModelSource) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def capture_module(
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"example inputs are for a torch.nn.Module in memory, and {name} is none; "
-            "without them a folder or a hub id of a language model is exported"
+            "without them a folder or a hub id of a model is exported"
         )
     names = dim_names(module, example, dynamic_shapes)
     with inferring(module):

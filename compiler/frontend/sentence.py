@@ -76,6 +76,8 @@ class SentenceHead:
     """Dense layers, and "normalize"."""
     longest: int | None = None
     """Tokens that the folder cuts a text to."""
+    notes: tuple[str, ...] = ()
+    """What sentence-transformers would do to a text that einfold does not."""
 
     def build(self) -> nn.Module:
         """The parts as a module of (token embeddings [B, S, H], mask [B, S]) -> [B, D]; its weights are 0."""
@@ -167,9 +169,23 @@ def read_head(folder: Path | None) -> SentenceHead | None:
             )
     if not poolings:
         raise UnsupportedError(f"{folder / MODULES} lists no Pooling, so there is no embedding")
-    settings = folder / "sentence_bert_config.json"
-    longest = _table(settings).get("max_seq_length") if settings.is_file() else None
-    return SentenceHead(poolings, tuple(parts), longest if isinstance(longest, int) else None)
+    settings = _table_if_there(folder / "sentence_bert_config.json")
+    longest = settings.get("max_seq_length")
+    notes = []
+    if settings.get("do_lower_case"):
+        notes.append("texts are taken as they are, not in lower case as the folder asks for")
+    prompt = _table_if_there(folder / "config_sentence_transformers.json").get(
+        "default_prompt_name"
+    )
+    if prompt:
+        notes.append(f"texts are taken as they are, without the prompt {prompt!r} in front")
+    return SentenceHead(
+        poolings, tuple(parts), longest if isinstance(longest, int) else None, tuple(notes)
+    )
+
+
+def _table_if_there(path: Path) -> dict[str, Any]:
+    return _table(path) if path.is_file() else {}
 
 
 def _poolings(path: Path) -> tuple[str, ...]:

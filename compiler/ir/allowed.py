@@ -109,6 +109,6 @@ def check_allowed(program: Program) -> None:
         if node.op == "call_function" and not is_allowed(node.target):
             raise UnsupportedError(
                 f"the model calls {op_name(node.target)} at %{node.name}, which is not among the "
-                "operators that an artifact may call (compiler/ir/allowed.py); einfold.export_onnx with example "
-                "inputs takes more"
+                "operators that an artifact may call (compiler/ir/allowed.py); einfold.export_onnx with "
+                "example inputs takes more"
             )

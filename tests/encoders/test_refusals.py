@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import einfold
-from einfold.errors import ModelError, UnsupportedError
+from einfold.compiler.codegen.reference.runner import ReferenceCaller
+from einfold.compiler.driver import open_model
+from einfold.errors import EinfoldError, ModelError, UnsupportedError
+from einfold.evaluate import encoder_check
 
 from . import common
 
@@ -89,6 +93,54 @@ def test_parts_of_embedders_that_are_not_known(
     change(folder)
     with pytest.raises((ModelError, UnsupportedError), match=said):
         einfold.compile(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_would_be_done_to_a_text_is_noted(tmp_path: Path) -> None:
+    folder = common.save_embedder(tmp_path / "m")
+    _options({"do_lower_case": True}, "sentence_bert_config.json")(folder)
+    (folder / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query"}')
+    notes = open_model(folder).notes
+    assert ["lower case" in notes[0], "prompt 'query'" in notes[1]] == [True, True]
+
+
+def test_an_original_that_cannot_be_run_here_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact is then compared with its graph alone; one that is off is refused all the same."""
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(encoder_check, "original_outputs", fails)
+    folder = common.save("classifier", tmp_path / "m")
+    report = einfold.compile(folder, tmp_path / "out", target="reference")
+    (record,) = [record for record in report.passes if record.name == "compare_original"]
+    assert "cannot be run here: no such kernel" in record.notes[0].what
+    assert report.check["batches"] == 4 and "bound on that" not in report.check
+    call, count = ReferenceCaller.call, itertools.count()
+
+    def drifts(self: ReferenceCaller, given: Any) -> Any:
+        return {name: value + next(count) for name, value in call(self, given).items()}
+
+    monkeypatch.setattr(ReferenceCaller, "call", drifts)
+    with pytest.raises(EinfoldError, match="differs from its graph"):
+        einfold.compile(folder, tmp_path / "other", target="reference")
+
+
+def test_a_graph_that_is_not_the_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encoder_check.original_outputs
+
+    def other(*given: Any) -> Any:
+        return {name: 1.001 * value for name, value in whole(*given).items()}
+
+    monkeypatch.setattr(encoder_check, "original_outputs", other)
+    with pytest.raises(EinfoldError, match="what was captured is not the model"):
+        einfold.compile(
+            common.save("classifier", tmp_path / "m"), tmp_path / "out", target="reference"
+        )
     assert not (tmp_path / "out").exists()
 
 
