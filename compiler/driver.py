@@ -216,7 +216,9 @@ def _captured(
         program = capture_encoder(
             model.source, model.config, model.encoder, recipe.context, model.state, model.module
         )
-        return program, encoder_passes(weights, compare)
+        target = recipe.made_for
+        module = module_passes(target.name, target.attention())
+        return program, encoder_passes(module, weights, compare)
     context = _context(model, recipe)
     program = capture_language_model(model.source, model.config, context, model.state, model.module)
     if model.state is not None:

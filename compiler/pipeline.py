@@ -90,11 +90,13 @@ def module_passes(target: str = "", attention: Maker | None = None) -> list[Pass
     ]
 
 
-def encoder_passes(weights: Sequence[Pass] = (), compare: Sequence[Pass] = ()) -> list[Pass]:
-    """The pipeline of an encoder: that of a plain module, and then its weights."""
+def encoder_passes(
+    module: Sequence[Pass], weights: Sequence[Pass] = (), compare: Sequence[Pass] = ()
+) -> list[Pass]:
+    """The pipeline of an encoder: that of a plain module (`module_passes`), and then its weights."""
     return [
         RaisePatches(),  # first: the product that a convolution becomes is a linear as any other
-        *module_passes(),
+        *module,
         *compare,  # before anything that may lose something: here the graph is the model
         *weights,
         Simplify(),

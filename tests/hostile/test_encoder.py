@@ -90,12 +90,11 @@ def test_operators_are_those_of_the_list(base: Path, tmp_path: Path) -> None:
 
 
 def _with_dropout(text: str) -> str:
+    """The graph with torch's attention, which draws what it drops, in the place of einfold's."""
     lines = text.splitlines()
-    place = next(i for i, line in enumerate(lines) if "scaled_dot_product_attention" in line)
-    head, _, tail = lines[place].partition("scaled_dot_product_attention.default(")
-    names = tail.partition(")")[0].split(", ")[:3]
+    place = next(i for i, line in enumerate(lines) if "einfold.softmax_attention(" in line)
+    head, _, tail = lines[place].partition("einfold.softmax_attention(")
+    names = ", ".join(tail.partition(")")[0].split(", ")[:3])
     kind = tail.rpartition(") : ")[2]
-    lines[place] = (
-        f"{head}scaled_dot_product_attention.default({', '.join(names)}, none, 0.5) : {kind}"
-    )
+    lines[place] = f"{head}aten.scaled_dot_product_attention.default({names}, none, 0.5) : {kind}"
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,7 +43,7 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     spelled out. With S = 1 over int8 it is charged attention in integers, whether or not C is such that steps
     go that way.
     """
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+    if node.target in _OPERANDS:
         return _scores(program, node, dims)
     if node.target not in (
         einfold_ops.cached_attention.default,
@@ -67,9 +68,16 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))
 
 
+#: What queries and keys of attention without a cache are called.
+_OPERANDS: dict[Any, tuple[str, str]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: ("query", "key"),
+    einfold_ops.softmax_attention.default: ("q_BHSD", "k_BKTD"),
+}
+
+
 def _scores(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
-    """Bytes of an encoder's attention: the scores and their softmax, which is spelled out (`sdpa.py`)."""
+    """Bytes of an encoder's attention: the scores and their softmax, which may be spelled out."""
     found = call_arguments(node)
-    query, key = (found[name].meta["val"] for name in ("query", "key"))
+    query, key = (found[name].meta["val"] for name in _OPERANDS[node.target])
     sizes = [program.shapes.evaluate(size, dims) for size in (*query.shape[:-1], key.shape[-2])]
     return int(2 * query.dtype.itemsize * math.prod(sizes))
