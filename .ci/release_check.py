@@ -99,6 +99,11 @@ def faults_of_metadata(raw: bytes, version: str) -> list[str]:
         faults.append("metadata: there is no description in Markdown")
     if not found.license_expression or not found.license_files:
         faults.append("metadata: the license or its file is missing")
+    if not found.project_urls:
+        faults.append(
+            "metadata: no address says where the source and its issues are; give them in project.urls of "
+            "pyproject.toml once the project has a public place"
+        )
     return faults
 
 

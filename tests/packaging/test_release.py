@@ -21,6 +21,7 @@ Name: einfold
 Version: 1.2.0
 License-Expression: Apache-2.0
 License-File: LICENSE
+Project-URL: Source, https://example.invalid/einfold
 Description-Content-Type: text/markdown
 
 # einfold
@@ -60,6 +61,7 @@ def test_changelog(release: ModuleType, changelog: str, said: str) -> None:
         (b"1.2.0", b"1.3.0", "version"),
         (b"text/markdown", b"text/plain", "Markdown"),
         (b"License-File: LICENSE\n", b"", "license"),
+        (b"Project-URL: Source, https://example.invalid/einfold\n", b"", "project.urls"),
         (b"Apache-2.0", b"Apache 2, or so", "license-expression"),
         (b"Name: einfold\n", b"", "name"),
     ],
