@@ -194,7 +194,7 @@ def trace(
     """
     tell = progress or (lambda text, share: None)
     tell("tracing the model", 0.0)
-    program, passes = _captured(model, recipe, check, tell)
+    program, passes = captured(model, recipe, check, tell)
     manager = PassManager(
         passes,
         dump,
@@ -206,10 +206,13 @@ def trace(
     return program, records
 
 
-def _captured(
-    model: Input, recipe: Recipe, check: Check | None, tell: Progress
+def captured(
+    model: Input,
+    recipe: Recipe,
+    check: Check | None = None,
+    tell: Progress = lambda text, share: None,
 ) -> tuple[Program, list[Pass]]:
-    """The model as a program, and its pipeline."""
+    """The model as a program, and its pipeline; otherwise as `trace`."""
     weights, compare = recipe.weight_passes(), _comparison(model, check)
     if model.encoder is not None:
         check_recipe(recipe, model.source.location)
@@ -363,12 +366,12 @@ def export_module(
     """Exports any module to a folder with model.onnx, its weights and the graph's text."""
     check_output(out, force)
     recipe.made_for.check_installed()
-    captured = capture_module(module, example, dynamic_shapes, output_names)
-    program = captured.program
+    found = capture_module(module, example, dynamic_shapes, output_names)
+    program = found.program
     target = recipe.made_for
     PassManager(module_passes(target.name, target.attention())).run(program)
     if check is not None:
-        check.graph(captured)
+        check.graph(found)
     PassManager([*recipe.weight_passes(), Simplify()]).run(program)
     kept = {name: program.weights[name] for name in program.weights}  # writing lets go of them
     with staged(out, force) as folder:
@@ -377,7 +380,7 @@ def export_module(
         recipe.made_for.write(program, placements, folder, lambda text, share: None)
         if check is not None:
             program.weights.restore(kept)
-            check.files(folder, captured, recipe)
+            check.files(folder, found, recipe)
 
 
 class _Clock:

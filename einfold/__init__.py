@@ -17,7 +17,7 @@ from . import errors
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
     from .encoder import Encoder
-    from .explaining import explain
+    from .explaining import explain, explain_export
     from .huggingface_cache import cache_for
     from .model import Model, load
 
@@ -32,6 +32,7 @@ __all__ = [
     "errors",
     "estimate",
     "explain",
+    "explain_export",
     "export_onnx",
     "load",
 ]
@@ -42,6 +43,7 @@ _HOMES = {
     "compile": "api",
     "estimate": "api",
     "explain": "explaining",
+    "explain_export": "explaining",
     "export_onnx": "api",
     "Model": "model",
     "load": "model",

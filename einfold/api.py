@@ -76,7 +76,7 @@ def compile(
         target=target,
         cubins=cubins,
     )
-    found = _input(model, tokenizer)
+    found = open_input(model, tokenizer)
     return compile_to(
         found,
         Path(out),
@@ -160,7 +160,8 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
-def _input(model: str | Path | Any, tokenizer: Any = None) -> Input:
+def open_input(model: str | Path | Any, tokenizer: Any = None) -> Input:
+    """A model as compiles take it, from a folder, a hub id or memory."""
     if isinstance(model, (str, Path)):
         found = open_model(model)
         found.tokenizer = tokenizer

@@ -1,24 +1,32 @@
-"""`einfold.explain`: what becomes of a function's attention under the backend, and why not more."""
+"""`einfold.explain` and `explain_export`: what becomes of attention, under the backend or in ONNX, and why
+not more."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from .api import open_input, resolve_recipe
 from .backend import GraphReport, rewritten
 from .compiler.codegen.triton.dtypes import TYPES
 from .compiler.codegen.triton.generate import generate
+from .compiler.driver import captured
+from .compiler.frontend.example import Example
+from .compiler.frontend.modules import capture_module
 from .compiler.fuse.explain import CascadeReport, explain_function
 from .compiler.fuse.report import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
 from .compiler.ir.interrupts import tracing
+from .compiler.passes.fusion.fuse_attention import FuseAttention
+from .compiler.pipeline import PassManager, module_passes
 from .errors import UnsupportedError, first_line, pass_on
 
 
@@ -97,6 +105,43 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
     if not cascades:
         cascades = (_whole(target, inputs, options),)
     return Explanation(cascades, tuple(graphs))
+
+
+@tracing()
+def explain_export(
+    model: str | Path | Any,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    portable: bool = False,
+) -> Explanation:
+    """What `export_onnx` makes of the attention of a module or an encoder; the arguments are those.
+
+    Nothing is written, and of a folder no weight is read. `source` is what stands for a cascade in the graph.
+
+    Raises UnsupportedError for a causal language model, whose attention is not searched for: it comes through
+    transformers' interface, layer by layer, and is one operator over the cache.
+    """
+    recipe = resolve_recipe(None, portable=portable)
+    if example_inputs is None and example_kwargs is None:
+        found = open_input(model)
+        program, passes = captured(found, recipe)
+    else:
+        example = Example.of(() if example_inputs is None else example_inputs, example_kwargs)
+        if not isinstance(model, torch.nn.Module):
+            raise UnsupportedError(f"{model!r} is no module, which is what is exported to ONNX")
+        program = capture_module(model, example, dynamic_shapes).program
+        passes = module_passes(recipe.target, recipe.made_for.attention())
+    for at, step in enumerate(passes):
+        if isinstance(step, FuseAttention):
+            PassManager(passes[:at]).run(program)
+            return Explanation(tuple(step.entries(program)), ())
+    raise UnsupportedError(
+        f"{model} is a causal language model: its attention is not searched for, it comes through "
+        "transformers' interface and is one operator over the cache; compile it, and `einfold inspect` shows "
+        "each layer"
+    )
 
 
 @contextmanager

@@ -12,28 +12,61 @@ import typer
 
 from ..errors import ModelError, pass_on
 from .common import out, print_json
-from .options import Debug, Json
+from .options import Debug, Json, Portable
 
 
 def explain(
     function: Annotated[
         str,
         typer.Argument(
-            metavar="FILE.py::NAME",
+            metavar="FILE.py::NAME|FOLDER",
             help="A function or module of a Python file, which also gives its `example_inputs()`. "
-            "The file is run.",
+            "The file is run. Or the folder of an encoder.",
             show_default=False,
         ),
     ],
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx",
+            help="What an export to ONNX makes of a module, in place of torch.compile's backend; of a folder "
+            "it is always that.",
+        ),
+    ] = False,
+    portable: Portable = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show each attention of a function: passes before and after, what runs for it, or why it stays."""
-    explain_target(function, json)
+    """Show each attention of a function or model: passes before and after, what it becomes or why not."""
+    if Path(function).is_dir():
+        from ..explaining import explain_export
+
+        _print(explain_export(function, portable=portable), json)
+        return
+    target, inputs = _target(function)
+    if not (onnx or portable):
+        from ..explaining import explain
+
+        _print(explain(target, *inputs), json)
+        return
+    from torch import nn
+
+    from ..explaining import explain_export
+
+    if not isinstance(target, nn.Module):
+        raise ModelError(f"{function} is no module, which is what is exported to ONNX")
+    _print(explain_export(target, inputs, portable=portable), json)
 
 
-def explain_target(function: str, as_json: bool) -> None:
-    """Prints the report on FILE.py::NAME. Raises ModelError, saying what is missing."""
+def _print(report: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(report.data())
+    else:
+        out.print(str(report), markup=False)
+
+
+def _target(function: str) -> tuple[Any, tuple[Any, ...]]:
+    """FILE.py::NAME and the inputs to call it with. Raises ModelError, saying what is missing."""
     path, separator, name = function.rpartition("::")
     if not separator or not name:
         raise ModelError(f"{function!r} names no function; write it like attention.py::forward")
@@ -47,13 +80,7 @@ def explain_target(function: str, as_json: bool) -> None:
         raise ModelError(
             f"{path} has no function example_inputs(), which gives the inputs to call with"
         )
-    from ..explaining import explain
-
-    report = explain(target, *_tuple(inputs()))
-    if as_json:
-        print_json(report.data())
-    else:
-        out.print(str(report), markup=False)
+    return target, _tuple(inputs())
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...fuse.folded import Maker
 from ...fuse.programs import fuse_program
+from ...fuse.report import FusedCascade
 from ...ir.program import Program, remove_dead_nodes
 from ..base import Pass, PassResult
 
@@ -34,7 +35,7 @@ class FuseAttention(Pass):
         if self.make is None:
             result.skipped("all", f"the target {self.target} has no operator for attention")
             return result
-        for item in fuse_program(program, f"attention of the target {self.target}", self.make):
+        for item in self.entries(program):
             if item.status == "fused":
                 passes = f"{item.passes_before} -> {item.passes_after} passes over the keys"
                 result.applied(item.where, f"{passes}, {item.lowering}")
@@ -42,6 +43,12 @@ class FuseAttention(Pass):
                 result.skipped(item.where, item.reason)
         remove_dead_nodes(program)
         return result
+
+    def entries(self, program: Program) -> list[FusedCascade]:
+        """Fuses what the target has a lowering for; an entry a region, in order."""
+        if self.make is None:
+            return []
+        return fuse_program(program, f"attention of the target {self.target}", self.make)
 
     def options(self) -> dict[str, Any]:
         return {"target": self.target}
