@@ -173,6 +173,7 @@ def test_int4_weights(block: int, quality: Callable[..., Quality]) -> None:
     assert quality(format="int8").kl < quality(format="int4").kl
 
 
+@pytest.mark.slow
 def test_flavours_differ_by_the_int8_products_alone(
     compiled: Callable[..., Path], short_text: Path
 ) -> None:

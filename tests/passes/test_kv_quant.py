@@ -118,7 +118,9 @@ def test_texts(text_model: Path, tmp_path: Path) -> None:
         calibration_tokens(tokenizer, None, 1024, 7, 4096)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow), "mistral"]
+)
 def test_an_int8_cache_changes_little(
     name: str, model_folder: Callable[[str], Path], artifact: Callable[..., Path], tmp_path: Path
 ) -> None:
