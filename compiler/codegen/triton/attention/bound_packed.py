@@ -28,7 +28,8 @@ def attend_packed(
         query = call.turned_query().unflatten(2, (slots.kind.kv_heads, slots.kind.group))
         states = [over_slots(slots, query, call, parts)]
         if call.bulk[0].shape[2]:  # there are no granules while a prompt is read whole
-            states += [_over_stream(made, query, call, parts) for made in streams]
+            pieces = call.pieces()
+            states += [_over_stream(made, query, call.packed_B, pieces, parts) for made in streams]
         return merged(states).to(query.dtype).flatten(2, 3)
 
     return attend
@@ -51,14 +52,19 @@ def slot_inputs(query_BSKGD: Tensor, call: OverSlots) -> dict[str, Tensor]:
 
 
 def _over_stream(
-    made: AttentionKernel, query: Tensor, call: PackedAttention, parts: int | None
+    made: AttentionKernel,
+    query: Tensor,
+    packed_B: Tensor,
+    pieces: dict[str, Tensor],
+    parts: int | None,
 ) -> State:
-    kind, pieces = made.kind, call.pieces()
+    kind = made.kind
     assert isinstance(kind, PackedKind)
-    granules_B = call.packed_B // kind.form.granule
+    granules_B = packed_B // kind.form.granule
     given = {"query": query, "live": (granules_B * kind.tokens).to(torch.int32)}
     given |= {source.name: source.of(pieces[source.piece]) for source in kind.stream.sources}
-    return run(made, given, query, call.bulk[0].shape[2] * kind.tokens, parts)
+    length = next(iter(pieces.values())).shape[2] * kind.tokens
+    return run(made, given, query, length, parts)
 
 
 def run(
