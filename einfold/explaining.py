@@ -3,10 +3,7 @@ not more."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from .compiler.codegen.triton.dtypes import TYPES
 from .compiler.codegen.triton.generate import generate
 from .compiler.driver import captured
 from .compiler.frontend.example import Example
+from .compiler.frontend.export import quietly
 from .compiler.frontend.modules import capture_module
 from .compiler.fuse.explain import CascadeReport, explain_function
 from .compiler.fuse.report import AS_WRITTEN, FusedCascade
@@ -95,7 +93,7 @@ def explain(target: Callable[..., Any], *inputs: Any, **options: Any) -> Explana
     # Each call is a compilation of its own, however often the function was explained before.
     unlimited = torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
     try:
-        with torch.no_grad(), unlimited, _quiet():
+        with torch.no_grad(), unlimited, quietly():
             compiled(*inputs, **options)
     except Exception as error:
         pass_on(error)
@@ -144,25 +142,12 @@ def explain_export(
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch logs and warns of on the way: the error says it, or the report."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _cause(
     error: Exception, target: Callable[..., Any], inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> str:
     """What is wrong in a line: what the plain function says of these inputs, or else what torch says."""
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quietly():
             target(*inputs, **options)
     except Exception as plain:
         pass_on(plain)
@@ -179,7 +164,7 @@ def _whole(
         raise UnsupportedError(
             "no attention was found, and a function of tensors alone is needed to read it whole"
         )
-    with _quiet():
+    with quietly():
         report = explain_function(target, inputs)
     source = _kernels(report, inputs) if report.status == "fused" else ""
     return FusedCascade(

@@ -158,7 +158,7 @@ def export(
 ) -> Any:
     """The exported program, its operators functional; UnsupportedError with torch's reason and its advice."""
     try:
-        with Later(), torch.no_grad(), _quiet():
+        with Later(), torch.no_grad(), quietly(FutureWarning):
             exported = torch.export.export(
                 module, inputs, dict(keywords or {}), dynamic_shapes=shapes, strict=False
             )
@@ -175,21 +175,19 @@ def export(
     )
     if not mutating:
         return exported
-    with (
-        Later(),
-        _quiet(),
-    ):  # an empty table functionalizes in-place ops and decomposes nothing else
+    with Later(), quietly(FutureWarning):
+        # An empty table functionalizes operators in place and decomposes nothing else.
         return exported.run_decompositions({})
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch logs and warns of while it traces: of its own code, or what the error says."""
+def quietly(category: type[Warning] = Warning) -> Iterator[None]:
+    """Without what torch logs on the way, and its warnings of a category: an error says it, or a report."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", category)
             yield
     finally:
         logging.disable(before)
