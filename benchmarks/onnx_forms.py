@@ -36,8 +36,6 @@ from torch import Tensor, nn
 
 import einfold
 from einfold.compiler.codegen.onnx.target import Onnx
-from einfold.compiler.frontend.modules import capture_module
-from einfold.compiler.pipeline import PassManager, module_passes
 from einfold.errors import EinfoldError
 
 from .report import machine, table
@@ -75,17 +73,6 @@ class Row:
         return "slower" if self.ratio < low else "faster" if self.ratio > high else "as fast"
 
 
-class Form(nn.Module):
-    """A function of tensors as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Any:
-        return self.function(*tensors)
-
-
 def heads_behind_rows(kv_heads: int, causal: bool, x: Tensor) -> Tensor:
     """Attention over parts of one projection [B, S, (H + 2 K) D], turned to heads and back."""
     batch, rows, _ = x.shape
@@ -113,9 +100,11 @@ def catalogue() -> ModuleType:
     return module
 
 
-def cases() -> Iterator[tuple[str, Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]:
+def cases(
+    forms: Any,
+) -> Iterator[tuple[str, Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]:
     """(name, function, its inputs) of every form."""
-    for form in catalogue().FORMS:
+    for form in forms.FORMS:
         yield form.name, form.function, form.inputs
     for kv_heads, grouped in ((SIZES["H"], ""), (SIZES["K"], ", grouped")):
         for causal, masked in ((False, ""), (True, ", causal")):
@@ -130,13 +119,10 @@ def cases() -> Iterator[tuple[str, Callable[..., Any], Callable[[], tuple[Tensor
 
 def left_because(module: nn.Module, inputs: tuple[Tensor, ...], flavour: str) -> str | None:
     """Why nothing of a module is fused; None where something is."""
-    captured = capture_module(module, inputs)
-    target = Onnx(portable=flavour == "portable")
-    records = PassManager(module_passes("onnx", target.attention())).run(captured.program)
-    notes = next(record.notes for record in records if record.name == "fuse_attention")
-    if any(note.action == "applied" for note in notes):
+    report = einfold.explain_export(module, inputs, portable=flavour == "portable")
+    if any(item.status == "fused" for item in report.cascades):
         return None
-    return "; ".join(note.what for note in notes) or "no reduction feeds a product"
+    return "; ".join(item.reason for item in report.cascades) or "no reduction feeds a product"
 
 
 @contextmanager
@@ -200,12 +186,13 @@ def measured(
 
 
 def rows_of(wanted: list[str], threads: int, seconds: float) -> Iterator[Row]:
-    for name, function, make in cases():
+    forms = catalogue()
+    for name, function, make in cases(forms):
         if wanted and name not in wanted:
             continue
         torch.manual_seed(0)
-        inputs = tuple(x.float() if x.is_floating_point() else x for x in make())
-        module = Form(function).eval()
+        inputs = forms.in_float32(make())
+        module = forms.AsModule(function).eval()
         for flavour in FLAVOURS:
             try:
                 reason = left_because(module, inputs, flavour)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 B, H, K, S, T, D = 2, 4, 2, 5, 12, 8
@@ -35,6 +35,22 @@ class Form:
 
 
 FORMS: list[Form] = []
+
+
+class AsModule(nn.Module):
+    """A function of tensors as a module, which is what is exported."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
+def in_float32(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A form's inputs as models have them: real numbers in single precision."""
+    return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
 
 def form(

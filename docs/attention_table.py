@@ -14,14 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from einfold.compiler.codegen.onnx.target import Onnx
-from einfold.compiler.frontend.modules import capture_module
+from einfold import explain_export
 from einfold.compiler.fuse.explain import explain_function
 from einfold.compiler.ir.cascade.plan_text import print_plan
 from einfold.compiler.ir.cascade.printer import print_cascade
-from einfold.compiler.pipeline import PassManager, module_passes
 
 HERE = Path(__file__).parent
 TARGET = HERE / "attention.md"
@@ -67,29 +64,16 @@ def forms() -> ModuleType:
     return module
 
 
-class Form(nn.Module):
-    """A form as a module."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Any:
-        return self.function(*tensors)
-
-
-def on_onnx(form: Any, portable: bool) -> str:
+def on_onnx(catalogue: Any, form: Any, portable: bool) -> str:
     """What a form is in a flavour, in float32: "fused", or why it is as written."""
     torch.manual_seed(0)
-    inputs = tuple(x.float() if x.is_floating_point() else x for x in form.inputs())
-    program = capture_module(Form(form.function), inputs).program
-    passes = module_passes("onnx", Onnx(portable=portable).attention())
-    records = PassManager(passes).run(program)
-    notes = next(record.notes for record in records if record.name == "fuse_attention")
-    if any(note.action == "applied" for note in notes):
+    inputs = catalogue.in_float32(form.inputs())
+    report = explain_export(catalogue.AsModule(form.function), inputs, portable=portable)
+    if any(item.status == "fused" for item in report.cascades):
         return "fused"
     reasons = (
-        "; ".join(dict.fromkeys(note.what for note in notes)) or "no reduction feeds a product"
+        "; ".join(dict.fromkeys(item.reason for item in report.cascades))
+        or "no reduction feeds a product"
     )
     return f"as written: {reasons}".replace("|", "\\|")
 
@@ -100,7 +84,8 @@ def render() -> str:
     exported = ["| form | default flavour | portable |", "|---|---|---|"]
     example = ""
     with tempfile.TemporaryDirectory() as folder:
-        for form in forms().FORMS:
+        catalogue = forms()
+        for form in catalogue.FORMS:
             torch.manual_seed(0)
             report = explain_function(form.function, form.inputs(), Path(folder))
             reason = report.reason.replace("|", "\\|")
@@ -108,7 +93,7 @@ def render() -> str:
                 f"| {form.name} | {report.passes_before} | {report.passes_after} "
                 f"| {report.status} | {reason} |"
             )
-            default, portable = on_onnx(form, False), on_onnx(form, True)
+            default, portable = (on_onnx(catalogue, form, flavour) for flavour in (False, True))
             exported.append(
                 f"| {form.name} | {default} | {'the same' if portable == default else portable} |"
             )

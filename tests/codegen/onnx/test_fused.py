@@ -51,9 +51,8 @@ def catalogue_of(**sizes: int) -> Any:
 
 
 B, H, K, S, T, D = 2, 4, 2, 1, 13, 6
-FORMS: dict[str, Any] = {
-    form.name: form for form in catalogue_of(B=B, H=H, K=K, S=S, T=T, D=D).FORMS
-}
+CATALOGUE = catalogue_of(B=B, H=H, K=K, S=S, T=T, D=D)
+FORMS: dict[str, Any] = {form.name: form for form in CATALOGUE.FORMS}
 FLAVOURS = pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
 
 AS_FAST = "as fast as one operator"
@@ -102,19 +101,9 @@ LEFT_FOR_ORT = {
 }
 
 
-class Form(nn.Module):
-    """A function of tensors as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *tensors: Tensor) -> Any:
-        return self.function(*tensors)
-
-
 def inputs_of(form: Any) -> tuple[Tensor, ...]:
-    return tuple(x.float() if x.is_floating_point() else x for x in form.inputs())
+    found: tuple[Tensor, ...] = CATALOGUE.in_float32(form.inputs())
+    return found
 
 
 def export(
@@ -124,7 +113,9 @@ def export(
     portable: bool,
     **options: Any,
 ) -> Path:
-    return einfold.export_onnx(Form(function), out / "a", inputs, portable=portable, **options)
+    return einfold.export_onnx(
+        CATALOGUE.AsModule(function), out / "a", inputs, portable=portable, **options
+    )
 
 
 def operators(path: Path) -> Counter[str]:
@@ -152,10 +143,10 @@ def compare(path: Path, function: Callable[..., Any], inputs: tuple[Tensor, ...]
 
 
 def notes_of(
-    function: Callable[..., Any], inputs: tuple[Tensor, ...], portable: bool
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], portable: bool, sizes: Any = None
 ) -> list[Note]:
     """What the pass did to a function's regions and what it left, with the reasons."""
-    captured = capture_module(Form(function), inputs)
+    captured = capture_module(CATALOGUE.AsModule(function), inputs, sizes)
     target = Onnx(portable=portable)
     records = PassManager(module_passes("onnx", target.attention())).run(captured.program)
     return next(record.notes for record in records if record.name == "fuse_attention")
@@ -404,7 +395,5 @@ def test_a_sink_wants_a_head_size_that_is_known(tmp_path: Path) -> None:
     form = FORMS["softmax plus one"]
     inputs = inputs_of(form)
     sizes = (tuple(dict.fromkeys(range(4), Dim.AUTO) for _ in inputs),)
-    captured = capture_module(Form(form.function), inputs, sizes)
-    records = PassManager(module_passes("onnx", Onnx().attention())).run(captured.program)
-    (note,) = next(record.notes for record in records if record.name == "fuse_attention")
+    (note,) = notes_of(form.function, inputs, False, sizes)
     assert note.what == "a sink beside heads whose size is known only at run time"
