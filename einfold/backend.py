@@ -105,14 +105,26 @@ def rewritten(gm: fx.GraphModule, measure: str = "auto") -> tuple[fx.GraphModule
     if mode is None:
         skipped["fusion"] = "the graph has no tensor inputs"
         return gm, GraphReport(nodes, (), skipped)
-    if any(isinstance(v, torch.Tensor) and v.device.type != "cpu" for v in values):
-        skipped["fusion"] = "no lowering for this device yet; the graph goes to Inductor untouched"
+    why = _no_lowering(values)
+    if why:
+        skipped["fusion"] = f"{why}; the graph goes to Inductor untouched"
         return gm, GraphReport(nodes, (), skipped)
     traced = to_aten(gm, values, mode)
     cascades = tuple(fuse(traced, mode, measure))
     report = GraphReport(nodes, cascades, skipped)
     changed = any(item.status == "fused" and item.source for item in cascades)
     return (traced if changed else gm), report
+
+
+def _no_lowering(values: Sequence[Any]) -> str:
+    """Why there is no lowering on the device of these tensors, or "". One number may be on a CPU."""
+    from .compiler.codegen.triton.device import without_kernels
+
+    devices = {v.device for v in values if isinstance(v, torch.Tensor) and v.ndim}
+    if len(devices) > 1:
+        return f"its tensors are on several devices, {', '.join(sorted(map(str, devices)))}"
+    kinds = {device.type for device in devices} - {"cpu"}
+    return without_kernels(kinds.pop()) if kinds else ""
 
 
 def _needs_gradients(values: Sequence[Any]) -> bool:

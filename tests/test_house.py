@@ -39,6 +39,8 @@ ALLOWED = {
         "compiler.analysis",
         "compiler.frontend",
         "compiler.codegen.cpu",
+        "compiler.codegen.triton.device",
+        "compiler.codegen.triton.through",
     },
     "compiler.calibrate": {"errors", "compiler.ir", "compiler.calibrate"},
     "compiler.solve": {"errors", "compiler.ir", "compiler.solve"},
@@ -73,7 +75,12 @@ ALLOWED = {
         "compiler.codegen.cpu",
     },
     "compiler.codegen.reference": {"errors", "compiler.ir", "compiler.codegen.cpu"},
-    "compiler.codegen.triton": {"errors", "compiler.ir", "compiler.codegen.reference"},
+    "compiler.codegen.triton": {
+        "errors",
+        "compiler.ir",
+        "compiler.codegen.cpu.frame",
+        "compiler.codegen.reference",
+    },
     "compiler.codegen.triton.attention": {
         "errors",
         "compiler.ir",

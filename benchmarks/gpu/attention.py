@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.codegen.reference.plan import run_plan
+from einfold.compiler.codegen.triton.device import described
 from einfold.compiler.codegen.triton.dtypes import DTYPES, TYPES
 from einfold.compiler.codegen.triton.generate import generate
 from einfold.compiler.codegen.triton.kernel import Kernel
 from einfold.compiler.codegen.triton.launch import launch
 from einfold.compiler.codegen.triton.options import Options, Tiles
-from einfold.compiler.codegen.triton.runner import described
 from einfold.compiler.codegen.triton.tune import autotune
 from einfold.compiler.fuse.explain import CascadeReport, explain_function
 from einfold.compiler.ir.cascade.expr import Pos, Size, Virtual, walk

@@ -1,5 +1,6 @@
 """What a kernel is measured beside: SDPA's flash and cuDNN kernels, FlexAttention, Inductor.
 
+The backend of torch.compile stands among them: the same kernel in a graph, with what Inductor puts around it.
 Each peer computes the same attention from the same inputs. What a peer cannot express itself is put around
 it and counted: norms of queries and keys ahead (compiled by Inductor), sinks behind, by the log-sum-exp.
 """
@@ -34,11 +35,18 @@ def peers(
         made: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
         return made
 
+    device = inputs[0].device.type
     inductor = compiled(function_of(model, shape))
-    flex = compiled(flex_function(model, shape, inputs[0].device.type))
+    flex = compiled(flex_function(model, shape, device))
+    flash = compiled(flex_function(model, shape, device, "FLASH"))
+    fused = torch.compile(
+        function_of(model, shape), backend="einfold", dynamic=False, options={"measure": "never"}
+    )
     found: dict[str, Run] = {
+        "backend einfold": without_gradients(fused, inputs),
         "Inductor": lambda: inductor(*inputs),
         "FlexAttention": lambda: flex(*inputs),
+        "FlexAttention FLASH": lambda: flash(*inputs),
     }
     whole = model.window is None or model.window >= shape.keys
     if whole and model.softcap is None and not model.sinks:
@@ -49,6 +57,16 @@ def peers(
         ):
             found[name] = _sdpa(model, shape, inputs, backend, normed)
     return found
+
+
+def without_gradients(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Run:
+    """The call of what only infers."""
+
+    def run() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
 
 
 def _normed(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +92,13 @@ def _sdpa(
     return run
 
 
-def flex_function(model: Model, shape: Shape, device: str) -> Callable[..., Tensor]:
-    """A model's attention by FlexAttention; its mask's blocks are found here, ahead of the call."""
+def flex_function(
+    model: Model, shape: Shape, device: str, kernels: str = "AUTO"
+) -> Callable[..., Tensor]:
+    """A model's attention by FlexAttention; its mask's blocks are found here, ahead of the call.
+
+    `kernels` are FlexAttention's own ("AUTO"), or "FLASH" for FlashAttention 4's, where that is installed.
+    """
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     ahead = shape.keys - shape.queries
@@ -89,6 +112,8 @@ def flex_function(model: Model, shape: Shape, device: str) -> Callable[..., Tens
 
     blocks = create_block_mask(mask, None, None, shape.queries, shape.keys, device=device)
     options: dict[str, Any] = {"block_mask": blocks, "enable_gqa": True}
+    if kernels != "AUTO":
+        options["kernel_options"] = {"BACKEND": kernels}
     if model.softcap is not None:
         options["score_mod"] = score
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
 
 from ...errors import UnsupportedError, stop_on
-from ..codegen.cpu.frame import NotLoweredError
+from ..codegen.cpu.frame import NotLoweredError, Signature
 from ..codegen.cpu.one_tile import OneTile
 from ..codegen.cpu.sdpa import ThroughSdpa
+from ..codegen.triton.device import interpreting, without_kernels
+from ..codegen.triton.through import ThroughKernels
 from ..frontend.aten_kinds import REPEATS, WHOLE, name_of
 from ..frontend.cascade.imported import Imported
 from . import timings
@@ -19,15 +22,17 @@ from .folded import Folded, Function, Maker, folded, import_region, reads_of, si
 from .regions import Region
 from .report import AS_WRITTEN
 from .subgraphs import extract, key_of
-from .trial import Trial, agrees, hints_of, measured
+from .trial import Trial, agrees, hints_of, measured, runs_here
 
 #: A lowering is taken where it needs less than this share of the time of what was written.
 MARGIN = 0.97
-#: In the order of preference where nothing is measured.
+#: Of a plan on a CPU, in the order of preference where nothing is measured.
 LOWERINGS: dict[str, Maker] = {
     "sdpa": ThroughSdpa,
     "one tile": OneTile,
 }
+#: Generated Triton kernels, one a plan, where there are any.
+KERNEL = "kernel"
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,32 @@ def _size_class(region: Region) -> tuple[int, ...]:
 
 def _decision(region: Region, imported: Imported, measure: str) -> Decision:
     found = folded(imported)
-    if found.plan is None:
+    makers = _makers(found, device_of(region))
+    if not makers:
         return Decision(AS_WRITTEN, found.reason, found)
-    if _is_one_kernel(region):
+    if _is_one_kernel(region) and KERNEL not in makers:
         return Decision("sdpa", "", found)
-    return _choose(region, found, measure)
+    return _choose(region, found, makers, measure)
+
+
+def _makers(found: Folded, device: torch.device) -> dict[str, Callable[[Signature], Function]]:
+    """What may stand for a cascade on a device, in the order of preference.
+
+    Kernels take several passes too. Where there are any, torch's own are no lowering: those hide on a CPU.
+    """
+    makers: dict[str, Callable[[Signature], Function]] = {}
+    if found.folding is not None and not without_kernels(device.type):
+        makers[KERNEL] = partial(ThroughKernels, found.folding.plans)
+    if found.plan is not None and not (makers and interpreting()):
+        names = ("one tile",) if makers else LOWERINGS
+        makers |= {name: partial(LOWERINGS[name], found.plan) for name in names}
+    return makers
+
+
+def device_of(region: Region) -> torch.device:
+    """Where the region's result is."""
+    device: torch.device = region.anchor.meta["val"].device
+    return device
 
 
 def _is_one_kernel(region: Region) -> bool:
@@ -96,17 +122,22 @@ def _is_one_kernel(region: Region) -> bool:
     return bool(whole) and not any(name_of(node) in REPEATS for node in region.nodes)
 
 
-def _choose(region: Region, found: Folded, measure: str) -> Decision:
-    assert found.plan is not None
+def _choose(
+    region: Region,
+    found: Folded,
+    makers: Mapping[str, Callable[[Signature], Function]],
+    measure: str,
+) -> Decision:
     signature = signature_of(region, found.imported)
     reads = reads_of(region, found.imported)
     trial = Trial(fx.GraphModule({}, extract(region)), hints_of(region.inputs), reads)
     why: list[str] = []
     able: dict[str, Function] = {}
-    for name, make in LOWERINGS.items():
-        function = make(found.plan, signature)
+    device = device_of(region)
+    for name, make in makers.items():
+        function = make(signature)
         try:
-            wrong = agrees(trial, function)
+            wrong = agrees(trial, function) if runs_here(device) else ""
         except Exception as error:  # whatever it is, the region as written is right
             stop_on(error)
             wrong = failure(error)
@@ -116,7 +147,7 @@ def _choose(region: Region, found: Folded, measure: str) -> Decision:
             able[name] = function
     if not able:
         return Decision(AS_WRITTEN, "no lowering on this device; " + "; ".join(why), found)
-    if measure == "never":
+    if measure == "never" or not _is_worth_timing(device):
         return Decision("", "", found, tuple(able.items()), reads)
     seconds = _seconds(region, trial, able)
     faster = [name for name in able if seconds[name] < MARGIN * seconds[AS_WRITTEN]]
@@ -129,13 +160,18 @@ def _choose(region: Region, found: Folded, measure: str) -> Decision:
     return Decision("", "", found, functions, reads, seconds)
 
 
+def _is_worth_timing(device: torch.device) -> bool:
+    """Not in Triton's interpreter, nor where nothing runs."""
+    return runs_here(device) and not (device.type == "cpu" and interpreting())
+
+
 def _seconds(region: Region, trial: Trial, able: Mapping[str, Function]) -> dict[str, float]:
     """What is known of the region and its lowerings on this machine, or else is measured now."""
-    key = f"{_size_class(region)}\n{key_of(region)}"
-    seconds = timings.known(key)
+    key, device = f"{_size_class(region)}\n{key_of(region)}", device_of(region)
+    seconds = timings.known(key, device)
     if seconds.keys() != {AS_WRITTEN, *able}:
-        seconds = measured(trial, able)
-        timings.keep(key, seconds)
+        seconds = measured(trial, able, device)
+        timings.keep(key, device, seconds)
     return seconds
 
 

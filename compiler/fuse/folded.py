@@ -57,7 +57,7 @@ def import_region(graph: fx.Graph, region: Region) -> tuple[Region, Imported]:
         if not imported.opaque:
             return region, imported
         outside |= {node for node in region.nodes if node.name in imported.opaque}
-        smaller = region_at(region.anchor, places, outside)
+        smaller = region_at(region.anchor, places, outside, region.unreduced)
         if smaller is None:
             name, why = next(iter(imported.opaque.items()))
             raise UnsupportedError(f"{name}: {why}")

@@ -22,7 +22,7 @@ from ..ir.interrupts import Later
 from ..ir.program import Editor, Program
 from .decide import failure
 from .folded import Folded, Function, Maker, folded, import_region, reads_of, signature_of
-from .regions import Region, find_regions, region_of
+from .regions import Region, find_regions
 from .replace import differs
 from .report import AS_WRITTEN, FusedCascade, entry, source_of
 from .subgraphs import extract, place_of
@@ -39,8 +39,7 @@ def fuse_program(program: Program, lowering: str, make: Maker) -> list[FusedCasc
     entries: list[FusedCascade] = []
     for found in find_regions(program.graph):
         # A region that reads another's result reads what stands in its place by now.
-        region = region_of(found.nodes, found.anchor)
-        entries.append(_fuse(program, region, lowering, make))
+        entries.append(_fuse(program, found.again(), lowering, make))
     return entries
 
 

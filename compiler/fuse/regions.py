@@ -7,6 +7,9 @@
 A region is grown backwards from the last contraction to the contractions that it comes from, with the
 masks and biases that only it uses, and forwards over what follows point by point. Operators are told
 apart by what they do to dimensions; no sequence of them is looked for.
+
+Where it is asked for, scores that nothing reduces make a region too: sigmoid(q @ k) @ v. That is one pass
+as it is written, and gains where the scores are never in memory.
 """
 
 from __future__ import annotations
@@ -33,21 +36,34 @@ from ..frontend.aten_kinds import (
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a graph: its nodes in order, what it reads from outside, what outside reads of it."""
+    """A part of a graph: its nodes in order, what it reads from outside, what outside reads of it.
+
+    `unreduced` is what it was looked for with.
+    """
 
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     anchor: fx.Node
+    unreduced: bool = False
+
+    def again(self) -> Region:
+        """The region as the graph stands now: what it reads and what is read of it may have been replaced."""
+        return region_of(self.nodes, self.anchor, self.unreduced)
 
 
-def region_of(nodes: tuple[fx.Node, ...], anchor: fx.Node) -> Region:
+def region_of(nodes: tuple[fx.Node, ...], anchor: fx.Node, unreduced: bool = False) -> Region:
     """The region of these nodes, with what they read and what is read of them as the graph stands now."""
-    return Region(nodes, _inputs(nodes), _outputs(nodes), anchor)
+    return Region(nodes, _inputs(nodes), _outputs(nodes), anchor, unreduced)
 
 
-def find_regions(graph: fx.Graph, outside: frozenset[fx.Node] = frozenset()) -> list[Region]:
-    """The regions of a graph, none overlapping, in order. Nodes of `outside` are never part of one."""
+def find_regions(
+    graph: fx.Graph, outside: frozenset[fx.Node] = frozenset(), unreduced: bool = False
+) -> list[Region]:
+    """The regions of a graph, none overlapping, in order. Nodes of `outside` are never part of one.
+
+    With `unreduced`, scores that no reduction goes through make regions too.
+    """
     taken: set[fx.Node] = set(outside)
     found: list[Region] = []
     places = {node: at for at, node in enumerate(graph.nodes)}
@@ -55,7 +71,7 @@ def find_regions(graph: fx.Graph, outside: frozenset[fx.Node] = frozenset()) -> 
     for node in reversed(list(graph.nodes)):
         if node in taken or name_of(node) not in CONTRACTIONS | WHOLE:
             continue
-        region = region_at(node, places, taken)
+        region = region_at(node, places, taken, unreduced)
         if region is not None:
             found.append(region)
             taken |= set(region.nodes)
@@ -63,10 +79,16 @@ def find_regions(graph: fx.Graph, outside: frozenset[fx.Node] = frozenset()) -> 
 
 
 def region_at(
-    anchor: fx.Node, places: dict[fx.Node, int], outside: set[fx.Node] | frozenset[fx.Node]
+    anchor: fx.Node,
+    places: dict[fx.Node, int],
+    outside: set[fx.Node] | frozenset[fx.Node],
+    unreduced: bool = False,
 ) -> Region | None:
-    """The region whose last contraction is `anchor`; None where nothing reduced feeds it."""
-    grown = _Growth(set(outside))
+    """The region whose last contraction is `anchor`; None where nothing reduced feeds it.
+
+    With `unreduced`, scores may feed it as they are.
+    """
+    grown = _Growth(set(outside), unreduced)
     if name_of(anchor) in WHOLE:
         grown.region.add(anchor)
         grown.core.add(anchor)
@@ -78,14 +100,15 @@ def region_at(
     nodes = tuple(sorted(grown.region, key=places.__getitem__))
     if anchor not in grown.region:
         return None
-    return region_of(nodes, anchor)
+    return region_of(nodes, anchor, unreduced)
 
 
 class _Growth:
     """A region while it grows. `core` has what lies between the first contractions and the last."""
 
-    def __init__(self, outside: set[fx.Node]) -> None:
+    def __init__(self, outside: set[fx.Node], unreduced: bool) -> None:
         self.outside = outside
+        self.unreduced = unreduced
         self.region: set[fx.Node] = set()
         self.core: set[fx.Node] = set()
 
@@ -93,6 +116,8 @@ class _Growth:
         """Takes the anchor and, of its operands, those that a reduction of scores feeds."""
         self.region.add(anchor)
         fed = [arg for arg in anchor.all_input_nodes if self._is_reduced_scores(arg)]
+        if not fed and self.unreduced and _is_batched(anchor):
+            fed = [arg for arg in anchor.all_input_nodes if self._is_plain_scores(arg)]
         if not fed:
             return False
         for arg in fed:
@@ -131,6 +156,17 @@ class _Growth:
                 now = reduced or name_of(at) in REDUCTIONS
                 work += [(arg, now) for arg in at.all_input_nodes]
         return False
+
+    def _is_plain_scores(self, node: fx.Node) -> bool:
+        """Whether this value is computed point by point from one contraction along a batch.
+
+        A layer with weights, whose features are no scores, has no batch: its weights are a matrix.
+        """
+        between = _reach([node], lambda n: n.all_input_nodes, self._is_inside)
+        made = {arg for each in between for arg in each.all_input_nodes}
+        starts = [n for n in made if name_of(n) in CONTRACTIONS and n not in self.outside]
+        kinds = {name_of(each) for each in between}
+        return len(starts) == 1 and _is_batched(starts[0]) and bool(kinds & POINTWISE)
 
     def _scores(self, node: fx.Node) -> None:
         work = [node]
@@ -248,6 +284,12 @@ def _reach(
             found.add(at)
             work += step(at)
     return found
+
+
+def _is_batched(node: fx.Node) -> bool:
+    """Whether both operands of a contraction have dimensions beside those of matrices."""
+    values = [arg.meta.get("val") for arg in node.all_input_nodes]
+    return all(isinstance(value, torch.Tensor) and value.ndim > 2 for value in values)
 
 
 def _is_used(node: fx.Node, region: set[fx.Node]) -> bool:

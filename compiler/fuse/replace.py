@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import stop_on
+from ..codegen.triton.device import without_kernels
 from ..frontend.dynamo import trace_function
 from ..ir.interrupts import Later
 from .decide import Decision, decide, failure
-from .regions import Region, find_regions, region_of
+from .regions import Region, find_regions
 from .report import AS_WRITTEN, FusedCascade, entry, source_of
 from .subgraphs import Place, extract, place_of
 
@@ -26,13 +27,20 @@ from .subgraphs import Place, extract, place_of
 def fuse(gm: fx.GraphModule, mode: FakeTensorMode, measure: str = "auto") -> list[FusedCascade]:
     """Replaces the regions of a graph in place; the report has one entry a region, in order."""
     entries: list[FusedCascade] = []
-    for found in find_regions(gm.graph):
+    for found in find_regions(gm.graph, unreduced=_has_kernels(gm.graph)):
         # A region that reads another's result reads what stands in its place by now.
-        region, decision = decide(gm.graph, region_of(found.nodes, found.anchor), measure)
+        region, decision = decide(gm.graph, found.again(), measure)
         entries.append(_replace(gm, region, decision, mode))
     gm.graph.lint()
     gm.recompile()
     return entries
+
+
+def _has_kernels(graph: fx.Graph) -> bool:
+    """Whether scores can stay out of memory, so that those that nothing reduces gain too."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    kinds = {value.device.type for value in values if isinstance(value, Tensor) and value.ndim}
+    return len(kinds) == 1 and not without_kernels(kinds.pop())
 
 
 def _replace(

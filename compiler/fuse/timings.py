@@ -1,8 +1,8 @@
 """What was measured of a region and its lowerings, kept on disk beside the plans.
 
 A measurement holds for the region's text, the class of its sizes, the version of torch and the machine:
-the processor and the number of threads. A file is named by the hash of all of these, has them as text too,
-and is read as numbers by name; nothing in it is evaluated.
+the processor and the number of threads, or the GPU. A file is named by the hash of all of these, has them as
+text too, and is read as numbers by name; nothing in it is evaluated.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..ir.kept import cache_home, read_json, write_json
 VERSION = 3
 
 
-def known(key: str) -> dict[str, float]:
+def known(key: str, device: torch.device) -> dict[str, float]:
     """Seconds a call by lowering; empty where nothing was measured."""
-    text = _text(key)
+    text = _text(key, device)
     data = read_json(_path(text)) or {}
     seconds = data.get("seconds")
     if data.get("key") != text or not isinstance(seconds, dict):
@@ -32,9 +32,9 @@ def known(key: str) -> dict[str, float]:
     return seconds if right else {}
 
 
-def keep(key: str, seconds: dict[str, float]) -> None:
+def keep(key: str, device: torch.device, seconds: dict[str, float]) -> None:
     """Remembers a measurement, where the cache's folder can be written."""
-    text = _text(key)
+    text = _text(key, device)
     write_json(_path(text), {"key": text, "seconds": seconds})
 
 
@@ -43,9 +43,11 @@ def _path(text: str) -> Path:
     return cache_home() / "choices" / f"{name}.json"
 
 
-def _text(key: str) -> str:
-    threads = torch.get_num_threads()
-    return f"{VERSION}\ntorch {torch.__version__}\n{_processor()}, {threads} threads\n{key}"
+def _text(key: str, device: torch.device) -> str:
+    machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    return f"{VERSION}\ntorch {torch.__version__}\n{machine}\n{key}"
 
 
 @lru_cache(maxsize=1)

@@ -45,6 +45,7 @@ def _like(value: Any, random: torch.Generator) -> Any:
         return value.node.hint
     if not isinstance(value, torch.Tensor):
         return value
+    device = value.device if runs_here(value.device) else torch.device("cpu")
     shape, stride = [_hint(s) for s in value.shape], [_hint(s) for s in value.stride()]
     reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True) if size)
     if value.dtype == torch.bool:
@@ -53,7 +54,12 @@ def _like(value: Any, random: torch.Generator) -> Any:
         flat = torch.randn(reach, generator=random, dtype=torch.float32).to(value.dtype)
     else:
         flat = torch.randint(0, 8, (reach,), generator=random).to(value.dtype)
-    return flat.as_strided(shape, stride)
+    return flat.to(device).as_strided(shape, stride)
+
+
+def runs_here(device: torch.device) -> bool:
+    """Whether this machine computes on such a device."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
 
 
 def _hint(size: Any) -> int:
@@ -79,7 +85,9 @@ def agrees(trial: Trial, function: Function) -> str:
     return ""
 
 
-def measured(trial: Trial, lowerings: Mapping[str, Function]) -> dict[str, float]:
+def measured(
+    trial: Trial, lowerings: Mapping[str, Function], device: torch.device
+) -> dict[str, float]:
     """Seconds a call of the region as written and of each lowering, compiled and run in turn.
 
     The least of each: what else the machine does only ever adds.
@@ -87,8 +95,7 @@ def measured(trial: Trial, lowerings: Mapping[str, Function]) -> dict[str, float
     used = [trial.inputs[at] for at in trial.reads]
     runs = {AS_WRITTEN: _compiled(trial.module, trial.inputs)}
     runs |= {name: _compiled(function, used) for name, function in lowerings.items()}
-    # What one thread runs is timed by the processor, which counts nothing of what else the machine does.
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    timed = _timed_on_gpu if device.type == "cuda" else _timed
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + SECONDS
     with torch.no_grad():
@@ -96,12 +103,28 @@ def measured(trial: Trial, lowerings: Mapping[str, Function]) -> dict[str, float
             run()
         for _ in range(ROUNDS):
             for name, run in runs.items():
-                start = clock()
-                run()
-                times[name].append(clock() - start)
+                times[name].append(timed(run))
             if time.perf_counter() > end:
                 break
     return {name: min(values) for name, values in times.items()}
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    # What one thread runs is timed by the processor, which counts nothing of what else the machine does.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _timed_on_gpu(run: Callable[[], Any], calls: int = 10) -> float:
+    """Of calls one after the other, as a model makes them: the longer of launching and of running."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 def _compiled(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[[], Any]:

@@ -36,30 +36,59 @@ def launch(
     where they are not the inputs' (float32 for those without lanes); `sizes` those of ranks that no
     input has. Raises UnsupportedError for sizes or types that the kernel was not made for.
     """
-    plan, division = kernel.plan, kernel.division
     dtypes = dtypes or {}
     sizes = _sizes(kernel, inputs, sizes or {})
-    device = next(iter(inputs.values())).device
-    tensors = dict(inputs)
+    tensors = ahead(kernel, inputs, sizes)
+    found = within(kernel, tensors, sizes, parts=parts, dtypes=dtypes, tiles=tiles)
+    return after(kernel, inputs, tensors, found, sizes, dtypes)
+
+
+def ahead(
+    kernel: Kernel, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The inputs, and what torch computes ahead of the kernel."""
+    plan, division = kernel.plan, kernel.division
+    if not division.ahead:
+        return dict(inputs)
     virtual = {name: rank.virtual for name, rank in plan.ranks.items() if rank.virtual}
+    device = next(iter(inputs.values())).device
     beside = TorchStatements(sizes, virtual, DTYPES[kernel.dot], device)
-    if division.ahead:
-        for name in _read(division.ahead) & set(plan.inputs):
-            beside.give(name, plan.inputs[name].ranks, inputs[name])
-        beside.run(division.ahead)
-        tensors |= {item.name: beside.real(item.name) for item in division.ahead}
-    found = {
+    for name in _read(division.ahead) & set(plan.inputs):
+        beside.give(name, plan.inputs[name].ranks, inputs[name])
+    beside.run(division.ahead)
+    return {**inputs, **{item.name: beside.real(item.name) for item in division.ahead}}
+
+
+def within(
+    kernel: Kernel,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    *,
+    parts: int | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    tiles: Tiles | None = None,
+) -> dict[str, Tensor]:
+    """What the kernel itself gives, by name, of the inputs and of what was computed ahead."""
+    found = results(kernel, sizes, next(iter(tensors.values())).device, dtypes or {})
+    _run(kernel, tensors, found, sizes, tiles or kernel.tiles, parts)
+    return found
+
+
+def results(
+    kernel: Kernel,
+    sizes: Mapping[str, int],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Tensor]:
+    """Memory for what the kernel gives."""
+    return {
         name: torch.empty(
-            [sizes[rank] for rank in division.plan.ranks_of(name)],
+            [sizes[rank] for rank in kernel.division.plan.ranks_of(name)],
             dtype=dtypes.get(name) or output_type(kernel, name),
             device=device,
         )
-        for name in division.outputs
+        for name in kernel.division.outputs
     }
-    _run(kernel, tensors, found, sizes, tiles or kernel.tiles, parts)
-    if division.after:
-        found = _after(kernel, inputs, tensors, found, sizes, dtypes)
-    return {name: found[name] for name in plan.outputs}
 
 
 def _read(items: Iterable[Statement]) -> set[str]:
@@ -67,7 +96,7 @@ def _read(items: Iterable[Statement]) -> set[str]:
     return {read.tensor for item in items for read in reads(item.expr)}
 
 
-def _after(
+def after(
     kernel: Kernel,
     inputs: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
@@ -75,7 +104,10 @@ def _after(
     sizes: Mapping[str, int],
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Tensor]:
+    """The plan's outputs, of what the kernel gives and of what torch computes behind it."""
     plan, division = kernel.plan, kernel.division
+    if not division.after:
+        return {name: found[name] for name in plan.outputs}
     virtual = {name: rank.virtual for name, rank in plan.ranks.items() if rank.virtual}
     late = TorchStatements(sizes, virtual, torch.float32, next(iter(inputs.values())).device)
     done = {item.name for item in division.ahead}
@@ -92,7 +124,7 @@ def _after(
         for name in plan.outputs
         if name in made
     }
-    return {**found, **rest}
+    return {name: rest[name] if name in rest else found[name] for name in plan.outputs}
 
 
 def _sizes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ....errors import ArtifactError, ArtifactWarning, UnsupportedError
+from ....errors import ArtifactError, ArtifactWarning
 from ....runtime.artifact import Artifact
 from ....runtime.cache import Cache
 from ....runtime.program import read_program
@@ -22,7 +21,7 @@ from ...ir.program import Program
 from ...ir.types import DTYPES
 from .attention import AttentionKernel, attention_kernels, bind, differences
 from .attention.files import FOLDER
-from .options import DEVICES, Device
+from .device import described, find_device
 
 
 def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
@@ -40,31 +39,6 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
         kernels = _with_compiled(artifact, kernels, device)
     instead = bind(program, kernels)
     return KernelRunner(program, instead, device, artifact.weight_bytes(), str(artifact.folder))
-
-
-def find_device() -> torch.device:
-    """The device for kernels: the CPU under TRITON_INTERPRET=1, else the CUDA device."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    raise UnsupportedError(
-        "this artifact was compiled for Triton, which needs a CUDA device, and there is none here; "
-        "run it with --engine reference (slow), or compile for onnx"
-    )
-
-
-def described(device: torch.device) -> Device:
-    """What the choice of tiles must know of the device; in the interpreter, of a usual one."""
-    if device.type != "cuda":
-        return DEVICES[90]
-    found = torch.cuda.get_device_properties(device)
-    return Device(
-        found.major * 10 + found.minor,
-        # What a block may ask for; the smaller figure is what it has without asking.
-        int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)),
-        found.multi_processor_count,
-    )
 
 
 def _with_compiled(

@@ -24,6 +24,7 @@ from ..generate import generate
 from ..kernel import Kernel
 from ..launch import split_count
 from ..options import DEVICES, Device, Options, Tiles
+from ..through import PRECISION
 from ..tiles import choose_tiles
 from .cascade import STREAM, cascade_of
 from .kinds import AttentionKind, kind_of
@@ -48,9 +49,6 @@ _PREFILL = 512
 
 #: Parts that a step may be cut into. Few, since each number of them is a kernel of its own.
 SPLITS = (1, 8, 32)
-
-#: float32 products on tensor cores in three parts, close to float32; whole ones would not use these.
-_PRECISION = "tf32x3"
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def attention_kernel(
         folding.plan,
         given.types,
         sizes,
-        Options(device=device, precision=_PRECISION),
+        Options(device=device, precision=PRECISION),
         cascade,
         name,
         given.shared,
