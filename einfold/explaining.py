@@ -17,9 +17,10 @@ from .compiler.codegen.triton.dtypes import TYPES
 from .compiler.codegen.triton.generate import generate
 from .compiler.driver import captured
 from .compiler.frontend.example import Example
-from .compiler.frontend.export import quietly
 from .compiler.frontend.modules import capture_module
+from .compiler.frontend.torch_says import quietly
 from .compiler.fuse.explain import CascadeReport, explain_function
+from .compiler.fuse.operators import operator_entries
 from .compiler.fuse.report import AS_WRITTEN, FusedCascade
 from .compiler.ir.cascade.printer import print_cascade
 from .compiler.ir.interrupts import tracing
@@ -114,12 +115,11 @@ def explain_export(
     dynamic_shapes: Any = None,
     portable: bool = False,
 ) -> Explanation:
-    """What `export_onnx` makes of the attention of a module or an encoder; the arguments are those.
+    """What `export_onnx` makes of the attention of a module or of a model's folder; the arguments are those.
 
     Nothing is written, and of a folder no weight is read. `source` is what stands for a cascade in the graph.
-
-    Raises UnsupportedError for a causal language model, whose attention is not searched for: it comes through
-    transformers' interface, layer by layer, and is one operator over the cache.
+    A causal language model's attention is not searched for: it comes through transformers' interface, layer
+    by layer, and is one operator over the cache, whose meaning is folded for the report.
     """
     recipe = resolve_recipe(None, portable=portable)
     if example_inputs is None and example_kwargs is None:
@@ -135,11 +135,8 @@ def explain_export(
         if isinstance(step, FuseAttention):
             PassManager(passes[:at]).run(program)
             return Explanation(tuple(step.entries(program)), ())
-    raise UnsupportedError(
-        f"{model} is a causal language model: its attention is not searched for, it comes through "
-        "transformers' interface and is one operator over the cache; compile it, and `einfold inspect` shows "
-        "each layer"
-    )
+    lowering = f"one operator over the cache, of the target {recipe.made_for.name}"
+    return Explanation(tuple(operator_entries(program, lowering)), ())
 
 
 def _cause(

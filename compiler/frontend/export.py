@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ...errors import EinfoldError, IRError, ModelError, UnsupportedError, first_line, pass_on
+from ...errors import EinfoldError, IRError, ModelError, UnsupportedError, pass_on
 from ..ir.interrupts import Later
 from ..ir.program import (
     Editor,
@@ -29,6 +26,7 @@ from . import hooks, huggingface
 from .huggingface import ModelSource
 from .normalise import cast, is_cast, normalise_call
 from .structure import structure
+from .torch_says import quietly, reason_of
 
 #: Gives the data of the weight called (name, shape in the graph, dtype in the graph).
 WeightSource = Callable[[str, tuple[int, ...], torch.dtype], Weight]
@@ -167,7 +165,7 @@ def export(
     except Exception as error:
         pass_on(error)
         raise UnsupportedError(
-            f"{where}: torch.export cannot trace the model: {_reason(error)}"
+            f"{where}: torch.export cannot trace the model: {reason_of(error)}"
         ) from error
     mutating = any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
@@ -178,34 +176,6 @@ def export(
     with Later(), quietly(FutureWarning):
         # An empty table functionalizes operators in place and decomposes nothing else.
         return exported.run_decompositions({})
-
-
-@contextmanager
-def quietly(category: type[Warning] = Warning) -> Iterator[None]:
-    """Without what torch logs on the way, and its warnings of a category: an error says it, or a report."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category)
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of torch's message; with what violates a constraint and the fix that it suggests."""
-    first = first_line(error)
-    lines = [line.strip() for line in str(error).split("\n\n")[0].splitlines()[1:]]
-    if "transformers.cache_utils" in first:
-        return "the model gives its cache back, which is no tensor; give use_cache=False among the inputs"
-    if "Suggested fixes:" not in lines:
-        return first
-    at = lines.index("Suggested fixes:")
-    reasons = [line.removeprefix("- ") for line in lines[:at] if line.startswith("- ")]
-    fixes = [line for line in lines[at + 1 :] if line]
-    first = first.split(" For more information")[0]
-    return f"{first} {'; '.join(reasons)}. Suggested fixes: {'; '.join(fixes)}"
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

@@ -45,6 +45,28 @@ class Captured:
         return dict(zip(self.program.output_names(), tensors, strict=True))
 
 
+def _refuse_devices(module: nn.Module, example: Example, name: str) -> None:
+    """Raises UnsupportedError where there are no numbers, or where they are not all on one device."""
+    parts: dict[str, Tensor] = {}
+    parts |= {f"the weight {key}": tensor for key, tensor in module.named_parameters()}
+    parts |= {f"the buffer {key}": tensor for key, tensor in module.named_buffers()}
+    leaves = [leaf for leaf in example.leaves() if isinstance(leaf, Tensor)]
+    parts |= {f"example input {at}": tensor for at, tensor in enumerate(leaves)}
+    places: dict[str, str] = {}
+    for part, tensor in parts.items():
+        places.setdefault(str(tensor.device), part)
+    if "meta" in places:
+        raise UnsupportedError(
+            f"{name}: {places['meta']} is on the device meta, which holds no numbers; load the weights "
+            "and give inputs that have numbers"
+        )
+    if len(places) > 1:
+        (one, first), (other, second) = sorted(places.items())[:2]
+        raise UnsupportedError(
+            f"{name}: {first} is on {one} and {second} on {other}; move them to one device"
+        )
+
+
 def capture_module(
     module: nn.Module,
     example: Example | tuple[Any, ...],
@@ -63,6 +85,7 @@ def capture_module(
             f"example inputs are for a torch.nn.Module in memory, and {name} is none; "
             "without them a folder or a hub id of a model is exported"
         )
+    _refuse_devices(module, example, name)
     names = dim_names(module, example, dynamic_shapes)
     with inferring(module):
         exported = export(module, example.args, dynamic_shapes, name, example.kwargs)

@@ -6,6 +6,7 @@
     decide      what is done with regions of a key: lowered and tried, for the backend
     replace     the lowering in the region's place, in a graph of Dynamo's
     programs    the same in a program, as its target says
+    operators   attention that is an operator already, in the report
     trial       what a lowering computes and how long it takes, beside what was written
     timings     what trials measured, kept on disk
     report      one entry a region

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ModelError, pass_on
+from ..errors import ModelError, first_line, pass_on
 from .common import out, print_json
 from .options import Debug, Json, Portable
 
@@ -21,7 +21,7 @@ def explain(
         typer.Argument(
             metavar="FILE.py::NAME|FOLDER",
             help="A function or module of a Python file, which also gives its `example_inputs()`. "
-            "The file is run. Or the folder of an encoder.",
+            "The file is run. Or the folder of a model.",
             show_default=False,
         ),
     ],
@@ -80,7 +80,14 @@ def _target(function: str) -> tuple[Any, tuple[Any, ...]]:
         raise ModelError(
             f"{path} has no function example_inputs(), which gives the inputs to call with"
         )
-    return target, _tuple(inputs())
+    try:
+        given = inputs()
+    except Exception as error:
+        pass_on(error)
+        raise ModelError(
+            f"{path}: example_inputs() fails: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    return target, _tuple(given)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -46,7 +46,9 @@ def of_spelling(name: str, **options: Any) -> float:
     worst = 0.0
     with torch.no_grad():
         for keys in options.get("keys", [test_forms.T]):
-            given = [x[:, :, :keys] if at in (1, 2) else x for at, x in enumerate(inputs)]
+            given = [
+                x[:, :, :keys].contiguous() if at in (1, 2) else x for at, x in enumerate(inputs)
+            ]
             worst = max(worst, difference(run(*given), function(*given)))
     return worst
 

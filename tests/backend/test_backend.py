@@ -144,7 +144,7 @@ def test_measured_choices_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
     asked = []
 
-    def timed(trial: Any, able: dict[str, Any]) -> dict[str, float]:
+    def timed(trial: Any, able: dict[str, Any], device: torch.device) -> dict[str, float]:
         asked.append(list(able))
         return {"as written": 1.0, **dict.fromkeys(able, 2.0)}
 

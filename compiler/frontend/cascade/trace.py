@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ....errors import UnsupportedError, first_line, pass_on
+from ....errors import UnsupportedError, pass_on
 from ...ir.interrupts import Later
+from ..torch_says import quietly, reason_of
 from .imported import Imported
 from .importer import import_graph
 
@@ -30,14 +31,14 @@ def import_function(function: Callable[..., Any], inputs: Sequence[torch.Tensor]
             return function(*args)
 
     try:
-        with Later(), torch.no_grad():
+        with Later(), torch.no_grad(), quietly():
             exported: Any = torch.export.export(Wrapped(), tuple(inputs), strict=False)
             if _mutates(exported.graph):
                 exported = exported.run_decompositions({})
     except Exception as error:
         pass_on(error)
         raise UnsupportedError(
-            f"torch.export cannot trace the function: {first_line(error)}"
+            f"torch.export cannot trace the function: {reason_of(error)}"
         ) from error
     signature = exported.graph_signature
     known = dict(exported.constants)

@@ -47,8 +47,7 @@ def masked_attention(
         sink = sinks_H.reshape(1, kv_heads, group, 1, 1).expand(batch, -1, -1, new, 1)
         weights = torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)[..., :-1]
     else:
-        weights = torch.softmax(logits, dim=-1)
-    weights = torch.nan_to_num(weights)
+        weights = torch.ops.aten._safe_softmax(logits, -1)
     out = weights.reshape(batch, kv_heads, group * new, total) @ v_BKTD
     return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
 
@@ -77,7 +76,7 @@ class Attention(Operator):
         position = torch.arange(new, device=self.q_BSHD.device)
         visible = position[None, :] <= position[:, None]
         if self.window:
-            visible &= position[:, None] - position[None, :] < self.window
+            visible = visible & (position[:, None] - position[None, :] < self.window)
         return masked_attention(
             self.q_BSHD,
             self.k_BSKD.transpose(1, 2),
@@ -242,9 +241,9 @@ def visible_slots(slot_BS: Tensor, slots: int, window: int, count_BK: Tensor | N
     index_C = torch.arange(slots, device=slot_BS.device)
     visible_BSC = index_C <= slot_BS[:, :, None]
     if window:
-        visible_BSC &= slot_BS[:, :, None] - index_C < window
+        visible_BSC = visible_BSC & (slot_BS[:, :, None] - index_C < window)
     if count_BK is not None:
-        visible_BSC &= (index_C > 0) | (count_BK[:, :1, None] > 0)
+        visible_BSC = visible_BSC & ((index_C > 0) | (count_BK[:, :1, None] > 0))
     return visible_BSC
 
 
