@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from blake3 import blake3
 
 from einfold.compiler.fuse import timings
 from einfold.compiler.ir.kept import cache_home, read, read_json, write, write_json
+
+CPU = torch.device("cpu")
 
 
 def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +155,12 @@ def test_times_that_are_none_are_measured_again(
     seconds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
-    timings.keep("region", {"a": 1.0})
-    assert timings.known("region") == {"a": 1.0}
+    timings.keep("region", CPU, {"a": 1.0})
+    assert timings.known("region", CPU) == {"a": 1.0}
     (path,) = (tmp_path / "choices").iterdir()
     data = read_json(path)
     assert data is not None
     path.write_bytes(seal(json.dumps(data | {"seconds": seconds}).encode()))
-    assert timings.known("region") == {}
+    assert timings.known("region", CPU) == {}
     path.write_bytes(seal(json.dumps(data | {"key": "another"}).encode()))
-    assert timings.known("region") == {}
+    assert timings.known("region", CPU) == {}

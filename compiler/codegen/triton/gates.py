@@ -25,6 +25,7 @@ from ...ir.cascade.expr import (
     reads,
     sub,
     walk,
+    without_constants,
 )
 from ...ir.cascade.plan import Plan, State
 
@@ -198,10 +199,11 @@ def _solved(op: str, slope: int, rest: Expr, finite: bool) -> list[Bound]:
     """slope * pos + rest `op` 0, solved for pos."""
     value = apply("neg", rest) if slope > 0 else rest
     if op == "eq":
+        value = without_constants(value)
         return [Bound(value, True, finite), Bound(value, False, finite)]
     upper = (op in ("lt", "le")) == (slope > 0)
     step = {"lt": -1.0, "le": 0.0, "gt": -1.0, "ge": 0.0}[op] * (1 if upper else -1)
-    return [Bound(add(value, Const(step)), upper, finite)]
+    return [Bound(without_constants(add(value, Const(step))), upper, finite)]
 
 
 def _line(expr: Expr, plan: Plan) -> tuple[int, Expr] | None:

@@ -12,16 +12,41 @@ are the same reference, and the sums under them the same sum.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ...ir.cascade.cascade import Statement, statement
-from ...ir.cascade.expr import Apply, Const, Expr, Ref, rename_tensors
+from ...ir.cascade.expr import Apply, Const, Expr, Ref, rename_tensors, without_constants
 from ...ir.cascade.plan import OLD, Plan, Reference, State, Step, step_reads
 
 
 def simplified(plan: Plan) -> Plan:
-    """The plan with equal references and equal states computed once."""
-    return _without_equal_states(_without_twins(plan))
+    """The plan with equal references and equal states computed once, and constants before it runs."""
+    return _without_equal_states(_without_twins(_without_constants(plan)))
+
+
+def _without_constants(plan: Plan) -> Plan:
+    """Sizes that a graph has fixed leave tests that are always true, and sums of numbers: no types there."""
+
+    def rows(items: Iterable[Statement]) -> tuple[Statement, ...]:
+        return tuple(replace(item, expr=without_constants(item.expr)) for item in items)
+
+    def step(item: Step) -> Step:
+        if isinstance(item, Statement):
+            return rows([item])[0]
+        if isinstance(item, Reference):
+            return item
+        correct = None if item.correct is None else without_constants(item.correct)
+        return replace(item, body=without_constants(item.body), correct=correct)
+
+    return replace(
+        plan,
+        before=rows(plan.before),
+        stream=rows(plan.stream),
+        steps=tuple(step(item) for item in plan.steps),
+        finish=rows(plan.finish),
+        emit=rows(plan.emit),
+    )
 
 
 def _without_twins(plan: Plan) -> Plan:

@@ -173,6 +173,39 @@ def rewrite(expr: Expr, change: Callable[[Expr], Expr | None]) -> Expr:
     return expr
 
 
+_WHOLE: Mapping[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+}
+
+
+def without_constants(expr: Expr) -> Expr:
+    """The expression with whole numbers computed, and tests that are known left out."""
+    if not isinstance(expr, Apply):
+        return expr
+    args = tuple(without_constants(arg) for arg in expr.args)
+    known = [arg.value for arg in args if isinstance(arg, Const)]
+    if expr.op in _WHOLE and len(known) == len(args) and all(_is_whole(value) for value in known):
+        return Const(float(_WHOLE[expr.op](*map(float, known))))
+    if expr.op == "not" and known:
+        return Const(not known[0])
+    if expr.op in ("and", "or") and known:
+        rest = [arg for arg in args if not isinstance(arg, Const)]
+        decides = expr.op == "or"
+        if any(bool(value) is decides for value in known) or not rest:
+            return Const(decides if any(bool(v) is decides for v in known) else not decides)
+        return rest[0]
+    if expr.op == "where" and isinstance(args[0], Const):
+        return args[1] if args[0].value else args[2]
+    return Apply(expr.op, args)
+
+
+def _is_whole(value: float | bool) -> bool:
+    return not isinstance(value, bool) and float(value).is_integer() and abs(value) < 2**31
+
+
 def rename_ranks(expr: Expr, names: Mapping[str, str]) -> Expr:
     """The expression over other ranks."""
 
