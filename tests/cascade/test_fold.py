@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
+from torch import Tensor
 
 from einfold.compiler.analysis.cascade.check import check_numbers
 from einfold.compiler.analysis.cascade.fold import derive
 from einfold.compiler.analysis.cascade.passes import count_passes
 from einfold.compiler.analysis.cascade.plans import derive_checked
+from einfold.compiler.fuse.explain import explain_function
 from einfold.compiler.ir.cascade.parser import parse
 from einfold.compiler.ir.cascade.plan_text import parse_plan, print_plan
 
@@ -233,3 +238,19 @@ def test_nothing_to_fold() -> None:
     folding = derive(cascade, "t")
     check_numbers(cascade, folding.plans)
     assert (folding.passes_before, folding.passes_after) == (1, 1)
+
+
+@pytest.mark.parametrize("cap", [0, 20])
+def test_sums_beside_a_mask_take_one_pass(cap: float) -> None:
+    """Where no key was seen yet the log-sum-exp takes 0 for its maximum, which falls with the first key."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        logits = q @ k.mT
+        logits = torch.tanh(logits / cap) * cap if cap else logits
+        logits = logits.masked_fill(~live, -math.inf)
+        return torch.softmax(logits, dim=-1) @ v, logits.logsumexp(-1)
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 5, 8), torch.randn(2, 13, 8), torch.randn(2, 13, 8))
+    report = explain_function(attention, (*inputs, torch.rand(5, 13) < 0.8))
+    assert (report.status, report.passes_after) == ("fused", 1), report.reason

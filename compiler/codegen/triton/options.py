@@ -51,7 +51,7 @@ def merge_tiles(tiles: Tiles) -> Tiles:
 class Options:
     """How a plan becomes a kernel.
 
-    `lazy` renews a free reference only when its source has risen by more than this; `static` takes the
+    `lazy` renews a free reference only when its source has moved by more than this; `static` takes the
     plan's static references; `precision` is for products of float32: "ieee" or "tf32x3". `tiles` are
     chosen by the cost model where they are not given.
     """

@@ -108,9 +108,8 @@ class Walk:
         for part in self.parts[1:]:
             # A part that saw nothing has NaN here, which a maximum passes over.
             kept = operate("max", [kept, part[step.name]], self.order)
-        near = operate(
-            "le", [operate("sub", [value, kept], self.order), number(self.lazy or 0.0)], self.order
-        )
+        moved = operate("abs", [operate("sub", [value, kept], self.order)], self.order)
+        near = operate("le", [moved, number(self.lazy or 0.0)], self.order)
         stays = Value(
             f"({near.text}) & ({operate('isfinite', [kept], self.order).text})"
             f" & ({operate('isfinite', [value], self.order).text})",

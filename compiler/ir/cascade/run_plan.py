@@ -31,7 +31,7 @@ Values = dict[str, Array]
 class Runner:
     """A plan with its inputs.
 
-    `lazy` keeps a free reference until its source has risen by more than this; `static` takes the
+    `lazy` keeps a free reference until its source has moved by more than this; `static` takes the
     plan's static references. Values are arrays over the ranks that the plan names.
     """
 
@@ -121,7 +121,8 @@ class Runner:
         kept = parts[0][step.name]
         for part in parts[1:]:
             kept = np.fmax(kept, part[step.name])
-        stays = np.isfinite(kept) & np.isfinite(value) & (value - kept <= self.lazy)
+        # A maximum only rises, but one that counts as 0 where there is no key yet may fall.
+        stays = np.isfinite(kept) & np.isfinite(value) & (np.abs(value - kept) <= self.lazy)
         return np.where(stays, kept, value)
 
     def _corrected(self, state: State, part: Values, clean: Values, frame: Frame) -> Array:

@@ -28,9 +28,33 @@ def masked_attention(
 ) -> Tensor:
     """softmax(cap(scale * q k^T) + bias) v over the visible keys, grouped heads, gives [B, S, H, D].
 
+    A query that sees no key at all and has no sink gives zeros; the rest is as in `masked_logits`.
+    """
+    logits = masked_logits(q_BSHD, k_BKTD, visible, sinks_H, scale, softcap, bias_BKT)
+    batch, kv_heads, group, new, _ = logits.shape
+    total = k_BKTD.shape[2]
+    if sinks_H is not None:
+        weights = torch.softmax(logits, dim=-1)[..., :total]
+    else:
+        weights = torch.ops.aten._safe_softmax(logits, -1)
+    out = weights.reshape(batch, kv_heads, group * new, total) @ v_BKTD
+    return out.reshape(batch, kv_heads * group, new, -1).transpose(1, 2).contiguous()
+
+
+def masked_logits(
+    q_BSHD: Tensor,
+    k_BKTD: Tensor,
+    visible: Tensor,
+    sinks_H: Tensor | None,
+    scale: float,
+    softcap: float,
+    bias_BKT: Tensor | None = None,
+) -> Tensor:
+    """cap(scale * q k^T) + bias, [B, K, G, S, T], -inf where a key is not visible; G heads share a KV head.
+
     `softcap` c > 0 caps a logit as c * tanh(x / c) (Gemma 2, section 2). `sinks` holds a learned logit
-    a head that takes part in the softmax and has no value (GPT-OSS). A query that sees no key at all
-    and has no sink gives zeros. `visible` is bool [B, S, T], or [B, K, S, T] with K the KV heads or 1.
+    a head that takes part in the softmax and has no value (GPT-OSS): one more logit behind the keys'.
+    `visible` is bool [B, S, T], or [B, K, S, T] with K the KV heads or 1.
     """
     batch, new, heads, _ = q_BSHD.shape
     kv_heads, total = k_BKTD.shape[1], k_BKTD.shape[2]
@@ -45,11 +69,8 @@ def masked_attention(
     logits = logits.masked_fill(~visible_BKST[:, :, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.reshape(1, kv_heads, group, 1, 1).expand(batch, -1, -1, new, 1)
-        weights = torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.ops.aten._safe_softmax(logits, -1)
-    out = weights.reshape(batch, kv_heads, group * new, total) @ v_BKTD
-    return out.reshape(batch, heads, new, -1).transpose(1, 2).contiguous()
+        logits = torch.cat((logits, sink), dim=-1)
+    return logits
 
 
 @OPERATORS.register
@@ -175,6 +196,17 @@ class OverPlainSlots(OverSlots):
         return masked_attention(
             query, keys, values, visible_BKSC, self.sinks_H, self.scale, self.softcap, bias_BKC
         )
+
+    def sums(self) -> Tensor:
+        """The log-sum-exp of the logits of every query over the slots that it sees, [B, S, H]."""
+        visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, self.count_BK)
+        query = self.turned_query()
+        keys = stored(self.key_cache_BKCD, self.scales[0]).to(query.dtype)
+        bias_BKC = compensation_bias(self.count_BK, self.slots)
+        logits = masked_logits(
+            query, keys, visible_BSC[:, None], self.sinks_H, self.scale, self.softcap, bias_BKC
+        )
+        return logits.logsumexp(-1).flatten(1, 2).transpose(1, 2)
 
 
 @OPERATORS.register
