@@ -82,6 +82,7 @@ ALLOWED = {
         "compiler.codegen.reference",
     },
     "compiler.codegen.triton.attention": {
+        "compiler.frontend.cascade",
         "errors",
         "compiler.ir",
         "compiler.analysis",

@@ -180,8 +180,9 @@ class OverPlainSlots(OverSlots):
         A new token sees all slots in its window up to its own, or these, and reads what the reader chooses.
         """
         if visible_BSC is None:
-            slot_BS = self.new_slots()
-            visible_BSC = visible_slots(slot_BS, self.slots, self.window, self.count_BK)
+            # A count of no tokens hides its slot by the bias; readers are told of it here.
+            counts_BK = self.count_BK if self.read else None
+            visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, counts_BK)
         query = self.turned_query()
         keys, values = (
             stored(cache, scale).to(query.dtype)
@@ -199,7 +200,7 @@ class OverPlainSlots(OverSlots):
 
     def sums(self) -> Tensor:
         """The log-sum-exp of the logits of every query over the slots that it sees, [B, S, H]."""
-        visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, self.count_BK)
+        visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, None)
         query = self.turned_query()
         keys = stored(self.key_cache_BKCD, self.scales[0]).to(query.dtype)
         bias_BKC = compensation_bias(self.count_BK, self.slots)
@@ -280,11 +281,11 @@ def visible_slots(slot_BS: Tensor, slots: int, window: int, count_BK: Tensor | N
 
 
 def compensation_bias(count_BK: Tensor | None, slots: int) -> Tensor | None:
-    """What is added to the logits of each slot, [B, K, C]: log(count) at slot 0."""
+    """What is added to the logits of each slot, [B, K, C]: log(count) at slot 0, -inf where it is of none."""
     if count_BK is None:
         return None
     index_C = torch.arange(slots, device=count_BK.device)
-    log_BK = torch.log(count_BK.clamp(min=1))
+    log_BK = torch.log(count_BK.clamp(min=0))
     return torch.where(index_C == 0, log_BK[:, :, None], torch.zeros((), device=count_BK.device))
 
 

@@ -1,85 +1,150 @@
-"""The meaning of cached attention as a cascade; `test_artifact.py` holds it to the operator's.
+"""The meaning of attention over slots as a cascade: the operator's own, traced, imported and fused as any.
 
     b rows, s new tokens, k KV heads, g query heads of a KV head, c slots of the cache,
     d size of a key, f size of a value
 
-Row b uses used[b] slots. Slot c is seen by new token s where c <= used[b] + s, the slot that the token
-itself is written to, so every query sees one key at least. A sink is one more, virtual, slot with a logit
-and no value. With counts, slot 0 stands for count[b, k] tokens, or for none and is hidden.
+What the operator does is imported at small sizes of its own, for a rank of one coordinate would be none, and
+then given its names and the sizes of a kind. A sink is one more, virtual, slot with a logit and no value.
+
+Storages of packed tokens and of features (`packed.py`, `low_rank.py`) write their cascades as text: what the
+operators there do to bytes of several codes, and to groups that share a scale, is no einsum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ....frontend.cascade.imported import Imported
+from ....frontend.cascade.meaning import import_meaning
 from ....ir.cascade.cascade import Cascade
-from ....ir.cascade.parser import parse
-from ....ir.cascade.printer import FORMAT, print_number
+from ....ir.cascade.printer import print_number
 from ....ir.cascade.verifier import verify
+from ....ir.ops.shared import SharedAttention
+from ..dtypes import DTYPES
 from .kinds import AttentionKind
 
 #: The streamed rank: slots of the cache.
 STREAM = "c"
 
+#: What is traced: the inputs with their ranks, and ranks of sizes that a kind fixes, at sizes of the trace.
+_INPUTS = {
+    "query": "bskgd",
+    "key": "bkcd",
+    "value": "bkcf",
+    "used": "b",
+    "count": "bk",
+    "sink": "kg",
+    "key_scale": "kd",
+    "value_scale": "kf",
+}
+_TRACED = {"b": 2, "k": 3, "g": 5, "d": 7, "f": 11, "s": 13, "c": 17}
+_OUTPUTS = {"out": "bskgf", "lse": "bskg"}
+
 
 def cascade_of(kind: AttentionKind) -> Cascade:
     """The cascade of a kind."""
-    cascade = parse(
-        "\n".join(
-            [
-                FORMAT,
-                *_declarations(kind),
-                *_statements(kind),
-                "output out",
-                *(["output lse"] if kind.lse else []),
-            ]
-        )
+    sizes = {"k": kind.kv_heads, "g": kind.group, "d": kind.key_size, "f": kind.value_size}
+    found = _cascade(replace(kind, kv_heads=0, group=0, key_size=0, value_size=0))
+    ranks = {
+        name: replace(rank, extent=str(sizes[name])) if name in sizes else rank
+        for name, rank in found.ranks.items()
+    }
+    made = replace(found, ranks=ranks)
+    verify(made)
+    return made
+
+
+@cache
+def _cascade(kind: AttentionKind) -> Cascade:
+    """The same at the sizes of the trace, for a kind whose sizes do not matter."""
+    imported = _traced(kind)
+    ranks: dict[str, str] = {}
+    for bindings, letters in ((imported.inputs, _INPUTS), (imported.outputs, _OUTPUTS)):
+        for binding in bindings:
+            known = letters[_named(binding.node, imported)]
+            for dim, letter in zip(binding.dims, known, strict=True):
+                ranks |= dict.fromkeys(dim, letter)
+    tensors = {binding.name: binding.node for binding in imported.inputs}
+    tensors |= {b.name: name for b, name in zip(imported.outputs, _OUTPUTS, strict=False)}
+    extents = {"b": "B", "s": "S", "c": "C"}
+    found = imported.cascade
+    return Cascade(
+        {
+            ranks[name]: replace(
+                rank, name=ranks[name], extent=extents.get(ranks[name], rank.extent)
+            )
+            for name, rank in found.ranks.items()
+        },
+        {
+            tensors[name]: replace(
+                tensor, name=tensors[name], ranks=tuple(ranks[rank] for rank in tensor.ranks)
+            )
+            for name, tensor in found.inputs.items()
+        },
+        tuple(item.renamed(ranks, tensors) for item in found.statements),
+        tuple(tensors[name] for name in found.outputs),
+        found.dead,
     )
-    verify(cascade)
-    return cascade
 
 
-def _declarations(kind: AttentionKind) -> list[str]:
-    integer = " : integer" if kind.cache.startswith(("i", "u")) else ""
-    lines = [
-        "rank b : B",
-        "rank s : S",
-        f"rank k : {kind.kv_heads}",
-        f"rank g : {kind.group}",
-        f"rank d : {kind.key_size}",
-        f"rank f : {kind.value_size}",
-        "rank c : C" + (" virtual 1" if kind.sinks else ""),
-        "input query[b, s, k, g, d]",
-        f"input key[b, k, c, d]{integer}",
-        f"input value[b, k, c, f]{integer}",
-        "input used[b] : integer",
-    ]
-    lines += ["input count[b, k]"] if kind.counted else []
-    lines += ["input sink[k, g]"] if kind.sinks else []
-    lines += ["input key_scale[k, d]", "input value_scale[k, f]"] if kind.scaled else []
-    return lines
+def _named(node: str, imported: Imported) -> str:
+    """What an input is called, or the output of this node."""
+    outputs = [binding.node for binding in imported.outputs]
+    return [*_OUTPUTS][outputs.index(node)] if node in outputs else node
 
 
-def _statements(kind: AttentionKind) -> list[str]:
-    key, value = "key[b, k, c, d]", "value[b, k, c, f]"
-    if kind.scaled:
-        key, value = f"({key} * key_scale[k, d])", f"({value} * value_scale[k, f])"
-    logit = logit_of("score[b, s, k, g, c]", kind.scale, kind.softcap)
-    seen = "pos(c) <= used[b] + pos(s)"
-    if kind.window:
-        seen += f" & used[b] + pos(s) - pos(c) < {kind.window}"
+def _traced(kind: AttentionKind) -> Imported:
+    mode = FakeTensorMode()
+    with mode:
+        values: dict[str, Any] = {
+            name: torch.empty([_TRACED[rank] for rank in _INPUTS[name]], dtype=dtype)
+            for name, dtype in _dtypes(kind)
+        }
+
+    def meaning(**given: Tensor) -> tuple[Tensor, ...]:
+        sink = given.get("sink")
+        call = SharedAttention(
+            q_BSHD=given["query"].flatten(2, 3),
+            key_cache_BKCD=given["key"],
+            value_cache_BKCD=given["value"],
+            used_B=given["used"],
+            count_BK=given.get("count"),
+            sinks_H=None if sink is None else sink.flatten(),
+            positions_BS=None,
+            cos_PR=None,
+            sin_PR=None,
+            key_scale_KD=given.get("key_scale"),
+            value_scale_KD=given.get("value_scale"),
+            layer=0,
+            scale=kind.scale,
+            window=kind.window,
+            softcap=kind.softcap,
+            interleaved=False,
+        )
+        heads = (_TRACED["k"], _TRACED["g"])
+        found = (call.run().unflatten(2, heads),)
+        return (*found, call.sums().unflatten(2, heads)) if kind.lse else found
+
+    return import_meaning(meaning, values, mode)
+
+
+def _dtypes(kind: AttentionKind) -> Iterator[tuple[str, torch.dtype]]:
+    yield "query", DTYPES[kind.query]
+    yield from dict.fromkeys(("key", "value"), DTYPES[kind.cache]).items()
+    yield "used", torch.int32
     if kind.counted:
-        # The logarithm of no tokens at all is -inf, which hides the slot.
-        logit += " + where(pos(c) == 0, log(max(count[b, k], 0)), 0)"
-    logit = f"where({seen}, {logit}, -inf)"
+        yield "count", torch.float32
     if kind.sinks:
-        logit = f"where(virtual(c, 0), sink[k, g], {logit})"
-    lse = "lse[b, s, k, g] = log(total[b, s, k, g]) + top[b, s, k, g]"
-    return [
-        f"score[b, s, k, g, c] = query[b, s, k, g, d] * {key} :: sum(d)",
-        f"logit[b, s, k, g, c] = {logit}",
-        *softmax_of(STREAM),
-        f"out[b, s, k, g, f] = power[b, s, k, g, c] / total[b, s, k, g] * {value} :: sum(c)",
-        *([lse] if kind.lse else []),
-    ]
+        yield "sink", DTYPES[kind.query]
+    if kind.scaled:
+        yield from dict.fromkeys(("key_scale", "value_scale"), torch.float32).items()
 
 
 def logit_of(score: str, scale: float, softcap: float) -> str:
