@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -23,12 +23,14 @@ from .artifact import check_dump, check_output, file_entry, staged
 from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens
 from .codegen.target import Progress
+from .encoder_decoder import account, capture_pair
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
+from .frontend.encoder_decoders import EncoderDecoder, find_encoder_decoder
 from .frontend.encoders import Encoder, capture_encoder, encoder_of, result_entries
 from .frontend.example import Example
 from .frontend.export import capture_language_model
-from .frontend.folders import check_kind, read_folder
+from .frontend.folders import read_folder
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
 from .frontend.structure import CAUSAL, parameter_count, structure
@@ -36,19 +38,25 @@ from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
 from .ir.manifest import (
+    ENCODER,
+    ENCODER_DECODER,
     GRAPH,
     NAME,
+    READER,
     WEIGHTS,
+    WHOLE,
     FileEntry,
     Manifest,
     ModelEntry,
 )
 from .ir.printer import print_program
-from .ir.program import Program
+from .ir.program import Program, no_inputs
+from .ir.together import together
 from .ir.weights_file import write_weights
 from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
 from .passes.compare_original import CompareOriginal
+from .passes.fusion.fuse_attention import FuseAttention
 from .pipeline import (
     PassManager,
     PassRecord,
@@ -113,14 +121,21 @@ class Input:
     adapter: Adapter | None = None
     """What is merged into the weights when they are loaded."""
     encoder: Encoder | None = None
-    """How the model is built and called where it is an encoder; None for a causal language model."""
+    """How the model is built and called where it is an encoder; None for another kind."""
+    pair: EncoderDecoder | None = None
+    """The same where it is an encoder-decoder."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how the model was read."""
 
     def structure(self) -> Any:
         """The module that is traced, see `frontend.structure`."""
-        auto = CAUSAL if self.encoder is None else self.encoder.auto
-        return structure(self.source, self.config, self.state, self.module, auto)
+        return structure(self.source, self.config, self.state, self.module, self.auto)
+
+    @property
+    def auto(self) -> str:
+        """The class of transformers that builds it."""
+        kind = self.encoder or self.pair
+        return CAUSAL if kind is None else kind.auto
 
 
 class Check(Protocol):
@@ -139,11 +154,15 @@ def open_model(name: str | Path) -> Input:
     base = adapter.base if adapter is not None and not adapter.beside_base else name
     source = huggingface.find_model(base)
     config = huggingface.read_config(source)
-    encoder, notes = read_folder(source, config)
+    kind, notes = read_folder(source, config)
     generation = tokens.read_generation_config(source)
-    return Input(
-        source, config, generation=generation, adapter=adapter, encoder=encoder, notes=notes
-    )
+    found = Input(source, config, generation=generation, adapter=adapter, notes=notes)
+    if isinstance(kind, EncoderDecoder):
+        found.pair = kind
+        found.notes += tokens.ignored_in_generation(generation)
+    else:
+        found.encoder = kind
+    return found
 
 
 def wrap_model(model: Any, tokenizer: Any = None) -> Input:
@@ -151,12 +170,12 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ModelError(
-            f"{type(model).__name__} is no Hugging Face causal language model or encoder; "
-            "use einfold.export_onnx with example inputs for other modules"
+            f"{type(model).__name__} is no Hugging Face causal language model, encoder or "
+            "encoder-decoder; use einfold.export_onnx with example inputs for other modules"
         )
     name = str(getattr(config, "name_or_path", "") or type(model).__name__)
     source = ModelSource(name, None, in_memory=True)
-    check_kind(source, config, [type(model).__name__])
+    pair = find_encoder_decoder(source, config, [type(model).__name__])
     generation = getattr(model, "generation_config", None)
     given, notes = None, []
     layers = sum(1 for key, _ in model.named_parameters() if "lora_A" in key)
@@ -169,9 +188,20 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     if any(tensor.is_meta for tensor in state.values()):
         raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
     huggingface.check_unquantized(source, config, state)
-    encoder = encoder_of(source, model)
+    encoder = None if pair is not None else encoder_of(source, model)
+    if pair is not None:
+        notes += tokens.ignored_in_generation(generation)
     return Input(
-        source, config, state, tokenizer, generation, model, given, encoder=encoder, notes=notes
+        source,
+        config,
+        state,
+        tokenizer,
+        generation,
+        model,
+        given,
+        encoder=encoder,
+        pair=pair,
+        notes=notes,
     )
 
 
@@ -195,15 +225,34 @@ def trace(
     tell = progress or (lambda text, share: None)
     tell("tracing the model", 0.0)
     program, passes = captured(model, recipe, check, tell)
-    manager = PassManager(
+    records = []
+    if program.encoder is not None:
+        encoding = _encoding(model, recipe, check)
+        for record in _managed(encoding, recipe, dump and dump / "encoder", tell).run(
+            program.encoder
+        ):
+            records.append(replace(record, name=f"encoder: {record.name}"))
+    records += _managed(passes, recipe, dump, tell).run(program)
+    _check_layout(program, recipe)
+    return program, records
+
+
+def _managed(
+    passes: Sequence[Pass], recipe: Recipe, dump: Path | None, tell: Progress
+) -> PassManager:
+    return PassManager(
         passes,
         dump,
         lambda name, index, total: tell(f"pass {name}", index / max(1, total)),
         asked=recipe.asked(),
     )
-    records = manager.run(program)
-    _check_layout(program, recipe)
-    return program, records
+
+
+def _encoding(model: Input, recipe: Recipe, check: Check | None) -> list[Pass]:
+    """The pipeline of what reads a model's input at once."""
+    target = recipe.made_for
+    module = module_passes(target.name, target.attention())
+    return encoder_passes(module, recipe.weight_passes(), _comparison(model, check))
 
 
 def captured(
@@ -213,20 +262,29 @@ def captured(
     tell: Progress = lambda text, share: None,
 ) -> tuple[Program, list[Pass]]:
     """The model as a program, and its pipeline; otherwise as `trace`."""
-    weights, compare = recipe.weight_passes(), _comparison(model, check)
     if model.encoder is not None:
         check_recipe(recipe, model.source.location)
         program = capture_encoder(
             model.source, model.config, model.encoder, recipe.context, model.state, model.module
         )
+        return program, _encoding(model, recipe, check)
+    fusion: list[Pass] = []
+    if model.pair is not None:
+        program = capture_pair(
+            model.source, model.config, model.pair, recipe, model.state, model.module
+        )
         target = recipe.made_for
-        module = module_passes(target.name, target.attention())
-        return program, encoder_passes(module, weights, compare)
-    context = _context(model, recipe)
-    program = capture_language_model(model.source, model.config, context, model.state, model.module)
+        fusion = [FuseAttention(target.name, target.attention())]
+    else:
+        context = _context(model, recipe)
+        program = capture_language_model(
+            model.source, model.config, context, model.state, model.module
+        )
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
-    return program, language_model_passes(weights, recipe.cache_passes(), compare)
+    return program, language_model_passes(
+        recipe.weight_passes(), recipe.cache_passes(), _comparison(model, check), fusion
+    )
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
@@ -262,6 +320,11 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
 
     What the storage needs is calibrated. Heads are as the model has them: none are permuted.
     """
+    if model.pair is not None:
+        raise UnsupportedError(
+            f"{model.source.location} is an encoder-decoder, whose cache transformers keeps in two parts; "
+            "compile it into an artifact instead"
+        )
     _load(model)
     program = capture_language_model(
         model.source, model.config, _context(model, recipe), model.state, model.module
@@ -301,7 +364,9 @@ def compile_to(
             _load(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress, check)
-        check_allowed(program)  # what could not be loaded again is not written
+        parts = {WHOLE: program} | ({} if program.encoder is None else {READER: program.encoder})
+        for each in parts.values():
+            check_allowed(each)  # what could not be loaded again is not written
         read = [] if program.statistics is None else program.statistics.read
         if program.calibrations:
             with clock.phase("calibrate"):
@@ -309,22 +374,25 @@ def compile_to(
                 read.append(_calibrate(model, program, recipe))
         calibrated = "; ".join(dict.fromkeys(read)) or calibrated
         program.statistics = None  # lets go of what was found
+        program.beside = no_inputs
+        weights = together([*parts.values()])
         parameters = parameter_count(model.structure())
         model.state = (
             None  # from here on only the program holds the weights, and lets go as they are written
         )
         with clock.phase("weights"):
             placements, digest = write_weights(
-                program.weights,
+                weights,
                 folder / WEIGHTS,
                 lambda name, done, total: tell("writing weights", done / max(1, total)),
             )
         with clock.phase("code"):
-            (folder / GRAPH).write_text(print_program(program), encoding="utf-8")
-            recipe.made_for.write(program, placements, folder, tell)
-            recipe.made_for.check_written(folder)
+            for part, each in parts.items():
+                (folder / part.graph).write_text(print_program(each), encoding="utf-8")
+                recipe.made_for.write(each, placements, folder, tell, part)
+                recipe.made_for.check_written(folder, part)
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
-        manifest = _manifest(model, program, recipe, folder, digest, parameters)
+        manifest = _manifest(model, program, recipe, folder, digest, parameters, weights.nbytes)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
         report.notes = model.notes
         if check is not None:
@@ -407,7 +475,7 @@ def _context(model: Input, recipe: Recipe) -> int:
 def _load(model: Input) -> None:
     if model.state is None:
         if model.encoder is None:
-            model.state = huggingface.load_state(model.source, model.config)
+            model.state = huggingface.load_state(model.source, model.config, model.auto)
         else:
             model.state = _encoder_state(model, model.encoder)
         if model.adapter is not None:
@@ -472,7 +540,13 @@ def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
 
 
 def _manifest(
-    model: Input, program: Program, recipe: Recipe, folder: Path, digest: str, parameters: int
+    model: Input,
+    program: Program,
+    recipe: Recipe,
+    folder: Path,
+    digest: str,
+    parameters: int,
+    weight_bytes: int,
 ) -> Manifest:
     files: dict[str, FileEntry] = {
         path.relative_to(folder).as_posix(): file_entry(
@@ -481,12 +555,20 @@ def _manifest(
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    entries = () if model.encoder is None else model.encoder.inputs(model.config)
+    kind = model.encoder or model.pair
+    entries = () if kind is None else kind.inputs(model.config)
+    reads = program.encoder or program
     layout = program.layout
     made_by = ["torch", "transformers", *recipe.made_for.generators]
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
-        kind="causal_lm" if model.encoder is None else "encoder",
+        kind=(
+            ENCODER_DECODER
+            if model.pair is not None
+            else "causal_lm"
+            if model.encoder is None
+            else ENCODER
+        ),
         einfold=metadata.version("einfold"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=recipe.target,
@@ -504,10 +586,13 @@ def _manifest(
         ),
         recipe=recipe.model_dump(mode="json"),
         inputs=entries,
-        outputs=result_entries(program) if entries else (),
+        outputs=result_entries(reads) if entries else (),
+        begin=None
+        if model.pair is None
+        else tokens.begin(model.source, model.config, model.generation),
         cache=() if layout is None else tuple(layout.lines()),
-        weight_bytes=program.weights.nbytes,
-        cache_bytes="0" if layout is None else str(layout.account()),
+        weight_bytes=weight_bytes,
+        cache_bytes="0" if layout is None else account(program),
         versions={name: _version(name) for name in made_by} | {"python": platform.python_version()},
         files=files,
     )

@@ -43,15 +43,19 @@ def raising_passes() -> list[Pass]:
     ]
 
 
-def planning_passes(cache: Sequence[Pass] = (), compare: Sequence[Pass] = ()) -> list[Pass]:
+def planning_passes(
+    cache: Sequence[Pass] = (), compare: Sequence[Pass] = (), fusion: Sequence[Pass] = ()
+) -> list[Pass]:
     """The pipeline of a causal language model up to where its cache layout is decided.
 
-    `cache` are the passes that refine the layout, `compare` what compares the graph with the model.
+    `cache` are the passes that refine the layout, `compare` what compares the graph with the model, `fusion`
+    what fuses attention beside that over the cache.
     """
     return [
         *raising_passes(),
         FuseLinears(),  # before quantization: a matrix is then packed once, in its final shape
         FuseResidualNorms(),
+        *fusion,  # behind what is raised, as in a plain module
         SelectLogitRows(),
         *compare,  # before anything that may lose something: here the graph is the model
         PlanCache(),
@@ -60,15 +64,18 @@ def planning_passes(cache: Sequence[Pass] = (), compare: Sequence[Pass] = ()) ->
 
 
 def language_model_passes(
-    weights: Sequence[Pass] = (), cache: Sequence[Pass] = (), compare: Sequence[Pass] = ()
+    weights: Sequence[Pass] = (),
+    cache: Sequence[Pass] = (),
+    compare: Sequence[Pass] = (),
+    fusion: Sequence[Pass] = (),
 ) -> list[Pass]:
-    """The pipeline of a causal language model.
+    """The pipeline of a causal language model, or of a decoder that reads what an encoder made.
 
     `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout,
-    `compare` what compares the graph with the model.
+    `compare` what compares the graph with the model, `fusion` what fuses a decoder's attention to its encoder.
     """
     return [
-        *planning_passes(cache, compare),
+        *planning_passes(cache, compare, fusion),
         OrderHeads(),  # before the weights are packed: it permutes their rows and columns
         *weights,
         AttachCache(),  # near the end: earlier passes see attention without its cache

@@ -19,7 +19,8 @@ from einfold import errors
 from einfold.cli.app import app
 from einfold.compiler.recipe import Recipe
 from einfold.encoder import Encoder
-from einfold.model import Completion, Model
+from einfold.completion import Completion
+from einfold.model import Model
 from einfold.recipe_text import recipe_text
 
 HERE = Path(__file__).parent

@@ -17,6 +17,7 @@ from . import errors
 if TYPE_CHECKING:
     from .api import compile, estimate, export_onnx
     from .encoder import Encoder
+    from .encoder_decoder import EncoderDecoder
     from .explaining import explain, explain_export
     from .huggingface_cache import cache_for
     from .model import Model, load
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Encoder",
+    "EncoderDecoder",
     "Model",
     "__version__",
     "cache_for",
@@ -40,6 +42,7 @@ __all__ = [
 _HOMES = {
     "cache_for": "huggingface_cache",
     "Encoder": "encoder",
+    "EncoderDecoder": "encoder_decoder",
     "compile": "api",
     "estimate": "api",
     "explain": "explaining",

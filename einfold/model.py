@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .compiler.codegen.target import TARGETS, Target
-from .compiler.ir.manifest import ENCODER
+from .compiler.ir.manifest import CAUSAL, ENCODER, ENCODER_DECODER, READER
+from .completion import Completion, Listeners
 from .encoder import Encoder
+from .encoder_decoder import EncoderDecoder
 from .errors import ArtifactError, PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
@@ -21,17 +23,6 @@ from .runtime.sampling import Sampling
 from .runtime.tokenizer import Tokenizer, TokenStream
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote for one prompt."""
-
-    text: str
-    tokens: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    """"stop" (end token or stop string), "length" (max_new_tokens) or "context" (no room left)."""
 
 
 @dataclass
@@ -105,34 +96,16 @@ class Model:
         """Continues several prompts of any lengths together."""
         if isinstance(prompts, str):
             raise PromptError("generate_batch takes a list of prompts; this is one text")
-        stop = [stop] if isinstance(stop, str) else list(stop)
         rows = [self.encode(prompt) for prompt in prompts]
-        has_text = self.artifact.has("tokenizer.json")
-        if stop and not has_text:
-            raise PromptError("stop strings need a tokenizer, and the artifact holds none")
-        listeners = [_Listener(self.tokenizer.stream(), stop) for _ in rows] if has_text else []
-
-        def on_token(row: int, token: int) -> bool:
-            piece = listeners[row].push(token)
-            if piece and on_text is not None:
-                on_text(row, piece)
-            return listeners[row].stopped
-
+        listeners = Listeners.of(self.artifact, lambda: self.tokenizer, len(rows), stop, on_text)
         results = self.engine.generate(
             rows,
             max_new_tokens,
             () if ignore_eos else self.artifact.manifest.model.eos_ids,
             sampling,
-            on_token if listeners else None,
+            listeners.on_token,
         )
-        for row, listener in enumerate(listeners):
-            piece = listener.finish()
-            if piece and on_text is not None:
-                on_text(row, piece)
-        return [
-            self._completion(rows[i], result, listeners[i] if listeners else None)
-            for i, result in enumerate(results)
-        ]
+        return listeners.completions(results, list(map(len, rows)))
 
     @property
     def has_chat_template(self) -> bool:
@@ -160,59 +133,16 @@ class Model:
             self.engine.prefill(cache, [row[:prompt]])
         yield from self.engine.stream(cache, row, all_logits=True, start=prompt)
 
-    def _completion(
-        self, prompt: list[int], result: Generated, listener: _Listener | None
-    ) -> Completion:
-        return Completion(
-            text=listener.text if listener else "",
-            tokens=result.tokens,
-            prompt_tokens=len(prompt),
-            finish_reason=result.finish_reason,
-        )
-
-
-class _Listener:
-    """Text of one row as it grows; watches for stop strings and holds back what may begin one."""
-
-    def __init__(self, stream: TokenStream, stop: list[str]) -> None:
-        self.stream = stream
-        self.stop = [text for text in stop if text]
-        self.text = ""
-        self.stopped = False
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        return self._show(self.stream.push(token), final=False)
-
-    def finish(self) -> str:
-        return "" if self.stopped else self._show(self.stream.finish(), final=True)
-
-    def _show(self, piece: str, final: bool) -> str:
-        pending = self._held + piece
-        found = [at for at in (pending.find(text) for text in self.stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            shown = pending[: min(found)]
-        else:
-            keep = 0 if final else _overlap(pending, self.stop)
-            shown, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        self.text += shown
-        return shown
-
-
-def _overlap(text: str, stops: list[str]) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
-    longest = min(len(text), max((len(stop) for stop in stops), default=1) - 1)
-    for size in range(longest, 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stops):
-            return size
-    return 0
-
 
 def language_model(found: Any) -> Model:
-    """A loaded causal language model; raises RecipeError for an encoder."""
+    """A loaded causal language model; raises RecipeError for another kind."""
     if isinstance(found, Model):
         return found
+    if isinstance(found, EncoderDecoder):
+        raise RecipeError(
+            f"{found.artifact.folder} is an encoder-decoder, which writes behind what its encoder read, and this "
+            "is for models that continue a text; `einfold run` takes it"
+        )
     raise RecipeError(
         f"{found.artifact.folder} is an encoder, which writes no text; `einfold run` gives its results"
     )
@@ -228,7 +158,7 @@ def load(
     trust: bool = False,
 ) -> Any:
     """Loads an artifact. Gives a `Model`, which writes text, or where it is one of an encoder an `Encoder`,
-    which gives tensors.
+    which gives tensors, or of an encoder-decoder an `EncoderDecoder`, which writes text behind what it read.
 
     `engine` "onnx" runs it on onnxruntime, "triton" with kernels on a GPU, "reference" by the operators'
     meaning in torch; without one it is run by what it was compiled for. `threads` defaults to the
@@ -251,22 +181,26 @@ def load(
             target = _target(artifact, engine)
             if manifest.kind == ENCODER:
                 return Encoder(artifact, EncoderEngine(target.caller(artifact, threads), manifest))
+            reader = None
+            if manifest.kind == ENCODER_DECODER:
+                reader = EncoderEngine(target.caller(artifact, threads, part=READER), manifest)
             runner = target.runner(artifact, threads, trust)
         finally:
             if checked is not None:
                 checked.result()  # damage explains best what the loader may have met
     make: Make = getattr(runner, "make", empty)
-    return Model(
-        artifact,
-        Engine(
-            runner,
-            manifest.layout(),
-            manifest.model.vocabulary,
-            manifest.model.context,
-            chunk,
-            make,
-        ),
+    model, begin = manifest.model, manifest.begin
+    made = Engine(
+        runner,
+        manifest.layout(),
+        model.vocabulary,
+        model.context,
+        chunk,
+        make,
+        () if begin is None else begin.never,
+        () if begin is None else begin.never_first,
     )
+    return Model(artifact, made) if reader is None else EncoderDecoder(artifact, reader, made)
 
 
 def _target(artifact: Artifact, engine: str | None) -> Target:
@@ -283,6 +217,7 @@ def _target(artifact: Artifact, engine: str | None) -> Target:
             f"{artifact.folder} was compiled for {target}, so engine {engine!r} cannot run it; leave the "
             f"engine out, or compile with --target {engine}"
         )
-    if artifact.manifest.kind == ENCODER and (reason := chosen.no_encoders()):
-        raise ArtifactError(f"{artifact.folder} is an encoder: {reason}")
+    if artifact.manifest.kind != CAUSAL and (reason := chosen.no_encoders()):
+        kind = artifact.manifest.kind.replace("_", "-")
+        raise ArtifactError(f"{artifact.folder} is an {kind}: {reason}")
     return chosen

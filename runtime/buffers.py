@@ -69,6 +69,8 @@ class CacheBuffers:
     packed: dict[str, Counts] = field(default_factory=dict)
     """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
     make: Make = empty
+    given: Mapping[str, Array] = field(default_factory=dict)
+    """What every step reads and none writes, a row for each row: what an encoder made of its input."""
 
     @classmethod
     def allocate(
@@ -78,6 +80,7 @@ class CacheBuffers:
         capacity: int,
         prompt: int | None = None,
         make: Make = empty,
+        given: Mapping[str, Array] | None = None,
     ) -> Buffers:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them.
 
@@ -95,6 +98,7 @@ class CacheBuffers:
             groups,
             {name: np.zeros(batch, np.int64) for name in layout.packs()},
             make,
+            given or {},
         )
         for name, used in cache.clocks.items():
             used += groups[name].policy.compensated  # slot 0 is taken from the start
@@ -144,6 +148,7 @@ class CacheBuffers:
             lengths=self.lengths[rows],
             clocks={name: used[rows] for name, used in self.clocks.items()},
             packed={name: count[rows] for name, count in self.packed.items()},
+            given={name: array[rows] for name, array in self.given.items()},
         )
 
     def slots_of(self, clock: str) -> int:

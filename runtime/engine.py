@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..compiler.ir.kv.layout import CacheLayout
 from ..errors import NotFiniteError, PromptError, pass_on
-from .buffers import Make, empty
+from .buffers import Array, Make, empty
 from .cache import Cache
 from .runner import Flags, Floats, Ints, Runner
 from .sampling import Sampler, Sampling
@@ -52,8 +52,11 @@ class Engine:
         context: int,
         chunk: int = CHUNK,
         make: Make = empty,
+        never: Sequence[int] = (),
+        never_first: Sequence[int] = (),
     ) -> None:
-        """`make` makes the cache's buffers where the runner wants them."""
+        """`make` makes the cache's buffers where the runner wants them. The tokens `never` are not chosen,
+        those `never_first` not behind the prompt."""
         if chunk < 1:
             raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
         self.runner = runner
@@ -62,6 +65,8 @@ class Engine:
         self.context = context
         self.chunk = chunk
         self.make = make
+        self.never = np.asarray(never, np.int64)
+        self.never_first = np.asarray(never_first, np.int64)
         self.timings = Timings()
         self.cache: Cache | None = None
 
@@ -72,8 +77,10 @@ class Engine:
         stop_tokens: Sequence[int] = (),
         sampling: Sampling | None = None,
         on_token: OnToken | None = None,
+        given: Mapping[str, Array] | None = None,
     ) -> list[Generated]:
-        """Continues each prompt. Rows of unequal length run together, right-padded inside.
+        """Continues each prompt. Rows of unequal length run together, right-padded inside. `given` is what
+        every step reads beside them, a row for each prompt.
 
         Raises PromptError for an empty prompt, a token out of range, or a prompt that leaves no room.
         """
@@ -88,13 +95,19 @@ class Engine:
         # The last token written is never read back, so it needs no slot.
         capacity = min(longest + max_new_tokens - 1, self.context)
         self.cache = None  # the last one is let go before the next is taken
-        cache = self.cache = self.allocate(len(rows), capacity, longest)
+        cache = self.cache = self.allocate(len(rows), capacity, longest, given)
         logits = self._timed_prefill(cache, rows)
         return self._decode(
             cache, rows, logits, max_new_tokens, frozenset(stop_tokens), samplers, on_token
         )
 
-    def allocate(self, batch: int, capacity: int, prompt: int | None = None) -> Cache:
+    def allocate(
+        self,
+        batch: int,
+        capacity: int,
+        prompt: int | None = None,
+        given: Mapping[str, Array] | None = None,
+    ) -> Cache:
         """An empty cache that the runner can step over; see `Cache.allocate`.
 
         It has room for more tokens, to the next whole block of slots, where the runner is faster so and the
@@ -104,7 +117,7 @@ class Engine:
         whole = -(-capacity // block) * block
         if fewest <= capacity and whole <= self.context:
             capacity = whole
-        return Cache.allocate(self.layout, batch, capacity, prompt, self.make)
+        return Cache.allocate(self.layout, batch, capacity, prompt, self.make, given)
 
     def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
         """The prompt as an array; raises PromptError with the position of what is wrong."""
@@ -240,7 +253,9 @@ class Engine:
         ids = np.zeros((len(rows), 1), np.int64)
         every_row = np.arange(len(rows))
         started = time.perf_counter()
+        logits[:, self.never_first] = -np.inf
         while True:
+            logits[:, self.never] = -np.inf
             for index in np.flatnonzero(running):
                 token = samplers[index].pick(logits[index], rows[index], results[index].tokens)
                 ids[index] = token

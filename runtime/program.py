@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors import SafetensorError, safe_open
 from torch import fx
 
-from ..compiler.ir.manifest import ENCODER, GRAPH, WEIGHTS, Manifest
+from ..compiler.ir.manifest import ENCODER, READER, WEIGHTS, WHOLE, Manifest, Part
 from ..compiler.ir.parser import parse
 from ..compiler.ir.program import Program
 from ..compiler.ir.verifier import verify
@@ -14,8 +14,8 @@ from ..errors import ArtifactError, IRError, pass_on
 from .artifact import Artifact
 
 
-def read_program(artifact: Artifact, device: str = "cpu") -> Program:
-    """The artifact's graph; its weights are read onto the device when they are asked for."""
+def read_program(artifact: Artifact, device: str = "cpu", part: Part = WHOLE) -> Program:
+    """The graph of an artifact, or of a part of it; its weights are read onto the device when they are asked for."""
     try:
         weights = safe_open(str(artifact.file(WEIGHTS)), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -36,18 +36,21 @@ def read_program(artifact: Artifact, device: str = "cpu") -> Program:
         return Weight(declared.shape, declared.dtype, lambda: weights.get_tensor(name).to(device))
 
     try:
-        program = parse(artifact.read(GRAPH).decode("utf-8"), load)
+        program = parse(artifact.read(part.graph).decode("utf-8"), load)
         verify(program)
-        _check_model(program, artifact.manifest)
+        _check_model(program, artifact.manifest, part)
     except (IRError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{artifact.folder}/{GRAPH} is no graph that runs: {error}") from error
+        raise ArtifactError(
+            f"{artifact.folder}/{part.graph} is no graph that runs: {error}"
+        ) from error
     return program
 
 
-def _check_model(program: Program, manifest: Manifest) -> None:
+def _check_model(program: Program, manifest: Manifest, part: Part) -> None:
     """The graph is of the model that the manifest speaks of; raises IRError where it is not."""
     model, shapes = manifest.model, program.shapes
-    if program.model.vocabulary != model.vocabulary:
+    reads = manifest.kind == ENCODER or part == READER
+    if program.model.vocabulary != model.vocabulary and part == WHOLE:
         raise IRError(
             f"its vocabulary is {program.model.vocabulary}, and the manifest's {model.vocabulary}"
         )
@@ -57,7 +60,7 @@ def _check_model(program: Program, manifest: Manifest) -> None:
         for name, value in zip(program.output_names(), values, strict=True)
     }
     given = {str(node.target): shapes.describe(node.meta["val"]) for node in program.placeholders()}
-    if manifest.kind == ENCODER:
+    if reads:
         listed = [{e.name: str(e) for e in part} for part in (manifest.inputs, manifest.outputs)]
         if program.layout is not None or [given, results] != listed:
             raise IRError("it takes and gives other tensors than the manifest lists")
@@ -66,6 +69,11 @@ def _check_model(program: Program, manifest: Manifest) -> None:
         raise IRError("its cache is not the one that the manifest describes")
     if (found := results.get("logits", "nothing")) != f"f32[N, {model.vocabulary}]":
         raise IRError(f"its logits are {found}, not f32[N, {model.vocabulary}]")
+    for entry in manifest.outputs:
+        if given.get(entry.name) != entry.beside:
+            raise IRError(
+                f"it does not take {entry.name} as {entry.beside}, which the encoder gives"
+            )
     for name, kind in given.items():
         if results.get(name, kind) != kind:
             raise IRError(f"it gives {name} another type than it takes it with, {kind}")

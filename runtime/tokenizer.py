@@ -73,9 +73,9 @@ class Tokenizer:
                 raise
             raise ArtifactError(f"{self._where} {what}: {first_line(error)}") from error
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model puts around it."""
-        return self._encode(text).ids  # type: ignore[no-any-return]
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text, with the `special` tokens that the model puts around it, or without."""
+        return self._encode(text, special).ids  # type: ignore[no-any-return]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the characters (start, end) that each token stands for."""

@@ -14,7 +14,7 @@ def snapshot(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
     weights = WeightStore()
     for name in program.weights:
         weights.add(name, program.weights[name])
-    cut = Program(program.model, program.shapes, weights=weights)
+    cut = Program(program.model, program.shapes, weights=weights, beside=program.beside)
     copies: dict[fx.Node, fx.Node] = {}
     cut.graph.graph_copy(program.graph, copies)
     return cut, copies

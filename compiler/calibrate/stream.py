@@ -22,6 +22,7 @@ from ...errors import CalibrationError, IRError, pass_on
 from ..ir.interpreter import Interpreter
 from ..ir.kept import read, write
 from ..ir.locks import lock
+from ..ir.ops.attention import distance_bias
 from ..ir.program import Program, remove_dead_nodes
 from .observer import Found, Observer
 from .sites import Site
@@ -159,7 +160,8 @@ class Stream:
                     if self._sites[name].attention is not None
                 }
                 interpreter = Interpreter(self._program, False, instead)
-                interpreter.run(text_inputs(tokens_BS), self._after, resume)
+                inputs = text_inputs(tokens_BS) | self._program.beside(tokens_BS)
+                interpreter.run(inputs, self._after, resume)
                 if self._folder is not None:
                     with suppress(OSError):
                         (self._folder / _PROGRESS).unlink(missing_ok=True)
@@ -195,11 +197,12 @@ class Stream:
         scale: float,
         window: int,
         softcap: float,
+        by_distance_HR: Tensor | None = None,
     ) -> Tensor:
         self._begin(name, q_BSHD, k_BSKD, v_BSKD)
         parts = []
         for start, weights_BHST in attention_weights(
-            q_BSHD, k_BSKD, sinks_H, scale, window, softcap
+            q_BSHD, k_BSKD, sinks_H, scale, window, softcap, by_distance_HR
         ):
             for observer in self._observers[name]:
                 observer.block(start, weights_BHST)
@@ -245,6 +248,7 @@ def attention_weights(
     scale: float,
     window: int,
     softcap: float,
+    by_distance_HR: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, weights [B, H, rows, T]) of causal attention in blocks of rows; `einfold::attention`
     says what each argument means."""
@@ -257,7 +261,10 @@ def attention_weights(
         logits = q_BHSD @ keys_BHDT * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        distance = torch.arange(start, start + q_BHSD.shape[2])[:, None] - column
+        row = torch.arange(start, start + q_BHSD.shape[2])
+        distance = row[:, None] - column
+        bias_BHST = distance_bias(by_distance_HR, row[None], total)
+        logits = logits if bias_BHST is None else logits + bias_BHST
         hidden = (distance < 0) | (distance >= window) if window else distance < 0
         logits = logits.masked_fill(hidden, float("-inf"))
         if sinks_H is not None:

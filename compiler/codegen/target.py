@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from ..ir.manifest import WHOLE, Part
 from ..ir.registry import Registry
 
 if TYPE_CHECKING:
@@ -118,15 +119,16 @@ class Target(BaseModel):
         placements: dict[str, Placement],
         folder: Path,
         progress: Progress,
+        part: Part = WHOLE,
     ) -> None:
-        """Writes what the target runs into an artifact's folder, beside weights and graph.
+        """Writes what the target runs of a part into an artifact's folder, beside weights and graph.
 
         `placements` say where the weights lie in their file. Raises UnsupportedError, naming operator and
         node or layer, for what it cannot write.
         """
 
-    def check_written(self, folder: Path) -> None:
-        """Raises UnsupportedError where `runner` would refuse what was written."""
+    def check_written(self, folder: Path, part: Part = WHOLE) -> None:
+        """Raises UnsupportedError where `runner` or `caller` would refuse what was written."""
 
     def runs(self, target: str) -> bool:
         """Whether it can run what was compiled for the target of a name."""
@@ -148,8 +150,15 @@ class Target(BaseModel):
         """
         raise NotImplementedError
 
-    def caller(self, artifact: Artifact, threads: int | None = None, lean: bool = False) -> Caller:
-        """What runs an encoder; options and errors are those of `runner`."""
+    def caller(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        lean: bool = False,
+        part: Part = WHOLE,
+    ) -> Caller:
+        """What runs an encoder, or the part of an artifact that is one; options and errors are those of
+        `runner`."""
         raise NotImplementedError
 
 

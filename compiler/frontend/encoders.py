@@ -222,7 +222,7 @@ def capture_encoder(
     }
     given = {entry.name: _example(entry) for entry in entries}
     exported = export(whole, (), dims, source.location, given)
-    _without_what_is_dead(exported.graph)
+    without_what_is_dead(exported.graph)
     first_name = tied_names(whole)
     shapes = {
         entry.name: tuple(int(size) if size.isdecimal() else size for size in entry.shape)
@@ -247,7 +247,7 @@ def capture_encoder(
     return program
 
 
-def _without_what_is_dead(graph: fx.Graph) -> None:
+def without_what_is_dead(graph: fx.Graph) -> None:
     """Weights that nothing reads need not be there. What torch asserts of sizes holds: they are in range."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
@@ -309,4 +309,11 @@ def result_entries(program: Program) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-__all__ = ["Encoder", "capture_encoder", "encoder_of", "find_encoder", "result_entries"]
+__all__ = [
+    "Encoder",
+    "capture_encoder",
+    "encoder_of",
+    "find_encoder",
+    "result_entries",
+    "without_what_is_dead",
+]

@@ -87,7 +87,7 @@ def _capture(
     first_name = tied_names(skeleton)
     info = ModelInfo(
         architecture=str(config.model_type),
-        vocabulary=_vocabulary(exported, source),
+        vocabulary=vocabulary_of(exported, source),
         context=context,
         hidden=int(skeleton.get_input_embeddings().weight.shape[1]),
     )
@@ -129,7 +129,7 @@ def named_weights(
     return weight
 
 
-def _vocabulary(exported: Any, source: ModelSource) -> int:
+def vocabulary_of(exported: Any, source: ModelSource) -> int:
     """Numbers that the model gives for each token; raises UnsupportedError for what are no logits."""
     mutated = [*exported.graph_signature.buffers_to_mutate.values()]
     if mutated:

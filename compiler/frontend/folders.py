@@ -5,52 +5,34 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...errors import UnsupportedError, pass_on
+from .encoder_decoders import EncoderDecoder, find_encoder_decoder
 from .encoders import Encoder, find_encoder
 from .huggingface import ModelSource
 from .sentence import MODULES, read_head
-
-_ENCODER_DECODERS = frozenset(
-    name
-    for mapping in (
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    )
-    for name in getattr(modeling_auto, mapping, {}).values()
-    if isinstance(name, str)
-)
 
 #: Keys of a config.json that say nothing about what the model computes.
 _SAID = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map", "use_cache"}
 
 
-def check_kind(source: ModelSource, config: Any, architectures: list[str]) -> None:
-    """Raises UnsupportedError for an encoder-decoder: its decoder alone is not the model."""
-    named = next((name for name in architectures if name in _ENCODER_DECODERS), None)
-    if named is None and not getattr(config, "is_encoder_decoder", False):
-        return
-    raise UnsupportedError(
-        f"{source.location}: {named or config.model_type} is an encoder-decoder, whose decoder reads what an "
-        "encoder made of another input through cross-attention; einfold compiles causal language models and "
-        "encoders, and has no cache yet for the keys of cross-attention"
-    )
-
-
-def read_folder(source: ModelSource, config: Any) -> tuple[Encoder | None, list[str]]:
-    """(the encoder that a folder holds, None for a causal language model; what is to be noted of its
-    config.json). Raises UnsupportedError where it is of another model."""
+def read_folder(
+    source: ModelSource, config: Any
+) -> tuple[Encoder | EncoderDecoder | None, list[str]]:
+    """(the encoder or encoder-decoder that a folder holds, None for a causal language model; what is to be
+    noted of its config.json). Raises UnsupportedError where it is of another model."""
     raw = _raw_config(source)
     found = raw.get("architectures")
     architectures = [str(name) for name in found] if isinstance(found, list) else []
-    check_kind(source, config, architectures)
+    pair = find_encoder_decoder(source, config, architectures)
     head = read_head(source.folder)
-    encoder = find_encoder(source, config, architectures, head)
+    encoder = None if pair is not None else find_encoder(source, config, architectures, head)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if encoder is not None:
         stock = encoder.model_class.__name__
+    if pair is not None:
+        stock = pair.model_class.__name__
     notes = _own_code(source, raw.get("auto_map"), architectures, stock)
     if encoder is not None:
         notes += head.notes if head is not None else _of_hub(source)
@@ -66,7 +48,7 @@ def read_folder(source: ModelSource, config: Any) -> tuple[Encoder | None, list[
             f"config.json sets {', '.join(unknown)}, which transformers' {type(config).__name__} does not "
             "know and nothing reads"
         )
-    return encoder, notes
+    return pair or encoder, notes
 
 
 def _of_hub(source: ModelSource) -> list[str]:

@@ -5,8 +5,9 @@ This file and `huggingface.py` are the only ones that touch transformers' intern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ def _attention(
     s_aux: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """One `einfold::attention` for one call of a model's attention. q, k, v come as [B, heads, S, D]."""
+    """One `einfold::attention` for one call of a model's attention. q, k, v come as [B, heads, S, D].
+
+    Attention to what an encoder made is torch's own operator (`Crossing`).
+    """
+    crossing = _CROSSING.get()
+    if crossing is not None and crossing.holds(key):
+        return crossing.attention(module, query, key, value, scaling, softcap, s_aux), None
     layer = getattr(module, "layer_idx", None)
     where = f"layer {layer} ({type(module).__name__})"
     if layer is None:
@@ -69,6 +76,11 @@ def _attention(
     if getattr(module, "is_causal", True) is False or rest.get("is_causal") is False:
         raise UnsupportedError(
             f"{where}: attention is not causal; einfold compiles causal language models"
+        )
+    by_distance = rest.pop("position_bias", None)
+    if by_distance is not None and (crossing is None or not crossing.is_table(by_distance)):
+        raise UnsupportedError(
+            f"{where}: the model adds a bias of its own to attention, which is not captured"
         )
     unknown = sorted(
         k for k, v in rest.items() if k not in _HARMLESS and v is not None and v is not False
@@ -86,8 +98,94 @@ def _attention(
         float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         int(sliding_window or 0),
         float(softcap or 0.0),
+        *(() if by_distance is None else (by_distance,)),
     )
     return out, None
+
+
+class Crossing:
+    """A decoder's attention to what is given from outside, and to its own tokens by how far apart they are.
+
+    Its relative positions (T5's) become tables by distance, of `reach` tokens.
+    """
+
+    def __init__(self, reach: int) -> None:
+        self._reach = reach
+        self._keys: dict[int, Tensor] = {}
+        self._mask_BT: Tensor | None = None
+        self._tables: list[Tensor] = []
+        self.layers: set[int] = set()
+        """Layers whose cross-attention came through the hook."""
+
+    def holds(self, key: Tensor) -> bool:
+        """Whether keys are among those from outside."""
+        return any(key is known for known in self._keys.values())
+
+    def is_table(self, bias: Any) -> bool:
+        """Whether a bias is a table that was put in the place of relative positions."""
+        return any(bias is table for table in self._tables)
+
+    def attention(
+        self,
+        module: nn.Module,
+        query_BHSD: Tensor,
+        key_BKTD: Tensor,
+        value_BKTD: Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention to all tokens that are there, [B, S, H, D]."""
+        layer = next(layer for layer, known in self._keys.items() if key_BKTD is known)
+        relative = getattr(module, "has_relative_attention_bias", False)
+        if softcap or sinks is not None or relative:
+            raise UnsupportedError(
+                f"layer {layer}: cross-attention with a softcap, sinks or relative positions is not captured"
+            )
+        self.layers.add(layer)
+        mask = None if self._mask_BT is None else self._mask_BT[:, None, None]
+        grouped = getattr(module, "num_key_value_groups", 1) > 1
+        out = nn.functional.scaled_dot_product_attention(
+            query_BHSD, key_BKTD, value_BKTD, mask, scale=scaling, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
+    def table(self, relative: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Stands for a `compute_bias` of relative positions, [1, H, S, T]: gives what it adds for a key that
+        is 0, 1, .. tokens behind the query, [H, R]."""
+
+        def by_distance(*_: Any, device: Any = None, **__: Any) -> Tensor:
+            row = relative(1, self._reach, device=device, past_seen_tokens=self._reach - 1)
+            self._tables.append(row[0, :, 0].flip(-1))
+            return self._tables[-1]
+
+        return by_distance
+
+    @contextmanager
+    def on(
+        self, decoder: nn.Module, keys: Mapping[int, Tensor], mask_BT: Tensor | None
+    ) -> Iterator[None]:
+        """The attention of a decoder is captured so while the block runs. `keys` [B, K, T, D] are those of its
+        cross-attention, by layer; the mask, bool [B, T], says which of the T tokens are there."""
+        self._keys, self._mask_BT = dict(keys), mask_BT
+        changed = [
+            module
+            for module in decoder.modules()
+            if getattr(module, "has_relative_attention_bias", 0)
+        ]
+        for module in changed:
+            module.compute_bias = self.table(module.compute_bias)  # type: ignore[assignment, operator]
+        token = _CROSSING.set(self)
+        try:
+            yield
+        finally:
+            _CROSSING.reset(token)
+            self._keys, self._mask_BT, self._tables = {}, None, []
+            for module in changed:
+                del module.compute_bias
+
+
+_CROSSING: ContextVar[Crossing | None] = ContextVar("crossing", default=None)
 
 
 def _experts(module: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -172,4 +270,4 @@ def hollow_parameters() -> Iterator[None]:
         convolution.reset_parameters = drawn  # type: ignore[method-assign]
 
 
-__all__ = ["hollow_parameters", "install", "register"]
+__all__ = ["Crossing", "hollow_parameters", "install", "register"]

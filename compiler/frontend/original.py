@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ir.manifest import CROSS_MASK, MASK, cross_name
+from .encoder_decoders import EncoderDecoder
 from .encoders import Encoder
 from .huggingface import ModelSource, quiet
 from .structure import structure
@@ -51,6 +53,30 @@ def original_outputs(
     return {
         name: value.float() if value.is_floating_point() else value for name, value in found.items()
     }
+
+
+def original_answer(
+    source: ModelSource,
+    config: Any,
+    kind: EncoderDecoder,
+    state: Mapping[str, Tensor],
+    module: Any,
+    inputs: Mapping[str, Tensor],
+    ids_BS: Tensor,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(what an encoder gives its decoder for its `EncoderDecoder.inputs`, by name; logits [B, S, V] behind
+    tokens that were written)."""
+    with _running(structure(source, config, state, module, kind.auto), state) as model:
+        found = model(**inputs, decoder_input_ids=ids_BS, use_cache=True)
+    layers = found.past_key_values.cross_attention_cache.layers
+    given = {
+        cross_name(layer, part): getattr(kept, f"{part}s").float()
+        for layer, kept in enumerate(layers)
+        for part in ("key", "value")
+    }
+    if MASK in inputs:
+        given[CROSS_MASK] = inputs[MASK] != 0
+    return given, found.logits.float()
 
 
 @contextmanager

@@ -21,7 +21,11 @@ from .huggingface import ModelSource, quiet
 
 #: The class of transformers that builds causal language models.
 CAUSAL = "AutoModelForCausalLM"
-_KINDS = {CAUSAL: "causal language model"}
+_KINDS = {
+    CAUSAL: "causal language model",
+    "AutoModelForSeq2SeqLM": "encoder-decoder",
+    "AutoModelForSpeechSeq2Seq": "encoder-decoder",
+}
 
 
 def structure(

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from ...errors import ModelError, first_line, pass_on
+from ..ir.manifest import Begin
 from .huggingface import ModelSource
 
 #: Any of these says that a folder holds a tokenizer.
@@ -59,6 +60,66 @@ def special_tokens(
         found.append(tuple(ids))
     ends, begins, pads = found
     return ends, begins[0] if begins else None, pads[0] if pads else None
+
+
+#: What a generation config asks for that only a search, or rules beside the likeliest token, would do.
+_SEARCHES = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "forced_eos_token_id": None,
+    "do_sample": False,
+}
+
+
+def ignored_in_generation(generation: Any) -> list[str]:
+    """A note where an encoder-decoder's generation config asks for more than greedy decoding."""
+    asked = {name: getattr(generation, name, None) for name in _SEARCHES}
+    ignored = [
+        f"{name} {value}"
+        for name, value in asked.items()
+        if value is not None and value is not False and value != _SEARCHES[name]
+    ]
+    if not ignored:
+        return []
+    return [
+        f"generation_config.json asks for {', '.join(ignored)}: einfold takes the likeliest token, or draws one "
+        "where it is told to, and has no beam search"
+    ]
+
+
+def begin(source: ModelSource, config: Any, generation: Any = None) -> Begin:
+    """How an encoder-decoder begins to write: its start token, then one that is forced; and what it never
+    writes. Raises ModelError where nothing says how."""
+
+    def asked(key: str) -> Any:
+        value = getattr(generation, key, None)
+        return getattr(config, key, None) if value is None else value
+
+    def listed(key: str) -> tuple[int, ...]:
+        value = asked(key)
+        found = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if any(not isinstance(token, int) or token < 0 for token in found):
+            raise ModelError(f"the model's {key} is {value!r}; it should be a token id, or a list")
+        return tuple(found)
+
+    start = listed("decoder_start_token_id") or listed("bos_token_id")
+    if len(start) != 1:
+        raise ModelError(
+            f"{source.location}: neither generation_config.json nor config.json names one "
+            "decoder_start_token_id, which an answer begins with"
+        )
+    size = int(config.vocab_size)
+    suppressed, first = (
+        tuple(token for token in listed(key) if token < size)
+        for key in ("suppress_tokens", "begin_suppress_tokens")
+    )
+    tokens = (*start, *listed("forced_bos_token_id")[:1])
+    return Begin(tokens=tokens, never=suppressed, never_first=first)
 
 
 def load_tokenizer(source: ModelSource) -> tuple[Any, str]:

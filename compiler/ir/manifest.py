@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -14,12 +15,28 @@ from ...errors import ArtifactError, IRError
 from .kv.layout import CacheLayout
 from .regular import read_regular
 
-#: Version of the folder's layout. A reader refuses what is newer than it knows. 2 added encoders.
+#: Version of the folder's layout. A reader refuses what is newer than it knows. 2 added encoders, and what
+#: writes behind one.
 FORMAT = 2
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GRAPH = "graph.eir"
 MODEL = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the programs of an artifact: the file of its graph, and of what the target onnx makes of it."""
+
+    graph: str = GRAPH
+    model: str = MODEL
+
+
+#: The program of an artifact; of an encoder-decoder the decoder.
+WHOLE = Part()
+
+#: The encoder of an encoder-decoder.
+READER = Part("encoder.eir", "encoder.onnx")
 
 #: In the metadata of model.onnx, two numbers: a cache for so many tokens or more (the second) is stepped over
 #: faster where its slots are a multiple of the first.
@@ -38,14 +55,33 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
+#: The kind of a model that continues a text over a cache.
+CAUSAL = "causal_lm"
+
 #: The kind of a model that reads all of its input at once and gives tensors.
 ENCODER = "encoder"
 
+#: The kind of a model whose encoder reads all of its input at once, and whose decoder then writes text.
+ENCODER_DECODER = "encoder_decoder"
+
 #: What an encoder of texts is given, [B, S] each: tokens, which of them are no padding, and of which kind.
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MASK = "attention_mask"
+TEXT_INPUTS = ("input_ids", MASK, "token_type_ids")
+
+#: What the encoder of an encoder-decoder tells of its padding, bool [B, S].
+CROSS_MASK = "cross_mask"
+
+
+def cross_name(layer: int, part: str) -> str:
+    """What the encoder calls the keys or values (`part`) of a decoder layer's cross-attention."""
+    return f"cross_{layer}_{part}"
+
 
 #: Dims of a tensor, and tensors of a call, at most.
 _RANK, _TENSORS = 8, 64
+
+#: The same of what an encoder gives its decoder, two for each layer; and tokens that one begins with.
+_CROSS, _BEGIN = 4096, 64
 
 
 class _Part(BaseModel):
@@ -98,16 +134,38 @@ class TensorEntry(_Part):
         numbers = all(size.isdecimal() and len(size) < 10 for size in sizes)
         return self.dtype == "f32" and numbers and not self.below and self.name not in TEXT_INPUTS
 
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """The sizes that are numbers, None for the others."""
+        return tuple(int(size) if size.isdecimal() else None for size in self.shape)
+
+    @property
+    def beside(self) -> str:
+        """Its type where the decoder of an encoder-decoder takes it: T tokens were read, S is for new ones."""
+        return f"{self.dtype}[{', '.join('T' if size == 'S' else size for size in self.shape)}]"
+
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(self.shape)}]"
+
+
+class Begin(_Part):
+    """How an encoder-decoder begins to write, and what it never does."""
+
+    tokens: Annotated[tuple[int, ...], Field(min_length=1, max_length=_BEGIN)]
+    """What stands before the first token that it chooses."""
+    never: Annotated[tuple[int, ...], Field(max_length=1 << 20)] = ()
+    """Tokens that it does not choose."""
+    never_first: Annotated[tuple[int, ...], Field(max_length=1 << 20)] = ()
+    """Tokens that it does not choose as the first."""
 
 
 class Manifest(_Part):
     """Everything that the runtime must know before it opens the model."""
 
     format: int = FORMAT
-    kind: Literal["causal_lm", "encoder"] = "causal_lm"
-    """A causal language model writes text over a cache; an encoder reads all of its input at once."""
+    kind: Literal["causal_lm", "encoder", "encoder_decoder"] = "causal_lm"
+    """A causal language model writes text over a cache; an encoder reads all of its input at once; an
+    encoder-decoder reads so, and writes behind what it read."""
     einfold: str
     created: str
     target: Word
@@ -117,27 +175,43 @@ class Manifest(_Part):
     recipe: dict[str, Any]
     inputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_TENSORS)] = ()
     """Of an encoder: what a call gives."""
-    outputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_TENSORS)] = ()
-    """Of an encoder: what a call gets."""
+    outputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_CROSS)] = ()
+    """Of an encoder: what a call gets. Of an encoder-decoder the decoder takes it."""
+    begin: Begin | None = None
+    """Of an encoder-decoder: how it begins to write."""
     cache: tuple[str, ...]
     """The cache layout, a line a head group; none for an encoder."""
     weight_bytes: Count
     cache_bytes: str
-    """The account: bytes as an expression in B (rows) and C (tokens of capacity), for people to read."""
+    """The account: bytes as an expression in B (rows) and C (tokens of capacity), for people to read; of an
+    encoder-decoder also in T, tokens that were read."""
     versions: dict[str, str]
     files: dict[str, FileEntry]
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Manifest:
         if self.kind == ENCODER:
-            whole = bool(self.inputs) and bool(self.outputs) and not self.cache
+            whole = bool(self.inputs) and 0 < len(self.outputs) <= _TENSORS and not self.cache
             whole = whole and all(entry.is_given for entry in self.inputs)
         else:
-            whole = not (self.inputs or self.outputs)
+            whole = not (self.inputs or self.outputs) or self.kind == ENCODER_DECODER
             whole = whole and self.model.vocabulary > 0 and self.model.context > 0
+        if self.kind == ENCODER_DECODER:
+            whole = whole and all(entry.is_given for entry in self.inputs) and bool(self.inputs)
+            whole = whole and self.begin is not None and _is_cross(self.outputs)
+            whole = whole and self.begin is not None and self._knows(self.begin)
+        whole = whole and (self.begin is None or self.kind == ENCODER_DECODER)
         if not whole:
             raise ValueError(f"it is not what a model of the kind {self.kind} has")
         return self
+
+    def _knows(self, begin: Begin) -> bool:
+        """Whether these are tokens of the vocabulary, and leave room for one more and one to choose."""
+        never = {*begin.never, *begin.never_first}
+        known = all(0 <= token < self.model.vocabulary for token in (*begin.tokens, *never))
+        return (
+            known and len(never) < self.model.vocabulary and len(begin.tokens) < self.model.context
+        )
 
     def layout(self) -> CacheLayout:
         """The cache layout, read from its lines."""
@@ -189,6 +263,28 @@ class Manifest(_Part):
         for name in manifest.files:
             check_name(name)
         return manifest
+
+
+def _is_cross(entries: tuple[TensorEntry, ...]) -> bool:
+    """Whether these are keys and values [B, K, S, D] of each layer, and perhaps a mask [B, S]; or with a number
+    in the place of S, which is the same in all."""
+    by_name = {entry.name: entry for entry in entries}
+    mask = by_name.pop(CROSS_MASK, None)
+    layers = len(by_name) // 2
+    wanted = {cross_name(layer, part) for layer in range(layers) for part in ("key", "value")}
+    if len(by_name) + (mask is not None) != len(entries) or by_name.keys() != wanted or not layers:
+        return False
+    read = {entry.shape[2] for entry in by_name.values() if len(entry.shape) == 4}
+    fixed = all(
+        entry.dtype == "f32"
+        and len(entry.shape) == 4
+        and all(size.isdecimal() and 0 < len(size) < 8 for size in (entry.shape[1], entry.shape[3]))
+        for entry in by_name.values()
+    )
+    same = len(read) == 1 and all(
+        size == "S" or (size.isdecimal() and len(size) < 10) for size in read
+    )
+    return fixed and same and (mask is None or str(mask) == "bool[B, S]")
 
 
 def check_name(name: str) -> None:

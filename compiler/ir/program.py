@@ -55,6 +55,11 @@ class Calibration(Protocol):
         """Reads the text. Raises CalibrationError where it gives no usable numbers."""
 
 
+def no_inputs(tokens_BS: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What goes with a text where there is nothing beside it."""
+    return {}
+
+
 @dataclass
 class Program:
     """The unit that passes work on."""
@@ -71,6 +76,10 @@ class Program:
     statistics: Any = None
     """What passes may ask of the model while they run (`calibrate.statistics.Statistics`); None where
     there are no weights to ask, as when only sizes are wanted."""
+    encoder: Program | None = None
+    """Of an encoder-decoder this is the decoder; the encoder's results are inputs here, the same in each step."""
+    beside: Callable[[torch.Tensor], dict[str, torch.Tensor]] = no_inputs
+    """The inputs beside tokens and positions that go with rows of a calibration text."""
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """The call nodes of these operators, in order, over a snapshot of the graph."""

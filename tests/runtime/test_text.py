@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import einfold
 from einfold.errors import PromptError
-from einfold.model import _Listener
+from einfold.completion import Listener
 from einfold.runtime.tokenizer import Tokenizer
 
 
@@ -45,7 +45,7 @@ def test_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_stop_strings_end_and_are_not_shown(tokenizer: Tokenizer) -> None:
-    listener = _Listener(tokenizer.stream(), ["key", "\n\n"])
+    listener = Listener(tokenizer.stream(), ["key", "\n\n"])
     shown = ""
     for token in tokenizer.encode("the pass k is not the key here")[1:]:
         shown += listener.push(token)

@@ -162,7 +162,7 @@ def _operator(
         call.value("cos_PR") if in_op else None,
         call.value("sin_PR") if in_op else None,
         call.value("positions_BS") if in_op else None,
-        _bias(call, total),
+        _bias(call, total) if found.get("by_distance_HR") is None else _by_distance(call),
         context.optional(found["sinks_H"]),
         context.optional(found["key_scale_KD"]),
         context.optional(found["value_scale_KD"]),
@@ -185,6 +185,7 @@ def _takes_integers(call: _Call) -> bool:
     found = call.found
     plain = not found["window"] and not found["softcap"]
     plain = plain and found["sinks_H"] is None and found["count_BK"] is None
+    plain = plain and found.get("by_distance_HR") is None
     return call.quantized and plain and call.heads >= SMALLEST_GROUP * call.kv_heads
 
 
@@ -304,6 +305,27 @@ def _bias(call: _Call, total: ir.Value) -> ir.Value | None:
     return builder.shared("Pad", column, pads)
 
 
+def _by_distance(call: _Call, slots: ir.Value | None = None) -> ir.Value:
+    """What is added to the logits, [B, H, S, T], by how far a key stands before the query; of so many slots, or
+    of those in use. Layers with one table share it."""
+    context, builder = call.context, call.context.builder
+    table = context.value(call.found["by_distance_HR"])
+    zero, one = builder.constant(0, np.int64), builder.constant(1, np.int64)
+    ids = context.value(context.program.placeholder("input_ids"))
+    last = builder.shared("Sub", builder.dim(table, 1), builder.ints(1))
+
+    def count(size: ir.Value) -> ir.Value:
+        return builder.shared("Range", zero, builder.shared("Squeeze", size), one)
+
+    starts = builder.shared("Unsqueeze", call.value("used_B"), builder.ints(1, 2))
+    steps = builder.shared("Unsqueeze", count(builder.dim(ids, 1)), builder.ints(1))
+    places = builder.shared("Add", starts, steps)  # [B, S, 1], the slot of each new token
+    behind = builder.shared("Sub", places, count(_longest(call) if slots is None else slots))
+    within = builder.shared("Max", builder.shared("Min", behind, last), builder.ints(0))
+    bias = builder.shared("Gather", table, within, axis=1)
+    return builder.shared("Transpose", bias, perm=[1, 0, 2, 3])
+
+
 @lowering(einfold_ops.shared_attention.default, flavour="ort")
 def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     """GroupQueryAttention with a key and value of no tokens.
@@ -385,10 +407,14 @@ def _standard(call: _Call) -> list[ir.Value]:
 
 def _attend(call: _Call, query_BHSD: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
     """Attention over the slots in standard operators, [B, S, H, D]."""
-    found, builder = call.found, call.context.builder
+    found, context, builder = call.found, call.context, call.context.builder
     visible = _visible(call)
     if found["count_BK"] is not None:
         visible = _with_count(call, visible)
+    if found.get("by_distance_HR") is not None:
+        slots = builder.dim(context.value(_leader(call)["key_cache_BKCD"]), 2)
+        hidden = builder.floats(float("-inf"))
+        visible = builder.shared("Where", visible, _by_distance(call, slots), hidden)
     if found["softcap"] or found["sinks_H"] is not None:
         out = _spelled_out(call, query_BHSD, keys, values, visible)
     else:
@@ -451,7 +477,7 @@ def _spelled_out(
         cap = builder.floats(found["softcap"])
         logits = builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
     logits = builder.op("Reshape", logits, shape(0, call.heads, new, -1))
-    if found["count_BK"] is not None:
+    if found["count_BK"] is not None or found.get("by_distance_HR") is not None:
         logits = builder.op("Add", logits, visible)
     else:
         logits = builder.op("Where", visible, logits, builder.floats(float("-inf")))

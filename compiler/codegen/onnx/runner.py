@@ -16,7 +16,7 @@ from ....runtime.buffers import Array
 from ....runtime.cache import Cache
 from ....runtime.runner import Floats, Ints, running
 from ...ir.kv.layout import TOKENS
-from ...ir.manifest import BLOCKS, MODEL, WEIGHTS
+from ...ir.manifest import BLOCKS, MODEL, WEIGHTS, WHOLE, Part
 from .check import check_onnx
 
 #: How onnxruntime calls the types of a cache's buffers, and of what encoders take and give.
@@ -43,8 +43,12 @@ class _Binding:
     """The logits, and the queries of scored groups."""
 
     def fits(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> bool:
-        same = self.cache.buffers.keys() == cache.buffers.keys() and all(
-            self.cache.buffers[name] is cache.buffers[name] for name in cache.buffers
+        same = all(
+            mine.keys() == other.keys() and all(mine[name] is other[name] for name in other)
+            for mine, other in (
+                (self.cache.buffers, cache.buffers),
+                (self.cache.given, cache.given),
+            )
         )
         return (
             same
@@ -53,8 +57,10 @@ class _Binding:
         )
 
 
-def open_session(artifact: Artifact, threads: int | None, prepack: bool) -> ort.InferenceSession:
-    """A session of the artifact's model, which is read and checked first."""
+def open_session(
+    artifact: Artifact, threads: int | None, prepack: bool, part: Part = WHOLE
+) -> ort.InferenceSession:
+    """A session of the model of an artifact or a part of it, which is read and checked first."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
@@ -64,9 +70,9 @@ def open_session(artifact: Artifact, threads: int | None, prepack: bool) -> ort.
     options.enable_mem_pattern = False
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    path = artifact.file(MODEL)
+    path = artifact.file(part.model)
     try:
-        check_onnx(artifact.read(MODEL), WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
+        check_onnx(artifact.read(part.model), WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
     except ArtifactError as error:
         raise ArtifactError(f"{path} is not used: {error}") from error
     try:
@@ -131,6 +137,8 @@ class OnnxRunner:
                 _KINDS[spec.dtype],
                 heads if len(spec.shape) == 2 else (*heads, None),
             )
+        for entry in artifact.manifest.outputs:  # of an encoder, which the decoder is given
+            known[entry.name] = (_KINDS.get(entry.dtype, entry.dtype), entry.sizes)
         results = {node.name: node for node in self.session.get_outputs()}
         if "logits" not in results:
             raise ArtifactError(f"{self._name}/{MODEL} gives no logits")
@@ -163,7 +171,7 @@ class OnnxRunner:
             if name != "logits" and not name.startswith("present.")
         }
         outputs["logits"] = np.empty((len(logit_rows), self._vocabulary), np.float32)
-        for name, array in (inputs | cache.buffers).items():
+        for name, array in (inputs | cache.buffers | dict(cache.given)).items():
             if name in self._inputs:
                 _bind_array(io.bind_input, name, array)
         for name, array in outputs.items():
@@ -181,10 +189,14 @@ class OnnxCaller:
     """One onnxruntime session of an encoder."""
 
     def __init__(
-        self, artifact: Artifact, threads: int | None = None, prepack: bool = True
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        prepack: bool = True,
+        part: Part = WHOLE,
     ) -> None:
         """Loads the model. Without `prepack` weights stay as in the file: slower, half the memory."""
-        self.session = open_session(artifact, threads, prepack)
+        self.session = open_session(artifact, threads, prepack, part)
         self._weight_bytes = artifact.weight_bytes()
         self._name = str(artifact.folder)
         manifest = artifact.manifest
@@ -195,13 +207,12 @@ class OnnxCaller:
             known = {entry.name: entry for entry in entries}
             if known.keys() != {node.name for node in nodes} or len(known) != len(nodes):
                 raise ArtifactError(
-                    f"{self._name}/{MODEL} takes or gives {sorted(node.name for node in nodes)}, and the "
+                    f"{self._name}/{part.model} takes or gives {sorted(node.name for node in nodes)}, and the "
                     f"manifest lists {sorted(known)}"
                 )
             for node in nodes:
                 entry = known[node.name]
-                sizes = tuple(int(size) if size.isdecimal() else None for size in entry.shape)
-                check_kind(self._name, node, _KINDS.get(entry.dtype, entry.dtype), sizes)
+                check_kind(self._name, node, _KINDS.get(entry.dtype, entry.dtype), entry.sizes)
         self._outputs = [entry.name for entry in manifest.outputs]
 
     @property

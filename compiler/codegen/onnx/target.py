@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import ArtifactError, UnsupportedError
-from ...ir.manifest import MODEL, WEIGHTS
+from ...ir.manifest import WEIGHTS, WHOLE, Part
 from ..target import TARGETS, Held, Progress, Target
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Onnx(Target):
         placements: dict[str, Placement],
         folder: Path,
         progress: Progress,
+        part: Part = WHOLE,
     ) -> None:
         import onnx_ir as ir
 
@@ -109,13 +110,15 @@ class Onnx(Target):
 
         progress("generating ONNX", 0.0)
         lowered = lower(program, WEIGHTS, placements, self.flavour, self.accuracy_level)
-        ir.save(lowered, folder / MODEL)
+        ir.save(lowered, folder / part.model)
 
-    def check_written(self, folder: Path) -> None:
+    def check_written(self, folder: Path, part: Part = WHOLE) -> None:
         from .check import check_onnx
 
         try:
-            check_onnx((folder / MODEL).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size)
+            check_onnx(
+                (folder / part.model).read_bytes(), WEIGHTS, (folder / WEIGHTS).stat().st_size
+            )
         except ArtifactError as error:
             raise UnsupportedError(
                 f"the model needs more than an artifact may hold: {error}"
@@ -132,7 +135,13 @@ class Onnx(Target):
 
         return OnnxRunner(artifact, threads, prepack=not lean)
 
-    def caller(self, artifact: Artifact, threads: int | None = None, lean: bool = False) -> Caller:
+    def caller(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        lean: bool = False,
+        part: Part = WHOLE,
+    ) -> Caller:
         from .runner import OnnxCaller
 
-        return OnnxCaller(artifact, threads, prepack=not lean)
+        return OnnxCaller(artifact, threads, not lean, part)

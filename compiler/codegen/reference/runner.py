@@ -12,6 +12,7 @@ from ....runtime.cache import Cache
 from ....runtime.program import read_program
 from ....runtime.runner import Floats, Ints, running
 from ...ir.interpreter import Interpreter
+from ...ir.manifest import WHOLE, Part
 from ...ir.ops.record import in_place
 
 
@@ -36,6 +37,7 @@ class ReferenceRunner:
             "position_ids": position_ids,
             "logit_rows": logit_rows,
             **cache.counters,
+            **cache.given,
         }
         inputs = {name: torch.tensor(array) for name, array in small.items()}
         inputs |= {name: torch.from_numpy(buffer) for name, buffer in cache.buffers.items()}
@@ -49,9 +51,9 @@ class ReferenceRunner:
 class ReferenceCaller:
     """An encoder's graph and weights, without the target."""
 
-    def __init__(self, artifact: Artifact, keep_weights: bool = True) -> None:
+    def __init__(self, artifact: Artifact, keep_weights: bool = True, part: Part = WHOLE) -> None:
         """Without `keep_weights` each weight is read when it is needed, and only one is held."""
-        self.interpreter = Interpreter(read_program(artifact), keep_weights)
+        self.interpreter = Interpreter(read_program(artifact, part=part), keep_weights)
         self._weight_bytes = artifact.weight_bytes()
         self._name = str(artifact.folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ...ir.manifest import WHOLE, Part
 from ..target import TARGETS, Target
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ class Reference(Target):
 
         return ReferenceRunner(artifact, keep_weights=not lean)
 
-    def caller(self, artifact: Artifact, threads: int | None = None, lean: bool = False) -> Caller:
+    def caller(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        lean: bool = False,
+        part: Part = WHOLE,
+    ) -> Caller:
         from .runner import ReferenceCaller
 
-        return ReferenceCaller(artifact, keep_weights=not lean)
+        return ReferenceCaller(artifact, not lean, part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...ir.manifest import WHOLE, Part
 from ..target import TARGETS, Progress, Target
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Triton(Target):
         placements: dict[str, Placement],
         folder: Path,
         progress: Progress,
+        part: Part = WHOLE,
     ) -> None:
         from .attention.write import write_kernels
 

@@ -25,12 +25,15 @@ def masked_attention(
     scale: float,
     softcap: float,
     bias_BKT: Tensor | None = None,
+    bias_BHST: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(scale * q k^T) + bias) v over the visible keys, grouped heads, gives [B, S, H, D].
 
     A query that sees no key at all and has no sink gives zeros; the rest is as in `masked_logits`.
     """
-    logits = masked_logits(q_BSHD, k_BKTD, visible, sinks_H, scale, softcap, bias_BKT)
+    logits = masked_logits(
+        q_BSHD, k_BKTD, visible, sinks_H, scale, softcap, bias_BKT, bias_BHST
+    )
     batch, kv_heads, group, new, _ = logits.shape
     total = k_BKTD.shape[2]
     if sinks_H is not None:
@@ -49,9 +52,11 @@ def masked_logits(
     scale: float,
     softcap: float,
     bias_BKT: Tensor | None = None,
+    bias_BHST: Tensor | None = None,
 ) -> Tensor:
     """cap(scale * q k^T) + bias, [B, K, G, S, T], -inf where a key is not visible; G heads share a KV head.
 
+    A bias is of a KV head and a key, or of a head, a query and a key; the batch of the latter may be 1.
     `softcap` c > 0 caps a logit as c * tanh(x / c) (Gemma 2, section 2). `sinks` holds a learned logit
     a head that takes part in the softmax and has no value (GPT-OSS): one more logit behind the keys'.
     `visible` is bool [B, S, T], or [B, K, S, T] with K the KV heads or 1.
@@ -65,6 +70,8 @@ def masked_logits(
         logits = softcap * torch.tanh(logits / softcap)
     if bias_BKT is not None:
         logits = logits + bias_BKT[:, :, None, None]
+    if bias_BHST is not None:
+        logits = logits + bias_BHST.unflatten(1, (kv_heads, group))
     visible_BKST = visible if visible.ndim == 4 else visible[:, None]
     logits = logits.masked_fill(~visible_BKST[:, :, None], float("-inf"))
     if sinks_H is not None:
@@ -79,6 +86,8 @@ class Attention(Operator):
     """Causal self-attention over the tokens of this call; `layer` names the cache it will get.
 
     `window` w > 0 lets query i see keys i-w+1 .. i (the newest w, itself included); 0 is no window.
+    With `by_distance` number d of head h is added to its logit of the key that stands d tokens before the
+    query (T5's relative positions, section 2.1); keys farther away than the table reaches get its last number.
     """
 
     name = "attention"
@@ -91,6 +100,7 @@ class Attention(Operator):
     scale: float
     window: int
     softcap: float
+    by_distance_HR: Tensor | None = None
 
     def run(self) -> Tensor:
         batch, new = self.q_BSHD.shape[:2]
@@ -106,6 +116,7 @@ class Attention(Operator):
             self.sinks_H,
             self.scale,
             self.softcap,
+            bias_BHST=distance_bias(self.by_distance_HR, position[None], new),
         )
 
     def shapes(self) -> Tensor:
@@ -169,6 +180,8 @@ class OverPlainSlots(OverSlots):
     value_scale_KD: Tensor | None
     window: int
     read: str
+    by_distance_HR: Tensor | None = None
+    """A class has it where it is among its arguments."""
 
     @property
     def scales(self) -> Scales:
@@ -179,10 +192,11 @@ class OverPlainSlots(OverSlots):
 
         A new token sees all slots in its window up to its own, or these, and reads what the reader chooses.
         """
+        slot_BS = self.new_slots()
         if visible_BSC is None:
             # A count of no tokens hides its slot by the bias; readers are told of it here.
             counts_BK = self.count_BK if self.read else None
-            visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, counts_BK)
+            visible_BSC = visible_slots(slot_BS, self.slots, self.window, counts_BK)
         query = self.turned_query()
         keys, values = (
             stored(cache, scale).to(query.dtype)
@@ -193,9 +207,16 @@ class OverPlainSlots(OverSlots):
             reader = parse_reader(self.read)
             q_BKGSD = query.transpose(1, 2).unflatten(1, (keys.shape[1], -1))
             visible_BKSC = reader.choosing.chosen(reader, q_BKGSD, keys, visible_BSC)
-        bias_BKC = compensation_bias(self.count_BK, self.slots)
         return masked_attention(
-            query, keys, values, visible_BKSC, self.sinks_H, self.scale, self.softcap, bias_BKC
+            query,
+            keys,
+            values,
+            visible_BKSC,
+            self.sinks_H,
+            self.scale,
+            self.softcap,
+            compensation_bias(self.count_BK, self.slots),
+            distance_bias(self.by_distance_HR, slot_BS, self.slots),
         )
 
     def sums(self) -> Tensor:
@@ -229,6 +250,8 @@ class CachedAttention(OverPlainSlots):
 
     `read` is the text of a reader, which chooses among the slots that a query sees; "" reads all of them.
 
+    `by_distance` is as in `Attention`, its distances between slots.
+
     Gives (out [B, S, H, D], key cache, value cache).
     """
 
@@ -254,6 +277,7 @@ class CachedAttention(OverPlainSlots):
     softcap: float
     interleaved: bool
     read: str = ""
+    by_distance_HR: Tensor | None = None
 
     def run(self) -> Tensor:
         return self.seeing(None)
@@ -287,6 +311,14 @@ def compensation_bias(count_BK: Tensor | None, slots: int) -> Tensor | None:
     index_C = torch.arange(slots, device=count_BK.device)
     log_BK = torch.log(count_BK.clamp(min=0))
     return torch.where(index_C == 0, log_BK[:, :, None], torch.zeros((), device=count_BK.device))
+
+
+def distance_bias(by_distance_HR: Tensor | None, slot_BS: Tensor, slots: int) -> Tensor | None:
+    """What is added to the logits of queries at these slots, [B, H, S, C], by how far behind a key they are."""
+    if by_distance_HR is None:
+        return None
+    behind_BSC = slot_BS[:, :, None] - torch.arange(slots, device=slot_BS.device)
+    return by_distance_HR[:, behind_BSC.clamp(0, by_distance_HR.shape[1] - 1)].transpose(0, 1)
 
 
 def stored(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:

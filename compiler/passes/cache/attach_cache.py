@@ -120,6 +120,7 @@ class Attachment:
     def attach(self, node: fx.Node, cache: LayerCache) -> None:
         """Replaces one attention."""
         given = _before_rotary(call_arguments(node), ("q_BSHD", "k_BSKD"))
+        _check_distances(given, cache)
         inputs = [self._inputs(cache, index) for index in range(len(cache.groups))]
         with self.editor.before(node):
             parts = [
@@ -132,6 +133,7 @@ class Attachment:
     def attach_reader(self, node: fx.Node, cache: LayerCache, owner: LayerCache) -> None:
         """Replaces the attention of a layer that reads what `owner` caches."""
         given = _before_rotary(call_arguments(node), ("q_BSHD",)) | {"k_BSKD": None, "v_BSKD": None}
+        _check_distances(given, cache)
         with self.editor.before(node):
             parts = []
             for index, group in enumerate(owner.groups):
@@ -315,6 +317,21 @@ class Attachment:
         if name in self.program.weights:
             return self.editor.read(name)
         return self.editor.weight(name, Weight.of(torch.tensor(heads)))
+
+
+def _check_distances(given: Arguments, cache: LayerCache) -> None:
+    """A bias by distance counts slots, and is of all heads: raises RecipeError where tokens leave the slots, or
+    heads go apart."""
+    if given.get("by_distance_HR") is None:
+        return
+    group = cache.groups[0]
+    plain = group.owner is None and group.storage.plain and not group.moves and group.reader.whole
+    if len(cache.groups) > 1 or not plain:
+        raise RecipeError(
+            f"layer {cache.layer} adds relative positions to its attention, which only a cache that keeps every "
+            "token of every head in plain slots tells apart: leave out cache.prune, cache.quant, cache.share and "
+            "cache.read (cache.storage may be f32, f16 or int8)"
+        )
 
 
 def _before_rotary(given: Arguments, names: tuple[str, ...]) -> Arguments:

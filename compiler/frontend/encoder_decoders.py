@@ -1,0 +1,413 @@
+"""Encoder-decoders: T5, BART and its kin, Whisper. Two programs are captured of one model.
+
+The encoder reads its input once and gives the keys and values of every cross-attention of the decoder, whose
+projections run there; the decoder is a language model like any other, beside which these stay the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, fx, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto import modeling_auto
+
+from ...errors import RecipeError, UnsupportedError
+from ..ir.manifest import CROSS_MASK, MASK, TensorEntry, cross_name
+from ..ir.program import ModelInfo, Program, attention_nodes
+from . import hooks
+from .encoders import result_entries, without_what_is_dead
+from .export import export, import_or_refuse, named_weights, tied_names, vocabulary_of
+from .huggingface import ModelSource, context_limit
+from .modules import output_names
+from .structure import structure
+
+#: The classes of transformers that build encoder-decoders, with the input of each and the table of what it
+#: builds for a type of model.
+_TASKS = {
+    "AutoModelForSeq2SeqLM": ("input_ids", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "AutoModelForSpeechSeq2Seq": ("input_features", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+}
+
+#: Tokens of an input, and of an answer, for a model whose config names no limit.
+DEFAULT_CONTEXT = 2048
+
+#: The name of the tokens of the encoder's input in the decoder's types.
+READ = "T"
+
+
+@dataclass(frozen=True)
+class EncoderDecoder:
+    """How transformers builds an encoder-decoder, and what it reads."""
+
+    auto: str
+    """The class that builds it, of those called Auto in transformers."""
+    model_class: Any
+
+    @property
+    def reads_text(self) -> bool:
+        return self.main == "input_ids"
+
+    @property
+    def main(self) -> str:
+        """The input that every call gives."""
+        return _TASKS[self.auto][0]
+
+    def inputs(self, config: Any) -> tuple[TensorEntry, ...]:
+        """What the encoder is given: tokens [B, S] and their mask, or a spectrogram [B, bins, frames]."""
+        if self.reads_text:
+            count = int(config.vocab_size)
+            return (
+                TensorEntry(name=self.main, dtype="i64", shape=("B", "S"), below=count),
+                TensorEntry(name=MASK, dtype="i64", shape=("B", "S"), below=2),
+            )
+        frames = 2 * int(
+            config.max_source_positions
+        )  # the second convolution takes every other one
+        shape = ("B", str(int(config.num_mel_bins)), str(frames))
+        return (TensorEntry(name=self.main, dtype="f32", shape=shape),)
+
+    def context(self, source: ModelSource, config: Any, wanted: int | None) -> int:
+        """Tokens that are written at most; of text also those that are read. Raises RecipeError where the
+        model has fewer than are wanted."""
+        limit = None
+        for name in ("max_target_positions", "max_position_embeddings"):
+            value = getattr(config, name, None)
+            limit = value if limit is None and isinstance(value, int) and value > 0 else limit
+        bounded = limit if limit is not None else None
+        if wanted is not None and bounded is not None and wanted > bounded:
+            raise RecipeError(
+                f"context {wanted} is longer than the {bounded} tokens that {source.location} was made for"
+            )
+        # T5 names the length that it was trained on, and its positions are relative: they have no end.
+        return wanted or bounded or context_limit(config) or DEFAULT_CONTEXT
+
+
+def find_encoder_decoder(
+    source: ModelSource, config: Any, architectures: list[str]
+) -> EncoderDecoder | None:
+    """The encoder-decoder that a config and its named architectures are of; None for another model.
+
+    Raises UnsupportedError, with what is missing, for one that is not compiled.
+    """
+    named = [
+        name for name in architectures if any(name in _names(table) for _, table in _TASKS.values())
+    ]
+    if not named and not getattr(config, "is_encoder_decoder", False):
+        return None
+    for auto, (main, table) in _TASKS.items():
+        built = getattr(modeling_auto, table).get(config.model_type)
+        if built not in architectures and (architectures or built is None):
+            continue
+        found = EncoderDecoder(auto, getattr(transformers, str(built)))
+        reads = getattr(found.model_class, "main_input_name", "input_ids")
+        if reads != main or (main == "input_features" and not _reads_spectrograms(config)):
+            raise UnsupportedError(
+                f"{source.location}: {built} is an encoder-decoder that reads {reads}; einfold compiles those "
+                "of tokens (input_ids) and of spectrograms of a fixed length, as Whisper's (input_features)"
+            )
+        return found
+    name = (architectures or [config.model_type])[0]
+    raise UnsupportedError(
+        f"{source.location}: {name} is an encoder-decoder, of which einfold compiles those that write text "
+        "behind an encoder of text or sound (T5ForConditionalGeneration and its like), and no other heads, "
+        "and none whose encoder or decoder reads images"
+    )
+
+
+def _reads_spectrograms(config: Any) -> bool:
+    return all(hasattr(config, name) for name in ("num_mel_bins", "max_source_positions"))
+
+
+def _names(table: str) -> set[str]:
+    return {name for name in getattr(modeling_auto, table).values() if isinstance(name, str)}
+
+
+class _Passing(DynamicCache):
+    """A cache that keeps nothing: keys and values go through, and are told of by layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.seen[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+
+class _Reads(nn.Module):
+    """The encoder, and behind it the projections of each cross-attention: its results are the decoder's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "input_features": input_features,
+        }
+        inputs = {name: value for name, value in given.items() if value is not None}
+        read = self.model.get_encoder()(**inputs, return_dict=True).last_hidden_state
+        cross = _Passing()
+        self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read),
+            attention_mask=attention_mask,
+            decoder_input_ids=torch.zeros(read.shape[0], 1, dtype=torch.long),
+            past_key_values=EncoderDecoderCache(_Passing(), cross),
+            use_cache=True,  # Whisper hands its cache on only then
+        )
+        results = {} if attention_mask is None else {CROSS_MASK: attention_mask != 0}
+        for layer, pair in sorted(cross.seen.items()):
+            for part, value in zip(("key", "value"), pair, strict=True):
+                results[cross_name(layer, part)] = value
+        return results
+
+
+class _Writes(nn.Module):
+    """The decoder as a function of tokens and positions, and of what the encoder gave."""
+
+    def __init__(self, model: Any, reach: int) -> None:
+        super().__init__()
+        self.model = model
+        self.crossing = hooks.Crossing(reach)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, given: dict[str, Tensor]) -> Tensor:
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        while cross_name(len(pairs), "key") in given:
+            layer = len(pairs)
+            pairs[layer] = given[cross_name(layer, "key")], given[cross_name(layer, "value")]
+        cross = DynamicCache()
+        for key, value in pairs.values():
+            layer_cache = DynamicLayer()
+            layer_cache.keys, layer_cache.values, layer_cache.is_initialized = key, value, True
+            cross.layers.append(layer_cache)
+        caches = EncoderDecoderCache(_Passing(), cross)
+        caches.is_updated = dict.fromkeys(pairs, True)
+        first = pairs[0][0]
+        nothing = first.new_zeros(first.shape[0], first.shape[2], 1)  # read for its sizes alone
+        decoder = self.model.get_decoder()
+        keys = {layer: key for layer, (key, _) in pairs.items()}
+        with self.crossing.on(decoder, keys, given.get(CROSS_MASK)), _placed(decoder, position_ids):
+            logits: Tensor = self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=nothing),
+                decoder_input_ids=input_ids,
+                past_key_values=caches,
+                use_cache=True,  # Whisper hands its cache on only then
+            ).logits
+        return logits
+
+
+class _placed:
+    """Learned or sinusoidal positions of a decoder are read at these places, and not counted from 0."""
+
+    def __init__(self, decoder: nn.Module, position_ids: Tensor) -> None:
+        table = getattr(decoder, "embed_positions", None)
+        takes = table is not None and "position_ids" in inspect.signature(table.forward).parameters
+        self._table = table if takes else None
+        self._positions = position_ids
+
+    def __enter__(self) -> None:
+        if self._table is None:
+            return
+        plain = self._table.forward
+
+        def forward(ids: Any, *args: Any, **keywords: Any) -> Any:
+            # Models number the tokens of one row, for all rows alike.
+            flat = plain(ids, *args, **(keywords | {"position_ids": self._positions.reshape(-1)}))
+            return flat.reshape(*self._positions.shape, flat.shape[-1])
+
+        self._table.forward = forward
+
+    def __exit__(self, *_: object) -> None:
+        if self._table is not None:
+            del self._table.forward
+
+
+def capture_encoder_decoder(
+    source: ModelSource,
+    config: Any,
+    kind: EncoderDecoder,
+    context: int,
+    state: Mapping[str, Tensor] | None = None,
+    module: Any = None,
+) -> Program:
+    """The decoder as a program of (input_ids [B, S], position_ids [B, S], what the encoder gives) -> logits
+    [B, S, V], with the encoder as its `encoder`, both in float32. `state` and `module` are as for language
+    models.
+
+    Raises UnsupportedError, naming the layer, for what the hooks or the trace cannot express.
+    """
+    skeleton = structure(source, config, state, module, kind.auto)
+    encoder = _capture_encoder(source, config, kind, context, skeleton, state)
+    hooks.install(skeleton)
+    program = _capture_decoder(source, config, context, skeleton, state, encoder)
+    program.encoder = encoder
+    return program
+
+
+def _capture_encoder(
+    source: ModelSource,
+    config: Any,
+    kind: EncoderDecoder,
+    context: int,
+    skeleton: Any,
+    state: Mapping[str, Tensor] | None,
+) -> Program:
+    whole = _Reads(skeleton).eval()
+    entries = kind.inputs(config)
+    sizes = {"B": torch.export.Dim("B"), "S": torch.export.Dim("S", max=context)}
+    dims = {
+        entry.name: {axis: sizes[size] for axis, size in enumerate(entry.shape) if size in sizes}
+        for entry in entries
+    }
+    given = {entry.name: _example(entry) for entry in entries}
+    exported = export(whole, (), dims, source.location, given)
+    without_what_is_dead(exported.graph)
+    info = ModelInfo(
+        architecture=str(config.model_type),
+        vocabulary=entries[0].below,
+        context=context if kind.reads_text else 0,
+        hidden=int(getattr(config, "hidden_size", 0) or 0),
+    )
+    shapes = {
+        entry.name: tuple(int(size) if size.isdecimal() else size for size in entry.shape)
+        for entry in entries
+    }
+    return import_or_refuse(
+        source.location,
+        exported,
+        info,
+        _first_names(whole),
+        named_weights(source, skeleton, exported, state),
+        shapes,
+        output_names(exported, source.location, set(shapes), None),
+    )
+
+
+def _capture_decoder(
+    source: ModelSource,
+    config: Any,
+    context: int,
+    skeleton: Any,
+    state: Mapping[str, Tensor] | None,
+    encoder: Program,
+) -> Program:
+    shapes = cross_shapes(encoder)
+    sizes = {size: torch.export.Dim(size) for size in ("B", "S", READ)}
+    batch, length, read = 2, 7, 9
+    known = {"B": batch, READ: read}
+    given = {
+        name: torch.zeros([known.get(size, size) for size in shape], dtype=dtype)  # type: ignore[arg-type]
+        for name, (dtype, shape) in shapes.items()
+    }
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    positions = torch.arange(length).expand(batch, length).contiguous()
+    by_token = {0: sizes["B"], 1: sizes["S"]}
+    beside = {
+        name: {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
+        for name, (_, shape) in shapes.items()
+    }
+    whole = _Writes(skeleton, context).eval()
+    exported = export(whole, (ids, positions, given), (by_token, by_token, beside), source.location)
+    without_what_is_dead(exported.graph)
+    _name_inputs(exported.graph)
+    info = ModelInfo(
+        architecture=str(config.model_type),
+        vocabulary=vocabulary_of(exported, source),
+        context=context,
+        hidden=int(skeleton.get_input_embeddings().weight.shape[1]),
+    )
+    inputs: dict[str, tuple[int | str, ...]] = dict.fromkeys(
+        ("input_ids", "position_ids"), ("B", "S")
+    )
+    program = import_or_refuse(
+        source.location,
+        exported,
+        info,
+        _first_names(whole),
+        named_weights(source, skeleton, exported, state),
+        inputs | {name: shape for name, (_, shape) in shapes.items()},
+        ["logits"],
+    )
+    _check_layers(
+        program, (len(shapes) - (CROSS_MASK in shapes)) // 2, whole.crossing.layers, source
+    )
+    return program
+
+
+def cross_shapes(encoder: Program) -> dict[str, tuple[torch.dtype, tuple[int | str, ...]]]:
+    """(type, sizes) of what an encoder gives its decoder, by name; B rows of T tokens that were read."""
+    found: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
+    values: Any = encoder.output.args[0]
+    for entry, node in zip(result_entries(encoder), values, strict=True):
+        sizes = tuple(
+            int(size) if size.isdecimal() else {"S": READ}.get(size, size) for size in entry.shape
+        )
+        found[entry.name] = node.meta["val"].dtype, sizes
+    return found
+
+
+def _name_inputs(graph: fx.Graph) -> None:
+    """The tensors of the table `given` are inputs by the names that they have in it."""
+    for node in graph.find_nodes(op="placeholder"):
+        node.name = node.name.removeprefix("given_")
+
+
+def _first_names(whole: nn.Module) -> Any:
+    first = tied_names(whole)
+    return lambda name: str(first.get(name, name)).removeprefix("model.")
+
+
+def _check_layers(program: Program, layers: int, crossed: set[int], source: ModelSource) -> None:
+    """Every layer's attention, to itself and to the encoder, must have come through the hook, and positions
+    are those that are given."""
+    own = {int(node.args[4]) for node in attention_nodes(program)}  # type: ignore[arg-type]
+    missing = [layer for layer in range(layers) if layer not in own & crossed]
+    if missing or not own:
+        raise UnsupportedError(
+            f"{source.location}: architecture {program.model.architecture!r} cannot be compiled: the decoder's "
+            f"layer {missing[0] if missing else 0} does not run its attention through transformers' attention "
+            "interface, so it cannot be given a cache"
+        )
+    relative = all(call.args[8:] for call in attention_nodes(program))
+    if not relative and not program.placeholder("position_ids").users:
+        raise UnsupportedError(
+            f"{source.location}: architecture {program.model.architecture!r} numbers the tokens that it writes "
+            "itself, from their place in the call; steps behind a cache would begin at 0 again"
+        )
+
+
+def _example(entry: TensorEntry) -> Tensor:
+    """A value to trace with; a text's second row has padding behind it."""
+    shape = [{"B": 2, "S": 9}.get(size) or int(size) for size in entry.shape]
+    if entry.dtype == "f32":
+        return torch.zeros(shape)
+    value = torch.full(shape, int(entry.name == MASK))
+    if entry.name == MASK:
+        value[1, -2:] = 0
+    return value
+
+
+__all__ = [
+    "READ",
+    "EncoderDecoder",
+    "capture_encoder_decoder",
+    "cross_shapes",
+    "find_encoder_decoder",
+]
