@@ -29,6 +29,7 @@ from .passes.raising.raise_linears import RaiseLinears
 from .passes.raising.raise_norms import RaiseNorms
 from .passes.raising.raise_patches import RaisePatches
 from .passes.raising.raise_rotary import RaiseRotary
+from .passes.raising.raise_windows import RaiseWindows
 
 
 def raising_passes() -> list[Pass]:
@@ -103,6 +104,7 @@ def encoder_passes(
     """The pipeline of an encoder: that of a plain module (`module_passes`), and then its weights."""
     return [
         RaisePatches(),  # first: the product that a convolution becomes is a linear as any other
+        RaiseWindows(),
         *module,
         *compare,  # before anything that may lose something: here the graph is the model
         *weights,

@@ -94,6 +94,10 @@ def _check(model: Input) -> Check:
         from .evaluate.encoder_check import EncoderCheck
 
         return EncoderCheck()
+    if model.pair is not None:
+        from .evaluate.encoder_decoder_check import EncoderDecoderCheck
+
+        return EncoderDecoderCheck()
     from .evaluate.original import OriginalCheck
 
     return OriginalCheck()

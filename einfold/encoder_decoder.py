@@ -57,7 +57,10 @@ class EncoderDecoder:
         if isinstance(texts, str):
             raise PromptError("an encoder takes a list of texts; this is one text")
         reads = "input_ids" in self.reader.inputs
-        rows = [self.tokenizer.encode(text) if isinstance(text, str) and reads else text for text in texts]
+        rows = [
+            self.tokenizer.encode(text) if isinstance(text, str) and reads else text
+            for text in texts
+        ]
         return self.reader.tokens(rows)  # type: ignore[arg-type]
 
     def read(self, inputs: Inputs) -> dict[str, Array]:
@@ -102,7 +105,9 @@ class EncoderDecoder:
             on_text=None if on_text is None else lambda row, piece: on_text(piece),
         )
         if len(found) != 1:
-            raise PromptError(f"generate takes one row, and there are {len(found)}; use generate_batch")
+            raise PromptError(
+                f"generate takes one row, and there are {len(found)}; use generate_batch"
+            )
         return found[0]
 
     def generate_batch(
@@ -131,9 +136,7 @@ class EncoderDecoder:
         )
         return listeners.completions(results, [len(start)] * rows)
 
-    def logits(
-        self, inputs: Inputs, answers: Sequence[Sequence[int]] | npt.ArrayLike
-    ) -> Floats:
+    def logits(self, inputs: Inputs, answers: Sequence[Sequence[int]] | npt.ArrayLike) -> Floats:
         """Logits [B, S, V] behind each token of answers of one length, the tokens that they begin with among
         them, each row beside its input."""
         given = self.read(inputs)

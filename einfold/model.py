@@ -17,10 +17,10 @@ from .errors import ArtifactError, PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
 from .runtime.encoding import EncoderEngine
-from .runtime.engine import CHUNK, Engine, Generated, Timings
+from .runtime.engine import CHUNK, Engine, Timings
 from .runtime.runner import Floats
 from .runtime.sampling import Sampling
-from .runtime.tokenizer import Tokenizer, TokenStream
+from .runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 

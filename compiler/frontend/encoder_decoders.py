@@ -7,7 +7,7 @@ projections run there; the decoder is a language model like any other, beside wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from .encoders import result_entries, without_what_is_dead
 from .export import export, import_or_refuse, named_weights, tied_names, vocabulary_of
 from .huggingface import ModelSource, context_limit
 from .modules import output_names
+from .relative import by_distance, by_pair
 from .structure import structure
 
 #: The classes of transformers that build encoder-decoders, with the input of each and the table of what it
@@ -165,13 +166,9 @@ class _Reads(nn.Module):
         inputs = {name: value for name, value in given.items() if value is not None}
         read = self.model.get_encoder()(**inputs, return_dict=True).last_hidden_state
         cross = _Passing()
-        self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=read),
-            attention_mask=attention_mask,
-            decoder_input_ids=torch.zeros(read.shape[0], 1, dtype=torch.long),
-            past_key_values=EncoderDecoderCache(_Passing(), cross),
-            use_cache=True,  # Whisper hands its cache on only then
-        )
+        caches = EncoderDecoderCache(_Passing(), cross)
+        for module in _cross_attention(self.model.get_decoder()).values():
+            module(read[:, :1], key_value_states=read, past_key_values=caches)
         results = {} if attention_mask is None else {CROSS_MASK: attention_mask != 0}
         for layer, pair in sorted(cross.seen.items()):
             for part, value in zip(("key", "value"), pair, strict=True):
@@ -179,13 +176,25 @@ class _Reads(nn.Module):
         return results
 
 
+def _cross_attention(decoder: nn.Module) -> dict[int, nn.Module]:
+    """Of each layer the attention that stands behind that to itself: whether it is the one that reads what an
+    encoder made shows when the decoder is traced."""
+    found: dict[int, nn.Module] = {}
+    for module in decoder.modules():
+        takes = inspect.signature(module.forward).parameters
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and {"key_value_states", "past_key_values"} <= takes.keys():
+            found[layer] = module
+    return found
+
+
 class _Writes(nn.Module):
     """The decoder as a function of tokens and positions, and of what the encoder gave."""
 
-    def __init__(self, model: Any, reach: int) -> None:
+    def __init__(self, model: Any, tables: Sequence[Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.crossing = hooks.Crossing(reach)
+        self.crossing = hooks.Crossing(tables)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, given: dict[str, Tensor]) -> Tensor:
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
@@ -203,7 +212,7 @@ class _Writes(nn.Module):
         nothing = first.new_zeros(first.shape[0], first.shape[2], 1)  # read for its sizes alone
         decoder = self.model.get_decoder()
         keys = {layer: key for layer, (key, _) in pairs.items()}
-        with self.crossing.on(decoder, keys, given.get(CROSS_MASK)), _placed(decoder, position_ids):
+        with self.crossing.on(keys, given.get(CROSS_MASK)), _placed(decoder, position_ids):
             logits: Tensor = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=nothing),
                 decoder_input_ids=input_ids,
@@ -277,7 +286,8 @@ def _capture_encoder(
         for entry in entries
     }
     given = {entry.name: _example(entry) for entry in entries}
-    exported = export(whole, (), dims, source.location, given)
+    with by_pair(skeleton.get_encoder(), context):
+        exported = export(whole, (), dims, source.location, given)
     without_what_is_dead(exported.graph)
     info = ModelInfo(
         architecture=str(config.model_type),
@@ -323,8 +333,11 @@ def _capture_decoder(
         name: {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
         for name, (_, shape) in shapes.items()
     }
-    whole = _Writes(skeleton, context).eval()
-    exported = export(whole, (ids, positions, given), (by_token, by_token, beside), source.location)
+    with by_distance(skeleton.get_decoder(), context) as tables:
+        whole = _Writes(skeleton, tables).eval()
+        exported = export(
+            whole, (ids, positions, given), (by_token, by_token, beside), source.location
+        )
     without_what_is_dead(exported.graph)
     _name_inputs(exported.graph)
     info = ModelInfo(
@@ -345,9 +358,8 @@ def _capture_decoder(
         inputs | {name: shape for name, (_, shape) in shapes.items()},
         ["logits"],
     )
-    _check_layers(
-        program, (len(shapes) - (CROSS_MASK in shapes)) // 2, whole.crossing.layers, source
-    )
+    crossing = whole.crossing.modules
+    _check_layers(program, crossing, _cross_attention(skeleton.get_decoder()), source)
     return program
 
 
@@ -374,11 +386,20 @@ def _first_names(whole: nn.Module) -> Any:
     return lambda name: str(first.get(name, name)).removeprefix("model.")
 
 
-def _check_layers(program: Program, layers: int, crossed: set[int], source: ModelSource) -> None:
+def _check_layers(
+    program: Program,
+    crossed: Mapping[int, nn.Module],
+    projected: Mapping[int, nn.Module],
+    source: ModelSource,
+) -> None:
     """Every layer's attention, to itself and to the encoder, must have come through the hook, and positions
     are those that are given."""
     own = {int(node.args[4]) for node in attention_nodes(program)}  # type: ignore[arg-type]
-    missing = [layer for layer in range(layers) if layer not in own & crossed]
+    missing = [
+        layer
+        for layer, module in projected.items()
+        if layer not in own or crossed.get(layer) is not module
+    ]
     if missing or not own:
         raise UnsupportedError(
             f"{source.location}: architecture {program.model.architecture!r} cannot be compiled: the decoder's "

@@ -5,7 +5,7 @@ This file and `huggingface.py` are the only ones that touch transformers' intern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -77,8 +77,8 @@ def _attention(
         raise UnsupportedError(
             f"{where}: attention is not causal; einfold compiles causal language models"
         )
-    by_distance = rest.pop("position_bias", None)
-    if by_distance is not None and (crossing is None or not crossing.is_table(by_distance)):
+    table = rest.pop("position_bias", None)
+    if table is not None and (crossing is None or not crossing.is_table(table)):
         raise UnsupportedError(
             f"{where}: the model adds a bias of its own to attention, which is not captured"
         )
@@ -98,24 +98,21 @@ def _attention(
         float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         int(sliding_window or 0),
         float(softcap or 0.0),
-        *(() if by_distance is None else (by_distance,)),
+        *(() if table is None else (table,)),
     )
     return out, None
 
 
 class Crossing:
-    """A decoder's attention to what is given from outside, and to its own tokens by how far apart they are.
+    """A decoder's attention to what is given from outside, and to its own tokens by how far apart they are:
+    `tables` are those of its relative positions, as they come to be read."""
 
-    Its relative positions (T5's) become tables by distance, of `reach` tokens.
-    """
-
-    def __init__(self, reach: int) -> None:
-        self._reach = reach
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        self._tables = tables
         self._keys: dict[int, Tensor] = {}
         self._mask_BT: Tensor | None = None
-        self._tables: list[Tensor] = []
-        self.layers: set[int] = set()
-        """Layers whose cross-attention came through the hook."""
+        self.modules: dict[int, nn.Module] = {}
+        """The cross-attention of each layer that came through the hook."""
 
     def holds(self, key: Tensor) -> bool:
         """Whether keys are among those from outside."""
@@ -142,7 +139,7 @@ class Crossing:
             raise UnsupportedError(
                 f"layer {layer}: cross-attention with a softcap, sinks or relative positions is not captured"
             )
-        self.layers.add(layer)
+        self.modules[layer] = module
         mask = None if self._mask_BT is None else self._mask_BT[:, None, None]
         grouped = getattr(module, "num_key_value_groups", 1) > 1
         out = nn.functional.scaled_dot_product_attention(
@@ -150,39 +147,17 @@ class Crossing:
         )
         return out.transpose(1, 2)
 
-    def table(self, relative: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Stands for a `compute_bias` of relative positions, [1, H, S, T]: gives what it adds for a key that
-        is 0, 1, .. tokens behind the query, [H, R]."""
-
-        def by_distance(*_: Any, device: Any = None, **__: Any) -> Tensor:
-            row = relative(1, self._reach, device=device, past_seen_tokens=self._reach - 1)
-            self._tables.append(row[0, :, 0].flip(-1))
-            return self._tables[-1]
-
-        return by_distance
-
     @contextmanager
-    def on(
-        self, decoder: nn.Module, keys: Mapping[int, Tensor], mask_BT: Tensor | None
-    ) -> Iterator[None]:
-        """The attention of a decoder is captured so while the block runs. `keys` [B, K, T, D] are those of its
-        cross-attention, by layer; the mask, bool [B, T], says which of the T tokens are there."""
+    def on(self, keys: Mapping[int, Tensor], mask_BT: Tensor | None) -> Iterator[None]:
+        """The attention of a decoder is captured so while the block runs. `keys` [B, K, T, D] are those of
+        its cross-attention, by layer; the mask, bool [B, T], says which of the T tokens are there."""
         self._keys, self._mask_BT = dict(keys), mask_BT
-        changed = [
-            module
-            for module in decoder.modules()
-            if getattr(module, "has_relative_attention_bias", 0)
-        ]
-        for module in changed:
-            module.compute_bias = self.table(module.compute_bias)  # type: ignore[assignment, operator]
         token = _CROSSING.set(self)
         try:
             yield
         finally:
             _CROSSING.reset(token)
-            self._keys, self._mask_BT, self._tables = {}, None, []
-            for module in changed:
-                del module.compute_bias
+            self._keys, self._mask_BT = {}, None
 
 
 _CROSSING: ContextVar[Crossing | None] = ContextVar("crossing", default=None)

@@ -25,7 +25,7 @@ from ..runtime.runner import Floats
 from .self_check import TOKENS, check_tokens, self_check
 
 #: Largest difference of logits, as a share of the largest: float32 on both sides, summed in another order.
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 
 #: Tokens of a text, those in front of the second row that are padding, and those behind a window.
 _LENGTH, _PADDING, _BEHIND = 24, 5, 8
@@ -51,7 +51,7 @@ class OriginalCheck:
 
         Where transformers cannot run the original here, the sentence says so.
         """
-        length, missed = _length(program)
+        length, missed = check_length(program)
         ids, mask = _texts(program.model.vocabulary, length)
         try:
             expected = _original(model, ids, mask)
@@ -62,9 +62,9 @@ class OriginalCheck:
         found = _graph_logits(program, ids, _padding(length))
         differences = [difference(a, b) for a, b in zip(found, real, strict=True)]
         share = max(each.share for each in differences)
-        if share > _TOLERANCE:
+        if share > TOLERANCE:
             again = _original(model, ids, mask)
-            if difference(again, expected).share > _TOLERANCE:
+            if difference(again, expected).share > TOLERANCE:
                 raise UnsupportedError(
                     f"{model.source.location}: the model gives other numbers each time it runs, which a "
                     "compiled model cannot follow"
@@ -89,7 +89,7 @@ def _original(model: Input, ids: Tensor, mask: Tensor) -> Tensor:
     return original_logits(model.source, model.config, state, module, ids, mask)
 
 
-def _length(program: Program) -> tuple[int, str]:
+def check_length(program: Program) -> tuple[int, str]:
     """(tokens of a text, what to say of windows that it does not pass)."""
     windows = {int(call_arguments(node)["window"]) for node in attention_nodes(program)} - {0}
     parameters = program.weights.nbytes // 4
@@ -135,7 +135,7 @@ def _graph_logits(program: Program, ids: Tensor, padding: int) -> list[Tensor]:
 def _refusal(model: Input, found: list[Tensor], real: list[Tensor], share: float) -> str:
     for name, a, b in zip(("", " of a row behind padding"), found, real, strict=True):
         scale = max(1.0, float(b.abs().max()))
-        wrong = ~((a - b).abs().amax(-1) <= _TOLERANCE * scale)
+        wrong = ~((a - b).abs().amax(-1) <= TOLERANCE * scale)
         if bool(wrong.any()):
             place = f"from token {int(wrong.nonzero()[0])}{name} on"
             break

@@ -8,6 +8,7 @@ no long prompt: what is checked behind it is how the compressed cache is read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..compiler.ir.manifest import ModelEntry
 from ..compiler.ir.quant.scheme import PRESETS
 from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
-from ..runtime.buffers import Make, empty
+from ..runtime.buffers import Array, Make, empty
 from ..runtime.cache import Cache
 from ..runtime.engine import Engine
 from ..runtime.runner import Floats, Runner
@@ -45,11 +46,14 @@ def check_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS))
 
 
-def self_check(folder: Path, original: Floats | None = None) -> dict[str, Any]:
+def self_check(
+    folder: Path, original: Floats | None = None, given: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
     """Compares the target, over a short prefill and a few decode steps, with the reference at once; and
     again behind a prompt of which tokens were let go or packed, where that costs little. `original` are the
     logits of `check_tokens` as transformers computes them: from them the target may differ by what its
-    weights were rounded to (`Preset.bound`), where its cache still holds every token as it came.
+    weights were rounded to (`Preset.bound`), where its cache still holds every token as it came. `given` is
+    what a decoder reads beside its tokens, of one row.
 
     Gives the figures for the report. Raises EinfoldError where the target gives numbers that are not
     finite, or differs from the reference by more than float32 arithmetic explains. Weights that are
@@ -63,14 +67,14 @@ def self_check(folder: Path, original: Floats | None = None) -> dict[str, Any]:
     except UnsupportedError as error:
         return {"check": f"not run: {str(error).split(';')[0]}"}
     layout = artifact.manifest.layout()
-    target = _finite(_logits(artifact, runner, _PROMPT))
+    target = _finite(_logits(artifact, runner, _PROMPT, given))
     # Where no token leaves the cache, decoding must give what reading everything at once gives.
     whole = _PROMPT if _lets_go(layout) else _PROMPT + _STEPS
     beside = ReferenceRunner(artifact, keep_weights=False)
-    reference = _logits(artifact, beside, whole)
+    reference = _logits(artifact, beside, whole, given)
     prompt, compressed = _long_enough(layout, artifact.manifest.model)
     if prompt:
-        read, expected = _behind(artifact, runner, beside, prompt)
+        read, expected = _behind(artifact, runner, beside, prompt, given)
         target = np.concatenate((target, _finite(read)))
         reference = np.concatenate((reference, expected))
     largest = float(np.abs(target - reference).max())
@@ -172,7 +176,11 @@ def _long_enough(layout: CacheLayout, model: ModelEntry) -> tuple[int, str]:
 
 
 def _behind(
-    artifact: Artifact, runner: Runner, beside: Runner, prompt: int
+    artifact: Artifact,
+    runner: Runner,
+    beside: Runner,
+    prompt: int,
+    given: Mapping[str, Array] | None,
 ) -> tuple[Floats, Floats]:
     """Logits of a few steps behind a long prompt: of the target's, and of the reference's, at once, over a
     copy of the target's cache."""
@@ -181,7 +189,7 @@ def _behind(
     total = prompt + _STEPS
     ids = np.random.default_rng(1).integers(0, model.vocabulary, (1, total))
     engine = Engine(runner, manifest.layout(), model.vocabulary, model.context, make=make)
-    cache = engine.allocate(1, total, prompt)
+    cache = engine.allocate(1, total, prompt, given)
     engine.prefill(cache, [ids[0, :prompt]])
     steps = min(_STEPS, cache.step_limit())
     cache.make_room(steps)
@@ -204,14 +212,16 @@ def _in_numpy(buffer: Any) -> Any:
     return buffer if isinstance(buffer, np.ndarray) else buffer.cpu().numpy()
 
 
-def _logits(artifact: Artifact, runner: Runner, prompt: int) -> Floats:
+def _logits(
+    artifact: Artifact, runner: Runner, prompt: int, given: Mapping[str, Array] | None
+) -> Floats:
     """Logits of every token of a fixed random text: `prompt` tokens as a prompt, then single ones."""
     manifest = artifact.manifest
     total = min(TOKENS, manifest.model.context)
     prompt = min(prompt, total)
     ids = check_tokens(manifest.model.vocabulary)[:, :total]
     make: Make = getattr(runner, "make", empty)
-    cache = Cache.allocate(manifest.layout(), 1, total, prompt, make)
+    cache = Cache.allocate(manifest.layout(), 1, total, prompt, make, given)
     out: list[Floats] = []
     start = 0
     while start < total:
