@@ -38,14 +38,13 @@ from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
 from .ir.manifest import (
-    ENCODER,
-    ENCODER_DECODER,
     GRAPH,
     NAME,
     READER,
     WEIGHTS,
     WHOLE,
     FileEntry,
+    Kind,
     Manifest,
     ModelEntry,
 )
@@ -130,6 +129,13 @@ class Input:
     def structure(self) -> Any:
         """The module that is traced, see `frontend.structure`."""
         return structure(self.source, self.config, self.state, self.module, self.auto)
+
+    @property
+    def kind(self) -> Kind:
+        """What the manifest calls it."""
+        if self.pair is not None:
+            return "encoder_decoder"
+        return "causal_lm" if self.encoder is None else "encoder"
 
     @property
     def auto(self) -> str:
@@ -224,28 +230,19 @@ def trace(
     """
     tell = progress or (lambda text, share: None)
     tell("tracing the model", 0.0)
-    program, passes = captured(model, recipe, check, tell)
     records = []
-    if program.encoder is not None:
-        encoding = _encoding(model, recipe, check)
-        for record in _managed(encoding, recipe, dump and dump / "encoder", tell).run(
-            program.encoder
-        ):
-            records.append(replace(record, name=f"encoder: {record.name}"))
-    records += _managed(passes, recipe, dump, tell).run(program)
+    for program, passes in captured(model, recipe, check, tell):
+        reads = model.pair is not None and program.encoder is None
+        manager = PassManager(
+            passes,
+            dump / "encoder" if dump is not None and reads else dump,
+            lambda name, index, total: tell(f"pass {name}", index / max(1, total)),
+            asked=recipe.asked(),
+        )
+        for record in manager.run(program):
+            records.append(replace(record, name=f"encoder: {record.name}") if reads else record)
     _check_layout(program, recipe)
     return program, records
-
-
-def _managed(
-    passes: Sequence[Pass], recipe: Recipe, dump: Path | None, tell: Progress
-) -> PassManager:
-    return PassManager(
-        passes,
-        dump,
-        lambda name, index, total: tell(f"pass {name}", index / max(1, total)),
-        asked=recipe.asked(),
-    )
 
 
 def _encoding(model: Input, recipe: Recipe, check: Check | None) -> list[Pass]:
@@ -260,14 +257,15 @@ def captured(
     recipe: Recipe,
     check: Check | None = None,
     tell: Progress = lambda text, share: None,
-) -> tuple[Program, list[Pass]]:
-    """The model as a program, and its pipeline; otherwise as `trace`."""
+) -> list[tuple[Program, list[Pass]]]:
+    """The model as a program, with its pipeline; of an encoder-decoder before it the encoder with its own.
+    Otherwise as `trace`."""
     if model.encoder is not None:
         check_recipe(recipe, model.source.location)
         program = capture_encoder(
             model.source, model.config, model.encoder, recipe.context, model.state, model.module
         )
-        return program, _encoding(model, recipe, check)
+        return [(program, _encoding(model, recipe, check))]
     fusion: list[Pass] = []
     if model.pair is not None:
         program = capture_pair(
@@ -282,9 +280,12 @@ def captured(
         )
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
-    return program, language_model_passes(
+    passes = language_model_passes(
         recipe.weight_passes(), recipe.cache_passes(), _comparison(model, check), fusion
     )
+    if program.encoder is None:
+        return [(program, passes)]
+    return [(program.encoder, _encoding(model, recipe, check)), (program, passes)]
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
@@ -562,13 +563,7 @@ def _manifest(
     made_by = ["torch", "transformers", *recipe.made_for.generators]
     eos, bos, pad = tokens.special_tokens(model.config, model.generation)
     return Manifest(
-        kind=(
-            ENCODER_DECODER
-            if model.pair is not None
-            else "causal_lm"
-            if model.encoder is None
-            else ENCODER
-        ),
+        kind=model.kind,
         einfold=metadata.version("einfold"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=recipe.target,

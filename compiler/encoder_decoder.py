@@ -1,4 +1,4 @@
-"""The decoder of an encoder-decoder with its encoder: what goes with a text, and the bytes of what one gives."""
+"""A decoder with its encoder: what the one gives the other beside a text, and the bytes of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def account(program: Program) -> str:
 
 
 def cross_account(encoder: Program) -> str:
-    """Bytes of what an encoder gives its decoder, as an expression in B (rows) and T (tokens that were read)."""
+    """Bytes of what an encoder gives its decoder, as an expression in B (rows) and T (tokens read)."""
     by_token, fixed = 0, 0
     for dtype, sizes in cross_shapes(encoder).values():
         each = dtype.itemsize * math.prod(size for size in sizes if isinstance(size, int))
@@ -71,8 +71,8 @@ def cross_bytes(encoder: Program, rows: int, tokens: int) -> int:
 def beside_text(
     encoder: Program, entries: tuple[TensorEntry, ...]
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Gives what a decoder is given beside rows of a calibration text: what the encoder, as it is now, makes of
-    the same text, or of noise where it reads no text."""
+    """Gives what a decoder is given beside rows of a calibration text: what the encoder, as it is now, makes
+    of the same text, or of noise where it reads no text."""
     kept = copied(encoder)
 
     def given(tokens_BS: Tensor) -> dict[str, Tensor]:

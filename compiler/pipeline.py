@@ -73,7 +73,8 @@ def language_model_passes(
     """The pipeline of a causal language model, or of a decoder that reads what an encoder made.
 
     `weights` are the passes that the recipe chose for weights, `cache` those that refine the cache layout,
-    `compare` what compares the graph with the model, `fusion` what fuses a decoder's attention to its encoder.
+    `compare` what compares the graph with the model, `fusion` what fuses attention to an
+    encoder.
     """
     return [
         *planning_passes(cache, compare, fusion),

@@ -54,7 +54,8 @@ def report_page(data: dict[str, Any]) -> str:
         *map(_pass, data["passes"]),
         "<h2>Check against the original and the reference</h2>",
         _pairs(data["check"] or {"check": "not run"}),
-        *(_cache(manifest) if manifest["cache"] else _call(manifest)),
+        *(_call(manifest) if manifest["inputs"] else ()),
+        *(_cache(manifest) if manifest["cache"] else ()),
     ]
     body = "\n".join(sections)
     head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
@@ -64,12 +65,17 @@ def report_page(data: dict[str, Any]) -> str:
 def _cache(manifest: dict[str, Any]) -> list[str]:
     return [
         "<h2>KV cache</h2>",
-        f"<p>Bytes for B rows of C tokens: <code>{escape(manifest['cache_bytes'])}</code></p>",
+        f"<p>Bytes for B rows of C tokens{_read(manifest)}: "
+        f"<code>{escape(manifest['cache_bytes'])}</code></p>",
         f"<p>{escape(_cache_bytes(manifest))}</p>",
         "<details><summary>Layout, a line a head group</summary><pre>"
         + escape("\n".join(manifest["cache"]))
         + "</pre></details>",
     ]
+
+
+def _read(manifest: dict[str, Any]) -> str:
+    return " behind T tokens that were read" if "T" in manifest["cache_bytes"] else ""
 
 
 def _call(manifest: dict[str, Any]) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from .compiler.analysis.liveness import peak_activation_bytes
-from .compiler.codegen.target import Progress
+from .compiler.codegen.target import Held, Progress
 from .compiler.driver import (
     Check,
     CompileReport,
@@ -20,10 +20,15 @@ from .compiler.driver import (
     trace,
     wrap_model,
 )
+from .compiler.encoder_decoder import cross_bytes
+from .compiler.frontend.encoder_decoders import READ
 from .compiler.frontend.example import Example
 from .compiler.ir.manifest import MODEL
+from .compiler.ir.program import Program
+from .compiler.ir.together import together
 from .compiler.recipe import Recipe
 from .errors import RecipeError
+from .runtime.encoding import ROWS
 from .runtime.engine import CHUNK
 
 #: A method for the KV cache: `METHOD:key=value,..`, a table with the key `method`, or "none".
@@ -50,7 +55,7 @@ def compile(
     dump: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompileReport:
-    """Compiles a causal language model or an encoder into the artifact folder `out`.
+    """Compiles a causal language model, an encoder or an encoder-decoder into the artifact folder `out`.
 
     `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
     `tokenizer` too if the artifact is to take text). For an encoder options of the cache are refused.
@@ -182,7 +187,8 @@ class Estimate:
     runtime packs of weights and keeps in its arena beside these, `process` what a process takes that runs
     any artifact of the target. `largest_context` is the longest run, prompt and answer, whose `resident`
     bytes fit the budget (None without one), up to the `context` that is compiled for; 0 where none does.
-    Of an encoder the cache is 0, and the activations are of `batch` texts of the whole context, or images.
+    Of an encoder the cache is 0, and the activations are of `batch` texts of the whole context, or images. Of
+    an encoder-decoder `given` is what the encoder gives and the decoder reads in every step.
     """
 
     weights: int
@@ -197,6 +203,7 @@ class Estimate:
     largest_context: int | None = None
     runtime: int = 0
     process: int = 0
+    given: int = 0
 
     @property
     def resident(self) -> int:
@@ -206,7 +213,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """Bytes at most: while the end of a prompt that fills the context is read."""
-        return self.weights + self.cache_peak + self.activations
+        return self.weights + self.cache_peak + self.activations + self.given
 
 
 def estimate(
@@ -249,20 +256,27 @@ def estimate(
         raise RecipeError(f"batch and chunk must be 1 or more, not {batch} and {chunk}")
     program, _ = trace(found, chosen, progress=progress)
     layout, full, made_for = program.layout, program.model.context, chosen.made_for
+    stored = together([program] if program.encoder is None else [program, program.encoder])
 
-    def parts(tokens: int) -> tuple[int, int, int]:
+    def parts(tokens: int) -> tuple[int, int, int, int]:
         slots = {} if layout is None else layout.slot_dims(tokens, tokens)
         steps = [{"B": 1, "S": min(chunk, tokens), "N": 1}, {"B": batch, "S": 1, "N": batch}]
         if layout is None:
             steps = [{"B": batch, "S": tokens}]
         activations = [
-            peak_activation_bytes(program, step | slots, made_for.scratch) for step in steps
+            peak_activation_bytes(program, step | slots | {READ: tokens}, made_for.scratch)
+            for step in steps
         ]
+        given = 0
+        if program.encoder is not None:
+            reads = {"B": min(batch, ROWS), "S": tokens}
+            activations.append(peak_activation_bytes(program.encoder, reads, made_for.scratch))
+            given = cross_bytes(program.encoder, batch, tokens)
         most = max(activations)
         held = 0 if layout is None else int(layout.peak_bytes(batch, tokens, tokens))
-        return held, most, kept.runtime(most)
+        return held, most, kept.runtime(most), given
 
-    weight_bytes, kept = program.weights.nbytes, made_for.held(program)
+    weight_bytes, kept = stored.nbytes, _held(program, chosen)
     largest = None
     if budget is not None and not full:
         raise RecipeError(
@@ -276,7 +290,7 @@ def estimate(
             fits = weight_bytes + kept.process + sum(parts(middle)) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         largest = low
-    peak, activations, runtime = parts(full)
+    peak, activations, runtime, given = parts(full)
     return Estimate(
         weight_bytes,
         0 if layout is None else int(layout.bytes(batch, full)),
@@ -290,7 +304,17 @@ def estimate(
         largest,
         runtime,
         kept.process,
+        given,
     )
+
+
+def _held(program: Program, recipe: Recipe) -> Held:
+    """What a process holds that runs a program, and the encoder before it."""
+    found = recipe.made_for.held(program)
+    if program.encoder is None:
+        return found
+    more = recipe.made_for.held(program.encoder)
+    return replace(found, packed=found.packed + more.packed, arena=max(found.arena, more.arena))
 
 
 def export_onnx(
@@ -319,8 +343,8 @@ def export_onnx(
     What was written is run by onnxruntime on the example inputs, and on inputs of other sizes where there
     are dynamic ones, and is not kept where it differs from the module; `check=False` leaves that out.
 
-    Without example inputs `model` is a causal language model or an encoder, as `compile` takes it, and the
-    folder is a whole artifact.
+    Without example inputs `model` is a causal language model, an encoder or an encoder-decoder, as `compile`
+    takes it, and the folder is a whole artifact; of the last the encoder is encoder.onnx beside it.
     """
     if example_inputs is None and example_kwargs is None:
         compile(model, out, weights=weights, portable=portable, force=force, check=check)

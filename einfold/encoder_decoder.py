@@ -64,8 +64,8 @@ class EncoderDecoder:
         return self.reader.tokens(rows)  # type: ignore[arg-type]
 
     def read(self, inputs: Inputs) -> dict[str, Array]:
-        """What the encoder gives its decoder, by name: keys and values [B, K, T, D] of each cross-attention, and
-        where texts are read which of their tokens are there.
+        """What the encoder gives its decoder, by name: keys and values [B, K, T, D] of each cross-attention,
+        and where texts are read which of their tokens are there.
 
         Raises PromptError for what does not fit the model, NotFiniteError for results that are not finite.
         """

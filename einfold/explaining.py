@@ -124,19 +124,22 @@ def explain_export(
     recipe = resolve_recipe(None, portable=portable)
     if example_inputs is None and example_kwargs is None:
         found = open_input(model)
-        program, passes = captured(found, recipe)
+        roads = captured(found, recipe)
     else:
         example = Example.of(() if example_inputs is None else example_inputs, example_kwargs)
         if not isinstance(model, torch.nn.Module):
             raise UnsupportedError(f"{model!r} is no module, which is what is exported to ONNX")
         program = capture_module(model, example, dynamic_shapes).program
-        passes = module_passes(recipe.target, recipe.made_for.attention())
-    for at, step in enumerate(passes):
-        if isinstance(step, FuseAttention):
-            PassManager(passes[:at]).run(program)
-            return Explanation(tuple(step.entries(program)), ())
+        roads = [(program, module_passes(recipe.target, recipe.made_for.attention()))]
     lowering = f"one operator over the cache, of the target {recipe.made_for.name}"
-    return Explanation(tuple(operator_entries(program, lowering)), ())
+    entries: list[FusedCascade] = []
+    for program, passes in roads:
+        entries += operator_entries(program, lowering)
+        for at, step in enumerate(passes):
+            if isinstance(step, FuseAttention):
+                PassManager(passes[:at]).run(program)
+                entries += step.entries(program)
+    return Explanation(tuple(entries), ())
 
 
 def _cause(

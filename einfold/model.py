@@ -140,8 +140,8 @@ def language_model(found: Any) -> Model:
         return found
     if isinstance(found, EncoderDecoder):
         raise RecipeError(
-            f"{found.artifact.folder} is an encoder-decoder, which writes behind what its encoder read, and this "
-            "is for models that continue a text; `einfold run` takes it"
+            f"{found.artifact.folder} is an encoder-decoder, which writes behind what its encoder read, and "
+            "this is for models that continue a text; `einfold run` takes it"
         )
     raise RecipeError(
         f"{found.artifact.folder} is an encoder, which writes no text; `einfold run` gives its results"

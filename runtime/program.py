@@ -15,7 +15,7 @@ from .artifact import Artifact
 
 
 def read_program(artifact: Artifact, device: str = "cpu", part: Part = WHOLE) -> Program:
-    """The graph of an artifact, or of a part of it; its weights are read onto the device when they are asked for."""
+    """A part's graph; its weights are read onto the device when they are asked for."""
     try:
         weights = safe_open(str(artifact.file(WEIGHTS)), framework="pt")
     except (SafetensorError, OSError) as error:

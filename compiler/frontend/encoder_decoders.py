@@ -111,8 +111,8 @@ def find_encoder_decoder(
         reads = getattr(found.model_class, "main_input_name", "input_ids")
         if reads != main or (main == "input_features" and not _reads_spectrograms(config)):
             raise UnsupportedError(
-                f"{source.location}: {built} is an encoder-decoder that reads {reads}; einfold compiles those "
-                "of tokens (input_ids) and of spectrograms of a fixed length, as Whisper's (input_features)"
+                f"{source.location}: {built} is an encoder-decoder that reads {reads}; einfold compiles "
+                "those of tokens (input_ids) and of spectrograms of one length, as Whisper's (input_features)"
             )
         return found
     name = (architectures or [config.model_type])[0]
@@ -131,7 +131,7 @@ def _names(table: str) -> set[str]:
     return {name for name in getattr(modeling_auto, table).values() if isinstance(name, str)}
 
 
-class _Passing(DynamicCache):
+class _Passing(DynamicCache):  # type: ignore[misc]
     """A cache that keeps nothing: keys and values go through, and are told of by layer."""
 
     def __init__(self) -> None:
@@ -402,15 +402,15 @@ def _check_layers(
     ]
     if missing or not own:
         raise UnsupportedError(
-            f"{source.location}: architecture {program.model.architecture!r} cannot be compiled: the decoder's "
-            f"layer {missing[0] if missing else 0} does not run its attention through transformers' attention "
-            "interface, so it cannot be given a cache"
+            f"{source.location}: architecture {program.model.architecture!r} cannot be compiled: the "
+            f"decoder's layer {missing[0] if missing else 0} does not run its attention through "
+            "transformers' attention interface, so it cannot be given a cache"
         )
     relative = all(call.args[8:] for call in attention_nodes(program))
     if not relative and not program.placeholder("position_ids").users:
         raise UnsupportedError(
-            f"{source.location}: architecture {program.model.architecture!r} numbers the tokens that it writes "
-            "itself, from their place in the call; steps behind a cache would begin at 0 again"
+            f"{source.location}: architecture {program.model.architecture!r} numbers the tokens that it "
+            "writes itself, from their place in the call; steps behind a cache would begin at 0 again"
         )
 
 

@@ -1,7 +1,7 @@
 """Relative positions as tables by distance: what T5 and its kin add to the logits of attention.
 
-Such a module has `compute_bias`, which looks a bucket of distances up for every pair of a query and a key. Which
-bucket a distance is in depends on no weight: a probe reads it off once, and the rest is a table.
+Such a module has `compute_bias`, which looks a bucket of distances up for every pair of a query and a key.
+Which bucket a distance is in depends on no weight: a probe reads it off once, and the rest is a table.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 @contextmanager
 def by_distance(decoder: nn.Module, reach: int) -> Iterator[list[Tensor]]:
-    """While the block runs, each `compute_bias` of a causal decoder gives [H, R], what is added for a key that is
-    0, 1, .. tokens behind the query. The list is of the tables that were given."""
+    """While the block runs, each `compute_bias` of a causal decoder gives [H, R]: what is added for a key
+    that is 0, 1, .. tokens behind the query. The list is of the tables that were given."""
     given: list[Tensor] = []
 
     def replacement(module: Any) -> Callable[..., Tensor]:
@@ -35,8 +35,8 @@ def by_distance(decoder: nn.Module, reach: int) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def by_pair(encoder: nn.Module, reach: int) -> Iterator[None]:
-    """While the block runs, each `compute_bias` of an encoder reads [1, H, S, T] from such a table, of at most so
-    many tokens before the query and behind it."""
+    """While the block runs, each `compute_bias` of an encoder reads [1, H, S, T] from such a table, of at
+    most so many tokens before the query and behind it."""
 
     def replacement(module: Any) -> Callable[..., Tensor]:
         buckets = _buckets(module, reach, reach - 1)
@@ -44,7 +44,8 @@ def by_pair(encoder: nn.Module, reach: int) -> Iterator[None]:
         def bias(queries: int, keys: int, *_: Any, **__: Any) -> Tensor:
             table_HR = module.relative_attention_bias.weight[buckets].transpose(0, 1)
             apart = torch.arange(keys)[None] - torch.arange(queries)[:, None] + (reach - 1)
-            return table_HR[:, apart][None]
+            found: Tensor = table_HR[:, apart][None]
+            return found
 
         return bias
 

@@ -87,8 +87,8 @@ def ignored_in_generation(generation: Any) -> list[str]:
     if not ignored:
         return []
     return [
-        f"generation_config.json asks for {', '.join(ignored)}: einfold takes the likeliest token, or draws one "
-        "where it is told to, and has no beam search"
+        f"generation_config.json asks for {', '.join(ignored)}: einfold takes the likeliest token, or draws "
+        "one where it is told to, and has no beam search"
     ]
 
 

@@ -55,6 +55,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
+Kind = Literal["causal_lm", "encoder", "encoder_decoder"]
+
 #: The kind of a model that continues a text over a cache.
 CAUSAL = "causal_lm"
 
@@ -141,7 +143,7 @@ class TensorEntry(_Part):
 
     @property
     def beside(self) -> str:
-        """Its type where the decoder of an encoder-decoder takes it: T tokens were read, S is for new ones."""
+        """Its type where a decoder takes it: T tokens were read, S is for new ones."""
         return f"{self.dtype}[{', '.join('T' if size == 'S' else size for size in self.shape)}]"
 
     def __str__(self) -> str:
@@ -163,7 +165,7 @@ class Manifest(_Part):
     """Everything that the runtime must know before it opens the model."""
 
     format: int = FORMAT
-    kind: Literal["causal_lm", "encoder", "encoder_decoder"] = "causal_lm"
+    kind: Kind = "causal_lm"
     """A causal language model writes text over a cache; an encoder reads all of its input at once; an
     encoder-decoder reads so, and writes behind what it read."""
     einfold: str
@@ -266,8 +268,8 @@ class Manifest(_Part):
 
 
 def _is_cross(entries: tuple[TensorEntry, ...]) -> bool:
-    """Whether these are keys and values [B, K, S, D] of each layer, and perhaps a mask [B, S]; or with a number
-    in the place of S, which is the same in all."""
+    """Whether these are keys and values [B, K, S, D] of each layer, and perhaps a mask [B, S]; or with a
+    number in the place of S, which is the same in all."""
     by_name = {entry.name: entry for entry in entries}
     mask = by_name.pop(CROSS_MASK, None)
     layers = len(by_name) // 2

@@ -77,7 +77,7 @@ class Program:
     """What passes may ask of the model while they run (`calibrate.statistics.Statistics`); None where
     there are no weights to ask, as when only sizes are wanted."""
     encoder: Program | None = None
-    """Of an encoder-decoder this is the decoder; the encoder's results are inputs here, the same in each step."""
+    """Of a decoder: what gives the inputs that stay the same from step to step."""
     beside: Callable[[torch.Tensor], dict[str, torch.Tensor]] = no_inputs
     """The inputs beside tokens and positions that go with rows of a calibration text."""
 

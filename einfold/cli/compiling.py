@@ -189,6 +189,8 @@ def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_j
         table.add_row(f"KV cache, {rows}", human_bytes(found.cache))
     if found.cache_peak != found.cache:
         table.add_row("  while a prompt as long is read", human_bytes(found.cache_peak))
+    if found.given:
+        table.add_row("what the encoder gives the decoder", human_bytes(found.given))
     step = f"{found.chunk} tokens a step" if found.cache else rows
     table.add_row(f"activations, {step}", human_bytes(found.activations))
     if found.runtime:

@@ -15,6 +15,7 @@ from .prompts import parse_ids, read_prompt
 
 if TYPE_CHECKING:
     from ..encoder import Encoder
+    from ..encoder_decoder import EncoderDecoder
 
 #: Options of `run` that mean something for an encoder.
 _TAKES = {
@@ -31,11 +32,12 @@ _TAKES = {
 }
 
 
-def is_encoder(artifact: Path) -> bool:
-    """Whether an artifact is one of an encoder; raises ArtifactError where it is none, or damaged."""
-    from ..compiler.ir.manifest import ENCODER, Manifest
+def kind_of(artifact: Path) -> str:
+    """The kind of an artifact's model, "" where there is no folder; raises ArtifactError where it is none, or
+    damaged."""
+    from ..compiler.ir.manifest import Manifest
 
-    return artifact.is_dir() and Manifest.read(artifact).kind == ENCODER
+    return Manifest.read(artifact).kind if artifact.is_dir() else ""
 
 
 def run_encoder(
@@ -64,7 +66,7 @@ def run_encoder(
         artifact, **{key: loading[key] for key in ("engine", "threads", "verify")}
     )
     loaded = time.perf_counter()
-    inputs = _inputs(model, texts, file, ids)
+    inputs = read_inputs(model, texts, file, ids)
     results = model.run(inputs)
     seconds = {"load_seconds": loaded - started, "run_seconds": time.perf_counter() - loaded}
     if output is not None:
@@ -80,7 +82,9 @@ def run_encoder(
             err.print(f"{output}: {name} {list(array.shape)}", style="dim")
 
 
-def _inputs(model: Encoder, texts: list[str], file: Path | None, ids: str | None) -> dict[str, Any]:
+def read_inputs(
+    model: Encoder | EncoderDecoder, texts: list[str], file: Path | None, ids: str | None
+) -> dict[str, Any]:
     """The model's inputs by name, from what was given."""
     if texts and file is None and ids is None:
         return dict(model.tokens(texts))
@@ -90,7 +94,7 @@ def _inputs(model: Encoder, texts: list[str], file: Path | None, ids: str | None
     return dict(model.tokens([parse_ids(ids) if ids is not None else str(text)]))
 
 
-def _arrays(model: Encoder, file: Path) -> dict[str, Any]:
+def _arrays(model: Encoder | EncoderDecoder, file: Path) -> dict[str, Any]:
     """Arrays of a file; nothing in it is unpickled."""
     import numpy as np
 

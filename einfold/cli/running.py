@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import PromptError
+from .answering import run_encoder_decoder, seconds_of, told_seconds, write_piece
 from .common import err, out, print_json
-from .encoding import is_encoder, run_encoder
+from .encoding import kind_of, run_encoder
 from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust
 from .prompts import parse_ids, read_prompt
 
@@ -24,7 +25,7 @@ def run(
         typer.Option(
             "-p",
             "--prompt",
-            help="The prompt; for an encoder a text, and may be given again.",
+            help="The prompt; for an encoder, or an encoder-decoder, a text, and may be given again.",
             show_default=False,
         ),
     ] = None,
@@ -33,8 +34,8 @@ def run(
         typer.Option(
             "-f",
             "--file",
-            help="Read the prompt from a file; - is stdin. For an encoder also arrays by the names of its "
-            "inputs, from a .npz, or the first of them from a .npy.",
+            help="Read the prompt from a file; - is stdin. What an encoder reads may also be arrays by the "
+            "names of its inputs, from a .npz, or the first of them from a .npy, such as input_features.",
             show_default=False,
         ),
     ] = None,
@@ -56,6 +57,14 @@ def run(
     system: Annotated[
         str | None,
         typer.Option(help="A system message, for the chat template.", show_default=False),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="For an encoder-decoder: what the answer begins with, such as "
+            "'<|en|><|transcribe|><|notimestamps|>'.",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -94,7 +103,8 @@ def run(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt; the text streams to stdout. Of an encoder, print the results as JSON."""
+    """Continue a prompt, or answer what an encoder reads; the text streams to stdout. Of an encoder alone,
+    print the results as JSON."""
     given = {
         parameter.opts[-1]: str(parameter.name)
         for parameter in context.command.params
@@ -120,11 +130,20 @@ def run(
     }
     if chat and raw:
         raise PromptError("--chat and --raw exclude each other")
-    if is_encoder(artifact):
+    kind = kind_of(artifact)
+    if kind == "encoder_decoder":
+        read = (prompt or [], file, ids)
+        run_encoder_decoder(artifact, *read, prefix or "", given, options, loading, json)
+        return
+    if kind == "encoder":
         run_encoder(artifact, prompt or [], file, ids, output, given, loading, as_json=json)
         return
     if output is not None:
         raise PromptError(f"--output is for the results of an encoder, and {artifact} writes text")
+    if prefix is not None:
+        raise PromptError(
+            f"--prefix is for an encoder-decoder, and {artifact} continues its prompt; put it there"
+        )
     if prompt is not None and len(prompt) > 1:
         raise PromptError(f"{artifact} continues one prompt at a time; give one -p")
     templated = False if raw else True if chat or system is not None else None
@@ -162,19 +181,10 @@ def run_artifact(
         messages = [{"role": "system", "content": system}] if system else []
         tokens = model.chat([*messages, {"role": "user", "content": str(text)}])
         said = "in the model's chat template (--raw leaves it out); " if chat is None else ""
-    show = None if as_json else _write_piece
+    show = None if as_json else write_piece
     result = model.generate(tokens, on_text=show, **options)
     times = model.timings
-    timings = {
-        "load_seconds": load_seconds,
-        "prefill_seconds": times.prefill_seconds,
-        "prefill_tokens": times.prefill_tokens,
-        "decode_seconds": times.decode_seconds,
-        "decode_tokens": times.decode_tokens,
-        "decode_tokens_per_second": times.decode_tokens / times.decode_seconds
-        if times.decode_seconds
-        else None,
-    }
+    timings = seconds_of(times, load_seconds)
     if as_json:
         print_json(
             {
@@ -190,16 +200,5 @@ def run_artifact(
     if not model.artifact.has("tokenizer.json"):
         out.print(" ".join(map(str, result.tokens)), end="")
     sys.stdout.write("\n")
-    rate = timings["decode_tokens_per_second"]
-    prefill = times.prefill_tokens / max(times.prefill_seconds, 1e-9)
-    err.print(
-        f"{said}{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason}); "
-        f"load {load_seconds:.2f} s, prefill {prefill:.0f} tokens/s"
-        + (f", decode {rate:.1f} tokens/s" if rate else ""),
-        style="dim",
-    )
-
-
-def _write_piece(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+    written = f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason})"
+    err.print(said + written + told_seconds(times, load_seconds), style="dim")

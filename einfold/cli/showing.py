@@ -38,12 +38,14 @@ def inspect(
 
 
 def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) -> None:
-    from ..compiler.ir.manifest import GRAPH
+    from ..compiler.ir.manifest import READER, WHOLE
     from ..runtime.artifact import Artifact
 
     found = Artifact.open(artifact)
     if graph:
-        sys.stdout.write(printable(_text(found, GRAPH)))
+        for part in (READER, WHOLE):  # an encoder stands before what reads its results
+            if found.has(part.graph) or part == WHOLE:
+                sys.stdout.write(printable(_text(found, part.graph)))
         return
     report = _report(found)
     if as_json:
@@ -55,7 +57,7 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             }
         )
         return
-    from ..compiler.ir.manifest import ENCODER
+    from ..compiler.ir.manifest import ENCODER, ENCODER_DECODER
     from ..compiler.report import context_text, human_bytes, summary_lines
 
     manifest, model = found.manifest, found.manifest.model
@@ -73,7 +75,8 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
             f"{_recipe(found, 'weights').get('format')}, {human_bytes(manifest.weight_bytes)}",
         ),
         ("context", context_text(model.context)),
-        *(_call(manifest) if manifest.kind == ENCODER else _cache(found)),
+        *(_call(manifest) if manifest.kind in (ENCODER, ENCODER_DECODER) else ()),
+        *(_cache(found) if manifest.kind != ENCODER else ()),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, printable(value))
@@ -94,8 +97,9 @@ def _cache(artifact: Any) -> list[tuple[str, str]]:
 
     manifest = artifact.manifest
     methods = _cache_methods(_recipe(artifact, "cache"))
+    read = ", T that were read" if "T" in manifest.cache_bytes else ""
     return [
-        ("KV cache", f"{methods}, {manifest.cache_bytes} bytes for B rows of C tokens"),
+        ("KV cache", f"{methods}, {manifest.cache_bytes} bytes for B rows of C tokens{read}"),
         ("", cache_bytes(manifest.layout(), manifest.model.context)),
     ]
 

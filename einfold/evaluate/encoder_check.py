@@ -225,4 +225,6 @@ def _off(found: _Array, expected: _Array) -> float:
 
 def _sizes(inputs: _Arrays) -> str:
     rows, tokens = (*next(iter(inputs.values())).shape, 0)[:2]
-    return f"{rows} x {tokens} tokens" if "input_ids" in inputs else f"{rows} images"
+    return (
+        f"{rows} x {tokens} tokens" if "input_ids" in inputs else f"{rows} x {next(iter(inputs))}"
+    )

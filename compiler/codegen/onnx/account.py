@@ -65,7 +65,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
         keys = kv_heads * size
         held = max(2 * keys, keys + 8 * heads, 13 * heads)
         return int(batch * slots * held * 9 // 8)
-    return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out))
+    added = 2 * int(found.get("by_distance_HR") is not None)  # as it is gathered, and turned
+    return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out) + added)
 
 
 #: What queries and keys of attention without a cache are called.

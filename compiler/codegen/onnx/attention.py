@@ -306,8 +306,8 @@ def _bias(call: _Call, total: ir.Value) -> ir.Value | None:
 
 
 def _by_distance(call: _Call, slots: ir.Value | None = None) -> ir.Value:
-    """What is added to the logits, [B, H, S, T], by how far a key stands before the query; of so many slots, or
-    of those in use. Layers with one table share it."""
+    """What is added to the logits, [B, H, S, T], by how far a key stands before the query; of so many slots,
+    or of those in use. Layers with one table share it."""
     context, builder = call.context, call.context.builder
     table = context.value(call.found["by_distance_HR"])
     zero, one = builder.constant(0, np.int64), builder.constant(1, np.int64)

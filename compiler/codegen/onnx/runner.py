@@ -207,8 +207,8 @@ class OnnxCaller:
             known = {entry.name: entry for entry in entries}
             if known.keys() != {node.name for node in nodes} or len(known) != len(nodes):
                 raise ArtifactError(
-                    f"{self._name}/{part.model} takes or gives {sorted(node.name for node in nodes)}, and the "
-                    f"manifest lists {sorted(known)}"
+                    f"{self._name}/{part.model} takes or gives {sorted(node.name for node in nodes)}, and "
+                    f"the manifest lists {sorted(known)}"
                 )
             for node in nodes:
                 entry = known[node.name]

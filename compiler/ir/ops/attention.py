@@ -87,7 +87,7 @@ class Attention(Operator):
 
     `window` w > 0 lets query i see keys i-w+1 .. i (the newest w, itself included); 0 is no window.
     With `by_distance` number d of head h is added to its logit of the key that stands d tokens before the
-    query (T5's relative positions, section 2.1); keys farther away than the table reaches get its last number.
+    query (T5's relative positions, section 2.1); keys farther away than the table reaches get its last.
     """
 
     name = "attention"
@@ -314,7 +314,7 @@ def compensation_bias(count_BK: Tensor | None, slots: int) -> Tensor | None:
 
 
 def distance_bias(by_distance_HR: Tensor | None, slot_BS: Tensor, slots: int) -> Tensor | None:
-    """What is added to the logits of queries at these slots, [B, H, S, C], by how far behind a key they are."""
+    """What is added to the logits of queries at these slots, [B, H, S, C], by how far behind a key."""
     if by_distance_HR is None:
         return None
     behind_BSC = slot_BS[:, :, None] - torch.arange(slots, device=slot_BS.device)

@@ -320,17 +320,17 @@ class Attachment:
 
 
 def _check_distances(given: Arguments, cache: LayerCache) -> None:
-    """A bias by distance counts slots, and is of all heads: raises RecipeError where tokens leave the slots, or
-    heads go apart."""
+    """A bias by distance counts slots, and is of all heads: raises RecipeError where tokens leave the slots,
+    or heads go apart."""
     if given.get("by_distance_HR") is None:
         return
     group = cache.groups[0]
     plain = group.owner is None and group.storage.plain and not group.moves and group.reader.whole
     if len(cache.groups) > 1 or not plain:
         raise RecipeError(
-            f"layer {cache.layer} adds relative positions to its attention, which only a cache that keeps every "
-            "token of every head in plain slots tells apart: leave out cache.prune, cache.quant, cache.share and "
-            "cache.read (cache.storage may be f32, f16 or int8)"
+            f"layer {cache.layer} adds relative positions to its attention, which only a cache tells "
+            "apart that keeps every token of every head in plain slots: leave out cache.prune, "
+            "cache.quant, cache.share and cache.read (cache.storage may be f32, f16 or int8)"
         )
 
 
