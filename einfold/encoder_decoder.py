@@ -25,7 +25,8 @@ Inputs = Sequence[str | Sequence[int]] | Mapping[str, npt.ArrayLike]
 
 @dataclass
 class EncoderDecoder:
-    """A loaded artifact of an encoder-decoder: T5, BART, Whisper. Make it with `load`. One thread at a time."""
+    """A loaded artifact of an encoder-decoder: T5, BART, Whisper. Make it with `load`. One thread at a
+    time."""
 
     artifact: Artifact
     reader: EncoderEngine

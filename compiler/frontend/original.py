@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 from ..ir.manifest import CROSS_MASK, MASK, cross_name
 from .encoder_decoders import EncoderDecoder
@@ -66,8 +67,10 @@ def original_answer(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(what an encoder gives its decoder for its `EncoderDecoder.inputs`, by name; logits [B, S, V] behind
     tokens that were written)."""
+    # One of the config's would have as many layers as the encoder has.
+    caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with _running(structure(source, config, state, module, kind.auto), state) as model:
-        found = model(**inputs, decoder_input_ids=ids_BS, use_cache=True)
+        found = model(**inputs, decoder_input_ids=ids_BS, past_key_values=caches, use_cache=True)
     layers = found.past_key_values.cross_attention_cache.layers
     given = {
         cross_name(layer, part): getattr(kept, f"{part}s").float()
