@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 CONTEXT, VOCABULARY = 64, 96
 
 #: Of random models, which else repeat themselves.
-PENALTY = 1.5
+PENALTY = 3.0
 
 _T5: dict[str, Any] = {
     "d_model": 64,
@@ -69,20 +69,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "sat", "on", "the", "mat", "here"]
 
 
-def build(name: str) -> Any:
-    """The model of a name, random and always the same."""
+def build(name: str, noise: float = 0.2) -> Any:
+    """The model of a name, random and always the same. With much noise its attention is sharp."""
     kind, options = MODELS[name]
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+            parameter.add_(noise * torch.randn(parameter.shape))
     return model
 
 
-def save(name: str, folder: Path, tokenizer: bool = False) -> Path:
-    build(name).save_pretrained(folder)
+def save(name: str, folder: Path, tokenizer: bool = False, noise: float = 0.2) -> Path:
+    build(name, noise).save_pretrained(folder)
     if tokenizer:
         words = {word: place for place, word in enumerate(WORDS)}
         cut = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -114,11 +114,15 @@ def greedy(model: Any, given: dict[str, Any], new: int) -> list[list[int]]:
     """What transformers' plain `generate` writes, no early end, and not one token again and again."""
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
     options["repetition_penalty"] = PENALTY
-    # One of the config's would have as many layers as the encoder has.
-    options["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    options["past_key_values"] = no_cache()
     with torch.no_grad():
         written = transformers.GenerationMixin.generate(model, **given, **options)
     return [row[1:] for row in written.tolist()]
+
+
+def no_cache() -> Any:
+    """An empty cache for transformers; one of the config's would have as many layers as the encoder has."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def logits(model: Any, given: dict[str, Any], answers: Any) -> Any:

@@ -80,10 +80,9 @@ def test_a_model_in_memory_with_tied_weights(tmp_path: Path) -> None:
 
 
 def test_int8_weights_and_cache_stay_near(tmp_path: Path) -> None:
-    model = common.build("t5-tied")
-    report = einfold.compile(
-        common.save("t5-tied", tmp_path / "m"), tmp_path / "out", weights="int8", cache="int8"
-    )
+    model = common.build("t5-tied", noise=0.05)
+    folder = common.save("t5-tied", tmp_path / "m", noise=0.05)
+    report = einfold.compile(folder, tmp_path / "out", weights="int8", cache="int8")
     assert report.calibration.startswith("2048 tokens")
     found = einfold.load(tmp_path / "out")
     assert found.artifact.weight_bytes() < 0.4 * 4 * report.manifest.model.parameters
@@ -91,6 +90,6 @@ def test_int8_weights_and_cache_stay_near(tmp_path: Path) -> None:
     off = common.share(
         found.logits(common.arrays(given), answers(2)), common.logits(model, given, answers(2))
     )
-    assert 1e-4 < off < 0.15
+    assert 1e-4 < off < 0.05
     assert report.check["same likeliest token as the artifact's graph"] == 1.0
     assert len(written(found, given)[1]) == NEW
