@@ -43,6 +43,7 @@ from .ir.manifest import (
     READER,
     WEIGHTS,
     WHOLE,
+    Begin,
     FileEntry,
     Kind,
     Manifest,
@@ -123,6 +124,8 @@ class Input:
     """How the model is built and called where it is an encoder; None for another kind."""
     pair: EncoderDecoder | None = None
     """The same where it is an encoder-decoder."""
+    begin: Begin | None = None
+    """How an encoder-decoder begins to write."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how the model was read."""
 
@@ -164,7 +167,7 @@ def open_model(name: str | Path) -> Input:
     generation = tokens.read_generation_config(source)
     found = Input(source, config, generation=generation, adapter=adapter, notes=notes)
     if isinstance(kind, EncoderDecoder):
-        found.pair = kind
+        found.pair, found.begin = kind, tokens.begin(source, config, generation)
         found.notes += tokens.ignored_in_generation(generation)
     else:
         found.encoder = kind
@@ -207,6 +210,7 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
         given,
         encoder=encoder,
         pair=pair,
+        begin=None if pair is None else tokens.begin(source, config, generation),
         notes=notes,
     )
 
@@ -582,9 +586,7 @@ def _manifest(
         recipe=recipe.model_dump(mode="json"),
         inputs=entries,
         outputs=result_entries(reads) if entries else (),
-        begin=None
-        if model.pair is None
-        else tokens.begin(model.source, model.config, model.generation),
+        begin=model.begin,
         cache=() if layout is None else tuple(layout.lines()),
         weight_bytes=weight_bytes,
         cache_bytes="0" if layout is None else account(program),

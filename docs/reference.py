@@ -18,8 +18,9 @@ import einfold
 from einfold import errors
 from einfold.cli.app import app
 from einfold.compiler.recipe import Recipe
-from einfold.encoder import Encoder
 from einfold.completion import Completion
+from einfold.encoder import Encoder
+from einfold.encoder_decoder import EncoderDecoder
 from einfold.model import Model
 from einfold.recipe_text import recipe_text
 
@@ -73,10 +74,10 @@ def api() -> str:
     functions = [
         getattr(einfold, name)
         for name in einfold.__all__
-        if name not in ("Encoder", "Model", "errors", "__version__")
+        if name not in ("Encoder", "EncoderDecoder", "Model", "errors", "__version__")
     ]
     parts += [_entry(f"einfold.{function.__name__}", function) for function in functions]
-    for kind in (Model, Encoder):
+    for kind in (Model, Encoder, EncoderDecoder):
         parts.append(_entry(f"einfold.{kind.__name__}", kind, signature=False))
         for name, member in inspect.getmembers(kind):
             if not name.startswith("_") and name in vars(kind):

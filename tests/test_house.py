@@ -99,6 +99,7 @@ ALLOWED = {
         "api",
         "cli",
         "encoder",
+        "encoder_decoder",
         "explaining",
         "model",
         "recipe_text",

@@ -278,6 +278,8 @@ def _capture_encoder(
     skeleton: Any,
     state: Mapping[str, Tensor] | None,
 ) -> Program:
+    if not _cross_attention(skeleton.get_decoder()):
+        raise UnsupportedError(_no_hook(source, config, "decoder's attention to its encoder"))
     whole = _Reads(skeleton).eval()
     entries = kind.inputs(config)
     sizes = {"B": torch.export.Dim("B"), "S": torch.export.Dim("S", max=context)}
@@ -319,7 +321,8 @@ def _capture_decoder(
     encoder: Program,
 ) -> Program:
     shapes = cross_shapes(encoder)
-    sizes = {size: torch.export.Dim(size) for size in ("B", "S", READ)}
+    sizes = {"B": torch.export.Dim("B")}
+    sizes |= {size: torch.export.Dim(size, max=context) for size in ("S", READ)}
     batch, length, read = 2, 7, 9
     known = {"B": batch, READ: read}
     given = {
@@ -359,7 +362,7 @@ def _capture_decoder(
         ["logits"],
     )
     crossing = whole.crossing.modules
-    _check_layers(program, crossing, _cross_attention(skeleton.get_decoder()), source)
+    _check_layers(program, crossing, _cross_attention(skeleton.get_decoder()), source, config)
     return program
 
 
@@ -391,6 +394,7 @@ def _check_layers(
     crossed: Mapping[int, nn.Module],
     projected: Mapping[int, nn.Module],
     source: ModelSource,
+    config: Any,
 ) -> None:
     """Every layer's attention, to itself and to the encoder, must have come through the hook, and positions
     are those that are given."""
@@ -401,17 +405,21 @@ def _check_layers(
         if layer not in own or crossed.get(layer) is not module
     ]
     if missing or not own:
-        raise UnsupportedError(
-            f"{source.location}: architecture {program.model.architecture!r} cannot be compiled: the "
-            f"decoder's layer {missing[0] if missing else 0} does not run its attention through "
-            "transformers' attention interface, so it cannot be given a cache"
-        )
+        place = f"attention in layer {missing[0] if missing else 0}"
+        raise UnsupportedError(_no_hook(source, config, f"decoder's {place}"))
     relative = all(call.args[8:] for call in attention_nodes(program))
     if not relative and not program.placeholder("position_ids").users:
         raise UnsupportedError(
             f"{source.location}: architecture {program.model.architecture!r} numbers the tokens that it "
             "writes itself, from their place in the call; steps behind a cache would begin at 0 again"
         )
+
+
+def _no_hook(source: ModelSource, config: Any, what: str) -> str:
+    return (
+        f"{source.location}: architecture {config.model_type!r} cannot be compiled: its {what} does not run "
+        "through transformers' attention interface and caches, so it cannot be given a cache"
+    )
 
 
 def _example(entry: TensorEntry) -> Tensor:

@@ -17,6 +17,7 @@ from einfold.cli.app import app
 from einfold.compiler.codegen.reference.runner import ReferenceRunner
 from einfold.compiler.codegen.target import TARGETS, Progress, Target, made_for
 from einfold.compiler.ir.kv.store.storage import Storage
+from einfold.compiler.ir.manifest import WHOLE, Part
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.weights_file import Placement
 from einfold.compiler.recipe import Recipe
@@ -52,6 +53,7 @@ class Toy(Target):
         placements: dict[str, Placement],
         folder: Path,
         progress: Progress,
+        part: Part = WHOLE,
     ) -> None:
         (folder / "toy.txt").write_text(str(self.start), encoding="utf-8")
 

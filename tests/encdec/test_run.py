@@ -23,7 +23,18 @@ Made = Callable[[str], Path]
 def test_texts_are_read_and_answered(compiled_pair: Made) -> None:
     out = str(compiled_pair("t5"))
     told = json.loads(
-        cli("run", out, "-p", "the cat sat", "-p", "a mat", "--max-new-tokens", "5", "--ignore-eos", "--json")
+        cli(
+            "run",
+            out,
+            "-p",
+            "the cat sat",
+            "-p",
+            "a mat",
+            "--max-new-tokens",
+            "5",
+            "--ignore-eos",
+            "--json",
+        )
     )
     ids = torch.tensor([[7, 4, 5, 1], [3, 8, 1, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -52,7 +63,9 @@ def test_a_prefix_stands_before_the_answer(compiled_pair: Made) -> None:
     found = einfold.load(compiled_pair("t5"), engine="reference")
     given = common.arrays(common.inputs("t5", 1))
     answer = found.generate(given, prefix=[7, 4], max_new_tokens=4, ignore_eos=True)
-    expected = common.logits(common.build("t5"), common.inputs("t5", 1), [[0, 7, 4, *answer.tokens]])
+    expected = common.logits(
+        common.build("t5"), common.inputs("t5", 1), [[0, 7, 4, *answer.tokens]]
+    )
     assert answer.tokens == expected[0, 2:-1].argmax(-1).tolist()
 
 

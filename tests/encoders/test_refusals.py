@@ -21,17 +21,10 @@ from einfold.evaluate import encoder_check
 
 from . import common
 
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
-_WHISPER = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64}
-_WHISPER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-_WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-
 
 @pytest.mark.parametrize(
     ("kind", "architecture", "options", "said"),
     [
-        ("T5", "T5ForConditionalGeneration", _T5, "no cache yet for the keys of cross-attention"),
-        ("Whisper", "WhisperForConditionalGeneration", _WHISPER, "no cache yet for the keys"),
         ("Llava", "LlavaForConditionalGeneration", {}, "reads image and text together"),
         ("CLIP", "CLIPModel", {}, "reads image and text together"),
         ("Wav2Vec2", "Wav2Vec2Model", {}, "reads input_values"),

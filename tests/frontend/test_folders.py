@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, WhisperConfig
+from transformers import AutoModelForCausalLM
 
 import einfold
 from einfold.compiler.driver import open_model, wrap_model
@@ -84,21 +84,6 @@ def test_decoders_that_number_their_tokens_are_refused(kind: str) -> None:
     found = wrap_model(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
     with pytest.raises(UnsupportedError, match="numbers its tokens itself"):
         capture_language_model(found.source, found.config, 64, found.state, found.module)
-
-
-def test_encoder_decoders_are_refused_by_their_name(tmp_path: Path) -> None:
-    config = WhisperConfig(**_SMALL, max_source_positions=30, max_target_positions=64)
-    config.bos_token_id = config.eos_token_id = config.decoder_start_token_id = 1
-    config.suppress_tokens = config.begin_suppress_tokens = None
-    whisper = transformers.WhisperForConditionalGeneration(config)
-    whisper.save_pretrained(tmp_path / "m")
-    bart = transformers.BartForConditionalGeneration(BartConfig(**_SMALL))
-    for model in (tmp_path / "m", whisper, bart):
-        with pytest.raises(
-            UnsupportedError, match="ForConditionalGeneration is an encoder-decoder"
-        ):
-            einfold.compile(model, tmp_path / "out", check=False)
-    assert issubclass(BartForCausalLM, transformers.PreTrainedModel)
 
 
 def test_a_model_that_fills_its_weights_while_it_is_built_is_refused_by_that(

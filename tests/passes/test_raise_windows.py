@@ -59,7 +59,9 @@ def test_few_taps_are_a_linear(sizes: dict[str, int]) -> None:
 def test_others_stay(change: tuple[str, str], reason: str) -> None:
     body = TEXT.replace(*change)
     if reason == "in groups":
-        body = body.replace("[APART])", "[APART], 3)").replace("[5, 1", "[6, 1").replace("[5]", "[6]")
+        body = (
+            body.replace("[APART])", "[APART], 3)").replace("[5, 1", "[6, 1").replace("[5]", "[6]")
+        )
         body = body.replace("[B, 5", "[B, 6")
     count = {"9 taps, more than 8": "4"}.get(reason, "S - 2" if "run time" in reason else "10")
     for name, size in (("TAPS", "3"), ("STRIDE", "1"), ("PAD", "0"), ("APART", "1")):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import einfold
-from einfold.errors import PromptError
 from einfold.completion import Listener
+from einfold.errors import PromptError
 from einfold.runtime.tokenizer import Tokenizer
 
 
