@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from ...errors import UnsupportedError
 from ..frontend.cascade.meaning import import_meaning
 from ..ir.ops.attention import Attention
 from ..ir.program import Program, attention_nodes, call_arguments
 from .folded import Folded, folded
-from .report import FusedCascade, entry
+from .report import AS_WRITTEN, FusedCascade, entry
 
 
 def operator_entries(program: Program, lowering: str) -> list[FusedCascade]:
@@ -20,13 +21,20 @@ def operator_entries(program: Program, lowering: str) -> list[FusedCascade]:
 
     `lowering` is what the report calls what runs.
     """
-    known: dict[str, Folded] = {}
+    known: dict[str, Folded | str] = {}
     entries = []
     for node in attention_nodes(program):
         kind = _kind(program, node)
         if kind not in known:
-            known[kind] = _folded(program, node)
-        found = entry(node, known[kind], lowering, "")
+            try:
+                known[kind] = _folded(program, node)
+            except UnsupportedError as error:
+                known[kind] = f"its meaning is no cascade: {error}"
+        meaning = known[kind]
+        if isinstance(meaning, str):
+            found = entry(node, None, AS_WRITTEN, meaning)
+        else:
+            found = entry(node, meaning, lowering, "")
         layer = int(call_arguments(node)["layer"])
         entries.append(found if found.where != node.name else found.at(f"layer {layer}"))
     return entries

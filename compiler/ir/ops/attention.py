@@ -31,9 +31,7 @@ def masked_attention(
 
     A query that sees no key at all and has no sink gives zeros; the rest is as in `masked_logits`.
     """
-    logits = masked_logits(
-        q_BSHD, k_BKTD, visible, sinks_H, scale, softcap, bias_BKT, bias_BHST
-    )
+    logits = masked_logits(q_BSHD, k_BKTD, visible, sinks_H, scale, softcap, bias_BKT, bias_BHST)
     batch, kv_heads, group, new, _ = logits.shape
     total = k_BKTD.shape[2]
     if sinks_H is not None:
