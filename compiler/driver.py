@@ -34,6 +34,8 @@ from .frontend.folders import read_folder
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
 from .frontend.structure import CAUSAL, parameter_count, structure
+from .frontend.vision import AUTO as VISION
+from .frontend.vision import TextPart, find_text_part
 from .ir.allowed import check_allowed
 from .ir.interrupts import tracing
 from .ir.kept import cache_home
@@ -126,6 +128,8 @@ class Input:
     """The same where it is an encoder-decoder."""
     begin: Begin | None = None
     """How an encoder-decoder begins to write."""
+    part: TextPart | None = None
+    """What it is part of, where it is the text part of a model of images."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how the model was read."""
 
@@ -169,6 +173,8 @@ def open_model(name: str | Path) -> Input:
     if isinstance(kind, EncoderDecoder):
         found.pair, found.begin = kind, tokens.begin(source, config, generation)
         found.notes += tokens.ignored_in_generation(generation)
+    elif isinstance(kind, TextPart):
+        found.part, found.config = kind, kind.config
     else:
         found.encoder = kind
     return found
@@ -197,7 +203,13 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
     if any(tensor.is_meta for tensor in state.values()):
         raise ModelError(f"{name} has weights on the meta device, which hold no numbers; load them")
     huggingface.check_unquantized(source, config, state)
-    encoder = None if pair is not None else encoder_of(source, model)
+    part = find_text_part(source, config, [type(model).__name__])
+    encoder = None
+    if part is not None:
+        state, config, model, given = part.state(source, state), part.config, None, None
+        notes.append(part.note)
+    elif pair is None:
+        encoder = encoder_of(source, model)
     if pair is not None:
         notes += tokens.ignored_in_generation(generation)
     return Input(
@@ -210,6 +222,7 @@ def wrap_model(model: Any, tokenizer: Any = None) -> Input:
         given,
         encoder=encoder,
         pair=pair,
+        part=part,
         begin=None if pair is None else tokens.begin(source, config, generation),
         notes=notes,
     )
@@ -280,7 +293,12 @@ def captured(
     else:
         context = _context(model, recipe)
         program = capture_language_model(
-            model.source, model.config, context, model.state, model.module
+            model.source,
+            model.config,
+            context,
+            model.state,
+            model.module,
+            model.part is not None,
         )
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
@@ -480,12 +498,20 @@ def _context(model: Input, recipe: Recipe) -> int:
 def _load(model: Input) -> None:
     if model.state is None:
         if model.encoder is None:
-            model.state = huggingface.load_state(model.source, model.config, model.auto)
+            model.state = _text_state(model)
         else:
             model.state = _encoder_state(model, model.encoder)
         if model.adapter is not None:
             model.state, said = model.adapter.merged(model.state)
             model.notes.append(said)
+
+
+def _text_state(model: Input) -> dict[str, Tensor]:
+    """The weights of a model that writes text; of one of images those of its text part."""
+    if model.part is None:
+        return huggingface.load_state(model.source, model.config, model.auto)
+    whole = huggingface.load_state(model.source, model.part.whole, VISION)
+    return model.part.state(model.source, whole)
 
 
 def _encoder_state(model: Input, encoder: Encoder) -> dict[str, Tensor]:
@@ -562,6 +588,7 @@ def _manifest(
     }
     kind = model.encoder or model.pair
     entries = () if kind is None else kind.inputs(model.config)
+    entries = entries if model.part is None else (model.part.entry(),)
     reads = program.encoder or program
     layout = program.layout
     made_by = ["torch", "transformers", *recipe.made_for.generators]
@@ -585,7 +612,7 @@ def _manifest(
         ),
         recipe=recipe.model_dump(mode="json"),
         inputs=entries,
-        outputs=result_entries(reads) if entries else (),
+        outputs=() if kind is None else result_entries(reads),
         begin=model.begin,
         cache=() if layout is None else tuple(layout.lines()),
         weight_bytes=weight_bytes,

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from .compiler.codegen.target import TARGETS, Target
-from .compiler.ir.manifest import CAUSAL, ENCODER, ENCODER_DECODER, READER
+from .compiler.ir.manifest import CAUSAL, EMBEDDINGS, ENCODER, ENCODER_DECODER, READER
 from .completion import Completion, Listeners
 from .encoder import Encoder
 from .encoder_decoder import EncoderDecoder
 from .errors import ArtifactError, PromptError, RecipeError
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
+from .runtime.embeddings import table_of
 from .runtime.encoding import EncoderEngine
 from .runtime.engine import CHUNK, Engine, Timings
 from .runtime.runner import Floats
@@ -67,11 +70,13 @@ class Model:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        embeddings: npt.ArrayLike | None = None,
     ) -> Completion:
         """Continues one prompt, text or token ids, until a `stop` text, an end token or the limit.
 
         `on_text` is given each new piece of text. The stop text is left out of the text that is
-        given, and its tokens stay among the tokens.
+        given, and its tokens stay among the tokens. The text part of a model of images takes `embeddings`
+        [N, hidden] too: token -1 - n of the prompt stands for row n.
         """
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
         return self.generate_batch(
@@ -81,6 +86,7 @@ class Model:
             ignore_eos=ignore_eos,
             sampling=sampling,
             on_text=None if on_text is None else lambda row, piece: on_text(piece),
+            embeddings=None if embeddings is None else [embeddings],
         )[0]
 
     def generate_batch(
@@ -92,8 +98,9 @@ class Model:
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
         on_text: Callable[[int, str], None] | None = None,
+        embeddings: Sequence[npt.ArrayLike | None] | None = None,
     ) -> list[Completion]:
-        """Continues several prompts of any lengths together."""
+        """Continues several prompts of any lengths together, each with its `embeddings`, or None."""
         if isinstance(prompts, str):
             raise PromptError("generate_batch takes a list of prompts; this is one text")
         rows = [self.encode(prompt) for prompt in prompts]
@@ -104,8 +111,20 @@ class Model:
             () if ignore_eos else self.artifact.manifest.model.eos_ids,
             sampling,
             listeners.on_token,
+            self._beside(rows, embeddings),
         )
         return listeners.completions(results, list(map(len, rows)))
+
+    def _beside(
+        self, rows: Sequence[Sequence[int]], embeddings: Sequence[npt.ArrayLike | None] | None
+    ) -> dict[str, Floats] | None:
+        if embeddings is None:
+            return None
+        if not self.engine.embeds:
+            raise PromptError(
+                f"{self.artifact.folder} takes no embeddings: it is not the text part of a model of images"
+            )
+        return {EMBEDDINGS: table_of(rows, embeddings, self.engine.embeds)}
 
     @property
     def has_chat_template(self) -> bool:
@@ -116,19 +135,23 @@ class Model:
         """The prompt of a conversation ([{"role": .., "content": ..}]) by the model's template."""
         return self.tokenizer.chat(messages)
 
-    def logits(self, tokens: Sequence[int], prompt: int = 0) -> Iterator[tuple[int, Floats]]:
+    def logits(
+        self, tokens: Sequence[int], prompt: int = 0, embeddings: npt.ArrayLike | None = None
+    ) -> Iterator[tuple[int, Floats]]:
         """Logits behind every token of one text, in chunks: yields (start, [tokens of the chunk, V]).
+        `embeddings` are as in `generate`.
 
         With `prompt`, the first so many tokens are read as a prompt, and the cache is compressed as it is
         when one is answered; then the rest goes through it, and only their logits are given.
         """
-        row = self.engine.check_tokens(tokens)
+        given = self._beside([tokens], None if embeddings is None else [embeddings])
+        row = self.engine.check_tokens(tokens, 0 if given is None else given[EMBEDDINGS].shape[1])
         if row.size > self.engine.context:
             raise PromptError(f"{row.size} tokens do not fit the context of {self.engine.context}")
         if not 0 <= prompt < row.size:
             raise PromptError(f"a prompt of {prompt} tokens leaves nothing of {row.size} to read")
         self.engine.cache = None  # the last one is let go before the next is taken
-        cache = self.engine.cache = self.engine.allocate(1, row.size, prompt or None)
+        cache = self.engine.cache = self.engine.allocate(1, row.size, prompt or None, given)
         if prompt:
             self.engine.prefill(cache, [row[:prompt]])
         yield from self.engine.stream(cache, row, all_logits=True, start=prompt)
@@ -199,6 +222,7 @@ def load(
         make,
         () if begin is None else begin.never,
         () if begin is None else begin.never_first,
+        manifest.embeds,
     )
     return Model(artifact, made) if reader is None else EncoderDecoder(artifact, reader, made)
 

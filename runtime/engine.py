@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..compiler.ir.kv.layout import CacheLayout
+from ..compiler.ir.manifest import EMBEDDINGS
 from ..errors import NotFiniteError, PromptError, pass_on
 from .buffers import Array, Make, empty
 from .cache import Cache
+from .embeddings import no_table
 from .runner import Flags, Floats, Ints, Runner
 from .sampling import Sampler, Sampling
 
@@ -54,9 +56,11 @@ class Engine:
         make: Make = empty,
         never: Sequence[int] = (),
         never_first: Sequence[int] = (),
+        embeds: int = 0,
     ) -> None:
         """`make` makes the cache's buffers where the runner wants them. The tokens `never` are not chosen,
-        those `never_first` not behind the prompt."""
+        those `never_first` not behind the prompt. `embeds` is the width of the table of embeddings that a
+        model takes beside its tokens, 0 where it takes none."""
         if chunk < 1:
             raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
         self.runner = runner
@@ -67,6 +71,7 @@ class Engine:
         self.make = make
         self.never = np.asarray(never, np.int64)
         self.never_first = np.asarray(never_first, np.int64)
+        self.embeds = embeds
         self.timings = Timings()
         self.cache: Cache | None = None
 
@@ -84,7 +89,8 @@ class Engine:
 
         Raises PromptError for an empty prompt, a token out of range, or a prompt that leaves no room.
         """
-        rows = [self.check_prompt(prompt) for prompt in prompts]
+        below = 0 if given is None or not self.embeds else given[EMBEDDINGS].shape[1]
+        rows = [self.check_prompt(prompt, below) for prompt in prompts]
         if max_new_tokens < 0:
             raise PromptError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
         self.timings = Timings()
@@ -114,14 +120,17 @@ class Engine:
         context has them.
         """
         block, fewest = getattr(self.runner, "blocks", (1, 0))
+        if given is None and self.embeds:
+            given = no_table(batch, self.embeds)
         whole = -(-capacity // block) * block
         if fewest <= capacity and whole <= self.context:
             capacity = whole
         return Cache.allocate(self.layout, batch, capacity, prompt, self.make, given)
 
-    def check_prompt(self, prompt: Sequence[int] | Ints) -> Ints:
-        """The prompt as an array; raises PromptError with the position of what is wrong."""
-        row = self.check_tokens(prompt)
+    def check_prompt(self, prompt: Sequence[int] | Ints, below: int = 0) -> Ints:
+        """The prompt as an array; raises PromptError with the position of what is wrong. `below` are the rows
+        of embeddings that are given with it."""
+        row = self.check_tokens(prompt, below)
         if row.size >= self.context:
             raise PromptError(
                 f"the prompt has {row.size} tokens, but the artifact was compiled for a context "
@@ -130,18 +139,19 @@ class Engine:
             )
         return row
 
-    def check_tokens(self, tokens: Sequence[int] | Ints) -> Ints:
+    def check_tokens(self, tokens: Sequence[int] | Ints, below: int = 0) -> Ints:
         """Token ids as an array; raises PromptError where there are none, or one is out of range."""
         row = np.asarray(tokens)
         if row.size == 0:
             raise PromptError("the prompt is empty; give at least one token")
         if row.ndim != 1 or row.dtype.kind not in "iuO":
             raise PromptError("a prompt is a text, or a flat list of token ids (whole numbers)")
-        wrong = np.flatnonzero((row < 0) | (row >= self.vocabulary))
+        wrong = np.flatnonzero((row < -below) | (row >= self.vocabulary))
         if wrong.size:
             raise PromptError(
                 f"token {row[wrong[0]]} at position {wrong[0]} is out of range: "
                 f"the vocabulary has {self.vocabulary} tokens"
+                + (f", and {below} rows of embeddings are given" if self.embeds else "")
             )
         return row.astype(np.int64)
 

@@ -69,10 +69,10 @@ def _check_model(program: Program, manifest: Manifest, part: Part) -> None:
         raise IRError("its cache is not the one that the manifest describes")
     if (found := results.get("logits", "nothing")) != f"f32[N, {model.vocabulary}]":
         raise IRError(f"its logits are {found}, not f32[N, {model.vocabulary}]")
-    for entry in manifest.outputs:
+    for entry in manifest.beside:
         if given.get(entry.name) != entry.beside:
             raise IRError(
-                f"it does not take {entry.name} as {entry.beside}, which the encoder gives"
+                f"it does not take {entry.name} as {entry.beside}, which the manifest lists"
             )
     for name, kind in given.items():
         if results.get(name, kind) != kind:

@@ -57,7 +57,8 @@ class Sampler:
         """The next token for logits [V], behind a prompt and the tokens written since."""
         settings = self.settings
         if settings.repetition_penalty != 1.0:
-            seen = np.concatenate((prompt, np.asarray(written, np.int64)))
+            # Below 0 are rows of embeddings, which are no tokens.
+            seen = np.concatenate((prompt[prompt >= 0], np.asarray(written, np.int64)))
             logits = _penalised(logits, seen, settings.repetition_penalty)
         if settings.temperature == 0:
             return int(np.argmax(logits))

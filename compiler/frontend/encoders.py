@@ -183,8 +183,7 @@ def _refuse_several(source: ModelSource, config: Any, architectures: list[str]) 
         return
     raise UnsupportedError(
         f"{source.location}: {names[0]} reads {' and '.join(sorted(modalities))} together; einfold compiles "
-        "causal language models and encoders of one input, and nothing yet that puts embeddings of one into "
-        "the text of another"
+        "encoders of one input, and of models that write about images their text part"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from ...errors import EinfoldError, IRError, ModelError, UnsupportedError, pass_on
 from ..ir.interrupts import Later
+from ..ir.manifest import EMBEDDINGS
 from ..ir.program import (
     Editor,
     ModelInfo,
@@ -27,6 +28,7 @@ from .huggingface import ModelSource
 from .normalise import cast, is_cast, normalise_call
 from .structure import structure
 from .torch_says import quietly, reason_of
+from .vision import Embedded, no_embeddings
 
 #: Gives the data of the weight called (name, shape in the graph, dtype in the graph).
 WeightSource = Callable[[str, tuple[int, ...], torch.dtype], Weight]
@@ -52,15 +54,17 @@ def capture_language_model(
     context: int,
     state: Mapping[str, Tensor] | None = None,
     module: Any = None,
+    embeds: bool = False,
 ) -> Program:
     """The model as a program of (input_ids [B, S], position_ids [B, S]) -> logits [B, S, V], in float32.
 
+    With `embeds` it takes a table of embeddings too, [B, T, hidden] (`vision.Embedded`).
     What is traced is a copy of `module`, or else what the config describes. `state` gives the weights' data,
     and without it the weights are known by shape only. Raises UnsupportedError, naming the layer, for
     what the hooks or the trace cannot express.
     """
     try:
-        program = _capture(source, config, context, state, module)
+        program = _capture(source, config, context, state, module, embeds)
     except UnsupportedError as error:
         if huggingface.routes_attention(config):
             raise
@@ -76,6 +80,7 @@ def _capture(
     context: int,
     state: Mapping[str, Tensor] | None,
     module: Any,
+    embeds: bool,
 ) -> Program:
     skeleton = structure(source, config, state, module)
     hooks.install(skeleton)
@@ -83,24 +88,38 @@ def _capture(
     ids = torch.zeros(2, 7, dtype=torch.long)
     positions = torch.arange(7).expand(2, 7).contiguous()
     dims = {0: batch, 1: length}
-    exported = export(_Logits(skeleton), (ids, positions), (dims, dims), source.location)
+    width = int(skeleton.get_input_embeddings().weight.shape[1])
+    inputs: dict[str, tuple[int | str, ...]] = dict.fromkeys(
+        ("input_ids", "position_ids"), ("B", "S")
+    )
+    if embeds:
+        table = torch.zeros(2, 5, width)
+        beside = {0: batch, 1: torch.export.Dim("T")}
+        given, shapes = (ids, positions, table), (dims, dims, beside)
+        exported = export(Embedded(skeleton).eval(), given, shapes, source.location)
+        inputs[EMBEDDINGS] = ("B", "T", width)
+    else:
+        exported = export(_Logits(skeleton), (ids, positions), (dims, dims), source.location)
     first_name = tied_names(skeleton)
     info = ModelInfo(
         architecture=str(config.model_type),
         vocabulary=vocabulary_of(exported, source),
         context=context,
-        hidden=int(skeleton.get_input_embeddings().weight.shape[1]),
+        hidden=width,
     )
 
-    return import_or_refuse(
+    program = import_or_refuse(
         source.location,
         exported,
         info,
         lambda name: first_name.get(name.removeprefix("model."), name.removeprefix("model.")),
         named_weights(source, skeleton, exported, state),
-        {"input_ids": ("B", "S"), "position_ids": ("B", "S")},
+        inputs,
         ["logits"],
     )
+    if embeds:
+        program.beside = no_embeddings(width)
+    return program
 
 
 def named_weights(

@@ -12,6 +12,7 @@ from .encoder_decoders import EncoderDecoder, find_encoder_decoder
 from .encoders import Encoder, find_encoder
 from .huggingface import ModelSource
 from .sentence import MODULES, read_head
+from .vision import TextPart, find_text_part
 
 #: Keys of a config.json that say nothing about what the model computes.
 _SAID = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map", "use_cache"}
@@ -19,20 +20,26 @@ _SAID = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_
 
 def read_folder(
     source: ModelSource, config: Any
-) -> tuple[Encoder | EncoderDecoder | None, list[str]]:
-    """(the encoder or encoder-decoder that a folder holds, None for a causal language model; what is to be
-    noted of its config.json). Raises UnsupportedError where it is of another model."""
+) -> tuple[Encoder | EncoderDecoder | TextPart | None, list[str]]:
+    """(the encoder or encoder-decoder that a folder holds, or the text part of a model of images, None for a
+    causal language model; what is to be noted of its config.json). Raises UnsupportedError where it is of
+    another model."""
     raw = _raw_config(source)
     found = raw.get("architectures")
     architectures = [str(name) for name in found] if isinstance(found, list) else []
     pair = find_encoder_decoder(source, config, architectures)
     head = read_head(source.folder)
-    encoder = None if pair is not None else find_encoder(source, config, architectures, head)
+    part = None if pair is not None else find_text_part(source, config, architectures)
+    encoder = None
+    if pair is None and part is None:
+        encoder = find_encoder(source, config, architectures, head)
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if encoder is not None:
         stock = encoder.model_class.__name__
     if pair is not None:
         stock = pair.model_class.__name__
+    if part is not None:
+        stock = part.architecture
     notes = _own_code(source, raw.get("auto_map"), architectures, stock)
     if encoder is not None:
         notes += head.notes if head is not None else _of_hub(source)
@@ -48,7 +55,9 @@ def read_folder(
             f"config.json sets {', '.join(unknown)}, which transformers' {type(config).__name__} does not "
             "know and nothing reads"
         )
-    return pair or encoder, notes
+    if part is not None:
+        notes.append(part.note)
+    return pair or part or encoder, notes
 
 
 def _of_hub(source: ModelSource) -> list[str]:

@@ -70,6 +70,9 @@ ENCODER_DECODER = "encoder_decoder"
 MASK = "attention_mask"
 TEXT_INPUTS = ("input_ids", MASK, "token_type_ids")
 
+#: Of the text part of a model of images: a table, of which token -1 - n stands for row n.
+EMBEDDINGS = "embeddings"
+
 #: What the encoder of an encoder-decoder tells of its padding, bool [B, S].
 CROSS_MASK = "cross_mask"
 
@@ -176,7 +179,7 @@ class Manifest(_Part):
     model: ModelEntry
     recipe: dict[str, Any]
     inputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_TENSORS)] = ()
-    """Of an encoder: what a call gives."""
+    """Of an encoder: what a call gives. Of a causal language model: its table of embeddings, if any."""
     outputs: Annotated[tuple[TensorEntry, ...], Field(max_length=_CROSS)] = ()
     """Of an encoder: what a call gets. Of an encoder-decoder the decoder takes it."""
     begin: Begin | None = None
@@ -196,7 +199,8 @@ class Manifest(_Part):
             whole = bool(self.inputs) and 0 < len(self.outputs) <= _TENSORS and not self.cache
             whole = whole and all(entry.is_given for entry in self.inputs)
         else:
-            whole = not (self.inputs or self.outputs) or self.kind == ENCODER_DECODER
+            whole = self.kind == ENCODER_DECODER or not (self.outputs or self.inputs)
+            whole = whole or (self.kind == CAUSAL and not self.outputs and self._embeds())
             whole = whole and self.model.vocabulary > 0 and self.model.context > 0
         if self.kind == ENCODER_DECODER:
             whole = whole and all(entry.is_given for entry in self.inputs) and bool(self.inputs)
@@ -206,6 +210,21 @@ class Manifest(_Part):
         if not whole:
             raise ValueError(f"it is not what a model of the kind {self.kind} has")
         return self
+
+    def _embeds(self) -> bool:
+        """Whether the one input listed is a table of embeddings."""
+        shape = ("B", "S", str(self.model.hidden))
+        return self.inputs == (TensorEntry(name=EMBEDDINGS, dtype="f32", shape=shape),)
+
+    @property
+    def embeds(self) -> int:
+        """The width of the table of embeddings that is taken beside tokens, 0 where none is."""
+        return self.model.hidden if self.kind == CAUSAL and self.inputs else 0
+
+    @property
+    def beside(self) -> tuple[TensorEntry, ...]:
+        """What every step of a model that writes is given beside its tokens and cache."""
+        return self.inputs if self.kind == CAUSAL else self.outputs
 
     def _knows(self, begin: Begin) -> bool:
         """Whether these are tokens of the vocabulary, and leave room for one more and one to choose."""

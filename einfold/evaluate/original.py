@@ -126,7 +126,7 @@ def _padding(length: int) -> int:
 def _graph_logits(program: Program, ids: Tensor, padding: int) -> list[Tensor]:
     """Logits of each row's real tokens. The second row has its padding behind it, where no token sees it."""
     rows = torch.stack((ids[0], ids[1].roll(-padding)))
-    inputs = text_inputs(rows, torch.arange(ids.numel()))
+    inputs = text_inputs(rows, torch.arange(ids.numel())) | program.beside(rows)
     logits = Interpreter(program, keep_weights=False).run(inputs)["logits"]
     first, second = logits.reshape(*ids.shape, -1)
     return [first, second[: ids.shape[1] - padding]]

@@ -26,6 +26,7 @@ from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
 from ..runtime.buffers import Array, Make, empty
 from ..runtime.cache import Cache
+from ..runtime.embeddings import no_table
 from ..runtime.engine import Engine
 from ..runtime.runner import Floats, Runner
 
@@ -67,6 +68,8 @@ def self_check(
     except UnsupportedError as error:
         return {"check": f"not run: {str(error).split(';')[0]}"}
     layout = artifact.manifest.layout()
+    if artifact.manifest.embeds and given is None:
+        given = no_table(1, artifact.manifest.embeds)
     target = _finite(_logits(artifact, runner, _PROMPT, given))
     # Where no token leaves the cache, decoding must give what reading everything at once gives.
     whole = _PROMPT if _lets_go(layout) else _PROMPT + _STEPS

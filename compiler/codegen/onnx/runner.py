@@ -137,7 +137,7 @@ class OnnxRunner:
                 _KINDS[spec.dtype],
                 heads if len(spec.shape) == 2 else (*heads, None),
             )
-        for entry in artifact.manifest.outputs:  # of an encoder, which the decoder is given
+        for entry in artifact.manifest.beside:
             known[entry.name] = (_KINDS.get(entry.dtype, entry.dtype), entry.sizes)
         results = {node.name: node for node in self.session.get_outputs()}
         if "logits" not in results:

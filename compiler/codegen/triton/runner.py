@@ -117,7 +117,8 @@ class KernelRunner:
         }
         inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
         with running(self._name):
-            outputs = self.interpreter.run(inputs | cache.buffers)
+            beside = {name: torch.tensor(a, device=self.device) for name, a in cache.given.items()}
+            outputs = self.interpreter.run(inputs | beside | cache.buffers)
             logits: Floats = outputs.pop("logits").cpu().numpy()
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits
