@@ -25,7 +25,7 @@ from . import common
 @pytest.mark.parametrize(
     ("kind", "architecture", "options", "said"),
     [
-        ("Llava", "LlavaForConditionalGeneration", {}, "reads image and text together"),
+        ("Blip", "BlipModel", {}, "reads image and text together"),
         ("CLIP", "CLIPModel", {}, "reads image and text together"),
         ("Wav2Vec2", "Wav2Vec2Model", {}, "reads input_values"),
         ("Bert", "BertForNextSentencePrediction", {}, "is a head that einfold does not compile"),
