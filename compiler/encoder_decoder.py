@@ -11,13 +11,9 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .calibrate.snapshot import copied
-from .frontend.encoder_decoders import (
-    READ,
-    EncoderDecoder,
-    capture_encoder_decoder,
-    cross_shapes,
-)
+from .frontend.encoder_decoders import EncoderDecoder
 from .frontend.huggingface import ModelSource
+from .frontend.two_programs import READ, capture_encoder_decoder, cross_shapes
 from .ir.interpreter import Interpreter
 from .ir.manifest import MASK, TensorEntry
 from .ir.program import Program

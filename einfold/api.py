@@ -21,8 +21,8 @@ from .compiler.driver import (
     wrap_model,
 )
 from .compiler.encoder_decoder import cross_bytes
-from .compiler.frontend.encoder_decoders import READ
 from .compiler.frontend.example import Example
+from .compiler.frontend.two_programs import READ
 from .compiler.ir.manifest import MODEL
 from .compiler.ir.program import Program
 from .compiler.ir.together import together

@@ -140,13 +140,16 @@ def test_other_verbs_know_encoder_decoders(compiled_pair: Made) -> None:
 
 
 def test_an_estimate_is_what_is_held(compiled_pair: Made) -> None:
-    """Weights to the byte; and what the encoder gives, of a text as long as the context."""
-    for name, read in (("t5", 64), ("whisper", 20)):
-        folder = compiled_pair(name)
-        told = einfold.estimate(folder.parent / "model", batch=3)
-        manifest = einfold.load(folder).artifact.manifest
-        assert told.weights == manifest.weight_bytes
-        assert told.cache == 3 * 64 * 1024
-        assert told.given == 3 * (1024 * read + (read if name == "t5" else 0))
-        assert told.total == told.weights + told.cache + told.activations + told.given
-        assert told.cache_expression in manifest.cache_bytes
+    """Weights to the byte; and what the encoder gives, of a text as long as the context, or of a sound."""
+    folder = compiled_pair("t5")
+    told = einfold.estimate(folder.parent / "model", batch=3)
+    manifest = einfold.load(folder).artifact.manifest
+    assert told.weights == manifest.weight_bytes
+    assert told.cache == 3 * 64 * 1024
+    assert told.given == 3 * 64 * (1024 + 1)
+    assert told.total == told.weights + told.cache + told.activations + told.given
+    assert manifest.cache_bytes == f"{told.cache_expression} + 1025*B*T"
+    sound = einfold.load(compiled_pair("whisper"))
+    assert sound.artifact.manifest.cache_bytes == "1024*B*C + 20480*B"
+    given = sound.read(common.arrays(common.inputs("whisper", 3)))
+    assert sum(array.nbytes for array in given.values()) == 3 * 20480
