@@ -1,4 +1,4 @@
-"""Encoder-decoders of transformers (T5, BART and its kin, Whisper): what they are built by and what they read.
+"""Encoder-decoders of transformers (T5, BART and its kin, Whisper): what builds them and what they read.
 
 Two programs are captured of one (`two_programs.py`): the encoder reads its input once and gives the keys and
 values of every cross-attention of the decoder, whose projections run there; the decoder is a language model
@@ -53,26 +53,22 @@ class EncoderDecoder:
                 TensorEntry(name=self.main, dtype="i64", shape=("B", "S"), below=count),
                 TensorEntry(name=MASK, dtype="i64", shape=("B", "S"), below=2),
             )
-        frames = 2 * int(
-            config.max_source_positions
-        )  # the second convolution takes every other one
-        shape = ("B", str(int(config.num_mel_bins)), str(frames))
+        # The second convolution takes every other frame.
+        shape = ("B", str(int(config.num_mel_bins)), str(2 * int(config.max_source_positions)))
         return (TensorEntry(name=self.main, dtype="f32", shape=shape),)
 
     def context(self, source: ModelSource, config: Any, wanted: int | None) -> int:
         """Tokens that are written at most; of text also those that are read. Raises RecipeError where the
         model has fewer than are wanted."""
-        limit = None
-        for name in ("max_target_positions", "max_position_embeddings"):
-            value = getattr(config, name, None)
-            limit = value if limit is None and isinstance(value, int) and value > 0 else limit
-        bounded = limit if limit is not None else None
-        if wanted is not None and bounded is not None and wanted > bounded:
+        names = ("max_target_positions", "max_position_embeddings")
+        limits = [int(getattr(config, name, None) or 0) for name in names]
+        limit = next(filter(None, limits), 0)
+        if wanted is not None and limit and wanted > limit:
             raise RecipeError(
-                f"context {wanted} is longer than the {bounded} tokens that {source.location} was made for"
+                f"context {wanted} is longer than the {limit} tokens that {source.location} was made for"
             )
         # T5 names the length that it was trained on, and its positions are relative: they have no end.
-        return wanted or bounded or context_limit(config) or DEFAULT_CONTEXT
+        return wanted or limit or context_limit(config) or DEFAULT_CONTEXT
 
 
 def find_encoder_decoder(
@@ -97,6 +93,11 @@ def find_encoder_decoder(
             raise UnsupportedError(
                 f"{source.location}: {built} is an encoder-decoder that reads {reads}; einfold compiles "
                 "those of tokens (input_ids) and of spectrograms of one length, as Whisper's (input_features)"
+            )
+        if not isinstance(getattr(config, "vocab_size", None), int):
+            raise UnsupportedError(
+                f"{source.location}: {built} is put together of two models with a config each; einfold "
+                "compiles encoder-decoders that are one model, such as T5, BART and Whisper"
             )
         return found
     name = (architectures or [config.model_type])[0]

@@ -6,6 +6,7 @@ Which bucket a distance is in depends on no weight: a probe reads it off once, a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,11 +58,7 @@ def by_pair(encoder: nn.Module, reach: int) -> Iterator[None]:
 def _replaced(
     part: nn.Module, replacement: Callable[[Any], Callable[..., Tensor]]
 ) -> Iterator[None]:
-    changed: list[Any] = [
-        module
-        for module in part.modules()
-        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias")
-    ]
+    changed: list[Any] = [module for module in part.modules() if _is_relative(module)]
     for module in changed:
         module.compute_bias = replacement(module)
     try:
@@ -69,6 +66,14 @@ def _replaced(
     finally:
         for module in changed:
             del module.compute_bias
+
+
+def _is_relative(module: Any) -> bool:
+    """Whether a module looks its bias up by pairs of tokens; LongT5's looks it up by blocks of them."""
+    if not getattr(module, "has_relative_attention_bias", False):
+        return False
+    compute = getattr(module, "compute_bias", None)
+    return compute is not None and "past_seen_tokens" in inspect.signature(compute).parameters
 
 
 def _buckets(module: Any, behind: int, ahead: int = 0) -> Tensor:

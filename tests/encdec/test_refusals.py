@@ -40,6 +40,7 @@ _TRANSLATES = _SMALL | {"src_vocab_size": 50, "tgt_vocab_size": 50, "langs": ["a
         ("T5", "T5EncoderModel", {}, "T5EncoderModel is an encoder-decoder.* no other heads"),
         ("Bart", "BartForSequenceClassification", {}, "no other heads"),
         ("VisionEncoderDecoder", "VisionEncoderDecoderModel", {}, "none whose encoder .* images"),
+        ("EncoderDecoder", "EncoderDecoderModel", {}, "put together of two models"),
         ("Speech2Text", "Speech2TextForConditionalGeneration", {}, "spectrograms of one length"),
         pytest.param(
             "M2M100",
@@ -54,8 +55,9 @@ _TRANSLATES = _SMALL | {"src_vocab_size": 50, "tgt_vocab_size": 50, "langs": ["a
 def test_what_is_missing_is_named(
     kind: str, architecture: str, options: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    if kind.startswith("Vision"):
-        parts = {"encoder": transformers.ViTConfig(), "decoder": transformers.BertConfig()}
+    if "EncoderDecoder" in kind:
+        first = transformers.ViTConfig if kind.startswith("Vision") else transformers.BertConfig
+        parts = {"encoder": first(), "decoder": transformers.BertConfig()}
         options = {name: part.to_dict() for name, part in parts.items()}
     folder = folder_of(kind, architecture, tmp_path / "m", **options)
     with pytest.raises(UnsupportedError, match=said):
