@@ -263,9 +263,11 @@ class Engine:
         ids = np.zeros((len(rows), 1), np.int64)
         every_row = np.arange(len(rows))
         started = time.perf_counter()
-        logits[:, self.never_first] = -np.inf
+        if self.never_first.size:
+            logits[:, self.never_first] = -np.inf
         while True:
-            logits[:, self.never] = -np.inf
+            if self.never.size:
+                logits[:, self.never] = -np.inf
             for index in np.flatnonzero(running):
                 token = samplers[index].pick(logits[index], rows[index], results[index].tokens)
                 ids[index] = token

@@ -62,6 +62,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 2,
             "decoder_start_token_id": 1,
             "begin_suppress_tokens": [5, 6],
+            "suppress_tokens": [58, 48, 64],
         },
     ),
 }

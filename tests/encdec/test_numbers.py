@@ -52,6 +52,25 @@ def test_what_transformers_computes_and_writes(name: str, engine: str, compiled_
     check(name, compiled_pair(name), engine)
 
 
+def test_rows_that_end_leave_others_alone(compiled_pair: Made) -> None:
+    """By then they have written different numbers of tokens, and positions go by each row's own."""
+    found, given = einfold.load(compiled_pair("t5"), threads=1), common.inputs("t5", 3)
+    whole = written(found, given)
+    (end,) = {whole[0][3]} - {*whole[0][:3]}
+    results = found.engine.generate(
+        [found.start()] * 3,
+        NEW,
+        [end],
+        Sampling(repetition_penalty=common.PENALTY),
+        given=found.read(common.arrays(given)),
+    )
+    ends = [row.index(end) if end in row else NEW for row in whole]
+    assert [result.tokens for result in results] == [
+        row[:at] for row, at in zip(whole, ends, strict=True)
+    ]
+    assert len({*ends}) > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "whisper", "mbart"])
 def test_the_portable_flavour(name: str, tmp_path: Path) -> None:

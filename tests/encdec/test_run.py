@@ -81,9 +81,10 @@ def test_sounds_are_arrays(compiled_pair: Made, tmp_path: Path) -> None:
     ]
     assert told[0] == told[1] and len(told[0]) == 2
     found = einfold.load(out)
-    assert found.artifact.manifest.begin.never_first == (5, 6)
+    begin = found.artifact.manifest.begin
+    assert begin.never_first == (5, 6) and begin.never == (58, 48, 64)
     logits = found.logits(given, [[1], [1]])[:, 0]
-    logits[:, [5, 6]] = -np.inf
+    logits[:, [5, 6, 58, 48, 64]] = -np.inf
     assert [row["tokens"][0] for row in told[0]] == logits.argmax(-1).tolist()
     printed = cli("run", out, "-f", str(tmp_path / "x.npy"), *rows[:3])
     assert printed.splitlines() == [" ".join(map(str, row["tokens"])) for row in told[0]]
