@@ -33,7 +33,6 @@ _SAME_VALUE = {
     aten.detach_.default,
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
-    aten.view_as.default,
 }
 #: Operators beside a number, and the number that changes nothing.
 _NEUTRAL: dict[object, int] = {
@@ -47,6 +46,16 @@ _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.def
 _CASTS_LIKE = {aten.to.other, aten.type_as.default}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _DROPOUTS = {aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default}
+
+#: What gives a tensor the shape of another.
+_AS_ANOTHER = {
+    aten.view_as.default: aten.reshape_as.default,
+    aten.reshape_as.default: aten.reshape_as.default,
+    aten.expand_as.default: aten.expand_as.default,
+}
+
+#: Turns of the last two axes, of numbers without an imaginary part.
+_TURNS = {aten.mT.default, aten.mH.default, aten.adjoint.default}
 
 #: Other names of one operator.
 _OTHER_NAMES = {
@@ -80,6 +89,11 @@ def normalise_call(
         return _first(args)
     if len(args) > 1 and _NEUTRAL.get(target) == args[1] and _keeps_its_type(args) and not kwargs:
         return _first(args)
+    if target in _AS_ANOTHER:
+        same = str(list(args[0].meta["val"].shape)) == str(list(args[1].meta["val"].shape))
+        return _first(args) if same else (_AS_ANOTHER[target], args, {})
+    if target in _TURNS:
+        return aten.transpose.int, (args[0], -2, -1), {}
     if target in _OTHER_NAMES:
         return _OTHER_NAMES[target], args, kwargs
     if target is aten.pad.default and (*args, "constant")[2] == "constant":

@@ -107,7 +107,7 @@ class ThroughSdpa:
 def attentions(plan: Plan) -> list[Attention]:
     """The attentions that all states of a plan belong to. Raises NotLoweredError, saying what is not one."""
     found = []
-    if plan.emit:
+    if any(plan.rank in plan.ranks_of(name) for name in plan.outputs):
         raise NotLoweredError("an output carries the keys")
     for reference in plan.references:
         if reference.kind != "scale" or not reference.free:
