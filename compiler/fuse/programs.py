@@ -9,11 +9,14 @@ random tensors, but nothing is timed: the program runs elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
-from ...errors import UnsupportedError, stop_on
+from ...errors import IRError, UnsupportedError, stop_on
 from ..frontend.dynamo import trace_function
 from ..frontend.normalise import normalise_call
 from ..ir.cascade.cascade import Cascade
@@ -27,6 +30,9 @@ from .replace import differs
 from .report import AS_WRITTEN, FusedCascade, entry, source_of
 from .subgraphs import extract, place_of
 from .trial import Trial, agrees, hints_of
+
+#: The largest mask that is looked at, in bytes.
+_LARGEST = 2**26
 
 NO_EXPONENTIALS = "nothing is weighted by exponentials"
 
@@ -58,11 +64,28 @@ def _fuse(program: Program, region: Region, lowering: str, make: Maker) -> Fused
     if place.before is None:
         return entry(anchor, found, AS_WRITTEN, place.reason)
     inputs = [region.inputs[at] for at in reads_of(region, imported)]
-    traced = _traced(program, region, inputs, make(found.plan, signature_of(region, imported)))
+    known = _known(program, region)
+    named = {b.name: known[b.node].numpy() for b in imported.inputs if b.node in known}
+    function = make(found.plan, replace(signature_of(region, imported), known=named))
+    traced = _traced(program, region, inputs, known, function)
     if isinstance(traced, str):
         return entry(anchor, found, AS_WRITTEN, traced)
     _insert(program, region, place.before, inputs, traced)
     return entry(anchor, found, lowering, "", source_of(found, traced.graph))
+
+
+def _known(program: Program, region: Region) -> dict[str, torch.Tensor]:
+    """The masks that a region reads whose numbers the program has, by node."""
+    found = {}
+    for node in region.inputs:
+        weight = program.weight_of(node)
+        if weight is None or weight.dtype != torch.bool or weight.nbytes > _LARGEST:
+            continue
+        try:
+            found[node.name] = weight.load()
+        except IRError:  # a program made of a model's config alone
+            continue
+    return found
 
 
 def _has_exponentials(cascade: Cascade) -> bool:
@@ -71,11 +94,17 @@ def _has_exponentials(cascade: Cascade) -> bool:
 
 
 def _traced(
-    program: Program, region: Region, inputs: list[fx.Node], function: Function
+    program: Program,
+    region: Region,
+    inputs: list[fx.Node],
+    known: Mapping[str, torch.Tensor],
+    function: Function,
 ) -> fx.GraphModule | str:
     """The lowering as a graph over the program's types, or why it cannot stand for the region."""
     reads = [region.inputs.index(node) for node in inputs]
-    trial = Trial(fx.GraphModule({}, extract(region)), hints_of(region.inputs), reads)
+    random = zip(region.inputs, hints_of(region.inputs), strict=True)
+    tensors = tuple(known.get(node.name, value) for node, value in random)
+    trial = Trial(fx.GraphModule({}, extract(region)), tensors, reads)
     try:
         with Later():
             values = [node.meta["val"] for node in inputs]

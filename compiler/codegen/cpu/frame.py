@@ -25,6 +25,7 @@ class Signature:
     """The tensors of a graph that a plan reads and writes: a name in the plan, and ranks a dimension.
 
     `operators` are those of ATen that the graph computes scores, and what follows from them, with.
+    `known` has the masks among the inputs that are the same in every call, as arrays.
     """
 
     inputs: tuple[tuple[str, tuple[Dim, ...]], ...]
@@ -32,6 +33,7 @@ class Signature:
     sizes: Mapping[str, int]
     dtypes: tuple[torch.dtype, ...]
     operators: tuple[str, ...] = ()
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,15 @@ class Choice:
 class Logits:
     """L = scale * scores + bias, the scores a sum of products named `scores`.
 
-    `choices` has what of the bias stands in a score's place. All else is added to it, -inf too.
+    With `capped`, L = scale * tanh(capped * scores) + bias. `choices` has what of the bias stands in the
+    place of scores; all else is added to it, -inf too.
     """
 
     scores: str
     scale: Expr
     bias: Expr
     choices: Mapping[Expr, Choice] = field(default_factory=dict)
+    capped: Expr | None = None
 
 
 def decomposed(plan: Plan, expr: Expr, values: Sequence[Expr]) -> Logits:
@@ -53,12 +55,13 @@ def decomposed(plan: Plan, expr: Expr, values: Sequence[Expr]) -> Logits:
     expr = on_real(inlined(plan, expr))
     sums = _products(plan, values) or {item.name for item in plan.stream if item.op == "sum"}
     choices: dict[Expr, Choice] = {}
-    scale, scores, bias = _linear(expr, sums, choices)
+    caps: list[Expr] = []
+    scale, scores, bias = _linear(expr, sums, choices, caps)
     if scores is None:
         raise NotLoweredError("scores without a product")
-    if plan.rank in ranks_of(scale):
+    if any(plan.rank in ranks_of(factor) for factor in (scale, *caps)):
         raise NotLoweredError("scores are scaled key by key")
-    return Logits(scores, scale, simplified(bias), choices)
+    return Logits(scores, scale, simplified(bias), choices, caps[0] if caps else None)
 
 
 def _products(plan: Plan, values: Sequence[Expr]) -> set[str]:
@@ -79,15 +82,16 @@ def _products(plan: Plan, values: Sequence[Expr]) -> set[str]:
 
 
 def _linear(
-    expr: Expr, sums: set[str], choices: dict[Expr, Choice]
+    expr: Expr, sums: set[str], choices: dict[Expr, Choice], caps: list[Expr]
 ) -> tuple[Expr, str | None, Expr]:
+    """(scale, name, bias); a tanh that scores go through leaves what it scales them by in `caps`."""
     zero, one = Const(0.0), Const(1.0)
     if not any(read.tensor in sums for read in reads(expr)):
         return zero, None, expr
     if isinstance(expr, Ref):
         return one, expr.tensor, zero
     assert isinstance(expr, Apply)
-    parts = [_linear(arg, sums, choices) for arg in expr.args]
+    parts = [_linear(arg, sums, choices, caps) for arg in expr.args]
     if expr.op in ("mul", "div") and parts[-1][1] is None:
         scale, name, bias = parts[0]
         return _both(expr.op, scale, expr.args[1]), name, _both(expr.op, bias, expr.args[1])
@@ -101,6 +105,9 @@ def _linear(
         scale, name, bias = parts[1]
         if expr.op == "add":
             return scale, name, simplified(Apply("add", (expr.args[0], bias)))
+    if expr.op == "tanh" and not caps and parts[0][2] == zero:
+        caps.append(parts[0][0])
+        return one, parts[0][1], zero
     if expr.op == "where":
         return _hidden(expr, parts, choices)
     raise NotLoweredError(f"scores go through {expr.op}")

@@ -48,6 +48,8 @@ class ThroughSdpa:
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Raises NotLoweredError where the plan is not made of attentions."""
         found = attentions(self.plan)
+        if any(attention.logits.capped is not None for attention in found):
+            raise NotLoweredError("scores go through tanh")
         frame = Frame.of(self.plan, self.signature, tensors)
         run_maps(frame, self.plan.before)
         finish = self.plan.finish

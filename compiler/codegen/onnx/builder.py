@@ -193,6 +193,10 @@ class Builder:
     def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self.op("Cast", x, to=int(DTYPES[dtype]))
 
+    def both(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """Whether two truth values hold."""
+        return self.op("And", one, other)
+
     def dim(self, x: ir.Value, axis: int) -> ir.Value:
         """The size of one axis, int64 of shape [1]."""
         return self.shared("Shape", x, start=axis, end=axis + 1)

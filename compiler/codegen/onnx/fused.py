@@ -29,6 +29,7 @@ from ..cpu.frame import Frame, NotLoweredError, Signature, Value
 from ..cpu.heads import Heads, four, over_scores, query_of
 from ..cpu.logits import Logits
 from ..cpu.one_tile import inlined, run_maps
+from ..cpu.reach import Places, Reach
 from ..cpu.sdpa import Attention, attentions, hiding, with_ones, without_dead_zero
 from ..cpu.sums import operand
 
@@ -81,10 +82,11 @@ class ThroughAttention:
                 "rows that see nothing are NaN although a sink has weight in them"
             )
         values = [value for _, value in item.weighted]
-        heads = Heads.of(frame, self.plan, item.logits, values)
+        logits, softcap = _uncapped(item.logits)
+        heads = Heads.of(frame, self.plan, logits, values)
         run_maps(frame, heads.needs(frame, self.plan))
         sinks = [*_virtual_keys(self.plan, item), *beside]
-        arguments = _arguments(frame, heads, item.logits, sinks)
+        arguments = _arguments(frame, heads, logits, softcap, sinks, _places(self.signature, heads))
         reason = self._reason(heads, arguments)
         if reason:
             raise NotLoweredError(reason)
@@ -103,22 +105,35 @@ class ThroughAttention:
         if given.sinks is not None and not isinstance(shape[3], int):
             return "a sink beside heads whose size is known only at run time"
         hides = given.visible is not None or given.causal or given.sinks is not None
+        if given.softcap:
+            return _capped_reason(given)
         if grouped or hides or given.turned:
             return ""
         written = sorted(self.signature.operators)
-        if given.bias is not None and "softmax" in written and str(given.bias.shape[1]) != "1":
-            return "a bias for each head takes as long to look through, for rows of -inf, as to add"
         if self.flavour == "ort" and written == _AS_FAST:
             return "onnxruntime runs two products and a softmax as fast as one operator"
+        of_heads = given.bias is not None and str(given.bias.shape[1]) != "1"
+        if self.flavour == "ort" and of_heads and "softmax" in written:
+            return "onnxruntime adds a bias for each head as fast as its operator takes one"
         return ""
+
+
+def _capped_reason(given: _Arguments) -> str:
+    """Why a softcap stays as written, or ""."""
+    if given.sinks is not None:
+        return "a softcap beside a sink"
+    if not given.causal and given.reach == Reach():
+        return (
+            "scores go through tanh, which takes onnxruntime's attention three times as long as what is "
+            "written, and rows that may see all keys leave nothing out"
+        )
+    if not given.causal and given.hidden > -math.inf:
+        return "scores go through tanh, and a row that sees nothing would be a mean of fewer keys"
+    return ""
 
 
 def _because(reason: str) -> str:
     """What a plan that is no attention has to do with the operator."""
-    if "tanh" in reason:
-        return (
-            f"{reason}, which takes onnxruntime's attention three times as long as what is written"
-        )
     if reason.startswith("the outputs depend on"):
         return f"{reason}, and the operator gives no statistics of its softmax"
     return reason
@@ -207,10 +222,31 @@ class _Arguments:
     scale: float
     hidden: float
     causal: bool
+    reach: Reach
+    softcap: float
     turned: bool
 
 
-def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]) -> _Arguments:
+def _uncapped(logits: Logits) -> tuple[Logits, float]:
+    """The scores scaled as ahead of their softcap, and that; 0 without one."""
+    if logits.capped is None:
+        return logits, 0.0
+    if not isinstance(logits.scale, Const) or float(logits.scale.value) <= 0:
+        raise NotLoweredError(
+            "scores go through tanh, and are scaled behind it by what is no number"
+        )
+    scale = simplified(Apply("mul", (logits.capped, logits.scale)))
+    return replace(logits, scale=scale, capped=None), float(logits.scale.value)
+
+
+def _arguments(
+    frame: Frame,
+    heads: Heads,
+    logits: Logits,
+    softcap: float,
+    sinks: Sequence[Expr],
+    places: Places | None,
+) -> _Arguments:
     query, scale = query_of(frame, heads)
     dtype = query.dtype
     if dtype != torch.float32:
@@ -234,7 +270,12 @@ def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]
             given = four(frame, operand(frame, value, [*own, *columns]), heads, columns)
         values.append(given.to(dtype))
     bias, seen, hidden = _taken_apart(logits)
-    causal = heads.is_causal(frame) and seen is not None and not sinks
+    causal, far = False, Reach()
+    if seen is not None and not sinks and places is not None:
+        causal = heads.is_causal(frame)
+        if hidden == -math.inf and bias == Const(0.0):
+            causal = causal or places.is_causal(seen)
+        far = Reach() if causal else places.reach(seen)
     return _Arguments(
         query if turned is None else turned,
         key.to(dtype),
@@ -245,8 +286,22 @@ def _arguments(frame: Frame, heads: Heads, logits: Logits, sinks: Sequence[Expr]
         scale,
         hidden,
         causal,
+        far,
+        softcap,
         turned is not None,
     )
+
+
+def _places(signature: Signature, heads: Heads) -> Places | None:
+    """What tells how far rows see; None where rows have no one place."""
+    if len(heads.rows) != 1:
+        return None
+    known = {
+        name: (tuple(dim[0] for dim in dims), signature.known[name])
+        for name, dims in signature.inputs
+        if name in signature.known and all(len(dim) == 1 for dim in dims)
+    }
+    return Places(heads.rows[0], heads.rank, known)
 
 
 def _turned(
@@ -282,6 +337,9 @@ def _attend(frame: Frame, heads: Heads, given: _Arguments, zero_blind: bool) -> 
         given.hidden,
         given.causal,
         zero_blind,
+        given.reach.behind,
+        given.reach.ahead,
+        given.softcap,
     )
     columns = [heads.columns(frame, value) for value in heads.values]
     parts = [out]

@@ -9,14 +9,18 @@ sum over the result and a look at the mask decide whether it stands, and else at
 
     If(finite(sum(out)) and every row sees a key, out, softmax(where(visible, scale q k^T + bias, hidden)) v)
 
+Where a mask keeps keys from whole blocks of rows (causal ones, windows), each block of rows is one such
+operator over the keys that it may see (`row_blocks.py`), and attention with a softcap is spelled out so.
+
 A sink is one more key in one more coordinate: q has the sink's logit there, the sink's key 1, all others 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from torch import fx
 from ...ir.ops import einfold_ops
 from .builder import CONTRIB, Builder
 from .lowerings import Context, lowering
+from .row_blocks import FEWEST, Block, of_known, of_varying
 
 aten = torch.ops.aten
 
@@ -39,14 +44,28 @@ _LOWEST = float(np.finfo(np.float32).min)
 @lowering(einfold_ops.softmax_attention.default)
 def softmax_attention(context: Context, node: fx.Node) -> ir.Value:
     call = _Call(context, context.arguments(node))
-    builder, out = context.builder, call.fused()
-    trusted = call.trusted(out)
-    if trusted is not None:
-        (out,) = builder.choose(
-            trusted,
-            lambda: [builder.op("Identity", out)],
-            lambda: [call.arranged(call.spelled_out())],
-        )
+    builder = context.builder
+    if call.found["softcap"]:
+        return call.capped()
+    out = call.each_block(call.fused, 1 if call.flat is not None else 2)
+    finite, sighted, seen = call.trusted(out)
+    tests = [test for test in (finite, sighted) if test is not None]
+    if tests:
+
+        def spelled_out() -> list[ir.Value]:
+            return [call.arranged(call.spelled_out())]
+
+        def looked_at() -> list[ir.Value]:
+            """Zeros in a row may be values that are zeros."""
+            assert seen is not None
+            known = [test for test in (finite, seen()) if test is not None]
+            return builder.choose(reduce(builder.both, known), kept, spelled_out)
+
+        def kept() -> list[ir.Value]:
+            return [builder.op("Identity", out)]
+
+        other = spelled_out if seen is None else looked_at
+        (out,) = builder.choose(reduce(builder.both, tests), kept, other)
     return call.by_heads(out)
 
 
@@ -98,26 +117,68 @@ class _Call:
         rows, keys = (builder.dim(value(self.found[x]), 2) for x in ("q_BHSD", "k_BKTD"))
         return builder.shared("Concat", builder.ints(1, 1), rows, keys, axis=0)
 
-    def fused(self) -> ir.Value:
-        """The attention as one operator."""
+    def each_block(self, attend: Callable[[Block | None], ir.Value], axis: int) -> ir.Value:
+        """What `attend` gives for each block of rows, joined along their axis; or for all at once."""
+        builder, rows, keys = self.builder, self.size("q_BHSD", 2), self.size("k_BKTD", 2)
+        behind, ahead = self.found["behind"], self.found["ahead"]
+        ahead = 0 if self.found["causal"] else ahead
+        # A row's own key is in its block, seen or not.
+        behind, ahead = (None if far is None else max(far, 0) for far in (behind, ahead))
+
+        def joined(blocks: list[Block]) -> ir.Value:
+            return builder.op("Concat", *(attend(block) for block in blocks), axis=axis)
+
+        if (ahead is None and behind is None) or self.found["sinks"] is not None:
+            return attend(None)
+        if rows is not None and keys is not None:
+            blocks = of_known(builder, rows, keys, behind, ahead)
+            return joined(blocks) if blocks else attend(None)
+        if not self._is_square:
+            return attend(None)
+        _ = self.flat, self.added  # what both branches read is made ahead of them
+        count = builder.dim(self.context.value(self.found["q_BHSD"]), 2)
+        few = builder.op("Less", builder.op("Squeeze", count), builder.constant(FEWEST, np.int64))
+        (out,) = builder.choose(
+            few,
+            lambda: [builder.op("Identity", attend(None))],
+            lambda: [joined(of_varying(builder, count, behind, ahead))],
+        )
+        return out
+
+    @property
+    def _is_square(self) -> bool:
+        """Whether there are as many rows as keys, whatever their number."""
+        rows, keys = (self.found[name].meta["val"].shape[2] for name in ("q_BHSD", "k_BKTD"))
+        return str(rows) == str(keys)
+
+    def fused(self, block: Block | None = None) -> ir.Value:
+        """The attention as one operator, of all rows or of a block."""
         heads, kv_heads = self.size("q_BHSD", 1), self.size("k_BKTD", 1)
-        scale, causal = self.found["scale"], self.found["causal"]
-        if self.flat is None:
+        flat, causal = self.flat, self.found["causal"]
+        added, scale = self.added, self.found["scale"]
+        if flat is None:
             q, k, v, added, scale = self._with_sinks()
+        else:
+            q, k, v = flat
+        if block is not None:
+            axis = 2 if flat is None else 1
+            q, k, v = block.rows(q, axis), block.keys(k, axis), block.keys(v, axis)
+            if added is not None:
+                added = block.keys(block.rows(added, 2), 3)
+            causal = causal and block.first == 0
+            if self.found["causal"] and not causal:
+                later = block.later(-math.inf)
+                added = later if added is None else self.builder.op("Add", added, later)
+        if flat is None:
             return self.builder.op("Attention", q, k, v, added, scale=scale, is_causal=int(causal))
-        if (
-            self.context.flavour == "ort"
-            and heads == kv_heads
-            and self.added is None
-            and not causal
-        ):
+        tiles = self.context.flavour == "ort" and heads == kv_heads
+        if tiles and added is None and not causal:
             return self.builder.op(
-                "MultiHeadAttention", *self.flat, domain=CONTRIB, num_heads=heads, scale=scale
+                "MultiHeadAttention", q, k, v, domain=CONTRIB, num_heads=heads, scale=scale
             )
         return self.builder.op(
             "Attention",
-            *self.flat,
-            self.added,
+            *(q, k, v, added),
             scale=scale,
             is_causal=int(causal),
             q_num_heads=heads,
@@ -154,41 +215,84 @@ class _Call:
             added = builder.op("Pad", added, builder.ints(0, 0, 0, 0, 0, 0, 0, number))
         return q, k, v, added, 1.0
 
-    def trusted(self, out: ir.Value) -> ir.Value | None:
-        """Whether the operator's result is what the attention spelled out gives; None where it always is."""
-        builder, tests = self.builder, []
-        hides = self.found["visible"] is not None or self.found["causal"]
-        if hides or self.found["sinks"] is not None:
-            total = builder.op("Abs", builder.op("ReduceSum", out, keepdims=0))
-            tests.append(builder.op("Less", total, builder.floats(math.inf)))
-        # Without a bias, rows that see nothing are covered by a number, or wanted as zeros.
-        known = self.found["hidden"] > -math.inf or self.found["zero_blind"]
-        sighted = self.found["sinks"] is not None or (self.found["bias"] is None and known)
-        if self.added is not None and not sighted:
-            best = builder.shared("ReduceMax", self.added, builder.ints(-1), keepdims=0)
-            worst = builder.shared("ReduceMin", best, keepdims=0)
-            tests.append(builder.shared("Greater", worst, builder.floats(_LOWEST)))
-        if len(tests) == 2:
-            return builder.op("And", *tests)
-        return tests[0] if tests else None
+    def capped(self) -> ir.Value:
+        """The attention of blocks, spelled out; of all rows at once where NaN is among the values."""
+        builder, out = self.builder, self.each_block(self.spelled_out, 2)
+        (out,) = builder.choose(
+            self._is_finite(out),
+            lambda: [builder.op("Identity", out)],
+            lambda: [builder.op("Identity", self.spelled_out())],
+        )
+        return out
 
-    def spelled_out(self) -> ir.Value:
-        """The attention in elementary operators, which hide by choosing: [B, H, S, F]."""
+    def _is_finite(self, out: ir.Value) -> ir.Value:
+        total = self.builder.op("Abs", self.builder.op("ReduceSum", out, keepdims=0))
+        return self.builder.op("Less", total, self.builder.floats(math.inf))
+
+    def trusted(
+        self, out: ir.Value
+    ) -> tuple[ir.Value | None, ir.Value | None, Callable[[], ir.Value] | None]:
+        """What the operator's result has to be to stand: finite, and of rows that see something.
+
+        None for what always is. Where the second test may fail for rows that do see something, because their
+        values are zeros, the third makes one of the mask itself.
+        """
         builder, found = self.builder, self.found
-        query = builder.op("Mul", self._heads("q_BHSD"), builder.floats(found["scale"]))
-        keys, values = self._for_all_heads("k_BKTD"), self._for_all_heads("v_BKTF")
+        finite = None
+        if found["visible"] is not None or found["causal"] or found["sinks"] is not None:
+            finite = self._is_finite(out)
+        # Without a bias, rows that see nothing are covered by a number, or wanted as zeros.
+        covered = found["bias"] is None and found["hidden"] > -math.inf
+        fewer = found["behind"] is not None or found["ahead"] is not None
+        known = found["bias"] is None and (covered or found["zero_blind"])
+        if covered and fewer:  # what they are a mean of is then not all there
+            known = False
+        if self.added is None or found["sinks"] is not None or known:
+            return finite, None, None
+        least = _COVERED / 2 if covered else _LOWEST
+
+        def seen() -> ir.Value:
+            best = builder.op("ReduceMax", self.added, builder.ints(-1), keepdims=0)
+            worst = builder.op("ReduceMin", best, keepdims=0)
+            return builder.op("Greater", worst, builder.floats(least))
+
+        masks = [found[name] for name in ("bias", "visible") if found[name] is not None]
+        if covered or all(self.context.shape(mask)[1] == 1 for mask in masks):
+            return finite, seen(), None
+        # A mask of each head's own is as large as the scores; such rows of the result are zeros.
+        rows = out if self.flat is None else self._rows(out)
+        sums = builder.op("ReduceL1", rows, builder.ints(-1), keepdims=0)
+        least_sum = builder.op("ReduceMin", sums, keepdims=0)
+        return finite, builder.op("Greater", least_sum, builder.floats(0.0)), seen
+
+    def spelled_out(self, block: Block | None = None) -> ir.Value:
+        """The attention in elementary operators, which hide by choosing: [B, H, S, F], or a block of that."""
+        builder, found = self.builder, self.found
+        query, keys, values = (
+            self._heads("q_BHSD"),
+            self._for_all_heads("k_BKTD"),
+            self._for_all_heads("v_BKTF"),
+        )
+        bias, visible = (
+            self.context.optional(found["bias"]),
+            self.context.optional(found["visible"]),
+        )
+        if block is not None:
+            query, keys, values = block.rows(query, 2), block.keys(keys, 2), block.keys(values, 2)
+            bias, visible = (self._part(block, name) for name in ("bias", "visible"))
+        cap = found["softcap"]
+        query = builder.op("Mul", query, builder.floats(found["scale"] / (cap or 1.0)))
         scores = builder.op("MatMul", query, builder.transpose(keys, 0, 1, 3, 2))
-        if found["bias"] is not None:
-            scores = builder.op("Add", scores, self.context.value(found["bias"]))
-        if found["visible"] is not None:
-            hidden = builder.floats(found["hidden"])
-            scores = builder.op("Where", self.context.value(found["visible"]), scores, hidden)
+        if cap:
+            scores = builder.op("Mul", builder.op("Tanh", scores), builder.floats(cap))
+        if bias is not None:
+            scores = builder.op("Add", scores, bias)
+        hidden = builder.floats(found["hidden"])
+        if visible is not None:
+            scores = builder.op("Where", visible, scores, hidden)
         if found["causal"]:
-            ones = ir.tensor(np.ones(1, np.int32))
-            shape = builder.op("Shape", scores, start=-2)
-            seen = builder.op("Trilu", builder.op("ConstantOfShape", shape, value=ones), upper=0)
-            seen = builder.cast(seen, torch.bool)
-            scores = builder.op("Where", seen, scores, builder.floats(-math.inf))
+            later = self._later(scores) if block is None else block.later(1.0)
+            scores = builder.op("Where", builder.cast(later, torch.bool), hidden, scores)
         if found["sinks"] is not None:
             number = int(self.context.shape(found["sinks"])[3] or 1)
             rows = builder.op("Shape", scores, end=3)
@@ -202,6 +306,22 @@ class _Call:
         best = builder.op("ReduceMax", scores, builder.ints(-1), keepdims=1)
         blind = builder.op("Equal", best, builder.floats(-math.inf))
         return builder.op("Where", blind, builder.floats(0.0), out)
+
+    def _later(self, scores: ir.Value) -> ir.Value:
+        """[S, T]: 1 at keys behind a row's own place, else 0."""
+        ones = ir.tensor(np.ones(1, np.float32))
+        filled = self.builder.op(
+            "ConstantOfShape", self.builder.op("Shape", scores, start=-2), value=ones
+        )
+        return self.builder.op("Trilu", filled, self.builder.constant(1, np.int64), upper=1)
+
+    def _part(self, block: Block, name: str) -> ir.Value | None:
+        """What a block's rows and keys have of a mask, which may be one for all of them."""
+        if self.found[name] is None:
+            return None
+        mask, sizes = self.context.value(self.found[name]), self.context.shape(self.found[name])
+        mask = mask if sizes[2] == 1 else block.rows(mask, 2)
+        return mask if sizes[3] == 1 else block.keys(mask, 3)
 
     def _heads(self, name: str) -> ir.Value:
         """q, k or v by heads, turned here where it came flat: a branch that is not taken turns nothing."""
@@ -228,11 +348,11 @@ class _Call:
 
     def by_heads(self, out: ir.Value) -> ir.Value:
         """What the operator gives as [B, H, S, F]."""
-        if self.flat is None:
-            return out
-        heads = int(self.size("q_BHSD", 1) or 0)
-        out = self.builder.reshape(out, [0, 0, heads, -1])
-        return self.builder.transpose(out, 0, 2, 1, 3)
+        return out if self.flat is None else self.builder.transpose(self._rows(out), 0, 2, 1, 3)
+
+    def _rows(self, out: ir.Value) -> ir.Value:
+        """[B, S, H, F] of what the operator gives as [B, S, H * F]."""
+        return self.builder.reshape(out, [0, 0, int(self.size("q_BHSD", 1) or 0), -1])
 
 
 def _turned(node: fx.Node) -> fx.Node | None:
