@@ -38,8 +38,8 @@ Nothing below is annotated, matched by name or matched as a pattern. The forms a
 
 Of the masks and score modifications of [attention-gym](https://github.com/meta-pytorch/attention-gym) (all of
 `attn_gym/masks` and `attn_gym/mods` at its commit 7fdb85d, 2026-08-22), spelled in plain torch in
-[tests/cascade/gym.py](../tests/cascade/gym.py), 30 of 30 fold to one pass; on ONNX the default flavour takes 23,
-the portable one 27, and the others stay as written for reasons that the same file has.
+[tests/cascade/gym.py](../tests/cascade/gym.py), 30 of 30 fold to one pass; on ONNX the default flavour takes
+24, the portable one 28, and the others stay as written for reasons that the same file has.
 """
 
 ON_ONNX = """\
@@ -55,9 +55,9 @@ mask hides scores, the model looks at the result, and has the attention spelled 
 
 Where rows see only what lies near or behind their own place (causal masks, windows, whether they are computed
 from places or are tables of truth that the module holds), they are taken in up to eight blocks, each over the
-keys that it may see: of causal scores, nearly half are never computed. A softcap is spelled out in such blocks,
-for onnxruntime's own takes three times as long. The rest stays as written, for the reason given; how fast
-either is,
+keys that it may see: of causal scores, nearly half are never computed. A softcap is spelled out in such
+blocks, for onnxruntime's own takes three times as long. Two products that are added become one of queries and
+keys put side by side. The rest stays as written, for the reason given; how fast either is,
 [benchmarks/results/onnx_forms.md](../benchmarks/results/onnx_forms.md) says.
 """
 

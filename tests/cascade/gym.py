@@ -312,11 +312,7 @@ def graph_edges(
     return scores + total / length.clamp(min=1)[:, None]
 
 
-@mod(
-    "MLA, a rotary part of its own",
-    lambda: (torch.randn(B, H, T, 4), torch.randn(B, 1, T, 4)),
-    "scores go through add",
-)
+@mod("MLA, a rotary part of its own", lambda: (torch.randn(B, H, T, 4), torch.randn(B, 1, T, 4)))
 def latent_rotary(
     scores: Tensor, row: Tensor, key: Tensor, q_part: Tensor, k_part: Tensor
 ) -> Tensor:

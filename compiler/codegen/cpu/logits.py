@@ -36,7 +36,8 @@ class Choice:
 class Logits:
     """L = scale * scores + bias, the scores a sum of products named `scores`.
 
-    With `capped`, L = scale * tanh(capped * scores) + bias. `choices` has what of the bias stands in the
+    With `capped`, L = scale * tanh(capped * scores) + bias. `more` has products that
+    stand beside the first in `scores`, each with its factor. `choices` has what of the bias stands in the
     place of scores; all else is added to it, -inf too.
     """
 
@@ -45,6 +46,7 @@ class Logits:
     bias: Expr
     choices: Mapping[Expr, Choice] = field(default_factory=dict)
     capped: Expr | None = None
+    more: tuple[tuple[str, Expr], ...] = ()
 
 
 def decomposed(plan: Plan, expr: Expr, values: Sequence[Expr]) -> Logits:
@@ -54,14 +56,15 @@ def decomposed(plan: Plan, expr: Expr, values: Sequence[Expr]) -> Logits:
     """
     expr = on_real(inlined(plan, expr))
     sums = _products(plan, values) or {item.name for item in plan.stream if item.op == "sum"}
-    choices: dict[Expr, Choice] = {}
-    caps: list[Expr] = []
-    scale, scores, bias = _linear(expr, sums, choices, caps)
+    found = _Found(sums)
+    scale, scores, bias = found.linear(expr)
     if scores is None:
         raise NotLoweredError("scores without a product")
-    if any(plan.rank in ranks_of(factor) for factor in (scale, *caps)):
+    factors = (scale, *found.caps, *(factor for _, factor in found.more))
+    if any(plan.rank in ranks_of(factor) for factor in factors):
         raise NotLoweredError("scores are scaled key by key")
-    return Logits(scores, scale, simplified(bias), choices, caps[0] if caps else None)
+    capped = found.caps[0] if found.caps else None
+    return Logits(scores, scale, simplified(bias), found.choices, capped, tuple(found.more))
 
 
 def _products(plan: Plan, values: Sequence[Expr]) -> set[str]:
@@ -81,36 +84,46 @@ def _products(plan: Plan, values: Sequence[Expr]) -> set[str]:
     return found
 
 
-def _linear(
-    expr: Expr, sums: set[str], choices: dict[Expr, Choice], caps: list[Expr]
-) -> tuple[Expr, str | None, Expr]:
-    """(scale, name, bias); a tanh that scores go through leaves what it scales them by in `caps`."""
-    zero, one = Const(0.0), Const(1.0)
-    if not any(read.tensor in sums for read in reads(expr)):
-        return zero, None, expr
-    if isinstance(expr, Ref):
-        return one, expr.tensor, zero
-    assert isinstance(expr, Apply)
-    parts = [_linear(arg, sums, choices, caps) for arg in expr.args]
-    if expr.op in ("mul", "div") and parts[-1][1] is None:
-        scale, name, bias = parts[0]
-        return _both(expr.op, scale, expr.args[1]), name, _both(expr.op, bias, expr.args[1])
-    if expr.op == "mul" and parts[0][1] is None:
-        scale, name, bias = parts[1]
-        return _both("mul", scale, expr.args[0]), name, _both("mul", bias, expr.args[0])
-    if expr.op in ("add", "sub") and (parts[0][1] is None) != (parts[1][1] is None):
-        if parts[1][1] is None:
+@dataclass
+class _Found:
+    """What is met on the way from the scores to the products that they are made of."""
+
+    sums: set[str]
+    choices: dict[Expr, Choice] = field(default_factory=dict)
+    caps: list[Expr] = field(default_factory=list)
+    more: list[tuple[str, Expr]] = field(default_factory=list)
+
+    def linear(self, expr: Expr) -> tuple[Expr, str | None, Expr]:
+        """(scale, name, bias) of scale * name + bias; a tanh leaves what it scales scores by in `caps`."""
+        zero, one = Const(0.0), Const(1.0)
+        if not any(read.tensor in self.sums for read in reads(expr)):
+            return zero, None, expr
+        if isinstance(expr, Ref):
+            return one, expr.tensor, zero
+        assert isinstance(expr, Apply)
+        parts = [self.linear(arg) for arg in expr.args]
+        if expr.op in ("mul", "div") and parts[-1][1] is None:
+            scale, name, bias = parts[0]
+            return _both(expr.op, scale, expr.args[1]), name, _both(expr.op, bias, expr.args[1])
+        if expr.op == "mul" and parts[0][1] is None:
+            scale, name, bias = parts[1]
+            return _both("mul", scale, expr.args[0]), name, _both("mul", bias, expr.args[0])
+        if expr.op in ("add", "sub") and parts[1][1] is None:
             scale, name, bias = parts[0]
             return scale, name, simplified(Apply(expr.op, (bias, expr.args[1])))
-        scale, name, bias = parts[1]
         if expr.op == "add":
-            return scale, name, simplified(Apply("add", (expr.args[0], bias)))
-    if expr.op == "tanh" and not caps and parts[0][2] == zero:
-        caps.append(parts[0][0])
-        return one, parts[0][1], zero
-    if expr.op == "where":
-        return _hidden(expr, parts, choices)
-    raise NotLoweredError(f"scores go through {expr.op}")
+            (scale, name, bias), (other, beside, more) = parts
+            if name is not None and beside is not None and name != beside:
+                self.more.append((beside, simplified(Apply("div", (other, scale)))))
+                return scale, name, simplified(Apply("add", (bias, more)))
+            if name is None:
+                return other, beside, simplified(Apply("add", (expr.args[0], more)))
+        if expr.op == "tanh" and not self.caps and parts[0][2] == zero:
+            self.caps.append(parts[0][0])
+            return one, parts[0][1], zero
+        if expr.op == "where":
+            return _hidden(expr, parts, self.choices)
+        raise NotLoweredError(f"scores go through {expr.op}")
 
 
 def _both(op: str, left: Expr, right: Expr) -> Expr:

@@ -50,6 +50,8 @@ class ThroughSdpa:
         found = attentions(self.plan)
         if any(attention.logits.capped is not None for attention in found):
             raise NotLoweredError("scores go through tanh")
+        if any(attention.logits.more for attention in found):
+            raise NotLoweredError("scores go through add")
         frame = Frame.of(self.plan, self.signature, tensors)
         run_maps(frame, self.plan.before)
         finish = self.plan.finish

@@ -68,7 +68,7 @@ LEFT = {
     "linear attention": "",
     "linear attention, causal": NO_EXPONENTIALS,
     "differential attention": "several softmaxes meet in one product",
-    "MLA, latent form": "scores go through add",
+    "MLA, latent form": "for few rows two products are faster",
     "log-sum-exp as an output": "the outputs depend on softmax",
     "mean and variance under the attention": "the outputs depend on matmul",
     "entropy of the attention": "the outputs depend on",
@@ -171,6 +171,31 @@ def test_every_form_is_fused_or_left_with_its_reason(
     spelled = "Softmax" if name == "softcap" else "Attention"
     assert operators(path)[spelled] == len(notes)
     compare(path, form.function, inputs)
+
+
+@FLAVOURS
+def test_products_that_are_added(portable: bool, tmp_path: Path) -> None:
+    """Queries and keys of both side by side, each with its factor, where rows are many."""
+
+    def added_products(
+        q: Tensor, k: Tensor, v: Tensor, q_more: Tensor, k_more: Tensor, mask: Tensor
+    ) -> Tensor:
+        scores = q @ k.mT / 3 + 0.7 * (q_more @ k_more.mT)
+        return torch.softmax((scores * 0.5).masked_fill(~mask, -math.inf), dim=-1) @ v
+
+    rows = 40
+    q, k, v = torch.randn(B, H, rows, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)
+    more = torch.randn(B, H, rows, 3), torch.randn(B, 1, T, 3)
+    inputs = (q, k, v, *more, torch.rand(B, 1, rows, T) < 0.7)
+    path = export(added_products, inputs, tmp_path / "a", portable)
+    assert operators(path)["Attention"] == 1
+    compare(path, added_products, inputs)
+    latent = CATALOGUE.latent
+    q, q_rope, c, k_rope, w_uk, w_uv = inputs_of(FORMS["MLA, latent form"])
+    inputs = (q.expand(-1, -1, rows, -1), q_rope.expand(-1, -1, rows, -1), c, k_rope, w_uk, w_uv)
+    path = export(latent, inputs, tmp_path / "b", portable)
+    assert operators(path)["Attention"] == 1
+    compare(path, latent, inputs)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
