@@ -217,7 +217,16 @@ class _Call:
 
     def capped(self) -> ir.Value:
         """The attention of blocks, spelled out; of all rows at once where NaN is among the values."""
-        builder, out = self.builder, self.each_block(self.spelled_out, 2)
+        builder = self.builder
+        made: list[Block | None] = []
+
+        def spelled_out(block: Block | None) -> ir.Value:
+            made.append(block)
+            return self.spelled_out(block)
+
+        out = self.each_block(spelled_out, 2)
+        if made == [None]:
+            return out
         (out,) = builder.choose(
             self._is_finite(out),
             lambda: [builder.op("Identity", out)],
