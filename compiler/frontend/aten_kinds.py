@@ -22,6 +22,8 @@ SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 REDUCTIONS = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"}
 REDUCTIONS |= {"amax", "amin", "max", "min", "sum", "mean", "var", "std", "var_mean", "std_mean"}
 REDUCTIONS |= {"linalg_vector_norm", "norm", "any"}
+#: What reduces and is no reduction by itself: its result has the dimensions of what it is given.
+NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "cross_entropy_loss"}
 POINTWISE = set(RULES) | {"_to_copy", "to", "type_as", "float", "half", "bfloat16", "double"}
 POINTWISE |= {"dropout", "tril", "triu"}
 CREATION = {"arange", "full", "zeros", "ones", "scalar_tensor"}

@@ -25,6 +25,7 @@ from ..frontend.aten_kinds import (
     CONTRACTIONS,
     CREATION,
     MADE,
+    NORMS,
     POINTWISE,
     REDUCTIONS,
     SPLITS,
@@ -76,6 +77,24 @@ def find_regions(
             found.append(region)
             taken |= set(region.nodes)
     return found[::-1]
+
+
+#: The most operators of a graph that is read as one region.
+_WHOLE = 32
+
+
+def whole_region(graph: fx.Graph) -> Region | None:
+    """A small graph as one region where something in it is reduced beside what products sum: a norm ahead of
+    a product, a loss. None for another graph."""
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    (output,) = graph.find_nodes(op="output")
+    results = [node for node in output.all_input_nodes if node in nodes]
+    if not results or len(nodes) > _WHOLE or any(map(_is_mutable, nodes)):
+        return None
+    reduced = any(name_of(node) in REDUCTIONS | NORMS for node in nodes)
+    return (
+        region_of(tuple(nodes), results[-1]) if reduced and all(map(_has_tensor, nodes)) else None
+    )
 
 
 def region_at(

@@ -19,7 +19,7 @@ from ..codegen.triton.device import without_kernels
 from ..frontend.dynamo import trace_function
 from ..ir.interrupts import Later
 from .decide import Decision, decide, failure
-from .regions import Region, find_regions
+from .regions import Region, find_regions, whole_region
 from .report import AS_WRITTEN, FusedCascade, entry, source_of
 from .subgraphs import Place, extract, place_of
 
@@ -27,7 +27,11 @@ from .subgraphs import Place, extract, place_of
 def fuse(gm: fx.GraphModule, mode: FakeTensorMode, measure: str = "auto") -> list[FusedCascade]:
     """Replaces the regions of a graph in place; the report has one entry a region, in order."""
     entries: list[FusedCascade] = []
-    for found in find_regions(gm.graph, unreduced=_has_kernels(gm.graph)):
+    kernels = _has_kernels(gm.graph)
+    regions = find_regions(gm.graph, unreduced=kernels)
+    if not regions and kernels and (whole := whole_region(gm.graph)) is not None:
+        regions = [whole]
+    for found in regions:
         # A region that reads another's result reads what stands in its place by now.
         region, decision = decide(gm.graph, found.again(), measure)
         entries.append(_replace(gm, region, decision, mode))

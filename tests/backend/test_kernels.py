@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import einfold
 from einfold import backend
 from einfold.compiler.codegen.triton import through
 from einfold.compiler.codegen.triton.ahead import compile_ahead
@@ -24,14 +25,8 @@ pytestmark = needs_triton
 Ask = Callable[..., dict[str, Any]]
 
 FORMS = {form.name: form for form in load("attention_forms").FORMS}
-#: Forms that stay as they are written, and what the report says: nothing where no scores feed a product.
-LEFT = {
-    "talking heads": "more than three axes",
-    "linear attention": "",
-    "cross-entropy, smoothed, with z-loss": "",
-    "LayerNorm into a matrix product": "",
-    "RMSNorm into a matrix product": "",
-}
+#: The forms that stay as they are written, and what the report says.
+LEFT = {"talking heads": "more than three axes"}
 KERNEL = ["kernel", ""]
 
 
@@ -44,6 +39,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 #: What a quick run looks at; the catalogue folds and runs without a graph around it in `codegen/triton`.
 QUICKLY = {
     *LEFT,
+    "linear attention",
+    "LayerNorm into a matrix product",
     "softmax",
     "softmax without a maximum",
     "scaled_dot_product_attention, causal",
@@ -197,3 +194,11 @@ def test_every_function_compiles_ahead_of_time(
                 if kind == "whole":
                     limits = limits_of(triton.__version__, capability)
                     assert not exceeded(replace(kernel, tiles=tiles), made, limits)
+
+
+def test_products_alone_are_left_to_inductor() -> None:
+    """A layer is no cascade to gain from, however small its graph is."""
+    report = einfold.explain(
+        lambda x, w: torch.relu(x @ w) @ w.mT, *torch.empty(2, 8, 8, device="meta")
+    )
+    assert [graph.cascades for graph in report.graphs] == [()]

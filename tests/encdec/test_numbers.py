@@ -47,7 +47,7 @@ def check(name: str, folder: Path, engine: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("engine", ["onnx", "reference"])
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+@pytest.mark.parametrize("name", ["t5", "whisper", pytest.param("bart", marks=pytest.mark.slow)])
 def test_what_transformers_computes_and_writes(name: str, engine: str, compiled_pair: Made) -> None:
     check(name, compiled_pair(name), engine)
 
