@@ -42,17 +42,13 @@ QUICKLY = {
     "linear attention",
     "LayerNorm into a matrix product",
     "softmax",
-    "softmax without a maximum",
     "scaled_dot_product_attention, causal",
     "boolean mask, -inf",
     "sinks by concatenation",
     "sigmoid attention",
     "linear attention, causal",
-    "GQA by expand and reshape",
     "K/V dequantized, per channel",
     "mean and variance under the attention",
-    "probabilities as an output",
-    "a second hop over the same keys",
     "threshold on the final maximum",
 }
 

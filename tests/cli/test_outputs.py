@@ -176,7 +176,11 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
 
 @pytest.mark.parametrize(
     ("number", "says"),
-    [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, ""), (signal.SIGHUP, "")],
+    [
+        (signal.SIGINT, "interrupted\n"),
+        (signal.SIGTERM, ""),
+        pytest.param(signal.SIGHUP, "", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_compile_cleans_up(
     number: signal.Signals, says: str, text_model: Path, tmp_path: Path

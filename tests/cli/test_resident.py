@@ -45,11 +45,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"weights": "int4"},
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
+                {},
                 {"weights": "int8", "cache": "int8"},
                 {"weights": "fp16"},
                 {"weights": "int4", "portable": True},
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         ),
     ],
-    ids=["fp32", "int4", "int8", "fp16", "portable", "reference"],
+    ids=["int4", "fp32", "int8", "fp16", "portable", "reference"],
 )
 def test_a_run_holds_no_more_than_was_promised(
     options: dict[str, Any], folder: Path, tmp_path: Path

@@ -80,6 +80,7 @@ def test_the_portable_flavour(name: str, tmp_path: Path) -> None:
     check(name, path.parent)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_with_tied_weights(tmp_path: Path) -> None:
     """Its embedding lies in the file once, though both programs read it."""
     model = common.build("t5-tied")

@@ -73,6 +73,7 @@ def test_small_batch_prefills_together(
         check_tokens(original, prompt, want, got.tokens)
 
 
+@pytest.mark.slow
 def test_layers_that_the_model_shares_share_a_cache(
     model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

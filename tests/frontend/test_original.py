@@ -163,10 +163,10 @@ def test_half_precision_is_widened_a_layer_at_a_time(name: str) -> None:
 
 def test_windows_are_passed_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     _, program = captured(models.build("mistral"))
-    assert original._length(program) == (models.WINDOW + original._BEHIND, "")
+    assert original.check_length(program) == (models.WINDOW + original._BEHIND, "")
     monkeypatch.setattr(original, "_LOGITS", models.VOCABULARY * models.WINDOW)
     monkeypatch.setattr(original, "_LENGTH", 12)
-    length, said = original._length(program)
+    length, said = original.check_length(program)
     assert length == 12
     assert "too short to pass the window of 16 tokens" in said
 
@@ -182,7 +182,7 @@ def test_the_report_tells_of_both_comparisons(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "weights",
-    ["fp32", "int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "int8"))],
+    ["int4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fp32", "fp16", "int8"))],
 )
 def test_a_finished_artifact_of_another_model_is_refused(weights: str, tmp_path: Path) -> None:
     """Behind the graph, each form of weights has a bound of its own."""

@@ -11,7 +11,9 @@ from .driver import compiled, fuzz
 COUNT = 100
 
 
-@pytest.mark.parametrize("target", ["onnx", "reference", "triton"])
+@pytest.mark.parametrize(
+    "target", ["onnx", "reference", pytest.param("triton", marks=pytest.mark.slow)]
+)
 def test_mutated_artifacts_end_in_a_sentence_or_in_tokens(target: str, tmp_path: Path) -> None:
     answers = list(fuzz(target, compiled(target, tmp_path), tmp_path, range(COUNT)))
     assert not [answer for answer in answers if answer["ended"] == "fault"]

@@ -145,7 +145,13 @@ def test_a_query_reads_what_was_chosen_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    "cache", [{}, {"storage": "f16"}, {"share": "cross_layer:layers=1"}], ids=str
+    "cache",
+    [
+        {},
+        pytest.param({"storage": "f16"}, marks=pytest.mark.slow),
+        {"share": "cross_layer:layers=1"},
+    ],
+    ids=str,
 )
 def test_by_the_reference_few_pages_are_near_and_all_are_the_same(
     cache: dict[str, Any], tmp_path: Path

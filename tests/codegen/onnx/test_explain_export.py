@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 import einfold
 from einfold.cli.app import app
-from einfold.errors import UnsupportedError
 
 from ...encoders import common
 
@@ -71,11 +70,6 @@ def test_a_folder_of_an_encoder_is_read_so_too(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["explain", str(folder), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["cascades"][0]["status"] == "fused"
-
-
-def test_a_causal_language_model_has_another_road(text_model: Path) -> None:
-    with pytest.raises(UnsupportedError, match="is a causal language model: its attention is not"):
-        einfold.explain_export(text_model)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -175,7 +175,11 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ("llama", {"quant": KIVI, "share": CROSS}),
         ("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
         ("llama", {"share": CSKV}),
-        ("gpt_neox", {"share": CSKV | {"sinks": 1, "prefill": "streaming", "dtype": "f16"}}),
+        pytest.param(
+            "gpt_neox",
+            {"share": CSKV | {"sinks": 1, "prefill": "streaming", "dtype": "f16"}},
+            marks=pytest.mark.slow,
+        ),
         ("gpt2", {"share": CSKV}),
     ],
 )
