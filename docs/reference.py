@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _errors() -> Iterator[Any]:
 
 
 def _member(name: str, member: Any) -> str:
-    if isinstance(member, property):
+    if isinstance(member, (property, cached_property)):
         return f"### {name}\n\n{inspect.getdoc(member)}\n"
     return _entry(name, member, "###")
 

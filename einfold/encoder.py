@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy.typing as npt
 
@@ -23,7 +24,6 @@ class Encoder:
 
     artifact: Artifact
     engine: EncoderEngine
-    _tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
@@ -35,12 +35,10 @@ class Encoder:
         """What it gives, in the same terms."""
         return self.artifact.manifest.outputs
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer; raises PromptError where it has none."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.of(self.artifact)
-        return self._tokenizer
+        return Tokenizer.of(self.artifact)
 
     def tokens(self, texts: Sequence[str | Sequence[int]]) -> dict[str, Array]:
         """Texts, or rows of token ids, as the model's inputs: int64 arrays [B, S] by name, with padding
@@ -48,15 +46,7 @@ class Encoder:
 
         Raises PromptError where the model reads no text, or a text has no tokens.
         """
-        if isinstance(texts, str):
-            raise PromptError("an encoder takes a list of texts; this is one text")
-        rows = [
-            self.tokenizer.encode(text)
-            if isinstance(text, str) and "input_ids" in self.engine.inputs
-            else text
-            for text in texts
-        ]
-        return self.engine.tokens(rows)  # type: ignore[arg-type]
+        return tokens_of(self.engine, texts, lambda: self.tokenizer)
 
     def run(
         self,
@@ -75,3 +65,16 @@ class Encoder:
         if isinstance(inputs, Mapping):
             return self.engine.run(inputs, rows)  # type: ignore[arg-type]
         return self.engine.run(self.tokens(inputs), rows)
+
+
+def tokens_of(
+    engine: EncoderEngine,
+    texts: Sequence[str | Sequence[int]],
+    tokenizer: Callable[[], Tokenizer],
+) -> dict[str, Array]:
+    """Texts, or rows of token ids, as what an encoder takes; raises PromptError for one text alone."""
+    if isinstance(texts, str):
+        raise PromptError("an encoder takes a list of texts; this is one text")
+    reads = "input_ids" in engine.inputs
+    rows = [tokenizer().encode(text) if isinstance(text, str) and reads else text for text in texts]
+    return engine.tokens(rows)  # type: ignore[arg-type]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from .compiler.ir.manifest import TensorEntry
 from .completion import Completion, Listeners
+from .encoder import tokens_of
 from .errors import PromptError
 from .runtime.artifact import Artifact
 from .runtime.buffers import Array
@@ -31,19 +33,16 @@ class EncoderDecoder:
     artifact: Artifact
     reader: EncoderEngine
     engine: Engine
-    _tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> tuple[TensorEntry, ...]:
         """What the encoder takes: names, types and sizes, B rows of S tokens."""
         return self.artifact.manifest.inputs
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer; raises PromptError where it has none."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.of(self.artifact)
-        return self._tokenizer
+        return Tokenizer.of(self.artifact)
 
     @property
     def timings(self) -> Timings:
@@ -55,14 +54,7 @@ class EncoderDecoder:
 
         Raises PromptError where the model reads no text, or a text has no tokens.
         """
-        if isinstance(texts, str):
-            raise PromptError("an encoder takes a list of texts; this is one text")
-        reads = "input_ids" in self.reader.inputs
-        rows = [
-            self.tokenizer.encode(text) if isinstance(text, str) and reads else text
-            for text in texts
-        ]
-        return self.reader.tokens(rows)  # type: ignore[arg-type]
+        return tokens_of(self.reader, texts, lambda: self.tokenizer)
 
     def read(self, inputs: Inputs) -> dict[str, Array]:
         """What the encoder gives its decoder, by name: keys and values [B, K, T, D] of each cross-attention,

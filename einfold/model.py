@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,11 @@ class Model:
 
     artifact: Artifact
     engine: Engine
-    _tokenizer: Tokenizer | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer; raises PromptError where it has none."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.of(self.artifact)
-        return self._tokenizer
+        return Tokenizer.of(self.artifact)
 
     @property
     def timings(self) -> Timings:

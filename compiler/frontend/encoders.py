@@ -7,7 +7,7 @@ of tokens or of an image, that neither writes text over a cache nor reads what a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,7 +213,20 @@ def capture_encoder(
     entries = encoder.inputs(config)
     reads_tokens = entries[0].name == "input_ids"
     limit = _limit(source, config, encoder, skeleton, context) if reads_tokens else 0
-    whole = encoder.whole(skeleton)
+    return capture_reader(source, config, encoder.whole(skeleton), skeleton, entries, limit, state)
+
+
+def capture_reader(
+    source: ModelSource,
+    config: Any,
+    whole: nn.Module,
+    skeleton: Any,
+    entries: tuple[TensorEntry, ...],
+    limit: int,
+    state: Mapping[str, Tensor] | None,
+) -> Program:
+    """A module of a skeleton's that reads all of its `entries` at once, as a program; a text has `limit`
+    tokens at most, 0 where there is no limit or no text."""
     sizes = {"B": torch.export.Dim("B"), "S": torch.export.Dim("S", max=limit or None)}
     dims = {
         entry.name: {axis: sizes[size] for axis, size in enumerate(entry.shape) if size in sizes}
@@ -222,14 +235,13 @@ def capture_encoder(
     given = {entry.name: _example(entry) for entry in entries}
     exported = export(whole, (), dims, source.location, given)
     without_what_is_dead(exported.graph)
-    first_name = tied_names(whole)
     shapes = {
         entry.name: tuple(int(size) if size.isdecimal() else size for size in entry.shape)
         for entry in entries
     }
     info = ModelInfo(
         architecture=str(config.model_type),
-        vocabulary=entries[0].below if reads_tokens else 0,
+        vocabulary=entries[0].below,
         context=limit,
         hidden=int(getattr(config, "hidden_size", 0) or 0),
     )
@@ -237,13 +249,19 @@ def capture_encoder(
         source.location,
         exported,
         info,
-        lambda name: str(first_name.get(name, name)).removeprefix("model."),
+        first_names(whole),
         named_weights(source, skeleton, exported, state),
         shapes,
         output_names(exported, source.location, set(shapes), None),
     )
     _check_rows(program, source)
     return program
+
+
+def first_names(whole: nn.Module) -> Callable[[str], str]:
+    """Gives the name of a weight in a module around a model: that in the model, of a tied one the first."""
+    first = tied_names(whole)
+    return lambda name: str(first.get(name, name)).removeprefix("model.")
 
 
 def without_what_is_dead(graph: fx.Graph) -> None:
@@ -311,8 +329,10 @@ def result_entries(program: Program) -> tuple[TensorEntry, ...]:
 __all__ = [
     "Encoder",
     "capture_encoder",
+    "capture_reader",
     "encoder_of",
     "find_encoder",
+    "first_names",
     "result_entries",
     "without_what_is_dead",
 ]

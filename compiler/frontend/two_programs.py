@@ -13,14 +13,13 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...errors import UnsupportedError
-from ..ir.manifest import CROSS_MASK, MASK, TensorEntry, cross_name
+from ..ir.manifest import CROSS_MASK, cross_name
 from ..ir.program import ModelInfo, Program, attention_nodes
 from . import hooks
 from .encoder_decoders import EncoderDecoder
-from .encoders import result_entries, without_what_is_dead
-from .export import export, import_or_refuse, named_weights, tied_names, vocabulary_of
+from .encoders import capture_reader, first_names, result_entries, without_what_is_dead
+from .export import export, import_or_refuse, named_weights, vocabulary_of
 from .huggingface import ModelSource
-from .modules import output_names
 from .relative import by_distance, by_pair
 from .structure import structure
 
@@ -177,36 +176,11 @@ def _capture_encoder(
 ) -> Program:
     if not _cross_attention(skeleton.get_decoder()):
         raise UnsupportedError(_no_hook(source, config, "decoder's attention to its encoder"))
-    whole = _Reads(skeleton).eval()
-    entries = kind.inputs(config)
-    sizes = {"B": torch.export.Dim("B"), "S": torch.export.Dim("S", max=context)}
-    dims = {
-        entry.name: {axis: sizes[size] for axis, size in enumerate(entry.shape) if size in sizes}
-        for entry in entries
-    }
-    given = {entry.name: _example(entry) for entry in entries}
+    limit = context if kind.reads_text else 0
     with by_pair(skeleton.get_encoder(), context):
-        exported = export(whole, (), dims, source.location, given)
-    without_what_is_dead(exported.graph)
-    info = ModelInfo(
-        architecture=str(config.model_type),
-        vocabulary=entries[0].below,
-        context=context if kind.reads_text else 0,
-        hidden=int(getattr(config, "hidden_size", 0) or 0),
-    )
-    shapes = {
-        entry.name: tuple(int(size) if size.isdecimal() else size for size in entry.shape)
-        for entry in entries
-    }
-    return import_or_refuse(
-        source.location,
-        exported,
-        info,
-        _first_names(whole),
-        named_weights(source, skeleton, exported, state),
-        shapes,
-        output_names(exported, source.location, set(shapes), None),
-    )
+        return capture_reader(
+            source, config, _Reads(skeleton).eval(), skeleton, kind.inputs(config), limit, state
+        )
 
 
 def _capture_decoder(
@@ -253,7 +227,7 @@ def _capture_decoder(
         source.location,
         exported,
         info,
-        _first_names(whole),
+        first_names(whole),
         named_weights(source, skeleton, exported, state),
         inputs | {name: shape for name, (_, shape) in shapes.items()},
         ["logits"],
@@ -279,11 +253,6 @@ def _name_inputs(graph: fx.Graph) -> None:
     """The tensors of the table `given` are inputs by the names that they have in it."""
     for node in graph.find_nodes(op="placeholder"):
         node.name = node.name.removeprefix("given_")
-
-
-def _first_names(whole: nn.Module) -> Any:
-    first = tied_names(whole)
-    return lambda name: str(first.get(name, name)).removeprefix("model.")
 
 
 def _check_layers(
@@ -317,17 +286,6 @@ def _no_hook(source: ModelSource, config: Any, what: str) -> str:
         f"{source.location}: architecture {config.model_type!r} cannot be compiled: its {what} does not run "
         "through transformers' attention interface and caches, so it cannot be given a cache"
     )
-
-
-def _example(entry: TensorEntry) -> Tensor:
-    """A value to trace with; a text's second row has padding behind it."""
-    shape = [{"B": 2, "S": 9}.get(size) or int(size) for size in entry.shape]
-    if entry.dtype == "f32":
-        return torch.zeros(shape)
-    value = torch.full(shape, int(entry.name == MASK))
-    if entry.name == MASK:
-        value[1, -2:] = 0
-    return value
 
 
 __all__ = ["READ", "capture_encoder_decoder", "cross_shapes"]

@@ -6,6 +6,8 @@ operator; it is not searched for. What it computes, in how many passes, is asked
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, fx
 
 from ...errors import UnsupportedError
@@ -35,8 +37,9 @@ def operator_entries(program: Program, lowering: str) -> list[FusedCascade]:
             found = entry(node, None, AS_WRITTEN, meaning)
         else:
             found = entry(node, meaning, lowering, "")
-        layer = int(call_arguments(node)["layer"])
-        entries.append(found if found.where != node.name else found.at(f"layer {layer}"))
+        if found.where == node.name:
+            found = replace(found, where=f"layer {call_arguments(node)['layer']}")
+        entries.append(found)
     return entries
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -31,10 +31,6 @@ class FusedCascade:
     source: str = ""
     cascade: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
-
-    def at(self, where: str) -> FusedCascade:
-        """The same with another name for its place."""
-        return replace(self, where=where)
 
 
 def entry(

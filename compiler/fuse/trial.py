@@ -13,6 +13,7 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..frontend.dynamo import trace_function
+from ..ir.types import hint_of
 from .folded import Function
 from .report import AS_WRITTEN
 
@@ -46,7 +47,7 @@ def _like(value: Any, random: torch.Generator) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     device = value.device if runs_here(value.device) else torch.device("cpu")
-    shape, stride = [_hint(s) for s in value.shape], [_hint(s) for s in value.stride()]
+    shape, stride = [hint_of(s) for s in value.shape], [hint_of(s) for s in value.stride()]
     reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True) if size)
     if value.dtype == torch.bool:
         flat = torch.rand(reach, generator=random) < 0.8
@@ -60,10 +61,6 @@ def _like(value: Any, random: torch.Generator) -> Any:
 def runs_here(device: torch.device) -> bool:
     """Whether this machine computes on such a device."""
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def agrees(trial: Trial, function: Function) -> str:

@@ -49,7 +49,7 @@ def check_size(value: Any) -> None:
         count = 1
         for size in value.shape:
             check_size(size)
-            count *= max(1, _hint(size))
+            count *= max(1, hint_of(size))
         if count > _ELEMENTS:
             raise IRError(f"it would have {count:,} elements")
     elif isinstance(value, torch.SymInt):
@@ -58,7 +58,8 @@ def check_size(value: Any) -> None:
         raise IRError("a size does not fit in 64 bits")
 
 
-def _hint(size: Any) -> int:
+def hint_of(size: Any) -> int:
+    """A size as a number: of one that varies, that of the example."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ....errors import first_line, pass_on
 from ...ir.interrupts import Later
 from ...ir.program import op_name
+from ...ir.types import hint_of
 from .lowerings import OPSET, Context, unsupported
 
 
@@ -97,7 +98,7 @@ def _export(
     examples, shapes = [], []
     for source in sources:
         value = source.meta["val"]
-        sizes = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+        sizes = [hint_of(size) for size in value.shape]
         examples.append(torch.ones(sizes, dtype=value.dtype))
         shapes.append(
             {

@@ -22,6 +22,7 @@ from torch import Tensor
 from ....errors import UnsupportedError
 from ...ir.cascade.plan import Plan
 from ...ir.cascade.plan_text import print_plan
+from ...ir.types import hint_of
 from ..cpu.frame import Frame, NotLoweredError, Signature, Value
 from .device import described
 from .dtypes import TYPES
@@ -136,7 +137,7 @@ def _made(
         if tensor.dtype == torch.bfloat16 and device.type == "cpu":
             raise NotLoweredError("Triton's interpreter multiplies bfloat16 by its bits")
     types = {name: TYPES[tensor.dtype] for name, tensor in given.items()}
-    hints = {rank: _hint(size) for rank, size in sizes.items()}
+    hints = {rank: hint_of(size) for rank, size in sizes.items()}
     options = Options(device=described(device), precision=PRECISION)
     text = repr((print_plan(plan), types, hints, options, sorted(map(str, dtypes.items()))))
     name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -149,10 +150,6 @@ def _made(
     for lane in _EMITTED[name].kernel.division.roles.lanes:
         int(sizes[lane])  # a tile has it whole: a size that varies is guarded to be this one
     return name, _EMITTED[name]
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 __all__ = ["Emitted", "ThroughKernels", "emitted"]

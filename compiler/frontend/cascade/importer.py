@@ -24,6 +24,7 @@ from ....errors import IRError, UnsupportedError
 from ...ir.cascade.cascade import statement
 from ...ir.cascade.expr import Expr, Ref, Size, reads
 from ...ir.cascade.verifier import verify
+from ...ir.types import hint_of
 from . import view_operators  # noqa: F401 - registers its handlers
 from .context import Context, Value
 from .elementwise import RULES, elementwise
@@ -132,7 +133,7 @@ class _Importer:
         if isinstance(value, (tuple, list)):
             return tuple(None for _ in value)
         if isinstance(value, torch.SymInt):
-            return _Symbol(_hint(value), None)
+            return _Symbol(hint_of(value), None)
         if isinstance(value, torch.SymFloat):
             # A number that the program may change is an input like any other.
             return self.context.source(node.name, node.name, (), "real", ())
@@ -142,7 +143,7 @@ class _Importer:
         if node.target is operator.getitem:
             return self._item(node)
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
-            return _Symbol(_hint(node.meta["val"]), self._size_of(node))
+            return _Symbol(hint_of(node.meta["val"]), self._size_of(node))
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         try:
@@ -252,7 +253,7 @@ class _Importer:
         if isinstance(arg, (list, tuple)):
             return [self._argument(item, point_by_point) for item in arg]
         if not isinstance(arg, fx.Node):
-            return _hint(arg) if isinstance(arg, torch.SymInt) else arg
+            return hint_of(arg) if isinstance(arg, torch.SymInt) else arg
         found = self.values[arg]
         if isinstance(found, _Symbol):
             if not point_by_point:
@@ -292,13 +293,9 @@ def _flat(value: Any) -> list[fx.Node]:
     return [n for item in value for n in _flat(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
 def _sizes(value: torch.Tensor) -> tuple[list[int], list[str]]:
     shape: tuple[Any, ...] = tuple(value.shape)
-    return [_hint(size) for size in shape], [str(size) for size in shape]
+    return [hint_of(size) for size in shape], [str(size) for size in shape]
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -32,9 +32,14 @@ def masked_attention(
     A query that sees no key at all and has no sink gives zeros; the rest is as in `masked_logits`.
     """
     logits = masked_logits(q_BSHD, k_BKTD, visible, sinks_H, scale, softcap, bias_BKT, bias_BHST)
+    return mixed(logits, v_BKTD, sinks_H is not None)
+
+
+def mixed(logits: Tensor, v_BKTD: Tensor, with_sinks: bool) -> Tensor:
+    """The values, weighted by the softmax of `masked_logits`, gives [B, S, H, D]."""
     batch, kv_heads, group, new, _ = logits.shape
-    total = k_BKTD.shape[2]
-    if sinks_H is not None:
+    total = v_BKTD.shape[2]
+    if with_sinks:
         weights = torch.softmax(logits, dim=-1)[..., :total]
     else:
         weights = torch.ops.aten._safe_softmax(logits, -1)
@@ -190,43 +195,39 @@ class OverPlainSlots(OverSlots):
 
         A new token sees all slots in its window up to its own, or these, and reads what the reader chooses.
         """
-        slot_BS = self.new_slots()
         if visible_BSC is None:
-            # A count of no tokens hides its slot by the bias; readers are told of it here.
-            counts_BK = self.count_BK if self.read else None
-            visible_BSC = visible_slots(slot_BS, self.slots, self.window, counts_BK)
+            visible_BSC = self._visible()
+        logits = self._logits(visible_BSC)
+        values = stored(self.value_cache_BKCD, self.scales[1]).to(logits.dtype)
+        return mixed(logits, values, self.sinks_H is not None)
+
+    def sums(self) -> Tensor:
+        """The log-sum-exp of the logits of every query over the slots that it sees, [B, S, H]."""
+        return self._logits(self._visible()).logsumexp(-1).flatten(1, 2).transpose(1, 2)
+
+    def _visible(self) -> Tensor:
+        # A count of no tokens hides its slot by the bias; readers are told of it here.
+        counts_BK = self.count_BK if self.read else None
+        return visible_slots(self.new_slots(), self.slots, self.window, counts_BK)
+
+    def _logits(self, visible_BSC: Tensor) -> Tensor:
         query = self.turned_query()
-        keys, values = (
-            stored(cache, scale).to(query.dtype)
-            for cache, scale in zip(self.caches, self.scales, strict=True)
-        )
+        keys = stored(self.key_cache_BKCD, self.scales[0]).to(query.dtype)
         visible_BKSC = visible_BSC[:, None]
         if self.read:
             reader = parse_reader(self.read)
             q_BKGSD = query.transpose(1, 2).unflatten(1, (keys.shape[1], -1))
             visible_BKSC = reader.choosing.chosen(reader, q_BKGSD, keys, visible_BSC)
-        return masked_attention(
+        return masked_logits(
             query,
             keys,
-            values,
             visible_BKSC,
             self.sinks_H,
             self.scale,
             self.softcap,
             compensation_bias(self.count_BK, self.slots),
-            distance_bias(self.by_distance_HR, slot_BS, self.slots),
+            distance_bias(self.by_distance_HR, self.new_slots(), self.slots),
         )
-
-    def sums(self) -> Tensor:
-        """The log-sum-exp of the logits of every query over the slots that it sees, [B, S, H]."""
-        visible_BSC = visible_slots(self.new_slots(), self.slots, self.window, None)
-        query = self.turned_query()
-        keys = stored(self.key_cache_BKCD, self.scales[0]).to(query.dtype)
-        bias_BKC = compensation_bias(self.count_BK, self.slots)
-        logits = masked_logits(
-            query, keys, visible_BSC[:, None], self.sinks_H, self.scale, self.softcap, bias_BKC
-        )
-        return logits.logsumexp(-1).flatten(1, 2).transpose(1, 2)
 
 
 @OPERATORS.register
