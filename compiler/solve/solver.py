@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
 from ..ir.record_text import show
 from ..ir.registry import Registry
+from ..ir.types import DTYPES
+
+#: Numbers that are rounded at a time: bounds the memory of intermediates at a few tens of megabytes.
+_SLAB = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,50 @@ class Solver:
     def __str__(self) -> str:
         return show(self)
 
+    def refuses(self, scheme: Scheme) -> str:
+        """Why it cannot fill a scheme, in a sentence; "" where it can."""
+        return ""
+
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         """Stores a weight [.., N, M]; `statistics` are what the observers found of its inputs."""
         raise NotImplementedError
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
+
+
+def by_rows(
+    weight: Tensor, scheme: Scheme, chosen: Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+) -> Solved:
+    """Stores a weight [.., N, M] a few rows at a time.
+
+    `chosen` gives the codes [R, G, B] and the settled grid of the groups [R, G, B] of some rows in float32.
+    """
+    lead, width = weight.shape[:-1], weight.shape[-1]
+    rows = weight.reshape(-1, width)
+    pieces = {
+        label: torch.empty(shape, dtype=DTYPES[kind])
+        for label, (shape, kind) in scheme.pieces(tuple(weight.shape)).items()
+    }
+    flat = {
+        label: piece if label in scheme.shared else piece.flatten(0, len(lead) - 1)
+        for label, piece in pieces.items()
+    }
+    # What is of the whole weight follows from all of its rows.
+    step = len(rows) if scheme.shared else max(1, _SLAB // width)
+    missed = total = 0.0
+    for start in range(0, len(rows), step):
+        values = rows[start : start + step].float()
+        packed = scheme.pack(*chosen(scheme.groups(values)))
+        for label, piece in packed.items():
+            if label in scheme.shared:
+                flat[label].copy_(piece)
+            else:
+                flat[label][start : start + step] = piece
+        if not scheme.nearly_exact:
+            restored = scheme.dequantize(packed, width)
+            missed += float((restored - values).square().sum(dtype=torch.float64))
+            total += float(values.square().sum(dtype=torch.float64))
+    if scheme.nearly_exact:
+        return Solved(pieces)
+    return Solved(pieces, math.sqrt(missed / total) if total else 0.0)

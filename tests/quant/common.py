@@ -98,8 +98,30 @@ def check_bytes(scheme: Scheme) -> None:
         error = float((back - weight).norm() / weight.norm())
         assert error < 0.9
         assert found.error == pytest.approx(error, abs=1e-6) or scheme.nearly_exact
+        check_steps(scheme, weight)
     zero = torch.zeros(2, 64)
     assert bool((restored(zero, scheme) == 0).all())
+
+
+def check_steps(scheme: Scheme, weight: Tensor) -> None:
+    """Codes stand for the same before and after they are packed; a settled grid stays; columns can be coded
+    one by one where a scheme says so."""
+    rows = weight.flatten(0, -2)
+    groups = scheme.groups(rows)
+    grid = scheme.settle(scheme.grid(groups))
+    again = scheme.settle(grid)
+    assert all(torch.equal(again[name], grid[name]) for name in grid)
+    codes = scheme.nearest(groups, grid)
+    values = scheme.values(codes, grid)
+    assert values.dtype == torch.float32 and values.shape == groups.shape
+    packed = scheme.pack(codes, grid)
+    width = rows.shape[-1]
+    assert torch.equal(values.flatten(1)[:, :width], scheme.dequantize(packed, width))
+    if scheme.by_itself:
+        part = {
+            name: at[:, -1:, -1:] if at.shape[2] > 1 else at[:, -1:] for name, at in grid.items()
+        }
+        assert torch.equal(scheme.nearest(groups[:, -1:, -1:], part), codes[:, -1:, -1:])
 
 
 def check_graph(scheme: Scheme) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
-from einfold.compiler.solve import round_to_nearest
+from einfold.compiler.solve import solver
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.compiler.solve.solver import SOLVERS
 
@@ -55,7 +55,7 @@ def test_zero_weights_stay_zero() -> None:
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = randn(3, 5, 40), Grouped(4, 16, symmetric=False)
     whole = RoundToNearest().solve(weight, scheme, {})
-    monkeypatch.setattr(round_to_nearest, "_SLAB", 100)
+    monkeypatch.setattr(solver, "_SLAB", 100)
     cut = RoundToNearest().solve(weight, scheme, {})
     assert whole.pieces.keys() == cut.pieces.keys()
     for label, piece in whole.pieces.items():

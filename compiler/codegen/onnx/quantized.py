@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
-from torch import fx
+from torch import Tensor, fx
 
 from ...ir.ops import einfold_ops
-from ...ir.ops.quantized import meaning_of_pieces
+from ...ir.ops.quantized import StoredEmbedding, meaning_of_pieces
 from .builder import CONTRIB
 from .einfold_ops import product
 from .fallback import lower_by_torch
@@ -173,6 +175,29 @@ def _gathered(context: Context, node: fx.Node) -> ir.Value:
     if width == groups * block:
         return flat
     return builder.op("Slice", flat, builder.ints(0), builder.ints(width), builder.ints(2))
+
+
+@lowering(einfold_ops.stored_linear.default)
+def stored_linear(context: Context, node: fx.Node) -> ir.Value:
+    """A scheme that no operator reads: the weight that it means, in standard operators, and a product."""
+    found = context.arguments(node)
+    weight = lower_by_torch(context, node, _stored_weight)
+    assert isinstance(weight, ir.Value)
+    return product(context, found["x"], weight, context.optional(found["bias"]), node)
+
+
+def _stored_weight(
+    x: Tensor, pieces: Sequence[Tensor], bias: Tensor | None, scheme: str, shape: Sequence[int]
+) -> Tensor:
+    return meaning_of_pieces(pieces, scheme, shape)
+
+
+@lowering(einfold_ops.stored_embedding.default)
+def stored_embedding(context: Context, node: fx.Node) -> ir.Value:
+    """Gathers the rows' pieces, then unpacks those alone."""
+    found = lower_by_torch(context, node, StoredEmbedding.standing_in(StoredEmbedding.run))
+    assert isinstance(found, ir.Value)
+    return found
 
 
 @lowering(einfold_ops.dequantize.default)

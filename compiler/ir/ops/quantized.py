@@ -55,6 +55,55 @@ class Dequantize(Operator):
 
 @OPERATORS.register
 @dataclass(eq=False)
+class StoredLinear(Operator):
+    """x @ w.T + bias for x [..., M] and the weight w, `shape` [N, M], that pieces in a scheme stand for."""
+
+    name = "stored_linear"
+
+    x: Tensor
+    pieces: Sequence[Tensor]
+    bias: Tensor | None
+    scheme: str
+    shape: Sequence[int]
+
+    def run(self) -> Tensor:
+        kind, (rows, width) = read_scheme(self.scheme), self.shape
+        named = dict(zip(kind.pieces(tuple(self.shape)), self.pieces, strict=True))
+        step = max(1, _SLAB // width)
+        parts = []
+        for start in range(0, rows, step):
+            chosen = kind.chosen(named, slice(start, start + step))
+            parts.append(functional.linear(self.x, kind.dequantize(chosen, width)))
+        out = torch.cat(parts, dim=-1)
+        return out if self.bias is None else out + self.bias
+
+    def shapes(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.shape[0]))
+
+
+@OPERATORS.register
+@dataclass(eq=False)
+class StoredEmbedding(Operator):
+    """Rows `ids` of the table, of `shape` [V, M], that pieces in a scheme stand for."""
+
+    name = "stored_embedding"
+
+    ids: Tensor
+    pieces: Sequence[Tensor]
+    scheme: str
+    shape: Sequence[int]
+
+    def run(self) -> Tensor:
+        kind = read_scheme(self.scheme)
+        named = dict(zip(kind.pieces(tuple(self.shape)), self.pieces, strict=True))
+        return kind.dequantize(kind.chosen(named, self.ids), self.shape[-1])
+
+    def shapes(self) -> Tensor:
+        return self.pieces[0].new_empty((*self.ids.shape, self.shape[-1]), dtype=torch.float32)
+
+
+@OPERATORS.register
+@dataclass(eq=False)
 class QuantizedLinear(Operator):
     """x @ dequantized.T + bias, for x [..., M]."""
 

@@ -2,7 +2,12 @@
 
 A scheme stores a weight [.., N, M], rows of M inputs in a stack or not, as named pieces [.., N, ...]. Its
 text, pieces and bytes need no torch; its arithmetic is in torch, on rows [R, M] cut into groups [R, G, B].
-A solver decides the codes (`compiler/solve`); a scheme says which codes there are and what they stand for.
+A solver decides the codes (`compiler/solve`); a scheme says which codes there are and what they stand for:
+
+    groups -> grid -> settle -> nearest -> pack
+
+`values` says what codes stand for, `dequantize` what pieces do. A grid is named tensors [R, G, B], where an
+axis over which nothing differs has length 1; what a solver chooses of it, it changes before `settle`.
 """
 
 from __future__ import annotations
@@ -28,9 +33,19 @@ class Scheme:
 
     name: ClassVar[str]
 
-    operators: ClassVar[Mapping[str, str]] = {}
+    operators: ClassVar[Mapping[str, str]] = {
+        "linear": "stored_linear",
+        "embedding": "stored_embedding",
+    }
     """Operators that read the pieces as they are, by the operator over a plain weight that each stands for.
     Other readers get the weight widened: `widened`."""
+
+    shared: ClassVar[frozenset[str]] = frozenset()
+    """Pieces of the weight as a whole, with no axis N, such as a scale for all of it."""
+
+    by_itself: ClassVar[bool] = True
+    """Whether each weight has its own code once the grid stands, so that a solver may choose one code after
+    the other; otherwise `nearest` codes a group at once."""
 
     nearly_exact: ClassVar[bool] = False
     """Whether every matrix is stored so, whoever reads it, and no error is worth a measurement."""
@@ -65,11 +80,23 @@ class Scheme:
         return rows_RM[:, None]
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
-        """The levels that each group may take, [R, G, 1] each, chosen by the range of its weights."""
+        """The levels that each group may take, chosen by the range of its weights."""
         return {}
 
+    def settle(self, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A grid as it can be stored: of a scale in float16 the number that float16 has. Settling twice
+        changes nothing."""
+        return dict(grid)
+
     def nearest(self, groups_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
-        """The codes [R, G, B] of the levels that are nearest. May overwrite nothing."""
+        """The codes [R, G, B] of the nearest levels of a settled grid. May overwrite nothing.
+
+        Where each weight has a code `by_itself`, groups and grid may also be any columns of them.
+        """
+        raise NotImplementedError
+
+    def values(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
+        """The weights [R, G, B] that codes stand for, in float32: to the bit what `dequantize` gives."""
         raise NotImplementedError
 
     def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,6 +106,10 @@ class Scheme:
     def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
         """The weight [.., N, width] that pieces stand for, in float32: the meaning of the format."""
         raise NotImplementedError
+
+    def chosen(self, pieces: Mapping[str, Tensor], index: Any) -> dict[str, Tensor]:
+        """The pieces of some rows, or of one weight of a stack."""
+        return {name: p if name in self.shared else p[index] for name, p in pieces.items()}
 
     def widened(self, editor: Any, pieces: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """A node that gives the whole weight, for readers that have no operator over the pieces."""
@@ -110,9 +141,9 @@ class Preset:
     bound: float
 
 
-#: In the order of their bits; they stand beside their schemes.
+#: Integers in the order of their bits; they stand beside their schemes.
 PRESETS: Registry[Preset] = Registry(
     "weight format",
     "einfold.compiler.ir.quant.schemes",
-    order=("fp32", "fp16", "int8", "int4", "int2"),
+    order=("fp32", "fp16", "int8", "int6", "int5", "int4", "int3", "int2"),
 )

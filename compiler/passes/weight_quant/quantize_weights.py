@@ -138,8 +138,11 @@ class _Store:
             known: dict[str, Any] = {_stem(name): value for name, value in found.items()}
             for name, (_, names) in stored.items():
                 prefix = f"{_stem(name)}_" if len(stored) > 1 else ""
-                known |= {prefix + label: self.editor.read(n) for label, n in names.items()}
-                known["width"] = int(reads[name].meta["val"].shape[-1])
+                pieces = {label: self.editor.read(n) for label, n in names.items()}
+                known |= {prefix + label: piece for label, piece in pieces.items()}
+                known[f"{prefix}pieces"] = list(pieces.values())
+                shape = tuple(reads[name].meta["val"].shape)
+                known |= {"width": shape[-1], "shape": list(shape), "scheme": str(scheme)}
             known |= vars(scheme)
             arguments = [known.get(_stem(a.name)) for a in target._schema.arguments]
             new = self.editor.call(target, *arguments)

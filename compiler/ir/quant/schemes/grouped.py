@@ -86,6 +86,9 @@ class Grouped(Scheme):
         codes = (groups_RGB / grid["scales"]).add_(grid["zeros"])
         return codes.round_().clamp_(0, (1 << self.bits) - 1)
 
+    def values(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
+        return (codes_RGB - grid["zeros"]) * grid["scales"]
+
     def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from ..pack import pack_bits
 

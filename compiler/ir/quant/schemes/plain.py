@@ -22,6 +22,7 @@ class Half(Scheme):
 
     name = "half"
     nearly_exact = True
+    operators = {}  # noqa: RUF012
 
     def describe(self) -> str:
         return "stored in float16"
@@ -31,6 +32,9 @@ class Half(Scheme):
 
     def nearest(self, groups_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
         return groups_RGB.half()
+
+    def values(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
+        return codes_RGB.float()
 
     def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"half": codes_RGB[:, 0]}
