@@ -24,8 +24,9 @@ from typing import Any
 
 import einfold
 from einfold.compiler.codegen.target import TARGETS
-from einfold.compiler.passes.cache_methods import FAMILIES, Method
+from einfold.compiler.passes.cache_methods import FAMILIES
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
+from einfold.compiler.passes.method_text import Method
 from einfold.errors import EinfoldError
 from einfold.evaluate.quality import evaluate
 from einfold.evaluate.recall import Window, windows

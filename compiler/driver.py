@@ -356,7 +356,7 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
     planning = planning_passes(recipe.cache_passes(), _comparison(model, check))
     PassManager(planning, asked=recipe.asked()).run(program)
     if program.calibrations:
-        _calibrate(model, program, recipe)
+        _calibrate(model, program, recipe, lambda text, share: None)
     return program
 
 
@@ -394,7 +394,7 @@ def compile_to(
         if program.calibrations:
             with clock.phase("calibrate"):
                 tell("calibrating", 0.0)
-                read.append(_calibrate(model, program, recipe))
+                read.append(_calibrate(model, program, recipe, tell))
         calibrated = "; ".join(dict.fromkeys(read)) or calibrated
         program.statistics = None  # lets go of what was found
         program.beside = no_inputs
@@ -561,11 +561,11 @@ def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[T
     )
 
 
-def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
+def _calibrate(model: Input, program: Program, recipe: Recipe, tell: Progress) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
     ids, origin = _calibration_text(model, program, recipe)
     for calibration in program.calibrations:
-        calibration.run(ids)
+        calibration.run(ids, tell)
     program.calibrations.clear()
     return f"{ids.numel()} tokens of {origin}"
 

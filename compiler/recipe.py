@@ -24,11 +24,14 @@ from ..errors import RecipeError, first_line, pass_on
 from .codegen.target import TARGETS, Target
 from .ir.quant.scheme import PRESETS, Preset, Scheme
 from .passes.base import Pass, check_options
-from .passes.cache_methods import FAMILIES, method_pass, read_method, resolved
+from .passes.cache_methods import FAMILIES, method_pass, resolved
 from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
+from .passes.method_text import read_method
+from .passes.weight_methods import read_weights, scheme_of, solver_of, spelled_out
 from .passes.weight_quant.quantize_weights import QuantizeWeights
+from .solve.round_to_nearest import RoundToNearest
 
 #: Bytes of a recipe file, and characters of one that a message quotes.
 _LARGEST, _SHOWN = 1 << 20, 200
@@ -53,17 +56,30 @@ def _for_heads() -> list[str]:
 
 
 class WeightsSection(_Section):
-    """How weights are stored."""
+    """How weights are stored.
+
+    Beside these keys it takes the options of its format.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     format: Annotated[str, Choices(lambda: PRESETS)] = "fp32"
-    block: int = 32
-    """Weights that share a scale, along the input axis."""
-    symmetric: bool = True
-    """Whether the range of the codes is centred on zero; otherwise each scale has a zero point beside it."""
     head: Annotated[str, Choices(lambda: ("same", *_for_heads()))] = "int8"
-    """Storage of the output head, and of an embedding that shares its weight, in int formats."""
+    """Storage of the output head, and of an embedding that shares its weight, in formats of few bits."""
     embedding: bool = True
     """Whether embeddings that stand alone are quantized too."""
+    solver: dict[str, Any] | None = None
+    """What decides the codes, and its options; weights are rounded to nearest where it is not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, data: Any) -> Any:
+        """A text stands for a table, see `read_weights`; every option is written out."""
+        if isinstance(data, str):
+            data = read_weights(data)
+        if not isinstance(data, dict):
+            return data
+        return spelled_out(data, {k: field.default for k, field in cls.model_fields.items()})
 
     @field_validator("format", "head")
     @classmethod
@@ -80,23 +96,32 @@ class WeightsSection(_Section):
         """What the format stands for."""
         return PRESETS.find(self.format)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the format."""
+        return self.__pydantic_extra__ or {}
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The format with its options; None for weights that stay as they come."""
+        return scheme_of(self.format, self.options)
+
     def passes(self) -> list[Pass]:
-        """The passes that these choices stand for. Raises RecipeError for options that no weight can have."""
-        scheme = self._scheme(self.format)
+        """The passes that these choices stand for. Raises RecipeError for options that a head cannot have."""
+        scheme = self.scheme
         if scheme is None:
             return []
-        head = None if self.head == "same" else self._scheme(self.head)
-        return [QuantizeWeights(scheme, head, embedding=self.embedding)]
+        solver = solver_of(self.solver or {"method": RoundToNearest.name})
+        return [QuantizeWeights(scheme, self._head(), solver, self.embedding)]
 
-    def _scheme(self, name: str) -> Scheme | None:
-        scheme, options = (
-            PRESETS.find(name).scheme,
-            {"block": self.block, "symmetric": self.symmetric},
-        )
-        if scheme is None:
+    def _head(self) -> Scheme | None:
+        """The head's own scheme, with those of the options that it has."""
+        if self.head == "same":
             return None
-        check_options("weights", lambda: scheme.adapted(**options))
-        return scheme.adapted(**options)
+        scheme = PRESETS.find(self.head).scheme
+        assert scheme is not None
+        check_options("weights", lambda: scheme.adapted(**self.options))
+        return scheme.adapted(**self.options)
 
 
 class CacheSection(_Section):
@@ -121,7 +146,7 @@ class CacheSection(_Section):
         """A text stands for a table, see `read_method`; every option is written out."""
         family = str(info.field_name)
         if isinstance(value, str):
-            value = read_method(family, value)
+            value = read_method(f"cache.{family}", value)
         return resolved(family, value) if isinstance(value, dict) else value
 
     def passes(self) -> list[Pass]:
@@ -286,7 +311,7 @@ class Recipe(_Section):
 
     def _for_target(self) -> list[Pass]:
         """What the target needs of the weights."""
-        return self.made_for.weight_passes(self.weights.preset.scheme)
+        return self.made_for.weight_passes(self.weights.scheme)
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""

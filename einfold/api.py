@@ -26,6 +26,7 @@ from .compiler.frontend.two_programs import READ
 from .compiler.ir.manifest import MODEL
 from .compiler.ir.program import Program
 from .compiler.ir.together import together
+from .compiler.passes.weight_methods import laid_over, read_weights
 from .compiler.recipe import Recipe
 from .errors import RecipeError
 from .runtime.encoding import ROWS
@@ -133,7 +134,6 @@ def resolve_recipe(
         path = find_recipe(recipe)
         data, where = Recipe.load(path), str(path)
     for place, value in (
-        (("weights", "format"), weights),
         (("cache", "storage"), cache),
         (("cache", "prune"), prune),
         (("cache", "quant"), quant),
@@ -146,7 +146,19 @@ def resolve_recipe(
         if value is not None:
             undone = value == "none" and place[0] == "cache"
             _lay_over(data, place, None if undone else value)
+    if weights is not None:
+        _weights_over(data, weights, where)
     return Recipe.build(data, where)
+
+
+def _weights_over(data: dict[str, Any], text: str, where: str) -> None:
+    table = data.get("weights") or {}
+    try:
+        under = read_weights(table) if isinstance(table, str) else table
+        if isinstance(under, dict):  # else it is left for the check to refuse
+            data["weights"] = laid_over(under, text)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _lay_over(data: dict[str, Any], place: tuple[str, ...], value: Any) -> None:

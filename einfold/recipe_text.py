@@ -6,7 +6,7 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,8 +15,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .compiler.codegen.target import TARGETS
+from .compiler.ir.quant.scheme import PRESETS
 from .compiler.passes.cache_methods import FAMILIES
-from .compiler.recipe import Choices, Recipe
+from .compiler.passes.method_text import Method
+from .compiler.passes.weight_methods import SOLVER_METHODS, format_options
+from .compiler.recipe import Choices, Recipe, WeightsSection
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -32,6 +35,11 @@ def _lines(section: BaseModel, where: str) -> Iterator[str]:
         if isinstance(value, BaseModel):
             inner.append((name, value))
             continue
+        if name == "solver" and where == "weights":
+            yield from _comment(
+                f"[weights.solver]: {meanings[name]} Solvers: {', '.join(SOLVER_METHODS)}."
+            )
+            continue
         if name in FAMILIES and where == "cache":
             if not FAMILIES[name]:
                 continue  # a family whose methods others may register
@@ -44,9 +52,12 @@ def _lines(section: BaseModel, where: str) -> Iterator[str]:
             yield f"# {name} ="
         else:
             yield f"{name} = {_toml(value)}"
+    if isinstance(section, WeightsSection):
+        yield from _of_weights(section)
+        return
     if where == "cache":
-        for name in FAMILIES:
-            yield from _method(name, getattr(section, name))
+        for name, known in FAMILIES.items():
+            yield from _method(f"cache.{name}", known, getattr(section, name))
     inner += [(name, table) for name, table in (section.model_extra or {}).items()]
     for name, value in inner:
         yield f"\n[{name}]"
@@ -54,15 +65,28 @@ def _lines(section: BaseModel, where: str) -> Iterator[str]:
         yield from _lines(value, name)
 
 
-def _method(family: str, table: dict[str, Any] | None) -> Iterator[str]:
+def _of_weights(section: WeightsSection) -> Iterator[str]:
+    """The options of the format, or in comments those of each; and the solver."""
+    if section.scheme is not None:
+        yield from _comment(f"Options of {section.format}.")
+        yield from (f"{k} = {_toml(v)}" for k, v in section.options.items())
+    else:
+        for name in PRESETS:
+            if options := format_options(name):
+                shown = ", ".join(f"{k} = {_toml(v)}" for k, v in options.items())
+                yield from _comment(f"Options of {name}: {shown}.")
+    yield from _method("weights.solver", SOLVER_METHODS, section.solver)
+
+
+def _method(place: str, known: Mapping[str, Method], table: dict[str, Any] | None) -> Iterator[str]:
     """A method's table, or in comments those that there are, with their defaults."""
     if table is not None:
-        yield f"\n[cache.{family}]"
+        yield f"\n[{place}]"
         yield from (f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)
         return
-    for name, kind in FAMILIES[family].items():
+    for name, kind in known.items():
         options = {"method": name, **kind.defaults()}
-        yield f"\n# [cache.{family}]"
+        yield f"\n# [{place}]"
         yield from (f"# {k} = {'' if v is None else _toml(v)}".rstrip() for k, v in options.items())
 
 

@@ -43,7 +43,7 @@ ALLOWED = {
         "compiler.codegen.triton.through",
     },
     "compiler.calibrate": {"errors", "compiler.ir", "compiler.calibrate"},
-    "compiler.solve": {"errors", "compiler.ir", "compiler.solve"},
+    "compiler.solve": {"errors", "compiler.ir", "compiler.calibrate", "compiler.solve"},
     "compiler.passes": {
         "errors",
         "compiler.ir",

@@ -18,13 +18,19 @@ class Site:
 
     `values` are nodes, each with what it is called in a sentence; they are shown in their order, and behind
     them `more`, nodes or plain values that say how to read them. `attention` is set where the attention
-    weights of that call can be seen too.
+    weights of that call can be seen too, `product` where who looks computes that linear itself.
     """
 
     name: str
     values: tuple[tuple[str, fx.Node], ...]
     more: tuple[Any, ...] = ()
     attention: fx.Node | None = None
+    product: fx.Node | None = None
+
+    @property
+    def call(self) -> fx.Node | None:
+        """The call that is computed while the site is looked at; without one, its values are just shown."""
+        return self.attention if self.product is None else self.product
 
 
 def attention(program: Program) -> list[Site]:
@@ -76,9 +82,16 @@ def last_hidden(program: Program) -> Site:
 
 def weight_inputs(program: Program) -> list[Site]:
     """The inputs of each linear, by the name of its weight; once of a weight that several read."""
+    return [Site(site.name, site.values) for site in weight_products(program)]
+
+
+def weight_products(program: Program) -> list[Site]:
+    """The same, where who looks computes the product itself."""
     sites: dict[str, Site] = {}
     for node in program.nodes(einfold_ops.linear.default):
         found = call_arguments(node)
-        name = str(found["weight_NM"].target)
-        sites.setdefault(name, Site(name, ((f"inputs of {name}", found["x"]),)))
+        if found["weight_NM"].op == "get_attr":
+            name = str(found["weight_NM"].target)
+            site = Site(name, ((f"inputs of {name}", found["x"]),), product=node)
+            sites.setdefault(name, site)
     return list(sites.values())

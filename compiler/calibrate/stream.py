@@ -9,6 +9,8 @@ goes on behind the last site that is there.
 from __future__ import annotations
 
 import io
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -33,6 +35,9 @@ _BLOCK = 1 << 24
 
 #: Told of progress: what is being done, and the share of it that is done (0 to 1).
 Tell = Callable[[str, float], None]
+
+#: How many times as much as at the least may be needed to go on, for it to be written.
+_NARROW = 1.5
 
 _PROGRESS = "progress.pt"
 _LOCK = "lock"
@@ -67,10 +72,10 @@ class Later:
         self._stream: Stream | None = Stream(program, observers)
         self._found: dict[str, Found] = {}
 
-    def run(self, tokens_BS: Tensor) -> None:
+    def run(self, tokens_BS: Tensor, tell: Tell | None = None) -> None:
         """Reads the text once. Raises CalibrationError where it gives no usable numbers."""
         assert self._stream is not None
-        self._found = self._stream.over(tokens_BS)
+        self._found = self._stream.over(tokens_BS, tell=tell)
         self._stream = None  # lets go of the weights
 
     def at(self, site: str) -> Found:
@@ -87,9 +92,10 @@ def cut_behind(program: Program, places: Sequence[Site]) -> tuple[Program, dict[
     cut, copies = snapshot(program)
     attention = {site.attention for site in places}
     last = [node for node in program.graph.nodes if node in attention][-1:]
-    shown = [node for site in places if site.attention is None for node in _sources(site)]
-    ends = dict.fromkeys((*last, *shown))
-    names = ["last"] if last and not shown else [node.name for node in ends]
+    products = [site.product for site in places if site.product is not None]
+    shown = [node for site in places if site.call is None for node in _sources(site)]
+    ends = dict.fromkeys((*last, *products, *shown))
+    names = ["last"] if [*ends] == last else [node.name for node in ends]
     cut.graph.output(tuple(copies[node] for node in ends)).meta["names"] = names
     remove_dead_nodes(cut)
     return cut, copies
@@ -104,7 +110,8 @@ def _sources(site: Site) -> list[fx.Node]:
 class Stream:
     """The sites of a program at which observers look, and one reading of a sample."""
 
-    def __init__(self, program: Program, observers: Sequence[Observer]) -> None:
+    def __init__(self, program: Program, observers: Sequence[Observer], every: float = 0.0) -> None:
+        """`every`: seconds at least between two states of the run that are kept, to go on behind."""
         self._sites: dict[str, Site] = {}
         self._observers: dict[str, list[Observer]] = {}
         for observer in observers:
@@ -114,19 +121,21 @@ class Stream:
                 self._observers.setdefault(site.name, []).append(observer)
         self._program, copies = cut_behind(program, list(self._sites.values()))
         self._ends = self._shown(copies)
+        self._unread = {name for node, name in self._ends.items() if _only_result(node)}
         self._folder: Path | None = None
         self._tell: Tell = lambda text, share: None
+        self._every, self._kept, self._narrow = every, 0.0, math.inf
         self._found: dict[str, Found] = {}
 
     def _shown(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, str]:
-        """The nodes behind which sites were seen, in their order: attention, and for other sites a call that
-        is put right behind their values."""
+        """The nodes behind which sites were seen, in their order: attention, products, and for other sites a
+        call that is put right behind their values."""
         graph, ends, calls = self._program.graph, {}, []
         place = {node: index for index, node in enumerate(graph.nodes)}
         output = self._program.output
         for site in self._sites.values():
-            if site.attention is not None:
-                ends[copies[site.attention]] = site.name
+            if site.call is not None:
+                ends[copies[site.call]] = site.name
                 continue
             values = [copies[node] for _, node in site.values]
             more = [copies[each] if isinstance(each, fx.Node) else each for each in site.more]
@@ -134,8 +143,9 @@ class Stream:
             with graph.inserting_after(last):
                 calls.append(graph.call_function(self._show, (site.name, *values, *more)))
             ends[calls[-1]] = site.name
-        # The calls stand for what they saw, which then goes.
-        results = [*calls, *(node for node in output.all_input_nodes if node in ends)]
+        # The calls stand for what they saw, which then goes; so does a product once it was read.
+        seen = [node for node in output.all_input_nodes if node in ends and _only_result(node)]
+        results = [*calls, *seen]
         graph.erase_node(output)
         graph.output(tuple(results)).meta["names"] = [node.name for node in results]
         return {node: ends[node] for node in graph.nodes if node in ends}
@@ -155,12 +165,15 @@ class Stream:
             resume = None if folder is None else self._resumed(folder)
             if len(self._found) < len(self._ends):
                 instead = {
-                    node: partial(self._attention, name)
+                    node: partial(self._attention if site.product is None else self._product, name)
                     for node, name in self._ends.items()
-                    if self._sites[name].attention is not None
+                    if (site := self._sites[name]).call is not None
                 }
                 interpreter = Interpreter(self._program, False, instead)
-                inputs = text_inputs(tokens_BS) | self._program.beside(tokens_BS)
+                rows = torch.arange(
+                    tokens_BS.shape[1]
+                )  # the head sees all of them, where it is a site
+                inputs = text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
                 interpreter.run(inputs, self._after, resume)
                 if self._folder is not None:
                     with suppress(OSError):
@@ -185,6 +198,15 @@ class Stream:
     def _show(self, name: str, *values: Any) -> None:
         self._begin(name, *values)
         self._end(name)
+
+    def _product(
+        self, name: str, x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None
+    ) -> Tensor:
+        self._begin(name, x)
+        (observer,) = self._observers[name]
+        out = observer.product(weight_NM, bias_N, name not in self._unread)
+        self._end(name)
+        return out
 
     def _attention(
         self,
@@ -216,12 +238,18 @@ class Stream:
         if folder is None or name is None:
             return
         known = {other.name: value for other, value in values.items()}
+        size = sum(value.nbytes for value in known.values() if isinstance(value, Tensor))
+        # Where much is needed, what was done since is done again sooner than it is written.
+        due = time.monotonic() - self._kept > self._every
+        self._narrow = min(self._narrow, size)
+        due = due and size <= _NARROW * self._narrow
         # Without room, or the right to write, measuring goes on and keeps nothing.
-        if not (
-            _write(self._found[name], folder / f"{name}.pt")
-            and _write({"behind": node.name, "values": known}, folder / _PROGRESS)
-        ):
+        if not _write(self._found[name], folder / f"{name}.pt"):
             self._folder = None
+        elif due:
+            self._kept = time.monotonic()
+            if not _write({"behind": node.name, "values": known}, folder / _PROGRESS):
+                self._folder = None
 
     def _resumed(self, folder: Path) -> tuple[str, Mapping[str, Any]] | None:
         for name in self._ends.values():
@@ -239,6 +267,11 @@ class Stream:
             return None
         self._found = {name: self._found[name] for name in before}
         return state["behind"], state["values"]
+
+
+def _only_result(node: fx.Node) -> bool:
+    """Whether nothing but the program's results has a use for a node."""
+    return all(user.op == "output" for user in node.users)
 
 
 def attention_weights(

@@ -51,8 +51,10 @@ class ModelInfo:
 class Calibration(Protocol):
     """Statistics that a pass asked for; the driver runs it once the pipeline is through."""
 
-    def run(self, tokens_BS: torch.Tensor) -> None:
-        """Reads the text. Raises CalibrationError where it gives no usable numbers."""
+    def run(
+        self, tokens_BS: torch.Tensor, tell: Callable[[str, float], None] | None = None
+    ) -> None:
+        """Reads the text, and tells of progress. Raises CalibrationError where it gives no usable numbers."""
 
 
 def no_inputs(tokens_BS: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -33,7 +33,12 @@ class Solver:
     name: ClassVar[str]
 
     observes: ClassVar[tuple[str, ...]] = ()
-    """Observers of a weight's inputs, by name, whose findings it is given."""
+    """Observers of a weight's inputs, by name, whose findings it is given. They see the inputs twice: as the
+    model has them whose weights were solved before, and as the original has them."""
+
+    follows: ClassVar[bool] = False
+    """Whether it is given the inputs of the model whose weights were solved before; the original's in both
+    places otherwise, which takes half the time."""
 
     def __str__(self) -> str:
         return show(self)
@@ -51,12 +56,17 @@ SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
 
 
 def by_rows(
-    weight: Tensor, scheme: Scheme, chosen: Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+    weight: Tensor,
+    scheme: Scheme,
+    chosen: Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]],
+    original: Tensor | None = None,
 ) -> Solved:
     """Stores a weight [.., N, M] a few rows at a time.
 
     `chosen` gives the codes [R, G, B] and the settled grid of the groups [R, G, B] of some rows in float32.
+    The error is that to the `original`, where the weight is a target that was moved away from it.
     """
+    measured = (weight if original is None else original).reshape(-1, weight.shape[-1])
     lead, width = weight.shape[:-1], weight.shape[-1]
     rows = weight.reshape(-1, width)
     pieces = {
@@ -80,8 +90,9 @@ def by_rows(
                 flat[label][start : start + step] = piece
         if not scheme.nearly_exact:
             restored = scheme.dequantize(packed, width)
-            missed += float((restored - values).square().sum(dtype=torch.float64))
-            total += float(values.square().sum(dtype=torch.float64))
+            wanted = measured[start : start + step].float()
+            missed += float((restored - wanted).square().sum(dtype=torch.float64))
+            total += float(wanted.square().sum(dtype=torch.float64))
     if scheme.nearly_exact:
         return Solved(pieces)
     return Solved(pieces, math.sqrt(missed / total) if total else 0.0)

@@ -62,6 +62,13 @@ def _recipes(incomplete: str) -> list[str]:
     return [name for name in (*recipe_names(), *here) if name.startswith(incomplete)]
 
 
+def _weights(incomplete: str) -> list[str]:
+    """Names of formats and solvers; the latter are read with torch, so only when they are asked for."""
+    from ..compiler.solve.solver import SOLVERS
+
+    return [name for name in (*PRESETS, *SOLVERS) if name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Artifact = Annotated[
@@ -97,10 +104,11 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        metavar=f"<{'|'.join(PRESETS)}>",
-        autocompletion=starting(PRESETS),
-        help="How weights are stored. fp16 halves the file; on a CPU it is a storage format only, the "
-        "arithmetic stays float32. The others are group-wise integers, rounded to nearest. [default: fp32]",
+        metavar="FORMAT|SOLVER[:KEY=VALUE,..]",
+        autocompletion=_weights,
+        help="How weights are stored, such as int4 or int4:block=64, and what decides their codes, such as "
+        "gptq:bits=3,block=64. fp16 halves the file; on a CPU it is a storage format only, the arithmetic "
+        "stays float32. `einfold methods weights` lists formats and solvers. [default: fp32]",
         show_default=False,
     ),
 ]

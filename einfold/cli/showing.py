@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -24,6 +25,17 @@ from .options import (
     WeightsOption,
     recipe_options,
 )
+
+if TYPE_CHECKING:
+    from ..compiler.ir.quant.scheme import Scheme
+    from ..compiler.passes.method_text import Method
+
+
+class MethodsOf(StrEnum):
+    """What methods are for."""
+
+    cache = "cache"
+    weights = "weights"
 
 
 def inspect(
@@ -247,32 +259,65 @@ def list_passes(recipe: Path | None, options: dict[str, Any], as_json: bool) -> 
         out.print(f"   {row['what']}", style="dim")
 
 
-def methods(json: Json = False, debug: Debug = False) -> None:
-    """List the methods that --prune, --quant and --share take, each with its options."""
-    list_methods(json)
+def methods(
+    what: Annotated[
+        MethodsOf, typer.Argument(help="What they are for.", show_default=True)
+    ] = MethodsOf.cache,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the methods that --prune, --quant and --share take, or the formats and solvers that --weights
+    takes, each with its options."""
+    list_methods(json, what)
 
 
-def list_methods(as_json: bool) -> None:
-    from ..compiler.passes.cache_methods import FAMILIES
-
-    rows: list[dict[str, Any]] = [
-        {
-            "family": family,
-            "name": name,
-            "what": _first_lines(kind.what),
-            "options": kind.defaults(),
-        }
-        for family, known in FAMILIES.items()
-        for name, kind in known.items()
-    ]
+def list_methods(as_json: bool, what: MethodsOf = MethodsOf.cache) -> None:
+    rows = _of_weights() if what is MethodsOf.weights else _of_cache()
     if as_json:
-        print_json(rows)
+        print_json([{key: row[key] for key in row if key != "shown"} for row in rows])
         return
     for row in rows:
-        out.print(f"--{row['family']} {row['name']}")
+        bits = f", {row['bits']:.3f} bits a weight" if "bits" in row else ""
+        out.print(f"{row['shown']}{bits}")
         out.print(f"   {row['what']}", style="dim")
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
         out.print(f"   {options or 'no options'}", style="dim")
+
+
+def _of_cache() -> list[dict[str, Any]]:
+    from ..compiler.passes.cache_methods import FAMILIES
+
+    return [
+        _row(family, kind, kind.defaults(), f"--{family} {name}")
+        for family, known in FAMILIES.items()
+        for name, kind in known.items()
+    ]
+
+
+def _of_weights() -> list[dict[str, Any]]:
+    from ..compiler.ir.quant.scheme import PRESETS
+    from ..compiler.passes.method_text import Method
+    from ..compiler.passes.weight_methods import SOLVER_METHODS, format_options
+
+    found = []
+    for name, preset in PRESETS.items():
+        if preset.scheme is not None:
+            row = _row(
+                "format", Method(type(preset.scheme)), format_options(name), f"--weights {name}"
+            )
+            found.append(row | {"name": name, "bits": _bits(preset.scheme)})
+    solvers = SOLVER_METHODS.items()
+    return found + [_row("solver", m, m.defaults(), f"--weights {name}") for name, m in solvers]
+
+
+def _row(family: str, kind: Method, options: dict[str, Any], shown: str) -> dict[str, Any]:
+    what = _first_lines(kind.what)
+    return {"family": family, "name": kind.name, "what": what, "options": options, "shown": shown}
+
+
+def _bits(scheme: Scheme) -> float:
+    """Bits of a weight in a matrix of 4,096 by 4,096, with scales and whatever else is stored."""
+    return 8 * scheme.nbytes((4096, 4096)) / 4096**2
 
 
 def _first_lines(text: str) -> str:

@@ -82,7 +82,7 @@ def test_it_is_given_what_its_observer_found() -> None:
     table[:, 8:] = 0
     found, plain = (program(LINEAR, **{"e.weight": table}) for _ in range(2))
     scheme = Grouped(2, 32)
-    weight = found.weights["u.weight"].load()
+    weight = plain.weights["u.weight"].load()
     QuantizeWeights(scheme, solver=Clip()).run(found)
     with pytest.raises(IRError, match="asked for before calibration"):
         found.weights["u.packed"].load()
@@ -98,5 +98,5 @@ def test_it_is_given_what_its_observer_found() -> None:
 
 
 def test_an_unknown_solver_is_said_with_those_that_there_are() -> None:
-    with pytest.raises(IRError, match="unknown solver 'q'; known: clip, round_to_nearest"):
+    with pytest.raises(IRError, match="unknown solver 'q'; known: clip, gptq, round_to_nearest"):
         SOLVERS.find("q")

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...calibrate.observer import OBSERVERS
-from ...calibrate.stream import Later
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
 from ...ir.types import DTYPES
 from ...ir.weights import Weight, derive
 from ...solve.solver import SOLVERS, Solver
+from ...solve.solving import Solving
 from ..base import Pass, PassResult
 
 #: The operators over plain weights, with the arguments that are weights.
@@ -60,12 +59,11 @@ class QuantizeWeights(Pass):
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
-        # The inputs are those of the model as it is here: no weight is rounded yet.
-        observers = [OBSERVERS[name]() for name in self.solver.observes]
-        inputs = Later(program, observers) if observers else None
-        if inputs is not None:
-            program.calibrations.append(inputs)
-        store = _Store(self.solver, inputs, program, result)
+        # The original is the model as it is here: no weight is rounded yet.
+        solving = Solving(program, self.solver) if self.solver.observes else None
+        if solving is not None:
+            program.calibrations.append(solving)
+        store = _Store(self.solver, solving, program, result)
         if self.scheme.nearly_exact:
             self._every_matrix(program, store)
         else:
@@ -109,10 +107,10 @@ class _Store:
     """Stores weights on first use, and has their readers read what was stored."""
 
     def __init__(
-        self, solver: Solver, inputs: Later | None, program: Program, result: PassResult
+        self, solver: Solver, solving: Solving | None, program: Program, result: PassResult
     ) -> None:
         self.solver = solver
-        self.inputs = inputs
+        self.solving = solving
         self.program = program
         self.result = result
         self.editor = Editor(program)
@@ -178,10 +176,12 @@ class _Store:
 
     def _solved(self, name: str, weight: Weight, scheme: Scheme) -> Mapping[str, Weight]:
         pieces = scheme.pieces(weight.shape)
+        solving = self.solving
+        # Where no linear reads it, nothing is known of its inputs.
+        taken = solving if solving is not None and solving.take(name, scheme) else None
 
         def compute() -> list[Tensor]:
-            statistics = {} if self.inputs is None else self.inputs.at(name)
-            found = self.solver.solve(weight.load(), scheme, statistics)
+            found = taken.at(name) if taken else self.solver.solve(weight.load(), scheme, {})
             if found.error is not None:
                 self.result.measured[name] = found.error
             return [found.pieces[label] for label in pieces]

@@ -1,0 +1,32 @@
+"""How the inputs of a product vary together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...ir.program import Program
+from .. import sites
+from ..observer import OBSERVERS, Found, Observer
+from ..sites import Site
+
+
+@OBSERVERS.register
+class InputMoments(Observer):
+    """`moment` [M, M]: the mean of x xᵀ over the tokens, x the inputs of a linear, as a model has them whose
+    weights are partly solved; `drift` [M, M]: the mean of (o - x) xᵀ, o the inputs of the original, where
+    these are others."""
+
+    name = "input_moments"
+
+    def sites(self, program: Program) -> list[Site]:
+        return sites.weight_inputs(program)
+
+    def see(self, site: Site, *values: Any) -> Found:
+        x_TM: Tensor = values[0].flatten(0, -2)
+        found = {"moment": x_TM.T @ x_TM / len(x_TM)}
+        if len(values) > 1 and values[1] is not values[0]:
+            apart_TM = values[1].flatten(0, -2) - x_TM
+            found["drift"] = apart_TM.T @ x_TM / len(x_TM)
+        return found

@@ -1,0 +1,135 @@
+"""What a recipe may choose for weights: a format with its options, and a solver that fills it.
+
+    [weights]
+    format = "int3"
+    block = 64
+    solver = {method = "gptq", damping = 0.05}
+
+On the command line, and wherever a text stands for the table, the same is
+`gptq:bits=3,block=64,damping=0.05` or `int3:block=64,solver=gptq,damping=0.05`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..ir.options import options_of
+from ..ir.quant.scheme import PRESETS, Scheme
+from ..solve.solver import SOLVERS, Solver
+from .method_text import Method, build_at, built, split_text
+
+#: What a solver fills where no format is named.
+_FILLED = "int4"
+
+
+class _Solvers(Mapping[str, Method]):
+    def __getitem__(self, name: str) -> Method:
+        return Method(SOLVERS[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SOLVERS)
+
+    def __len__(self) -> int:
+        return len(SOLVERS)
+
+
+#: The solvers, with their options.
+SOLVER_METHODS: Mapping[str, Method] = _Solvers()
+
+
+def format_options(name: str) -> dict[str, Any]:
+    """The options of a format and their defaults: fields of its scheme, but for those that its name says."""
+    scheme = PRESETS[name].scheme
+    if scheme is None:
+        return {}
+    kin = [p.scheme for p in PRESETS.values() if type(p.scheme) is type(scheme)]
+    named = {f.name: getattr(scheme, f.name) for f in options_of(type(scheme))}
+    return {k: v for k, v in named.items() if all(getattr(each, k) == v for each in kin)}
+
+
+def scheme_of(name: str, options: Mapping[str, Any]) -> Scheme | None:
+    """A format's scheme with some of its options. Raises ValueError and RecipeError as `built` does."""
+    scheme = PRESETS[name].scheme
+    if scheme is None:
+        return None
+    made = {f.name: getattr(scheme, f.name) for f in options_of(type(scheme))} | dict(options)
+    found: Scheme = build_at("weights", Method(type(scheme)), made)
+    return found
+
+
+def solver_of(table: Mapping[str, Any]) -> Solver:
+    """The solver that a recipe's table asks for; raises as `method_text.built`."""
+    found: Solver = built("weights.solver", SOLVER_METHODS, table)
+    return found
+
+
+def read_weights(text: str) -> dict[str, Any]:
+    """The table that a text stands for: `FORMAT` or `SOLVER`, and options of both, by key and value.
+
+    Raises ValueError where it is written otherwise.
+    """
+    name, options = split_text("weights", text)
+    table: dict[str, Any] = {}
+    if name in SOLVERS:
+        options = {"solver": name, **options}
+    elif name in PRESETS:
+        table["format"] = name
+    else:
+        known = f"formats: {', '.join(PRESETS)}; solvers: {', '.join(SOLVERS)}"
+        raise ValueError(f"weights is a format or a solver, not {name[:200]!r} ({known})")
+    chosen = options.pop("solver", "")
+    solver = {"method": chosen} if chosen else {}
+    own = SOLVER_METHODS[chosen].defaults() if chosen in SOLVERS else {}
+    for key, value in options.items():
+        if key in own:
+            solver[key] = value
+        elif key == "bits" and "format" not in table and f"int{value}" in PRESETS:
+            table["format"] = f"int{value}"
+        else:
+            table[key] = value
+    return table | ({"solver": solver} if solver else {})
+
+
+def laid_over(table: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A recipe's table with what a text says over it. Options that another format had are left out."""
+    over = read_weights(text)
+    under = dict(table)
+    name = over.get("format", under.get("format", "fp32"))
+    if name != under.get("format") and name in PRESETS:
+        others = {key for known in PRESETS for key in format_options(known)}
+        gone = others - format_options(name).keys()
+        under = {key: value for key, value in under.items() if key not in gone}
+    return under | over
+
+
+def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of a recipe with every option of its format and solver. `keys` are those of any format, with
+    their defaults.
+
+    Raises ValueError and RecipeError with a sentence for what is wrong in it.
+    """
+    found = {**keys, **table}
+    if found["solver"] is not None and "format" not in table:
+        found["format"] = _FILLED
+    name = found["format"]
+    if name not in PRESETS:
+        return found  # refused where it is read
+    known = format_options(name)
+    for key in table:
+        if key not in known and key not in keys:
+            takes = f"takes {', '.join(known)}" if known else "has no options"
+            raise ValueError(f"weights has an unknown key {key[:200]!r}; {name} {takes}")
+    scheme = scheme_of(name, {key: value for key, value in table.items() if key in known})
+    found |= {key: getattr(scheme, key) for key in known}
+    if isinstance(found["solver"], str):
+        found["solver"] = {"method": found["solver"]}
+    if isinstance(found["solver"], Mapping):
+        solver = solver_of(found["solver"])
+        if scheme is None or scheme.nearly_exact:
+            raise ValueError(f"weights.solver {solver.name} chooses codes, and {name} has none")
+        if reason := solver.refuses(scheme):
+            raise ValueError(f"weights.solver: {reason}")
+        options = {f.name: getattr(solver, f.name) for f in options_of(type(solver))}
+        found["solver"] = {"method": solver.name, **options}
+    return found
