@@ -39,6 +39,9 @@ Tell = Callable[[str, float], None]
 #: How many times as much as at the least may be needed to go on, for it to be written.
 _NARROW = 1.5
 
+#: Seconds of work after which the time that is left can be told.
+_TOLD = 5.0
+
 _PROGRESS = "progress.pt"
 _LOCK = "lock"
 
@@ -110,8 +113,15 @@ def _sources(site: Site) -> list[fx.Node]:
 class Stream:
     """The sites of a program at which observers look, and one reading of a sample."""
 
-    def __init__(self, program: Program, observers: Sequence[Observer], every: float = 0.0) -> None:
-        """`every`: seconds at least between two states of the run that are kept, to go on behind."""
+    def __init__(
+        self,
+        program: Program,
+        observers: Sequence[Observer],
+        every: float = 0.0,
+        doing: str = "measuring the model",
+    ) -> None:
+        """`every`: seconds at least between two states of the run that are kept, to go on behind. `doing`:
+        what progress is told of."""
         self._sites: dict[str, Site] = {}
         self._observers: dict[str, list[Observer]] = {}
         for observer in observers:
@@ -125,6 +135,7 @@ class Stream:
         self._folder: Path | None = None
         self._tell: Tell = lambda text, share: None
         self._every, self._kept, self._narrow = every, 0.0, math.inf
+        self._doing = doing
         self._found: dict[str, Found] = {}
 
     def _shown(self, copies: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, str]:
@@ -163,6 +174,7 @@ class Stream:
                     if stack.enter_context(lock(folder / _LOCK)):
                         self._folder = folder
             resume = None if folder is None else self._resumed(folder)
+            self._started, self._before = time.monotonic(), len(self._found)
             if len(self._found) < len(self._ends):
                 instead = {
                     node: partial(self._attention if site.product is None else self._product, name)
@@ -180,8 +192,16 @@ class Stream:
                         (self._folder / _PROGRESS).unlink(missing_ok=True)
         return self._found
 
+    def _left(self) -> str:
+        """How long it will take, once that can be said."""
+        done, used = len(self._found) - self._before, time.monotonic() - self._started
+        if done < 5 or used < _TOLD:
+            return ""
+        left = used / done * (len(self._ends) - len(self._found))
+        return f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
+
     def _begin(self, name: str, *values: Any) -> None:
-        self._tell("measuring the model", len(self._found) / len(self._ends))
+        self._tell(self._doing + self._left(), len(self._found) / len(self._ends))
         for (what, _), x in zip(self._sites[name].values, values, strict=False):
             if not bool(torch.isfinite(x).all()):
                 raise CalibrationError(

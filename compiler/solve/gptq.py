@@ -29,7 +29,9 @@ class GPTQ(Solver):
     chosen before, by the weights as they are. Inputs are those of the model whose weights were solved before.
 
     damping: added to the moments' diagonal, as a share of its mean; raised where that is not enough.
-    drift: how far the target moves to what makes up for the inputs' own errors, 0 (GPTQ) to 1 (GPTAQ).
+    drift: how far the target moves to what makes up for the inputs' own errors, 0 (GPTQ) to 1 (GPTAQ). On
+    few tokens the whole way fits their noise: on SmolLM2-135M in 4 bits and 4,096 tokens, KL is 0.151 with 0,
+    0.142 with 0.5, 0.182 with 1.
 
     Source: Frantar et al. 2022 (section 3), with the static groups of its reference code; the drift from
     GPTAQ (Li et al. 2025). Different from it: the target is moved once, by least squares, before columns are
@@ -37,7 +39,7 @@ class GPTQ(Solver):
     """
 
     damping: float = 0.01
-    drift: float = 1.0
+    drift: float = 0.5
 
     name = "gptq"
     observes = ("input_moments",)

@@ -76,7 +76,7 @@ class Solving:
         assert self._program is not None
         if self._schemes:
             observer = _Solve(self._products, self._schemes, self._solver)
-            stream = Stream(self._program, [observer], _EVERY)
+            stream = Stream(self._program, [observer], _EVERY, "solving weights")
             sample = torch.cat((tokens_BS, tokens_BS)) if self._solver.follows else tokens_BS
             found = stream.over(sample, self._folder(tokens_BS), tell)
             self._solved = {name: _solved(each) for name, each in found.items()}

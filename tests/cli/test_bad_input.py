@@ -125,8 +125,13 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", tmp_path / "r.toml"
     for text, says in (
         ("speed = 9\n", "unknown key 'speed'"),
-        ("[weights]\nbits = 4\n", "unknown key 'weights.bits'"),
-        ('[weights]\nformat = "int5"\n', "weights.format"),
+        ("[weights]\nbits = 4\n", "weights has an unknown key 'bits'; fp32 has no options"),
+        ('[weights]\nformat = "int99"\n', "weights.format"),
+        ('weights = "int4:blocks=64"\n', "weights has an unknown key 'blocks'; int4 takes block"),
+        ('weights = "int4:block=17"\n', "weights: the block must be"),
+        ('weights = "nothing"\n', "weights is a format or a solver, not 'nothing'"),
+        ('weights = "gptq:format=fp16"\n', "weights.solver gptq chooses codes, and fp16 has none"),
+        ('weights = "gptq:damping=much"\n', "weights.solver.damping"),
         ("[weights\n", "not valid TOML"),
         ("context = 1\n", "context"),
         ('cache = "int8"\n', "cache is a table, [cache], not 'int8'"),

@@ -101,9 +101,9 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("family", "written", "says"),
     [
         ("--prune", "snip", "cache.prune.method is one of"),
-        ("--prune", "streaming_llm:recent", "written METHOD:key=value"),
+        ("--prune", "streaming_llm:recent", "written NAME:key=value"),
         ("--prune", "streaming_llm:recent=4,recent=5", "each key once"),
-        ("--prune", "streaming_llm:", "written METHOD:key=value"),
+        ("--prune", "streaming_llm:", "written NAME:key=value"),
         ("--prune", "streaming_llm:recent=many", "cache.prune.recent"),
         ("--prune", "streaming_llm:heads=3", "unknown key 'heads'; streaming_llm takes sinks"),
         ("--quant", "streaming_llm", "cache.quant.method is one of"),

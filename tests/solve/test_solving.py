@@ -1,0 +1,141 @@
+"""Weights that are solved along a text: what each solver is shown, and runs that were interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from einfold.compiler.ir.kept import cache_home
+from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.quant.scheme import Scheme
+from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
+from einfold.compiler.solve import solving
+from einfold.compiler.solve.gptq import GPTQ
+from einfold.compiler.solve.round_to_nearest import RoundToNearest
+from einfold.compiler.solve.solver import Solved
+
+from ..calibrate.common import BODY, TEXT
+from ..programs import program
+
+#: A second linear behind the attention, so that one is solved behind another.
+TWO = BODY.replace(
+    "weight @w.weight : f32[16, 16]",
+    "weight @w.weight : f32[16, 16]\n    weight @u.weight : f32[16, 16]",
+).replace(
+    "    call %r = einfold.select_rows(%f, %rows)",
+    '    read %u "u.weight" : f32[16, 16]\n'
+    "    call %g = einfold.linear(%f, %u, none) : f32[B, S, 16]\n"
+    "    call %r = einfold.select_rows(%g, %rows)",
+)
+SCHEME = Grouped(2, 16)
+
+
+@dataclass(frozen=True)
+class Seen(GPTQ):
+    """GPTQ that tells what it was shown, and may be stopped."""
+
+    shown: ClassVar[list[dict[str, Tensor]]] = []
+    stop: ClassVar[int] = 100
+
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
+        if len(self.shown) == Seen.stop:
+            raise KeyboardInterrupt
+        self.shown.append(dict(statistics))
+        return super().solve(weight, scheme, statistics)
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(solving, "_EVERY", 0.0)
+    monkeypatch.setattr(Seen, "stop", 100)
+    Seen.shown.clear()
+
+
+def solved(text: Tensor = TEXT, solver: GPTQ | None = None) -> tuple[Program, dict[str, Tensor]]:
+    found = program(TWO)
+    QuantizeWeights(SCHEME, solver=solver or Seen()).run(found)
+    (calibration,) = found.calibrations
+    calibration.run(text)
+    return found, {name: found.weights[name].load() for name in found.weights}
+
+
+def inputs_of_u(found: Program, weight_NM: Tensor) -> Tensor:
+    """The inputs of the second linear, where the first has this weight."""
+    from einfold.compiler.calibrate.observers.input_moments import InputMoments
+    from einfold.compiler.calibrate.stream import stream
+    from einfold.compiler.ir.weights import Weight
+
+    found.weights.restore({"w.weight": Weight.of(weight_NM)})
+    return stream(found, TEXT, [InputMoments()])["u.weight"]["moment"]
+
+
+def test_a_weight_is_solved_on_the_inputs_that_stored_weights_give() -> None:
+    _, pieces = solved()
+    first, second, head = Seen.shown
+    assert float(first["drift"].abs().max()) == 0
+    assert float(second["drift"].abs().max()) > 0
+    stored = SCHEME.dequantize({n: pieces[f"w.{n}"] for n in ("packed", "scales")}, 16)
+    torch.testing.assert_close(second["moment"], inputs_of_u(program(TWO), stored))
+    original = inputs_of_u(program(TWO), program(TWO).weights["w.weight"].load())
+    assert float((second["moment"] - original).norm() / original.norm()) > 0.01
+    assert head["moment"].shape == (16, 16)
+
+
+def test_the_head_sees_every_token() -> None:
+    solved()
+    assert int(torch.linalg.matrix_rank(Seen.shown[-1]["moment"])) > 1  # that of one token is 1
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "other"))
+    _, want = solved()
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
+    Seen.shown.clear()
+    monkeypatch.setattr(Seen, "stop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        solved()
+    monkeypatch.setattr(Seen, "stop", 100)
+    _, got = solved()
+    assert len(Seen.shown) == 3  # nothing was solved twice
+    assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_what_was_solved_is_found_again_and_only_for_the_same() -> None:
+    _, first = solved()
+    _, again = solved()
+    assert len(Seen.shown) == 3 and all(torch.equal(first[n], again[n]) for n in first)
+    solved(solver=Seen(damping=0.1))
+    assert len(Seen.shown) == 6
+    solved(text=(TEXT + 1) % 11)
+    assert len(Seen.shown) == 9
+
+
+def test_a_damaged_file_is_solved_again() -> None:
+    _, first = solved()
+    (folder,) = (cache_home() / "solved").iterdir()
+    (folder / "u.weight.pt").write_bytes(b"nothing")
+    _, again = solved()
+    assert len(Seen.shown) > 3 and all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_few_models_are_kept() -> None:
+    for damping in range(6):
+        solved(solver=Seen(damping=0.01 + damping))
+    assert len([*(cache_home() / "solved").iterdir()]) == 4
+
+
+def test_without_a_text_nothing_is_kept_or_read() -> None:
+    found = program(TWO)
+    QuantizeWeights(SCHEME, solver=RoundToNearest()).run(found)
+    assert not found.calibrations
