@@ -56,10 +56,12 @@ class WeightsSection(_Section):
     """How weights are stored."""
 
     format: Annotated[str, Choices(lambda: PRESETS)] = "fp32"
-    block: int = 32
-    """Weights that share a scale, along the input axis."""
-    symmetric: bool = True
-    """Whether the range of the codes is centred on zero; otherwise each scale has a zero point beside it."""
+    block: int | None = None
+    """Weights that share a scale, along the input axis, or 0 for a whole row. Without it the format's own: 32
+    for integers. Formats that fix it leave this aside."""
+    symmetric: bool | None = None
+    """Whether the range of integers is centred on zero, as without it; otherwise each scale has a zero point
+    beside it."""
     head: Annotated[str, Choices(lambda: ("same", *_for_heads()))] = "int8"
     """Storage of the output head, and of an embedding that shares its weight, in int formats."""
     embedding: bool = True
@@ -89,12 +91,11 @@ class WeightsSection(_Section):
         return [QuantizeWeights(scheme, head, embedding=self.embedding)]
 
     def _scheme(self, name: str) -> Scheme | None:
-        scheme, options = (
-            PRESETS.find(name).scheme,
-            {"block": self.block, "symmetric": self.symmetric},
-        )
+        scheme = PRESETS.find(name).scheme
         if scheme is None:
             return None
+        asked = {"block": self.block, "symmetric": self.symmetric}
+        options = {option: value for option, value in asked.items() if value is not None}
         check_options("weights", lambda: scheme.adapted(**options))
         return scheme.adapted(**options)
 
@@ -287,6 +288,12 @@ class Recipe(_Section):
     def _for_target(self) -> list[Pass]:
         """What the target needs of the weights."""
         return self.made_for.weight_passes(self.weights.preset.scheme)
+
+    def remarks(self) -> list[str]:
+        """What the target says of the weights' schemes."""
+        steps = (step for step in self.weight_passes() if isinstance(step, QuantizeWeights))
+        schemes = {scheme: None for step in steps for scheme in (step.scheme, step.head) if scheme}
+        return [said for scheme in schemes if (said := self.made_for.remark(scheme))]
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""

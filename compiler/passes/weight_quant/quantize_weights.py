@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ....errors import ModelError
 from ...calibrate.observer import OBSERVERS
 from ...calibrate.stream import Later
 from ...ir.ops import einfold_ops
@@ -135,15 +136,16 @@ class _Store:
             return
         target = getattr(einfold_ops, scheme.operators[kind]).default
         with self.editor.before(node):
-            known: dict[str, Any] = {_stem(name): value for name, value in found.items()}
+            known: dict[str, Any] = {**vars(scheme)}  # a piece may be called like an option
+            known |= {_stem(name): value for name, value in found.items()}
             for name, (_, names) in stored.items():
                 prefix = f"{_stem(name)}_" if len(stored) > 1 else ""
                 pieces = {label: self.editor.read(n) for label, n in names.items()}
                 known |= {prefix + label: piece for label, piece in pieces.items()}
                 known[f"{prefix}pieces"] = list(pieces.values())
                 shape = tuple(reads[name].meta["val"].shape)
-                known |= {"width": shape[-1], "shape": list(shape), "scheme": str(scheme)}
-            known |= vars(scheme)
+                known |= {"width": shape[-1], "scheme": str(scheme)}
+                known |= {"shape": list(shape), f"{prefix}shape": list(shape)}
             arguments = [known.get(_stem(a.name)) for a in target._schema.arguments]
             new = self.editor.call(target, *arguments)
         self.editor.replace(node, new)
@@ -181,7 +183,13 @@ class _Store:
 
         def compute() -> list[Tensor]:
             statistics = {} if self.inputs is None else self.inputs.at(name)
-            found = self.solver.solve(weight.load(), scheme, statistics)
+            values = weight.load()
+            if not (scheme.nearly_exact or bool(values.isfinite().all())):
+                raise ModelError(
+                    f"the weight {name} has numbers that are infinite or none at all (NaN), which no scale "
+                    "can stand for; get the model anew, or keep weights as they come (format fp32)"
+                )
+            found = self.solver.solve(values, scheme, statistics)
             if found.error is not None:
                 self.result.measured[name] = found.error
             return [found.pieces[label] for label in pieces]
