@@ -126,7 +126,7 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
     for text, says in (
         ("speed = 9\n", "unknown key 'speed'"),
         ("[weights]\nbits = 4\n", "unknown key 'weights.bits'"),
-        ('[weights]\nformat = "int5"\n', "weights.format"),
+        ('[weights]\nformat = "int7"\n', "weights.format"),
         ("[weights\n", "not valid TOML"),
         ("context = 1\n", "context"),
         ('cache = "int8"\n', "cache is a table, [cache], not 'int8'"),
