@@ -417,7 +417,7 @@ def compile_to(
             tokenizer = tokens.save_tokenizer(model.source, model.tokenizer, folder)
         manifest = _manifest(model, program, recipe, folder, digest, parameters, weights.nbytes)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
-        report.notes = model.notes
+        report.notes = [*model.notes, *recipe.remarks()]
         if check is not None:
             with clock.phase("check"):
                 tell("checking against the reference", 0.0)

@@ -313,6 +313,12 @@ class Recipe(_Section):
         """What the target needs of the weights."""
         return self.made_for.weight_passes(self.weights.scheme)
 
+    def remarks(self) -> list[str]:
+        """What the target says of the weights' schemes."""
+        steps = (step for step in self.weight_passes() if isinstance(step, QuantizeWeights))
+        schemes = {scheme: None for step in steps for scheme in (step.scheme, step.head) if scheme}
+        return [said for scheme in schemes if (said := self.made_for.remark(scheme))]
+
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""
         return self.cache.passes()

@@ -88,6 +88,11 @@ class Target(BaseModel):
         """What it needs of weights that are stored so; runs behind the passes that the recipe asks for."""
         return []
 
+    def remark(self, scheme: Scheme) -> str:
+        """What a person should know of weights that are stored so, such as that no kernel reads them; ""
+        where there is nothing to say."""
+        return ""
+
     def exact(self, scheme: Scheme | None) -> bool:
         """Whether products with weights that are stored so are computed in float32."""
         return True

@@ -36,7 +36,8 @@ class HQQ(Solver):
     name = "hqq"
 
     def refuses(self, scheme: Scheme) -> str:
-        if not scheme.by_itself or "scales" not in scheme.grid(torch.ones(1, 1, 16)):
+        free = scheme.grid(torch.ones(1, 1, 16)).keys() - scheme.shared
+        if not scheme.by_itself or "scales" not in free:
             return f"hqq moves the scales of groups, and {scheme.name} has none that a group may choose"
         return ""
 

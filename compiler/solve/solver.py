@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...errors import ModelError
 from ..ir.quant.scheme import Scheme
 from ..ir.record_text import show
 from ..ir.registry import Registry
@@ -53,6 +54,16 @@ class Solver:
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
+
+
+def finite(name: str, weight: Tensor, scheme: Scheme) -> Tensor:
+    """The weight, to be stored in a scheme. Raises ModelError where no scale can stand for its numbers."""
+    if not (scheme.nearly_exact or bool(weight.isfinite().all())):
+        raise ModelError(
+            f"the weight {name} has numbers that are infinite or none at all (NaN), which no scale can stand "
+            "for; get the model anew, or keep weights as they come (format fp32)"
+        )
+    return weight
 
 
 def by_rows(

@@ -30,7 +30,7 @@ from ..ir.kept import cache_home
 from ..ir.printer import print_program
 from ..ir.program import Program
 from ..ir.quant.scheme import Scheme
-from .solver import Solved, Solver
+from .solver import Solved, Solver, finite
 
 #: Seconds between two states that are kept: a state is tens of megabytes.
 _EVERY = 20.0
@@ -123,6 +123,7 @@ class _Solve(Observer):
         for observer in self._observers:
             found |= observer.see(self._site, own, x)
         scheme = self._schemes[self._site.name]
+        finite(self._site.name, weight_NM, scheme)
         solved = self._solver.solve(weight_NM, scheme, found)
         error = torch.tensor(float("nan") if solved.error is None else solved.error)
         self._seen = solved.pieces | {_ERROR: error.double()}

@@ -19,6 +19,8 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     "int8": ({"weights": {"format": "int8"}}, False),
     "int4": ({"weights": {"format": "int4"}}, False),
     "int2": ({"weights": {"format": "int2"}}, False),
+    "int6": ({"weights": {"format": "int6"}}, False),
+    "mxfp4": ({"weights": {"format": "mxfp4", "head": "same"}}, False),
     "int4, standard operators": ({"weights": {"format": "int4"}}, True),
 }
 

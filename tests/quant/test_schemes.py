@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from einfold.compiler.ir.quant.scheme import PRESETS, SCHEMES, Scheme, read_scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.qlora import NF4
+from einfold.compiler.ir.quant.schemes.small_floats import FP6, FP8
+from einfold.compiler.ir.quant.schemes.ternary import Ternary
 from einfold.errors import IRError
 
 from . import common
@@ -17,12 +21,21 @@ OWN: list[Scheme] = [
     Grouped(4, 16, symmetric=False),
     Grouped(8, 64, symmetric=False),
     Grouped(2, 32, symmetric=False),
+    Grouped(2, 16, symmetric=False, scales="f16"),
+    Grouped(3, 16, symmetric=False, scales="q8"),
+    Grouped(4, 0, scales="q8"),
+    Grouped(6, 32, symmetric=False, scales="f16"),
+    Grouped(5, 16),
+    FP6(mantissa=2, block=32),
+    Ternary(block=64),
 ]
 
 
 def test_every_scheme_is_tried() -> None:
     assert {type(scheme) for scheme in OWN} == set(SCHEMES.values())
-    assert list(PRESETS) == ["fp32", "fp16", "int8", "int4", "int2"]
+    integers = ["int8", "int6", "int5", "int4", "int3", "int2"]
+    others = ["fp4", "fp6", "fp8", "mxfp4", "nf4", "nvfp4", "ternary"]
+    assert list(PRESETS) == ["fp32", "fp16", *integers, *others]
 
 
 @pytest.mark.parametrize("scheme", OWN, ids=str)
@@ -36,7 +49,7 @@ def test_text_bytes_and_graph(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", OWN, ids=str)
 def test_onnx(scheme: Scheme, flavour: str, tmp_path: Path) -> None:
     reason = common.check_onnx(scheme, flavour, tmp_path)
-    two_bits = isinstance(scheme, Grouped) and scheme.bits == 2
+    two_bits = "quantized_linear" in scheme.operators.values() and scheme.adapted(bits=2) == scheme
     assert ("no 2-bit weights" in reason) == (two_bits and flavour == "portable")
     assert not reason or two_bits or "odd number of groups" in reason
 
@@ -46,10 +59,22 @@ def test_recipe(name: str) -> None:
     common.check_recipe(PRESETS[name])
 
 
-@pytest.mark.parametrize("options", [{"bits": 3}, {"block": 48}, {"block": 8}])
-def test_impossible_options(options: dict[str, int]) -> None:
-    with pytest.raises(IRError):
-        Grouped(**options)
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (Grouped, {"bits": 7}, "have 2, 3, 4, 5, 6, 8 bits, not 7"),
+        (Grouped, {"block": 48}, "power of two, 16 or more, or 0 for whole rows, not 48"),
+        (Grouped, {"block": 8}, "not 8"),
+        (Grouped, {"scales": "f8"}, "in f32, f16, q8, not in 'f8'"),
+        (NF4, {"block": 48}, "power of two"),
+        (FP8, {"block": -16}, "power of two"),
+        (FP6, {"mantissa": 4}, "2 or 3 bits of mantissa, not 4"),
+        (Ternary, {"block": 16}, "power of two, 32 or more"),
+    ],
+)
+def test_impossible_options(kind: type[Scheme], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(IRError, match=says):
+        kind(**options)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Ternary(Scheme):
 
     group: int = 8
 
-    name = "ternary"
+    name = "toy_trits"
 
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
         lead, groups = shape[:-1], -(-shape[-1] // self.group)
@@ -89,13 +89,15 @@ def test_recipe() -> None:
 
 def test_pieces_are_read_as_they_are_stored_or_widened() -> None:
     found: Program = common.stored(Ternary())
-    told = [call for call in calls(found) if '"ternary(group=8)", [600, 40])' in call]
+    told = [call for call in calls(found) if '"toy_trits(group=8)", [600, 40])' in call]
     assert [call.partition("(")[0] for call in told] == [
         "einfold.stored_embedding",
         "einfold.stored_linear",
     ]  # head and embedding share
-    wide = [call for call in calls(found) if call.startswith("einfold.dequantize")]
-    assert len(wide) == 2  # of the experts
+    assert [call.partition("(")[0] for call in calls(found) if "experts" in call] == [
+        "einfold.stored_experts"
+    ]
+    assert not any(call.startswith("einfold.dequantize") for call in calls(found))
     assert found.weights["e.trits"].dtype == torch.uint8
 
 
@@ -103,14 +105,14 @@ def test_pieces_that_are_none_of_the_scheme_are_refused() -> None:
     wrong = [torch.zeros(2, 1, 2, dtype=torch.uint8), torch.zeros(2, 1)]
     with pytest.raises(IRError, match="has other pieces than these"):
         torch.ops.einfold.dequantize(
-            [piece.to("meta") for piece in wrong], "ternary(group=8)", [2, 8]
+            [piece.to("meta") for piece in wrong], "toy_trits(group=8)", [2, 8]
         )
 
 
 def test_without_registration_it_is_unknown() -> None:
-    del SCHEMES._found["ternary"]
+    del SCHEMES._found["toy_trits"]
     try:
-        with pytest.raises(IRError, match="unknown weight scheme 'ternary"):
-            read_scheme("ternary(group=8)")
+        with pytest.raises(IRError, match="unknown weight scheme 'toy_trits"):
+            read_scheme("toy_trits(group=8)")
     finally:
         SCHEMES.register(Ternary)

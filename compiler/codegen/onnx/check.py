@@ -44,7 +44,7 @@ _DOMAINS = {
 NODES, DEPTH, RANK = 200_000, 2, 8
 
 #: Bytes of an element by ONNX's number of its type; one of 4 bits is half.
-_ITEM = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 21: 0.5, 22: 0.5}
+_ITEM = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 21: 0.5, 22: 0.5}
 
 
 def check_onnx(raw: bytes, weights: str, size: int) -> None:

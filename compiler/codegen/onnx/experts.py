@@ -38,7 +38,7 @@ def experts(context: Context, node: fx.Node) -> ir.Value:
 
     gate_up = project(found["gate_up_ENM"], found["gate_up_bias_EN"])
     down = project(found["down_EMI"], found["down_bias_EM"])
-    return _route(context, found, int(found["gate_up_ENM"].meta["val"].shape[0]), gate_up, down)
+    return route(context, found, int(found["gate_up_ENM"].meta["val"].shape[0]), gate_up, down)
 
 
 @lowering(einfold_ops.quantized_experts.default)
@@ -48,7 +48,7 @@ def quantized_experts(context: Context, node: fx.Node) -> ir.Value:
     inner = int(found["gate_up_packed"].meta["val"].shape[1]) // 2
     gate_up = _quantized_project(context, node, "gate_up", hidden)
     down = _quantized_project(context, node, "down", inner)
-    return _route(context, found, int(found["gate_up_packed"].meta["val"].shape[0]), gate_up, down)
+    return route(context, found, int(found["gate_up_packed"].meta["val"].shape[0]), gate_up, down)
 
 
 def _quantized_project(context: Context, node: fx.Node, part: str, width: int) -> Project:
@@ -120,9 +120,10 @@ def _bias(context: Context, bias: Any, expert: int) -> ir.Value | None:
     return None if bias is None else expert_slice(context, bias, expert)
 
 
-def _route(
+def route(
     context: Context, found: dict[str, Any], count: int, gate_up: Project, down: Project
 ) -> ir.Value:
+    """The sum over experts of what each gives for its rows, by its products `gate_up` and `down`."""
     builder = context.builder
     x, index, weight = (context.value(found[key]) for key in ("x_TM", "index_TJ", "weight_TJ"))
     out = builder.op("Mul", x, builder.floats(0.0))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor, fx
+from torch import fx
 
 from ...ir.ops import einfold_ops
-from ...ir.ops.quantized import StoredEmbedding, meaning_of_pieces
 from .builder import CONTRIB
 from .einfold_ops import product
-from .fallback import lower_by_torch
 from .lowerings import Context, lowering, unsupported
 
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -155,7 +151,7 @@ def _gathered(context: Context, node: fx.Node) -> ir.Value:
     rows = builder.op(
         "Gather", builder.weight(name), context.value(ids), axis=0
     )  # [B, S, G, bytes]
-    codes = builder.reshape(_unpacked(context, rows, bits), [0, 0, groups, block])
+    codes = builder.reshape(unpacked(context, rows, bits), [0, 0, groups, block])
     scale = builder.op(
         "Unsqueeze",
         builder.op("Gather", context.value(scales), context.value(ids), axis=0),
@@ -167,7 +163,7 @@ def _gathered(context: Context, node: fx.Node) -> ir.Value:
         zero_rows = builder.op(
             "Gather", builder.weight(context.weight_name(zeros)), context.value(ids), axis=0
         )
-        whole = builder.reshape(_unpacked(context, zero_rows, bits), [0, 0, -1])
+        whole = builder.reshape(unpacked(context, zero_rows, bits), [0, 0, -1])
         cut = builder.op("Slice", whole, builder.ints(0), builder.ints(groups), builder.ints(2))
         offset = builder.op("Unsqueeze", cut, builder.ints(-1))
     values = builder.op("Mul", builder.op("Sub", codes, offset), scale)
@@ -177,38 +173,7 @@ def _gathered(context: Context, node: fx.Node) -> ir.Value:
     return builder.op("Slice", flat, builder.ints(0), builder.ints(width), builder.ints(2))
 
 
-@lowering(einfold_ops.stored_linear.default)
-def stored_linear(context: Context, node: fx.Node) -> ir.Value:
-    """A scheme that no operator reads: the weight that it means, in standard operators, and a product."""
-    found = context.arguments(node)
-    weight = lower_by_torch(context, node, _stored_weight)
-    assert isinstance(weight, ir.Value)
-    return product(context, found["x"], weight, context.optional(found["bias"]), node)
-
-
-def _stored_weight(
-    x: Tensor, pieces: Sequence[Tensor], bias: Tensor | None, scheme: str, shape: Sequence[int]
-) -> Tensor:
-    return meaning_of_pieces(pieces, scheme, shape)
-
-
-@lowering(einfold_ops.stored_embedding.default)
-def stored_embedding(context: Context, node: fx.Node) -> ir.Value:
-    """Gathers the rows' pieces, then unpacks those alone."""
-    found = lower_by_torch(context, node, StoredEmbedding.standing_in(StoredEmbedding.run))
-    assert isinstance(found, ir.Value)
-    return found
-
-
-@lowering(einfold_ops.dequantize.default)
-def dequantize(context: Context, node: fx.Node) -> ir.Value:
-    """A scheme that no operator reads: its meaning in torch, in standard operators."""
-    found = lower_by_torch(context, node, meaning_of_pieces)
-    assert isinstance(found, ir.Value)
-    return found
-
-
-def _unpacked(context: Context, packed: ir.Value, bits: int) -> ir.Value:
+def unpacked(context: Context, packed: ir.Value, bits: int) -> ir.Value:
     """uint8 with several codes a byte, low bits first, as float32 with a new last axis."""
     builder = context.builder
     if bits == 8:

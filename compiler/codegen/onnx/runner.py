@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,12 +77,22 @@ def open_session(
     except ArtifactError as error:
         raise ArtifactError(f"{path} is not used: {error}") from error
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises several unrelated classes
         pass_on(error)
         raise ArtifactError(
             f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}"
         ) from error
+    _give_back()
+    return session
+
+
+def _give_back() -> None:
+    """Gives back what onnxruntime let go of while it loaded, which the C library keeps otherwise: 270 MB
+    where 100 million 3-bit codes were brought into 4 bits."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:  # glibc
+        trim(0)
 
 
 class OnnxRunner:

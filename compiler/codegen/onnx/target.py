@@ -77,6 +77,11 @@ class Onnx(Target):
             return []
         return [ExplicitZeros()]  # standard operators know no implied zero point
 
+    def remark(self, scheme: Scheme) -> str:
+        from .kernels import remark
+
+        return remark(scheme, self.accuracy_level != 4, self.flavour)
+
     def exact(self, scheme: Scheme | None) -> bool:
         rounded = scheme is not None and bool(scheme.operators)
         return self.portable or not rounded or self.accuracy_level != 4
@@ -94,7 +99,7 @@ class Onnx(Target):
     def held(self, program: Program) -> Held:
         from .account import held
 
-        return held(program)
+        return held(program, self.accuracy_level != 4, self.flavour)
 
     def write(
         self,

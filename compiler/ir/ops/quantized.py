@@ -207,3 +207,45 @@ class QuantizedExperts(Operator):
         of_expert = (packed[expert], scales[expert], pick(zeros, expert))
         out = rows @ dequantize_groups(*of_expert, self.bits, self.block, rows.shape[-1]).T
         return out if bias is None else out + bias[expert]
+
+
+@OPERATORS.register
+@dataclass(eq=False)
+class StoredExperts(Operator):
+    """`Experts` over pieces in a scheme, stacked along a leading axis E: only experts that a token chose are
+    widened, one at a time.
+
+    `gate_up_shape` is [E, N, M] and `down_shape` [E, M, I].
+    """
+
+    name = "stored_experts"
+
+    x_TM: Tensor
+    index_TJ: Tensor
+    weight_TJ: Tensor
+    gate_up_pieces: Sequence[Tensor]
+    gate_up_bias: Tensor | None
+    down_pieces: Sequence[Tensor]
+    down_bias: Tensor | None
+    kind: str
+    alpha: float
+    limit: float
+    scheme: str
+    gate_up_shape: Sequence[int]
+    down_shape: Sequence[int]
+
+    def run(self) -> Tensor:
+        return route(self.x_TM, self.index_TJ, self.weight_TJ, self._mlp)
+
+    def _mlp(self, expert: int, rows: Tensor) -> Tensor:
+        weight = self._weight(expert, self.gate_up_pieces, self.gate_up_shape)
+        bias = pick(self.gate_up_bias, expert)
+        gate, up = functional.linear(rows, weight, bias).chunk(2, dim=-1)
+        hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
+        weight = self._weight(expert, self.down_pieces, self.down_shape)
+        return functional.linear(hidden, weight, pick(self.down_bias, expert))
+
+    def _weight(self, expert: int, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        kind = read_scheme(self.scheme)
+        named = dict(zip(kind.pieces(tuple(shape)), pieces, strict=True))
+        return kind.dequantize(kind.chosen(named, expert), shape[-1])

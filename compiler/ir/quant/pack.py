@@ -7,7 +7,8 @@ s one scale and z one zero point a group; without zero points z = 2^(b-1).
     scales  float   [N, G]
     zeros   uint8   [N, ceil(G * b / 8)]      packed in the same way, or None
 This is byte for byte what onnxruntime's MatMulNBits reads, and, seen as [N, M], what ONNX's
-DequantizeLinear with `block_size` reads, so weights go to a file as they are.
+DequantizeLinear with `block_size` reads, so weights go to a file as they are. Codes of 3, 5 and 6 bits lie in
+two such planes: q = 2^l * high + low, with l low bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+#: The smallest number above zero of float16, and the largest.
+_HALF = (2.0**-24, 65504.0)
+
+
+def grouped(rows: Tensor, block: int) -> Tensor:
+    """The last axis cut into groups of `block` numbers, padded with zeros."""
+    groups: Tensor = functional.pad(rows, (0, -rows.shape[-1] % block)).unflatten(-1, (-1, block))
+    return groups
+
+
+def float16_scales(scales: Tensor) -> Tensor:
+    """Scales as float16 holds them, in float32: with their sign, and neither zero nor infinite."""
+    size = scales.abs().clamp(*_HALF).half().float()
+    return torch.where(scales < 0, -size, size)
+
+
+def pack_planes(
+    codes: Tensor, high_bits: int, low_bits: int, names: tuple[str, str]
+) -> dict[str, Tensor]:
+    """Codes packed by `pack_bits`: the high bits, and beside them the low ones where there are some."""
+    if not low_bits:
+        return {names[0]: pack_bits(codes, high_bits)}
+    codes = codes.to(torch.uint8)
+    low = pack_bits(codes & ((1 << low_bits) - 1), low_bits)
+    return {names[0]: pack_bits(codes >> low_bits, high_bits), names[1]: low}
+
+
+def unpack_planes(high: Tensor, low: Tensor, high_bits: int, low_bits: int, count: int) -> Tensor:
+    """The inverse of `pack_planes` for codes in two planes."""
+    shifted = unpack_bits(high, high_bits, count) << low_bits
+    return shifted | unpack_bits(low, low_bits, count)
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

@@ -35,6 +35,7 @@ class Scheme:
 
     operators: ClassVar[Mapping[str, str]] = {
         "linear": "stored_linear",
+        "experts": "stored_experts",
         "embedding": "stored_embedding",
     }
     """Operators that read the pieces as they are, by the operator over a plain weight that each stands for.

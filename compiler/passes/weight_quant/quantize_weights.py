@@ -15,7 +15,7 @@ from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
 from ...ir.types import DTYPES
 from ...ir.weights import Weight, derive
-from ...solve.solver import SOLVERS, Solver
+from ...solve.solver import SOLVERS, Solver, finite
 from ...solve.solving import Solving
 from ..base import Pass, PassResult
 
@@ -133,15 +133,16 @@ class _Store:
             return
         target = getattr(einfold_ops, scheme.operators[kind]).default
         with self.editor.before(node):
-            known: dict[str, Any] = {_stem(name): value for name, value in found.items()}
+            known: dict[str, Any] = {**vars(scheme)}  # a piece may be called like an option
+            known |= {_stem(name): value for name, value in found.items()}
             for name, (_, names) in stored.items():
                 prefix = f"{_stem(name)}_" if len(stored) > 1 else ""
                 pieces = {label: self.editor.read(n) for label, n in names.items()}
                 known |= {prefix + label: piece for label, piece in pieces.items()}
                 known[f"{prefix}pieces"] = list(pieces.values())
                 shape = tuple(reads[name].meta["val"].shape)
-                known |= {"width": shape[-1], "shape": list(shape), "scheme": str(scheme)}
-            known |= vars(scheme)
+                known |= {"width": shape[-1], "scheme": str(scheme)}
+                known |= {"shape": list(shape), f"{prefix}shape": list(shape)}
             arguments = [known.get(_stem(a.name)) for a in target._schema.arguments]
             new = self.editor.call(target, *arguments)
         self.editor.replace(node, new)
@@ -181,7 +182,10 @@ class _Store:
         taken = solving if solving is not None and solving.take(name, scheme) else None
 
         def compute() -> list[Tensor]:
-            found = taken.at(name) if taken else self.solver.solve(weight.load(), scheme, {})
+            if taken:
+                found = taken.at(name)
+            else:
+                found = self.solver.solve(finite(name, weight.load(), scheme), scheme, {})
             if found.error is not None:
                 self.result.measured[name] = found.error
             return [found.pieces[label] for label in pieces]
