@@ -11,9 +11,14 @@ from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.errors import IRError
 
 from . import common
+from .test_structured import OWN as STRUCTURED
 
 OWN: list[Scheme] = [
-    *(preset.scheme for preset in PRESETS.values() if preset.scheme is not None),
+    *(
+        preset.scheme
+        for preset in PRESETS.values()
+        if preset.scheme is not None and preset.scheme not in STRUCTURED
+    ),
     Grouped(4, 16, symmetric=False),
     Grouped(8, 64, symmetric=False),
     Grouped(2, 32, symmetric=False),
@@ -21,8 +26,9 @@ OWN: list[Scheme] = [
 
 
 def test_every_scheme_is_tried() -> None:
-    assert {type(scheme) for scheme in OWN} == set(SCHEMES.values())
-    assert list(PRESETS) == ["fp32", "fp16", "int8", "int4", "int2"]
+    assert {type(scheme) for scheme in (*OWN, *STRUCTURED)} == set(SCHEMES.values())
+    names = ["fp32", "fp16", "int8", "int4", "int2", "planes"]
+    assert list(PRESETS) == names
 
 
 @pytest.mark.parametrize("scheme", OWN, ids=str)
