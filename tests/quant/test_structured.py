@@ -11,6 +11,7 @@ from torch import Tensor
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.bitmod import BitMod
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.olive import Olive
 from einfold.compiler.ir.quant.schemes.planes import Planes
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import IRError
@@ -23,10 +24,16 @@ OWN: list[Scheme] = [
     Planes(6, block=16),
     BitMod(),
     BitMod(3, block=32),
+    Olive(),
+    Olive(block=16),
 ]
 
 #: Exporting a scheme's meaning takes seconds: one linear of each kind, the whole program when asked for.
-IN_ONNX: list[tuple[Scheme, str]] = [(Planes(8, read=4), "ort"), (BitMod(3), "portable")]
+IN_ONNX: list[tuple[Scheme, str]] = [
+    (Planes(8, read=4), "ort"),
+    (BitMod(3), "portable"),
+    (Olive(), "portable"),
+]
 ONE_LINEAR = """
     weight @u.weight : f32[24, 40]
     input %x "x" : f32[N, 40]
@@ -93,6 +100,33 @@ def test_blocks_choose_the_level_that_fits_them() -> None:
         assert found.pieces["special"].flatten().tolist() == [0, 1, 2, 3]
 
 
+def with_outliers(share: float, size: float) -> Tensor:
+    """Gaussian weights of which a share is as many times as large."""
+    weight = gaussian()
+    chosen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < share
+    return torch.where(chosen, size * weight, weight)
+
+
+def test_pairs_keep_outliers_and_the_scale_of_the_others() -> None:
+    weight = with_outliers(0.01, 10)
+    for block in (32, 128):
+        assert Olive(block).nbytes((64, 576)) < Grouped(4, block).nbytes((64, 576))
+        assert error(weight, Olive(block)) < 0.5 * error(weight, Grouped(4, block))
+    assert error(gaussian(), Olive()) < 1.1 * error(gaussian(), Grouped(4, 128))
+
+
+def test_each_pair_takes_the_cheapest_of_all_pairs_of_codes() -> None:
+    scheme, unit = Olive(block=2), {"scales": torch.ones(1, 1, 1)}
+    every = torch.cartesian_prod(torch.arange(16), torch.arange(16))
+    # Two victims stand for nothing that is written.
+    every = every[(every != 8).any(-1)]
+    levels = scheme.values(every[None], unit)[0]
+    weights = 12 * torch.randn(200, 2, generator=torch.Generator().manual_seed(5))
+    found = scheme.values(scheme.nearest(weights[None], unit), unit)[0]
+    least = (weights[:, None] - levels).norm(dim=-1).amin(-1)
+    torch.testing.assert_close((found - weights).norm(dim=-1), least)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -101,6 +135,7 @@ def test_blocks_choose_the_level_that_fits_them() -> None:
         lambda: Planes(block=12),
         lambda: BitMod(2),
         lambda: BitMod(block=20),
+        lambda: Olive(block=7),
     ],
 )
 def test_impossible_options(make) -> None:  # type: ignore[no-untyped-def]
