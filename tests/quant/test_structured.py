@@ -13,6 +13,7 @@ from einfold.compiler.ir.quant.schemes.bitmod import BitMod
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.olive import Olive
 from einfold.compiler.ir.quant.schemes.planes import Planes
+from einfold.compiler.ir.quant.schemes.spqr import SpQR
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import IRError
 
@@ -26,6 +27,8 @@ OWN: list[Scheme] = [
     BitMod(3, block=32),
     Olive(),
     Olive(block=16),
+    SpQR(),
+    SpQR(4, outliers=0.0),
 ]
 
 #: Exporting a scheme's meaning takes seconds: one linear of each kind, the whole program when asked for.
@@ -127,6 +130,35 @@ def test_each_pair_takes_the_cheapest_of_all_pairs_of_codes() -> None:
     torch.testing.assert_close((found - weights).norm(dim=-1), least)
 
 
+def test_a_few_floats_and_small_blocks_keep_what_plain_blocks_lose() -> None:
+    weight, shape = with_outliers(0.01, 10), (64, 576)
+    plain = [Planes(3, block=16), BitMod(3, block=16), Grouped(4, 128)]
+    for other in plain:
+        assert SpQR().nbytes(shape) < 1.05 * other.nbytes(shape)
+        assert error(weight, SpQR()) < 0.5 * error(weight, other)
+    assert error(gaussian(), SpQR()) < 0.9 * error(gaussian(), SpQR(outliers=0.0))
+
+
+def test_outliers_are_a_fixed_count_of_a_row_and_exact_in_float16() -> None:
+    weight = 0.01 * gaussian(2, 40_000)
+    weight[0, 39_999], weight[1, 5] = 7.0, -3.0
+    scheme = SpQR(outliers=1e-9)
+    pieces = RoundToNearest().solve(weight, scheme, {}).pieces
+    assert pieces["index"].tolist() == [[39_999 - 65_536], [5]]
+    back = scheme.dequantize(pieces, 40_000)
+    assert (back[0, 39_999], back[1, 5]) == (7.0, -3.0)
+    with pytest.raises(IRError, match="a row has 65537"):
+        scheme.pieces((2, 65_537))
+
+
+def test_a_second_level_follows_what_a_solver_makes_of_the_first() -> None:
+    scheme = SpQR()
+    groups = scheme.groups(gaussian())
+    grid = scheme.grid(groups)
+    wider = scheme.settle(grid | {"scales": grid["scales"] * 3})
+    torch.testing.assert_close(wider["scales"], grid["scales"] * 3, rtol=0.3, atol=0)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -136,6 +168,9 @@ def test_each_pair_takes_the_cheapest_of_all_pairs_of_codes() -> None:
         lambda: BitMod(2),
         lambda: BitMod(block=20),
         lambda: Olive(block=7),
+        lambda: SpQR(1),
+        lambda: SpQR(second=12),
+        lambda: SpQR(outliers=0.6),
     ],
 )
 def test_impossible_options(make) -> None:  # type: ignore[no-untyped-def]
