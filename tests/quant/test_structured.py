@@ -14,6 +14,7 @@ from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.olive import Olive
 from einfold.compiler.ir.quant.schemes.planes import Planes
 from einfold.compiler.ir.quant.schemes.spqr import SpQR
+from einfold.compiler.ir.quant.schemes.trellis import Trellis
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import IRError
 
@@ -29,6 +30,8 @@ OWN: list[Scheme] = [
     Olive(block=16),
     SpQR(),
     SpQR(4, outliers=0.0),
+    Trellis(),
+    Trellis(2.5, memory=8),
 ]
 
 #: Exporting a scheme's meaning takes seconds: one linear of each kind, the whole program when asked for.
@@ -36,6 +39,8 @@ IN_ONNX: list[tuple[Scheme, str]] = [
     (Planes(8, read=4), "ort"),
     (BitMod(3), "portable"),
     (Olive(), "portable"),
+    (SpQR(), "ort"),
+    (Trellis(2.5, memory=8), "portable"),
 ]
 ONE_LINEAR = """
     weight @u.weight : f32[24, 40]
@@ -171,6 +176,9 @@ def test_a_second_level_follows_what_a_solver_makes_of_the_first() -> None:
         lambda: SpQR(1),
         lambda: SpQR(second=12),
         lambda: SpQR(outliers=0.6),
+        lambda: Trellis(0.5),
+        lambda: Trellis(2.1),
+        lambda: Trellis(memory=17),
     ],
 )
 def test_impossible_options(make) -> None:  # type: ignore[no-untyped-def]

@@ -10,14 +10,15 @@ Every quantile of the normal distribution is taken once. The multiplier is the b
 random at 10 bits: it must spread both the windows that differ in their new bits, and those that differ in
 their old ones.
 
-Source: QTIP (Tseng et al. 2024, sections 3.1 and 3.2), whose windows have 16 bits and values computed by hashes,
-and whose streams bite their own tail where these start from zeros.
+Source: QTIP (Tseng et al. 2024, sections 3.1 and 3.2), whose windows have 16 bits and values computed by
+hashes, and whose streams bite their own tail where these start from zeros.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 #: Numbers of best costs that are kept at a time, and weights of a stretch that is searched at once: bounds
 #: the memory of a search at some tens of megabytes.
-_KEPT, _STRETCH = 1 << 23, 1024
+_KEPT, _STRETCH = 1 << 24, 1024
 #: Weights behind a stretch that are searched too before its codes are taken.
 _AHEAD = 64
 #: Of a window the share of the multiplier.
@@ -40,7 +41,7 @@ def ends(width: int, rate: float) -> list[int]:
 def steps(width: int, rate: float) -> list[int]:
     """The bits that each weight adds."""
     at = [0, *ends(width, rate)]
-    return [after - before for before, after in zip(at, at[1:], strict=False)]
+    return [after - before for before, after in pairwise(at)]
 
 
 @lru_cache(maxsize=8)
@@ -85,12 +86,12 @@ def search(rows: Tensor, rate: float, memory: int) -> Tensor:
     """What each weight of rows [R, T] adds to the nearest stream, uint8 [R, T].
 
     Exact for rows of up to `_STRETCH` + `_AHEAD` weights; of longer ones stretch by stretch, each looking
-    ahead. Takes memory of about 40 MB and time in proportion to R T 2^memory: some seconds for a million
-    weights at 12 bits.
+    ahead. Takes some 80 MB, and time in proportion to R T 2^memory.
     """
     width = rows.shape[-1]
     histories = 1 << (memory - math.floor(rate))
-    at_once = max(8, _KEPT // (min(width, _STRETCH + _AHEAD) * histories))
+    most = _KEPT // (min(width, _STRETCH + _AHEAD) * histories)
+    at_once = max(8, most - most % 8)  # whole vectors
     found = [_search(part.T.contiguous(), rate, memory) for part in rows.float().split(at_once)]
     return torch.cat(found, dim=1).T.to(torch.uint8)
 
@@ -106,7 +107,9 @@ def _search(x_TR: Tensor, rate: float, memory: int) -> Tensor:
         stretch = width - start if whole else _STRETCH
         stop = start + stretch + (0 if whole else _AHEAD)
         windows = _viterbi(x_TR[start:stop], added[start:stop], memory, window)[:stretch]
-        found += [at & ((1 << count) - 1) for at, count in zip(windows, added[start:], strict=False)]
+        found += [
+            at & ((1 << count) - 1) for at, count in zip(windows, added[start:], strict=False)
+        ]
         window = windows[-1]
     return torch.stack(found)
 

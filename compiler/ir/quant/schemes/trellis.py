@@ -34,7 +34,7 @@ class Trellis(Scheme):
     """
 
     bits: float = 3.0
-    memory: int = 12
+    memory: int = 10
 
     name = "trellis"
     by_itself = False
