@@ -27,7 +27,19 @@ OWN: list[Scheme] = [
 
 def test_every_scheme_is_tried() -> None:
     assert {type(scheme) for scheme in (*OWN, *STRUCTURED)} == set(SCHEMES.values())
-    names = ["fp32", "fp16", "int8", "int4", "int2", "bitmod", "olive", "planes", "spqr", "trellis"]
+    names = [
+        "fp32",
+        "fp16",
+        "int8",
+        "int4",
+        "int2",
+        "bitmod",
+        "lowrank",
+        "olive",
+        "planes",
+        "spqr",
+        "trellis",
+    ]
     assert list(PRESETS) == names
 
 

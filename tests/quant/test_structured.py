@@ -11,6 +11,7 @@ from torch import Tensor
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.bitmod import BitMod
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.lowrank import LowRank
 from einfold.compiler.ir.quant.schemes.olive import Olive
 from einfold.compiler.ir.quant.schemes.planes import Planes
 from einfold.compiler.ir.quant.schemes.spqr import SpQR
@@ -32,6 +33,8 @@ OWN: list[Scheme] = [
     SpQR(4, outliers=0.0),
     Trellis(),
     Trellis(2.5, memory=8),
+    LowRank(),
+    LowRank(Planes(2), 4),
 ]
 
 #: Exporting a scheme's meaning takes seconds: one linear of each kind, the whole program when asked for.
@@ -41,6 +44,7 @@ IN_ONNX: list[tuple[Scheme, str]] = [
     (Olive(), "portable"),
     (SpQR(), "ort"),
     (Trellis(2.5, memory=8), "portable"),
+    (LowRank(Grouped(4, 32), 4), "ort"),
 ]
 ONE_LINEAR = """
     weight @u.weight : f32[24, 40]
