@@ -26,9 +26,9 @@ OWN: list[Scheme] = [
     Planes(8, read=4),
     Planes(6, block=16),
     BitMod(),
-    BitMod(3, block=32),
+    BitMod(3, group=32),
     Olive(),
-    Olive(block=16),
+    Olive(group=16),
     SpQR(),
     SpQR(4, outliers=0.0),
     Trellis(),
@@ -105,7 +105,7 @@ def test_blocks_choose_the_level_that_fits_them() -> None:
     assert error(weight, BitMod(4, 32)) < 0.97 * error(weight, Grouped(4, 32))
     # Blocks on the levels of each of the four kinds are met exactly.
     for bits in (3, 4):
-        scheme = BitMod(bits, block=16)
+        scheme = BitMod(bits, group=16)
         blocks = torch.tensor([(table * 16)[:16] for table in scheme.tables])
         found = RoundToNearest().solve(blocks, scheme, {})
         assert found.error == 0.0
@@ -128,7 +128,7 @@ def test_pairs_keep_outliers_and_the_scale_of_the_others() -> None:
 
 
 def test_each_pair_takes_the_cheapest_of_all_pairs_of_codes() -> None:
-    scheme, unit = Olive(block=2), {"scales": torch.ones(1, 1, 1)}
+    scheme, unit = Olive(group=2), {"scales": torch.ones(1, 1, 1)}
     every = torch.cartesian_prod(torch.arange(16), torch.arange(16))
     # Two victims stand for nothing that is written.
     every = every[(every != 8).any(-1)]
@@ -141,7 +141,7 @@ def test_each_pair_takes_the_cheapest_of_all_pairs_of_codes() -> None:
 
 def test_a_few_floats_and_small_blocks_keep_what_plain_blocks_lose() -> None:
     weight, shape = with_outliers(0.01, 10), (64, 576)
-    plain = [Planes(3, block=16), BitMod(3, block=16), Grouped(4, 128)]
+    plain = [Planes(3, block=16), BitMod(3, group=16), Grouped(4, 128)]
     for other in plain:
         assert SpQR().nbytes(shape) < 1.05 * other.nbytes(shape)
         assert error(weight, SpQR()) < 0.5 * error(weight, other)
@@ -175,8 +175,8 @@ def test_a_second_level_follows_what_a_solver_makes_of_the_first() -> None:
         lambda: Planes(4, read=5),
         lambda: Planes(block=12),
         lambda: BitMod(2),
-        lambda: BitMod(block=20),
-        lambda: Olive(block=7),
+        lambda: BitMod(group=20),
+        lambda: Olive(group=7),
         lambda: SpQR(1),
         lambda: SpQR(second=12),
         lambda: SpQR(outliers=0.6),

@@ -39,7 +39,8 @@ def _hadamard(rows: Tensor) -> Tensor:
     for _ in range(size.bit_length() - 1):
         first, second = sets.chunk(2, dim=-2)
         sets = torch.stack([first + second, first - second], dim=-2).flatten(-3, -2)
-    return sets.flatten(-2) * (1 / math.sqrt(size))
+    turned: Tensor = sets.flatten(-2) * (1 / math.sqrt(size))
+    return turned
 
 
 def _signs_of(rows: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def pack_codes(codes: Tensor, rate: float) -> Tensor:
     """The stream, uint8 [.., ceil(T * rate / 8)], of what each of T weights adds; high bits first."""
     from .pack import pack_bits
 
-    places, shifts = [], []
+    places: list[int] = []
+    shifts: list[int] = []
     for place, count in enumerate(steps(codes.shape[-1], rate)):
         places += [place] * count
         shifts += reversed(range(count))

@@ -22,52 +22,52 @@ _SPECIAL = {3: (3.0, 6.0), 4: (5.0, 8.0)}
 @SCHEMES.register
 @dataclass(frozen=True)
 class BitMod(Scheme):
-    """fp4 (E2M1) or fp3 (E2M0) levels in blocks of one scale; a level more, one of four, for each block.
+    """fp4 (E2M1) or fp3 (E2M0) levels in groups of one scale; a level more, one of four, for each group.
 
-    codes   u8   [.., N, G, bits * block / 8]   bit planes; code c stands for level c of the block's table,
+    codes   u8   [.., N, G, bits * group / 8]   bit planes; code c stands for level c of the group's table,
                                                 lowest first
-    special u8   [.., N, ceil(G / 4)]           2 bits a block: which of the four
+    special u8   [.., N, ceil(G / 4)]           2 bits a group: which of the four
     scales  f16  [.., N, G]
 
-    A block tries all four levels, each with the smallest scale that covers it, and takes the one with the
-    least squared error. Relative errors of Gaussian weights: 0.097 at 4 bits in blocks of 128 (4.14 with all
-    that is stored), 0.206 at 3; 0.084 at 4 bits in blocks of 32. Integers of 4 bits with zero points have
-    0.100 and 0.081: blocks that are small gain more from a zero point.
+    A group tries all four levels, each with the smallest scale that covers it, and takes the one with the
+    least squared error. Relative errors of Gaussian weights: 0.097 at 4 bits in groups of 128 (4.14 with all
+    that is stored), 0.206 at 3; 0.084 at 4 bits in groups of 32. Integers of 4 bits with zero points have
+    0.100 and 0.081: groups that are small gain more from a zero point.
 
     Source: BitMoD (Chen et al. 2024, section III), whose scales are integers of 8 bits under one scale a row,
     and which scales by the largest magnitude, whichever side it is on.
     """
 
     bits: int = 4
-    block: int = 128
+    group: int = 128
 
     name = "bitmod"
 
     def __post_init__(self) -> None:
         if self.bits not in _POSITIVE:
             raise IRError(f"bitmod has 3 or 4 bits, not {self.bits}")
-        if self.block < 8 or self.block % 8:
-            raise IRError(f"the block must be a multiple of 8, not {self.block}")
+        if self.group < 8 or self.group % 8:
+            raise IRError(f"the group must be a multiple of 8, not {self.group}")
 
     def describe(self) -> str:
-        return f"{self.bits}-bit floats with a level chosen by block, block {self.block}"
+        return f"{self.bits}-bit floats with a level chosen by group, group {self.group}"
 
     @property
     def fewest_rows(self) -> int:
-        return 4 * self.block
+        return 4 * self.group
 
     @property
     def tables(self) -> list[list[float]]:
-        """The levels, lowest first, of each of the four kinds of a block."""
+        """The levels, lowest first, of each of the four kinds of a group."""
         positive = _POSITIVE[self.bits]
         plain = [0.0, *positive, *(-level for level in positive)]
         extra = [sign * level for level in _SPECIAL[self.bits] for sign in (1, -1)]
         return [sorted([*plain, level]) for level in extra]
 
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
-        lead, groups = shape[:-1], math.ceil(shape[-1] / self.block)
+        lead, groups = shape[:-1], math.ceil(shape[-1] / self.group)
         return {
-            "codes": ((*lead, groups, self.bits * self.block // 8), "u8"),
+            "codes": ((*lead, groups, self.bits * self.group // 8), "u8"),
             "special": ((*lead, math.ceil(groups / 4)), "u8"),
             "scales": ((*lead, groups), "f16"),
         }
@@ -75,7 +75,7 @@ class BitMod(Scheme):
     def groups(self, rows_RM: Tensor) -> Tensor:
         from ..blocks import in_blocks
 
-        return in_blocks(rows_RM, self.block)
+        return in_blocks(rows_RM, self.group)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         import torch

@@ -27,7 +27,7 @@ _LEVELS = (
     *_OUTLIERS,
     *(-level for level in _OUTLIERS),
 )
-#: Scales that are tried, as shares of the one at which the largest weight of a block is normal: a coarse
+#: Scales that are tried, as shares of the one at which the largest weight of a group is normal: a coarse
 #: search down to that at which it is the largest outlier, and a finer one around the best.
 _COARSE = tuple(2.0 ** -(step / 2) for step in range(10))
 _FINE = (0.9, 1.1)
@@ -36,49 +36,49 @@ _FINE = (0.9, 1.1)
 @SCHEMES.register
 @dataclass(frozen=True)
 class Olive(Scheme):
-    """Codes of 4 bits in pairs, one scale for `block` weights of a row.
+    """Codes of 4 bits in pairs, one scale for `group` weights of a row.
 
-    codes   u8   [.., N, G, block / 2]   4 bits, low ones first
+    codes   u8   [.., N, G, group / 2]   4 bits, low ones first
     scales  f16  [.., N, G]
 
     Of a pair neither is an outlier, and both codes are integers -7 to 7; or one is a victim, code 8, which
     stands for 0, and the other an outlier in abfloat: +-12, 16, 24, 32, 48, 64 or 96 scales. Each pair takes
-    what costs least, and each block the scale that does. So a block with outliers keeps the fine scale of its
+    what costs least, and each group the scale that does. So a group with outliers keeps the fine scale of its
     other weights; without any it is a little behind integers, which have a 16th level. Relative error of
-    Gaussian weights, block 128, 4.13 bits: 0.105 (integers: 0.102); where one weight of a hundred is ten
+    Gaussian weights, group 128, 4.13 bits: 0.105 (integers: 0.102); where one weight of a hundred is ten
     times as large, 0.106 (integers: 0.248).
 
     Source: OliVe (Guo et al. 2023, section 3), which finds outliers by a threshold, starting from three
     standard deviations, has one scale for a tensor or a row, and quantizes activations too.
     """
 
-    block: int = 128
+    group: int = 128
 
     name = "olive"
     by_itself = False
 
     def __post_init__(self) -> None:
-        if self.block < 2 or self.block % 2:
-            raise IRError(f"the block must be a multiple of 2, not {self.block}")
+        if self.group < 2 or self.group % 2:
+            raise IRError(f"the group must be a multiple of 2, not {self.group}")
 
     def describe(self) -> str:
-        return f"outlier-victim pairs, 4 bits, block {self.block}"
+        return f"outlier-victim pairs, 4 bits, group {self.group}"
 
     @property
     def fewest_rows(self) -> int:
-        return 4 * self.block
+        return 4 * self.group
 
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
-        lead, groups = shape[:-1], math.ceil(shape[-1] / self.block)
+        lead, groups = shape[:-1], math.ceil(shape[-1] / self.group)
         return {
-            "codes": ((*lead, groups, self.block // 2), "u8"),
+            "codes": ((*lead, groups, self.group // 2), "u8"),
             "scales": ((*lead, groups), "f16"),
         }
 
     def groups(self, rows_RM: Tensor) -> Tensor:
         from ..blocks import in_blocks
 
-        return in_blocks(rows_RM, self.block)
+        return in_blocks(rows_RM, self.group)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         import torch
@@ -141,7 +141,7 @@ class Olive(Scheme):
     def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
         from ..pack import unpack_bits
 
-        levels = self._levels(unpack_bits(pieces["codes"], 4, self.block))
+        levels = self._levels(unpack_bits(pieces["codes"], 4, self.group))
         return (levels * pieces["scales"].float()[..., None]).flatten(-2)[..., :width]
 
 

@@ -24,30 +24,30 @@ _WIDEST = 1 << 16
 @SCHEMES.register
 @dataclass(frozen=True)
 class SpQR(Scheme):
-    """Asymmetric integers in blocks; scales and zero points of 3 bits; a share of each row in float16.
+    """Asymmetric integers in groups; scales and zero points of 3 bits; a share of each row in float16.
 
-    codes   u8   [.., N, G, bits * block / 8]    bit planes
-    levels  u8   [.., N, S, 2 * 3 * second / 8]  bit planes: scales, then zero points, of `second` blocks
+    codes   u8   [.., N, G, bits * group / 8]    bit planes
+    levels  u8   [.., N, S, 2 * 3 * second / 8]  bit planes: scales, then zero points, of `second` groups
     ranges  f16  [.., N, S, 4]                   lowest and step of those scales, lowest and step of the zeros
     index   i16  [.., N, K]                      columns of the outliers, rising; beyond 32767 less 65536
     values  f16  [.., N, K]                      their weights
 
     w = (q - zero) * scale, scale = lowest + code * step, zero likewise; K = outliers * M, M rounded up to
-    blocks, but at least 1. A block's range holds 0. Outliers are those whose removal saves their block the
+    groups, but at least 1. A group's range holds 0. Outliers are those whose removal saves their group the
     most squared error, found one by one (section 4.2 without a Hessian); a solver that knows better changes
     `outlier`, exactly K a row, and the ranges before `settle`. What settles is the second level: it follows
     from scales and zeros where the grid has none, and stands from then on.
 
-    Bits of a weight: bits + 6 / block + 64 / (block * second) + 32 * outliers = 3.95 as it comes. Relative
+    Bits of a weight: bits + 6 / group + 64 / (group * second) + 32 * outliers = 3.95 as it comes. Relative
     error of Gaussian weights: 0.130; where one weight of a hundred is ten times as large 0.100 (integers of 4
-    bits in blocks of 128: 0.102 and 0.248).
+    bits in groups of 128: 0.102 and 0.248).
 
-    Source: SpQR (Dettmers et al. 2023, section 4), whose second level runs over 16 rows, here over blocks of
+    Source: SpQR (Dettmers et al. 2023, section 4), whose second level runs over 16 rows, here over groups of
     one row, so that rows can be read alone; and whose outliers are as many as pass a threshold.
     """
 
     bits: int = 3
-    block: int = 16
+    group: int = 16
     second: int = 16
     outliers: float = 0.01
 
@@ -56,7 +56,7 @@ class SpQR(Scheme):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise IRError(f"spqr has 2 to 8 bits, not {self.bits}")
-        for name in ("block", "second"):
+        for name in ("group", "second"):
             size = getattr(self, name)
             if size < 8 or size % 8:
                 raise IRError(f"{name} must be a multiple of 8, not {size}")
@@ -65,21 +65,21 @@ class SpQR(Scheme):
 
     def describe(self) -> str:
         kept = f"{100 * self.outliers:g} % in float16"
-        return f"{self.bits} bits, block {self.block}, scales of {_BITS} bits, {kept}"
+        return f"{self.bits} bits, group {self.group}, scales of {_BITS} bits, {kept}"
 
     @property
     def fewest_rows(self) -> int:
-        return 4 * self.block
+        return 4 * self.group
 
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
-        lead, groups = shape[:-1], math.ceil(shape[-1] / self.block)
+        lead, groups = shape[:-1], math.ceil(shape[-1] / self.group)
         if shape[-1] > _WIDEST:
             raise IRError(
                 f"spqr counts columns to {_WIDEST}; a row has {shape[-1]}: take another scheme"
             )
-        ranges, kept = math.ceil(groups / self.second), self._count(groups * self.block)
+        ranges, kept = math.ceil(groups / self.second), self._count(groups * self.group)
         found: dict[str, Piece] = {
-            "codes": ((*lead, groups, self.bits * self.block // 8), "u8"),
+            "codes": ((*lead, groups, self.bits * self.group // 8), "u8"),
             "levels": ((*lead, ranges, 2 * _BITS * self.second // 8), "u8"),
             "ranges": ((*lead, ranges, 4), "f16"),
         }
@@ -94,7 +94,7 @@ class SpQR(Scheme):
     def groups(self, rows_RM: Tensor) -> Tensor:
         from ..blocks import in_blocks
 
-        return in_blocks(rows_RM, self.block)
+        return in_blocks(rows_RM, self.group)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         from ..blocks import halved
@@ -105,7 +105,7 @@ class SpQR(Scheme):
         return {"scales": scales, "zeros": zeros, "outlier": outlier, "exact": exact}
 
     def _range(self, groups_RGB: Tensor, outlier: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points of the blocks without their outliers, in full precision."""
+        """Scales and zero points of the groups without their outliers, in full precision."""
         rest = groups_RGB.masked_fill(outlier, 0)
         low, high = (
             rest.amin(-1, keepdim=True).clamp(max=0),
@@ -115,7 +115,7 @@ class SpQR(Scheme):
         return scales, -low / scales.clamp(min=1e-8)
 
     def _missed(self, groups_RGB: Tensor, outlier: Tensor) -> Tensor:
-        """The squared error of each block beside its outliers, [R, G]."""
+        """The squared error of each group beside its outliers, [R, G]."""
         scales, zeros = self._range(groups_RGB, outlier)
         codes = self._codes(groups_RGB, scales, zeros)
         off = (codes - zeros) * scales - groups_RGB
@@ -127,7 +127,7 @@ class SpQR(Scheme):
 
         outlier = torch.zeros_like(groups_RGB, dtype=torch.bool)
         groups = groups_RGB.shape[1]
-        total = left = self._count(groups * self.block)
+        total = left = self._count(groups * self.group)
         while left:
             count = min(left, groups, math.ceil(total / _ROUNDS))
             left -= count
@@ -149,7 +149,7 @@ class SpQR(Scheme):
         return found
 
     def _second(self, numbers_RG1: Tensor, name: str) -> dict[str, Tensor]:
-        """Lowest and step, for each block the same in all blocks of a second-level one."""
+        """Lowest and step, for each group the same in all groups of a second-level one."""
         import torch
 
         from ..blocks import halved
