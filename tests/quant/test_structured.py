@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,6 @@ def test_a_second_level_follows_what_a_solver_makes_of_the_first() -> None:
         lambda: Trellis(memory=17),
     ],
 )
-def test_impossible_options(make) -> None:  # type: ignore[no-untyped-def]
+def test_impossible_options(make: Callable[[], Scheme]) -> None:
     with pytest.raises(IRError):
         make()
