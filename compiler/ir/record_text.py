@@ -1,4 +1,7 @@
-"""The textual form of a policy or storage: `name(field=value,..)`, read back without evaluating anything."""
+"""The textual form of a policy or storage: `name(field=value,..)`, read back without evaluating anything.
+
+A value may be such a text itself, of the same registry: `lowrank(base=grouped(bits=2,block=32),rank=16)`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from .options import text_fields
 
 T = TypeVar("T")
 
-_CALL = re.compile(r"(\w+)(?:\(([^()]*)\))?")
+_CALL = re.compile(r"(\w+)(?:\((.*)\))?")
+#: Types of fields that are written as they are; a field of any other is a record.
+_PLAIN = ("bool", "int", "float", "str")
+#: Records within records: more than any that is written.
+_DEEPEST = 4
 
 
 def show(value: Any) -> str:
@@ -22,23 +29,44 @@ def show(value: Any) -> str:
     return f"{value.name}({shown})" if shown else str(value.name)
 
 
-def read(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
+def read(text: str, kinds: Mapping[str, type[T]], what: str, depth: int = 0) -> T:
     """Reads what `show` gives. Raises IRError where the name or a field is unknown, or a value wrong."""
     match = _CALL.fullmatch(text)
-    if match is None or match[1] not in kinds:
-        raise IRError(f"unknown {what} {text!r}; known: {', '.join(kinds)}")
+    if match is None or match[1] not in kinds or depth > _DEEPEST:
+        raise IRError(f"unknown {what} {text[:200]!r}; known: {', '.join(kinds)}")
     kind = kinds[match[1]]
     declared = {f.name: f for f in text_fields(kind)}
     values: dict[str, Any] = {}
-    for item in filter(None, (match[2] or "").split(",")):
+    for item in filter(None, _fields(match[2] or "", text, what)):
         name, _, written = item.partition("=")
         if name not in declared or name in values:
             raise IRError(f"the {what} {text!r} has an unknown or repeated field {name!r}")
-        values[name] = _read(written, str(declared[name].type), text)
-    missing = [n for n, f in declared.items() if n not in values and f.default is MISSING]
+        kind_of = str(declared[name].type)
+        if kind_of in _PLAIN:
+            values[name] = _read(written, kind_of, text)
+        else:
+            values[name] = read(written, kinds, what, depth + 1)
+    needed = {n for n, f in declared.items() if f.default is f.default_factory is MISSING}
+    missing = [name for name in declared if name in needed - values.keys()]
     if missing:
         raise IRError(f"the {what} {text!r} lacks {', '.join(missing)}")
     return kind(**values)
+
+
+def _fields(inside: str, text: str, what: str) -> list[str]:
+    """What stands between the commas, but for those in parentheses."""
+    found, level = [""], 0
+    for part in re.split(r"([(),])", inside):
+        level += {"(": 1, ")": -1}.get(part, 0)
+        if level < 0:
+            break
+        if part == "," and not level:
+            found.append("")
+        else:
+            found[-1] += part
+    if level:
+        raise IRError(f"the {what} {text[:200]!r} has parentheses that do not match")
+    return found
 
 
 def _show(value: bool | int | float | str) -> str:

@@ -93,11 +93,6 @@ def built(place: str, known: Mapping[str, Method], table: Mapping[str, Any]) -> 
         if name not in fields:
             takes = f"takes {', '.join(fields)}" if fields else "has no options"
             raise ValueError(f"{place} has an unknown key {name!r}; {method} {takes}")
-    return build_at(place, kind, options)
-
-
-def build_at(place: str, kind: Method, options: Mapping[str, Any]) -> Any:
-    """What a method is with options that stand at a place of a recipe; raises as `built` does."""
     try:
         return kind.build(options)
     except IRError as error:

@@ -12,12 +12,16 @@ On the command line, and wherever a text stands for the table, the same is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
+from ...errors import IRError, RecipeError
 from ..ir.options import options_of
-from ..ir.quant.scheme import PRESETS, Scheme
+from ..ir.quant.scheme import PRESETS, Scheme, read_scheme
 from ..solve.solver import SOLVERS, Solver
-from .method_text import Method, build_at, built, split_text
+from .method_text import Method, built, split_text
 
 #: What a solver fills where no format is named.
 _FILLED = "int4"
@@ -45,17 +49,48 @@ def format_options(name: str) -> dict[str, Any]:
         return {}
     kin = [p.scheme for p in PRESETS.values() if type(p.scheme) is type(scheme)]
     named = {f.name: getattr(scheme, f.name) for f in options_of(type(scheme))}
-    return {k: v for k, v in named.items() if all(getattr(each, k) == v for each in kin)}
+    free = {k: v for k, v in named.items() if all(getattr(each, k) == v for each in kin)}
+    return {name: _plain(value) for name, value in free.items()}
+
+
+def _plain(value: Any) -> Any:
+    """An option as a recipe has it: a scheme within a scheme by its text."""
+    return str(value) if isinstance(value, Scheme) else value
 
 
 def scheme_of(name: str, options: Mapping[str, Any]) -> Scheme | None:
-    """A format's scheme with some of its options. Raises ValueError and RecipeError as `built` does."""
+    """A format's scheme with some of its options. Raises ValueError and RecipeError for others."""
     scheme = PRESETS[name].scheme
     if scheme is None:
         return None
-    made = {f.name: getattr(scheme, f.name) for f in options_of(type(scheme))} | dict(options)
-    found: Scheme = build_at("weights", Method(type(scheme)), made)
-    return found
+    hints = get_type_hints(type(scheme))
+    made = {
+        key: _inner(key, value) if hints[key] is Scheme else _checked(key, value, hints[key])
+        for key, value in options.items()
+    }
+    try:
+        return replace(scheme, **made)  # type: ignore[type-var]
+    except IRError as error:
+        raise RecipeError(f"weights: {error}") from error
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"weights.{key}: {error.errors()[0]['msg']}, found {value!r}") from error
+
+
+def _inner(name: str, text: Any) -> Scheme:
+    """A scheme within a scheme: a format by its name, or a scheme by its text."""
+    if not isinstance(text, str):
+        raise ValueError(f"weights.{name} is a format or the text of a scheme, not {text!r}")
+    if text in PRESETS and (found := PRESETS[text].scheme) is not None:
+        return found
+    try:
+        return read_scheme(text)
+    except IRError as error:
+        raise ValueError(f"weights.{name}: {error}") from error
 
 
 def solver_of(table: Mapping[str, Any]) -> Solver:
@@ -121,7 +156,7 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             takes = f"takes {', '.join(known)}" if known else "has no options"
             raise ValueError(f"weights has an unknown key {key[:200]!r}; {name} {takes}")
     scheme = scheme_of(name, {key: value for key, value in table.items() if key in known})
-    found |= {key: getattr(scheme, key) for key in known}
+    found |= {key: _plain(getattr(scheme, key)) for key in known}
     if isinstance(found["solver"], str):
         found["solver"] = {"method": found["solver"]}
     if isinstance(found["solver"], Mapping):

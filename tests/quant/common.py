@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -146,18 +147,25 @@ def check_graph(scheme: Scheme) -> None:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
 
 
-def check_onnx(scheme: Scheme, flavour: str, folder: Path) -> str:
+def check_onnx(
+    scheme: Scheme,
+    flavour: str,
+    folder: Path,
+    text: str = LINEAR,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> str:
     """onnxruntime agrees with the reference, or the target says why not; gives the reason."""
-    found = program(LINEAR)
+    found, inputs = program(text), inputs or {"input_ids": IDS}
     QuantizeWeights(scheme).run(found)
     if flavour == "portable" and scheme.operators:
         ExplicitZeros().run(found)
-    want = Interpreter(found).run({"input_ids": IDS})
+    want = Interpreter(found).run(inputs)
     try:
         session, names = build(found, flavour, folder)
     except UnsupportedError as error:
         return str(error)
-    for name, value in zip(names, session.run(None, {"input_ids": IDS.numpy()}), strict=True):
+    fed = {name: value.numpy() for name, value in inputs.items()}
+    for name, value in zip(names, session.run(None, fed), strict=True):
         torch.testing.assert_close(torch.from_numpy(value), want[name], rtol=2e-4, atol=2e-4)
     return ""
 

@@ -13,6 +13,7 @@ axis over which nothing differs has length 1; what a solver chooses of it, it ch
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 #: A piece of a stored weight: its shape, and the type of its numbers.
 Piece = tuple[tuple[int, ...], str]
+
+#: Of each weight of an operator, by the argument's name: nodes of its pieces by name, and its shape.
+Stored = Mapping[str, tuple[Mapping[str, Any], tuple[int, ...]]]
 
 
 class Scheme:
@@ -112,11 +116,36 @@ class Scheme:
         """The pieces of some rows, or of one weight of a stack."""
         return {name: p if name in self.shared else p[index] for name, p in pieces.items()}
 
+    def call(self, editor: Any, kind: str, given: Mapping[str, Any], stored: Stored) -> Any:
+        """A node that does what the operator `kind` does over plain weights, from what is stored of them.
+
+        `given`: that operator's arguments; `stored`: of those that are weights the pieces and the shape. An
+        argument of the operator in `operators` that is called like a piece, a field of this scheme or an
+        argument given gets it.
+        """
+        from torch import ops
+
+        target = getattr(ops.einfold, self.operators[kind]).default
+        known: dict[str, Any] = {**vars(self)}  # a piece may be called like an option
+        known |= {_stem(name): value for name, value in given.items()}
+        for name, (pieces, shape) in stored.items():
+            prefix = f"{_stem(name)}_" if len(stored) > 1 else ""
+            known |= {prefix + label: piece for label, piece in pieces.items()}
+            known[f"{prefix}pieces"] = list(pieces.values())
+            known |= {"width": shape[-1], "scheme": str(self)}
+            known |= {"shape": list(shape), f"{prefix}shape": list(shape)}
+        return editor.call(target, *(known.get(_stem(a.name)) for a in target._schema.arguments))
+
     def widened(self, editor: Any, pieces: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """A node that gives the whole weight, for readers that have no operator over the pieces."""
         from torch import ops
 
         return editor.call(ops.einfold.dequantize.default, list(pieces.values()), str(self), shape)
+
+
+def _stem(name: str) -> str:
+    """An argument's name without its shape suffix: `gate_up` for `gate_up_ENM`."""
+    return re.sub(r"_[A-Z]+$", "", name)
 
 
 SCHEMES: Registry[type[Scheme]] = Registry("weight scheme", "einfold.compiler.ir.quant.schemes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,20 +130,15 @@ class _Store:
             for read in reads.values():
                 node.replace_input_with(read, self.widened(read, scheme))
             return
-        target = getattr(einfold_ops, scheme.operators[kind]).default
         with self.editor.before(node):
-            known: dict[str, Any] = {**vars(scheme)}  # a piece may be called like an option
-            known |= {_stem(name): value for name, value in found.items()}
-            for name, (_, names) in stored.items():
-                prefix = f"{_stem(name)}_" if len(stored) > 1 else ""
-                pieces = {label: self.editor.read(n) for label, n in names.items()}
-                known |= {prefix + label: piece for label, piece in pieces.items()}
-                known[f"{prefix}pieces"] = list(pieces.values())
-                shape = tuple(reads[name].meta["val"].shape)
-                known |= {"width": shape[-1], "scheme": str(scheme)}
-                known |= {"shape": list(shape), f"{prefix}shape": list(shape)}
-            arguments = [known.get(_stem(a.name)) for a in target._schema.arguments]
-            new = self.editor.call(target, *arguments)
+            pieces = {
+                name: (
+                    {label: self.editor.read(at) for label, at in names.items()},
+                    tuple(reads[name].meta["val"].shape),
+                )
+                for name, (_, names) in stored.items()
+            }
+            new = scheme.call(self.editor, kind, found, pieces)
         self.editor.replace(node, new)
 
     def widened(self, read: fx.Node, scheme: Scheme) -> fx.Node:
@@ -192,11 +186,6 @@ class _Store:
 
         parts = derive([(shape, DTYPES[kind]) for shape, kind in pieces.values()], compute)
         return dict(zip(pieces, parts, strict=True))
-
-
-def _stem(name: str) -> str:
-    """An argument's name without its shape suffix: `gate_up` for `gate_up_ENM`."""
-    return re.sub(r"_[A-Z]+$", "", name)
 
 
 def _routes(node: fx.Node) -> bool:
