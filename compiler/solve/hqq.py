@@ -36,8 +36,8 @@ class HQQ(Solver):
     name = "hqq"
 
     def refuses(self, scheme: Scheme) -> str:
-        free = scheme.grid(torch.ones(1, 1, 16)).keys() - scheme.shared
-        if not scheme.by_itself or "scales" not in free:
+        scales = scheme.grid(torch.ones(2, 2, 16)).get("scales") if scheme.by_itself else None
+        if scales is None or scales.shape[:2] != (2, 2):
             return f"hqq moves the scales of groups, and {scheme.name} has none that a group may choose"
         return ""
 
