@@ -1,13 +1,14 @@
 """What onnxruntime holds of a weight in memory, by its scheme; `nbits.py` has the kernels. Imports no ONNX.
 
-Measured (onnxruntime 1.31, one AVX2 core, a weight [19456, 896] as are the gate and up projections of four
-layers of a 0.5B model; ms with 1 row and with 128):
+Measured by `benchmarks/weight_formats.py` (onnxruntime 1.31, one AVX2 core, a weight [19456, 896];
+milliseconds of the processor with 1 row and with 128):
 
-    4 bits                 2.0   159
-    2 bits                 1.8   181      in blocks of 16: 127 and 240, so they become 4-bit ones
-    8 bits                 2.9   302
-    float32                5.1   119
-    MatMulBnb4            20.9   145
+    4 bits                 2.3   161      3 bits and scales in float16 too, brought into it when loaded
+    2 bits                 1.9   183      in blocks of 16: 127 and 240, so they become 4-bit ones
+    8 bits                 3.9   307      levels in 8 bits: 3.5 to 4.0 and 272 to 310
+    5 and 6 bits           4.1   350      two products
+    float32                7.2   123
+    MatMulBnb4            20.9   145      beside 5.1 and 119 of float32 in that run
 
 MatMulBnb4 makes a float32 copy of the weight at every step, knows no rows that are padded, and reads as many
 bytes as its attributes say, whether or not they are there: it is not used.
@@ -29,7 +30,7 @@ from ...ir.quant.schemes.ternary import Ternary
 WIDE = 32
 
 #: One row over float32 beside int4, see above.
-_SLOWER = 2.5
+_SLOWER = 3
 
 #: Longer blocks are taken for several of at most so many weights that share a scale.
 LONGEST = 128
@@ -92,5 +93,5 @@ def remark(scheme: Scheme, exact: bool, flavour: str) -> str:
     return (
         f"onnxruntime has no kernel for weights in {scheme.describe()}: they are small in the file, are "
         "widened to float32 when the model is loaded, take four bytes each from then on, and a token takes "
-        f"{_SLOWER:g} times what it takes with int4 (measured on a weight [19456, 896])"
+        f"{_SLOWER} times what it takes with int4 (measured on a weight [19456, 896])"
     )

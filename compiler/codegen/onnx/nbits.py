@@ -21,7 +21,7 @@ from ...ir.quant.schemes.grouped import SUPER, Grouped
 from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
 from ...ir.quant.schemes.qlora import FP4, NF4
 from ...ir.quant.schemes.small_floats import FP6, FP8
-from ...ir.quant.schemes.ternary import Ternary
+from ...ir.quant.schemes.ternary import LINE, Ternary
 from .builder import CONTRIB
 from .kernels import FEWEST_2, short_block
 from .stored import Stored, kernel_of
@@ -198,14 +198,14 @@ def _low(stored: Stored, scales: ir.Value, block: int) -> _Codes:
 @kernel_of(Ternary)
 def ternary(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     """Codes as they are; where one scale is for all, rows are one block."""
-    builder = stored.context.builder
     if stored.scheme.block:
-        scales, block = stored.piece("scales"), stored.scheme.block
+        packed, scales, block = stored.piece("packed"), stored.piece("scales"), stored.scheme.block
     else:
-        groups = -(-stored.width // 32)
-        scales = stored.op("Expand", stored.piece("scale"), builder.ints(stored.rows, groups))
-        block = 32
-    codes = _Codes(stored.piece("packed"), scales, None, 2)
+        builder = stored.context.builder
+        block = LINE * -(-stored.width // LINE)
+        scales = stored.op("Expand", stored.piece("scale"), builder.ints(stored.rows, 1))
+        packed = stored.piece("packed", shape=(stored.rows, 1, block // 4))
+    codes = _Codes(packed, scales, None, 2)
     return _product(stored, x, bias, block, codes)
 
 

@@ -110,7 +110,7 @@ def test_weights_without_a_kernel_are_told_of() -> None:
     assert said({"format": "int4"}) == said({"format": "nf4"}) == said({"format": "fp32"}) == []
     (text,) = said({"format": "nf4"}, accuracy_level=0)
     assert text.startswith("onnxruntime has no kernel for weights in nf4, block 64: they are small")
-    assert "2.5 times what it takes with int4" in text
+    assert "3 times what it takes with int4" in text
     (text,) = said({"format": "int3", "head": "same"}, portable=True)
     assert "3 bits, block 32, symmetric" in text
     (text,) = said({"format": "int4", "block": 0, "symmetric": False, "head": "int8"})[:1]
