@@ -10,7 +10,7 @@ import pytest
 
 from einfold.compiler.analysis.cascade.plans import fold
 from einfold.compiler.codegen.triton.ahead import compile_ahead
-from einfold.compiler.codegen.triton.attention.cubins import triton_version, variants
+from einfold.compiler.codegen.triton.attention.cubins import variants
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
 from einfold.compiler.codegen.triton.attention.low_rank import (
     STREAM,
