@@ -30,6 +30,7 @@ from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.attention.trusted import with_compiled
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.codegen.triton.shipped import triton_version
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.manifest import NAME, Manifest
 from einfold.compiler.ir.ops import einfold_ops

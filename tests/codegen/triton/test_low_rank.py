@@ -22,6 +22,7 @@ from einfold.compiler.codegen.triton.attention.low_rank import (
 from einfold.compiler.codegen.triton.generate import generate
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.codegen.triton.shipped import triton_version
 from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton
