@@ -120,7 +120,8 @@ def bind(program: Program, kernels: Sequence[LinearKernel]) -> dict[fx.Node, Cal
     of_kind = {kernel.kind: kernel for kernel in kernels}
     for kernel in kernels:
         kernel.function("merge")  # an absent Triton is told of now, not at the first token
-    found, pieces = {}, {}
+    found: dict[fx.Node, Callable[..., Any]] = {}
+    pieces: dict[str, tuple[str, Stored]] = {}
     for node, of in readers(program).items():
         operator = operator_of(node.target)
         assert operator is not None

@@ -159,8 +159,8 @@ def rows_of(scheme: Scheme, layout: Layout, weight: LinearWeight) -> Tensor:
         for name, piece in named.items()
         if piece is not None
     }
-    found: Tensor = scheme.dequantize(pieces, layout.width)
-    return found.unflatten(0, weight.scales.shape[1:])
+    rows: Tensor = scheme.dequantize(pieces, layout.width).unflatten(0, weight.scales.shape[1:])
+    return rows
 
 
 def _widened(

@@ -102,7 +102,7 @@ class Layout:
         codes = unpack_bits(bytes_NC, self.bits, self.groups * self.block)
         codes = functional.pad(codes, (0, self.segments * self.columns - codes.shape[-1]))
         planes = codes.unflatten(-1, (self.segments, self.planes, WORDS))
-        words = planes[:, :, 0].to(torch.int32)
+        words: Tensor = planes[:, :, 0].to(torch.int32)
         for plane in range(1, self.planes):
             words |= planes[:, :, plane].to(torch.int32) << (self.bits * plane)
         return words
