@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -19,6 +19,9 @@ from torch import fx
 from .compiler.fuse.replace import fuse
 from .compiler.fuse.report import FusedCascade
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from .compiler.frozen_weights import Frozen
 
 #: What happens to each graph in turn; the last ones are kept.
 _reports: deque[GraphReport] = deque(maxlen=256)
@@ -38,6 +41,8 @@ class GraphReport:
     nodes: int
     cascades: tuple[FusedCascade, ...]
     skipped: Mapping[str, str]
+    stored: int = 0
+    """Weights that were stored in the scheme that was asked for."""
 
     @property
     def fused(self) -> int:
@@ -51,6 +56,7 @@ class GraphReport:
             lines.append(f"  {item.where}: {item.status}, {passes}, {item.lowering}")
             if item.reason:
                 lines.append(f"    {item.reason}")
+        lines += [f"  {self.stored} weights stored"] if self.stored else []
         lines += [f"  skipped {what}: {why}" for what, why in self.skipped.items()]
         return "\n".join(lines)
 
@@ -74,21 +80,37 @@ def einfold(
 ) -> Callable[..., Any]:
     """Compiles one graph of Dynamo's.
 
-    Two of `options` are einfold's. "measure": "auto" times each kind of region once and keeps what is
+    Three of `options` are einfold's. "measure": "auto" times each kind of region once and keeps what is
     fastest, "never" takes the first lowering that expresses it. "rest": who compiles what is left,
-    "inductor", or "eager" for nobody, to look for faults. The others, and `mode`, go to Inductor.
+    "inductor", or "eager" for nobody, to look for faults. "weights": a format ("int4") that the weights of
+    linears are stored in, rounded to nearest, where the caller has frozen them; the report says so where
+    not. The others, and `mode`, go to Inductor.
     """
     options = dict(options or {})
+    weights = options.pop("weights", None)
     own = {name: options.pop(name, values[0]) for name, values in OPTIONS.items()}
     for name, value in own.items():
         if value not in OPTIONS[name]:
             raise RecipeError(f"option {name} is {value!r}; it can be {' or '.join(OPTIONS[name])}")
     fused, report = rewritten(gm, own["measure"])
+    frozen = _frozen(fused, weights)
+    if frozen is not None:
+        more = {"weights": frozen.reason} if frozen.reason else {}
+        report = replace(report, stored=frozen.stored, skipped={**report.skipped, **more})
     _reports.append(report)
     if own["rest"] == "eager":
         forward: Callable[..., Any] = fused.forward
         return forward
     return _inductor(fused, example_inputs, options, mode)
+
+
+def _frozen(gm: fx.GraphModule, weights: object) -> Frozen | None:
+    """The graph's weights stored as `weights` says, in place; None where it says nothing."""
+    if weights is None:
+        return None
+    from .compiler.frozen_weights import scheme_named, store_frozen_weights
+
+    return store_frozen_weights(gm, scheme_named(str(weights)))
 
 
 def rewritten(gm: fx.GraphModule, measure: str = "auto") -> tuple[fx.GraphModule, GraphReport]:

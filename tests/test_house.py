@@ -81,6 +81,7 @@ ALLOWED = {
         "compiler.codegen.cpu.frame",
         "compiler.codegen.reference",
     },
+    "compiler.codegen.triton.linear": {"errors", "compiler.ir", "compiler.codegen.triton"},
     "compiler.codegen.triton.attention": {
         "compiler.frontend.cascade",
         "errors",

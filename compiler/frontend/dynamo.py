@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.G
     on what the graph alone holds (`inplace.py`).
     """
     # Without a tracing context of its own, make_fx takes Dynamo's, whose fake mode is another one.
-    with mode, tracing(None), preserve_node_meta():
+    with mode, tracing(None), preserve_node_meta(), _real_tensors(mode):
         traced: fx.GraphModule = make_fx(
             fx.Interpreter(gm).run,
             pre_dispatch=True,
@@ -64,6 +65,17 @@ def to_aten(gm: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> fx.G
     out_of_place(traced.graph)
     traced.recompile()
     return traced
+
+
+@contextmanager
+def _real_tensors(mode: FakeTensorMode) -> Iterator[None]:
+    """Lets a graph hold tensors that are no fakes: parameters that the caller has frozen."""
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
 
 
 def trace_function(

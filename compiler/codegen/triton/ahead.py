@@ -25,8 +25,8 @@ from .options import Tiles, merge_tiles
 INSTRUCTIONS = ("mma.sync", "tcgen05.mma", "wgmma.mma_async")
 
 
-@dataclass(frozen=True)
-class Compiled:
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
     """A function compiled for a capability.
 
     `registers` a thread, `shared` bytes a block, `spills` bytes that did not fit the registers
@@ -35,8 +35,6 @@ class Compiled:
     """
 
     capability: int
-    kind: str
-    tiles: Tiles
     registers: int
     shared: int
     stack: int
@@ -46,6 +44,18 @@ class Compiled:
     ptx: str
     cubin: bytes
     metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Assembled):
+    """One function of a kernel made of a plan: "whole", "part" or "merge", at tiles."""
+
+    kind: str
+    tiles: Tiles
+
+
+#: The types of a function's arguments by name, those that are constants, and what is known of the others.
+Signature = tuple[dict[str, str], dict[str, Any], dict[Any, Any]]
 
 
 def compile_ahead(
@@ -59,20 +69,29 @@ def compile_ahead(
 
     `tiles` are the kernel's own where none are given. Raises UnsupportedError where Triton refuses.
     """
+    generated = kernel.functions[kind]
+    tiles = tiles or (merge_tiles(kernel.tiles) if kind == "merge" else kernel.tiles)
+    known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
+    signature = signature_of(kernel, generated, known)
+    made = assemble(
+        kernel.function(kind), generated.name, signature, capability, tiles.warps, tiles.stages
+    )
+    return Compiled(**vars(made), kind=kind, tiles=tiles)
+
+
+def assemble(
+    function: Any, name: str, signature: Signature, capability: int, warps: int, stages: int
+) -> Assembled:
+    """A Triton function, called `name` in what is said of it, compiled for a capability with no GPU.
+
+    Raises UnsupportedError where Triton refuses.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    generated = kernel.functions[kind]
-    tiles = tiles or (merge_tiles(kernel.tiles) if kind == "merge" else kernel.tiles)
-    known = {"ROWS": tiles.rows, "STREAM": tiles.stream, "PARTS": parts}
-    signature, constants, attributes = signature_of(kernel, generated, known)
-    source = ASTSource(kernel.function(kind), signature, constants, attributes)
-    options = {
-        "num_warps": tiles.warps,
-        "num_stages": max(1, tiles.stages),
-        "enable_fp_fusion": True,
-    }
+    source = ASTSource(function, *signature)
+    options = {"num_warps": warps, "num_stages": max(1, stages), "enable_fp_fusion": True}
     target = GPUTarget("cuda", capability, 32)
     log = io.StringIO()
     start = time.perf_counter()
@@ -90,23 +109,21 @@ def compile_ahead(
             pass_on(error)
             reason = str(error).strip().splitlines()
             raise UnsupportedError(
-                f"Triton does not compile {generated.name} for sm_{capability}: {reason[-1:]}"
+                f"Triton does not compile {name} for sm_{capability}: {reason[-1:]}"
             ) from error
     seconds = time.perf_counter() - start
     ptx, said = made.asm["ptx"], log.getvalue()
-    return Compiled(
-        capability,
-        kind,
-        tiles,
-        _said(said, r"Used (\d+) registers"),
-        int(made.metadata.shared),
-        _said(said, r"(\d+) bytes stack frame"),
-        _said(said, r"(\d+) bytes spill stores"),
-        {name: ptx.count(f"{name}.") for name in INSTRUCTIONS if f"{name}." in ptx},
-        seconds,
-        ptx,
-        made.asm["cubin"],
-        _plain(made.metadata),
+    return Assembled(
+        capability=capability,
+        registers=_said(said, r"Used (\d+) registers"),
+        shared=int(made.metadata.shared),
+        stack=_said(said, r"(\d+) bytes stack frame"),
+        spills=_said(said, r"(\d+) bytes spill stores"),
+        matrix={name: ptx.count(f"{name}.") for name in INSTRUCTIONS if f"{name}." in ptx},
+        seconds=seconds,
+        ptx=ptx,
+        cubin=made.asm["cubin"],
+        metadata=_plain(made.metadata),
     )
 
 
@@ -124,9 +141,7 @@ def _plain(metadata: Any) -> dict[str, Any]:
     return {**found, "extern_libs": []} if "extern_libs" in found else found
 
 
-def signature_of(
-    kernel: Kernel, generated: Generated, known: Mapping[str, int]
-) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def signature_of(kernel: Kernel, generated: Generated, known: Mapping[str, int]) -> Signature:
     """As `describe`, with the constants of tiles and parts, in the order of the function."""
     signature, constants, attributes = describe(kernel, generated)
     for name in re.findall(r"(\w+): tl\.constexpr", generated.text):
@@ -135,9 +150,7 @@ def signature_of(
     return signature, constants, attributes
 
 
-def describe(
-    kernel: Kernel, generated: Generated
-) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def describe(kernel: Kernel, generated: Generated) -> Signature:
     """The signature of a function, its constants, and what is known of its arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}

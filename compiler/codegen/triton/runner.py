@@ -19,9 +19,13 @@ from ...ir.kv.layout import Buffer
 from ...ir.ops.record import in_place
 from ...ir.program import Program
 from ...ir.types import DTYPES
-from .attention import AttentionKernel, attention_kernels, bind, differences
+from .attention import AttentionKernel, attention_kernels, bind, differences, kernel_files
 from .attention.files import FOLDER
 from .device import described, find_device
+from .linear.bound import bind as bind_products
+from .linear.bound import linear_kernels
+from .linear.files import kernel_files as linear_files
+from .linear.kernels import LinearKernel
 
 
 def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
@@ -32,33 +36,43 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
     """
     device = find_device()
     program = read_program(artifact, str(device))
-    kernels = attention_kernels(program, described(device))
-    for difference in differences(kernels, _texts(artifact)):
+    kernels, products = attention_kernels(program, described(device)), linear_kernels(program)
+    expected = {**kernel_files(kernels), **linear_files(products)}
+    for difference in differences(expected, _texts(artifact)):
         _warn(artifact, f"{difference}; it is not used")
     if trust:
-        kernels = _with_compiled(artifact, kernels, device)
-    instead = bind(program, kernels)
-    return KernelRunner(program, instead, device, artifact.weight_bytes(), str(artifact.folder))
+        kernels, products = _with_compiled(artifact, kernels, products, device)
+    stored = program.weights.nbytes
+    instead = {**bind(program, kernels), **bind_products(program, products)}
+    # The order that kernels load fills the ends of rows.
+    weight_bytes = artifact.weight_bytes() + program.weights.nbytes - stored
+    return KernelRunner(program, instead, device, weight_bytes, str(artifact.folder))
 
 
 def _with_compiled(
-    artifact: Artifact, kernels: list[AttentionKernel], device: torch.device
-) -> list[AttentionKernel]:
+    artifact: Artifact,
+    kernels: list[AttentionKernel],
+    products: list[LinearKernel],
+    device: torch.device,
+) -> tuple[list[AttentionKernel], list[LinearKernel]]:
     if device.type != "cuda":
         _warn(artifact, "compiled kernels need a GPU, so none is used")
-        return kernels
+        return kernels, products
     from .attention.trusted import with_compiled
+    from .linear.cubins import with_compiled as products_with_compiled
 
     architecture = f"sm_{described(device).capability}"
     files = {name: artifact.file(name) for name in artifact.manifest.files}
     kernels, missing = with_compiled(kernels, architecture, files)
+    products, others = products_with_compiled(products, architecture, files)
+    missing += others
     if missing:
         _warn(
             artifact,
             f"{len(missing)} compiled kernels for {architecture} and this Triton are missing, "
             f"such as {missing[0]}; these are compiled when they are first needed",
         )
-    return kernels
+    return kernels, products
 
 
 def _warn(artifact: Artifact, text: str) -> None:
@@ -78,9 +92,10 @@ def _texts(artifact: Artifact) -> dict[str, str]:
 
 
 class KernelRunner:
-    """Runs an artifact's graph in torch on one device, attention by kernels; the cache stays on the device.
+    """Runs an artifact's graph in torch on one device; the cache stays on the device.
 
-    `instead` has the function for each attention; it writes the cache's buffers in place.
+    `instead` has the function for each call that a kernel stands for: attention, which writes the cache's
+    buffers in place, and products with stored weights.
 
     All other operators run by their reference meaning. Weights go to the device when they are first
     read, and stay.

@@ -1,4 +1,4 @@
-"""The target `triton`: kernels for attention, beside which torch runs the rest."""
+"""The target `triton`: kernels for attention and products with stored weights; torch runs the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class Triton(Target):
     """Code generation for Triton."""
 
     name: ClassVar[str] = "triton"
-    title: ClassVar[str] = "Triton kernels for attention on a GPU, beside which torch runs the rest"
+    title: ClassVar[str] = (
+        "Triton kernels for attention and stored weights on a GPU, beside which torch runs the rest"
+    )
     generators: ClassVar[tuple[str, ...]] = ("triton",)
 
     cubins: tuple[Literal["sm_80", "sm_90", "sm_100"], ...] = ()
@@ -48,7 +50,7 @@ class Triton(Target):
         progress: Progress,
         part: Part = WHOLE,
     ) -> None:
-        from .attention.write import write_kernels
+        from .write import write_kernels
 
         progress("generating kernels", 0.0)
         write_kernels(program, folder, self.cubins, progress)

@@ -24,12 +24,13 @@ from einfold.compiler.codegen.triton.attention import (
     kernel_files,
 )
 from einfold.compiler.codegen.triton.attention.cascade import cascade_of
-from einfold.compiler.codegen.triton.attention.cubins import triton_version, variants
+from einfold.compiler.codegen.triton.attention.cubins import variants
 from einfold.compiler.codegen.triton.attention.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.attention.trusted import with_compiled
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.codegen.triton.shipped import triton_version
 from einfold.compiler.ir.cascade.evaluate import evaluate
 from einfold.compiler.ir.manifest import NAME, Manifest
 from einfold.compiler.ir.ops import einfold_ops
@@ -321,11 +322,12 @@ def test_sympy_reads_no_text_of_an_artifact(
 def test_files_that_are_missing_or_too_many_are_told(compiled: Callable[..., Path]) -> None:
     kernels = kernels_of(compiled("llama"))
     files = kernel_files(kernels)
-    assert differences(kernels, files) == []
+    expected = kernel_files(kernels)
+    assert differences(expected, files) == []
     (source,) = [name for name in files if name.endswith(".py")]
     less = {name: text for name, text in files.items() if name != source}
-    assert differences(kernels, less) == [f"{source} is missing"]
-    (told,) = differences(kernels, files | {"kernels/other.py": "x"})
+    assert differences(expected, less) == [f"{source} is missing"]
+    (told,) = differences(expected, files | {"kernels/other.py": "x"})
     assert told.startswith("kernels/other.py is none of what")
 
 
@@ -457,9 +459,7 @@ def test_kernels_of_another_triton_or_source_are_not_used(
     ]
     (found,), missing = with_compiled(other, "sm_90", files)
     assert len(missing) == expected and not found.kernel.function("whole").compiled
-    monkeypatch.setattr(
-        "einfold.compiler.codegen.triton.attention.cubins.triton_version", lambda: "0"
-    )
+    monkeypatch.setattr("einfold.compiler.codegen.triton.shipped.triton_version", lambda: "0")
     _, missing = with_compiled(kernels, "sm_90", files)
     assert len(missing) == expected
 

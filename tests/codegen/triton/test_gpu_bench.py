@@ -7,10 +7,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import attention
+from benchmarks.gpu import attention, linear
 from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, inputs_of, work
+from benchmarks.gpu.linear_peers import peers as peers_of_products
 from benchmarks.gpu.peers import flex_function
 from einfold.compiler.codegen.reference.plan import run_plan
+from einfold.compiler.codegen.triton.linear.kernels import linear_kernel, rows_of
+from einfold.compiler.codegen.triton.linear.kinds import LinearKind
+from einfold.compiler.ir.quant.scheme import read_scheme
 
 SMALL = [Shape(2, 9, 9), Shape(2, 1, 9)]
 
@@ -79,3 +83,38 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(sys, "argv", ["attention"])
     assert attention.main() == 1
     assert "No CUDA device" in capsys.readouterr().err
+
+
+def test_products_have_schemes_pieces_and_bytes() -> None:
+    found = linear.schemes()
+    assert {"grouped"} <= {scheme.name for scheme in found} and len(found) > 4
+    for scheme in found:
+        pieces = linear.random_pieces(scheme, (40, 300), "cpu")
+        kind = LinearKind(scheme, "fp32")
+        weight = linear.ready(kind, pieces, 300)
+        whole = scheme.dequantize(pieces, 300)
+        assert torch.equal(rows_of(scheme, kind.layout(300), weight), whole)
+        x = torch.randn(3, 300)
+        expected = x @ whole.T
+        assert linear.error_of(linear_kernel(kind), weight, pieces, x, expected) < 1e-5
+        assert linear.error_of(linear_kernel(kind), weight, pieces, x, expected + 1) > 1e-2
+    assert linear.schemes("grouped(bits=2") == [read_scheme("grouped(bits=2,block=64,symmetric=1)")]
+    four = linear.moved(read_scheme("grouped(bits=4,block=128,symmetric=1)"), (4096, 4096), 1, 2)
+    assert four == 4096 * 4096 // 2 + 4096 * 32 * 4 + 2 * 8192
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_products_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["linear"])
+    assert linear.main() == 1
+    assert "No CUDA device" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_missing_says_so_where_it_is_made() -> None:
+    shape, x = (32, 16), torch.randn(2, 16)
+    found = peers_of_products(shape, x)
+    assert found["cuBLAS"]()().shape == (2, 32)
+    with pytest.raises(ImportError, match="marlin"):
+        found["Marlin"]()

@@ -10,7 +10,7 @@ import pytest
 
 from einfold.compiler.analysis.cascade.plans import fold
 from einfold.compiler.codegen.triton.ahead import compile_ahead
-from einfold.compiler.codegen.triton.attention.cubins import triton_version, variants
+from einfold.compiler.codegen.triton.attention.cubins import variants
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
 from einfold.compiler.codegen.triton.attention.low_rank import (
     STREAM,
@@ -22,6 +22,7 @@ from einfold.compiler.codegen.triton.attention.low_rank import (
 from einfold.compiler.codegen.triton.generate import generate
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.codegen.triton.shipped import triton_version
 from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton

@@ -11,16 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from blake3 import blake3
-
 from ....ir.program import Program
+from .. import shipped
 from ..ahead import compile_ahead
 from ..options import DEVICES, Tiles, merge_tiles
 from .files import FOLDER
 from .kernels import SPLITS, AttentionKernel, attention_kernels
-
-#: The entry of a function's metadata that is not Triton's.
-OWN = "einfold"
 
 
 @dataclass(frozen=True)
@@ -65,23 +61,11 @@ def compile_cubins(program: Program, architecture: str) -> dict[str, bytes]:
             )
             stem = f"{FOLDER}/{made.name}.{architecture}.{variant.name}"
             found[f"{stem}.cubin"] = compiled.cubin
-            metadata = {**compiled.metadata, OWN: key_of(made, variant)}
+            metadata = {**compiled.metadata, shipped.OWN: key_of(made, variant)}
             found[f"{stem}.json"] = json.dumps(metadata, indent=1, sort_keys=True).encode()
     return found
 
 
 def key_of(made: AttentionKernel, variant: Variant) -> dict[str, Any]:
-    """What a compiled function must have been made from: this source, these constants, this Triton."""
-    return {
-        "triton": triton_version(),
-        "source": blake3(made.kernel.source.encode()).hexdigest(),
-        "kind": variant.kind,
-        "constants": variant.constants,
-    }
-
-
-def triton_version() -> str:
-    """The version of Triton that is installed; UnsupportedError where none is."""
-    from ..kernel import triton_module
-
-    return str(triton_module().__version__)
+    """What a compiled function must have been made from."""
+    return shipped.key_of(made.kernel.source, variant.kind, variant.constants)

@@ -30,13 +30,12 @@ def source_text(made: AttentionKernel) -> str:
     )
 
 
-def differences(kernels: Sequence[AttentionKernel], files: Mapping[str, str]) -> list[str]:
-    """The files of an artifact that are not what its graph gives, each as the reason.
+def differences(expected: Mapping[str, str], files: Mapping[str, str]) -> list[str]:
+    """The files of an artifact that are not what its graph gives, `expected`, each as the reason.
 
     Plans are read by the project's own parser, which evaluates nothing. Raises ArtifactError for a plan
     that does not read: no version of einfold wrote it.
     """
-    expected = kernel_files(kernels)
     found = []
     for name, text in files.items():
         if name.endswith(".plan"):

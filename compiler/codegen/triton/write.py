@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ....ir.program import Program
-from .cubins import compile_cubins
-from .files import FOLDER, kernel_files
-from .kernels import attention_kernels
+from ...ir.program import Program
+from .attention.cubins import compile_cubins
+from .attention.files import FOLDER, kernel_files
+from .attention.kernels import attention_kernels
+from .linear.bound import linear_kernels
+from .linear.cubins import compile_cubins as compile_products
+from .linear.files import kernel_files as linear_files
 
 Progress = Callable[[str, float], None]
 
@@ -21,9 +24,12 @@ def write_kernels(
     Raises UnsupportedError, naming layers, for attention that has no kernel, or without Triton for cubins.
     """
     (folder / FOLDER).mkdir()
-    for name, text in kernel_files(attention_kernels(program)).items():
+    products = linear_kernels(program)
+    texts = {**kernel_files(attention_kernels(program)), **linear_files(products)}
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     for number, architecture in enumerate(architectures):
         progress(f"compiling kernels for {architecture}", number / len(architectures))
-        for name, data in compile_cubins(program, architecture).items():
+        compiled = compile_cubins(program, architecture) | compile_products(products, architecture)
+        for name, data in compiled.items():
             (folder / name).write_bytes(data)

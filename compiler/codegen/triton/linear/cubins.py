@@ -1,0 +1,105 @@
+"""Kernels of products compiled ahead of time as files of an artifact, as `attention/cubins.py` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..ahead import Assembled, Signature, assemble
+from ..shipped import OWN, Dispatch, Shipped, key_of, shipped
+from .files import FOLDER
+from .kernels import MERGED, TILES, LinearKernel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled function: its name as a file, the function, and the constants that a launch asks for."""
+
+    name: str
+    function: str
+    constants: Mapping[str, Any]
+
+
+def variants(kernel: LinearKernel) -> Iterator[Variant]:
+    """What is compiled: each tile, for results and for the sums of a part, and the merge of these."""
+    for most, tile in TILES.items():
+        function = "matvec" if most == 1 else "matmul"
+        for whole in (True, False):
+            name = f"{function}{'' if most == 1 else most}{'' if whole else '_part'}"
+            yield Variant(name, function, {**tile.constants, "WHOLE": whole})
+    yield Variant("merge", "merge", MERGED)
+
+
+def signature_of(kernel: LinearKernel, variant: Variant) -> Signature:
+    """The types of a function's arguments, its constants, and that addresses and rows are multiples of 16."""
+    kind = kernel.kind
+    result = kind.type if variant.constants.get("WHOLE", True) else "fp32"
+    pointers = {
+        "x": kind.type,
+        "codes": "i32",
+        "scales": kind.scales,
+        "zeros": "u8",
+        "bias": kind.bias,
+    }
+    pointers |= {"y": result, "sums": "fp32"}
+    names = kernel.arguments(variant.function)
+    types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
+    constants = {name: value for name, value in variant.constants.items() if name.isupper()}
+    aligned = [at for at, name in enumerate(names) if name in pointers or name == "outs"]
+    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
+    return types | dict.fromkeys(constants, "constexpr"), constants, attributes
+
+
+def compile_variant(kernel: LinearKernel, variant: Variant, capability: int) -> Assembled:
+    """One function compiled with no GPU. Raises UnsupportedError without Triton, or where it refuses."""
+    return assemble(
+        kernel.function(variant.function),
+        f"{kernel.name}.{variant.name}",
+        signature_of(kernel, variant),
+        capability,
+        variant.constants["num_warps"],
+        variant.constants["num_stages"],
+    )
+
+
+def compile_cubins(kernels: Sequence[LinearKernel], architecture: str) -> dict[str, bytes]:
+    """The files of kernels for a GPU such as "sm_90". Raises as `compile_variant`."""
+    capability = int(architecture.removeprefix("sm_"))
+    found: dict[str, bytes] = {}
+    for kernel in kernels:
+        for variant in variants(kernel):
+            made = compile_variant(kernel, variant, capability)
+            stem = f"{FOLDER}/{kernel.name}.{architecture}.{variant.name}"
+            found[f"{stem}.cubin"] = made.cubin
+            key = key_of(kernel.source, variant.name, variant.constants)
+            metadata = {**made.metadata, OWN: key}
+            found[f"{stem}.json"] = json.dumps(metadata, indent=1, sort_keys=True).encode()
+    return found
+
+
+def with_compiled(
+    kernels: Sequence[LinearKernel], architecture: str, files: Mapping[str, Path]
+) -> tuple[list[LinearKernel], list[str]]:
+    """The kernels with what `files` has compiled for this GPU, and what it lacks.
+
+    Raises ArtifactError for a file that does not read.
+    """
+    found, missing = [], []
+    for kernel in kernels:
+        ones: dict[str, list[Shipped]] = {name: [] for name in ("matvec", "matmul", "merge")}
+        for variant in variants(kernel):
+            stem = f"{FOLDER}/{kernel.name}.{architecture}.{variant.name}"
+            key = key_of(kernel.source, variant.name, variant.constants)
+            function = kernel.function(variant.function)
+            names = kernel.arguments(variant.function)
+            one = shipped(files, stem, key, function, signature_of(kernel, variant), names)
+            if one is None:
+                missing.append(f"{stem}.cubin")
+            else:
+                ones[variant.function].append(one)
+        functions = {name: Dispatch(tuple(of), kernel.function(name)) for name, of in ones.items()}
+        found.append(replace(kernel, _loaded=functions))
+    return found, missing

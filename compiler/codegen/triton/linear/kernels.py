@@ -1,0 +1,177 @@
+"""The kernels of a kind of product and how they are launched: tiles, parts, and what is too wide."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ....ir.quant.scheme import Scheme
+from ..kernel import load_source
+from .kinds import LinearKind
+from .layout import Layout
+from .source import arguments_beside, source_of
+
+#: The constants of a merge: numbers a program, and how the compiler shares them out.
+MERGED = {"SIZE": 1024, "num_warps": 4, "num_stages": 1}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of the weight and rows of activations a program, and how the compiler shares them out.
+
+    Chosen so that nothing spills on sm_80, 90 and 100, compiled ahead of time; not timed on a GPU yet. Few
+    rows of activations have many of the weight, since each program reads its activations again.
+    """
+
+    outs: int
+    rows: int
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a launch asks for."""
+        rows = {} if self.rows == 1 else {"ROWS": self.rows}
+        return {"OUTS": self.outs, **rows, "num_warps": self.warps, "num_stages": self.stages}
+
+
+#: By the most rows of activations that they are for: one takes no matrix instruction.
+TILES = {1: Tile(128, 1), 16: Tile(128, 16), 64: Tile(64, 64)}
+#: Rows of activations above which a weight is widened, some rows of it at a time, and given to torch's
+#: product: so many share what it costs then. An estimate.
+WIDE = 512
+#: Programs that a multiprocessor should have, and the most parts that a row is cut into.
+_PROGRAMS, _PARTS = 4, 32
+
+
+def tile_for(rows: int) -> Tile:
+    """The tile for so many rows of activations."""
+    return next((tile for most, tile in TILES.items() if rows <= most), TILES[64])
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight's pieces as kernels read them, [S, N, 16], [G', N] and [Z', N]; see `layout.py`."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[-2]
+
+    def at(self, index: Any) -> LinearWeight:
+        """The pieces of some rows [..]: what stands for N has the shape of the index."""
+        zeros = None if self.zeros is None else self.zeros[:, index]
+        return LinearWeight(self.codes[:, index], self.scales[:, index], zeros)
+
+    def of(self, place: int) -> LinearWeight:
+        """One weight of a stack."""
+        zeros = None if self.zeros is None else self.zeros[place]
+        return LinearWeight(self.codes[place], self.scales[place], zeros)
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """The kernels of a kind, "matvec", "matmul" and "merge"."""
+
+    kind: LinearKind
+    source: str
+    _loaded: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    def function(self, name: str) -> Any:
+        """The Triton function, or what stands for it. Its source is this module's own text."""
+        return self._loaded[name] if self._loaded else getattr(load_source(self.source), name)
+
+    def arguments(self, name: str) -> list[str]:
+        """The names of a function's arguments, without its constants."""
+        if name == "merge":
+            return ["sums", *(["bias"] if self.kind.bias else []), "y", "rows", "outs", "parts"]
+        given = ["x", "codes", "scales", *arguments_beside(self.kind)]
+        return [*given, "y", "rows", "outs", "segments", "run"]
+
+
+@functools.cache
+def linear_kernel(kind: LinearKind) -> LinearKernel:
+    """The kernels of a kind. Raises UnsupportedError for a scheme or a type that none reads."""
+    return LinearKernel(kind, source_of(kind))
+
+
+def product(
+    kernel: LinearKernel,
+    weight: LinearWeight,
+    x: Tensor,
+    bias: Tensor | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """x @ w.T + bias for x [.., M], in its type; `parts` cuts columns so, None as the device wants it."""
+    rows, width, outs = x.numel() // x.shape[-1], x.shape[-1], weight.rows
+    layout = kernel.kind.layout(width)
+    if rows * outs == 0:
+        return x.new_empty((*x.shape[:-1], outs))
+    if rows > WIDE:
+        return _widened(kernel.kind, layout, weight, x, bias)
+    filled = functional.pad(x, (0, layout.segments * layout.columns - width)).reshape(rows, -1)
+    filled = filled.contiguous()
+    tile = tile_for(rows)
+    across = (-(-outs // tile.outs), -(-rows // tile.rows))
+    parts = parts or split_count(across[0] * across[1], layout.segments, x)
+    run = -(-layout.segments // parts)
+    parts = -(-layout.segments // run)
+    y = x.new_empty((rows, outs))
+    sums = y if parts == 1 else x.new_empty((parts, rows, outs), dtype=torch.float32)
+    given = [weight.codes, weight.scales, weight.zeros, bias]
+    values = [filled, *(piece for piece in given if piece is not None), sums]
+    numbers = (rows, outs, layout.segments, run)
+    function = kernel.function("matvec" if rows == 1 else "matmul")
+    function[(*across, parts)](*values, *numbers, WHOLE=parts == 1, **tile.constants)
+    if parts > 1:
+        added = [] if bias is None else [bias]
+        grid = (-(-(rows * outs) // MERGED["SIZE"]),)
+        kernel.function("merge")[grid](sums, *added, y, rows, outs, parts, **MERGED)
+    return y.reshape(*x.shape[:-1], outs)
+
+
+def split_count(programs: int, segments: int, x: Tensor) -> int:
+    """How many parts fill the device, with at least two segments in each; the same for the same sizes."""
+    if not x.is_cuda:
+        return 1
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return max(1, min(_PROGRAMS * count // programs, segments // 2, _PARTS))
+
+
+def rows_of(scheme: Scheme, layout: Layout, weight: LinearWeight) -> Tensor:
+    """The weights [.., width] that pieces in the order of kernels stand for, in float32."""
+    named = {"packed": weight.codes, "scales": weight.scales, "zeros": weight.zeros}
+    pieces = {
+        name: layout.restored(name, piece.flatten(1, -2) if name == "packed" else piece.flatten(1))
+        for name, piece in named.items()
+        if piece is not None
+    }
+    rows: Tensor = scheme.dequantize(pieces, layout.width).unflatten(0, weight.scales.shape[1:])
+    return rows
+
+
+def _widened(
+    kind: LinearKind, layout: Layout, weight: LinearWeight, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    step = max(1, (1 << 22) // layout.width)
+    parts = [
+        functional.linear(
+            x, rows_of(kind.scheme, layout, weight.at(slice(at, at + step))).to(x.dtype)
+        )
+        for at in range(0, weight.rows, step)
+    ]
+    out = torch.cat(parts, dim=-1)
+    return out if bias is None else out + bias.to(x.dtype)
