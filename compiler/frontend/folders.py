@@ -61,7 +61,7 @@ def read_folder(
 
 
 def _of_hub(source: ModelSource) -> list[str]:
-    if source.folder is not None or source.in_memory:
+    if source.folder is not None or source.file is not None or source.in_memory:
         return []
     return [
         f"the model of {source.name} alone is compiled: the parts of an embedder of sentences, which "

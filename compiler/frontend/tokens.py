@@ -30,6 +30,8 @@ _SAVED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 def read_generation_config(source: ModelSource) -> Any:
     """The model's generation_config.json; None where it has none."""
+    if source.file is not None:
+        return None
     if source.folder is not None and not (source.folder / "generation_config.json").is_file():
         return None
     try:
@@ -130,6 +132,10 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
     if not found:
         return None, "the model has none"  # transformers would make an empty one up
     try:
+        if source.file is not None:
+            return AutoTokenizer.from_pretrained(
+                str(source.file.parent), gguf_file=source.file.name, local_files_only=True
+            ), ""
         return AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=False, local_files_only=source.local_only
         ), ""
