@@ -78,14 +78,56 @@ class CodedTensors(Format):
         for module, parts in modules.items():
             made = self.weights(module, parts)
             for ending in self.dropped.keys() & parts.keys():
-                self._note_dropped(self.dropped[ending])
+                self.note_once(
+                    f"the checkpoint holds {self.dropped[ending]}, which nothing reads: einfold computes in "
+                    "floats there"
+                )
                 del parts[ending]
             prefix = f"{module}." if module else ""
             found |= {prefix + last: weight for last, weight in (parts | made).items()}
         return found
 
-    def _note_dropped(self, what: str) -> None:
-        note = f"the checkpoint holds {what}, which is not read: einfold computes in floats there"
+    def number(self, key: str) -> int:
+        """A whole number of the quantization_config."""
+        found = self.options.get(key)
+        if not isinstance(found, int) or isinstance(found, bool):
+            raise self.unsupported(f"its quantization_config has {key} {found!r}; a whole number is wanted")
+        return found
+
+    def part(self, module: str, parts: dict[str, Weight], name: str) -> Weight:
+        """A tensor of a module, taken out of `parts`."""
+        if name not in parts:
+            raise self.damaged(module, f"it has codes and no {name}")
+        return parts.pop(name)
+
+    def axis(self, module: str, tensor: Weight, axis: int) -> int:
+        """The length of an axis of a matrix."""
+        if len(tensor.shape) != 2 or not all(tensor.shape):
+            raise self.damaged(module, f"its codes are {list(tensor.shape)}, which is no matrix")
+        return tensor.shape[axis]
+
+    def size(self, module: str, tensor: Weight, axis: int, bits: int) -> int:
+        """How many codes an axis of int32 words holds, where they fill them."""
+        return self.axis(module, tensor, axis) * 32 // bits
+
+    def expect(
+        self,
+        module: str,
+        name: str,
+        tensor: Weight,
+        dtype: torch.dtype | None,
+        shape: tuple[int, ...],
+    ) -> None:
+        """Raises ModelError for a tensor of another shape or type; None stands for any float."""
+        fits = tensor.dtype.is_floating_point if dtype is None else tensor.dtype == dtype
+        if tensor.shape != shape or not fits:
+            given, wanted = (
+                f"{str(kind or 'a float').removeprefix('torch.')} {list(size)}"
+                for kind, size in ((tensor.dtype, tensor.shape), (dtype, shape))
+            )
+            raise self.damaged(module, f"{name} is {given} where {wanted} was expected")
+
+    def note_once(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 

@@ -16,6 +16,7 @@ from .vision import TextPart, find_text_part
 
 #: Keys of a config.json that say nothing about what the model computes.
 _SAID = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map", "use_cache"}
+_SAID |= {"quantization_config"}
 
 
 def read_folder(

@@ -133,15 +133,20 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
         return None, "the model has none"  # transformers would make an empty one up
     try:
         if source.file is not None:
-            return AutoTokenizer.from_pretrained(
-                str(source.file.parent), gguf_file=source.file.name, local_files_only=True
-            ), ""
+            return _tokenizer_of(source.file), ""
         return AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=False, local_files_only=source.local_only
         ), ""
     except Exception as error:  # of an unknown kind, or it needs a package
         pass_on(error)
         return None, f"transformers cannot load it: {first_line(error)}"
+
+
+def _tokenizer_of(gguf: Path) -> Any:
+    """The tokenizer in a GGUF. It is linked into a folder of its own: what lies beside it is of others."""
+    with TemporaryDirectory() as alone:
+        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+        return AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, local_files_only=True)
 
 
 def save_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> str:
