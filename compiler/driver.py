@@ -374,7 +374,7 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
             f"{model.source.location} is an encoder-decoder, whose cache transformers keeps in two parts; "
             "compile it into an artifact instead"
         )
-    _load(model)
+    load_weights(model)
     program = capture_language_model(
         model.source, model.config, _context(model, recipe), model.state, model.module
     )
@@ -382,7 +382,7 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
     planning = planning_passes(recipe.cache_passes(), _comparison(model, check))
     PassManager(planning, asked=recipe.asked()).run(program)
     if program.calibrations:
-        _calibrate(model, program, recipe)
+        calibrate(model, program, recipe)
     return program
 
 
@@ -410,7 +410,7 @@ def compile_to(
     with staged(out, force) as folder:
         with clock.phase("load"):
             tell("loading weights", 0.0)
-            _load(model)
+            load_weights(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress, check)
         parts = {WHOLE: program} | ({} if program.encoder is None else {READER: program.encoder})
@@ -420,7 +420,7 @@ def compile_to(
         if program.calibrations:
             with clock.phase("calibrate"):
                 tell("calibrating", 0.0)
-                read.append(_calibrate(model, program, recipe))
+                read.append(calibrate(model, program, recipe))
         calibrated = "; ".join(dict.fromkeys(read)) or calibrated
         program.statistics = None  # lets go of what was found
         program.beside = no_inputs
@@ -521,7 +521,8 @@ def _context(model: Input, recipe: Recipe) -> int:
     return recipe.context or limit or DEFAULT_CONTEXT
 
 
-def _load(model: Input) -> None:
+def load_weights(model: Input) -> None:
+    """Gives a model its weights, with adapters merged into them; raises ModelError for what is damaged."""
     if model.state is None:
         if model.checkpoint is not None:
             model.state = model.checkpoint
@@ -590,7 +591,7 @@ def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[T
     )
 
 
-def _calibrate(model: Input, program: Program, recipe: Recipe) -> str:
+def calibrate(model: Input, program: Program, recipe: Recipe) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
     ids, origin = _calibration_text(model, program, recipe)
     for calibration in program.calibrations:

@@ -68,7 +68,7 @@ Artifact = Annotated[
     Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)
 ]
 ModelName = Annotated[
-    str, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)
+    str, typer.Argument(help="A Hugging Face model folder, a GGUF file, or a hub id.", show_default=False)
 ]
 RecipeFile = Annotated[
     Path | None,
@@ -100,7 +100,8 @@ WeightsOption = Annotated[
         metavar=f"<{'|'.join(PRESETS)}>",
         autocompletion=starting(PRESETS),
         help="How weights are stored. fp16 halves the file; on a CPU it is a storage format only, the "
-        "arithmetic stays float32. The others are group-wise integers, rounded to nearest. [default: fp32]",
+        "arithmetic stays float32. The others are group-wise integers, rounded to nearest. "
+        "[default: fp32; of a checkpoint whose weights are codes, the codes]",
         show_default=False,
     ),
 ]

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+import einfold
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.stored import scheme_of
-from einfold.errors import ModelError, UnsupportedError
+from einfold.compiler.solve.round_to_nearest import RoundToNearest
+from einfold.errors import ModelError, RecipeError, UnsupportedError
 
+from ... import models
 from . import folders
 
 PROBE = "model.layers.1.mlp.down_proj.weight"
@@ -95,7 +99,6 @@ def decompressed(folder: Path) -> dict[str, Tensor]:
     """What compressed-tensors itself makes of a folder's weights."""
     package = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors.base import BaseCompressor
-    from safetensors.torch import load_file
 
     told = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
     found: dict[str, Tensor] = {}
@@ -111,7 +114,8 @@ def decompressed(folder: Path) -> dict[str, Tensor]:
             compressor = BaseCompressor.get_value_from_registry(form)
             parts = compressor.decompress(parts, scheme)
         prefix = f"{module}." if module else ""
-        found |= {prefix + ending: value for ending, value in parts.items()}
+        own = {ending: value for ending, value in parts.items() if ending in ("weight", "bias")}
+        found |= {prefix + ending: value for ending, value in own.items()}
     return found
 
 
@@ -217,3 +221,64 @@ def test_a_damaged_checkpoint(part: str, change: Any, told: str, tmp_path: Path)
     folders.rewrite(tmp_path, damage)
     found = folders.refused(tmp_path, ModelError)
     assert told in found and NAME in found
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = models.save("llama", tmp_path_factory.mktemp("plain"))
+    models.save_tokenizer(folder)
+    return folder
+
+
+def test_an_export_is_what_a_compile_would_store(plain: Path, tmp_path: Path) -> None:
+    symmetric = False
+    recipe = {"weights": {"format": "int4", "symmetric": symmetric}}
+    report = einfold.export_checkpoint(plain, tmp_path / "out", recipe=recipe)
+    assert report.nbytes == sum(
+        t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values()
+    )
+    model = models.build("llama")
+    own = decompressed(tmp_path / "out")
+    scheme = Grouped(4, 32, symmetric)
+    for name, value in model.state_dict().items():
+        kind = Grouped(8, 32, symmetric) if name == "lm_head.weight" else scheme
+        if name.endswith("_proj.weight") or name == "lm_head.weight":
+            pieces = RoundToNearest().solve(value, kind, {}).pieces
+            value = kind.dequantize(pieces, value.shape[-1])
+        assert torch.equal(own[name], value), name
+    # and it is read again, code by code
+    found = folders.check(tmp_path / "out", own)
+    assert found.checkpoint is not None
+    assert scheme_of(found.checkpoint[PROBE]) == scheme
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    again = einfold.export_checkpoint(tmp_path / "out", tmp_path / "again")
+    assert again.weights == report.weights
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "told"),
+    [
+        ({}, RecipeError, "stores no linear"),
+        ({"weights": {"format": "fp16"}}, UnsupportedError, "scheme half"),
+        ({"weights": {"format": "fp32", "keep": False}}, RecipeError, "stores no linear"),
+        ({"weights": {"format": "int4", "block": 128}}, UnsupportedError, "do not divide"),
+    ],
+)
+def test_what_is_not_exported(
+    plain: Path, recipe: dict[str, Any], kind: type[Exception], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=told):
+        einfold.export_checkpoint(plain, tmp_path / "out", recipe=recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_head_is_exported_as_it_came(tmp_path: Path) -> None:
+    models.save("llama", tmp_path / "a", tie_word_embeddings=True)
+    report = einfold.export_checkpoint(tmp_path / "a", tmp_path / "b", weights="int8")
+    assert "lm_head" not in report.weights and len(report.weights) == 14
+    config = json.loads((tmp_path / "b" / "config.json").read_text("utf-8"))
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    folders.check(tmp_path / "b", decompressed(tmp_path / "b"))
