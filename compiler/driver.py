@@ -329,7 +329,10 @@ def captured(
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
     passes = language_model_passes(
-        recipe.weight_passes(model.schemes), recipe.cache_passes(), _comparison(model, check), fusion
+        recipe.weight_passes(model.schemes),
+        recipe.cache_passes(),
+        _comparison(model, check),
+        fusion,
     )
     if program.encoder is None:
         return [(program, passes)]

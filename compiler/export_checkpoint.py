@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -88,13 +87,15 @@ def export_checkpoint(
         _add(store, module, scheme, pieces)
     if not schemes:
         raise RecipeError(
-            f"{model.source.location} has no linear that is stored in groups of integers, so there is nothing "
+            f"{model.source.location} has no linear that is stored in groups of integers, so nothing is left "
             "to export in codes"
         )
     _add_rest(store, model.state, schemes)
     report.nbytes, report.weights = store.nbytes, {m: str(s) for m, s in schemes.items()}
     with staged(out, force) as folder:
-        write_weights(store, folder / WEIGHTS, lambda n, at, total: tell("writing weights", at / total))
+        write_weights(
+            store, folder / WEIGHTS, lambda n, at, total: tell("writing weights", at / total)
+        )
         _write_config(model, folder, schemes)
         if model.generation is not None:
             model.generation.save_pretrained(folder)
@@ -228,7 +229,9 @@ def _write_config(model: Input, folder: Path, schemes: Mapping[str, Grouped]) ->
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model.source.location}: its config cannot be written: {error}") from error
+        raise ModelError(
+            f"{model.source.location}: its config cannot be written: {error}"
+        ) from error
     rest = [name for name in _all_linears(model.structure()) if name not in schemes]
     raw["quantization_config"] = {
         "quant_method": "compressed-tensors",

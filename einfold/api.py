@@ -136,7 +136,10 @@ def resolve_recipe(
         data, where = Recipe.load(path), str(path)
     for place, value in (
         (("weights", "format"), weights),
-        (("weights", "keep"), False if weights is not None else None),  # a format that was asked for
+        (
+            ("weights", "keep"),
+            False if weights is not None else None,
+        ),  # a format that was asked for
         (("cache", "storage"), cache),
         (("cache", "prune"), prune),
         (("cache", "quant"), quant),

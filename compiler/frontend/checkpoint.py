@@ -1,8 +1,8 @@
 """Checkpoints whose weights are codes: which formats there are, and how one is opened.
 
-A format reads headers, and perhaps small tensors, and gives a `Weight` for each parameter of the model, which
-reads and unpacks its numbers when it is loaded. Where a scheme holds the codes exactly as they are, the weight
-is a `StoredWeight`, and a compile that asks for no other storage rounds nothing.
+A format reads headers, and perhaps small tensors, and gives a `Weight` for each parameter of the model,
+which reads and unpacks its numbers when it is loaded. Where a scheme holds the codes exactly as they are, the
+weight is a `StoredWeight`, and a compile that asks for no other storage rounds nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class CodedTensors(Format):
         """A whole number of the quantization_config."""
         found = self.options.get(key)
         if not isinstance(found, int) or isinstance(found, bool):
-            raise self.unsupported(f"its quantization_config has {key} {found!r}; a whole number is wanted")
+            raise self.unsupported(
+                f"its quantization_config has {key} {found!r}; a whole number is wanted"
+            )
         return found
 
     def part(self, module: str, parts: dict[str, Weight], name: str) -> Weight:

@@ -1,6 +1,6 @@
 """Integers in groups that share a scale, as checkpoints pack them, and `Grouped` where it holds them.
 
-    w[n, m] = (code[n, m] - zero[n, g]) * scale[n, g],     g = m // group, code in 0 .. 2^bits - 1
+w[n, m] = (code[n, m] - zero[n, g]) * scale[n, g],     g = m // group, code in 0 .. 2^bits - 1
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Codes:
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Codes [.., count] in uint8 of int32 words [.., W]: one stream of bits, low bits first, `bits` a code."""
+    """Codes [.., count], uint8, of int32 words [.., W]: one stream of bits, low bits first, `bits` a code."""
     stream = words.contiguous().view(torch.uint8)
     if 8 % bits == 0:
         return unpack_bits(stream, bits, count)

@@ -124,7 +124,10 @@ def _capture(
 
 
 def named_weights(
-    source: ModelSource, skeleton: nn.Module, exported: Any, state: Mapping[str, Tensor | Weight] | None
+    source: ModelSource,
+    skeleton: nn.Module,
+    exported: Any,
+    state: Mapping[str, Tensor | Weight] | None,
 ) -> WeightSource:
     """The data of weights from `state`, else from the skeleton's buffers and the trace's own constants.
 
@@ -134,7 +137,9 @@ def named_weights(
     def weight(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
         if state is not None and name in state:
             found = state[name]
-            return cast_weight(found, dtype) if isinstance(found, Weight) else Weight.of(found, dtype)
+            return (
+                cast_weight(found, dtype) if isinstance(found, Weight) else Weight.of(found, dtype)
+            )
         if name in buffers:  # computed when the model was built, such as rotary frequencies
             return Weight.of(buffers[name], dtype)
         # what the model reads and has not registered

@@ -1,7 +1,8 @@
 """The header of a GGUF file: what it says of the model, and where its tensors are.
 
     magic "GGUF", version u32, tensors u64, keys u64,
-    keys x (name string, type u32, value), tensors x (name string, axes u32, sizes u64.., type u32, offset u64),
+    keys x (name string, type u32, value),
+    tensors x (name string, axes u32, sizes u64.., type u32, offset u64),
     padding to general.alignment, data
 Strings are a length u64 and their bytes; all is little-endian. Source: ggml's docs/gguf.md, versions 2 and 3.
 
@@ -26,7 +27,19 @@ from ...errors import ModelError, UnsupportedError, pass_on
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 #: Axes of a tensor, bytes of a name, and the largest alignment that is believed.
 _MOST_AXES, _LONGEST_NAME, _LARGEST_ALIGNMENT = 4, 1 << 16, 1 << 20
@@ -180,7 +193,9 @@ class _Reader:
         at = self.file.tell()
         return at + -at % int(alignment)
 
-    def _placed(self, raw: list[tuple[str, tuple[int, ...], int, int]], start: int) -> dict[str, Entry]:
+    def _placed(
+        self, raw: list[tuple[str, tuple[int, ...], int, int]], start: int
+    ) -> dict[str, Entry]:
         found: dict[str, Entry] = {}
         for name, shape, kind, offset in raw:
             if name in found:

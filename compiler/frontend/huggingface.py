@@ -26,7 +26,7 @@ from .hub import unreachable
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a folder, the id of a repository on the Hugging Face hub, a GGUF, or memory."""
+    """Where a model comes from: a folder, a GGUF, a repository of the Hugging Face hub, or memory."""
 
     name: str
     folder: Path | None

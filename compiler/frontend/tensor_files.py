@@ -75,7 +75,9 @@ def _tensor(file: Path, opened: Any, name: str, shape: tuple[int, ...], kind: st
             tensor: Tensor = opened().get_tensor(name)
         except Exception as error:
             pass_on(error)
-            raise ModelError(f"{file}: tensor {name} cannot be read: {first_line(error)}") from error
+            raise ModelError(
+                f"{file}: tensor {name} cannot be read: {first_line(error)}"
+            ) from error
         return tensor
 
     return Weight(shape, _TYPES[kind], load)

@@ -68,7 +68,10 @@ Artifact = Annotated[
     Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)
 ]
 ModelName = Annotated[
-    str, typer.Argument(help="A Hugging Face model folder, a GGUF file, or a hub id.", show_default=False)
+    str,
+    typer.Argument(
+        help="A Hugging Face model folder, a GGUF file, or a hub id.", show_default=False
+    ),
 ]
 RecipeFile = Annotated[
     Path | None,

@@ -1,8 +1,8 @@
 """AWQ, as AutoAWQ writes it in its version "gemm" (Lin et al., 2024, is how it scales before it rounds).
 
-    qweight int32 [M, N / 8]     eight codes of 4 bits of neighbouring outputs, in the order below
-    qzeros  int32 [G, N / 8]     zero points likewise
-    scales  f16   [G, N]
+qweight int32 [M, N / 8]     eight codes of 4 bits of neighbouring outputs, in the order below
+qzeros  int32 [G, N / 8]     zero points likewise
+scales  f16   [G, N]
 """
 
 from __future__ import annotations

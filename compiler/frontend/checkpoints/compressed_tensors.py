@@ -38,15 +38,17 @@ _READ = (
 )
 
 
+_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+
 @FORMATS.register
 class CompressedTensors(CodedTensors):
     """Integers are kept; float8 is unpacked. What is said of activations and of the cache is not read."""
 
     name = "compressed-tensors"
-    dropped = {  # noqa: RUF012
-        ending: "scales of activations"
-        for ending in ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-    } | dict.fromkeys(("k_scale", "v_scale", "q_scale"), "scales of the KV cache")
+    dropped = dict.fromkeys(_ACTIVATIONS, "scales of activations") | dict.fromkeys(
+        ("k_scale", "v_scale", "q_scale"), "scales of the KV cache"
+    )
 
     def __init__(self, source: ModelSource, config: Any, options: Mapping[str, Any]) -> None:
         super().__init__(source, config, options)
@@ -90,7 +92,9 @@ class CompressedTensors(CodedTensors):
         bits, kind = told.get("num_bits"), told.get("type", "int")
         integers = kind == "int" and isinstance(bits, int) and 1 <= bits <= 8
         if not integers and (kind, bits) != ("float", 8):
-            raise self.unsupported(f"{module} is stored as {kind} of {bits} bits, which is not read")
+            raise self.unsupported(
+                f"{module} is stored as {kind} of {bits} bits, which is not read"
+            )
         return {**told, "type": kind}
 
     def _is_for(self, targets: Any, module: str) -> bool:
@@ -101,13 +105,17 @@ class CompressedTensors(CodedTensors):
                 if text == module or "." not in text:
                     return True
             elif len(text) > _LONGEST:
-                raise self.unsupported(f"a target of {len(text)} characters in config_groups is not tried")
+                raise self.unsupported(
+                    f"a target of {len(text)} characters in config_groups is not tried"
+                )
             else:
                 try:
                     if re.match(text[3:], module):
                         return True
                 except re.error as error:
-                    raise self.unsupported(f"the target {text!r} is no expression: {error}") from error
+                    raise self.unsupported(
+                        f"the target {text!r} is no expression: {error}"
+                    ) from error
         return False
 
     def _integers(
@@ -139,11 +147,15 @@ class CompressedTensors(CodedTensors):
 
         def load() -> Codes:
             raw = packed.load()
-            codes = unpack_words(raw, bits, width) if streamed else self._unsigned(module, raw, bits)
+            codes = (
+                unpack_words(raw, bits, width) if streamed else self._unsigned(module, raw, bits)
+            )
             middle = None
             if zeros is not None:
                 given = zeros.load()
-                middle = unpack_words(given.T, bits, rows).T if words else given.int() + (1 << bits - 1)
+                middle = (
+                    unpack_words(given.T, bits, rows).T if words else given.int() + (1 << bits - 1)
+                )
             every = scale.load().float().reshape(-1, groups).expand(rows, groups)
             return Codes(codes, every, _each(middle, rows, groups), order)
 
@@ -166,9 +178,7 @@ class CompressedTensors(CodedTensors):
         rows, width = (int(size) for size in told.load())
         if rows < 1 or width < 1:
             raise self.damaged(module, f"its weight_shape is {[rows, width]}")
-        self.expect(
-            module, "weight_packed", packed, torch.int32, (rows, -(-width * bits // 32))
-        )
+        self.expect(module, "weight_packed", packed, torch.int32, (rows, -(-width * bits // 32)))
         return rows, width
 
     def _groups(

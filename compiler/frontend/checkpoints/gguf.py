@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: one file with config, tokenizer and weights in blocks.
 
-Every type of block is unpacked by the `gguf` package, a tensor at a time. Q4_0 and Q8_0 are blocks of 32 codes
-with a float16 scale and no minimum, which `Grouped` holds as they are; the others are not on its grid.
+Every type of block is unpacked by the `gguf` package, a tensor at a time. Q4_0 and Q8_0 are blocks of 32
+codes with a float16 scale and no minimum, which `Grouped` holds as they are; the others are not on its grid.
 
 llama.cpp changes some weights when it converts a model, and each architecture here says how that is undone:
     llama          the rows of q and k, from pairs (i, i + d/2) of a head to pairs (2i, 2i + 1)
@@ -33,7 +33,7 @@ from ..huggingface import ModelSource, quiet
 _KEPT = {2: 4, 8: 8}
 _BLOCK = 32
 
-#: Keys of the header that change what the model computes, with the field of the config that has to say the same.
+#: Keys of the header that change what the model computes, with the field of the config that has to agree.
 _MEANT = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -113,9 +113,7 @@ def header(path: Path) -> GgufFile:
     """The header of a GGUF, checked. Raises ModelError, and UnsupportedError for an architecture or a
     version that is not read."""
     gguf = package()
-    found = read_gguf(
-        path, lambda kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-    )
+    found = read_gguf(path, lambda kind: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)])
     if found.architecture not in _UNDO:
         raise UnsupportedError(
             f"{path}: models of the architecture {found.architecture!r} are not read from a GGUF; "
@@ -124,7 +122,8 @@ def header(path: Path) -> GgufFile:
     scaling = [key for key in found.keys if ".rope.scaling." in key]
     if scaling and found.keys.get(f"{found.architecture}.rope.scaling.type") != "none":
         raise UnsupportedError(
-            f"{path}: {scaling[0]} stretches the rotary embedding, which is not read of a GGUF; give the folder that the file was made from"
+            f"{path}: {scaling[0]} stretches the rotary embedding, which is not read of a "
+            "GGUF; give the folder that the file was made from"
         )
     return found
 
@@ -232,10 +231,9 @@ class Gguf(Format):
             blocks = torch.from_numpy(file.data(name).copy()).view(rows, width // _BLOCK, -1)
             scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
             codes = blocks[..., 2:]
+            packed = codes ^ 128  # from signed to zero point 128
             if bits == 4:  # the low nibbles are the first half of a block
                 packed = pack_bits(torch.cat((codes & 15, codes >> 4), dim=-1), 4)
-            else:
-                packed = codes ^ 128  # from signed to zero point 128
             return [packed.contiguous(), _finite(self.source.file, name, scales)]
 
         parts = derive([(shape, DTYPES[kind]) for shape, kind in pieces.values()], compute)
@@ -262,14 +260,18 @@ def _config(file: GgufFile) -> dict[str, Any]:
     found: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
     table = file.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
-        raise ModelError(f"{file.path} holds no embedding (token_embd.weight): it is of no language model")
+        raise ModelError(
+            f"{file.path} holds no embedding (token_embd.weight): it is of no language model"
+        )
     found["vocab_size"] = table.shape[0]
     for key, name in (_SIZES | _FLOATS).items():
         value = file.keys.get(f"{file.architecture}.{key}")
         if value is None:
             continue
         if name in _SIZES.values() and not (isinstance(value, int) and 0 < value <= _LARGEST):
-            raise ModelError(f"{file.path}: {file.architecture}.{key} is {value!r}, which is no size")
+            raise ModelError(
+                f"{file.path}: {file.architecture}.{key} is {value!r}, which is no size"
+            )
         found[name] = value
     if found.get("num_hidden_layers", 0) > len(file.tensors):
         raise ModelError(

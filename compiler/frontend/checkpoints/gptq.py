@@ -1,9 +1,9 @@
 """GPTQ, as AutoGPTQ and GPTQModel write it (Frantar et al., 2023, is how they choose the codes).
 
-    qweight int32 [M bits / 32, N]     a stream of codes down each column, low bits first
-    qzeros  int32 [G, N bits / 32]     zero points less one; as they are in checkpoint_format "gptq_v2"
-    scales  f16   [G, N]
-    g_idx   int32 [M]                  the group of each input; out of order with desc_act
+qweight int32 [M bits / 32, N]     a stream of codes down each column, low bits first
+qzeros  int32 [G, N bits / 32]     zero points less one; as they are in checkpoint_format "gptq_v2"
+scales  f16   [G, N]
+g_idx   int32 [M]                  the group of each input; out of order with desc_act
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Gptq(CodedTensors):
             raise self.unsupported("modules with bits of their own (dynamic) are not read")
         form = options.get("checkpoint_format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
-            raise self.unsupported(f"the checkpoint_format {form!r} is not read; gptq and gptq_v2 are")
+            raise self.unsupported(
+                f"the checkpoint_format {form!r} is not read; gptq and gptq_v2 are"
+            )
         self.less = int(form == "gptq")
 
     def weights(self, module: str, parts: dict[str, Weight]) -> dict[str, Weight]:

@@ -50,7 +50,9 @@ def _may_fuse(program: Program, group: Sequence[fx.Node], result: PassResult) ->
         return False
     weights = [program.weight_of(node.args[1]) for node in group]  # type: ignore[arg-type]
     if len({None if weight is None else scheme_of(weight) for weight in weights}) > 1:
-        result.skipped(names[0], "siblings that come in codes of different schemes, or only some do")
+        result.skipped(
+            names[0], "siblings that come in codes of different schemes, or only some do"
+        )
         return False
     return True
 

@@ -38,7 +38,9 @@ class KeepCodes(Pass):
                 scheme = next(iter(schemes))
                 if len(schemes) == 1 and scheme is not None:
                     store.replace(node, scheme)
-        for node in list(program.graph.nodes):  # read by something else, such as a product of its own
+        for node in list(
+            program.graph.nodes
+        ):  # read by something else, such as a product of its own
             weight = program.weight_of(node)
             if isinstance(weight, StoredWeight) and node.users and weight.dtype == torch.float32:
                 node.replace_all_uses_with(store.widened(node, weight.scheme), propagate_meta=False)

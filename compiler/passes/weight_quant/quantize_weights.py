@@ -179,7 +179,9 @@ class Store:
 
     def _solved(self, name: str, weight: Weight, scheme: Scheme) -> Mapping[str, Weight]:
         if isinstance(weight, StoredWeight) and weight.scheme == scheme:
-            return weight.pieces  # the codes that it came in: rounded again they could only get worse
+            return (
+                weight.pieces
+            )  # the codes that it came in: rounded again they could only get worse
         pieces = scheme.pieces(weight.shape)
 
         def compute() -> list[Tensor]:

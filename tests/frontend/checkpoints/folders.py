@@ -49,7 +49,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Changes the tensors of a checkpoint in place."""
     from safetensors.torch import load_file
 
-    tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: value.clone() for name, value in load_file(folder / "model.safetensors").items()
+    }
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
 
@@ -63,13 +65,18 @@ def check(folder: Path, meant: Mapping[str, Tensor]) -> Input:
     return found
 
 
+def read_all(path: Path) -> None:
+    """Opens a checkpoint and reads each of its weights."""
+    found = open_model(path)
+    assert found.checkpoint is not None
+    for weight in found.checkpoint.values():
+        weight.load()
+
+
 def refused(folder: Path, kind: type[EinfoldError]) -> str:
     """What a checkpoint is refused with."""
     with pytest.raises(kind) as caught:
-        found = open_model(folder)
-        assert found.checkpoint is not None
-        for weight in found.checkpoint.values():
-            weight.load()
+        read_all(folder)
     told = str(caught.value)
     assert "\n" not in told and str(folder) in told
     return told

@@ -23,7 +23,9 @@ from . import folders
 PROBE = "model.layers.1.mlp.down_proj.weight"
 
 
-def weights(bits: int = 4, group: int | None = 32, symmetric: bool = True, **more: Any) -> dict[str, Any]:
+def weights(
+    bits: int = 4, group: int | None = 32, symmetric: bool = True, **more: Any
+) -> dict[str, Any]:
     strategy = "channel" if group is None else "group"
     return {
         "num_bits": bits,
@@ -46,7 +48,9 @@ def options(told: dict[str, Any], form: str = "pack-quantized", **more: Any) -> 
     }
 
 
-def packed(bits: int, group: int | None, symmetric: bool = True, order: bool = False) -> folders.Pack:
+def packed(
+    bits: int, group: int | None, symmetric: bool = True, order: bool = False
+) -> folders.Pack:
     def pack(module: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         rows, width = weight.shape
         size = group or width
@@ -97,7 +101,9 @@ def test_packed_integers_are_kept(
 
 def decompressed(folder: Path) -> dict[str, Tensor]:
     """What compressed-tensors itself makes of a folder's weights."""
-    package = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    package = pytest.importorskip(
+        "compressed_tensors", reason="compressed-tensors is not installed"
+    )
     from compressed_tensors.compressors.base import BaseCompressor
 
     told = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
@@ -120,9 +126,7 @@ def decompressed(folder: Path) -> dict[str, Tensor]:
 
 
 def test_three_bits_and_activation_order_are_unpacked(tmp_path: Path) -> None:
-    folders.check(
-        tmp_path / "a", folders.write(tmp_path / "a", options(weights(3)), packed(3, 32))
-    )
+    folders.check(tmp_path / "a", folders.write(tmp_path / "a", options(weights(3)), packed(3, 32)))
     form = options(weights(actorder="group"))
     meant = folders.write(tmp_path / "b", form, packed(4, 32, order=True))
     found = folders.check(tmp_path / "b", meant)
@@ -187,7 +191,10 @@ def test_modules_with_bits_of_their_own(tmp_path: Path) -> None:
         (options({"num_bits": 4, "type": "float"}), "float of 4 bits"),
         (options(weights()) | {"config_groups": None}, "has no config_groups"),
         (options(weights()) | {"config_groups": {"a": {"targets": ["re:("]}}}, "is no expression"),
-        (options(weights()) | {"config_groups": {"a": {"targets": ["x.y"]}}}, "no group of config_groups"),
+        (
+            options(weights()) | {"config_groups": {"a": {"targets": ["x.y"]}}},
+            "no group of config_groups",
+        ),
     ],
 )
 def test_options_that_are_not_read(form: dict[str, Any], told: str, tmp_path: Path) -> None:

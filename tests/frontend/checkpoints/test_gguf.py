@@ -20,6 +20,7 @@ from einfold.compiler.ir.stored import StoredWeight
 from einfold.errors import EinfoldError, ModelError, UnsupportedError
 
 from ... import models
+from . import folders
 from . import gguf_files as files
 from .gguf_files import gguf
 
@@ -92,7 +93,9 @@ def test_compiled_with_its_tokenizer(tmp_path: Path) -> None:
     # a model of 128 tokens, a tokenizer of 300: only its files are looked at
     report = einfold.compile(path, tmp_path / "out", target="reference")
     program = (tmp_path / "out" / "graph.eir").read_text("utf-8")
-    assert program.count("einfold.quantized_linear(") == 4 * 2  # q k v are one, and so are gate and up
+    assert (
+        program.count("einfold.quantized_linear(") == 4 * 2
+    )  # q k v are one, and so are gate and up
     kept = next(record for record in report.passes if record.name == "keep_codes")
     assert sum(note.action == "applied" for note in kept.notes) == 8
     template = (tmp_path / "out" / "chat_template.jinja").read_text("utf-8")
@@ -116,10 +119,7 @@ def test_onnx_multiplies_kept_codes(llama: tuple[Path, Any], tmp_path: Path) -> 
 
 def refused(path: Path, kind: type[EinfoldError]) -> str:
     with pytest.raises(kind) as caught:
-        found = open_model(path)
-        assert found.checkpoint is not None
-        for weight in found.checkpoint.values():
-            weight.load()
+        folders.read_all(path)
     return str(caught.value)
 
 
@@ -127,7 +127,9 @@ def refused(path: Path, kind: type[EinfoldError]) -> str:
 def test_a_file_that_is_cut_off(llama: tuple[Path, Any], tmp_path: Path, part: int) -> None:
     path, _ = llama
     size = path.stat().st_size
-    told = refused(files.cut(path, part if part < 2000 else size - 40, tmp_path / "a.gguf"), ModelError)
+    told = refused(
+        files.cut(path, part if part < 2000 else size - 40, tmp_path / "a.gguf"), ModelError
+    )
     assert "cut off" in told or "no GGUF" in told
 
 
@@ -135,7 +137,9 @@ def test_lengths_are_not_believed(llama: tuple[Path, Any], tmp_path: Path) -> No
     path, _ = llama
     for at in (8, 16, 24):  # tensors, keys, the length of the first key
         wrong = files.changed(path, at, np.uint64(1 << 60), tmp_path / f"{at}.gguf")
-        assert "cut off or damaged" in refused(wrong, ModelError) or "bytes" in refused(wrong, ModelError)
+        assert "cut off or damaged" in refused(wrong, ModelError) or "bytes" in refused(
+            wrong, ModelError
+        )
     data = bytearray(path.read_bytes())
     name = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight")
     struct.pack_into("<Q", data, name + 4, 1 << 40)
@@ -151,7 +155,9 @@ def test_lengths_are_not_believed(llama: tuple[Path, Any], tmp_path: Path) -> No
 
 def test_types_versions_and_scales(llama: tuple[Path, Any], tmp_path: Path) -> None:
     path, _ = llama
-    assert "version 7" in refused(files.changed(path, 4, np.uint32(7), tmp_path / "v.gguf"), UnsupportedError)
+    assert "version 7" in refused(
+        files.changed(path, 4, np.uint32(7), tmp_path / "v.gguf"), UnsupportedError
+    )
     data = path.read_bytes()
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
     unknown = files.changed(path, at, np.uint32(999), tmp_path / "t.gguf")

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints are the weights that they stand for, their codes kept where a scheme holds them."""
+"""GPTQ and AWQ checkpoints are the weights that they stand for, their codes kept where a scheme has them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from . import folders
 PROBE = "model.layers.1.mlp.down_proj.weight"  # [64, 96]: groups of 64 leave half a one
 
 
-def gptq(bits: int, group: int, zero: int | None, order: bool = False, less: int = 1) -> folders.Pack:
+def gptq(
+    bits: int, group: int, zero: int | None, order: bool = False, less: int = 1
+) -> folders.Pack:
     """Codes drawn at random; `zero` is the zero point of all groups, None for one each."""
 
     def pack(module: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -60,7 +62,9 @@ def options(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
         (4, 48, 8, Grouped(4, 16)),
     ],
 )
-def test_gptq_is_kept(bits: int, group: int, zero: int | None, kept: Grouped, tmp_path: Path) -> None:
+def test_gptq_is_kept(
+    bits: int, group: int, zero: int | None, kept: Grouped, tmp_path: Path
+) -> None:
     meant = folders.write(tmp_path, options(bits, group), gptq(bits, group, zero))
     found = folders.check(tmp_path, meant)
     assert found.checkpoint is not None
@@ -74,9 +78,7 @@ def test_gptq_as_it_is_and_three_bits(tmp_path: Path) -> None:
     folders.check(tmp_path / "a", folders.write(tmp_path / "a", form, gptq(4, 32, None, less=0)))
     folders.check(tmp_path / "b", folders.write(tmp_path / "b", options(3), gptq(3, 32, 4)))
     # a zero point of 16 is on no grid of 4 bits
-    found = folders.check(
-        tmp_path / "c", folders.write(tmp_path / "c", options(), gptq(4, 32, 16))
-    )
+    found = folders.check(tmp_path / "c", folders.write(tmp_path / "c", options(), gptq(4, 32, 16)))
     assert found.checkpoint is not None and scheme_of(found.checkpoint[PROBE]) is None
 
 
@@ -116,7 +118,13 @@ def awq(group: int, zeros: bool = True) -> folders.Pack:
 
 @pytest.mark.parametrize("group", [32, -1])
 def test_awq_is_kept(group: int, tmp_path: Path) -> None:
-    form = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    form = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "version": "gemm",
+    }
     found = folders.check(tmp_path, folders.write(tmp_path, form, awq(group)))
     assert found.checkpoint is not None
     assert scheme_of(found.checkpoint[PROBE]) == Grouped(4, 32, symmetric=False)
@@ -130,7 +138,10 @@ def test_awq_is_kept(group: int, tmp_path: Path) -> None:
         (options("4"), "has bits '4'"),  # type: ignore[arg-type]
         (options(checkpoint_format="marlin"), "'marlin' is not read"),
         (options(dynamic={"a": {}}), "bits of their own"),
-        ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "'gemv', are not read"),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
+            "'gemv', are not read",
+        ),
         ({"quant_method": "awq", "bits": 3, "group_size": 32}, "3 bits"),
     ],
 )
