@@ -55,7 +55,7 @@ from .ir.manifest import (
 from .ir.printer import print_program
 from .ir.program import Program, no_inputs
 from .ir.quant.scheme import Scheme
-from .ir.stored import scheme_of
+from .ir.stored import TurnedWeight, scheme_of
 from .ir.together import together
 from .ir.weights import Weight
 from .ir.weights_file import write_weights
@@ -151,7 +151,9 @@ class Input:
     @property
     def schemes(self) -> list[Scheme]:
         """Schemes that weights of the checkpoint come in."""
-        found = dict.fromkeys(map(scheme_of, (self.checkpoint or {}).values()))
+        weights = (self.checkpoint or {}).values()
+        stored = [each.stored if isinstance(each, TurnedWeight) else each for each in weights]
+        found = dict.fromkeys(map(scheme_of, stored))
         return [scheme for scheme in found if scheme is not None]
 
     @property

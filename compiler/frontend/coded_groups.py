@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import IRError, ModelError
-from ..ir.quant.pack import pack_bits, unpack_bits
+from ..ir.quant.pack import unpack_bits
 from ..ir.quant.schemes.grouped import Grouped
 from ..ir.stored import StoredWeight
 from ..ir.types import DTYPES
@@ -56,7 +56,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     each = ((codes.to(torch.uint8)[..., None] >> places) & 1).flatten(-2)
     each = pad(each, (0, -each.shape[-1] % 32)).unflatten(-1, (-1, 8))
     powers = 1 << torch.arange(8, dtype=torch.uint8)
-    return (each * powers).sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
+    words: Tensor = (each * powers).sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
+    return words
 
 
 def in_groups(
@@ -87,7 +88,7 @@ def in_groups(
         [(size, DTYPES[kind]) for size, kind in pieces.values()],
         lambda: _pieces(loaded(), scheme, group, shape[1]),
     )
-    return StoredWeight.of(scheme, shape, dict(zip(pieces, parts, strict=True)))
+    return StoredWeight.holding(scheme, shape, dict(zip(pieces, parts, strict=True)))
 
 
 def values(found: Codes, bits: int, group: int) -> Tensor:
@@ -121,6 +122,7 @@ def _pieces(found: Codes, scheme: Grouped, group: int, width: int) -> list[Tenso
     if codes.shape[1] > width:
         last = 1 << (scheme.bits - 1) if zeros is None else zeros[:, -1:]
         codes[:, width:] = last
-    packed = pack_bits(codes.unflatten(-1, (-1, scheme.block)), scheme.bits)
-    pieces = [packed, scales.contiguous()]
-    return pieces if zeros is None else [*pieces, pack_bits(zeros, scheme.bits)]
+    middle = torch.full_like(scales, 1 << (scheme.bits - 1)) if zeros is None else zeros.float()
+    grid = {"scales": scales[..., None], "zeros": middle[..., None]}
+    packed = scheme.pack(codes.unflatten(-1, (-1, scheme.block)), grid)
+    return [packed[name].contiguous() for name in scheme.pieces((len(scales), width))]

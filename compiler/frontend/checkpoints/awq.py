@@ -63,4 +63,5 @@ class Awq(CodedTensors):
 def _unpack(words: Tensor, rows: int) -> Tensor:
     """Codes [.., N] in the order of the outputs."""
     nibbles = unpack_words(words, 4, rows).unflatten(-1, (-1, 8))
-    return nibbles[..., torch.tensor(_ORDER).argsort()].flatten(-2)
+    found: Tensor = nibbles[..., torch.tensor(_ORDER).argsort()].flatten(-2)
+    return found

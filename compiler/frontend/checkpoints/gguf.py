@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ....errors import ModelError, UnsupportedError, first_line, pass_on
-from ...ir.quant.pack import pack_bits
 from ...ir.quant.schemes.grouped import Grouped
 from ...ir.stored import StoredWeight, picked
 from ...ir.types import DTYPES
@@ -231,13 +230,17 @@ class Gguf(Format):
             blocks = torch.from_numpy(file.data(name).copy()).view(rows, width // _BLOCK, -1)
             scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
             codes = blocks[..., 2:]
-            packed = codes ^ 128  # from signed to zero point 128
+            codes = codes ^ 128  # from signed to zero point 128
             if bits == 4:  # the low nibbles are the first half of a block
-                packed = pack_bits(torch.cat((codes & 15, codes >> 4), dim=-1), 4)
-            return [packed.contiguous(), _finite(self.source.file, name, scales)]
+                raw = blocks[..., 2:]
+                codes = torch.cat((raw & 15, raw >> 4), dim=-1)
+            scales = _finite(self.source.file, name, scales)[..., None]
+            grid = {"scales": scales, "zeros": torch.full_like(scales, 1 << (bits - 1))}
+            packed = scheme.pack(codes, grid)
+            return [packed[piece].contiguous() for piece in pieces]
 
         parts = derive([(shape, DTYPES[kind]) for shape, kind in pieces.values()], compute)
-        return StoredWeight.of(scheme, (rows, width), dict(zip(pieces, parts, strict=True)))
+        return StoredWeight.holding(scheme, (rows, width), dict(zip(pieces, parts, strict=True)))
 
     def _note_kept(self, found: Mapping[str, Weight]) -> None:
         matrices = [weight for weight in found.values() if len(weight.shape) == 2]

@@ -48,7 +48,7 @@ def _may_fuse(program: Program, group: Sequence[fx.Node], result: PassResult) ->
     if len(set(names)) < len(names):
         result.skipped(names[0], "siblings that share one weight")
         return False
-    weights = [program.weight_of(node.args[1]) for node in group]  # type: ignore[arg-type]
+    weights = [program.weight_of(node.args[1]) for node in group]
     if len({None if weight is None else scheme_of(weight) for weight in weights}) > 1:
         result.skipped(
             names[0], "siblings that come in codes of different schemes, or only some do"

