@@ -121,7 +121,7 @@ def test_kept_codes_are_read_and_asked_ones_taken() -> None:
         assert [call.partition("(")[0] for call in calls(found)] == told
         for name, piece in weight.pieces.items():
             assert torch.equal(found.weights[f"a.{name}"].load(), piece.load())
-        assert [note.where for note in result.notes if note.action == "applied"][0] == "a.weight"
+        assert next(note.where for note in result.notes if note.action == "applied") == "a.weight"
 
 
 def test_codes_in_another_scheme_are_rounded_from_their_numbers() -> None:

@@ -2,7 +2,9 @@
 
     X_blocks  uint8 [E, N, G, 16]   two codes (E2M1) a byte, the first one in the low nibble
     X_scales  uint8 [E, N, G]       E8M0: 2^(code - 127)
-The model has X as [E, M, N], rows and columns exchanged. Source: OCP Microscaling Formats (MX) v1.0, 5.2, 6.3.
+The model has X as [E, M, N], rows and columns exchanged.
+
+Source: OCP Microscaling Formats (MX) v1.0, sections 5.2 and 6.3.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from ..huggingface import ModelSource
 _BLOCK = 32
 _LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-#: Powers of two that float32 has of every level.
-_LOWEST, _HIGHEST = 1, 252
+#: The largest scale under which float32 has every level.
+_HIGHEST = 252
 
 
 @FORMATS.register
@@ -53,7 +55,7 @@ class Mxfp4(CodedTensors):
 
         def checked() -> Tensor:
             codes = scales.load()
-            if bool(((codes < _LOWEST) | (codes > _HIGHEST)).any()):
+            if bool((codes > _HIGHEST).any()):
                 raise ModelError(
                     f"{where} has scales that no weight has; the checkpoint is damaged"
                 )
