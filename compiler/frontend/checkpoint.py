@@ -197,7 +197,8 @@ def _fitted(source: ModelSource, model: Any, given: Mapping[str, Weight]) -> dic
         names = (name, prefix + name, name.removeprefix(prefix))
         own = next((each for each in names if each in wanted), None)
         if own is None:
-            unread.append(name)
+            if not _says_nothing(name, weight):
+                unread.append(name)
             continue
         _check(source, own, weight, tuple(wanted[own].shape))
         found[own] = weight
@@ -215,6 +216,14 @@ def _fitted(source: ModelSource, model: Any, given: Mapping[str, Weight]) -> dic
             f"{missing[0]} among them"
         )
     return found
+
+
+def _says_nothing(name: str, weight: Weight) -> bool:
+    """Whether a tensor without a parameter changes nothing: older exporters write rotary frequencies, which
+    follow from the config, and biases of zeros."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    return name.endswith(".bias") and len(weight.shape) == 1 and not bool(weight.load().any())
 
 
 def _check(source: ModelSource, name: str, weight: Weight, shape: tuple[int, ...]) -> None:

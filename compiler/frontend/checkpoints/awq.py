@@ -32,6 +32,7 @@ class Awq(CodedTensors):
         super().__init__(source, config, options)
         bits = self.number("bits" if "bits" in options else "w_bit")
         self.group = self.number("group_size" if "group_size" in options else "q_group_size")
+        self.zeros = options.get("zero_point") is not False
         version = str(options.get("version") or "gemm").lower()
         if bits != 4 or version != "gemm" or self.group == 0 or self.group < -1:
             raise self.unsupported(
@@ -43,7 +44,8 @@ class Awq(CodedTensors):
         if "qweight" not in parts:
             return {}
         qweight, scales = (self.part(module, parts, name) for name in ("qweight", "scales"))
-        qzeros = parts.pop("qzeros", None)
+        qzeros = parts.pop("qzeros", None) if self.zeros else None
+        parts.pop("qzeros", None)
         width, rows = self.axis(module, qweight, 0), self.size(module, qweight, 1, 4)
         group = width if self.group == -1 else self.group
         groups = -(-width // group)

@@ -99,13 +99,19 @@ def test_packed_integers_are_kept(
         torch.testing.assert_close(own[name], value, rtol=0, atol=0)
 
 
+def decompress(parts: dict[str, Tensor], told: Any, form: str) -> Tensor:
+    """What compressed-tensors itself makes of the tensors of one weight."""
+    from compressed_tensors.compressors.base import BaseCompressor
+
+    found: Tensor = BaseCompressor.get_value_from_registry(form).decompress(parts, told)["weight"]
+    return found
+
+
 def decompressed(folder: Path) -> dict[str, Tensor]:
     """What compressed-tensors itself makes of a folder's weights."""
     package = pytest.importorskip(
         "compressed_tensors", reason="compressed-tensors is not installed"
     )
-    from compressed_tensors.compressors.base import BaseCompressor
-
     told = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
     found: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
@@ -116,9 +122,7 @@ def decompressed(folder: Path) -> dict[str, Tensor]:
     for module, parts in modules.items():
         if "weight_scale" in parts:
             scheme = next((g for g in groups if module in g.targets), next(iter(groups)))
-            form = scheme.format or told["format"]
-            compressor = BaseCompressor.get_value_from_registry(form)
-            parts = compressor.decompress(parts, scheme)
+            parts = parts | {"weight": decompress(parts, scheme, scheme.format or told["format"])}
         prefix = f"{module}." if module else ""
         own = {ending: value for ending, value in parts.items() if ending in ("weight", "bias")}
         found |= {prefix + ending: value for ending, value in own.items()}

@@ -14,6 +14,7 @@ from einfold.compiler.ir.stored import StoredWeight, scheme_of
 from einfold.errors import ModelError, UnsupportedError
 
 from . import folders
+from .test_compressed_tensors import decompress
 
 PROBE = "model.layers.1.mlp.down_proj.weight"  # [64, 96]: groups of 64 leave half a one
 
@@ -90,6 +91,16 @@ def test_activation_order_is_unpacked(tmp_path: Path) -> None:
     assert [note for note in found.notes if "activation order (g_idx) were unpacked" in note]
 
 
+def test_what_older_exporters_add_is_passed_over(tmp_path: Path) -> None:
+    meant = folders.write(tmp_path, options(), gptq(4, 32, 8))
+    more = {
+        f"{NAME}.bias": torch.zeros(64),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    folders.rewrite(tmp_path, lambda t: t.update(more))
+    folders.check(tmp_path, meant)
+
+
 def awq(group: int, zeros: bool = True) -> folders.Pack:
     order = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -128,6 +139,21 @@ def test_awq_is_kept(group: int, tmp_path: Path) -> None:
     found = folders.check(tmp_path, folders.write(tmp_path, form, awq(group)))
     assert found.checkpoint is not None
     assert scheme_of(found.checkpoint[PROBE]) == Grouped(4, 32, symmetric=False)
+
+
+def test_awq_as_compressed_tensors_converts_it(tmp_path: Path) -> None:
+    """Another reader of the packing order, and its decompression, give the same numbers."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    parts, meant = awq(32)("m", torch.zeros(64, 96))
+    converter = AutoAWQConverter(group_size=32)
+    found = converter.process({f"m.{name}": value for name, value in parts.items()})
+    config = converter._build_quant_config()
+    (told,) = config.config_groups.values()
+    parts = {name.removeprefix("m."): value for name, value in found.items()}
+    parts["weight_scale"] = parts["weight_scale"].float()
+    assert torch.equal(decompress(parts, told, config.format), meant)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +210,11 @@ def test_weights_that_are_missing_or_of_another_model(tmp_path: Path) -> None:
     assert f"lacks 1 weights that its config asks for, {NAME}.weight" in folders.refused(
         tmp_path, ModelError
     )
-    folders.rewrite(tmp_path, lambda t: t.update({"model.other.weight": torch.zeros(2)}))
-    assert "does not read, model.other.weight" in folders.refused(tmp_path, ModelError)
+    more = {f"{NAME}.bias": torch.ones(2), "model.other.weight": torch.zeros(2)}
+    folders.rewrite(tmp_path, lambda t: t.update(more))
+    assert "holds 2 weights that LlamaForCausalLM does not read" in folders.refused(
+        tmp_path, ModelError
+    )
     folders.write(tmp_path, options(), gptq(4, 32, 8))
     codes = torch.zeros(64, 64, dtype=torch.int8)
     folders.rewrite(tmp_path, lambda t: t.update({"lm_head.weight": codes[:1]}))
