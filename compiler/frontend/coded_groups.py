@@ -104,8 +104,9 @@ def values(found: Codes, bits: int, group: int) -> Tensor:
 
 def _scheme(width: int, bits: int, group: int, symmetric: bool) -> Grouped | None:
     """The scheme that holds such groups as they are, if there is one."""
-    block = math.gcd(group, _WIDEST)
-    if group >= width and block < 16:  # a row has one scale: a block of it may be filled up
+    row = group >= width  # has one scale, whatever its blocks
+    block = math.gcd(width if row else group, _WIDEST)
+    if row and block < 16:
         block = 32
     try:
         return Grouped(bits, block, symmetric)

@@ -18,6 +18,8 @@ from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import ModelError, RecipeError, UnsupportedError
 
 from ... import models
+from ...cli.test_cli import as_json
+from ...cli.test_cli import einfold as command
 from . import folders
 
 PROBE = "model.layers.1.mlp.down_proj.weight"
@@ -288,8 +290,11 @@ def test_what_is_not_exported(
 
 def test_a_shared_head_is_exported_as_it_came(tmp_path: Path) -> None:
     models.save("llama", tmp_path / "a", tie_word_embeddings=True)
-    report = einfold.export_checkpoint(tmp_path / "a", tmp_path / "b", weights="int8")
-    assert "lm_head" not in report.weights and len(report.weights) == 14
+    assert "stores no linear" in command(
+        "export-checkpoint", tmp_path / "a", "-o", tmp_path / "b", code=7
+    )
+    report = as_json("export-checkpoint", tmp_path / "a", "-o", tmp_path / "b", "--weights", "int8")
+    assert "lm_head" not in report["weights"] and len(report["weights"]) == 14
     config = json.loads((tmp_path / "b" / "config.json").read_text("utf-8"))
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     folders.check(tmp_path / "b", decompressed(tmp_path / "b"))
