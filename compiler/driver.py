@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from .codegen.target import Progress
 from .encoder_decoder import account, capture_pair
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
+from .frontend.checkpoint import open_checkpoint, read_config
 from .frontend.encoder_decoders import EncoderDecoder, find_encoder_decoder
 from .frontend.encoders import Encoder, capture_encoder, encoder_of, result_entries
 from .frontend.example import Example
@@ -53,7 +54,10 @@ from .ir.manifest import (
 )
 from .ir.printer import print_program
 from .ir.program import Program, no_inputs
+from .ir.quant.scheme import Scheme
+from .ir.stored import TurnedWeight, scheme_of
 from .ir.together import together
+from .ir.weights import Weight
 from .ir.weights_file import write_weights
 from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
@@ -113,7 +117,7 @@ class Input:
 
     source: ModelSource
     config: Any
-    state: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor | Weight] | None = None
     tokenizer: Any = None
     generation: Any = None
     module: Any = None
@@ -130,12 +134,32 @@ class Input:
     """How an encoder-decoder begins to write."""
     part: TextPart | None = None
     """What it is part of, where it is the text part of a model of images."""
+    checkpoint: Mapping[str, Weight] | None = None
+    """Its weights where the checkpoint holds codes; known by their headers before they are loaded."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how the model was read."""
 
     def structure(self) -> Any:
         """The module that is traced, see `frontend.structure`."""
         return structure(self.source, self.config, self.state, self.module, self.auto)
+
+    @property
+    def known(self) -> Mapping[str, Tensor | Weight] | None:
+        """What is known of the weights: their data once they are loaded, or how they are stored."""
+        return self.checkpoint if self.state is None else self.state
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """Schemes that weights of the checkpoint come in."""
+        weights = (self.checkpoint or {}).values()
+        stored = [each.stored if isinstance(each, TurnedWeight) else each for each in weights]
+        found = dict.fromkeys(map(scheme_of, stored))
+        return [scheme for scheme in found if scheme is not None]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor] | None:
+        """The weights of what is no language model; they are never in codes."""
+        return cast("Mapping[str, Tensor] | None", self.state)
 
     @property
     def kind(self) -> Kind:
@@ -166,7 +190,7 @@ def open_model(name: str | Path) -> Input:
     adapter = find_adapter(name)
     base = adapter.base if adapter is not None and not adapter.beside_base else name
     source = huggingface.find_model(base)
-    config = huggingface.read_config(source)
+    config = read_config(source)
     kind, notes = read_folder(source, config)
     generation = tokens.read_generation_config(source)
     found = Input(source, config, generation=generation, adapter=adapter, notes=notes)
@@ -177,6 +201,10 @@ def open_model(name: str | Path) -> Input:
         found.part, found.config = kind, kind.config
     else:
         found.encoder = kind
+    checkpoint = open_checkpoint(source, config) if kind is None else None
+    if checkpoint is not None:
+        found.checkpoint = checkpoint.weights
+        notes += checkpoint.notes
     return found
 
 
@@ -280,13 +308,13 @@ def captured(
     if model.encoder is not None:
         check_recipe(recipe, model.source.location)
         program = capture_encoder(
-            model.source, model.config, model.encoder, recipe.context, model.state, model.module
+            model.source, model.config, model.encoder, recipe.context, model.tensors, model.module
         )
         return [(program, _encoding(model, recipe, check))]
     fusion: list[Pass] = []
     if model.pair is not None:
         program = capture_pair(
-            model.source, model.config, model.pair, recipe, model.state, model.module
+            model.source, model.config, model.pair, recipe, model.tensors, model.module
         )
         target = recipe.made_for
         fusion = [FuseAttention(target.name, target.attention())]
@@ -296,14 +324,17 @@ def captured(
             model.source,
             model.config,
             context,
-            model.state,
+            model.known,
             model.module,
             model.part is not None,
         )
     if model.state is not None:
         program.statistics = _statistics(model, program, recipe, tell)
     passes = language_model_passes(
-        recipe.weight_passes(), recipe.cache_passes(), _comparison(model, check), fusion
+        recipe.weight_passes(model.schemes),
+        recipe.cache_passes(),
+        _comparison(model, check),
+        fusion,
     )
     if program.encoder is None:
         return [(program, passes)]
@@ -348,7 +379,7 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
             f"{model.source.location} is an encoder-decoder, whose cache transformers keeps in two parts; "
             "compile it into an artifact instead"
         )
-    _load(model)
+    load_weights(model)
     program = capture_language_model(
         model.source, model.config, _context(model, recipe), model.state, model.module
     )
@@ -356,7 +387,7 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
     planning = planning_passes(recipe.cache_passes(), _comparison(model, check))
     PassManager(planning, asked=recipe.asked()).run(program)
     if program.calibrations:
-        _calibrate(model, program, recipe, lambda text, share: None)
+        calibrate(model, program, recipe)
     return program
 
 
@@ -384,7 +415,7 @@ def compile_to(
     with staged(out, force) as folder:
         with clock.phase("load"):
             tell("loading weights", 0.0)
-            _load(model)
+            load_weights(model)
         with clock.phase("passes"):
             program, records = trace(model, recipe, dump, progress, check)
         parts = {WHOLE: program} | ({} if program.encoder is None else {READER: program.encoder})
@@ -394,7 +425,7 @@ def compile_to(
         if program.calibrations:
             with clock.phase("calibrate"):
                 tell("calibrating", 0.0)
-                read.append(_calibrate(model, program, recipe, tell))
+                read.append(calibrate(model, program, recipe, tell))
         calibrated = "; ".join(dict.fromkeys(read)) or calibrated
         program.statistics = None  # lets go of what was found
         program.beside = no_inputs
@@ -495,9 +526,12 @@ def _context(model: Input, recipe: Recipe) -> int:
     return recipe.context or limit or DEFAULT_CONTEXT
 
 
-def _load(model: Input) -> None:
+def load_weights(model: Input) -> None:
+    """Gives a model its weights, with adapters merged into them; raises ModelError for what is damaged."""
     if model.state is None:
-        if model.encoder is None:
+        if model.checkpoint is not None:
+            model.state = model.checkpoint
+        elif model.encoder is None:
             model.state = _text_state(model)
         else:
             model.state = _encoder_state(model, model.encoder)
@@ -534,6 +568,7 @@ def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) 
     """What passes may ask of the model; what they found is kept in the user's cache folder."""
     folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
     files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
+    files += [] if model.source.file is None else [model.source.file]
     named: Callable[[], str] | None = None
     state = model.state
     changed = model.source.in_memory or model.adapter is not None  # its weights may be any
@@ -561,7 +596,12 @@ def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[T
     )
 
 
-def _calibrate(model: Input, program: Program, recipe: Recipe, tell: Progress) -> str:
+def calibrate(
+    model: Input,
+    program: Program,
+    recipe: Recipe,
+    tell: Progress = lambda text, share: None,
+) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
     ids, origin = _calibration_text(model, program, recipe)
     for calibration in program.calibrations:

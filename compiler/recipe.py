@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +30,7 @@ from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.method_text import read_method
 from .passes.weight_methods import read_weights, scheme_of, solver_of, spelled_out
+from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .solve.round_to_nearest import RoundToNearest
 
@@ -70,6 +71,8 @@ class WeightsSection(_Section):
     """Whether embeddings that stand alone are quantized too."""
     solver: dict[str, Any] | None = None
     """What decides the codes, and its options; weights are rounded to nearest where it is not given."""
+    keep: bool = True
+    """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
     @model_validator(mode="before")
     @classmethod
@@ -305,9 +308,13 @@ class Recipe(_Section):
                 raise RecipeError(f"{where}: {first['ctx']['error']}") from error
             raise RecipeError(f"{where}: {key}: {first['msg']}, found {given}") from error
 
-    def weight_passes(self) -> list[Pass]:
-        """The passes over weights that this recipe asks for."""
-        return [*self.weights.passes(), *self._for_target()]
+    def weight_passes(self, stored: Sequence[Scheme] = ()) -> list[Pass]:
+        """The passes over weights that this recipe asks for; `stored` are schemes that weights come in."""
+        passes = self.weights.passes()
+        if passes or not (stored and self.weights.keep):
+            return [*passes, *self._for_target()]
+        needed = [each for scheme in stored for each in self.made_for.weight_passes(scheme)]
+        return [KeepCodes(), *dict.fromkeys(needed)]
 
     def _for_target(self) -> list[Pass]:
         """What the target needs of the weights."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
-    from .api import compile, estimate, export_onnx
+    from .api import compile, estimate, export_checkpoint, export_onnx
     from .encoder import Encoder
     from .encoder_decoder import EncoderDecoder
     from .explaining import explain, explain_export
@@ -35,6 +35,7 @@ __all__ = [
     "estimate",
     "explain",
     "explain_export",
+    "export_checkpoint",
     "export_onnx",
     "load",
 ]
@@ -47,6 +48,7 @@ _HOMES = {
     "estimate": "api",
     "explain": "explaining",
     "explain_export": "explaining",
+    "export_checkpoint": "api",
     "export_onnx": "api",
     "Model": "model",
     "load": "model",

@@ -21,6 +21,8 @@ from .compiler.driver import (
     wrap_model,
 )
 from .compiler.encoder_decoder import cross_bytes
+from .compiler.export_checkpoint import ExportReport
+from .compiler.export_checkpoint import export_checkpoint as write_checkpoint
 from .compiler.frontend.example import Example
 from .compiler.frontend.two_programs import READ
 from .compiler.ir.manifest import MODEL
@@ -58,8 +60,8 @@ def compile(
 ) -> CompileReport:
     """Compiles a causal language model, an encoder or an encoder-decoder into the artifact folder `out`.
 
-    `model` is a Hugging Face model folder, a hub id, or a `PreTrainedModel` in memory (then give its
-    `tokenizer` too if the artifact is to take text). For an encoder options of the cache are refused.
+    `model` is a Hugging Face model folder, a hub id, a GGUF file, or a `PreTrainedModel` in memory (then give
+    its `tokenizer` too if the artifact is to take text). For an encoder options of the cache are refused.
     `recipe` sets every knob; the other options override it. `prune`, `quant` and `share` choose methods
     for the KV cache (`einfold methods` lists them) as `"METHOD:key=value,.."` or a table with the key
     `method`; "none" undoes the recipe's choice.
@@ -156,7 +158,8 @@ def _weights_over(data: dict[str, Any], text: str, where: str) -> None:
     try:
         under = read_weights(table) if isinstance(table, str) else table
         if isinstance(under, dict):  # else it is left for the check to refuse
-            data["weights"] = laid_over(under, text)
+            # What was asked for is meant for weights that come in codes too.
+            data["weights"] = {**laid_over(under, text), "keep": False}
     except ValueError as error:
         raise RecipeError(f"{where}: {error}") from error
 
@@ -327,6 +330,31 @@ def _held(program: Program, recipe: Recipe) -> Held:
         return found
     more = recipe.made_for.held(program.encoder)
     return replace(found, packed=found.packed + more.packed, arena=max(found.arena, more.arena))
+
+
+def export_checkpoint(
+    model: str | Path | Any,
+    out: str | Path,
+    *,
+    weights: str | None = None,
+    recipe: str | Path | Recipe | dict[str, Any] | None = None,
+    tokenizer: Any = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Writes a causal language model as a folder in the format compressed-tensors, its linears in codes.
+
+    `model`, `weights` and `recipe` are as in `compile`; what a recipe says beside its weights is not used.
+    Without a format, the codes of a checkpoint that has some are written as they are. Embeddings, and a head
+    that shares its weight with one, are written as they come. The codes stand for the same numbers as those
+    of an artifact.
+
+    Raises the errors of `einfold.errors`: UnsupportedError for a scheme that the format does not hold; `out`
+    appears whole or not at all.
+    """
+    chosen = resolve_recipe(recipe, weights=weights)
+    found = open_input(model, tokenizer)
+    return write_checkpoint(found, Path(out), chosen, force, progress)
 
 
 def export_onnx(

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..ir.printer import print_program
 from ..ir.program import Program
+from ..ir.stored import numbers
+from ..ir.weights import Weight
 from .observer import Found, Observer
 from .stream import Tell, cut_behind, stream
 
@@ -70,10 +72,11 @@ def fingerprint(files: Sequence[Path]) -> str:
     return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
-def digest_of(state: Mapping[str, Tensor]) -> str:
+def digest_of(state: Mapping[str, Tensor | Weight]) -> str:
     """Names a model in memory by its weights: their names, shapes, types and bytes."""
     digest = blake3()
-    for name, tensor in sorted(state.items()):
+    for name in sorted(state):
+        tensor = numbers(state[name])
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data)

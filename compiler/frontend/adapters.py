@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
+from ..ir.stored import numbers
+from ..ir.weights import Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -47,7 +49,9 @@ class Adapter:
         """Whether the folder holds the model too."""
         return (self.folder / "config.json").is_file()
 
-    def merged(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    def merged(
+        self, state: Mapping[str, Tensor | Weight]
+    ) -> tuple[dict[str, Tensor | Weight], str]:
         """(the weights with the adapter in them, what to say of it).
 
         Raises ModelError where the adapter is damaged or for another model.
@@ -91,12 +95,12 @@ class Adapter:
         more = f", and {len(left)} weights that it brings whole" if left else ""
         return merged, f"the LoRA adapter {self.folder.name} was merged into {layers} weights{more}"
 
-    def _weight(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+    def _weight(self, state: Mapping[str, Tensor | Weight], name: str) -> Tensor:
         if name not in state:
             raise ModelError(
                 f"the adapter {self.folder} is for a weight {name}, which the model does not have"
             )
-        return state[name]
+        return numbers(state[name])
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = self.options.get("lora_alpha", 8)

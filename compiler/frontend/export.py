@@ -20,6 +20,7 @@ from ..ir.program import (
     op_name,
     remove_dead_nodes,
 )
+from ..ir.stored import cast as cast_weight
 from ..ir.types import DTYPE_NAMES
 from ..ir.verifier import verify
 from ..ir.weights import Weight
@@ -52,7 +53,7 @@ def capture_language_model(
     source: ModelSource,
     config: Any,
     context: int,
-    state: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor | Weight] | None = None,
     module: Any = None,
     embeds: bool = False,
 ) -> Program:
@@ -78,7 +79,7 @@ def _capture(
     source: ModelSource,
     config: Any,
     context: int,
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor | Weight] | None,
     module: Any,
     embeds: bool,
 ) -> Program:
@@ -123,7 +124,10 @@ def _capture(
 
 
 def named_weights(
-    source: ModelSource, skeleton: nn.Module, exported: Any, state: Mapping[str, Tensor] | None
+    source: ModelSource,
+    skeleton: nn.Module,
+    exported: Any,
+    state: Mapping[str, Tensor | Weight] | None,
 ) -> WeightSource:
     """The data of weights from `state`, else from the skeleton's buffers and the trace's own constants.
 
@@ -132,7 +136,10 @@ def named_weights(
 
     def weight(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
         if state is not None and name in state:
-            return Weight.of(state[name], dtype)
+            found = state[name]
+            return (
+                cast_weight(found, dtype) if isinstance(found, Weight) else Weight.of(found, dtype)
+            )
         if name in buffers:  # computed when the model was built, such as rotary frequencies
             return Weight.of(buffers[name], dtype)
         # what the model reads and has not registered

@@ -16,6 +16,7 @@ from .vision import TextPart, find_text_part
 
 #: Keys of a config.json that say nothing about what the model computes.
 _SAID = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map", "use_cache"}
+_SAID |= {"quantization_config"}
 
 
 def read_folder(
@@ -61,7 +62,7 @@ def read_folder(
 
 
 def _of_hub(source: ModelSource) -> list[str]:
-    if source.folder is not None or source.in_memory:
+    if source.folder is not None or source.file is not None or source.in_memory:
         return []
     return [
         f"the model of {source.name} alone is compiled: the parts of an embedder of sentences, which "

@@ -20,33 +20,36 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
+from .gguf_file import is_gguf
 from .hub import unreachable
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a folder, the id of a repository on the Hugging Face hub, or memory."""
+    """Where a model comes from: a folder, a GGUF, a repository of the Hugging Face hub, or memory."""
 
     name: str
     folder: Path | None
     in_memory: bool = False
+    file: Path | None = None
+    """The GGUF that holds all of it; `folder` is then None."""
     unreachable: str = ""
     """Why the hub cannot be asked, for an id of it: then only what was downloaded before is looked at."""
 
     @property
     def local_only(self) -> bool:
         """Whether nothing may be asked of the network."""
-        return self.folder is not None or bool(self.unreachable)
+        return self.folder is not None or self.file is not None or bool(self.unreachable)
 
     @property
     def location(self) -> str:
-        return str(self.folder) if self.folder else self.name
+        return str(self.folder or self.file or self.name)
 
 
 def find_model(name: str | Path) -> ModelSource:
-    """A local folder if there is one, else a hub id of the form owner/name.
+    """A local folder if there is one, or a GGUF; else a hub id of the form owner/name.
 
-    Raises ModelError for a path that does not exist, a file, or a folder without config.json.
+    Raises ModelError for a path that does not exist, another file, or a folder without config.json.
     """
     try:
         path = Path(name).expanduser()
@@ -62,9 +65,11 @@ def find_model(name: str | Path) -> ModelSource:
                 f"the model folder {path} has no config.json; is it a Hugging Face model folder?"
             )
         return ModelSource(str(name), path)
+    if path.is_file() and is_gguf(path):
+        return ModelSource(str(name), None, file=path)
     if path.exists():
         raise ModelError(
-            f"{path} is a file; give the folder that holds config.json and *.safetensors"
+            f"{path} is a file and no GGUF; give the folder that holds config.json and *.safetensors"
         )
     text = str(name)
     parts = text.split("/")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ..ir.manifest import CROSS_MASK, MASK, cross_name
+from ..ir.stored import numbers
+from ..ir.weights import Weight
 from .encoder_decoders import EncoderDecoder
 from .encoders import Encoder
 from .huggingface import ModelSource, quiet
@@ -26,7 +28,7 @@ STAND_INS = ("sdpa", "flash", "flex", "paged", "einfold", "kernels")
 def original_logits(
     source: ModelSource,
     config: Any,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Weight],
     module: Any,
     ids_BS: Tensor,
     mask_BS: Tensor,
@@ -83,7 +85,7 @@ def original_answer(
 
 
 @contextmanager
-def _running(model: Any, state: Mapping[str, Tensor]) -> Iterator[Any]:
+def _running(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[Any]:
     """The model with its data, attention as it spells it itself."""
     quiet()
     if str(model.config._attn_implementation).startswith(STAND_INS):
@@ -93,7 +95,7 @@ def _running(model: Any, state: Mapping[str, Tensor]) -> Iterator[Any]:
 
 
 @contextmanager
-def _filled(model: Any, state: Mapping[str, Tensor]) -> Iterator[None]:
+def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
     """Parameters have their data while what reads them runs: those of a layer, while it does."""
     inside: dict[int, nn.Module] = {}
     for part in model.modules():
@@ -101,13 +103,13 @@ def _filled(model: Any, state: Mapping[str, Tensor]) -> Iterator[None]:
             for layer in part:
                 for parameter in layer.parameters():
                     inside.setdefault(id(parameter), layer)
-    later: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+    later: dict[nn.Module, list[tuple[nn.Parameter, Tensor | Weight]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         data = state.get(name)
-        if data is None or data.data_ptr() == parameter.data_ptr():
+        if data is None or _is_of(parameter, data):
             continue  # it is shared with the user's module, data and all
         owner = inside.get(id(parameter))
-        if owner is None or (data.dtype == torch.float32 and data.device.type == "cpu"):
+        if owner is None or _is_there(data):
             parameter.data = _widened(data)
         else:
             later.setdefault(owner, []).append((parameter, data))
@@ -123,7 +125,7 @@ def _filled(model: Any, state: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _turns(
-    parameters: list[tuple[nn.Parameter, Tensor]],
+    parameters: list[tuple[nn.Parameter, Tensor | Weight]],
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """Hooks that give a layer its data, and take them off again."""
 
@@ -138,5 +140,16 @@ def _turns(
     return fill, empty
 
 
-def _widened(data: Tensor) -> Tensor:
-    return data.detach().to("cpu", torch.float32)
+def _is_of(parameter: nn.Parameter, data: Tensor | Weight) -> bool:
+    return isinstance(data, Tensor) and data.data_ptr() == parameter.data_ptr()
+
+
+def _is_there(data: Tensor | Weight) -> bool:
+    """Whether the data are such that a parameter can have them at no cost."""
+    if isinstance(data, Weight):
+        return False
+    return data.dtype == torch.float32 and data.device.type == "cpu"
+
+
+def _widened(data: Tensor | Weight) -> Tensor:
+    return numbers(data).detach().to("cpu", torch.float32)

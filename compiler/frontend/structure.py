@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
+from ..ir.weights import Weight
 from . import hooks
 from .huggingface import ModelSource, quiet
 
@@ -31,7 +32,7 @@ _KINDS = {
 def structure(
     source: ModelSource,
     config: Any,
-    state: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor | Weight] | None = None,
     module: Any = None,
     auto: str = CAUSAL,
 ) -> Any:
@@ -110,7 +111,7 @@ def _build(config: Any, source: ModelSource, auto: str) -> Any:
     return model.eval()
 
 
-def _tie_like(model: Any, state: Mapping[str, Tensor]) -> None:
+def _tie_like(model: Any, state: Mapping[str, Tensor | Weight]) -> None:
     """Parameters are shared where the loaded ones are, whatever the config says: a checkpoint may bring a
     head of its own where the config ties it to the embedding."""
     first: dict[int, nn.Parameter] = {}

@@ -30,6 +30,8 @@ _SAVED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 def read_generation_config(source: ModelSource) -> Any:
     """The model's generation_config.json; None where it has none."""
+    if source.file is not None:
+        return None
     if source.folder is not None and not (source.folder / "generation_config.json").is_file():
         return None
     try:
@@ -130,12 +132,21 @@ def load_tokenizer(source: ModelSource) -> tuple[Any, str]:
     if not found:
         return None, "the model has none"  # transformers would make an empty one up
     try:
+        if source.file is not None:
+            return _tokenizer_of(source.file), ""
         return AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=False, local_files_only=source.local_only
         ), ""
     except Exception as error:  # of an unknown kind, or it needs a package
         pass_on(error)
         return None, f"transformers cannot load it: {first_line(error)}"
+
+
+def _tokenizer_of(gguf: Path) -> Any:
+    """The tokenizer in a GGUF. It is linked into a folder of its own: what lies beside it is of others."""
+    with TemporaryDirectory() as alone:
+        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+        return AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, local_files_only=True)
 
 
 def save_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from .compiling import compile_, estimate
 from .explain import explain
+from .exporting import export_checkpoint
 from .measuring import bench, eval_
 from .recipes import recipe
 from .running import run
@@ -51,3 +52,4 @@ app.command()(passes)
 app.command()(methods)
 app.command()(recipe)
 app.command()(explain)
+app.command("export-checkpoint")(export_checkpoint)

@@ -19,9 +19,9 @@ def explain(
     function: Annotated[
         str,
         typer.Argument(
-            metavar="FILE.py::NAME|FOLDER",
+            metavar="FILE.py::NAME|FOLDER|FILE.gguf",
             help="A function or module of a Python file, which also gives its `example_inputs()`. "
-            "The file is run. Or the folder of a model.",
+            "The file is run. Or the folder or GGUF of a model.",
             show_default=False,
         ),
     ],
@@ -38,7 +38,7 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Show each attention of a function or model: passes before and after, what it becomes or why not."""
-    if Path(function).is_dir():
+    if Path(function).is_dir() or Path(function).suffix == ".gguf":
         from ..explaining import explain_export
 
         _print(explain_export(function, portable=portable), json)

@@ -75,7 +75,10 @@ Artifact = Annotated[
     Path, typer.Argument(help="An artifact folder, as `compile` writes it.", show_default=False)
 ]
 ModelName = Annotated[
-    str, typer.Argument(help="A Hugging Face model folder, or a hub id.", show_default=False)
+    str,
+    typer.Argument(
+        help="A Hugging Face model folder, a GGUF file, or a hub id.", show_default=False
+    ),
 ]
 RecipeFile = Annotated[
     Path | None,
@@ -108,7 +111,8 @@ WeightsOption = Annotated[
         autocompletion=_weights,
         help="How weights are stored, such as int4 or int4:block=64, and what decides their codes, such as "
         "gptq:bits=3,block=64. fp16 halves the file; on a CPU it is a storage format only, the arithmetic "
-        "stays float32. `einfold methods weights` lists formats and solvers. [default: fp32]",
+        "stays float32. `einfold methods weights` lists formats and solvers. "
+        "[default: fp32; of a checkpoint whose weights are codes, the codes]",
         show_default=False,
     ),
 ]

@@ -181,8 +181,8 @@ def given_weights(model: Input) -> tuple[Mapping[str, Tensor], Any]:
     """(weights, module) of a model as it was given, before adapters were merged into it."""
     if model.given is not None:
         return state_of(model.given), model.given
-    assert model.state is not None
-    return model.state, model.module
+    assert model.tensors is not None
+    return model.tensors, model.module
 
 
 def tensors(given: _Arrays) -> dict[str, Tensor]:

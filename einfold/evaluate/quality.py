@@ -191,7 +191,8 @@ class _Original:
     """The original model in float32, read in steps."""
 
     def __init__(self, name: str | Path) -> None:
-        from ..compiler.frontend.huggingface import find_model, load_reference
+        from ..compiler.frontend.checkpoint import load_reference
+        from ..compiler.frontend.huggingface import find_model
 
         self.model = load_reference(find_model(name))
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])

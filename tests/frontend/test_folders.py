@@ -116,7 +116,7 @@ def test_a_model_that_fills_its_weights_while_it_is_built_is_refused_by_that(
         einfold.estimate(tmp_path / "m")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["quanto", "bitsandbytes", "fp8"])
 def test_quantized_checkpoints_get_a_true_sentence(method: str, tmp_path: Path) -> None:
     told = {"quant_method": method, "bits": 4, "load_in_4bit": True}
     folder = set_config(models.save("llama", tmp_path / "m"), quantization_config=told)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ...ir.kv.layout import CacheLayout, LayerCache
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
+from ...ir.stored import picked
 from ...ir.weights import derive
 from ..base import Pass, PassResult
 
@@ -270,7 +271,10 @@ def _permute(
     def compute() -> tuple[Tensor]:
         return (weight.load().index_select(axis, order),)
 
-    (ordered,) = derive([(weight.shape, weight.dtype)], compute)
+    if axis == 0:
+        ordered = picked(weight, order)
+    else:  # codes share scales along this axis
+        (ordered,) = derive([(weight.shape, weight.dtype)], compute)
     with editor.before(node):
         read = editor.weight(".".join([*stem, "by_group", kind]), ordered)
     node.update_arg(list(arguments).index(name), read)

@@ -9,6 +9,7 @@ from torch import fx
 
 from ...ir.interpreter import evaluate_cone
 from ...ir.program import Editor, Program, remove_dead_nodes
+from ...ir.stored import moved
 from ...ir.weights import Weight, derive
 from ..base import Pass, PassResult
 
@@ -31,7 +32,8 @@ class FoldConstants(Pass):
             weights = {source: program.weight_of(source) for source in node.all_input_nodes}
             if any(weight is None for weight in weights.values()):
                 continue
-            weight = _folded(program, node)
+            sources = [program.weights[str(source.target)] for source in node.all_input_nodes]
+            weight = (moved(node, sources) if sources else None) or _folded(program, node)
             name = next((str(source.target) for source in weights), node.name)
             with editor.before(node):
                 new = editor.weight(f"{name}.folded", weight)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
-from ...ir.weights import Weight, derive
+from ...ir.stored import scheme_of, stacked
+from ...ir.weights import Weight
 from ..base import Pass, PassResult, common_stem
 
 aten = torch.ops.aten
@@ -47,6 +48,12 @@ def _may_fuse(program: Program, group: Sequence[fx.Node], result: PassResult) ->
     if len(set(names)) < len(names):
         result.skipped(names[0], "siblings that share one weight")
         return False
+    weights = [program.weight_of(node.args[1]) for node in group]
+    if len({None if weight is None else scheme_of(weight) for weight in weights}) > 1:
+        result.skipped(
+            names[0], "siblings that come in codes of different schemes, or only some do"
+        )
+        return False
     return True
 
 
@@ -63,13 +70,13 @@ def _fuse(program: Program, editor: Editor, group: list[fx.Node], result: PassRe
     sizes = [weight.shape[0] for weight in weights]
     biases = [argument["bias"] for argument in arguments]
     with editor.before(group[0]):
-        stacked = editor.weight(f"{stem}.{label}.weight", _stack(weights))
+        weight = editor.weight(f"{stem}.{label}.weight", stacked(weights))
         bias = None
         if any(biases):
             bias = editor.weight(
-                f"{stem}.{label}.bias", _stack(_bias_weights(program, biases, weights))
+                f"{stem}.{label}.bias", stacked(_bias_weights(program, biases, weights))
             )
-        whole = editor.call(einfold_ops.linear.default, arguments[0]["x"], stacked, bias)
+        whole = editor.call(einfold_ops.linear.default, arguments[0]["x"], weight, bias)
         parts = editor.call(aten.split_with_sizes.default, whole, sizes, -1)
     for node, part in zip(group, editor.results(parts), strict=True):
         editor.replace(node, part)
@@ -85,12 +92,3 @@ def _bias_weights(
         else Weight.of(torch.zeros(weight.shape[0]))
         for bias, weight in zip(biases, weights, strict=True)
     ]
-
-
-def _stack(weights: Sequence[Weight]) -> Weight:
-    shape = (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
-
-    def compute() -> tuple[Tensor]:
-        return (torch.cat([weight.load() for weight in weights]),)
-
-    return derive([(shape, weights[0].dtype)], compute)[0]

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
+from ...ir.stored import StoredWeight
 from ...ir.types import DTYPES
 from ...ir.weights import Weight, derive
 from ...solve.solver import SOLVERS, Solver, finite
@@ -19,7 +20,7 @@ from ...solve.solving import Solving
 from ..base import Pass, PassResult
 
 #: The operators over plain weights, with the arguments that are weights.
-_WEIGHTS = {
+WEIGHTS = {
     "linear": ("weight_NM",),
     "experts": ("gate_up_ENM", "down_EMI"),
     "embedding": ("weight_VM",),
@@ -62,7 +63,7 @@ class QuantizeWeights(Pass):
         solving = Solving(program, self.solver) if self.solver.observes else None
         if solving is not None:
             program.calibrations.append(solving)
-        store = _Store(self.solver, solving, program, result)
+        store = Store(self.solver, solving, program, result)
         if self.scheme.nearly_exact:
             self._every_matrix(program, store)
         else:
@@ -70,7 +71,7 @@ class QuantizeWeights(Pass):
         remove_dead_nodes(program)
         return result
 
-    def _every_matrix(self, program: Program, store: _Store) -> None:
+    def _every_matrix(self, program: Program, store: Store) -> None:
         for node in list(program.graph.nodes):
             weight = program.weight_of(node)
             if weight is None or weight.dtype != torch.float32 or len(weight.shape) < 2:
@@ -78,7 +79,7 @@ class QuantizeWeights(Pass):
             if not str(node.target).startswith("rotary."):
                 node.replace_all_uses_with(store.widened(node, self.scheme), propagate_meta=False)
 
-    def _products(self, program: Program, store: _Store, result: PassResult) -> None:
+    def _products(self, program: Program, store: Store, result: PassResult) -> None:
         head, last = self.head or self.scheme, _head(program)
         for node in program.nodes(einfold_ops.linear.default):
             if _routes(node):
@@ -102,7 +103,7 @@ class QuantizeWeights(Pass):
             result.skipped(str(table.target), reason)
 
 
-class _Store:
+class Store:
     """Stores weights on first use, and has their readers read what was stored."""
 
     def __init__(
@@ -123,7 +124,7 @@ class _Store:
         """Has a call read its weights as they are stored: in `scheme`, if they are not stored yet."""
         kind = node.target._opname  # type: ignore[union-attr]
         found = call_arguments(node)
-        reads = {name: found[name] for name in _WEIGHTS[kind]}
+        reads = {name: found[name] for name in WEIGHTS[kind]}
         stored = {name: self._stored(read, scheme) for name, read in reads.items()}
         (scheme,) = {scheme for scheme, _ in stored.values()}
         if kind not in scheme.operators:
@@ -170,6 +171,10 @@ class _Store:
         return self.done[name]
 
     def _solved(self, name: str, weight: Weight, scheme: Scheme) -> Mapping[str, Weight]:
+        if isinstance(weight, StoredWeight) and weight.scheme == scheme:
+            return (
+                weight.pieces
+            )  # the codes that it came in: rounded again they could only get worse
         pieces = scheme.pieces(weight.shape)
         solving = self.solving
         # Where no linear reads it, nothing is known of its inputs.
