@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -96,11 +97,12 @@ def picked(weight: Weight, rows: Tensor) -> Weight:
 def moved(node: fx.Node, weights: Sequence[Weight]) -> Weight | None:
     """What a call makes of weights in codes that it reads, where it only moves rows; None where it does more,
     or they are not in codes."""
-    first, *options = node.args
+    first: Any = node.args[0]
+    options: list[Any] = list(node.args[1:])
     if node.target is aten.transpose.int and isinstance(weights[0], TurnedWeight):
         turned = weights[0]
         last = {len(turned.shape) - 1, len(turned.shape) - 2}
-        axes = {int(axis) % len(turned.shape) for axis in options}  # type: ignore[call-overload]
+        axes = {int(axis) % len(turned.shape) for axis in options}
         return turned.stored if axes == last else None
     if not all(isinstance(weight, StoredWeight) for weight in weights):
         return None
@@ -109,7 +111,7 @@ def moved(node: fx.Node, weights: Sequence[Weight]) -> Weight | None:
         every = torch.arange(weights[0].shape[axis])
         start, end, step = (*options[1:], None, None, None)[:3]
         return picked(weights[0], every[slice(start, end, step)])
-    if node.target is aten.cat.default and options == [axis] and len(first) == len(weights):  # type: ignore[arg-type]
+    if node.target is aten.cat.default and options == [axis] and len(first) == len(weights):
         return stacked(weights)
     return None
 
