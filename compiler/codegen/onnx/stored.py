@@ -206,7 +206,7 @@ def _project(context: Context, node: fx.Node, part: str, found: dict[str, Any]) 
     wide: list[ir.Value] = []
 
     def project(expert: int, x: ir.Value) -> ir.Value:
-        stored = Stored(context, scheme, named, *shape[1:], expert=expert)
+        stored = Stored(context, scheme, named, shape[1], shape[2], expert)
         own = None if bias is None else expert_slice(context, bias, expert)
         out = matmul(stored, x, own)
         if out is not None:
