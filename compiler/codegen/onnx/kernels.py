@@ -3,12 +3,15 @@
 Measured by `benchmarks/weight_formats.py` (onnxruntime 1.31, one AVX2 core, a weight [19456, 896];
 milliseconds of the processor with 1 row and with 128):
 
-    4 bits                 2.3   161      3 bits and scales in float16 too, brought into it when loaded
-    2 bits                 1.9   183      in blocks of 16: 127 and 240, so they become 4-bit ones
-    8 bits                 3.9   307      levels in 8 bits: 3.5 to 4.0 and 272 to 310
+    4 bits                 2.1   162      3 bits and scales in float16 too, brought into it when loaded
+    2 bits                 2.1   187      in blocks of 16: 127 and 240, so they become 4-bit ones
+    8 bits                 3.4   313      levels in 8 bits: 3.4 to 4.2 and 273 to 313
     5 and 6 bits           4.1   350      two products
-    float32                7.2   123
+    float32                7.6   124
     MatMulBnb4            20.9   145      beside 5.1 and 119 of float32 in that run
+
+While it loads, what brings codes into another form takes 1 to 6 bytes a weight, of fp6 15, for all weights at
+once: onnxruntime keeps what each node gives until the last is computed.
 
 MatMulBnb4 makes a float32 copy of the weight at every step, knows no rows that are padded, and reads as many
 bytes as its attributes say, whether or not they are there: it is not used.

@@ -203,11 +203,10 @@ def _project(context: Context, node: fx.Node, part: str, found: dict[str, Any]) 
     builder, scheme = context.builder, read_scheme(found["scheme"])
     pieces, shape, bias = (found[f"{part}_{of}"] for of in ("pieces", "shape", "bias"))
     named = _named(pieces, scheme, shape)
-    rows, width = (int(size) for size in shape[1:])
     wide: list[ir.Value] = []
 
     def project(expert: int, x: ir.Value) -> ir.Value:
-        stored = Stored(context, scheme, named, rows, width, expert=expert)
+        stored = Stored(context, scheme, named, shape[1], shape[2], expert)
         own = None if bias is None else expert_slice(context, bias, expert)
         out = matmul(stored, x, own)
         if out is not None:
