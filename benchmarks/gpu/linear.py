@@ -135,7 +135,7 @@ class Bench:
         verdict = f"{wrong:.1e}" if wrong <= TOLERANCE[kind.type] else f"**{wrong:.1e}**"
         taken, host = self.clock(run), self.clock.host(run)
         most = moved(scheme, shape, rows, self.dtype.itemsize) / self.bandwidth * 1e6
-        tile = tile_for(rows)
+        tile = tile_for(kind, rows)
         programs = -(-outs // tile.outs) * -(-rows // tile.rows)
         parts = split_count(programs, kind.layout(width).segments, x)
         beside = []

@@ -11,7 +11,7 @@ from typing import Any
 from ..ahead import Assembled, Signature, assemble
 from ..shipped import OWN, Dispatch, Shipped, key_of, shipped
 from .files import FOLDER
-from .kernels import MERGED, TILES, LinearKernel
+from .kernels import MERGED, LinearKernel, tiles_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Variant:
 
 def variants(kernel: LinearKernel) -> Iterator[Variant]:
     """What is compiled: each tile, for results and for the sums of a part, and the merge of these."""
-    for most, tile in TILES.items():
+    for most, tile in tiles_of(kernel.kind).items():
         function = "matvec" if most == 1 else "matmul"
         for whole in (True, False):
             name = f"{function}{'' if most == 1 else most}{'' if whole else '_part'}"
