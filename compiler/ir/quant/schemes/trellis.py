@@ -28,6 +28,11 @@ class Trellis(Scheme):
     `bits`: a multiple of 1/4 from 1 to 5; of 2.5 every other weight adds 2 and 3. `memory`: the bits of a
     window; each more doubles the time of a search and nears the bound of all codes, 4^-bits.
 
+    Squared errors of Gaussian weights, as shares: 0.074, 0.040, 0.0197 and 0.0056 at 2, 2.5, 3 and 4 bits;
+    with windows of 12 bits 0.072, 0.038, 0.0193 and 0.0050 (QTIP's, of 16 bits: about 0.07 at 2). The best
+    scalar has 0.1175, 0.0345 and 0.0095 at 2, 3 and 4. A matrix of 1536 by 576 takes 4 s of a core, with 12
+    bits 10 to 17 s.
+
     Source: QTIP (Tseng et al. 2024) and EXL3, which rotate both sides of a matrix in blocks and code it in
     tiles of 16 by 16, with weights of inputs; here each row is coded alone, over its inputs, so that rows can
     be read alone. A rotated weight has no code of its own, and is read by rotating it back.
