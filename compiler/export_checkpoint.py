@@ -106,18 +106,19 @@ def export_checkpoint(
 
 def _check_recipe(model: Input, recipe: Recipe, linears: Mapping[str, int]) -> None:
     """Refuses what is certain to be in vain, before a weight is read."""
-    scheme = recipe.weights.preset.scheme
-    block = recipe.weights.block if isinstance(scheme, Grouped) else 1
+    scheme = recipe.weights.scheme
+    if scheme is not None and scheme.operators.get("linear") != "quantized_linear":
+        raise UnsupportedError(
+            f"weights in the scheme {scheme} are not written: pack-quantized holds integers in groups, and "
+            "2, 4 and 8 bits with scales in float32 are written"
+        )
+    block = scheme.block if isinstance(scheme, Grouped) else 1
     for module, width in linears.items():
         if width % block:
             raise UnsupportedError(
                 f"{module} has {width} inputs, which blocks of {block} do not divide: compressed-tensors has "
                 "no short group; take a block that divides them (weights.block)"
             )
-    if scheme is not None and not isinstance(scheme, Grouped):
-        raise UnsupportedError(
-            f"weights in the scheme {scheme} are not written: pack-quantized holds integers in groups"
-        )
     if scheme is None and not (model.schemes and recipe.weights.keep):
         raise RecipeError(
             f"the recipe stores no linear of {model.source.location} in groups of integers, so there is "

@@ -89,8 +89,8 @@ class Levels(Scheme):
         ordered = sorted(
             {level: code for code, level in reversed([*enumerate(self.levels)])}.items()
         )
-        levels = torch.tensor([level for level, _ in ordered])
-        codes = torch.tensor([code for _, code in ordered], dtype=torch.uint8)
+        levels = torch.tensor([level for level, _ in ordered], device=groups_RGB.device)
+        codes = torch.tensor([code for _, code in ordered], dtype=torch.uint8, device=levels.device)
         between = (levels[1:] + levels[:-1]) / 2
         scaled = (groups_RGB / grid["scales"]).contiguous()
         return codes[torch.bucketize(scaled, between, out_int32=True)]
@@ -101,7 +101,7 @@ class Levels(Scheme):
     def _of_codes(self, codes: Tensor) -> Tensor:
         import torch
 
-        return torch.tensor(self.levels)[codes.int()]
+        return torch.tensor(self.levels, device=codes.device)[codes.int()]
 
     def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {**self.pack_codes(codes_RGB), **self.pack_scales(grid)}

@@ -70,7 +70,8 @@ class MXFP4(Levels):
     def unpack_scales(self, pieces: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        return torch.tensor(POWERS)[pieces["scales"].int()]
+        scales = pieces["scales"]
+        return torch.tensor(POWERS, device=scales.device)[scales.int()]
 
 
 def _power_of_two(power: Tensor) -> Tensor:
@@ -129,7 +130,8 @@ class NVFP4(Levels):
     def unpack_scales(self, pieces: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        return torch.tensor(E4M3)[pieces["scales"].int()] * pieces["scale"]
+        scales = pieces["scales"]
+        return torch.tensor(E4M3, device=scales.device)[scales.int()] * pieces["scale"]
 
 
 PRESETS.register(Preset("mxfp4", MXFP4(), 1.2))  # estimates, from int4's
