@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ModelError, RecipeError, UnsupportedError
 from .artifact import check_dump, check_output, file_entry, staged
 from .calibrate.statistics import Statistics, digest_of, fingerprint
-from .calibrate.text import calibration_tokens
+from .calibrate.text import calibration_tokens, rows_of
 from .codegen.target import Progress
 from .encoder_decoder import account, capture_pair
 from .frontend import huggingface, tokens
@@ -34,6 +34,7 @@ from .frontend.export import capture_language_model
 from .frontend.folders import read_folder
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
+from .frontend.own_text import loader, own_text
 from .frontend.structure import CAUSAL, parameter_count, structure
 from .frontend.vision import AUTO as VISION
 from .frontend.vision import TextPart, find_text_part
@@ -313,6 +314,7 @@ def captured(
         return [(program, _encoding(model, recipe, check))]
     fusion: list[Pass] = []
     if model.pair is not None:
+        _check_solver(recipe, f"{model.source.location} is an encoder-decoder")
         program = capture_pair(
             model.source, model.config, model.pair, recipe, model.tensors, model.module
         )
@@ -341,6 +343,15 @@ def captured(
     return [(program.encoder, _encoding(model, recipe, check)), (program, passes)]
 
 
+def _check_solver(recipe: Recipe, what: str) -> None:
+    """Raises RecipeError for a solver that would read a text through what takes none."""
+    if recipe.solver:
+        raise RecipeError(
+            f"{what}, and the solver {recipe.solver} reads a text through a causal language model; use one "
+            "that reads none, such as hqq"
+        )
+
+
 def check_recipe(recipe: Recipe, where: str) -> None:
     """Raises RecipeError for what a recipe asks of an encoder in vain, UnsupportedError for a target that
     has none."""
@@ -352,6 +363,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             f"{where} is an encoder, which keeps no KV cache, and {', '.join(asked)} is about one; leave it "
             "out"
         )
+    _check_solver(recipe, f"{where} is an encoder")
     if reason := recipe.made_for.no_encoders():
         raise UnsupportedError(f"{where} is an encoder: {reason}")
 
@@ -488,6 +500,7 @@ def export_module(
     """Exports any module to a folder with model.onnx, its weights and the graph's text."""
     check_output(out, force)
     recipe.made_for.check_installed()
+    _check_solver(recipe, f"{type(module).__name__} is a plain module")
     found = capture_module(module, example, dynamic_shapes, output_names)
     program = found.program
     target = recipe.made_for
@@ -566,31 +579,43 @@ def _comparison(model: Input, check: Check | None) -> list[CompareOriginal]:
 
 def _statistics(model: Input, program: Program, recipe: Recipe, tell: Progress) -> Statistics:
     """What passes may ask of the model; what they found is kept in the user's cache folder."""
-    folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
-    files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
-    files += [] if model.source.file is None else [model.source.file]
-    named: Callable[[], str] | None = None
-    state = model.state
-    changed = model.source.in_memory or model.adapter is not None  # its weights may be any
-    if changed and state is not None:
-        named = cache(lambda: digest_of(state))
-    elif files:
-        named = cache(lambda: fingerprint(files))
-    elif revision:
-        named = cache(lambda: f"{model.source.name} {revision}")
     return Statistics(
-        lambda: _calibration_text(model, program, recipe), named, cache_home() / "calibration", tell
+        lambda: _calibration_text(model, program, recipe, tell),
+        _named(model),
+        cache_home() / "calibration",
+        tell,
     )
 
 
-def _calibration_text(model: Input, program: Program, recipe: Recipe) -> tuple[Tensor, str]:
+def _named(model: Input) -> Callable[[], str] | None:
+    """What gives a name for the model's weights; None where they have none."""
+    folder, revision = model.source.folder, str(getattr(model.config, "_commit_hash", None) or "")
+    files = [] if folder is None else [*folder.glob("*.safetensors"), folder / "config.json"]
+    files += [] if model.source.file is None else [model.source.file]
+    state = model.state
+    changed = model.source.in_memory or model.adapter is not None  # its weights may be any
+    if changed and state is not None:
+        return cache(lambda: digest_of(state))
+    if files:
+        return cache(lambda: fingerprint(files))
+    return cache(lambda: f"{model.source.name} {revision}") if revision else None
+
+
+def _calibration_text(
+    model: Input, program: Program, recipe: Recipe, tell: Progress
+) -> tuple[Tensor, str]:
     """The calibration text [rows, tokens] and where it is from."""
+    if recipe.solver and recipe.calibration.text is None and model.part is None:
+        shape = rows_of(recipe.calibration_tokens, program.model.context)
+        load = loader(model.source, model.module)
+        ids = own_text(load, program.model.vocabulary, shape, _named(model), tell)
+        return ids, "a text that the model wrote"
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)
     return calibration_tokens(
         model.tokenizer,
         recipe.calibration.text,
-        recipe.calibration.tokens,
+        recipe.calibration_tokens,
         program.model.vocabulary,
         program.model.context,
     )
@@ -603,7 +628,7 @@ def calibrate(
     tell: Progress = lambda text, share: None,
 ) -> str:
     """Runs what the passes want to know of the model; gives what was read."""
-    ids, origin = _calibration_text(model, program, recipe)
+    ids, origin = _calibration_text(model, program, recipe, tell)
     for calibration in program.calibrations:
         calibration.run(ids, tell)
     program.calibrations.clear()

@@ -34,6 +34,9 @@ from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .solve.round_to_nearest import RoundToNearest
 
+#: Tokens that a model is calibrated on, where weights are solved and where they are not.
+_SOLVED, _SEEN = 8192, 2048
+
 #: Bytes of a recipe file, and characters of one that a message quotes.
 _LARGEST, _SHOWN = 1 << 20, 200
 
@@ -164,8 +167,10 @@ class CalibrationSection(_Section):
     """The text that methods measure a model on before they decide."""
 
     text: Path | None = None
-    """A UTF-8 file; a short built-in text where it is not given."""
-    tokens: int = Field(default=2048, ge=256)
+    """A UTF-8 file. Where it is not given, solvers of weights read what the model writes itself, all else a
+    short built-in text."""
+    tokens: int | None = Field(default=None, ge=256)
+    """About so many. Where it is not given 2,048, and 8,192 where weights are solved."""
 
 
 class Recipe(_Section):
@@ -325,6 +330,17 @@ class Recipe(_Section):
         steps = (step for step in self.weight_passes() if isinstance(step, QuantizeWeights))
         schemes = {scheme: None for step in steps for scheme in (step.scheme, step.head) if scheme}
         return [said for scheme in schemes if (said := self.made_for.remark(scheme))]
+
+    @property
+    def solver(self) -> str:
+        """The solver that reads a text, by name; "" where there is none."""
+        observing = (s.solver for s in self.weights.passes() if isinstance(s, QuantizeWeights))
+        return next((solver.name for solver in observing if solver.observes), "")
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens to calibrate on, roughly."""
+        return self.calibration.tokens or (_SOLVED if self.solver else _SEEN)
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""

@@ -16,6 +16,12 @@ DEFAULT = Path(__file__).with_name("default.txt")
 _ROW = 256
 
 
+def rows_of(count: int, context: int) -> tuple[int, int]:
+    """(rows, tokens of a row) of a text of about `count` tokens."""
+    row = min(_ROW, context)
+    return max(1, count // row), row
+
+
 def calibration_tokens(
     tokenizer: Any, text: Path | None, count: int, vocabulary: int, context: int
 ) -> tuple[Tensor, str]:
@@ -24,8 +30,7 @@ def calibration_tokens(
     Without a tokenizer they are random. Raises CalibrationError where the text cannot be read or holds
     fewer tokens than one row.
     """
-    row = min(_ROW, context)
-    rows = max(1, count // row)
+    rows, row = rows_of(count, context)
     if tokenizer is None:
         ids = torch.randint(vocabulary, (rows, row), generator=torch.Generator().manual_seed(0))
         return ids, "random tokens, for the model has no tokenizer"

@@ -27,6 +27,7 @@ from ..calibrate.sites import Site, weight_products
 from ..calibrate.snapshot import copied
 from ..calibrate.stream import Stream, Tell
 from ..ir.kept import cache_home
+from ..ir.ops import einfold_ops
 from ..ir.printer import print_program
 from ..ir.program import Program
 from ..ir.quant.scheme import Scheme
@@ -54,12 +55,16 @@ class Solving:
     def __init__(self, program: Program, solver: Solver) -> None:
         self._program: Program | None = copied(program)
         self._solver = solver
-        self._products = {site.name: site for site in weight_products(self._program)}
+        self._products = {
+            site.name: site
+            for site in weight_products(self._program)
+            if _read_by_linears(self._program, site.name)
+        }
         self._schemes: dict[str, Scheme] = {}
         self._solved: dict[str, Solved] = {}
 
     def take(self, name: str, scheme: Scheme) -> bool:
-        """Whether a weight can be solved here: whether a linear reads it."""
+        """Whether a weight can be solved here: whether linears read it, and nothing else does."""
         if name not in self._products:
             return False
         self._schemes[name] = scheme
@@ -139,6 +144,14 @@ class _Solve(Observer):
             functional.linear(own, stored, bias_N),
         )
         return out
+
+
+def _read_by_linears(program: Program, name: str) -> bool:
+    """Whether nothing else reads a weight. A table that embeds tokens too is read in directions that the
+    head's inputs never take, in which a solver lets it go anywhere."""
+    reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target == name]
+    linear = einfold_ops.linear.default
+    return all(user.target is linear for read in reads for user in read.users)
 
 
 def _solved(found: Found) -> Solved:

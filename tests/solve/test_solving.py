@@ -24,15 +24,20 @@ from einfold.compiler.solve.solver import Solved
 from ..calibrate.common import BODY, TEXT
 from ..programs import program
 
-#: A second linear behind the attention, so that one is solved behind another.
-TWO = BODY.replace(
-    "weight @w.weight : f32[16, 16]",
-    "weight @w.weight : f32[16, 16]\n    weight @u.weight : f32[16, 16]",
-).replace(
-    "    call %r = einfold.select_rows(%f, %rows)",
-    '    read %u "u.weight" : f32[16, 16]\n'
-    "    call %g = einfold.linear(%f, %u, none) : f32[B, S, 16]\n"
-    "    call %r = einfold.select_rows(%g, %rows)",
+#: A second linear behind the attention, so that one is solved behind another, and a head of its own.
+TWO = (
+    BODY.replace(
+        "weight @w.weight : f32[16, 16]",
+        "weight @w.weight : f32[16, 16]\n    weight @u.weight : f32[16, 16]\n    weight @o : f32[11, 16]",
+    )
+    .replace(
+        "    call %r = einfold.select_rows(%f, %rows)",
+        '    read %u "u.weight" : f32[16, 16]\n'
+        "    call %g = einfold.linear(%f, %u, none) : f32[B, S, 16]\n"
+        '    read %o "o" : f32[11, 16]\n'
+        "    call %r = einfold.select_rows(%g, %rows)",
+    )
+    .replace("linear(%r, %e, none)", "linear(%r, %o, none)")
 )
 SCHEME = Grouped(2, 16)
 
@@ -92,6 +97,16 @@ def test_a_weight_is_solved_on_the_inputs_that_stored_weights_give() -> None:
 def test_the_head_sees_every_token() -> None:
     solved()
     assert int(torch.linalg.matrix_rank(Seen.shown[-1]["moment"])) > 1  # that of one token is 1
+
+
+def test_a_table_that_a_head_shares_is_solved_without_the_heads_inputs() -> None:
+    found = program(BODY)
+    result = QuantizeWeights(SCHEME, solver=Seen()).run(found)
+    assert {note.where for note in result.notes} >= {"w.weight", "e"}
+    found.calibrations[0].run(TEXT)
+    want = RoundToNearest().solve(program(BODY).weights["e"].load(), SCHEME, {}).pieces
+    assert torch.equal(found.weights["e.packed"].load(), want["packed"])
+    assert [bool(each) for each in Seen.shown] == [True, False]
 
 
 @pytest.mark.parametrize("stop", [1, 2])

@@ -177,7 +177,7 @@ class Store:
             )  # the codes that it came in: rounded again they could only get worse
         pieces = scheme.pieces(weight.shape)
         solving = self.solving
-        # Where no linear reads it, nothing is known of its inputs.
+        # Of what linears alone do not read, too little is known.
         taken = solving if solving is not None and solving.take(name, scheme) else None
 
         def compute() -> list[Tensor]:

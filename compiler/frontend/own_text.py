@@ -1,0 +1,118 @@
+"""A calibration text that the model writes itself: what it is likely to read and write is what it should do
+well once its weights are rounded, and no text has to be brought.
+
+On SmolLM2-135M in 4 bits (GPTQ, 4,096 tokens) KL on old prose was 0.130 after its own text, 0.142 after news,
+and 0.266 after program code, where rounding to nearest has 0.259: a text of another kind than what is read
+later is worse than none.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from ...errors import CalibrationError, pass_on
+from ..ir.kept import cache_home, read, write
+from .checkpoint import load_reference
+from .huggingface import ModelSource
+
+#: Told of progress: what is being done, and the share of it that is done (0 to 1).
+Tell = Callable[[str, float], None]
+
+#: Rows that are written side by side; bounds the memory of their caches.
+_ROWS = 32
+
+#: Part of the name under which texts are kept.
+_VERSION = 1
+
+#: Bytes of the largest text that is read back.
+_LARGEST = 1 << 28
+
+
+def own_text(
+    load: Callable[[], Any],
+    vocabulary: int,
+    shape: tuple[int, int],
+    named: Callable[[], str] | None,
+    tell: Tell,
+    seed: int = 0,
+) -> Tensor:
+    """Token ids [rows, tokens], each row drawn from the model's own probabilities behind one random token.
+
+    `load` gives the model as transformers has it. `named` gives a name for the model's weights, by which a
+    text is found again in the user's cache folder; without it nothing is kept. Raises CalibrationError where
+    the model's logits are not finite.
+    """
+    place = None
+    if named is not None:
+        told = f"{_VERSION} {shape} {seed} {named()}"
+        digest = blake3(told.encode()).hexdigest()[:24]
+        place = cache_home() / "calibration" / f"own-text-{digest}.pt"
+        found = _kept(place, shape)
+        if found is not None:
+            return found
+    model = load()
+    random = torch.Generator().manual_seed(seed)
+    rows, length = shape
+    parts = []
+    for start in range(0, rows, _ROWS):
+        count = min(_ROWS, rows - start)
+        first = torch.randint(vocabulary, (count, 1), generator=random)
+
+        def told_of(step: int, done: int = start, now: int = count) -> None:
+            tell("writing a text to calibrate on", (done + now * step / length) / rows)
+
+        parts.append(_written(model, first, length, random, told_of))
+    text = torch.cat(parts)
+    if place is not None:
+        write(place, lambda file: torch.save(text, file))
+    return text
+
+
+def loader(source: ModelSource, module: Any) -> Callable[[], Any]:
+    """What gives the model as transformers has it: the module, where it is in memory."""
+    return lambda: load_reference(source) if module is None else module
+
+
+@torch.no_grad()
+def _written(
+    model: Any,
+    first_B1: Tensor,
+    length: int,
+    random: torch.Generator,
+    told_of: Callable[[int], None],
+) -> Tensor:
+    last, cache, found = first_B1, None, []
+    device = next(model.parameters()).device
+    for step in range(length):
+        told_of(step)
+        out = model(input_ids=last.to(device), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        likely = torch.softmax(out.logits[:, -1].float().cpu(), -1)
+        if not bool(torch.isfinite(likely).all()):
+            raise CalibrationError(
+                "the model's logits are not finite where it writes a text to be calibrated on: its weights "
+                "are damaged, or overflow in their type"
+            )
+        last = torch.multinomial(likely, 1, generator=random)
+        found.append(last)
+    return torch.cat(found, dim=1)
+
+
+def _kept(place: Path, shape: tuple[int, int]) -> Tensor | None:
+    raw = read(place, _LARGEST)
+    if raw is None:
+        return None
+    try:
+        found = torch.load(io.BytesIO(raw), weights_only=True)
+    except Exception as error:  # of another version of torch, which raises many unrelated classes
+        pass_on(error)
+        return None
+    fits = isinstance(found, Tensor) and found.shape == shape and found.dtype == torch.long
+    return found if fits else None
