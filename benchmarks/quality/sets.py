@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from einfold.compiler.ir.quant.scheme import PRESETS
 from einfold.compiler.passes.cache_methods import FAMILIES
+from einfold.compiler.solve.solver import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ def _weights(name: str, level: int | None = None, **options: Any) -> Row:
     if level is not None:
         recipe["onnx"] = {"accuracy_level": level}
     return Row(name, recipe)
+
+
+def _text(text: str) -> Row:
+    """Weights as the command line spells them, in products in float32."""
+    return Row(f"--weights {text}", {"weights": text, "onnx": {"accuracy_level": 0}})
 
 
 def _cache(family: str, method: str, **options: Any) -> Row:
@@ -99,6 +106,20 @@ WEIGHTS = (
     ),
 )
 
+#: Solvers on two formats, and every format rounded to nearest; heads in 8 bits.
+SOLVERS_AND_FORMATS = (
+    *(
+        _text(f"{name}:bits={bits},block={block},symmetric=false")
+        for bits, block in ((4, 32), (3, 64))
+        for name in SOLVERS
+    ),
+    *(
+        _text(name)
+        for name, preset in PRESETS.items()
+        if preset.scheme is not None and not preset.scheme.nearly_exact
+    ),
+)
+
 #: Every method at its defaults, and those that pack at several bits.
 CACHE = (
     _FLOAT,
@@ -115,4 +136,4 @@ CACHE = (
     _STACK,
 )
 
-SETS = {"quick": QUICK, "weights": WEIGHTS, "cache": CACHE}
+SETS = {"quick": QUICK, "weights": (*WEIGHTS, *SOLVERS_AND_FORMATS), "cache": CACHE}

@@ -121,3 +121,13 @@ def test_an_estimate_refuses_a_probe_as_a_compile_does(text_model: Path) -> None
     refused("estimate", text_model, "--prune", short, code=10, says="a probe of 9 in a context of")
     none = short + ",induction=0,echo=0"  # no head to find, so no probe is needed
     assert as_json("estimate", text_model, "--prune", none)["cache"]
+
+
+def test_formats_and_solvers_are_listed_with_their_options() -> None:
+    text = einfold_cli("methods", "weights")
+    assert "--weights int4, 5.000 bits a weight" in text and "--weights gptq" in text
+    rows = json.loads(einfold_cli("methods", "weights", "--json"))
+    found = {(row["family"], row["name"]): row for row in rows}
+    assert found["format", "int4"]["options"]["block"] == 32
+    assert found["format", "int3"]["bits"] == 4.0
+    assert found["solver", "gptq"]["options"]["damping"] == 0.01

@@ -34,10 +34,10 @@ TWO = (
         "    call %r = einfold.select_rows(%f, %rows)",
         '    read %u "u.weight" : f32[16, 16]\n'
         "    call %g = einfold.linear(%f, %u, none) : f32[B, S, 16]\n"
-        '    read %o "o" : f32[11, 16]\n'
+        '    read %n "o" : f32[11, 16]\n'
         "    call %r = einfold.select_rows(%g, %rows)",
     )
-    .replace("linear(%r, %e, none)", "linear(%r, %o, none)")
+    .replace("linear(%r, %e, none)", "linear(%r, %n, none)")
 )
 SCHEME = Grouped(2, 16)
 
