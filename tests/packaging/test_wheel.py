@@ -75,6 +75,13 @@ assert run("run", out / "a", "--ids", "5 6 7", "--max-new-tokens", "2", "--json"
 import torch
 einfold.export_onnx(torch.nn.Linear(4, 3), out / "module", example_inputs=(torch.ones(2, 4),))
 """,
+    "gguf": _NO_ONNX
+    + """
+missing("triton", "pytest", "fastapi")
+import gguf
+from einfold.compiler.frontend.checkpoints.gguf import FORMATS
+assert "gguf" in FORMATS
+""",
     "triton": _NO_ONNX
     + """
 missing("pytest", "fastapi")

@@ -62,6 +62,9 @@ class Mxfp4(Nf4):
     name = "mxfp4"
     levels = (*E2M1, *(-level for level in E2M1))
 
+    def __str__(self) -> str:
+        return self.name  # a block of 32 is the format, not an option
+
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
         found = super().pieces(shape)
         return found | {"scales": (found["scales"][0], "u8")}

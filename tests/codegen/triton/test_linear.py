@@ -214,7 +214,9 @@ def test_an_artifact_runs_its_weights_by_kernels(
     )
     names = sorted(p.name for p in (out / "kernels").glob("linear*"))
     # The head and the table that is one with it have 8 bits.
-    assert names == [f"linear_grouped_bits_{bits}_block_32_symmetric_1_fp32.py" for bits in (4, 8)]
+    assert names == [
+        f"linear_grouped_bits_{bits}_block_32_symmetric_1_scales_f32_fp32.py" for bits in (4, 8)
+    ]
     assert "def matvec(" in (out / "kernels" / names[0]).read_text()
     with asking("tests.codegen.triton.artifact_worker", tmp_path_factory.mktemp("cache")) as ask:
         found = ask(artifact=str(out), prompts=[[5, 6, 7]], new=1)
