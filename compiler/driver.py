@@ -608,7 +608,8 @@ def _calibration_text(
     if recipe.solver and recipe.calibration.text is None and model.part is None:
         shape = rows_of(recipe.calibration_tokens, program.model.context)
         load = loader(model.source, model.module)
-        ids = own_text(load, program.model.vocabulary, shape, _named(model), tell)
+        named = None if program.statistics is None else program.statistics.model
+        ids = own_text(load, program.model.vocabulary, shape, named, tell)
         return ids, "a text that the model wrote"
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)

@@ -23,7 +23,7 @@ from .codegen.triton.linear.decoder import decoder_of
 from .codegen.triton.linear.kinds import type_of
 from .codegen.triton.linear.through import pieces_for_kernels
 from .ir.ops import einfold_ops
-from .ir.quant.scheme import PRESETS, Scheme, read_scheme
+from .ir.quant.scheme import PRESETS, Scheme, find_scheme
 from .solve.round_to_nearest import RoundToNearest
 
 #: As Dynamo says it, and as the backend's own graphs do.
@@ -38,11 +38,8 @@ NOT_FROZEN = (
 
 def scheme_named(text: str) -> Scheme:
     """The scheme of a preset's name ("int4") or of a scheme's text. Raises RecipeError for neither."""
-    preset = PRESETS.get(text)
-    if preset is not None and preset.scheme is not None:
-        return preset.scheme
     try:
-        return read_scheme(text)
+        return find_scheme(text)
     except IRError as error:
         known = ", ".join(name for name, each in PRESETS.items() if each.scheme is not None)
         raise RecipeError(

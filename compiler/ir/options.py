@@ -39,12 +39,17 @@ def options_of(kind: Any) -> list[Field[Any]]:
     return sorted(found, key=lambda each: each.metadata != _OPTION)
 
 
+def values_of(made: Any) -> dict[str, Any]:
+    """The options of a dataclass by name, as they are."""
+    return {found.name: getattr(made, found.name) for found in options_of(type(made))}
+
+
 class Options:
     """A dataclass whose fields are options."""
 
     def options(self) -> dict[str, Any]:
         """The options by name, as they are."""
-        return {found.name: getattr(self, found.name) for found in options_of(self)}
+        return values_of(self)
 
 
 def text_fields(kind: Any) -> list[Field[Any]]:

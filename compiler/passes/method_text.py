@@ -9,7 +9,7 @@ is, as a text, `streaming_llm:recent=508`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ...errors import IRError, RecipeError
 from ..ir.options import options_of
+from ..ir.registry import Registry, in_order
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,38 @@ class Method:
                 taken = {name: own.pop(name) for name in names if name in own}
                 own[field.name] = TypeAdapter(inner).validate_python(taken)
         return self.step(TypeAdapter(self.kind).validate_python(own))
+
+
+class Family(Mapping[str, Method]):
+    """The methods of a family as they are registered: passes, solvers, what is `given` to heads by a step.
+
+    `order` names those that stand first where the order is shown.
+    """
+
+    def __init__(
+        self,
+        order: tuple[str, ...],
+        passes: Registry[Any] | None = None,
+        given: tuple[Registry[Any], Callable[[Any], Any]] | None = None,
+    ) -> None:
+        self._order, self._passes, self._given = order, passes, given
+
+    def _all(self) -> dict[str, Method]:
+        made = [Method(kind) for kind in (self._passes or {}).values()]
+        if self._given is not None:
+            kinds, step = self._given
+            made += [Method(kind, step) for kind in kinds.values() if kind.method]
+        named = {method.name: method for method in made}
+        return {name: named[name] for name in in_order(named, self._order)}
+
+    def __getitem__(self, name: str) -> Method:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
 def split_text(place: str, text: str) -> tuple[str, dict[str, str]]:

@@ -11,35 +11,24 @@ On the command line, and wherever a text stands for the table, the same is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from ...errors import IRError, RecipeError
-from ..ir.options import options_of
-from ..ir.quant.scheme import PRESETS, Scheme, read_scheme
+from ..ir.options import values_of
+from ..ir.quant.scheme import PRESETS, Scheme, find_scheme
 from ..solve.solver import SOLVERS, Solver
-from .method_text import Method, built, split_text
+from .method_text import Family, Method, built, split_text
 
 #: What a solver fills where no format is named.
 _FILLED = "int4"
 
 
-class _Solvers(Mapping[str, Method]):
-    def __getitem__(self, name: str) -> Method:
-        return Method(SOLVERS[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(SOLVERS)
-
-    def __len__(self) -> int:
-        return len(SOLVERS)
-
-
 #: The solvers, with their options.
-SOLVER_METHODS: Mapping[str, Method] = _Solvers()
+SOLVER_METHODS: Mapping[str, Method] = Family((), SOLVERS)
 
 
 def format_options(name: str) -> dict[str, Any]:
@@ -48,7 +37,7 @@ def format_options(name: str) -> dict[str, Any]:
     if scheme is None:
         return {}
     kin = [p.scheme for p in PRESETS.values() if type(p.scheme) is type(scheme)]
-    named = {f.name: getattr(scheme, f.name) for f in options_of(type(scheme))}
+    named = values_of(scheme)
     free = {k: v for k, v in named.items() if all(getattr(each, k) == v for each in kin)}
     return {name: _plain(value) for name, value in free.items()}
 
@@ -85,10 +74,8 @@ def _inner(name: str, text: Any) -> Scheme:
     """A scheme within a scheme: a format by its name, or a scheme by its text."""
     if not isinstance(text, str):
         raise ValueError(f"weights.{name} is a format or the text of a scheme, not {text!r}")
-    if text in PRESETS and (found := PRESETS[text].scheme) is not None:
-        return found
     try:
-        return read_scheme(text)
+        return find_scheme(text)
     except IRError as error:
         raise ValueError(f"weights.{name}: {error}") from error
 
@@ -165,6 +152,5 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"weights.solver {solver.name} chooses codes, and {name} has none")
         if reason := solver.refuses(scheme):
             raise ValueError(f"weights.solver: {reason}")
-        options = {f.name: getattr(solver, f.name) for f in options_of(type(solver))}
-        found["solver"] = {"method": solver.name, **options}
+        found["solver"] = {"method": solver.name, **values_of(solver)}
     return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import CalibrationError
 from ..ir.quant.scheme import Scheme
+from .round_to_nearest import RoundToNearest
 from .solver import SOLVERS, Solved, Solver, by_rows
 
 #: Columns whose errors are handed on together.
@@ -54,8 +55,8 @@ class GPTQ(Solver):
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         moment = statistics.get("moment")
-        if moment is None:  # of an embedding or experts: nothing is known of their inputs
-            moment = torch.eye(weight.shape[-1])
+        if moment is None:  # of a table or experts: nothing is known of their inputs
+            return RoundToNearest().solve(weight, scheme, statistics)
         feedback = _Feedback(moment, self.damping)
         target = weight.float()
         if "drift" in statistics and self.drift:
@@ -63,20 +64,21 @@ class GPTQ(Solver):
         return by_rows(target, scheme, lambda groups: feedback.chosen(groups, scheme), weight)
 
 
-def _damped(moment_MM: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(the moments in float64 with a diagonal that can be factorised, the channels that are always 0).
+def _factor(moment_MM: Tensor, damping: float) -> Tensor:
+    """The Cholesky factor of moments in float64, damped as far as is needed.
 
     Raises CalibrationError where no damping helps.
     """
-    moment = moment_MM.double()
-    dead = moment.diagonal() == 0
-    mean = float(moment.diagonal().mean()) or 1.0
+    mean = float(moment_MM.diagonal().mean()) or 1.0
+    raised = moment_MM.clone()
+    raised.diagonal()[moment_MM.diagonal() == 0] = mean  # of channels that are always 0
     for attempt in range(_TRIES):
-        raised = moment.clone()
-        raised.diagonal()[dead] = mean
-        raised.diagonal().add_(damping * 10**attempt * mean)
-        if not int(torch.linalg.cholesky_ex(raised).info):
-            return raised, dead
+        damped = raised.clone()
+        damped.diagonal().add_(damping * 10**attempt * mean)
+        found = torch.linalg.cholesky_ex(damped)
+        if not int(found.info):
+            factor: Tensor = found.L
+            return factor
     raise CalibrationError(
         "the second moments of a linear's inputs cannot be factorised; a longer calibration text, or more "
         "damping (solver damping=0.1), gives some that can"
@@ -90,11 +92,11 @@ class _Feedback:
     """
 
     def __init__(self, moment_MM: Tensor, damping: float) -> None:
-        raised, self._dead = _damped(moment_MM, damping)
+        self._dead = moment_MM.diagonal() == 0
         self.order = torch.argsort(moment_MM.diagonal(), descending=True, stable=True)
         # From the last column to the first, the factor of the moments is upper, and U its inverse.
-        turned = raised[self.order][:, self.order].flip(0, 1)
-        factor = torch.linalg.cholesky(turned).flip(0, 1)
+        turned = moment_MM.double()[self.order][:, self.order].flip(0, 1)
+        factor = _factor(turned, damping).flip(0, 1)
         unit = torch.eye(len(factor), dtype=factor.dtype)
         self.upper = torch.linalg.solve_triangular(factor, unit, upper=True).float()
 

@@ -107,17 +107,13 @@ def matmul(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value | Non
     return _KERNELS[type(scheme)](stored, x, bias)
 
 
-def _named(pieces: Sequence[fx.Node], scheme: Scheme, shape: Sequence[int]) -> dict[str, fx.Node]:
-    return dict(zip(scheme.pieces(tuple(shape)), pieces, strict=True))
-
-
 @lowering(einfold_ops.stored_linear.default)
 def stored_linear(context: Context, node: fx.Node) -> ir.Value:
     """The scheme's kernel, or a product with the weight that the pieces mean."""
     found = context.arguments(node)
     scheme, shape = read_scheme(found["scheme"]), found["shape"]
     bias = context.optional(found["bias"])
-    named = _named(found["pieces"], scheme, shape)
+    named = scheme.named(found["pieces"], shape)
     out = matmul(Stored(context, scheme, named, *shape), context.value(found["x"]), bias)
     if out is not None:
         return out
@@ -169,7 +165,7 @@ def stored_embedding(context: Context, node: fx.Node) -> ir.Value:
     scheme, shape = read_scheme(arguments["scheme"]), arguments["shape"]
     ids, builder = arguments["ids"], context.builder
     values = {}
-    for label, piece in _named(arguments["pieces"], scheme, shape).items():
+    for label, piece in scheme.named(arguments["pieces"], shape).items():
         values[label] = _initializer(context, piece)
         if label not in scheme.shared:
             values[label] = builder.op("Gather", values[label], context.value(ids), axis=0)
@@ -186,7 +182,7 @@ def dequantize(context: Context, node: fx.Node) -> ir.Value:
     """A weight that is read as a whole."""
     found = context.arguments(node)
     scheme, shape = read_scheme(found["scheme"]), found["shape"]
-    return _whole(context, node, scheme, _named(found["pieces"], scheme, shape), shape)
+    return _whole(context, node, scheme, scheme.named(found["pieces"], shape), shape)
 
 
 @lowering(einfold_ops.stored_experts.default)
@@ -202,7 +198,7 @@ def stored_experts(context: Context, node: fx.Node) -> ir.Value:
 def _project(context: Context, node: fx.Node, part: str, found: dict[str, Any]) -> Project:
     builder, scheme = context.builder, read_scheme(found["scheme"])
     pieces, shape, bias = (found[f"{part}_{of}"] for of in ("pieces", "shape", "bias"))
-    named = _named(pieces, scheme, shape)
+    named = scheme.named(pieces, shape)
     wide: list[ir.Value] = []
 
     def project(expert: int, x: ir.Value) -> ir.Value:

@@ -24,7 +24,7 @@ _SLAB = 1 << 22
 def meaning_of_pieces(pieces: Sequence[Tensor], scheme: str, shape: Sequence[int]) -> Tensor:
     """The weight of a shape that pieces in any scheme, given by its text, stand for, in float32."""
     kind = read_scheme(scheme)
-    named = dict(zip(kind.pieces(tuple(shape)), pieces, strict=True))
+    named = kind.named(pieces, shape)
     return kind.dequantize(named, shape[-1])
 
 
@@ -68,7 +68,7 @@ class StoredLinear(Operator):
 
     def run(self) -> Tensor:
         kind, (rows, width) = read_scheme(self.scheme), self.shape
-        named = dict(zip(kind.pieces(tuple(self.shape)), self.pieces, strict=True))
+        named = kind.named(self.pieces, self.shape)
         step = max(1, _SLAB // width)
         parts = []
         for start in range(0, rows, step):
@@ -95,7 +95,7 @@ class StoredEmbedding(Operator):
 
     def run(self) -> Tensor:
         kind = read_scheme(self.scheme)
-        named = dict(zip(kind.pieces(tuple(self.shape)), self.pieces, strict=True))
+        named = kind.named(self.pieces, self.shape)
         return kind.dequantize(kind.chosen(named, self.ids), self.shape[-1])
 
     def shapes(self) -> Tensor:
@@ -247,5 +247,5 @@ class StoredExperts(Operator):
 
     def _weight(self, expert: int, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         kind = read_scheme(self.scheme)
-        named = dict(zip(kind.pieces(tuple(shape)), pieces, strict=True))
+        named = kind.named(pieces, shape)
         return kind.dequantize(kind.chosen(named, expert), shape[-1])

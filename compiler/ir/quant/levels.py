@@ -72,9 +72,9 @@ class Levels(Scheme):
         }
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from .pack import grouped
+        from .pack import in_blocks
 
-        return grouped(rows_RM, self.block_of(rows_RM.shape[-1]))
+        return in_blocks(rows_RM, self.block_of(rows_RM.shape[-1]))
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         """The weight of largest magnitude is met by the largest level."""

@@ -21,10 +21,15 @@ from torch.nn import functional
 _HALF = (2.0**-24, 65504.0)
 
 
-def grouped(rows: Tensor, block: int) -> Tensor:
+def in_blocks(rows: Tensor, block: int) -> Tensor:
     """The last axis cut into groups of `block` numbers, padded with zeros."""
     groups: Tensor = functional.pad(rows, (0, -rows.shape[-1] % block)).unflatten(-1, (-1, block))
     return groups
+
+
+def halved(values: Tensor) -> Tensor:
+    """The numbers in float16, cut to its largest."""
+    return values.clamp(-_HALF[1], _HALF[1]).half()
 
 
 def float16_scales(scales: Tensor) -> Tensor:

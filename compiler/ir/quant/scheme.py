@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..item_bytes import ITEM_BYTES
 from ..record_text import read, show
@@ -24,6 +24,8 @@ from ..registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 #: A piece of a stored weight: its shape, and the type of its numbers.
 Piece = tuple[tuple[int, ...], str]
@@ -75,6 +77,10 @@ class Scheme:
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
         """What a weight of a shape is stored as, by the names of the pieces."""
         raise NotImplementedError
+
+    def named(self, pieces: Iterable[T], shape: Sequence[int]) -> dict[str, T]:
+        """Whatever stands for the pieces of a weight of a shape, in their order, by their names."""
+        return dict(zip(self.pieces(tuple(shape)), pieces, strict=True))
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight of a shape."""
@@ -177,3 +183,9 @@ PRESETS: Registry[Preset] = Registry(
     "einfold.compiler.ir.quant.schemes",
     order=("fp32", "fp16", "int8", "int6", "int5", "int4", "int3", "int2"),
 )
+
+
+def find_scheme(text: str) -> Scheme:
+    """The scheme of a format by its name, or of a scheme's text. Raises IRError for neither."""
+    preset = PRESETS.get(text)
+    return preset.scheme if preset is not None and preset.scheme is not None else read_scheme(text)

@@ -172,7 +172,7 @@ def _of_scheme(node: fx.Node) -> list[Stored]:
     """What `stored_linear` and `stored_embedding` read."""
     found = call_arguments(node)
     scheme, shape = read_scheme(found["scheme"]), tuple(found["shape"])
-    pieces = dict(zip(scheme.pieces(shape), found["pieces"], strict=True))
+    pieces = scheme.named(found["pieces"], shape)
     return [Stored(scheme, shape[-1], pieces, found.get("x"), found.get("bias"))]
 
 

@@ -29,7 +29,7 @@ def product_call(
     widened = "fp32" if kind == "bf16" and interpreting() else ""
     of_bias = "" if bias is None else TYPES[bias.dtype]
     found = read_scheme(scheme)
-    named = dict(zip(found.pieces(tuple(shape)), pieces, strict=True))
+    named = found.named(pieces, shape)
     weight = LinearWeight(named["packed"], named["scales"], named.get("zeros"))
     return product(
         linear_kernel(LinearKind(found, kind, of_bias, widened)), weight, x.contiguous(), bias
@@ -48,5 +48,5 @@ def pieces_for_kernels(
 ) -> list[Tensor]:
     """The pieces of a weight in the order of kernels."""
     layout = LinearKind(scheme, "fp32").layout(shape[-1])
-    named = dict(zip(scheme.pieces(tuple(shape)), pieces, strict=True))
+    named = scheme.named(pieces, shape)
     return [layout.repacked(name, piece) for name, piece in named.items()]

@@ -73,7 +73,7 @@ class BitMod(Scheme):
         }
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from ..blocks import in_blocks
+        from ..pack import in_blocks
 
         return in_blocks(rows_RM, self.group)
 
@@ -95,7 +95,7 @@ class BitMod(Scheme):
         return best
 
     def settle(self, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from ..blocks import halved
+        from ..pack import halved
 
         return {"scales": halved(grid["scales"]).float(), "special": grid["special"]}
 

@@ -116,9 +116,9 @@ class Grouped(Scheme):
         return found
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from ..pack import grouped
+        from ..pack import in_blocks
 
-        return grouped(rows_RM, self.block_of(rows_RM.shape[-1]))
+        return in_blocks(rows_RM, self.block_of(rows_RM.shape[-1]))
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         import torch
@@ -160,9 +160,9 @@ class Grouped(Scheme):
         """Scales as codes -127 .. 127 without 0 and their units, both [R, G]."""
         import torch
 
-        from ..pack import grouped
+        from ..pack import in_blocks
 
-        wide = grouped(scales_RG, SUPER)
+        wide = in_blocks(scales_RG, SUPER)
         units = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=2.0**-100)
         codes = (wide / units).round_().clamp_(-127, 127)
         codes = torch.where(codes == 0, torch.where(wide < 0, -1.0, 1.0), codes)

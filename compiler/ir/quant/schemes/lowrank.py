@@ -85,7 +85,7 @@ class LowRank(Scheme):
         return {**grid, "left": left, "right": right}
 
     def settle(self, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from ..blocks import halved
+        from ..pack import halved
 
         own = {name: halved(grid[name]).float() for name in ("left", "right")}
         return self.base.settle(self._of_base(grid)) | own
@@ -106,7 +106,7 @@ class LowRank(Scheme):
         self, pieces: Mapping[str, Tensor], left: Tensor, right_RM: Tensor
     ) -> dict[str, Tensor]:
         """The pieces of the base [.., N, ..] and the factors left [.., N, rank] and right [rank, M]."""
-        from ..blocks import halved
+        from ..pack import halved
 
         return {**pieces, "left": halved(left), "right": halved(right_RM)}
 

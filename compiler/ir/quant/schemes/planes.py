@@ -77,7 +77,7 @@ class Planes(Scheme):
         return found | {"range": ((*lead, groups), "f16")}
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from ..blocks import in_blocks
+        from ..pack import in_blocks
 
         return in_blocks(rows_RM, self.block)
 
@@ -85,7 +85,7 @@ class Planes(Scheme):
         return {"range": groups_RGB.abs().amax(-1, keepdim=True)}
 
     def settle(self, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from ..blocks import halved
+        from ..pack import halved
 
         return {"range": halved(grid["range"]).float()}
 

@@ -92,12 +92,12 @@ class SpQR(Scheme):
         return max(1, round(self.outliers * width)) if self.outliers else 0
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from ..blocks import in_blocks
+        from ..pack import in_blocks
 
         return in_blocks(rows_RM, self.group)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
-        from ..blocks import halved
+        from ..pack import halved
 
         outlier = self._outliers(groups_RGB)
         scales, zeros = self._range(groups_RGB, outlier)
@@ -152,7 +152,7 @@ class SpQR(Scheme):
         """Lowest and step, for each group the same in all groups of a second-level one."""
         import torch
 
-        from ..blocks import halved
+        from ..pack import halved
 
         groups = numbers_RG1.shape[1]
         last = numbers_RG1[:, -1:].expand(-1, -groups % self.second, -1)
@@ -188,7 +188,7 @@ class SpQR(Scheme):
         import torch
 
         from ..bit_planes import pack_planes
-        from ..blocks import in_blocks
+        from ..pack import in_blocks
 
         levels, ranges = [], []
         for name in ("scales", "zeros"):

@@ -60,9 +60,9 @@ class Ternary(Scheme):
         return {"packed": ((*lead, groups, block // 4), "u8"), **scale}
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from ..pack import grouped
+        from ..pack import in_blocks
 
-        return grouped(rows_RM, self.block or LINE)
+        return in_blocks(rows_RM, self.block or LINE)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         """The mean over what is not zero: padding is not counted."""

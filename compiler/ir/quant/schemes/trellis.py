@@ -65,7 +65,7 @@ class Trellis(Scheme):
         }
 
     def groups(self, rows_RM: Tensor) -> Tensor:
-        from ..blocks import in_blocks
+        from ..pack import in_blocks
 
         return in_blocks(rows_RM, _BLOCK).flatten(-2)[:, None]
 
@@ -73,7 +73,7 @@ class Trellis(Scheme):
         return {"scales": groups_RGB.square().mean(-1, keepdim=True).sqrt()}
 
     def settle(self, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from ..blocks import halved
+        from ..pack import halved
 
         return {"scales": halved(grid["scales"]).float()}
 
