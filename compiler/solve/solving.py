@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 1
+_VERSION = 2
 
-_ERROR = "solver.error"
+_ERROR, _CHANNELS = "solver.error", "solver.channels"
+
+#: Operators of which it is known how a weight's error is felt.
+_KNOWN = {einfold_ops.linear.default, einfold_ops.embedding.default}
 
 
 class Solving:
@@ -58,16 +61,20 @@ class Solving:
         self._products = {
             site.name: site
             for site in weight_products(self._program)
-            if _read_by_linears(self._program, site.name)
+            if _readers(self._program, site.name) <= _KNOWN
         }
         self._schemes: dict[str, Scheme] = {}
+        self._divided: set[str] = set()
         self._solved: dict[str, Solved] = {}
 
-    def take(self, name: str, scheme: Scheme) -> bool:
-        """Whether a weight can be solved here: whether linears read it, and nothing else does."""
+    def take(self, name: str, scheme: Scheme, divided: bool = False) -> bool:
+        """Whether a weight can be solved here: a linear reads it, and nothing but linears and embeddings.
+        `divided`: whether its inputs can be divided by what its channels are multiplied by."""
         if name not in self._products:
             return False
         self._schemes[name] = scheme
+        if divided and self._solver.scales_channels:
+            self._divided.add(name)
         return True
 
     def at(self, name: str) -> Solved:
@@ -80,7 +87,7 @@ class Solving:
         """Reads the text. Raises CalibrationError where it gives no usable numbers, or a solver none."""
         assert self._program is not None
         if self._schemes:
-            observer = _Solve(self._products, self._schemes, self._solver)
+            observer = _Solve(self._products, self._schemes, self._divided, self._solver)
             stream = Stream(self._program, [observer], _EVERY, "solving weights")
             sample = torch.cat((tokens_BS, tokens_BS)) if self._solver.follows else tokens_BS
             found = stream.over(sample, self._folder(tokens_BS), tell)
@@ -90,7 +97,9 @@ class Solving:
     def _folder(self, tokens_BS: Tensor) -> Path:
         """Where solved weights are kept: its name says which model, text, schemes and solver they are of."""
         assert self._program is not None
-        said = sorted(f"{name} {scheme}" for name, scheme in self._schemes.items())
+        said = sorted(
+            f"{name} {scheme} {name in self._divided}" for name, scheme in self._schemes.items()
+        )
         text = [str(_VERSION), str(self._solver), *said, print_program(self._program)]
         digest = blake3("\n".join(text).encode())
         digest.update(tokens_BS.numpy().tobytes())
@@ -108,9 +117,14 @@ class _Solve(Observer):
     name = "solve"
 
     def __init__(
-        self, products: Mapping[str, Site], schemes: Mapping[str, Scheme], solver: Solver
+        self,
+        products: Mapping[str, Site],
+        schemes: Mapping[str, Scheme],
+        divided: Collection[str],
+        solver: Solver,
     ) -> None:
-        self._products, self._schemes, self._solver = products, schemes, solver
+        self._products, self._schemes, self._divided = products, schemes, divided
+        self._solver = solver
         self._observers = [OBSERVERS[name]() for name in solver.observes]
 
     def sites(self, program: Program) -> list[Site]:
@@ -124,14 +138,21 @@ class _Solve(Observer):
         x, own = self._x, self._x
         if self._solver.follows:
             x, own = self._x.chunk(2)
-        found: dict[str, Tensor] = {}
-        for observer in self._observers:
-            found |= observer.see(self._site, own, x)
-        scheme = self._schemes[self._site.name]
-        finite(self._site.name, weight_NM, scheme)
-        solved = self._solver.solve(weight_NM, scheme, found)
+        name, scheme = self._site.name, self._schemes[self._site.name]
+        finite(name, weight_NM, scheme)
+        found, target = self._findings(own, x), weight_NM
+        channels = (
+            self._solver.channels(weight_NM, scheme, found) if name in self._divided else None
+        )
+        if channels is not None:
+            scaled = own / channels
+            found = self._findings(scaled, scaled if own is x else x / channels)
+            own, target = scaled, weight_NM * channels
+        solved = self._solver.solve(target, scheme, found)
         error = torch.tensor(float("nan") if solved.error is None else solved.error)
         self._seen = solved.pieces | {_ERROR: error.double()}
+        if channels is not None:
+            self._seen |= {_CHANNELS: channels}
         if not read:
             return x.new_empty(0)
         if not self._solver.follows:
@@ -145,19 +166,24 @@ class _Solve(Observer):
         )
         return out
 
+    def _findings(self, own: Tensor, original: Tensor) -> dict[str, Tensor]:
+        """What the observers find in the inputs of the stored model and of the original."""
+        found: dict[str, Tensor] = {}
+        for observer in self._observers:
+            found |= observer.see(self._site, own, original)
+        return found
 
-def _read_by_linears(program: Program, name: str) -> bool:
-    """Whether nothing else reads a weight. A table that embeds tokens too is read in directions that the
-    head's inputs never take, in which a solver lets it go anywhere."""
+
+def _readers(program: Program, name: str) -> set[Any]:
+    """The operators that read a weight."""
     reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target == name]
-    linear = einfold_ops.linear.default
-    return all(user.target is linear for read in reads for user in read.users)
+    return {user.target for read in reads for user in read.users}
 
 
 def _solved(found: Found) -> Solved:
     error = float(found[_ERROR])
-    pieces = {name: piece for name, piece in found.items() if name != _ERROR}
-    return Solved(pieces, None if error != error else error)
+    pieces = {name: piece for name, piece in found.items() if name not in (_ERROR, _CHANNELS)}
+    return Solved(pieces, None if error != error else error, found.get(_CHANNELS))
 
 
 def _make_room(folder: Path) -> None:
