@@ -44,7 +44,7 @@ class QuantizeWeights(Pass):
             `%h = read "w.half" : f16[..]; %w = aten._to_copy(%h, dtype=f32)`, with none.
 
     Where the solver scales input channels and the linear alone reads a norm, the norm's weights become
-    those that are divided by the scales.
+    those that are divided by the scales, unless `divide` is false.
 
     A weight that a head and an embedding share stays one weight: both read the packed form. The head is
     stored as `head` says. A scheme that is nearly exact takes every matrix, the head too, but not norm
@@ -56,6 +56,7 @@ class QuantizeWeights(Pass):
     head: Scheme | None = None
     solver: Solver = field(default_factory=lambda: SOLVERS["round_to_nearest"]())
     embedding: bool = True
+    divide: bool = True
 
     name = "quantize_weights"
     requires = frozenset({"linears raised"})
@@ -74,7 +75,8 @@ class QuantizeWeights(Pass):
         solving = Solving(program, self.solver) if self.solver.observes else None
         if solving is not None:
             program.calibrations.append(solving)
-        store = Store(self.solver, solving, program, result)
+        divide = self.divide and self.solver.scales_channels
+        store = Store(self.solver, solving, program, result, divide)
         if self.scheme.nearly_exact:
             self._every_matrix(program, store)
         else:
@@ -118,9 +120,15 @@ class Store:
     """Stores weights on first use, and has their readers read what was stored."""
 
     def __init__(
-        self, solver: Solver, solving: Solving | None, program: Program, result: PassResult
+        self,
+        solver: Solver,
+        solving: Solving | None,
+        program: Program,
+        result: PassResult,
+        divide: bool = False,
     ) -> None:
         self.solver = solver
+        self.divide = divide
         self.solving = solving
         self.program = program
         self.result = result
@@ -136,7 +144,7 @@ class Store:
         kind = node.target._opname  # type: ignore[union-attr]
         found = call_arguments(node)
         reads = {name: found[name] for name in WEIGHTS[kind]}
-        norm = norm_in_front(node) if kind == "linear" and self.solver.scales_channels else None
+        norm = norm_in_front(node) if kind == "linear" and self.divide else None
         stored = {name: self._stored(read, scheme, norm) for name, read in reads.items()}
         (scheme,) = {scheme for scheme, _ in stored.values()}
         if kind not in scheme.operators:
