@@ -182,9 +182,7 @@ class Stream:
                     if (site := self._sites[name]).call is not None
                 }
                 interpreter = Interpreter(self._program, False, instead)
-                rows = torch.arange(
-                    tokens_BS.shape[1]
-                )  # the head sees all of them, where it is a site
+                rows = torch.arange(tokens_BS.numel())  # the head sees all, where it is a site
                 inputs = text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
                 interpreter.run(inputs, self._after, resume)
                 if self._folder is not None:
