@@ -217,12 +217,10 @@ class Stream:
         self._begin(name, *values)
         self._end(name)
 
-    def _product(
-        self, name: str, x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None
-    ) -> Tensor:
+    def _product(self, name: str, x: Tensor, *arguments: Any) -> Tensor:
         self._begin(name, x)
         (observer,) = self._observers[name]
-        out = observer.product(weight_NM, bias_N, name not in self._unread)
+        out = observer.product(name not in self._unread, *arguments)
         self._end(name)
         return out
 

@@ -55,7 +55,7 @@ class GPTQ(Solver):
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         moment = statistics.get("moment")
-        if moment is None:  # of a table or experts: nothing is known of their inputs
+        if moment is None:  # of a table: nothing is known of its inputs
             return RoundToNearest().solve(weight, scheme, statistics)
         feedback = _Feedback(moment, self.damping)
         target = weight.float()
