@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ..ir.quant.scheme import Scheme
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved, Solver, by_rows
+from .solver import SOLVERS, Solved, Solver, by_rows, completed
 
 #: Columns whose errors are handed on together.
 _COLUMNS = 128
@@ -47,10 +47,8 @@ class GPTQ(Solver):
     follows = True
 
     def refuses(self, scheme: Scheme) -> str:
-        if not scheme.by_itself:
-            return (
-                f"gptq rounds one weight after the other, and {scheme.name} codes groups as a whole"
-            )
+        if not scheme.coded.by_itself:
+            return f"gptq rounds one weight after the other, and {scheme.coded.name} codes groups as a whole"
         return ""
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
@@ -61,7 +59,9 @@ class GPTQ(Solver):
         target = weight.float()
         if "drift" in statistics and self.drift:
             target = target + self.drift * feedback.made_up(target @ statistics["drift"])
-        return by_rows(target, scheme, lambda groups: feedback.chosen(groups, scheme), weight)
+        codes = scheme.coded
+        solved = by_rows(target, codes, lambda groups: feedback.chosen(groups, codes), weight)
+        return completed(solved, scheme, target, moment, weight)
 
 
 def _factor(moment_MM: Tensor, damping: float) -> Tensor:

@@ -60,6 +60,16 @@ class Scheme:
     def __str__(self) -> str:
         return show(self)
 
+    @property
+    def coded(self) -> Scheme:
+        """The scheme whose codes a solver chooses: this one, or that beside whose codes it stores more."""
+        return self
+
+    def beside(self, missed: Tensor, moment_MM: Tensor | None) -> dict[str, Tensor]:
+        """The pieces beside those of `coded`, from what its codes miss of a weight [.., N, M], and from the
+        mean of x xᵀ over the weight's inputs x, where that is known."""
+        return {}
+
     def describe(self) -> str:
         """What the report says of a weight that is stored so."""
         return str(self)
