@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,10 +13,25 @@ from torch import Tensor
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.types import DTYPES
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
-from einfold.compiler.solve.solver import Solver
+from einfold.compiler.solve.gptq import GPTQ
+from einfold.compiler.solve.solver import Solved, Solver
 
 from ..programs import program, run
 from ..quant.common import INPUTS, LINEAR
+
+
+@dataclass(frozen=True)
+class Seen(GPTQ):
+    """GPTQ that tells what it was shown, and may be stopped."""
+
+    shown: ClassVar[list[dict[str, Tensor]]] = []
+    stop: ClassVar[int] = 100
+
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
+        if len(self.shown) == Seen.stop:
+            raise KeyboardInterrupt
+        self.shown.append(dict(statistics))
+        return super().solve(weight, scheme, statistics)
 
 
 def check_pieces(solver: Solver, scheme: Scheme, statistics: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -24,14 +23,14 @@ from einfold.compiler.ir.stored import StoredWeight
 from einfold.compiler.ir.weights import Weight
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
 from einfold.compiler.recipe import Recipe
-from einfold.compiler.solve import experts, solving
+from einfold.compiler.solve import experts
 from einfold.compiler.solve.gptq import GPTQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
-from einfold.compiler.solve.solver import Solved
 from einfold.compiler.solve.solving import Solving
 
 from .. import models
 from ..programs import program
+from .common import Seen
 
 #: A linear whose rounding moves what the experts read, their router, and three of four experts.
 BODY = """
@@ -75,33 +74,11 @@ EXPERTS = 4
 
 
 @dataclass(frozen=True)
-class Seen(GPTQ):
-    """GPTQ that tells what it was shown, and may be stopped."""
-
-    shown: ClassVar[list[dict[str, Tensor]]] = []
-    stop: ClassVar[int] = 100
-
-    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        if len(self.shown) == Seen.stop:
-            raise KeyboardInterrupt
-        self.shown.append(dict(statistics))
-        return super().solve(weight, scheme, statistics)
-
-
-@dataclass(frozen=True)
 class Alone(Seen):
     """The same, on the original's inputs alone."""
 
     name = "alone"
     follows = False
-
-
-@pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(solving, "_EVERY", 0.0)
-    monkeypatch.setattr(Seen, "stop", 100)
-    Seen.shown.clear()
 
 
 def solved(

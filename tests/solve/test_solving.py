@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,16 +10,14 @@ from torch import Tensor
 
 from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.program import Program
-from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
-from einfold.compiler.solve import solving
 from einfold.compiler.solve.gptq import GPTQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
-from einfold.compiler.solve.solver import Solved
 
 from ..calibrate.common import BODY, TEXT
 from ..programs import program
+from .common import Seen
 
 #: A second linear behind the attention, so that one is solved behind another, and a head of its own.
 TWO = (
@@ -40,28 +35,6 @@ TWO = (
     .replace("linear(%r, %e, none)", "linear(%r, %n, none)")
 )
 SCHEME = Grouped(2, 16)
-
-
-@dataclass(frozen=True)
-class Seen(GPTQ):
-    """GPTQ that tells what it was shown, and may be stopped."""
-
-    shown: ClassVar[list[dict[str, Tensor]]] = []
-    stop: ClassVar[int] = 100
-
-    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        if len(self.shown) == Seen.stop:
-            raise KeyboardInterrupt
-        self.shown.append(dict(statistics))
-        return super().solve(weight, scheme, statistics)
-
-
-@pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(solving, "_EVERY", 0.0)
-    monkeypatch.setattr(Seen, "stop", 100)
-    Seen.shown.clear()
 
 
 def solved(text: Tensor = TEXT, solver: GPTQ | None = None) -> tuple[Program, dict[str, Tensor]]:
