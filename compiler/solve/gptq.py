@@ -92,7 +92,6 @@ class _Feedback:
     """
 
     def __init__(self, moment_MM: Tensor, damping: float) -> None:
-        self._dead = moment_MM.diagonal() == 0
         self.order = torch.argsort(moment_MM.diagonal(), descending=True, stable=True)
         # From the last column to the first, the factor of the moments is upper, and U its inverse.
         turned = moment_MM.double()[self.order][:, self.order].flip(0, 1)
@@ -116,7 +115,6 @@ class _Feedback:
         # Columns behind the weight's only fill up its last group: they are 0, and nothing is felt of them.
         codes = scheme.nearest(groups_RGB, grid).flatten(1)
         rest_MR = groups_RGB.flatten(1)[:, self.order].T.contiguous()
-        rest_MR[self._dead[self.order]] = 0
         chosen_MR = torch.empty(rest_MR.shape, dtype=codes.dtype)
         width = len(rest_MR)
         for start in range(0, width, _COLUMNS):

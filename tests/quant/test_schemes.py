@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ OWN: list[Scheme] = [
 ]
 
 
+def has_block(scheme: Scheme | None) -> bool:
+    return isinstance(getattr(getattr(scheme, "coded", None), "block", None), int) and any(
+        field.name in ("block", "base")
+        for field in fields(scheme)  # type: ignore[arg-type]
+    )
+
+
 def test_every_scheme_is_tried() -> None:
     assert {type(scheme) for scheme in (*OWN, *STRUCTURED)} == set(SCHEMES.values())
     integers = ["int8", "int6", "int5", "int4", "int3", "int2"]
@@ -68,18 +76,32 @@ def test_recipe(name: str) -> None:
     ("kind", "options", "says"),
     [
         (Grouped, {"bits": 7}, "have 2, 3, 4, 5, 6, 8 bits, not 7"),
-        (Grouped, {"block": 48}, "power of two, 16 or more, or 0 for whole rows, not 48"),
+        (Grouped, {"block": 48}, "power of two from 16 to 65536, or 0 for whole rows, not 48"),
         (Grouped, {"block": 8}, "not 8"),
+        (Grouped, {"block": 1 << 40}, "not 1099511627776"),  # to which every row would be padded
         (Grouped, {"scales": "f8"}, "in f32, f16, q8, not in 'f8'"),
         (NF4, {"block": 48}, "power of two"),
         (FP8, {"block": -16}, "power of two"),
         (FP6, {"mantissa": 4}, "2 or 3 bits of mantissa, not 4"),
-        (Ternary, {"block": 16}, "power of two, 32 or more"),
+        (Ternary, {"block": 16}, "power of two from 32 to 65536, or 0 for one scale, not 16"),
     ],
 )
 def test_impossible_options(kind: type[Scheme], options: dict[str, Any], says: str) -> None:
     with pytest.raises(IRError, match=says):
         kind(**options)
+
+
+@pytest.mark.parametrize("block", [-1, 0, 1, 17, 1 << 20, 1 << 62])
+@pytest.mark.parametrize("name", [n for n, preset in PRESETS.items() if has_block(preset.scheme)])
+def test_blocks_that_no_format_has(name: str, block: int) -> None:
+    """0 stands for whole rows, or one scale, where a format has these."""
+    scheme = PRESETS[name].scheme
+    assert scheme is not None
+    if block == 0 and name != "planes":
+        assert scheme.adapted(block=0).nbytes((4, 600)) > 0
+        return
+    with pytest.raises(IRError, match=f"the block must be .*, not {block}"):
+        scheme.adapted(block=block)
 
 
 @pytest.mark.parametrize(
