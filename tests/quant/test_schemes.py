@@ -10,6 +10,7 @@ import pytest
 
 from einfold.compiler.ir.quant.scheme import PRESETS, SCHEMES, Scheme, read_scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.k_quants import KQuant
 from einfold.compiler.ir.quant.schemes.qlora import NF4
 from einfold.compiler.ir.quant.schemes.small_floats import FP6, FP8
 from einfold.compiler.ir.quant.schemes.ternary import Ternary
@@ -34,6 +35,7 @@ OWN: list[Scheme] = [
     Grouped(5, 16),
     FP6(mantissa=2, block=32),
     Ternary(block=64),
+    *(KQuant(bits) for bits in (2, 3, 5, 6)),
 ]
 
 
@@ -83,6 +85,7 @@ def test_recipe(name: str) -> None:
         (NF4, {"block": 48}, "power of two"),
         (FP8, {"block": -16}, "power of two"),
         (FP6, {"mantissa": 4}, "2 or 3 bits of mantissa, not 4"),
+        (KQuant, {"bits": 8}, "2, 3, 4, 5, 6 bits, not 8"),
         (Ternary, {"block": 16}, "power of two from 32 to 65536, or 0 for one scale, not 16"),
     ],
 )
