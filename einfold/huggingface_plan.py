@@ -7,20 +7,18 @@ folder, under a name of everything that it depends on.
 from __future__ import annotations
 
 import functools
-import io
 import json
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from blake3 import blake3
 
 from .compiler.calibrate.text import encoded
 from .compiler.driver import plan_cache, wrap_model
 from .compiler.identity import identity
-from .compiler.ir.kept import cache_home, read, write
+from .compiler.ir.kept import cache_home, read_tensors, write_tensors
 from .compiler.ir.kv.layout import CacheLayout
 from .compiler.ir.program import Program
 from .compiler.layer_program import layer_programs, packed, unpacked
@@ -35,9 +33,6 @@ _ALONE = (
 
 #: What of a recipe decides how a cache is laid out; the calibration text counts by its tokens.
 _DECIDES: dict[str, Any] = {"cache": True, "context": True, "calibration": {"tokens"}}
-
-#: Bytes of the largest plan that is read back: the bases of a method by features are most of it.
-_LARGEST = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -119,21 +114,20 @@ def _keep(plan: CachePlan, path: Path, checked: bool) -> None:
         "layout": list(plan.layout.lines()),
         "layers": [packed(program) for program in plan.layers],
     }
-    write(path, lambda file: torch.save(data, file))
+    write_tensors(path, data)
 
 
 def _read(path: Path, check: bool) -> CachePlan | None:
     """The plan that was kept; None where there is none, it is damaged, or not checked as it should be."""
-    raw = read(path, _LARGEST)
-    if raw is None:
+    data = read_tensors(path)
+    if data is None:
         return None
     try:
-        data = torch.load(io.BytesIO(raw), weights_only=True)
         layout = CacheLayout.parse(data["layout"])
         if data["of"] != path.stem or layout is None or (check and not data["checked"]):
             return None
         layers = tuple(map(unpacked, data["layers"]))
         return CachePlan(layout, layers) if len(layers) == len(layout.layers) else None
-    except Exception as error:  # of another version of torch, which raises many unrelated classes
+    except Exception as error:  # a table of another form: no class of errors is spared
         pass_on(error)
         return None

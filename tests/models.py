@@ -93,10 +93,34 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_MOE = _COMMON | {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}
+#: More models with experts, for what looks at these alone.
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("Qwen2MoeConfig", _MOE | {"shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("Qwen3MoeConfig", _MOE | {"head_dim": 16}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {k: v for k, v in _MOE.items() if k != "num_experts"}
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+}
+
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
     """A random model, spread widely enough that its logits tell tokens apart."""
-    kind, arguments = (CONFIGS | SHARING)[name]
+    kind, arguments = (CONFIGS | SHARING | EXPERTS)[name]
     torch.manual_seed(seed)
     config = getattr(transformers, kind)(**(arguments | changes))
     model = AutoModelForCausalLM.from_config(config).eval()

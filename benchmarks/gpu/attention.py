@@ -11,9 +11,7 @@ needs to launch it, the share of the measured copy bandwidth (decode) or of the 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +34,8 @@ from einfold.compiler.ir.cascade.plan import Plan
 from .clock import Clock, copy_bandwidth, matrix_rate
 from .forms import MODELS, SHAPES, Model, Shape, function_of, inputs_of, work
 from .peers import peers
+from .table import Table, beside, first_line, has_device, versions
 
-RESULTS = Path(__file__).parent.parent / "results"
 #: Relative to the largest value, against float64: the types' own rounding and a little more.
 TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2}
 
@@ -139,7 +137,7 @@ class Bench:
         try:
             return f"| {name} | {self._measured(model, shape)} |"
         except Exception as error:
-            return f"| {name} | {_first_line(error)} | | | | | |"
+            return f"| {name} | {first_line(error)} | | | | | |"
 
     def _measured(self, model: Model, shape: Shape) -> str:
         report, kernel, given, inputs = prepared(model, shape, "cuda", self.dtype)
@@ -154,32 +152,18 @@ class Bench:
         taken, host = self.clock(run), self.clock.host(run)
         moved, done = work(model, shape)
         most = moved / self.bandwidth if shape.decode else done / self.rate
-        beside = []
-        for peer, other in peers(model, shape, inputs, self.tune).items():
-            try:
-                beside.append(f"{peer} {self.clock(other) / taken:.2f}x")
-            except Exception as error:
-                beside.append(f"{peer}: {_first_line(error)}")
-            torch.cuda.empty_cache()
+        others = beside(peers(model, shape, inputs, self.tune), self.clock, taken)
         size = f"{tiles.rows} x {tiles.stream}, {tiles.warps} warps"
         share = most * 1e6 / taken
-        return f"{verdict} | {taken:.0f} | {host:.0f} | {share:.0%} | {size} | {'; '.join(beside)}"
-
-
-def _first_line(error: Exception) -> str:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
-    return said.replace("|", "/")
+        return f"{verdict} | {taken:.0f} | {host:.0f} | {share:.0%} | {size} | {others}"
 
 
 def heading(bench: Bench, name: str) -> list[str]:
     """What stands above the rows: the device, the versions, the date, what is a share of what."""
-    import triton
-
     return [
         f"# Attention on {name}",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, Triton {triton.__version__}, CUDA "
-        f"{torch.version.cuda}, Python {platform.python_version()}, {TYPES[bench.dtype]}, tiles "
+        f"{versions()}, {TYPES[bench.dtype]}, tiles "
         f"{'searched, as those of peers' if bench.tune else 'by the cost model'}. Copy "
         f"{bench.bandwidth / 1e12:.2f} TB/s, matrix product {bench.rate / 1e12:.0f} TFLOP/s, both measured.",
         "",
@@ -202,25 +186,16 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="time the tiles of a shortlist first")
     parser.add_argument("--out", type=Path, help="where the table goes")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(
-            "No CUDA device was found, so nothing was measured. This benchmark needs one.",
-            file=sys.stderr,
-        )
+    if not has_device():
         return 1
     clock, dtype = Clock(), DTYPES[options.dtype]
     bench = Bench(clock, dtype, copy_bandwidth(clock), matrix_rate(clock, dtype), options.tune)
-    name = torch.cuda.get_device_name()
-    slug = f"{datetime.date.today()}-attention-{name}-{options.dtype}".replace(" ", "-").lower()
-    target = options.out or RESULTS / f"{slug}.md"
-    lines = heading(bench, name)
-    print("\n".join(lines), flush=True)
+    table = Table("attention", options.dtype, options.out)
+    table.add(*heading(bench, torch.cuda.get_device_name()))
     for model in MODELS:
         for shape in SHAPES:
             if model.name.startswith(options.model or ""):
-                lines.append(bench.row(model, shape))
-                print(lines[-1], flush=True)
-                target.write_text("\n".join(lines) + "\n")
+                table.add(bench.row(model, shape))
     return 0
 
 

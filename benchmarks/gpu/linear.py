@@ -11,9 +11,7 @@ a copy), the parts that columns were cut into, and the time of each peer as a ra
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +33,9 @@ from einfold.compiler.codegen.triton.linear.kinds import LinearKind
 from einfold.compiler.ir.quant.scheme import SCHEMES, Scheme, read_scheme
 from einfold.compiler.ir.types import DTYPES as STORED
 
-from .attention import RESULTS
 from .clock import Clock, copy_bandwidth
 from .linear_peers import peers
+from .table import Table, beside, first_line, has_device, versions
 
 #: Those that this einfold has and that a kernel reads are measured.
 WANTED = (
@@ -119,7 +117,7 @@ class Bench:
             try:
                 found.append(f"| {name} | {self._measured(scheme, shape, rows)} |")
             except Exception as error:
-                found.append(f"| {name} | {_first_line(error)} | | | | | |")
+                found.append(f"| {name} | {first_line(error)} | | | | | |")
         return found
 
     def _measured(self, scheme: Scheme, shape: tuple[int, int], rows: int) -> str:
@@ -138,31 +136,16 @@ class Bench:
         tile = tile_for(kind, rows)
         programs = -(-outs // tile.outs) * -(-rows // tile.rows)
         parts = split_count(programs, kind.layout(width).segments, x)
-        beside = []
-        for peer, other in peers(shape, x).items():
-            try:
-                beside.append(f"{peer} {self.clock(other()) / taken:.2f}x")
-            except Exception as error:
-                beside.append(f"{peer}: {_first_line(error)}")
-            torch.cuda.empty_cache()
-        return f"{verdict} | {taken:.1f} | {host:.0f} | {most / taken:.0%} | {parts} | {'; '.join(beside)}"
-
-
-def _first_line(error: Exception) -> str:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
-    return said.replace("|", "/")
+        others = beside(peers(shape, x), lambda make: self.clock(make()), taken)
+        return f"{verdict} | {taken:.1f} | {host:.0f} | {most / taken:.0%} | {parts} | {others}"
 
 
 def heading(bench: Bench, name: str) -> list[str]:
     """What stands above the rows: the device, the versions, the date, what is a share of what."""
-    import triton
-
     return [
         f"# Products with stored weights on {name}",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}, Triton {triton.__version__}, CUDA "
-        f"{torch.version.cuda}, Python {platform.python_version()}, {TYPES[bench.dtype]}. Copy "
-        f"{bench.bandwidth / 1e12:.2f} TB/s, measured.",
+        f"{versions()}, {TYPES[bench.dtype]}. Copy {bench.bandwidth / 1e12:.2f} TB/s, measured.",
         "",
         "Times are medians on the device with L2 flushed, without the host's launch, which stands beside "
         "them. The roofline is the bytes of the stored weight, activations and results at the copy's "
@@ -182,25 +165,15 @@ def main() -> int:
     parser.add_argument("--dtype", default="fp16", choices=sorted(TOLERANCE))
     parser.add_argument("--out", type=Path, help="where the table goes")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(
-            "No CUDA device was found, so nothing was measured. This benchmark needs one.",
-            file=sys.stderr,
-        )
+    if not has_device():
         return 1
     clock = Clock()
     bench = Bench(clock, DTYPES[options.dtype], copy_bandwidth(clock))
-    name = torch.cuda.get_device_name()
-    slug = f"{datetime.date.today()}-linear-{name}-{options.dtype}".replace(" ", "-").lower()
-    target = options.out or RESULTS / f"{slug}.md"
-    lines = heading(bench, name)
-    print("\n".join(lines), flush=True)
+    table = Table("linear", options.dtype, options.out)
+    table.add(*heading(bench, torch.cuda.get_device_name()))
     for scheme in schemes(options.scheme):
         for shape in SHAPES:
-            more = bench.rows(scheme, shape)
-            lines += more
-            print("\n".join(more), flush=True)
-            target.write_text("\n".join(lines) + "\n")
+            table.add(*bench.rows(scheme, shape))
     return 0
 
 

@@ -45,9 +45,9 @@ class Observer:
     def block(self, start: int, weights_BHST: Tensor) -> None:
         """Attention weights of the queries from `start` on over all tokens, where the site is attention."""
 
-    def product(self, weight_NM: Tensor, bias_N: Tensor | None, read: bool) -> Tensor:
-        """What the linear gives of the values that `begin` was told of, where the site is a product; nothing
-        [0] where nobody will read it."""
+    def product(self, read: bool, *arguments: Any) -> Tensor:
+        """What the call gives of the value that `begin` was told of and its other arguments, where the site
+        is a product; nothing [0] where nobody will `read` it."""
         raise NotImplementedError
 
     def end(self) -> Found:

@@ -18,7 +18,8 @@ class Site:
 
     `values` are nodes, each with what it is called in a sentence; they are shown in their order, and behind
     them `more`, nodes or plain values that say how to read them. `attention` is set where the attention
-    weights of that call can be seen too, `product` where who looks computes that linear itself.
+    weights of that call can be seen too, `product` where who looks computes that call itself: a linear, or a
+    layer of experts.
     """
 
     name: str
@@ -99,3 +100,21 @@ def weight_products(program: Program) -> list[Site]:
             site = Site(name, values, product=node, embeds=name in tables)
             sites.setdefault(name, site)
     return list(sites.values())
+
+
+def expert_products(program: Program) -> list[Site]:
+    """The inputs of each layer of experts, by the name of the first of its weights; who looks computes the
+    layer."""
+    sites: dict[str, Site] = {}
+    for node in program.nodes(einfold_ops.experts.default):
+        if names := expert_weights(node):
+            shown = (f"inputs of {names[0]}", call_arguments(node)["x_TM"])
+            sites.setdefault(names[0], Site(names[0], (shown,), product=node))
+    return list(sites.values())
+
+
+def expert_weights(node: fx.Node) -> tuple[str, ...]:
+    """The names of a layer's weights, of gate and up and of down; none where something computes them."""
+    found = call_arguments(node)
+    reads = (found["gate_up_ENM"], found["down_EMI"])
+    return tuple(str(read.target) for read in reads if all(each.op == "get_attr" for each in reads))

@@ -8,7 +8,6 @@ goes on behind the last site that is there.
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...errors import CalibrationError, IRError, pass_on
+from ...errors import CalibrationError, IRError
 from ..ir.interpreter import Interpreter
-from ..ir.kept import read, write
+from ..ir.kept import read_tensors, write_tensors
 from ..ir.locks import lock
 from ..ir.ops.attention import distance_bias
 from ..ir.program import Program, remove_dead_nodes
@@ -44,9 +43,6 @@ _TOLD = 5.0
 
 _PROGRESS = "progress.pt"
 _LOCK = "lock"
-
-#: Bytes of the largest file that is read back.
-_LARGEST = 1 << 34
 
 
 def stream(
@@ -182,7 +178,7 @@ class Stream:
                     if (site := self._sites[name]).call is not None
                 }
                 interpreter = Interpreter(self._program, False, instead)
-                rows = torch.arange(tokens_BS.numel())  # of all tokens, where the head is a site
+                rows = torch.arange(tokens_BS.numel())  # the head sees all, where it is a site
                 inputs = text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
                 interpreter.run(inputs, self._after, resume)
                 if self._folder is not None:
@@ -217,12 +213,10 @@ class Stream:
         self._begin(name, *values)
         self._end(name)
 
-    def _product(
-        self, name: str, x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None
-    ) -> Tensor:
+    def _product(self, name: str, x: Tensor, *arguments: Any) -> Tensor:
         self._begin(name, x)
         (observer,) = self._observers[name]
-        out = observer.product(weight_NM, bias_N, name not in self._unread)
+        out = observer.product(name not in self._unread, *arguments)
         self._end(name)
         return out
 
@@ -334,18 +328,12 @@ def _weighted(weights_BHST: Tensor, v_BSKD: Tensor) -> Tensor:
 def _write(value: Any, path: Path) -> bool:
     """Whether a value could be kept. A file says what it is of by the name of its folder, which tells model,
     graph and sample apart."""
-    return write(path, lambda file: torch.save({"of": path.parent.name, "value": value}, file))
+    return write_tensors(path, {"of": path.parent.name, "value": value})
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """The table that was kept; None where there is none, or it is damaged, or of something else."""
-    raw = read(path, _LARGEST)
-    if raw is None:
-        return None
-    try:
-        data = torch.load(io.BytesIO(raw), weights_only=True)
-        of, value = data["of"], data["value"]
-    except Exception as error:  # of another version of torch, which raises many unrelated classes
-        pass_on(error)
-        return None
-    return value if of == path.parent.name and isinstance(value, dict) else None
+    data = read_tensors(path)
+    known = isinstance(data, dict) and data.get("of") == path.parent.name
+    value = data.get("value") if known else None
+    return value if isinstance(value, dict) else None

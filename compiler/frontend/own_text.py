@@ -8,7 +8,6 @@ later is worse than none.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ...errors import CalibrationError, pass_on
-from ..ir.kept import cache_home, read, write
+from ...errors import CalibrationError
+from ..ir.kept import cache_home, read_tensors, write_tensors
 from .checkpoint import load_reference
 from .huggingface import ModelSource
 
@@ -30,9 +29,6 @@ _ROWS = 32
 
 #: Part of the name under which texts are kept.
 _VERSION = 1
-
-#: Bytes of the largest text that is read back.
-_LARGEST = 1 << 28
 
 
 def own_text(
@@ -71,7 +67,7 @@ def own_text(
         parts.append(_written(model, first, length, random, told_of))
     text = torch.cat(parts)
     if place is not None:
-        write(place, lambda file: torch.save(text, file))
+        write_tensors(place, text)
     return text
 
 
@@ -106,13 +102,6 @@ def _written(
 
 
 def _kept(place: Path, shape: tuple[int, int]) -> Tensor | None:
-    raw = read(place, _LARGEST)
-    if raw is None:
-        return None
-    try:
-        found = torch.load(io.BytesIO(raw), weights_only=True)
-    except Exception as error:  # of another version of torch, which raises many unrelated classes
-        pass_on(error)
-        return None
+    found = read_tensors(place)
     fits = isinstance(found, Tensor) and found.shape == shape and found.dtype == torch.long
     return found if fits else None

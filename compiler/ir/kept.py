@@ -7,6 +7,7 @@ time alone.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,10 +22,13 @@ from typing import IO, Any
 
 from blake3 import blake3
 
-from ...errors import DiskError, recognise
+from ...errors import DiskError, pass_on, recognise
 
 #: Bytes of the largest file of JSON that is read.
 _JSON = 1 << 24
+
+#: Bytes of the largest file of tensors that is read.
+_TENSORS = 1 << 34
 
 #: The last line of a file.
 _SEAL = re.compile(rb"\neinfold ([0-9a-f]{64})\n")
@@ -109,6 +113,25 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def write_tensors(path: Path, data: Any) -> bool:
+    """Writes tensors, and tables of such, whole or not at all; gives whether they could be written."""
+    import torch
+
+    return write(path, lambda file: torch.save(data, file))
+
+
+def read_tensors(path: Path) -> Any:
+    """What `write_tensors` wrote; None where there is none, or not as it was written."""
+    import torch
+
+    raw = read(path, _TENSORS)
+    try:
+        return None if raw is None else torch.load(io.BytesIO(raw), weights_only=True)
+    except Exception as error:  # of another version of torch, which raises many unrelated classes
+        pass_on(error)
+        return None
 
 
 class _Sealed:

@@ -30,8 +30,8 @@ _FILLED = "int4"
 BEST = "best"
 
 #: Options of a format of which nothing but the name is said, where its codes are solved: a fifth fewer bytes
-#: than at its defaults, more than that faster (onnxruntime multiplies blocks of 128 faster than shorter ones), and
-#: a smaller loss (SmolLM2-135M: KL 0.22, where its defaults rounded to nearest have 0.28).
+#: than at its defaults, more than that faster (onnxruntime is faster over blocks of 128 than over shorter
+#: ones), and a smaller loss (SmolLM2-135M: KL 0.22, where its defaults rounded to nearest have 0.28).
 _SOLVED: Mapping[str, Mapping[str, Any]] = {
     "int4": {"block": 128, "symmetric": False, "head": "same"},
 }

@@ -12,7 +12,7 @@ from ...errors import CalibrationError
 from ..ir.quant.scheme import Scheme
 from .channels import channel_scales
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved, Solver, by_rows
+from .solver import SOLVERS, Solved, Solver, by_rows, completed
 
 #: Columns whose errors are handed on together.
 _COLUMNS = 128
@@ -54,10 +54,8 @@ class GPTQ(Solver):
         return self.balance
 
     def refuses(self, scheme: Scheme) -> str:
-        if not scheme.by_itself:
-            return (
-                f"gptq rounds one weight after the other, and {scheme.name} codes groups as a whole"
-            )
+        if not scheme.coded.by_itself:
+            return f"gptq rounds one weight after the other, and {scheme.coded.name} codes groups as a whole"
         return ""
 
     def channels(
@@ -67,13 +65,15 @@ class GPTQ(Solver):
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         moment = statistics.get("moment")
-        if moment is None:  # of a table or experts: nothing is known of their inputs
+        if moment is None:  # of a table: nothing is known of its inputs
             return RoundToNearest().solve(weight, scheme, statistics)
         feedback = _Feedback(moment, self.damping)
         target = weight.float()
         if "drift" in statistics and self.drift:
             target = target + self.drift * feedback.made_up(target @ statistics["drift"])
-        return by_rows(target, scheme, lambda groups: feedback.chosen(groups, scheme), weight)
+        codes = scheme.coded
+        solved = by_rows(target, codes, lambda groups: feedback.chosen(groups, codes), weight)
+        return completed(solved, scheme, target, moment, weight)
 
 
 def _factor(moment_MM: Tensor, damping: float) -> Tensor:
@@ -104,7 +104,6 @@ class _Feedback:
     """
 
     def __init__(self, moment_MM: Tensor, damping: float) -> None:
-        self._dead = moment_MM.diagonal() == 0
         self.order = torch.argsort(moment_MM.diagonal(), descending=True, stable=True)
         # From the last column to the first, the factor of the moments is upper, and U its inverse.
         turned = moment_MM.double()[self.order][:, self.order].flip(0, 1)
@@ -128,7 +127,6 @@ class _Feedback:
         # Columns behind the weight's only fill up its last group: they are 0, and nothing is felt of them.
         codes = scheme.nearest(groups_RGB, grid).flatten(1)
         rest_MR = groups_RGB.flatten(1)[:, self.order].T.contiguous()
-        rest_MR[self._dead[self.order]] = 0
         chosen_MR = torch.empty(rest_MR.shape, dtype=codes.dtype)
         width = len(rest_MR)
         for start in range(0, width, _COLUMNS):

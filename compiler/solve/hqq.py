@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
-from .solver import SOLVERS, Solved, Solver, by_rows
+from .solver import SOLVERS, Solved, Solver, by_rows, completed
 
 Grid = Mapping[str, Tensor]
 
@@ -36,13 +36,18 @@ class HQQ(Solver):
     name = "hqq"
 
     def refuses(self, scheme: Scheme) -> str:
-        scales = scheme.grid(torch.ones(2, 2, 16)).get("scales") if scheme.by_itself else None
+        codes = scheme.coded
+        scales = codes.grid(torch.ones(2, 2, 16)).get("scales") if codes.by_itself else None
         if scales is None or scales.shape[:2] != (2, 2):
-            return f"hqq moves the scales of groups, and {scheme.name} has none that a group may choose"
+            return (
+                f"hqq moves the scales of groups, and {codes.name} has none that a group may choose"
+            )
         return ""
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        return by_rows(weight, scheme, lambda groups: self._chosen(groups, scheme))
+        codes = scheme.coded
+        solved = by_rows(weight, codes, lambda groups: self._chosen(groups, codes))
+        return completed(solved, scheme, weight, None, weight)
 
     def _chosen(self, groups_RGB: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
         moving = scheme.grid(groups_RGB)

@@ -80,6 +80,25 @@ def finite(name: str, weight: Tensor, scheme: Scheme) -> Tensor:
     return weight
 
 
+def completed(
+    solved: Solved,
+    scheme: Scheme,
+    target: Tensor,
+    moment_MM: Tensor | None,
+    original: Tensor,
+) -> Solved:
+    """A weight whose codes were solved, with what the scheme stores beside them: of what they miss of the
+    target. The error is that to the original."""
+    if scheme.coded is scheme:
+        return solved
+    width = target.shape[-1]
+    missed = target.float() - scheme.coded.dequantize(solved.pieces, width)
+    pieces = solved.pieces | scheme.beside(missed, moment_MM)
+    off = scheme.dequantize(pieces, width) - original.float()
+    size = float(original.float().norm())
+    return Solved(pieces, float(off.norm()) / size if size else 0.0)
+
+
 def by_rows(
     weight: Tensor,
     scheme: Scheme,

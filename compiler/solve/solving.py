@@ -4,15 +4,17 @@ The text goes through the model twice, side by side in one batch: rows of the or
 the model as it comes to be stored. Where a linear is met, its solver is given what its observers found in the
 inputs, both of them, and its results follow: the original weight's for the first half, the stored weight's
 for the second. So each weight is solved on the inputs that it will have, and one is held at a time beside the
-text's activations and what was solved. A run that was interrupted goes on behind the last layers.
+text's activations and what was solved. Experts are solved one by one (`experts.py`). A run that was
+interrupted goes on behind the last layers.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from torch.nn import functional
 
 from ...errors import IRError
 from ..calibrate.observer import OBSERVERS, Found, Observer
-from ..calibrate.sites import Site, weight_products
+from ..calibrate.sites import Site, expert_products, expert_weights, weight_products
 from ..calibrate.snapshot import copied
 from ..calibrate.stream import Stream, Tell
 from ..ir.kept import cache_home
 from ..ir.ops import einfold_ops
+from ..ir.ops.experts import Experts
 from ..ir.printer import print_program
 from ..ir.program import Program
 from ..ir.quant.scheme import Scheme
+from .experts import Stack, halves, run_stored, solve_experts
 from .solver import Solved, Solver, finite
 
 #: Seconds between two states that are kept: a state is tens of megabytes.
@@ -40,12 +44,9 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 2
+_VERSION = 3
 
 _ERROR, _CHANNELS = "solver.error", "solver.channels"
-
-#: Operators of which it is known how a weight's error is felt.
-_KNOWN = {einfold_ops.linear.default, einfold_ops.embedding.default}
 
 
 class Solving:
@@ -58,19 +59,16 @@ class Solving:
     def __init__(self, program: Program, solver: Solver) -> None:
         self._program: Program | None = copied(program)
         self._solver = solver
-        self._products = {
-            site.name: site
-            for site in weight_products(self._program)
-            if _readers(self._program, site.name) <= _KNOWN
-        }
+        self._sites = _sites(self._program)
         self._schemes: dict[str, Scheme] = {}
         self._divided: set[str] = set()
         self._solved: dict[str, Solved] = {}
 
     def take(self, name: str, scheme: Scheme, divided: bool = False) -> bool:
-        """Whether a weight can be solved here: a linear reads it, and nothing but linears and embeddings.
-        `divided`: whether its inputs can be divided by what its channels are multiplied by."""
-        if name not in self._products:
+        """Whether a weight can be solved here: linears read it, or experts, and nothing but embeddings beside
+        them. `divided`: whether its inputs can be divided by what its channels are multiplied by."""
+        site = self._sites.get(name)
+        if site is None or (scheme.shared and _of_experts(site)):  # what is shared has no expert
             return False
         self._schemes[name] = scheme
         if divided and self._solver.scales_channels:
@@ -87,11 +85,13 @@ class Solving:
         """Reads the text. Raises CalibrationError where it gives no usable numbers, or a solver none."""
         assert self._program is not None
         if self._schemes:
-            observer = _Solve(self._products, self._schemes, self._divided, self._solver)
+            observer = _Solve(self._sites, self._schemes, self._divided, self._solver)
             stream = Stream(self._program, [observer], _EVERY, "solving weights")
             sample = torch.cat((tokens_BS, tokens_BS)) if self._solver.follows else tokens_BS
             found = stream.over(sample, self._folder(tokens_BS), tell)
-            self._solved = {name: _solved(each) for name, each in found.items()}
+            for name, scheme in self._schemes.items():
+                labels = scheme.pieces(self._program.weights[name].shape)
+                self._solved[name] = _solved(found[self._sites[name].name], name, labels)
         self._program = None  # lets go of the weights
 
     def _folder(self, tokens_BS: Tensor) -> Path:
@@ -112,78 +112,129 @@ class Solving:
 
 
 class _Solve(Observer):
-    """Solves at each product, and gives what the stored weight gives."""
+    """Solves at each product, and gives what the stored weights give."""
 
     name = "solve"
 
     def __init__(
         self,
-        products: Mapping[str, Site],
+        sites: Mapping[str, Site],
         schemes: Mapping[str, Scheme],
         divided: Collection[str],
         solver: Solver,
     ) -> None:
-        self._products, self._schemes, self._divided = products, schemes, divided
-        self._solver = solver
+        self._sites = {sites[name].name: sites[name] for name in schemes}
+        self._schemes, self._divided, self._solver = schemes, divided, solver
         self._observers = [OBSERVERS[name]() for name in solver.observes]
 
     def sites(self, program: Program) -> list[Site]:
-        return [site for name, site in self._products.items() if name in self._schemes]
+        return list(self._sites.values())
 
     def begin(self, site: Site, *values: Any) -> None:
         self._site = site
         self._x: Tensor = values[0]
+        self._seen: dict[str, Tensor] = {}
 
-    def product(self, weight_NM: Tensor, bias_N: Tensor | None, read: bool) -> Tensor:
-        x, own = self._x, self._x
-        if self._solver.follows:
-            x, own = self._x.chunk(2)
-        name, scheme = self._site.name, self._schemes[self._site.name]
-        finite(name, weight_NM, scheme)
-        found, target = self._findings(own, x), weight_NM
-        channels = (
-            self._solver.channels(weight_NM, scheme, found) if name in self._divided else None
-        )
+    def product(self, read: bool, *arguments: Any) -> Tensor:
+        solve = self._experts if _of_experts(self._site) else self._linear
+        return solve(read, *arguments)
+
+    def _linear(self, read: bool, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        x, own = self._x.chunk(2) if self._solver.follows else (self._x, self._x)
+        name, inputs, target = self._site.name, own, weight_NM
+        found = self._observe(own, x)
+        channels = self._channels(name, weight_NM, found)
         if channels is not None:
-            scaled = own / channels
-            found = self._findings(scaled, scaled if own is x else x / channels)
-            own, target = scaled, weight_NM * channels
-        solved = self._solver.solve(target, scheme, found)
-        error = torch.tensor(float("nan") if solved.error is None else solved.error)
-        self._seen = solved.pieces | {_ERROR: error.double()}
-        if channels is not None:
-            self._seen |= {_CHANNELS: channels}
+            inputs, target = own / channels, weight_NM * channels
+            found = self._observe(inputs, inputs if own is x else x / channels)
+        solved = replace(self._solve(name, target, found), channels=channels)
+        self._keep(name, solved)
         if not read:
             return x.new_empty(0)
-        if not self._solver.follows:
+        if own is x:
             return functional.linear(x, weight_NM, bias_N)
-        stored = scheme.dequantize(solved.pieces, weight_NM.shape[1])
+        stored = self._schemes[name].dequantize(solved.pieces, weight_NM.shape[1])
         out = x.new_empty((*self._x.shape[:-1], len(weight_NM)))
         half = len(x)
         out[:half], out[half:] = (
             functional.linear(x, weight_NM, bias_N),
-            functional.linear(own, stored, bias_N),
+            functional.linear(inputs, stored, bias_N),
         )
         return out
 
-    def _findings(self, own: Tensor, original: Tensor) -> dict[str, Tensor]:
-        """What the observers find in the inputs of the stored model and of the original."""
+    def _experts(self, read: bool, *arguments: Any) -> Tensor:
+        layer = Experts(self._x, *arguments)
+        original, own = halves(layer) if self._solver.follows else (layer, layer)
+        weights = (layer.gate_up_ENM, layer.down_EMI)
+        gate_up, down = (
+            Stack(name, weight, self._schemes.get(name))
+            for name, weight in zip(_weights(self._site), weights, strict=True)
+        )
+        solve_experts(original, own, gate_up, down, self._observe, self._solve)
+        for stack in (gate_up, down):
+            if stack.name in self._schemes:
+                self._keep(stack.name, stack.solved())
+        if not read:
+            return self._x.new_empty(0)
+        if own is original:
+            return original.run()
+        return torch.cat((original.run(), run_stored(own, gate_up, down)))
+
+    def _observe(self, own: Tensor, x: Tensor) -> Found:
+        """What is found in inputs, as the model has them that is solved so far, and as the original has."""
         found: dict[str, Tensor] = {}
         for observer in self._observers:
-            found |= observer.see(self._site, own, original)
+            found |= observer.see(self._site, own, x)
         return found
 
+    def _solve(self, name: str, weight_NM: Tensor, found: Found) -> Solved:
+        scheme = self._schemes[name]
+        return self._solver.solve(finite(name, weight_NM, scheme), scheme, found)
 
-def _readers(program: Program, name: str) -> set[Any]:
-    """The operators that read a weight."""
+    def _channels(self, name: str, weight_NM: Tensor, found: Found) -> Tensor | None:
+        scheme = self._schemes[name]
+        finite(name, weight_NM, scheme)
+        return self._solver.channels(weight_NM, scheme, found) if name in self._divided else None
+
+    def _keep(self, name: str, solved: Solved) -> None:
+        error = torch.tensor(float("nan") if solved.error is None else solved.error)
+        told = {_ERROR: error.double()}
+        if solved.channels is not None:
+            told[_CHANNELS] = solved.channels
+        for label, piece in (solved.pieces | told).items():
+            self._seen[f"{name}.{label}"] = piece
+
+
+def _sites(program: Program) -> dict[str, Site]:
+    """Where each weight can be solved that linears read, or experts."""
+    found = {site.name: site for site in weight_products(program)}
+    found |= {name: site for site in expert_products(program) for name in _weights(site)}
+    return {name: site for name, site in found.items() if _read_alike(program, name, site)}
+
+
+def _of_experts(site: Site) -> bool:
+    return site.product is not None and site.product.target is einfold_ops.experts.default
+
+
+def _weights(site: Site) -> tuple[str, ...]:
+    """The weights of a site at experts."""
+    assert site.product is not None
+    return expert_weights(site.product)
+
+
+def _read_alike(program: Program, name: str, site: Site) -> bool:
+    """Whether nothing else reads a weight than calls of its site's operator, and embeddings."""
+    assert site.product is not None
+    known = {site.product.target, einfold_ops.embedding.default}
     reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target == name]
-    return {user.target for read in reads for user in read.users}
+    return all(user.target in known for read in reads for user in read.users)
 
 
-def _solved(found: Found) -> Solved:
-    error = float(found[_ERROR])
-    pieces = {name: piece for name, piece in found.items() if name not in (_ERROR, _CHANNELS)}
-    return Solved(pieces, None if error != error else error, found.get(_CHANNELS))
+def _solved(found: Found, name: str, labels: Iterable[str]) -> Solved:
+    error = float(found[f"{name}.{_ERROR}"])
+    pieces = {label: found[f"{name}.{label}"] for label in labels}
+    channels = found.get(f"{name}.{_CHANNELS}")
+    return Solved(pieces, None if error != error else error, channels)
 
 
 def _make_room(folder: Path) -> None:

@@ -121,6 +121,32 @@ def test_nan_weights_are_not_shipped(model: Path, tmp_path: Path) -> None:
     refused("eval", tmp_path / "out", "--against", model, code=13, says="not finite")
 
 
+@pytest.mark.parametrize("weights", ["int4", "gptq:bits=4", "hqq:bits=3"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_weights_that_no_scale_can_stand_for(
+    model: Path, tmp_path: Path, number: str, weights: str
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    state = load_file(model / "model.safetensors")
+    state[name][3, 5] = float(number)
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text"
+    text.write_text("the text of a model " * 200)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'weights = "{weights}"\n[calibration]\ntext = "{text}"\ntokens = 256\n')
+    says = f"the weight {name} has numbers that are infinite or none at all (NaN)"
+    options = ("--recipe", recipe, "--no-check")
+    compile_refused(model, tmp_path / "out", *map(str, options), code=3, says=says)
+
+
+def test_a_calibration_text_that_is_too_short(model: Path, tmp_path: Path) -> None:
+    text, recipe = tmp_path / "text", tmp_path / "r.toml"
+    text.write_text("few")
+    recipe.write_text(f'weights = "gptq"\n[calibration]\ntext = "{text}"\n')
+    says = "tokens; 256 are needed at least, so give a longer one"
+    compile_refused(model, tmp_path / "out", "--recipe", str(recipe), code=10, says=says)
+
+
 def test_recipes(text_model: Path, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", tmp_path / "r.toml"
     for text, says in (
@@ -129,6 +155,9 @@ def test_recipes(text_model: Path, tmp_path: Path) -> None:
         ('[weights]\nformat = "int99"\n', "weights.format"),
         ('weights = "int4:blocks=64"\n', "weights has an unknown key 'blocks'; int4 takes block"),
         ('weights = "int4:block=17"\n', "weights: the block must be"),
+        ('weights = "nf4:block=1048576"\n', "from 16 to 65536, or 0 for whole rows"),
+        ('weights = "planes:block=0"\n', "a multiple of 8 up to 65536, not 0"),
+        ('weights = "mxfp4:block=64"\n', "mxfp4 has no options"),
         ('weights = "nothing"\n', "weights is a format or a solver, not 'nothing'"),
         ('weights = "gptq:format=fp16"\n', "weights.solver gptq chooses codes, and fp16 has none"),
         ('weights = "gptq:damping=much"\n', "weights.solver.damping"),

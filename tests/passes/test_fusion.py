@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import torch
 
+from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.passes.fusion.fuse_linears import FuseLinears
 from einfold.compiler.passes.fusion.fuse_residual_norms import FuseResidualNorms
 from einfold.compiler.passes.fusion.select_logit_rows import SelectLogitRows
+from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
 
 from ..programs import calls, program, run
 
@@ -52,6 +54,46 @@ def test_siblings_that_share_a_weight_stay() -> None:
     result = FuseLinears().run(found)
     assert not result.changed
     assert "share one weight" in result.notes[0].what
+
+
+#: A router that masks its scores before it ranks them, and two projections of the same input.
+GROUPS = """
+    weight @g : f32[4, 8]
+    weight @a.u : f32[6, 8]
+    weight @a.v : f32[6, 8]
+    weight @b : f32[4]
+    input %x "x" : f32[B, 8]
+    read %g "g" : f32[4, 8]
+    read %u "a.u" : f32[6, 8]
+    read %v "a.v" : f32[6, 8]
+    read %b "b" : f32[4]
+    call %l = einfold.linear(%x, %g, none) : f32[B, 4]
+    call %s = aten.sigmoid.default(%l) : f32[B, 4]
+    call %c = aten.add.Tensor(%s, %b) : f32[B, 4]
+    call %r = aten.reshape.default(%c, [-1, 2, 2]) : f32[B, 2, 2]
+    call %m = aten.flatten.using_ints(%r, 1, 2) : f32[B, 4]
+    call %t = aten.topk.default(%m, 2) : (f32[B, 2], i64[B, 2])
+    call %i = builtin.getitem(%t, 1) : i64[B, 2]
+    call %y = einfold.linear(%x, %u, none) : f32[B, 6]
+    call %z = einfold.linear(%x, %v, none) : f32[B, 6]
+    output "i" = %i
+    output "y" = %y
+    output "z" = %z
+"""
+
+
+def test_a_router_stays_by_itself_and_is_not_rounded() -> None:
+    found = program(GROUPS)
+    FuseLinears().run(found)
+    assert [call for call in calls(found) if "linear" in call] == [
+        "einfold.linear(%x, %g, none)",
+        "einfold.linear(%x, %a.u_v.weight, none)",
+    ]
+    notes = QuantizeWeights(Grouped(4, 16)).run(found).notes
+    assert [(note.where, note.action) for note in notes] == [
+        ("g", "skipped"),
+        ("a.u_v.weight", "applied"),
+    ]
 
 
 def test_residual_and_norm() -> None:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.quant.low_rank import factors
-from einfold.compiler.ir.quant.scheme import read_scheme
+from einfold.compiler.ir.quant.scheme import Scheme, read_scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.lowrank import LowRank
 from einfold.compiler.ir.quant.schemes.plain import Half
 from einfold.compiler.ir.quant.schemes.planes import Planes
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
-from einfold.compiler.solve.low_rank import correction
+from einfold.compiler.solve.gptq import GPTQ
+from einfold.compiler.solve.hqq import HQQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import IRError
 
@@ -43,7 +44,7 @@ def test_without_inputs_it_is_the_singular_value_decomposition() -> None:
 def test_with_inputs_no_pair_of_the_rank_misses_less(count: int) -> None:
     residual, x = gaussian(30, 20), inputs(count, 20)
     moment = x.T @ x / count
-    left, right = correction(residual, moment, 5)
+    left, right = factors(residual, 5, moment)
     missed = (x @ (residual - left @ right).T).norm()
     # Eckart and Young: the singular values of the outputs that are left over.
     least = torch.linalg.svdvals((x @ residual.T).double())[5:].norm()
@@ -54,7 +55,7 @@ def test_with_inputs_no_pair_of_the_rank_misses_less(count: int) -> None:
 def test_a_residual_of_lower_rank_and_no_inputs_at_all() -> None:
     residual = gaussian(6, 1) @ gaussian(1, 9)
     for moment in (torch.eye(9), torch.zeros(9, 9)):
-        left, right = correction(residual, moment, 12)
+        left, right = factors(residual, 12, moment)
         assert (left.shape, right.shape) == ((6, 12), (12, 9))
         torch.testing.assert_close(left @ right, residual, rtol=1e-4, atol=1e-4)
     assert not torch.matmul(*factors(torch.zeros(6, 9), 2)).any()
@@ -83,19 +84,49 @@ def test_a_linear_is_the_bases_own_and_two_products() -> None:
     assert Interpreter(other).run({"input_ids": common.IDS})["l"].isfinite().all()
 
 
-def test_a_solver_puts_base_and_correction_together() -> None:
-    weight, scheme = gaussian(20, 40), LowRank(Planes(2), 4)
-    base = RoundToNearest().solve(weight, scheme.base, {}).pieces
-    left, right = correction(
-        weight - scheme.base.dequantize(base, 40), torch.diag(torch.linspace(0, 9, 40)), 4
-    )
-    pieces = scheme.joined(base, left, right)
-    assert {name: tuple(each.shape) for name, each in pieces.items()} == {
-        name: shape for name, (shape, _) in scheme.pieces((20, 40)).items()
-    }
-    back = scheme.dequantize(pieces, 40)
-    want = scheme.base.dequantize(base, 40) + left @ right
-    torch.testing.assert_close(back, want, rtol=1e-2, atol=1e-3)
+def test_a_solver_fills_the_base_and_then_the_correction_of_what_it_missed() -> None:
+    weight, x, scheme = gaussian(20, 40), inputs(400, 40), LowRank(Grouped(2, 16), 4)
+    moment = x.T @ x / 400
+    for solver, seen in ((GPTQ(), moment), (HQQ(), None)):
+        found = {} if seen is None else {"moment": seen}
+        pieces = solver.solve(weight, scheme, found).pieces
+        base = solver.solve(weight, scheme.base, found).pieces
+        assert all(torch.equal(pieces[label], piece) for label, piece in base.items())
+        left, right = factors(weight - scheme.base.dequantize(base, 40), 4, seen)
+        assert torch.equal(pieces["left"], left.half())
+        assert torch.equal(pieces["right"], right.half())
+
+
+def test_the_correction_is_that_of_the_target_which_makes_up_for_the_inputs() -> None:
+    """A base of many bits leaves nothing but the drift, which the factors must not undo."""
+    weight, x = gaussian(20, 40), inputs(4000, 40)
+    own = x @ (torch.eye(40) + gaussian(40, 40) / 20)
+    found = {"moment": own.T @ own / 4000, "drift": (x - own).T @ own / 4000}
+    scheme = LowRank(Grouped(8, 16), 8)
+
+    def away(pieces: dict[str, Tensor], kind: Scheme) -> float:
+        return float((own @ kind.dequantize(pieces, 40).T - x @ weight.T).norm())
+
+    solver = GPTQ(drift=1.0)
+    base = away(solver.solve(weight, scheme.base, found).pieces, scheme.base)
+    assert away(solver.solve(weight, scheme, found).pieces, scheme) < 1.001 * base
+    plain = away(GPTQ(drift=0.0).solve(weight, scheme, found).pieces, scheme)
+    assert base < 0.2 * plain
+
+
+def test_with_inputs_outputs_are_nearer_than_without() -> None:
+    weight, x, scheme = gaussian(48, 64), inputs(1000, 64), LowRank(Grouped(2, 32), 8)
+    moment = x.T @ x / 1000
+
+    def away(pieces: dict[str, Tensor]) -> float:
+        return float((x @ (scheme.dequantize(pieces, 64) - weight).T).norm())
+
+    solved = away(GPTQ().solve(weight, scheme, {"moment": moment}).pieces)
+    base = GPTQ().solve(weight, scheme.base, {"moment": moment}).pieces
+    missed = weight - scheme.base.dequantize(base, 64)
+    blind = away(base | scheme.beside(missed, None))
+    nearest = away(RoundToNearest().solve(weight, scheme, {}).pieces)
+    assert solved < 0.9 * blind and solved < 0.6 * nearest
 
 
 def test_text_of_a_scheme_within_a_scheme() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from einfold.compiler.ir.quant.scheme import PRESETS, SCHEMES, Scheme, read_scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.k_quants import KQuant
 from einfold.compiler.ir.quant.schemes.qlora import NF4
 from einfold.compiler.ir.quant.schemes.small_floats import FP6, FP8
 from einfold.compiler.ir.quant.schemes.ternary import Ternary
@@ -33,7 +35,15 @@ OWN: list[Scheme] = [
     Grouped(5, 16),
     FP6(mantissa=2, block=32),
     Ternary(block=64),
+    *(KQuant(bits) for bits in (2, 3, 5, 6)),
 ]
+
+
+def has_block(scheme: Scheme | None) -> bool:
+    return isinstance(getattr(getattr(scheme, "coded", None), "block", None), int) and any(
+        field.name in ("block", "base")
+        for field in fields(scheme)  # type: ignore[arg-type]
+    )
 
 
 def test_every_scheme_is_tried() -> None:
@@ -68,18 +78,33 @@ def test_recipe(name: str) -> None:
     ("kind", "options", "says"),
     [
         (Grouped, {"bits": 7}, "have 2, 3, 4, 5, 6, 8 bits, not 7"),
-        (Grouped, {"block": 48}, "power of two, 16 or more, or 0 for whole rows, not 48"),
+        (Grouped, {"block": 48}, "power of two from 16 to 65536, or 0 for whole rows, not 48"),
         (Grouped, {"block": 8}, "not 8"),
+        (Grouped, {"block": 1 << 40}, "not 1099511627776"),  # to which every row would be padded
         (Grouped, {"scales": "f8"}, "in f32, f16, q8, not in 'f8'"),
         (NF4, {"block": 48}, "power of two"),
         (FP8, {"block": -16}, "power of two"),
         (FP6, {"mantissa": 4}, "2 or 3 bits of mantissa, not 4"),
-        (Ternary, {"block": 16}, "power of two, 32 or more"),
+        (KQuant, {"bits": 8}, "2, 3, 4, 5, 6 bits, not 8"),
+        (Ternary, {"block": 16}, "power of two from 32 to 65536, or 0 for one scale, not 16"),
     ],
 )
 def test_impossible_options(kind: type[Scheme], options: dict[str, Any], says: str) -> None:
     with pytest.raises(IRError, match=says):
         kind(**options)
+
+
+@pytest.mark.parametrize("block", [-1, 0, 1, 17, 1 << 20, 1 << 62])
+@pytest.mark.parametrize("name", [n for n, preset in PRESETS.items() if has_block(preset.scheme)])
+def test_blocks_that_no_format_has(name: str, block: int) -> None:
+    """0 stands for whole rows, or one scale, where a format has these."""
+    scheme = PRESETS[name].scheme
+    assert scheme is not None
+    if block == 0 and name != "planes":
+        assert scheme.adapted(block=0).nbytes((4, 600)) > 0
+        return
+    with pytest.raises(IRError, match=f"the block must be .*, not {block}"):
+        scheme.adapted(block=block)
 
 
 @pytest.mark.parametrize(

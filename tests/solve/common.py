@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.types import DTYPES
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
-from einfold.compiler.solve.solver import Solver
+from einfold.compiler.solve.gptq import GPTQ
+from einfold.compiler.solve.solver import Solved, Solver
 
 from ..programs import program, run
 from ..quant.common import INPUTS, LINEAR
+
+
+@dataclass(frozen=True)
+class Seen(GPTQ):
+    """GPTQ that tells what it was shown, and may be stopped."""
+
+    shown: ClassVar[list[dict[str, Tensor]]] = []
+    stop: ClassVar[int] = 100
+
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
+        if len(self.shown) == Seen.stop:
+            raise KeyboardInterrupt
+        self.shown.append(dict(statistics))
+        return super().solve(weight, scheme, statistics)
+
+
+def check_resumed(
+    solved: Callable[[], Mapping[str, Tensor]], stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped at a weight and begun anew ends as one that was not; `shown` tells of both its
+    parts."""
+    with monkeypatch.context() as apart:
+        apart.setenv("EINFOLD_CACHE", str(cache_home() / "other"))
+        want = solved()
+    Seen.shown.clear()
+    monkeypatch.setattr(Seen, "stop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        solved()
+    monkeypatch.setattr(Seen, "stop", 100)
+    got = solved()
+    assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
 
 
 def check_pieces(solver: Solver, scheme: Scheme, statistics: Mapping[str, Tensor]) -> None:

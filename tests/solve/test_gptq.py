@@ -10,6 +10,7 @@ from torch import Tensor
 
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.lowrank import LowRank
 from einfold.compiler.solve.gptq import GPTQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import CalibrationError
@@ -35,7 +36,11 @@ def off(weight: Tensor, moment: Tensor, scheme: Scheme, solver: GPTQ | RoundToNe
     return float(((apart @ moment) * apart).sum())
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in OWN if scheme.by_itself], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [*(scheme for scheme in OWN if scheme.by_itself), LowRank(Grouped(3, 16), 4)],
+    ids=str,
+)
 def test_what_holds_for_every_solver(scheme: Scheme) -> None:
     common.check_pieces(GPTQ(), scheme, {"moment": moment_of(80, 40)})
     common.check_graph(GPTQ(), scheme)

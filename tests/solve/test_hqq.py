@@ -8,6 +8,7 @@ from torch import Tensor
 
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.lowrank import LowRank
 from einfold.compiler.ir.quant.schemes.plain import Half
 from einfold.compiler.solve.hqq import HQQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
@@ -22,7 +23,9 @@ def far(weight: Tensor, scheme: Scheme, solver: HQQ | RoundToNearest, norm: floa
     return float(apart.abs().pow(norm).sum())
 
 
-@pytest.mark.parametrize("scheme", [s for s in OWN if not HQQ().refuses(s)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [s for s in [*OWN, LowRank(Grouped(3, 16), 4)] if not HQQ().refuses(s)], ids=str
+)
 def test_what_holds_for_every_solver(scheme: Scheme) -> None:
     common.check_pieces(HQQ(), scheme, {})
     common.check_graph(HQQ(), scheme)

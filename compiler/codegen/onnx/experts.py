@@ -15,10 +15,10 @@ import torch
 from torch import fx
 
 from ...ir.ops import einfold_ops
-from .builder import CONTRIB, DTYPES
+from .builder import DTYPES
 from .einfold_ops import gate_of
 from .lowerings import Context, lowering
-from .quantized import checked_kind
+from .quantized import Codes, checked_kind, dequantize_linear, matmul_nbits
 
 aten = torch.ops.aten
 
@@ -60,21 +60,13 @@ def _quantized_project(context: Context, node: fx.Node, part: str, width: int) -
     _, rows, groups, _ = builder.placements[context.weight_name(packed)].shape
 
     def ort(expert: int, x: ir.Value) -> ir.Value:
-        return builder.op(
-            "MatMulNBits",
-            x,
+        codes = Codes(
             expert_slice(context, packed, expert),
             expert_slice(context, scales, expert),
             None if zeros is None else expert_slice(context, zeros, expert),
-            None,
-            _bias(context, bias, expert),
-            domain=CONTRIB,
-            K=width,
-            N=rows,
-            bits=bits,
-            block_size=block,
-            accuracy_level=context.accuracy_level,
+            bits,
         )
+        return matmul_nbits(context, x, codes, _bias(context, bias, expert), block, (rows, width))
 
     def portable(expert: int, x: ir.Value) -> ir.Value:
         kind = checked_kind(context, node, bits, groups, zeros is not None)
@@ -84,11 +76,7 @@ def _quantized_project(context: Context, node: fx.Node, part: str, width: int) -
         else:
             offsets = expert_slice(context, zeros, expert, shape=(rows, groups), dtype=kind)
         scale = expert_slice(context, scales, expert)
-        weight = builder.op("DequantizeLinear", codes, scale, offsets, axis=1, block_size=block)
-        if width != groups * block:
-            weight = builder.op(
-                "Slice", weight, builder.ints(0), builder.ints(width), builder.ints(1)
-            )
+        weight = dequantize_linear(context, codes, scale, offsets, block, width)
         return builder.op("Gemm", x, weight, _bias(context, bias, expert), transB=1)
 
     return ort if context.flavour == "ort" else portable

@@ -10,7 +10,7 @@ NF4, FP4, E4M3   8-bit codes, levels rounded to 1/127 of the largest, where acti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -22,21 +22,11 @@ from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
 from ...ir.quant.schemes.qlora import FP4, NF4
 from ...ir.quant.schemes.small_floats import FP6, FP8
 from ...ir.quant.schemes.ternary import LINE, Ternary
-from .builder import CONTRIB
 from .kernels import FEWEST_2, short_block
+from .quantized import Codes, matmul_nbits
 from .stored import Stored, kernel_of
 
 _F32 = int(ir.DataType.FLOAT)
-
-
-@dataclass(frozen=True)
-class _Codes:
-    """Codes [N, G, block * bits / 8], scales [N, G] and zero points [N, bytes], or 2^(bits-1)."""
-
-    packed: ir.Value
-    scales: ir.Value
-    zeros: ir.Value | None
-    bits: int
 
 
 def _bits_table(bits: int, codes: NDArray[np.int64], wide: int) -> NDArray[np.uint8]:
@@ -52,7 +42,7 @@ def _bits_table(bits: int, codes: NDArray[np.int64], wide: int) -> NDArray[np.ui
 
 
 def _product(
-    stored: Stored, x: ir.Value, bias: ir.Value | None, block: int, codes: _Codes
+    stored: Stored, x: ir.Value, bias: ir.Value | None, block: int, codes: Codes
 ) -> ir.Value:
     """MatMulNBits over codes in blocks; `block` is that of the scheme, or the padded width."""
     builder = stored.context.builder
@@ -65,21 +55,8 @@ def _product(
         )
         packed = _first(stored, packed, groups)
         scales = _spread(stored, scales, groups, block // short)
-    return builder.op(
-        "MatMulNBits",
-        x,
-        packed,
-        scales,
-        codes.zeros,
-        None,
-        bias,
-        domain=CONTRIB,
-        K=stored.width,
-        N=stored.rows,
-        bits=codes.bits,
-        block_size=short,
-        accuracy_level=stored.context.accuracy_level,
-    )
+    shorter = replace(codes, packed=packed, scales=scales)
+    return matmul_nbits(stored.context, x, shorter, bias, short, (stored.rows, stored.width))
 
 
 def _spread(stored: Stored, x: ir.Value, count: int, each: int) -> ir.Value:
@@ -126,13 +103,13 @@ def _grouped_scales(stored: Stored, scheme: Grouped) -> ir.Value:
     return stored.op("Mul", scales, units)
 
 
-def _plain(stored: Stored, scales: ir.Value, block: int) -> _Codes:
+def _plain(stored: Stored, scales: ir.Value, block: int) -> Codes:
     """The plane `packed` as it is."""
     scheme: Grouped = stored.scheme
     if scheme.high_bits == 2 and block < FEWEST_2:
         return _mapped(stored, scales, 2, np.arange(4) + 6, 4, "packed", "zeros")
     zeros = None if scheme.symmetric else stored.piece("zeros")
-    return _Codes(stored.piece("packed"), scales, zeros, scheme.high_bits)
+    return Codes(stored.piece("packed"), scales, zeros, scheme.high_bits)
 
 
 def _mapped(
@@ -143,14 +120,14 @@ def _mapped(
     wide: int,
     packed: str,
     zeros: str,
-) -> _Codes:
+) -> Codes:
     """A plane whose codes become others in `wide` bits, and zero points too; without these zero becomes
     2^(wide-1)."""
     table = _bits_table(bits, codes, wide)
     found = None
     if not stored.scheme.symmetric:
         found = _rows_looked_up(stored, zeros, table, wide)
-    return _Codes(stored.looked_up(packed, table), scales, found, wide)
+    return Codes(stored.looked_up(packed, table), scales, found, wide)
 
 
 def _rows_looked_up(stored: Stored, label: str, table: NDArray[np.uint8], wide: int) -> ir.Value:
@@ -160,7 +137,7 @@ def _rows_looked_up(stored: Stored, label: str, table: NDArray[np.uint8], wide: 
     return _first(stored, found, -(-stored.size("scales") * wide // 8))
 
 
-def _three(stored: Stored, scales: ir.Value) -> _Codes:
+def _three(stored: Stored, scales: ir.Value) -> Codes:
     """q + 4 in 4 bits, whose highest bits are q's and its inverse: from q's high two bits and its low one."""
     high, low = np.array([4, 6, 8, 10]), np.array([0, 1])
     planes = [
@@ -171,10 +148,10 @@ def _three(stored: Stored, scales: ir.Value) -> _Codes:
     zeros = None
     if planes[0].zeros is not None:
         zeros = stored.op("BitwiseOr", *(plane.zeros for plane in planes))
-    return _Codes(packed, scales, zeros, 4)
+    return Codes(packed, scales, zeros, 4)
 
 
-def _low(stored: Stored, scales: ir.Value, block: int) -> _Codes:
+def _low(stored: Stored, scales: ir.Value, block: int) -> Codes:
     """The plane `low` of 5 or 6 bits, whose zero point is 0 where none is given."""
     scheme: Grouped = stored.scheme
     builder, bits = stored.context.builder, scheme.low_bits
@@ -192,7 +169,7 @@ def _low(stored: Stored, scales: ir.Value, block: int) -> _Codes:
             builder.ints(stored.rows, -(-groups * 2 // 8)),
             value=ir.tensor(np.zeros(1, np.uint8)),
         )
-    return _Codes(stored.piece("low"), scales, zeros, 2)
+    return Codes(stored.piece("low"), scales, zeros, 2)
 
 
 @kernel_of(Ternary)
@@ -205,7 +182,7 @@ def ternary(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
         block = LINE * -(-stored.width // LINE)
         scales = stored.op("Expand", stored.piece("scale"), builder.ints(stored.rows, 1))
         packed = stored.piece("packed", shape=(stored.rows, 1, block // 4))
-    codes = _Codes(packed, scales, None, 2)
+    codes = Codes(packed, scales, None, 2)
     return _product(stored, x, bias, block, codes)
 
 
@@ -219,7 +196,7 @@ def _levels(
 ) -> ir.Value:
     """Levels that are multiples of `unit`, in 8 bits about 128."""
     block = stored.scheme.block_of(stored.width)
-    of_8 = _Codes(codes, _times(stored, scales, unit), None, 8)
+    of_8 = Codes(codes, _times(stored, scales, unit), None, 8)
     return _product(stored, x, bias, block, of_8)
 
 

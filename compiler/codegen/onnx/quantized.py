@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 from torch import fx
@@ -14,51 +17,55 @@ from .lowerings import Context, lowering, unsupported
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
-@lowering(einfold_ops.quantized_linear.default, flavour="ort")
-def quantized_linear_ort(context: Context, node: fx.Node) -> ir.Value:
-    x, packed, scales, zeros, bias, bits, block = node.args
-    return matmul_nbits(
-        context,
-        context.value(x),
-        packed,
-        scales,
-        zeros,
-        context.optional(bias),
-        bits,
-        block,
-        _width(context, x),
-    )
+@dataclass(frozen=True)
+class Codes:
+    """Codes [N, G, block * bits / 8], scales [N, G] and zero points [N, bytes], or 2^(bits-1)."""
+
+    packed: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    bits: int
 
 
 def matmul_nbits(
     context: Context,
     x: ir.Value,
-    packed: object,
-    scales: object,
-    zeros: object,
+    codes: Codes,
     bias: ir.Value | None,
-    bits: object,
-    block: object,
-    width: int,
+    block: int,
+    shape: Sequence[int],
 ) -> ir.Value:
-    """onnxruntime's MatMulNBits over whole packed weights [N, G, block * bits / 8]."""
-    builder = context.builder
-    name = context.weight_name(packed)
-    return builder.op(
+    """onnxruntime's MatMulNBits over the codes of a weight, of `shape` [N, M]."""
+    rows, width = shape
+    return context.builder.op(
         "MatMulNBits",
         x,
-        builder.weight(name),
-        context.value(scales),
-        None if zeros is None else builder.weight(context.weight_name(zeros)),
+        codes.packed,
+        codes.scales,
+        codes.zeros,
         None,
         bias,
         domain=CONTRIB,
         K=width,
-        N=builder.placements[name].shape[0],
-        bits=bits,
+        N=rows,
+        bits=codes.bits,
         block_size=block,
         accuracy_level=context.accuracy_level,
     )
+
+
+@lowering(einfold_ops.quantized_linear.default, flavour="ort")
+def quantized_linear_ort(context: Context, node: fx.Node) -> ir.Value:
+    x, packed, scales, zeros, bias, bits, block = context.arguments(node).values()
+    builder, name = context.builder, context.weight_name(packed)
+    codes = Codes(
+        builder.weight(name),
+        context.value(scales),
+        None if zeros is None else builder.weight(context.weight_name(zeros)),
+        bits,
+    )
+    shape = (builder.placements[name].shape[0], _width(context, x))
+    return matmul_nbits(context, context.value(x), codes, context.optional(bias), block, shape)
 
 
 @lowering(einfold_ops.quantized_linear.default, flavour="portable")
@@ -106,10 +113,16 @@ def dequantized(
         offsets = builder.filled((rows, groups), 1 << (bits - 1), kind)
     else:
         offsets = builder.weight(context.weight_name(zeros), shape=(rows, groups), dtype=kind)
-    weight = builder.op(
-        "DequantizeLinear", codes, context.value(scales), offsets, axis=1, block_size=block
-    )
-    if width == groups * block:
+    return dequantize_linear(context, codes, context.value(scales), offsets, block, width)
+
+
+def dequantize_linear(
+    context: Context, codes: ir.Value, scales: ir.Value, offsets: ir.Value, block: int, width: int
+) -> ir.Value:
+    """DequantizeLinear over codes [N, G * block] in their type, cut to [N, width]."""
+    builder = context.builder
+    weight = builder.op("DequantizeLinear", codes, scales, offsets, axis=1, block_size=block)
+    if width % block == 0:
         return weight
     return builder.op("Slice", weight, builder.ints(0), builder.ints(width), builder.ints(1))
 

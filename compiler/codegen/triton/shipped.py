@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ....errors import ArtifactError, pass_on
-from .ahead import Signature
+from .ahead import Assembled, Signature
 
 #: The entry of a function's metadata that is not Triton's.
 OWN = "einfold"
@@ -87,22 +87,48 @@ def triton_version() -> str:
     return str(triton_module().__version__)
 
 
-def shipped(
-    files: Mapping[str, Path],
-    stem: str,
-    key: Mapping[str, Any],
-    function: Any,
-    signature: Signature,
-    names: Sequence[str],
-) -> Shipped | None:
-    """What `files`, by name in the artifact, has compiled of a function; None for none of this key.
+def files_of(stem: str, made: Assembled, key: Mapping[str, Any]) -> dict[str, bytes]:
+    """The two files of a compiled function: its code, and what a loader wants to know of it."""
+    metadata = json.dumps({**made.metadata, OWN: key}, indent=1, sort_keys=True)
+    return {f"{stem}.cubin": made.cubin, f"{stem}.json": metadata.encode()}
 
-    `names` are the function's arguments without constants. Raises ArtifactError for a file that does not
-    read.
+
+@dataclass(frozen=True)
+class Wanted:
+    """A compiled function that a kernel would use: the files' name without ending, which of the kernel's
+    functions it is of, and what it must have been made from. `names` are its arguments without constants."""
+
+    stem: str
+    function: str
+    key: Mapping[str, Any]
+    signature: Signature
+    names: Sequence[str]
+
+
+def dispatched(
+    files: Mapping[str, Path], functions: Mapping[str, Any], wanted: Iterable[Wanted]
+) -> tuple[dict[str, Dispatch], list[str]]:
+    """(a kernel's functions, each with what `files`, by name in the artifact, has compiled of it; what they
+    lack).
+
+    Raises ArtifactError for a file that does not read.
     """
+    found: dict[str, list[Shipped]] = {name: [] for name in functions}
+    missing = []
+    for each in wanted:
+        one = _shipped(files, each, functions[each.function])
+        if one is None:
+            missing.append(f"{each.stem}.cubin")
+        else:
+            found[each.function].append(one)
+    return {name: Dispatch(tuple(of), functions[name]) for name, of in found.items()}, missing
+
+
+def _shipped(files: Mapping[str, Path], wanted: Wanted, function: Any) -> Shipped | None:
+    """What `files` has compiled of a function; None for none of the key."""
     from triton.compiler import ASTSource, CompiledKernel
 
-    metadata, code = files.get(f"{stem}.json"), files.get(f"{stem}.cubin")
+    metadata, code = files.get(f"{wanted.stem}.json"), files.get(f"{wanted.stem}.cubin")
     if metadata is None or code is None:
         return None
     try:
@@ -110,16 +136,17 @@ def shipped(
     except (OSError, ValueError, KeyError, TypeError) as error:
         pass_on(error)
         raise ArtifactError(f"{metadata} does not describe a compiled kernel: {error}") from error
-    if found != key:
+    if found != wanted.key:
         return None
-    types, constants, attributes = signature
+    types, constants, attributes = wanted.signature
+    names = wanted.names
     group = {metadata.name: str(metadata), code.name: str(code)}
     return Shipped(
-        key["constants"],
+        wanted.key["constants"],
         frozenset(names.index(name) for name in constants if name in names),
         frozenset(at for (at,) in attributes),
         tuple(name for name in types if name not in names),
-        CompiledKernel(ASTSource(function, *signature), group, code.stem),
+        CompiledKernel(ASTSource(function, *wanted.signature), group, code.stem),
     )
 
 

@@ -1,7 +1,8 @@
 """GGUF, llama.cpp's format: one file with config, tokenizer and weights in blocks.
 
 Every type of block is unpacked by the `gguf` package, a tensor at a time. Q4_0 and Q8_0 are blocks of 32
-codes with a float16 scale and no minimum, which `Grouped` holds as they are; the others are not on its grid.
+codes with a float16 scale and no minimum, which `Grouped` holds as they are, and `KQuant` holds Q2_K to Q6_K
+(`gguf_blocks.py`); no scheme holds the others.
 
 llama.cpp changes some weights when it converts a model, and each architecture here says how that is undone:
     llama          the rows of q and k, from pairs (i, i + d/2) of a head to pairs (2i, 2i + 1)
@@ -20,17 +21,14 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ....errors import ModelError, UnsupportedError, first_line, pass_on
-from ...ir.quant.schemes.grouped import Grouped
+from ...ir.quant.scheme import Scheme
 from ...ir.stored import StoredWeight, picked
 from ...ir.types import DTYPES
 from ...ir.weights import Weight, derive
 from ..checkpoint import FORMATS, Format
 from ..gguf_file import GgufFile, read_gguf
 from ..huggingface import ModelSource, quiet
-
-#: ggml's numbers of the types whose blocks `Grouped` holds, with their bits.
-_KEPT = {2: 4, 8: 8}
-_BLOCK = 32
+from .gguf_blocks import KEPT, pieces_of
 
 #: Keys of the header that change what the model computes, with the field of the config that has to agree.
 _MEANT = {
@@ -192,9 +190,9 @@ class Gguf(Format):
 
     def _weight(self, file: GgufFile, name: str) -> Weight:
         entry = file.tensors[name]
-        bits = _KEPT.get(entry.kind)
-        if bits is not None and len(entry.shape) == 2:
-            return self._kept(file, name, bits)
+        scheme = KEPT.get(entry.kind)
+        if scheme is not None and len(entry.shape) == 2:
+            return self._kept(file, name, scheme)
 
         def load() -> Tensor:
             gguf = package()
@@ -220,34 +218,26 @@ class Gguf(Format):
             return file.data(name).view(plain).reshape(entry.shape)
         return file.data(name).reshape(*entry.shape[:-1], -1)
 
-    def _kept(self, file: GgufFile, name: str, bits: int) -> Weight:
-        """A weight in blocks of a scale d, float16, and 32 codes: w = d (q - 8), or d q with signed q."""
+    def _kept(self, file: GgufFile, name: str, scheme: Scheme) -> Weight:
         rows, width = file.tensors[name].shape
-        scheme = Grouped(bits, _BLOCK)
-        pieces = scheme.pieces((rows, width))
+        wanted = scheme.pieces((rows, width))
 
         def compute() -> list[Tensor]:
-            blocks = torch.from_numpy(file.data(name).copy()).view(rows, width // _BLOCK, -1)
-            scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
-            codes = blocks[..., 2:]
-            codes = codes ^ 128  # from signed to zero point 128
-            if bits == 4:  # the low nibbles are the first half of a block
-                raw = blocks[..., 2:]
-                codes = torch.cat((raw & 15, raw >> 4), dim=-1)
-            scales = _finite(self.source.file, name, scales)[..., None]
-            grid = {"scales": scales, "zeros": torch.full_like(scales, 1 << (bits - 1))}
-            packed = scheme.pack(codes, grid)
-            return [packed[piece].contiguous() for piece in pieces]
+            found = pieces_of(scheme, torch.from_numpy(file.data(name).copy()).view(rows, -1))
+            for piece in found.values():
+                if piece.is_floating_point():
+                    _finite(self.source.file, name, piece)
+            return [found[label].contiguous() for label in wanted]
 
-        parts = derive([(shape, DTYPES[kind]) for shape, kind in pieces.values()], compute)
-        return StoredWeight.holding(scheme, (rows, width), dict(zip(pieces, parts, strict=True)))
+        parts = derive([(shape, DTYPES[kind]) for shape, kind in wanted.values()], compute)
+        return StoredWeight.holding(scheme, (rows, width), dict(zip(wanted, parts, strict=True)))
 
     def _note_kept(self, found: Mapping[str, Weight]) -> None:
         matrices = [weight for weight in found.values() if len(weight.shape) == 2]
         kept = sum(isinstance(weight, StoredWeight) for weight in matrices)
         self.notes.append(
             f"read from a GGUF: {kept} of its {len(matrices)} matrices have codes that a scheme holds (Q4_0, "
-            "Q8_0); the others are unpacked"
+            "Q8_0, Q2_K to Q6_K); the others are unpacked"
         )
 
 

@@ -24,6 +24,19 @@ def route(
     return out_TM
 
 
+def hidden_of(
+    rows_TM: Tensor,
+    gate_up_NM: Tensor,
+    bias_N: Tensor | None,
+    kind: str,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """What the down projection of one expert reads of its tokens, [T, I]."""
+    gate, up = functional.linear(rows_TM, gate_up_NM, bias_N).chunk(2, dim=-1)
+    return gated_activation_reference(gate, up, kind, alpha, limit)
+
+
 def pick(tensor: Tensor | None, expert: int) -> Tensor | None:
     """The expert's slice of an optional stacked weight."""
     return None if tensor is None else tensor[expert]
@@ -55,7 +68,14 @@ class Experts(Operator):
         return route(self.x_TM, self.index_TJ, self.weight_TJ, self._mlp)
 
     def _mlp(self, expert: int, rows: Tensor) -> Tensor:
+        return self.mlp(expert, rows, self.gate_up_ENM[expert], self.down_EMI[expert])
+
+    def mlp(self, expert: int, rows: Tensor, gate_up_NM: Tensor, down_MI: Tensor) -> Tensor:
+        """What an expert makes of its tokens, with these weights in the place of its own."""
+        hidden = self.hidden(expert, rows, gate_up_NM)
+        return functional.linear(hidden, down_MI, pick(self.down_bias_EM, expert))
+
+    def hidden(self, expert: int, rows: Tensor, gate_up_NM: Tensor) -> Tensor:
+        """What its down projection reads of them, with these weights."""
         bias = pick(self.gate_up_bias_EN, expert)
-        gate, up = functional.linear(rows, self.gate_up_ENM[expert], bias).chunk(2, dim=-1)
-        hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
-        return functional.linear(hidden, self.down_EMI[expert], pick(self.down_bias_EM, expert))
+        return hidden_of(rows, gate_up_NM, bias, self.kind, self.alpha, self.limit)

@@ -14,7 +14,7 @@ from ..quant.pack import dequantize as dequantize_groups
 from ..quant.scheme import read_scheme
 from ..types import DTYPES
 from .activation import gated_activation_reference
-from .experts import pick, route
+from .experts import hidden_of, pick, route
 from .record import OPERATORS, Operator
 
 #: Weights that are widened at a time in a product: bounds its memory at some tens of megabytes.
@@ -240,8 +240,7 @@ class StoredExperts(Operator):
     def _mlp(self, expert: int, rows: Tensor) -> Tensor:
         weight = self._weight(expert, self.gate_up_pieces, self.gate_up_shape)
         bias = pick(self.gate_up_bias, expert)
-        gate, up = functional.linear(rows, weight, bias).chunk(2, dim=-1)
-        hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
+        hidden = hidden_of(rows, weight, bias, self.kind, self.alpha, self.limit)
         weight = self._weight(expert, self.down_pieces, self.down_shape)
         return functional.linear(hidden, weight, pick(self.down_bias, expert))
 

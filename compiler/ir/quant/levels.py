@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import IRError
 from .scheme import Piece, Scheme
 
 if TYPE_CHECKING:
@@ -50,14 +49,6 @@ class Levels(Scheme):
     @property
     def fewest_rows(self) -> int:
         return 4 * (self.block or _WHOLE)
-
-    def check_block(self) -> None:
-        """Raises IRError for a block that no format has."""
-        block = self.block
-        if block and (block < 16 or block & (block - 1)):
-            raise IRError(
-                f"the block must be a power of two, 16 or more, or 0 for whole rows, not {block}"
-            )
 
     def block_of(self, width: int) -> int:
         """Weights of a row of some width that share a scale."""

@@ -16,6 +16,10 @@ def factors(
     that is left = E S V, right = Vᵀ S⁻¹ (Eckart and Young 1936). S is taken from the moment's eigenvectors;
     directions that no input has count 1e-8 of the average one, where S would not be invertible. Both factors
     of each direction get the same length. Beyond the rank of the residual they are zeros.
+
+    Source: EoRA (Liu et al. 2024, section 3), which takes eigenvectors of the moment as here; LQER (Zhang et
+    al. 2024, section 3.2) takes the mean magnitudes of channels, which is this for a diagonal moment of
+    their squares.
     """
     residual = residual_NM.double()
     width = residual.shape[1]

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from ....errors import IRError
 from ..item_bytes import ITEM_BYTES
 from ..record_text import read, show
 from ..registry import Registry
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+#: Weights of the widest block: no row is much wider, and each is padded to whole blocks.
+WIDEST = 1 << 16
 
 #: A piece of a stored weight: its shape, and the type of its numbers.
 Piece = tuple[tuple[int, ...], str]
@@ -59,6 +63,16 @@ class Scheme:
 
     def __str__(self) -> str:
         return show(self)
+
+    @property
+    def coded(self) -> Scheme:
+        """The scheme whose codes a solver chooses: this one, or that beside whose codes it stores more."""
+        return self
+
+    def beside(self, missed: Tensor, moment_MM: Tensor | None) -> dict[str, Tensor]:
+        """The pieces beside those of `coded`, from what its codes miss of a weight [.., N, M], and from the
+        mean of x xᵀ over the weight's inputs x, where that is known."""
+        return {}
 
     def describe(self) -> str:
         """What the report says of a weight that is stored so."""
@@ -147,6 +161,14 @@ class Scheme:
         from torch import ops
 
         return editor.call(ops.einfold.dequantize.default, list(pieces.values()), str(self), shape)
+
+
+def check_block(block: int, least: int = 16, whole: str = "whole rows") -> None:
+    """Raises IRError for a block that no scheme with scales has; 0 stands for `whole`."""
+    if block and (not least <= block <= WIDEST or block & (block - 1)):
+        raise IRError(
+            f"the block must be a power of two from {least} to {WIDEST}, or 0 for {whole}, not {block}"
+        )
 
 
 def _stem(name: str) -> str:

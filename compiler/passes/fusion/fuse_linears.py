@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ...analysis.routers import routers
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.stored import scheme_of, stacked
@@ -23,7 +24,8 @@ class FuseLinears(Pass):
 
     Before: `%q = linear(%x, %wq, %bq); %k = linear(%x, %wk, %bk); %v = linear(%x, %wv, %bv)`
     After:  `%y = linear(%x, %wqkv, %bqkv); %q, %k, %v = split_with_sizes(%y, [..], -1)`
-    A sibling without a bias gets zeros where another has one.
+    A sibling without a bias gets zeros where another has one. Routers stay by themselves: their weights are
+    not rounded, those beside them are.
     """
 
     name = "fuse_linears"
@@ -32,7 +34,10 @@ class FuseLinears(Pass):
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
         siblings: dict[fx.Node, list[fx.Node]] = {}
+        alone = routers(program)
         for node in program.nodes(einfold_ops.linear.default):
+            if node in alone:
+                continue
             source = node.args[0]
             assert isinstance(source, fx.Node)
             siblings.setdefault(source, []).append(node)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...analysis.routers import routers
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
@@ -94,8 +95,9 @@ class QuantizeWeights(Pass):
 
     def _products(self, program: Program, store: Store, result: PassResult) -> None:
         head, last = self.head or self.scheme, _head(program)
+        choosing = routers(program)
         for node in program.nodes(einfold_ops.linear.default):
-            if _routes(node):
+            if node in choosing:
                 result.skipped(
                     str(node.args[1]), "a router: its rounding would change which experts run"
                 )
@@ -260,17 +262,6 @@ def _weights_of(norm: fx.Node) -> list[fx.Node]:
     """The weight of a norm, and its bias where it has one."""
     found = call_arguments(norm)
     return [found[name] for name in ("weight", "bias") if name in found]
-
-
-def _routes(node: fx.Node) -> bool:
-    """Whether a linear's result is only ranked, to choose experts."""
-    reached, frontier = {node}, [node]
-    for _ in range(3):
-        frontier = [user for source in frontier for user in source.users if user not in reached]
-        reached.update(frontier)
-        if any(user.target is torch.ops.aten.topk.default for user in frontier):
-            return True
-    return False
 
 
 def _head(program: Program) -> fx.Node | None:

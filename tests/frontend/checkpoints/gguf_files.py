@@ -36,8 +36,9 @@ def write(
     path: Path, name: str, kinds: Mapping[str, str], tokenizer: Path | None = None, **keys: Any
 ) -> Any:
     """Writes the model of a name of `models`; gives the model. `kinds` gives types by a part of the name of
-    a matrix; others are F32. `keys` are further keys of the architecture."""
-    model = models.build(name)
+    a matrix; others are F32. `keys` are further keys of the architecture, or sizes of the model."""
+    sizes = {key: keys.pop(key) for key in ("hidden_size", "intermediate_size") if key in keys}
+    model = models.build(name, **sizes)
     config, architecture = model.config, name
     writer = gguf.GGUFWriter(path, architecture)
     for key, own in _KEYS.items():
@@ -57,7 +58,7 @@ def write(
         value = _converted(architecture, theirs, parameter.detach(), config)
         given = next((k for part, k in kinds.items() if part in theirs), "F32")
         of_type = gguf.GGMLQuantizationType[given if value.ndim > 1 else "F32"]
-        writer.add_tensor(theirs, gguf.quantize(value.numpy(), of_type), raw_dtype=of_type)
+        writer.add_tensor(theirs, _blocks(value, of_type), raw_dtype=of_type)
     if tokenizer is not None:
         _add_tokenizer(writer, tokenizer)
     writer.write_header_to_file()
@@ -65,6 +66,25 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def _blocks(value: torch.Tensor, kind: Any) -> np.ndarray[Any, Any]:
+    """A tensor in blocks of a type; for one that the package does not write, blocks that stand for numbers of
+    about its size, of any codes."""
+    try:
+        found: np.ndarray[Any, Any] = gguf.quantize(value.numpy(), kind)
+        return found
+    except NotImplementedError:
+        pass
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    rows, width = value.shape
+    random = np.random.default_rng(rows)
+    blocks = random.integers(0, 256, (rows, width // count, size), dtype=np.uint8)
+    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+    small = np.array([2e-4], np.float16).view(np.uint8)
+    for at in places[kind.name]:
+        blocks[..., at : at + 2] = small
+    return blocks.reshape(rows, -1)
 
 
 def _converted(architecture: str, name: str, value: torch.Tensor, config: Any) -> torch.Tensor:

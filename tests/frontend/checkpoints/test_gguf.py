@@ -14,9 +14,11 @@ import einfold
 from einfold.compiler.driver import open_model
 from einfold.compiler.frontend.checkpoint import load_reference
 from einfold.compiler.frontend.checkpoints import gguf as room
+from einfold.compiler.frontend.checkpoints.gguf_blocks import KEPT, pieces_of
 from einfold.compiler.frontend.huggingface import find_model
 from einfold.compiler.frontend.tokens import load_tokenizer
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
+from einfold.compiler.ir.quant.schemes.k_quants import KQuant
 from einfold.compiler.ir.stored import StoredWeight
 from einfold.errors import EinfoldError, ModelError, UnsupportedError
 
@@ -85,6 +87,56 @@ def test_codes_are_kept_and_stand_for_the_same_numbers(llama: tuple[Path, Any]) 
     unpacked = found.checkpoint["model.layers.0.mlp.up_proj.weight"]
     assert not isinstance(unpacked, StoredWeight)
     assert torch.equal(unpacked.load(), rounded(path, "blk.0.ffn_up.weight"))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_of_any_bytes_stand_for_what_the_package_reads(name: str) -> None:
+    """To the bit, and but for the scales of 32-weight blocks in as many bytes; also with the same pieces made
+    again from codes."""
+    kind = gguf.GGMLQuantizationType[name]
+    scheme = KEPT[kind]
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(1).integers(0, 256, (6, 3, size), dtype=np.uint8)
+    halves = {"Q2_K": [81, 83], "Q3_K": [109], "Q6_K": [209]}.get(name, [1, 3])
+    raw[..., halves if "_K" in name else [1]] &= 0x3B  # exponents of float16 that are no infinity
+    raw = raw.reshape(6, 3 * size)
+    want = torch.from_numpy(gguf.dequantize(raw, kind))
+    pieces = pieces_of(scheme, torch.from_numpy(raw.copy()))
+    wanted = scheme.pieces((6, 3 * count))
+    assert {label: tuple(piece.shape) for label, piece in pieces.items()} == {
+        label: shape for label, (shape, _) in wanted.items()
+    }
+    assert bool(want.isfinite().all()) and float(want.abs().max()) > 0
+    assert torch.equal(scheme.dequantize(pieces, 3 * count), want)
+    assert "_K" not in name or scheme.nbytes((6, 3 * count)) == raw.nbytes
+
+
+def test_k_quants_are_kept_and_compiled(tmp_path: Path) -> None:
+    """A file whose matrices are of all five types: the gguf package writes none, so their bytes are drawn."""
+    kinds = {
+        "attn_q": "Q4_K",
+        "attn_k": "Q5_K",
+        "attn_v": "Q3_K",
+        "attn_output": "Q6_K",
+        "ffn": "Q2_K",
+    }
+    path = tmp_path / "tiny.gguf"
+    files.write(
+        path, "llama", kinds, hidden_size=256, intermediate_size=256, rope__dimension_count=64
+    )
+    found = open_model(path)
+    assert found.checkpoint is not None and "14 of its 16 matrices" in found.notes[0]
+    for part, bits in (("q_proj", 4), ("k_proj", 5), ("v_proj", 3), ("o_proj", 6)):
+        weight = found.checkpoint[f"model.layers.1.self_attn.{part}.weight"]
+        assert isinstance(weight, StoredWeight) and weight.scheme == KQuant(bits)
+    numbers = found.checkpoint["model.layers.1.mlp.up_proj.weight"].load()
+    assert torch.equal(numbers, rounded(path, "blk.1.ffn_up.weight"))
+    heads = found.config.num_attention_heads
+    turned = found.checkpoint["model.layers.1.self_attn.q_proj.weight"].load()
+    assert torch.equal(files.permuted(turned, heads), rounded(path, "blk.1.attn_q.weight"))
+    report = einfold.compile(path, tmp_path / "out")
+    kept = next(record for record in report.passes if record.name == "keep_codes")
+    assert sum(note.action == "applied" for note in kept.notes) >= 8
 
 
 def test_compiled_with_its_tokenizer(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from einfold.compiler.driver import load_weights, trace
-from einfold.compiler.frontend.checkpoints import mxfp4
-from einfold.compiler.ir.quant.scheme import Piece, Scheme
-from einfold.compiler.ir.weights import Weight
+from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.quant.schemes.microscaling import MXFP4
+from einfold.compiler.pipeline import PassRecord
 from einfold.compiler.recipe import Recipe
 from einfold.errors import ModelError
 
 from ... import models
 from . import folders
-
-
-@dataclass(frozen=True)
-class Kept(Scheme):
-    """Stands for the scheme mxfp4, of which only the meaning of pieces is asked here."""
-
-    name = "grouped"  # a name that texts of graphs can be read with
-
-    def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
-        groups = shape[-1] // 32
-        return {
-            "packed": ((*shape[:-1], groups, 16), "u8"),
-            "scales": ((*shape[:-1], groups), "u8"),
-        }
-
-    def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
-        return mxfp4.unpack(pieces["packed"], pieces["scales"])
-
-    def widened(self, editor: Any, pieces: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
-        name, known = str(pieces["packed"].target), editor.program.weights
-        found = {n: known[str(p.target)].load() for n, p in pieces.items()}
-        return editor.weight(f"{name}.wide", Weight.of(self.dequantize(found, shape[-1])))
 
 
 def write(folder: Path) -> dict[str, Tensor]:
@@ -71,34 +47,32 @@ def write(folder: Path) -> dict[str, Tensor]:
     return meant
 
 
-def test_unpacked_without_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mxfp4, "kept_scheme", lambda: None)
+def test_weights_are_what_the_codes_stand_for(tmp_path: Path) -> None:
     folders.check(tmp_path, write(tmp_path))
 
 
 @pytest.mark.slow
-def test_kept_through_turns_and_the_order_of_gates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pieces that a graph reads, gate and up apart, stand for what unpacked weights are there."""
+def test_kept_through_turns_and_the_order_of_gates(tmp_path: Path) -> None:
+    """The pieces that a graph reads, gate and up apart, stand for what it reads where none are kept."""
     meant = write(tmp_path)
-    monkeypatch.setattr(mxfp4, "kept_scheme", Kept)
-    recipe = Recipe.build({"target": "reference", "context": 16})
-    found = folders.check(tmp_path, meant)
-    assert found.schemes == [Kept()]
-    load_weights(found)
-    program, records = trace(found, recipe)
+
+    def traced(keep: bool) -> tuple[Program, list[PassRecord]]:
+        found = folders.check(tmp_path, meant)
+        assert found.schemes == [MXFP4()]
+        load_weights(found)
+        recipe = {"target": "reference", "context": 16, "weights": {"keep": keep}}
+        return trace(found, Recipe.build(recipe))
+
+    program, records = traced(True)
     (kept,) = (record for record in records if record.name == "keep_codes")
     assert sum(note.action == "applied" for note in kept.notes) == 4  # two layers, two weights each
-    monkeypatch.setattr(mxfp4, "kept_scheme", lambda: None)
-    plain = folders.check(tmp_path, meant)
-    load_weights(plain)
-    other, _ = trace(plain, recipe)
-    wide = [program.weights[n].load() for n in program.weights if n.endswith(".wide")]
-    same = [other.weights[n].load() for n in other.weights if n.endswith("folded")]
-    assert len(wide) == 4
-    for weight in wide:
-        assert any(weight.shape == each.shape and torch.equal(weight, each) for each in same)
+    other, _ = traced(False)
+    stems = [name.removesuffix(".packed") for name in program.weights if name.endswith(".packed")]
+    assert len(stems) == 4
+    for stem in stems:
+        pieces = {n: program.weights[f"{stem}.{n}"].load() for n in ("packed", "scales")}
+        want = other.weights[stem].load()
+        assert torch.equal(MXFP4().dequantize(pieces, want.shape[-1]), want)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ under "einfold" what it was made from and for: it is used for that alone (`trust
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +58,14 @@ def compile_cubins(program: Program, architecture: str) -> dict[str, bytes]:
             compiled = compile_ahead(
                 made.kernel, capability, variant.kind, variant.tiles, variant.parts
             )
-            stem = f"{FOLDER}/{made.name}.{architecture}.{variant.name}"
-            found[f"{stem}.cubin"] = compiled.cubin
-            metadata = {**compiled.metadata, shipped.OWN: key_of(made, variant)}
-            found[f"{stem}.json"] = json.dumps(metadata, indent=1, sort_keys=True).encode()
+            stem = stem_of(made, variant, architecture)
+            found |= shipped.files_of(stem, compiled, key_of(made, variant))
     return found
+
+
+def stem_of(made: AttentionKernel, variant: Variant, architecture: str) -> str:
+    """The name of its two files in the artifact, without ending."""
+    return f"{FOLDER}/{made.name}.{architecture}.{variant.name}"
 
 
 def key_of(made: AttentionKernel, variant: Variant) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..ahead import signature_of
-from ..shipped import Dispatch, Shipped, shipped
-from .cubins import key_of, variants
-from .files import FOLDER
+from ..shipped import Wanted, dispatched
+from .cubins import Variant, key_of, stem_of, variants
 from .kernels import AttentionKernel
 
 
@@ -22,24 +21,23 @@ def with_compiled(
     """
     found, missing = [], []
     for made in kernels:
-        ones: dict[str, list[Shipped]] = {kind: [] for kind in made.kernel.functions}
-        for variant in variants(made):
-            stem = f"{FOLDER}/{made.name}.{architecture}.{variant.name}"
-            generated, function = (
-                made.kernel.functions[variant.kind],
-                made.kernel.function(variant.kind),
-            )
-            known = {"STREAM": 0, "PARTS": 0, **variant.constants}
-            signature = signature_of(made.kernel, generated, known)
-            names = [argument.name for argument in generated.arguments]
-            one = shipped(files, stem, key_of(made, variant), function, signature, names)
-            if one is None:
-                missing.append(f"{stem}.cubin")
-            else:
-                ones[variant.kind].append(one)
-        functions = {
-            made.kernel.functions[kind].name: Dispatch(tuple(of_kind), made.kernel.function(kind))
-            for kind, of_kind in ones.items()
-        }
-        found.append(replace(made, kernel=replace(made.kernel, _loaded=functions)))
+        kernel = made.kernel
+        functions = {kind: kernel.function(kind) for kind in kernel.functions}
+        wanted = (_wanted(made, variant, architecture) for variant in variants(made))
+        loaded, lacking = dispatched(files, functions, wanted)
+        by_name = {kernel.functions[kind].name: each for kind, each in loaded.items()}
+        found.append(replace(made, kernel=replace(kernel, _loaded=by_name)))
+        missing += lacking
     return found, missing
+
+
+def _wanted(made: AttentionKernel, variant: Variant, architecture: str) -> Wanted:
+    generated = made.kernel.functions[variant.kind]
+    known = {"STREAM": 0, "PARTS": 0, **variant.constants}
+    return Wanted(
+        stem_of(made, variant, architecture),
+        variant.kind,
+        key_of(made, variant),
+        signature_of(made.kernel, generated, known),
+        [argument.name for argument in generated.arguments],
+    )

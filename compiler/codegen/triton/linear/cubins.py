@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..ahead import Assembled, Signature, assemble
-from ..shipped import OWN, Dispatch, Shipped, key_of, shipped
+from ..shipped import Wanted, dispatched, files_of, key_of
 from .files import FOLDER
 from .kernels import MERGED, LinearKernel, tiles_of
 
@@ -72,12 +71,19 @@ def compile_cubins(kernels: Sequence[LinearKernel], architecture: str) -> dict[s
     for kernel in kernels:
         for variant in variants(kernel):
             made = compile_variant(kernel, variant, capability)
-            stem = f"{FOLDER}/{kernel.name}.{architecture}.{variant.name}"
-            found[f"{stem}.cubin"] = made.cubin
-            key = key_of(kernel.source, variant.name, variant.constants)
-            metadata = {**made.metadata, OWN: key}
-            found[f"{stem}.json"] = json.dumps(metadata, indent=1, sort_keys=True).encode()
+            wanted = _wanted(kernel, variant, architecture)
+            found |= files_of(wanted.stem, made, wanted.key)
     return found
+
+
+def _wanted(kernel: LinearKernel, variant: Variant, architecture: str) -> Wanted:
+    return Wanted(
+        f"{FOLDER}/{kernel.name}.{architecture}.{variant.name}",
+        variant.function,
+        key_of(kernel.source, variant.name, variant.constants),
+        signature_of(kernel, variant),
+        kernel.arguments(variant.function),
+    )
 
 
 def with_compiled(
@@ -89,17 +95,9 @@ def with_compiled(
     """
     found, missing = [], []
     for kernel in kernels:
-        ones: dict[str, list[Shipped]] = {name: [] for name in ("matvec", "matmul", "merge")}
-        for variant in variants(kernel):
-            stem = f"{FOLDER}/{kernel.name}.{architecture}.{variant.name}"
-            key = key_of(kernel.source, variant.name, variant.constants)
-            function = kernel.function(variant.function)
-            names = kernel.arguments(variant.function)
-            one = shipped(files, stem, key, function, signature_of(kernel, variant), names)
-            if one is None:
-                missing.append(f"{stem}.cubin")
-            else:
-                ones[variant.function].append(one)
-        functions = {name: Dispatch(tuple(of), kernel.function(name)) for name, of in ones.items()}
-        found.append(replace(kernel, _loaded=functions))
+        functions = {name: kernel.function(name) for name in ("matvec", "matmul", "merge")}
+        wanted = (_wanted(kernel, variant, architecture) for variant in variants(kernel))
+        loaded, lacking = dispatched(files, functions, wanted)
+        found.append(replace(kernel, _loaded=loaded))
+        missing += lacking
     return found, missing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .....errors import IRError
-from ..scheme import PRESETS, SCHEMES, Piece, Preset, Scheme
+from ..scheme import PRESETS, SCHEMES, Piece, Preset, Scheme, check_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +52,7 @@ class Grouped(Scheme):
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise IRError(f"weights can have {', '.join(map(str, BITS))} bits, not {self.bits}")
-        if self.block and (self.block < 16 or self.block & (self.block - 1)):
-            raise IRError(
-                f"the block must be a power of two, 16 or more, or 0 for whole rows, not {self.block}"
-            )
+        check_block(self.block)
         if self.scales not in SCALES:
             raise IRError(f"scales are stored in {', '.join(SCALES)}, not in {self.scales[:40]!r}")
 

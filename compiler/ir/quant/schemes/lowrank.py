@@ -25,9 +25,8 @@ class LowRank(Scheme):
 
     A linear is the base's own and two small products beside it:
         y = base(x) + (x rightᵀ) leftᵀ
-    Other readers get the sum of both. The factors are those of the singular value decomposition of what the
-    base missed, rounded to nearest; a solver that knows the inputs fills the base first, takes `correction`
-    of `solve/low_rank.py`, and puts both together by `joined`. Codes are the base's, in its own groups.
+    Other readers get the sum of both. Codes are the base's, in its own groups; a solver fills the base first,
+    and the factors are the best for what it misses, on the inputs where the solver knows them.
 
     Bits of a weight beside the base's: 16 rank (1 / N + 1 / M). What the base misses of Gaussian weights has
     no direction of its own, and correcting it by 16 of 576 saves 7 % of its square; real ones have some.
@@ -62,6 +61,17 @@ class LowRank(Scheme):
         mine = replace(self, **{name: value for name, value in options.items() if name in own})
         rest = {name: value for name, value in options.items() if name not in own}
         return replace(mine, base=mine.base.adapted(**rest))
+
+    @property
+    def coded(self) -> Scheme:
+        return self.base
+
+    def beside(self, missed: Tensor, moment_MM: Tensor | None) -> dict[str, Tensor]:
+        from ..low_rank import factors
+        from ..pack import halved
+
+        left, right = factors(missed.flatten(0, -2), self.rank, moment_MM)
+        return {"left": halved(left.unflatten(0, missed.shape[:-1])), "right": halved(right)}
 
     @property
     def fewest_rows(self) -> int:
@@ -99,16 +109,10 @@ class LowRank(Scheme):
         return (self._cut(meant, right.shape[-1]) + grid["left"] @ right)[:, None]
 
     def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        pieces = self.base.pack(codes_RGB, self._of_base(grid))
-        return self.joined(pieces, grid["left"], grid["right"])
-
-    def joined(
-        self, pieces: Mapping[str, Tensor], left: Tensor, right_RM: Tensor
-    ) -> dict[str, Tensor]:
-        """The pieces of the base [.., N, ..] and the factors left [.., N, rank] and right [rank, M]."""
         from ..pack import halved
 
-        return {**pieces, "left": halved(left), "right": halved(right_RM)}
+        pieces = self.base.pack(codes_RGB, self._of_base(grid))
+        return pieces | {name: halved(grid[name]) for name in ("left", "right")}
 
     def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
         meant = self.base.dequantize(self._of_base(pieces), width)

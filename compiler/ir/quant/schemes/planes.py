@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .....errors import IRError
-from ..scheme import PRESETS, SCHEMES, Piece, Preset, Scheme
+from ..scheme import PRESETS, SCHEMES, WIDEST, Piece, Preset, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,8 @@ class Planes(Scheme):
             raise IRError(f"weights can have 1 to 8 planes, not {self.bits}")
         if not 0 <= self.read <= self.bits:
             raise IRError(f"of {self.bits} planes {self.read} cannot be read; 0 stands for all")
-        if self.block < 8 or self.block % 8:
-            raise IRError(f"the block must be a multiple of 8, not {self.block}")
+        if self.block % 8 or not 8 <= self.block <= WIDEST:
+            raise IRError(f"the block must be a multiple of 8 up to {WIDEST}, not {self.block}")
 
     @property
     def depth(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..levels import Levels
-from ..scheme import PRESETS, SCHEMES, Preset
+from ..scheme import PRESETS, SCHEMES, Preset, check_block
 
 #: Between quantiles of a normal distribution, asymmetric so that zero is met.
 _NORMAL = (
@@ -27,7 +27,7 @@ class _Absmax(Levels):
     """packed uint8 [.., N, G, block / 2], low nibble first; scales float32 [.., N, G]."""
 
     def __post_init__(self) -> None:
-        self.check_block()
+        check_block(self.block)
 
     def describe(self) -> str:
         return f"{self.name}, {f'block {self.block}' if self.block else 'a scale a row'}"

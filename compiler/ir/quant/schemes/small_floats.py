@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .....errors import IRError
 from ..levels import Levels, float_levels
-from ..scheme import PRESETS, SCHEMES, Piece, Preset
+from ..scheme import PRESETS, SCHEMES, Piece, Preset, check_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class FP8(Levels):
     levels = tuple(min(max(level, -448.0), 448.0) for level in float_levels(4, 3))
 
     def __post_init__(self) -> None:
-        self.check_block()
+        check_block(self.block)
 
     def describe(self) -> str:
         return _described(self, "fp8 (E4M3)")
@@ -64,7 +64,7 @@ class FP6(Levels):
     def __post_init__(self) -> None:
         if self.mantissa not in (2, 3):
             raise IRError(f"floats of 6 bits have 2 or 3 bits of mantissa, not {self.mantissa}")
-        self.check_block()
+        check_block(self.block)
 
     @property
     def levels(self) -> tuple[float, ...]:  # type: ignore[override]

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .....errors import IRError
-from ..scheme import PRESETS, SCHEMES, Piece, Preset, Scheme
+from ..scheme import PRESETS, SCHEMES, Piece, Preset, Scheme, check_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +34,7 @@ class Ternary(Scheme):
     name = "ternary"
 
     def __post_init__(self) -> None:
-        if self.block and (self.block < LINE or self.block & (self.block - 1)):
-            raise IRError(
-                f"the block must be a power of two, {LINE} or more, or 0 for one scale, not {self.block}"
-            )
+        check_block(self.block, LINE, "one scale")
 
     @property
     def shared(self) -> frozenset[str]:  # type: ignore[override]
