@@ -616,7 +616,8 @@ def _calibration_text(
         shape = rows_of(recipe.calibration_tokens, program.model.context)
         load = loader(model.source, model.module)
         named = None if program.statistics is None else program.statistics.model
-        ids = own_text(load, program.model.vocabulary, shape, named, tell)
+        seed = recipe.calibration.seed
+        ids = own_text(load, program.model.vocabulary, shape, named, tell, seed)
         return ids, "a text that the model wrote"
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)

@@ -182,6 +182,8 @@ class CalibrationSection(_Section):
     short built-in text."""
     tokens: int | None = Field(default=None, ge=256)
     """About so many. Where it is not given 2,048, and 8,192 where weights are solved."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Of the text that the model writes itself: another one, another text."""
 
 
 class Recipe(_Section):

@@ -107,8 +107,24 @@ WEIGHTS = (
     ),
 )
 
-#: Solvers on two formats, and every format rounded to nearest; heads in 8 bits.
+#: Other texts that the model writes to be calibrated on.
+_SEEDS = (1, 2)
+
+
+def _seeded(text: str, seed: int) -> Row:
+    found = _text(text)
+    name = f"{found.name}, text {seed}"
+    return Row(name, found.recipe | {"calibration": {"seed": seed}})
+
+
+#: Solvers on two formats, and every format rounded to nearest; heads in 8 bits but where int4 stands alone.
 SOLVERS_AND_FORMATS = (
+    *(
+        _seeded(f"{name}:bits={bits},block={block},symmetric=false", seed)
+        for bits, block in ((4, 32), (3, 64))
+        for name in ("gptq", "awq")
+        for seed in _SEEDS
+    ),
     *(
         _text(f"{name}:bits={bits},block={block},symmetric=false")
         for bits, block in ((4, 32), (3, 64))

@@ -83,3 +83,14 @@ def test_a_language_model_is_solved_and_an_encoder_rounded(tmp_path: Path) -> No
     encoder = common.save("bert", tmp_path / "encoder")
     made = einfold.compile(encoder, tmp_path / "b", weights="int4")
     assert made.manifest.recipe["weights"]["solver"] is None
+
+
+def test_another_seed_is_another_text(tmp_path: Path) -> None:
+    folder = models.save("llama", tmp_path / "model")
+    made = {}
+    for seed in (0, 1):
+        calibration = {"tokens": 256, "seed": seed}
+        out = tmp_path / str(seed)
+        einfold.compile(folder, out, weights="gptq:bits=2", recipe={"calibration": calibration})
+        made[seed] = (out / "weights.safetensors").read_bytes()
+    assert made[0] != made[1]
