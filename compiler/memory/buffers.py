@@ -23,10 +23,6 @@ class Buffer:
     def area(self) -> int:
         return self.size * (self.end - self.start)
 
-    def meets(self, other: Buffer) -> bool:
-        """Whether both are in use at one step."""
-        return self.start < other.end and other.start < self.end
-
 
 def peak_bytes(buffers: Iterable[Buffer]) -> int:
     """The most bytes that are in use at one step: no arena is smaller."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from .buffers import Buffer
 
 #: In which order buffers are placed. Largest first is what mostly reaches the bound on a model's graph.
@@ -23,20 +25,18 @@ def first_fits(buffers: Sequence[Buffer]) -> Iterator[list[int]]:
 
 
 def _place(buffers: Sequence[Buffer], ranked: Sequence[int]) -> list[int]:
-    offsets = [0] * len(buffers)
-    placed: list[int] = []
-    for index in ranked:
-        buffer = buffers[index]
-        taken = sorted(
-            (offsets[other], buffers[other].size)
-            for other in placed
-            if buffer.meets(buffers[other])
-        )
-        at = 0
-        for offset, size in taken:
-            if offset - at >= buffer.size:
+    starts, ends, sizes = (
+        np.array([getattr(buffers[index], name) for index in ranked], np.int64)
+        for name in ("start", "end", "size")
+    )
+    offsets = np.zeros(len(ranked), np.int64)
+    for at in range(len(ranked)):
+        meets = np.flatnonzero((starts[:at] < ends[at]) & (starts[at] < ends[:at]))
+        free = 0
+        for other in meets[np.argsort(offsets[meets])]:
+            if offsets[other] - free >= sizes[at]:
                 break
-            at = max(at, offset + size)
-        offsets[index] = at
-        placed.append(index)
-    return offsets
+            free = max(free, offsets[other] + sizes[other])
+        offsets[at] = free
+    found = dict(zip(ranked, offsets.tolist(), strict=True))
+    return [found[index] for index in range(len(buffers))]

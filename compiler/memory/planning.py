@@ -15,7 +15,7 @@ from .sharing import Sharing, share
 from .survey import Survey, survey
 
 #: Seconds of the processor that a plan's packing may take. First fit has mostly reached the bound by then.
-SECONDS = 0.1
+SECONDS = 0.2
 
 #: Bytes that each buffer's place and size are a multiple of: a cache line, and a vector of any processor.
 LINE = 64
