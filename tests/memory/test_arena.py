@@ -21,7 +21,7 @@ from einfold.compiler.ir.ops.record import in_place
 from einfold.compiler.ir.program import Program
 from einfold.compiler.memory.buffers import fault
 from einfold.compiler.memory.expand import expand
-from einfold.compiler.memory.order import best_order
+from einfold.compiler.memory.order import STATES, Search
 from einfold.compiler.memory.planning import plan_memory
 from einfold.compiler.memory.survey import inputs_at, survey
 from einfold.compiler.recipe import Recipe
@@ -107,9 +107,13 @@ def test_the_arena_is_as_large_as_what_is_live(compiled: Program) -> None:
 
 
 @every_architecture
-def test_the_order_of_the_graph_is_the_best_there_is(compiled: Program) -> None:
-    order = best_order(compiled, survey(compiled, shapes(compiled, 1, 40, 1)))
-    assert order.proved and len(order.nodes) > 20
+def test_the_order_that_stays_is_the_best_there_is(compiled: Program) -> None:
+    calls = [node for node in compiled.graph.nodes if node.op == "call_function"]
+    search = Search(calls, compiled.output, survey(compiled, shapes(compiled, 1, 40, 1)))
+    own, best = search.first(), search.exact(STATES)
+    for at in range(len(calls)):
+        own = search.run(own, at)
+    assert best is not None and own.peak == best.peak
 
 
 def allocations(run: Callable[[], Any]) -> list[tuple[str, int]]:
