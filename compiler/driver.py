@@ -7,7 +7,7 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from ..errors import ModelError, RecipeError, UnsupportedError
 from .artifact import check_dump, check_output, file_entry, staged
 from .calibrate.statistics import Statistics, digest_of, fingerprint
 from .calibrate.text import calibration_tokens, rows_of
-from .codegen.target import Progress
+from .codegen.target import Progress, Target
 from .encoder_decoder import account, capture_pair
 from .frontend import huggingface, tokens
 from .frontend.adapters import Adapter, find_adapter
@@ -60,10 +60,12 @@ from .ir.stored import TurnedWeight, scheme_of
 from .ir.together import together
 from .ir.weights import Weight
 from .ir.weights_file import write_weights
+from .memory.survey import inputs_at, step_dims
 from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
 from .passes.compare_original import CompareOriginal
 from .passes.fusion.fuse_attention import FuseAttention
+from .passes.memory.order_calls import OrderCalls
 from .pipeline import (
     PassManager,
     PassRecord,
@@ -98,6 +100,8 @@ class CompileReport:
     """Largest resident memory of the process so far, bytes."""
     notes: list[str] = field(default_factory=list)
     """What a person should know of how the model was read."""
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    """The arena of intermediate values, a plan a step (`MemoryPlan.data`), where the target has one."""
 
     def data(self) -> dict[str, Any]:
         return {
@@ -109,6 +113,7 @@ class CompileReport:
             "calibration": self.calibration,
             "peak_rss": self.peak_rss,
             "notes": self.notes,
+            "memory": self.memory,
         }
 
 
@@ -468,6 +473,7 @@ def compile_to(
         manifest = _manifest(model, program, recipe, folder, digest, parameters, weights.nbytes)
         report = CompileReport(manifest, records, clock.seconds, tokenizer, calibration=calibrated)
         report.notes = [*model.notes, *recipe.remarks()]
+        report.memory = _arenas(parts.values(), recipe.made_for)
         if check is not None:
             with clock.phase("check"):
                 tell("checking against the reference", 0.0)
@@ -481,6 +487,21 @@ def compile_to(
         (folder / NAME).write_bytes(report.manifest.dump())
     tell("done", 1.0)
     return report
+
+
+def _arenas(programs: Iterable[Program], target: Target) -> list[dict[str, Any]]:
+    """The plans of the steps that take most: of a prompt's chunk, and of a token behind it."""
+    found = []
+    for program in programs:
+        chunk = min(OrderCalls.tokens, program.model.context or OrderCalls.tokens)
+        steps = {f"{chunk} tokens at once": chunk}
+        if program.layout is not None:
+            steps["a token at a time"] = 1
+        for step, new in steps.items():
+            plan = target.plan(program, inputs_at(program, step_dims(program, 1, new)))
+            if plan is not None:
+                found.append(plan.data(step))
+    return found
 
 
 class ExportCheck(Protocol):

@@ -24,6 +24,7 @@ from .passes.fusion.fuse_attention import FuseAttention
 from .passes.fusion.fuse_linears import FuseLinears
 from .passes.fusion.fuse_residual_norms import FuseResidualNorms
 from .passes.fusion.select_logit_rows import SelectLogitRows
+from .passes.memory.order_calls import OrderCalls
 from .passes.raising.raise_activations import RaiseActivations
 from .passes.raising.raise_linears import RaiseLinears
 from .passes.raising.raise_norms import RaiseNorms
@@ -82,6 +83,7 @@ def language_model_passes(
         *weights,
         AttachCache(),  # near the end: earlier passes see attention without its cache
         Simplify(),
+        OrderCalls(),  # last: it counts the bytes of what will run
     ]
 
 
@@ -110,6 +112,7 @@ def encoder_passes(
         *compare,  # before anything that may lose something: here the graph is the model
         *weights,
         Simplify(),
+        OrderCalls(),
     ]
 
 

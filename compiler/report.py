@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from .ir.kv.layout import CacheLayout
+from .memory.drawing import picture
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -56,6 +57,7 @@ def report_page(data: dict[str, Any]) -> str:
         _pairs(data["check"] or {"check": "not run"}),
         *(_call(manifest) if manifest["inputs"] else ()),
         *(_cache(manifest) if manifest["cache"] else ()),
+        *(_arena(data["memory"]) if data.get("memory") else ()),
     ]
     body = "\n".join(sections)
     head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
@@ -72,6 +74,21 @@ def _cache(manifest: dict[str, Any]) -> list[str]:
         + escape("\n".join(manifest["cache"]))
         + "</pre></details>",
     ]
+
+
+def arena_bytes(plan: dict[str, Any]) -> str:
+    """What an arena takes in a step, beside the least that it could."""
+    least = "as much as is live at once"
+    if plan["arena"] != plan["bound"]:
+        least = f"{human_bytes(plan['bound'])} are live at once"
+    return f"{human_bytes(plan['arena'])} for {plan['step']}, {least}"
+
+
+def _arena(plans: list[dict[str, Any]]) -> list[str]:
+    found = ["<h2>Arena of intermediate values: time across, address up</h2>"]
+    for plan in plans:
+        found += [f"<p>{escape(arena_bytes(plan))}</p>", picture(plan)]
+    return found
 
 
 def _read(manifest: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ ALLOWED = {
         "compiler.codegen.triton.device",
         "compiler.codegen.triton.through",
     },
+    "compiler.memory": {"errors", "compiler.ir"},
     "compiler.calibrate": {"errors", "compiler.ir", "compiler.calibrate"},
     "compiler.solve": {"errors", "compiler.ir", "compiler.calibrate", "compiler.solve"},
     "compiler.passes": {
@@ -49,6 +50,7 @@ ALLOWED = {
         "compiler.ir",
         "compiler.analysis",
         "compiler.calibrate",
+        "compiler.memory",
         "compiler.passes",
         "compiler.solve",
     },
@@ -58,15 +60,28 @@ ALLOWED = {
         "compiler.passes",
         "compiler.fuse",
     },
-    "compiler.codegen.target": {"errors", "compiler.ir", "compiler.passes", "runtime"},
+    "compiler.codegen.target": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory",
+        "compiler.passes",
+        "runtime",
+    },
     "compiler.codegen.*.target": {
         "errors",
         "compiler.ir",
+        "compiler.memory",
         "compiler.passes",
         "compiler.codegen.target",
         "runtime",
     },
     "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
+    "compiler.codegen.reference": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory",
+        "compiler.codegen.cpu",
+    },
     "compiler.codegen.cpu": {"errors", "compiler.ir"},
     "compiler.codegen.onnx": {
         "errors",
@@ -74,7 +89,6 @@ ALLOWED = {
         "compiler.codegen.target",
         "compiler.codegen.cpu",
     },
-    "compiler.codegen.reference": {"errors", "compiler.ir", "compiler.codegen.cpu"},
     "compiler.codegen.triton": {
         "errors",
         "compiler.ir",

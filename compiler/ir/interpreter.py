@@ -17,7 +17,8 @@ class Interpreter:
     """Executes a program node by node; intermediate values go as soon as nothing reads them.
 
     `instead` names operators, or single nodes, that another function stands in for, such as one that
-    writes in place. Tensors that an operator makes from nothing are made on `device`.
+    writes in place. Tensors that an operator makes from nothing are made on `device`. Interpreters may share
+    the weights that they have `kept`.
     """
 
     def __init__(
@@ -26,11 +27,14 @@ class Interpreter:
         keep_weights: bool = True,
         instead: Mapping[Any, Callable[..., Any]] | None = None,
         device: torch.device | None = None,
+        kept: dict[str, Tensor] | None = None,
     ) -> None:
         self.program = program
         self._device = device
-        self._instead = dict(instead or {})
-        self._kept: dict[str, Tensor] | None = {} if keep_weights else None
+        self.instead = dict(instead or {})
+        if kept is None:
+            kept = {}
+        self._kept: dict[str, Tensor] | None = kept if keep_weights else None
         self._dead_after = _last_uses(program.graph)
 
     def run(
@@ -59,29 +63,31 @@ class Interpreter:
                 if node.op == "output":
                     results = [values[value] for value in node.args[0]]
                     return dict(zip(node.meta["names"], results, strict=True))
-                values[node] = self._evaluate(node, values, inputs)
+                values[node] = self.evaluate(node, values, inputs)
                 for dead in self._dead_after.get(node, ()):
                     del values[dead]
                 if after is not None:
                     after(node, values)
         raise IRError("the program has no output")
 
-    def _evaluate(
+    def evaluate(
         self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]
     ) -> Any:
+        """What a node gives, from the values of those that it reads."""
         if node.op == "placeholder":
             if node.target not in inputs:
                 raise IRError(f"input {node.target!r} was not given")
             return inputs[str(node.target)]
         if node.op == "get_attr":
-            return self._weight(str(node.target))
+            return self.weight(str(node.target))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        function: Any = self._instead.get(node) or self._instead.get(node.target, node.target)
+        function: Any = self.instead.get(node) or self.instead.get(node.target, node.target)
         if self._device is not None and _names_device(function):
-            kwargs["device"] = self._device
+            kwargs = {**kwargs, "device": self._device}
         return function(*args, **kwargs)
 
-    def _weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Tensor:
+        """A weight as the program reads it."""
         if self._kept is None:
             return self.program.weights[name].load()
         if name not in self._kept:

@@ -66,11 +66,12 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
                 "manifest": found.manifest.model_dump(mode="json"),
                 "passes": report["passes"],
                 "check": report["check"],
+                "memory": report["memory"],
             }
         )
         return
     from ..compiler.ir.manifest import ENCODER, ENCODER_DECODER
-    from ..compiler.report import context_text, human_bytes, summary_lines
+    from ..compiler.report import arena_bytes, context_text, human_bytes, summary_lines
 
     manifest, model = found.manifest, found.manifest.model
     table = Table(show_header=False, box=None)
@@ -89,6 +90,7 @@ def inspect_artifact(artifact: Path, graph: bool, notes: bool, as_json: bool) ->
         ("context", context_text(model.context)),
         *(_call(manifest) if manifest.kind in (ENCODER, ENCODER_DECODER) else ()),
         *(_cache(found) if manifest.kind != ENCODER else ()),
+        *(("arena", arena_bytes(plan)) for plan in report["memory"]),
         ("made by", f"einfold {manifest.einfold}, {manifest.created}"),
     ):
         table.add_row(label, printable(value))
@@ -139,7 +141,7 @@ def _recipe(artifact: Any, name: str) -> dict[str, Any]:
 
 
 def _report(artifact: Any) -> dict[str, Any]:
-    """The report's passes and check; raises ArtifactError where they are not as einfold writes them."""
+    """The report's passes, check, arenas; raises ArtifactError where they are not as einfold writes them."""
     import json
 
     where = f"{artifact.folder}/report.json"
@@ -155,7 +157,13 @@ def _report(artifact: Any) -> dict[str, Any]:
                 raise TypeError("a note is no text")
             if not all(isinstance(number, (int, float)) for number in numbers):
                 raise TypeError("a number is none")
-        return {"passes": report["passes"], "check": report["check"]}
+        memory = report.get("memory", [])  # older artifacts have none
+        sizes = [size for plan in memory for size in (plan["arena"], plan["bound"])]
+        if not all(isinstance(size, int) for size in sizes):
+            raise TypeError("a size is none")
+        if not all(isinstance(plan["step"], str) for plan in memory):
+            raise TypeError("a step has no name")
+        return {"passes": report["passes"], "check": report["check"], "memory": memory}
     except (LookupError, TypeError) as error:
         raise ArtifactError(
             f"{where} is damaged: it lacks or misplaces {str(error)[:200]}"

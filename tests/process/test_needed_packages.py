@@ -9,7 +9,16 @@ from pathlib import Path
 
 ONNX = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 #: What only compiling needs.
-COMPILING = ("torch", "transformers", "sympy", "onnx_ir", "onnxscript", "triton", "ortools")
+COMPILING = (
+    "torch",
+    "transformers",
+    "sympy",
+    "omnimalloc",
+    "onnx_ir",
+    "onnxscript",
+    "triton",
+    "ortools",
+)
 
 #: Runs command lines one after the other, in a process where the packages in argv[1] cannot be imported.
 _VERBS = """

@@ -14,15 +14,19 @@ from ....runtime.runner import Floats, Ints, running
 from ...ir.interpreter import Interpreter
 from ...ir.manifest import WHOLE, Part
 from ...ir.ops.record import in_place
+from .arena import InArena
 
 
 class ReferenceRunner:
     """The same graph and the same weights as the target's, without the target."""
 
     def __init__(self, artifact: Artifact, keep_weights: bool = True) -> None:
-        """Without `keep_weights` each weight is read when it is needed, and only one is held."""
+        """Intermediate values lie in an arena. Without `keep_weights` each weight is read when it is needed
+        and only one is held, and intermediate values are allocated one by one."""
         self.program = read_program(artifact)
-        self.interpreter = Interpreter(self.program, keep_weights, in_place())
+        self.interpreter = (
+            InArena(self.program) if keep_weights else Interpreter(self.program, False, in_place())
+        )
         self.observed: Mapping[str, Array] = {}
         self._weight_bytes = artifact.weight_bytes()
         self._name = str(artifact.folder)
@@ -43,7 +47,7 @@ class ReferenceRunner:
         inputs |= {name: torch.from_numpy(buffer) for name, buffer in cache.buffers.items()}
         with running(self._name):
             outputs = {name: value.numpy() for name, value in self.interpreter.run(inputs).items()}
-        logits: Floats = outputs.pop("logits")
+        logits: Floats = outputs.pop("logits").copy()  # out of the arena: a caller may keep them
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits
 
@@ -52,8 +56,9 @@ class ReferenceCaller:
     """An encoder's graph and weights, without the target."""
 
     def __init__(self, artifact: Artifact, keep_weights: bool = True, part: Part = WHOLE) -> None:
-        """Without `keep_weights` each weight is read when it is needed, and only one is held."""
-        self.interpreter = Interpreter(read_program(artifact, part=part), keep_weights)
+        """As `ReferenceRunner`."""
+        program = read_program(artifact, part=part)
+        self.interpreter = InArena(program) if keep_weights else Interpreter(program, False)
         self._weight_bytes = artifact.weight_bytes()
         self._name = str(artifact.folder)
 
@@ -64,4 +69,5 @@ class ReferenceCaller:
     def call(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: torch.tensor(array) for name, array in inputs.items()}
         with running(self._name):
-            return {name: value.numpy() for name, value in self.interpreter.run(given).items()}
+            results = self.interpreter.run(given)
+        return {name: value.numpy().copy() for name, value in results.items()}  # out of the arena

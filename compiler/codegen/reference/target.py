@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ...ir.manifest import WHOLE, Part
 from ..target import TARGETS, Target
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ....runtime.artifact import Artifact
     from ....runtime.runner import Caller, Runner
+    from ...ir.program import Program
+    from ...memory.planning import MemoryPlan
 
 
 @TARGETS.register
@@ -21,6 +26,12 @@ class Reference(Target):
 
     def runs(self, target: str) -> bool:
         return True
+
+    def plan(self, program: Program, inputs: Mapping[str, Tensor]) -> MemoryPlan:
+        from ...memory.expand import expand
+        from ...memory.planning import plan_memory
+
+        return plan_memory(expand(program, inputs), inputs)
 
     def runner(
         self,

@@ -39,6 +39,7 @@ class GatedActivation(Operator):
     """`gated_activation_reference` of a kind without constants."""
 
     name = "gated_activation"
+    overwrites = (("gate", "up"),)
 
     gate: Tensor
     up: Tensor

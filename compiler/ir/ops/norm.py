@@ -22,6 +22,7 @@ class RmsNorm(Operator):
     """`rms_norm_reference`."""
 
     name = "rms_norm"
+    overwrites = (("x",),)
 
     x: Tensor
     weight: Tensor
@@ -37,6 +38,7 @@ class AddRmsNorm(Operator):
     """total = x + residual; gives (rms_norm(total), total)."""
 
     name = "add_rms_norm"
+    overwrites = (("x", "residual"), ("residual", "x"))
 
     x: Tensor
     residual: Tensor
@@ -57,6 +59,7 @@ class LayerNorm(Operator):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over the last axis (Ba et al. 2016, section 3)."""
 
     name = "layer_norm"
+    overwrites = (("x",),)
 
     x: Tensor
     weight: Tensor
@@ -73,6 +76,7 @@ class AddLayerNorm(Operator):
     """total = x + residual; gives (layer_norm(total), total)."""
 
     name = "add_layer_norm"
+    overwrites = (("x", "residual"), ("residual", "x"))
 
     x: Tensor
     residual: Tensor

@@ -33,6 +33,9 @@ class Operator:
     writes: ClassVar[tuple[str, ...]] = ()
     """The caches among the arguments that a call updates; their new states are results behind its own."""
 
+    overwrites: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """For each result, arguments in whose memory it may be written where nothing else reads them then."""
+
     def run(self) -> Any:
         """What it gives, but for the caches it writes, which it updates in place.
 

@@ -58,6 +58,7 @@ class RotaryEmbedding(Operator):
     """`rotary_reference`."""
 
     name = "rotary"
+    overwrites = (("x_BSHD",),)
 
     x_BSHD: Tensor
     positions_BS: Tensor

@@ -1,0 +1,91 @@
+"""The memory plan of a program at given sizes: what is written in place, and where in one arena all lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..ir.program import Program
+from .buffers import Buffer
+from .packing import Plan, pack
+from .sharing import Sharing, share
+from .survey import Survey, survey
+
+#: Seconds of the processor that a plan's packing may take. First fit has mostly reached the bound by then.
+SECONDS = 0.2
+
+#: Bytes that each buffer's place and size are a multiple of: a cache line, and a vector of any processor.
+LINE = 64
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where a program's intermediate values lie, in the order of its graph."""
+
+    survey: Survey
+    """The run with results in place: their shapes, strides and storages."""
+    sharing: Sharing
+    buffers: tuple[Buffer, ...]
+    """One for each storage; steps are the places of the calls."""
+    packed: Plan
+    offsets: Mapping[int, int]
+    """Where each storage lies in the arena, by its number."""
+
+    @property
+    def arena(self) -> int:
+        """Bytes of the arena."""
+        return self.packed.arena
+
+    @property
+    def bound(self) -> int:
+        """The most live bytes of any step."""
+        return self.packed.bound
+
+    def data(self, step: str) -> dict[str, Any]:
+        """The plan of a step as plain data: of each buffer its name, when it lives, its place, its size."""
+        rows = zip(self.survey.made.values(), self.buffers, self.packed.offsets, strict=True)
+        return {
+            "step": step,
+            "arena": self.arena,
+            "bound": self.bound,
+            "calls": max((buffer.end for buffer in self.buffers), default=1),
+            "buffers": [
+                [made.node.name, buffer.start, buffer.end, offset, buffer.size]
+                for made, buffer, offset in rows
+            ],
+        }
+
+
+def plan_memory(
+    program: Program, inputs: Mapping[str, Tensor], in_place: bool = True
+) -> MemoryPlan:
+    """Plans for inputs of these shapes, calls in the graph's order. Without `in_place` every result that is
+    no view is a new buffer."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    found, sharing = survey(program, inputs), Sharing()
+    if in_place:
+        sharing = share(calls, found)
+        found = survey(program, inputs, sharing.in_place)
+    buffers = buffers_of(calls, found)
+    packed = pack(buffers, seconds=SECONDS)
+    offsets = dict(zip(found.made, packed.offsets, strict=True))
+    return MemoryPlan(found, sharing, tuple(buffers), packed, offsets)
+
+
+def buffers_of(calls: Sequence[fx.Node], found: Survey) -> list[Buffer]:
+    """The buffers of a survey: each lives from the call that makes it through the last that reads it.
+
+    What the output reads lives to the end.
+    """
+    step = {node: index for index, node in enumerate(calls)}
+    return [
+        Buffer(
+            step[made.node],
+            1 + max([step[made.node], *(step.get(reader, len(calls)) for reader in made.readers)]),
+            -(-made.size // LINE) * LINE,
+        )
+        for made in found.made.values()
+    ]

@@ -1,0 +1,143 @@
+"""Which results are written where an argument lies that nothing reads afterwards, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.ops.record import operator_of
+from ..ir.program import call_arguments
+from .survey import Survey, number
+
+
+@dataclass
+class Sharing:
+    """What was decided for one order of the calls."""
+
+    in_place: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    refused: dict[tuple[fx.Node, int], list[str]] = field(default_factory=dict)
+    """For results that are not, what is wrong with each argument that the operator might overwrite."""
+
+
+def share(nodes: list[fx.Node], found: Survey) -> Sharing:
+    """Decides for calls in this order; `found` is a survey of the program with nothing written in place.
+
+    Torch says of an operator of its own that it is pointwise, an operator of einfold's says what it may
+    overwrite (`Operator.overwrites`).
+    """
+    sharing = Sharing()
+    place = {node: index for index, node in enumerate(nodes)}
+    for node in nodes:
+        taken: set[int] = set()
+        for at, names in enumerate(candidates(node)):
+            reasons = []
+            for argument in names:
+                reason = why_not(node, at, argument, found) or _still_read(
+                    node, argument, found, place, taken
+                )
+                if not reason:
+                    sharing.in_place[node, at] = argument
+                    taken.add(number(found.values[argument]))
+                    break
+                reasons.append(reason)
+            if reasons and (node, at) not in sharing.in_place:
+                sharing.refused[node, at] = reasons
+    return sharing
+
+
+def candidates(node: fx.Node) -> list[list[fx.Node]]:
+    """For each result the arguments that it might be written over, by what the operator says of itself."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    kind = operator_of(target)
+    if kind is not None:
+        given = call_arguments(node) if kind.overwrites else {}
+        return [[given[name] for name in names] for names in kind.overwrites]
+    if torch.Tag.pointwise in target.tags:
+        return [[each for each in node.args if isinstance(each, fx.Node)]]
+    return []
+
+
+def whole(node: fx.Node, found: Survey) -> list[list[int]]:
+    """For each result the storages of its size that it can replace where nothing else reads them."""
+    over = []
+    for at, arguments in enumerate(candidates(node)):
+        new = found.of(found.results(node)[at])
+        fit = [each for each in arguments if new and not why_not(node, at, each, found)]
+        olds = [number(found.values[each]) for each in fit]
+        over.append([old for old in olds if new and found.made[old].size == new.size])
+    return over
+
+
+def why_not(node: fx.Node, at: int, argument: fx.Node, found: Survey) -> str:
+    """Why a result can never be written where an argument lies; "" where it can once that is not read."""
+    old = found.values[argument]
+    if not isinstance(old, Tensor):
+        return "is no tensor"
+    new = found.results(node)[at]
+    if found.of(old) is None:
+        return "is an input or a weight"
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        return "has another shape or type"
+    if _repeats(old):
+        return "has elements that lie over each other"
+    for other in _read_of(node, old, found):
+        if not _same(other, old) and not apart(other, old):
+            return "lies across another argument"
+    return ""
+
+
+def _still_read(
+    node: fx.Node,
+    argument: fx.Node,
+    found: Survey,
+    place: Mapping[fx.Node, int],
+    taken: set[int],
+) -> str:
+    old = found.values[argument]
+    if number(old) in taken:
+        return "is taken by another result"
+    readers = found.made[number(old)].readers
+    later = [each for each in readers if place.get(each, len(place)) > place[node]]
+    for reader in later:
+        read = [] if found.looks(reader) else _read_of(reader, old, found)
+        if not all(apart(each, old) for each in read):
+            return "is read later"
+    return ""
+
+
+def _read_of(node: fx.Node, old: Tensor, found: Survey) -> Iterator[Tensor]:
+    """What a node reads of the storage that holds a value."""
+    for source in node.all_input_nodes:
+        yield from (each for each in found.results(source) if number(each) == number(old))
+
+
+def _repeats(tensor: Tensor) -> bool:
+    return any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())
+
+
+def apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of a storage share no element: slices of the same rows, such as a gate and its up.
+
+    Where it says so, it is so; of other forms it says nothing.
+    """
+    if a.dtype != b.dtype or (a.shape, a.stride()) != (b.shape, b.stride()):
+        return False
+    sizes = sorted((s, n) for n, s in zip(a.shape, a.stride(), strict=True) if n > 1)
+    block = 1
+    while sizes and sizes[0][0] == block:
+        block *= sizes.pop(0)[1]
+    distance = abs(int(a.storage_offset()) - int(b.storage_offset()))
+    if not sizes:
+        return distance >= block
+    row = sizes[0][0]
+    rows = all(stride % row == 0 for stride, _ in sizes)
+    return rows and block <= distance % row <= row - block

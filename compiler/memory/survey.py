@@ -1,0 +1,161 @@
+"""What a program allocates while it runs: torch's own answer, from a run on the meta device at given sizes.
+
+A view shares the storage of what it looks at, and a reshape that must copy does not: who shares memory with
+whom, and how many bytes there are, is read off the storages of a run that computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.interpreter import Interpreter
+from ..ir.ops.record import OPERATORS
+from ..ir.program import Program
+
+META = torch.device("meta")
+
+#: For a call and one of its results, the argument in whose memory that is written.
+InPlace = Mapping[tuple[fx.Node, int], fx.Node]
+
+
+@dataclass
+class Made:
+    """A storage that a call allocates."""
+
+    node: fx.Node
+    tensor: Tensor
+    """The result that brought it. It keeps the storage alive, and so its number."""
+    readers: set[fx.Node] = field(default_factory=set)
+    """What reads it, through views or not; the program's output among them."""
+
+    @property
+    def size(self) -> int:
+        return self.tensor.untyped_storage().nbytes()
+
+
+@dataclass
+class Survey:
+    """One run: what was allocated, and what every node gave."""
+
+    made: dict[int, Made] = field(default_factory=dict)
+    """By the numbers of storages, in the order of the calls."""
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def of(self, tensor: Tensor) -> Made | None:
+        """What holds a tensor; None where it is an input's or a weight's."""
+        return self.made.get(number(tensor))
+
+    def results(self, node: fx.Node) -> list[Tensor]:
+        """The tensors among what a node gave."""
+        return [*tensors(self.values[node])]
+
+    def reads(self, node: fx.Node) -> set[int]:
+        """The storages, of those that were allocated, that a node reads."""
+        given = [each for source in node.all_input_nodes for each in self.results(source)]
+        return {number(each) for each in given} & self.made.keys()
+
+    def looks(self, node: fx.Node) -> bool:
+        """Whether a call reads no element of what it is given: its results are views of that."""
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or (schema is not None and schema.is_mutable):
+            return False
+        given = {number(e) for source in node.all_input_nodes for e in self.results(source)}
+        results = {number(each) for each in self.results(node)}
+        return bool(results) and results <= given
+
+    def wrote(self, node: fx.Node) -> set[int]:
+        """The storages that a node allocated."""
+        given = {number(each) for each in self.results(node)} & self.made.keys()
+        return {each for each in given if self.made[each].node is node}
+
+
+class _Shapes(Interpreter):
+    """Runs a program on the meta device, where an operator of einfold's gives what its shapes say."""
+
+    def __init__(self, program: Program, in_place: InPlace) -> None:
+        shapes = {kind.overload(): kind.standing_in(kind.shapes) for kind in OPERATORS.values()}
+        super().__init__(program, instead=shapes, device=META)
+        self.found = Survey()
+        self._in_place = in_place
+        self._given: set[int] = set()
+
+    def weight(self, name: str) -> Tensor:
+        weight = self.program.weights[name]
+        return torch.empty(weight.shape, dtype=weight.dtype, device=META)
+
+    def evaluate(
+        self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]
+    ) -> Any:
+        value = super().evaluate(node, values, inputs)
+        found = self.found
+        if node.op == "call_function":
+            value = self._put_in_place(node, value)
+            for each in tensors(value):
+                if number(each) not in self._given:
+                    found.made.setdefault(number(each), Made(node, each))
+        else:
+            self._given |= {number(each) for each in tensors(value)}
+        found.values[node] = value
+        for read in found.reads(node):
+            found.made[read].readers.add(node)
+        return value
+
+    def _put_in_place(self, node: fx.Node, value: Any) -> Any:
+        several = isinstance(value, (tuple, list))
+        results = list(value) if several else [value]
+        for at in range(len(results)):
+            if (node, at) in self._in_place:
+                results[at] = self.found.values[self._in_place[node, at]]
+        return tuple(results) if several else results[0]
+
+
+def survey(
+    program: Program, inputs: Mapping[str, Tensor], in_place: InPlace | None = None
+) -> Survey:
+    """Runs a program on inputs of these shapes, results written in place where that says so."""
+    shapes = _Shapes(program, in_place or {})
+    shapes.run({name: each.to(META) for name, each in inputs.items()})
+    found = shapes.found
+    for read in found.reads(program.output):
+        found.made[read].readers.add(program.output)
+    return found
+
+
+def inputs_at(program: Program, dims: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inputs of a program, of no more than shapes, with dims such as B, S, C, N given as numbers."""
+    return {
+        str(node.target): torch.empty(
+            [program.shapes.evaluate(size, dims) for size in node.meta["val"].shape],
+            dtype=node.meta["val"].dtype,
+            device=META,
+        )
+        for node in program.placeholders()
+    }
+
+
+def step_dims(program: Program, rows: int, new: int) -> Mapping[str, int]:
+    """The named sizes of a step of `new` tokens a row that ends at the end of the context, logits behind each
+    row. Where there is no cache, rows of the model's input."""
+    context = program.model.context or new
+    slots = {} if program.layout is None else program.layout.slot_dims(context, context)
+    return defaultdict(lambda: context, {"B": rows, "S": new, "N": rows} | slots)
+
+
+def number(tensor: Tensor) -> int:
+    """What a tensor's storage is known by, as long as it is alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a node gave."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors(each)

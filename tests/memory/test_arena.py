@@ -1,0 +1,218 @@
+"""Every architecture runs in the arena: the same numbers, places that hold, and no allocation in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import einfold
+from einfold.compiler.codegen.reference.arena import KEPT, InArena
+from einfold.compiler.driver import load_weights, open_model, trace
+from einfold.compiler.ir.interpreter import Interpreter
+from einfold.compiler.ir.ops.record import in_place
+from einfold.compiler.ir.program import Program
+from einfold.compiler.memory.buffers import fault
+from einfold.compiler.memory.expand import expand
+from einfold.compiler.memory.order import STATES, Search
+from einfold.compiler.memory.planning import plan_memory
+from einfold.compiler.memory.survey import inputs_at, survey
+from einfold.compiler.recipe import Recipe
+
+from .. import models
+from ..greedy import all_logits
+from ..programs import program
+
+ARCHITECTURES = [*models.CONFIGS, *models.SHARING]
+
+#: Steps: a token, a chunk, three rows, a row that has logits behind each token.
+STEPS = [(1, 1, 1), (1, 40, 1), (3, 17, 7), (1, 5, 5)]
+
+
+@cache
+def traced(folder: Path) -> Program:
+    model = open_model(folder)
+    load_weights(model)
+    found, _ = trace(model, Recipe.model_validate({"target": "reference"}))
+    return found
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    folder = tmp_path_factory.getbasetemp() / f"arena-{request.param}"
+    if not folder.exists():
+        models.save(request.param, folder)
+    return traced(folder)
+
+
+every_architecture = pytest.mark.parametrize("compiled", ARCHITECTURES, indirect=True)
+
+
+def shapes(found: Program, rows: int, new: int, logits: int, slots: int = 64) -> dict[str, Tensor]:
+    layout = found.layout
+    assert layout is not None
+    sizes = {"B": rows, "S": new, "N": logits} | layout.slot_dims(slots, slots)
+    return inputs_at(found, sizes)
+
+
+def filled(asked: Mapping[str, Tensor], rows: int, new: int) -> dict[str, Tensor]:
+    """Tokens behind four others, over caches of random numbers."""
+
+    def fill(name: str, like: Tensor) -> Tensor:
+        if like.dtype.is_floating_point:
+            return torch.randn(like.shape)
+        if name == "position_ids":
+            return (torch.arange(new) + 4).expand(like.shape).clone()
+        below = {"input_ids": models.VOCABULARY, "logit_rows": rows * new}
+        return torch.randint(below.get(name, 5), like.shape)  # else a counter: some slots are used
+
+    torch.manual_seed(1)
+    return {name: fill(name, like) for name, like in asked.items()}
+
+
+def copied(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in given.items()}
+
+
+@every_architecture
+def test_the_numbers_are_the_same_bit_by_bit(compiled: Program) -> None:
+    arena, plain = InArena(compiled), Interpreter(compiled, instead=in_place())
+    for rows, new, logits in [*STEPS, STEPS[0]]:
+        given = filled(shapes(compiled, rows, new, logits), rows, new)
+        here, there = copied(given), copied(given)
+        found, expected = arena.run(here), plain.run(there)
+        for name in expected:
+            assert torch.equal(found[name], expected[name]), (name, rows, new)
+        for name in given:  # the caches, in place
+            assert torch.equal(here[name], there[name]), name
+
+
+@every_architecture
+def test_the_arena_is_as_large_as_what_is_live(compiled: Program) -> None:
+    """Of the graph with its operators whole, and of what the reference runs."""
+    for rows, new, logits in STEPS[:3]:
+        asked = shapes(compiled, rows, new, logits)
+        for found in (compiled, expand(compiled, asked)):
+            plan = plan_memory(found, asked)
+            assert plan.arena == plan.bound
+            assert not fault(plan.buffers, plan.packed.offsets, plan.arena)
+            assert plan.arena <= plan_memory(found, asked, in_place=False).arena
+
+
+@every_architecture
+def test_the_order_that_stays_is_the_best_there_is(compiled: Program) -> None:
+    calls = [node for node in compiled.graph.nodes if node.op == "call_function"]
+    search = Search(calls, compiled.output, survey(compiled, shapes(compiled, 1, 40, 1)))
+    own, best = search.first(), search.exact(STATES)
+    for at in range(len(calls)):
+        own = search.run(own, at)
+    assert best is not None and own.peak == best.peak
+
+
+def allocations(run: Callable[[], Any]) -> list[tuple[str, int]]:
+    """What torch allocates in a run, its second: by which operator, and how many bytes."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    return [
+        (event.name, event.self_cpu_memory_usage)
+        for event in found.events() or ()
+        if event.self_cpu_memory_usage > 0 and event.name != "[memory]"
+    ]
+
+
+#: Bytes of a number that torch makes of one of Python's, such as the epsilon of a norm.
+NUMBER = 8
+
+
+@pytest.mark.parametrize("compiled", ["llama", "gemma2", "gpt2", "gpt_neox"], indirect=True)
+def test_a_step_allocates_nothing(compiled: Program) -> None:
+    """But for layer norms: torch has no form of them that is given where to write."""
+    asked = shapes(compiled, 1, 1, 1)
+    given = filled(asked, 1, 1)
+    arena, plain = InArena(compiled), Interpreter(compiled, instead=in_place())
+    assert sum(size for _, size in allocations(lambda: plain.run(given))) > 10_000
+    norms = [*expand(compiled, asked).nodes(torch.ops.aten.native_layer_norm.default)]
+    left = [size for _, size in allocations(lambda: arena.run(given)) if size > NUMBER]
+    assert left == [4 * compiled.model.hidden] * len(norms)
+
+
+@pytest.mark.parametrize("compiled", ["mixtral"], indirect=True)
+def test_what_asks_for_values_allocates_and_gives_the_same(compiled: Program) -> None:
+    """An expert sees the tokens that chose it, so that their number is known only when they run."""
+    found = expand(compiled, shapes(compiled, 1, 5, 1))
+    left = {str(node.target) for node in found.graph.nodes if "einfold" in str(node.target)}
+    assert left == {"einfold.experts.default"}
+
+
+def test_one_arena_serves_all_shapes() -> None:
+    found = program("""
+        input %x "x" : f32[B, 16]
+        call %a = aten.exp.default(%x) : f32[B, 16]
+        call %b = aten.neg.default(%x) : f32[B, 16]
+        call %c = aten.mul.Tensor(%a, %b) : f32[B, 16]
+        output "c" = %c
+    """)
+    arena = InArena(found)
+    sizes = []
+    for rows in (2, 8, 2, *range(1, KEPT + 3), 8):
+        x = torch.full((rows, 16), 0.5)
+        given = arena.run({"x": x})["c"]
+        assert torch.equal(given, x.exp() * x.neg())
+        sizes.append(arena.nbytes)
+    assert sizes[:3] == [2 * 2 * 64, 2 * 8 * 64, 2 * 8 * 64]
+    assert sizes[-1] == 2 * (KEPT + 2) * 64
+
+
+def test_views_that_in_place_are_none_are_copied() -> None:
+    """The sum is written over a part of wider rows, which cannot be read as one row."""
+    found = program("""
+        input %x "x" : f32[4, 6]
+        call %a = aten.exp.default(%x) : f32[4, 6]
+        call %split = aten.split_with_sizes.default(%a, [3, 3], -1) : (f32[4, 3], f32[4, 3])
+        call %left = builtin.getitem(%split, 0) : f32[4, 3]
+        call %right = builtin.getitem(%split, 1) : f32[4, 3]
+        call %total = aten.add.Tensor(%left, %right) : f32[4, 3]
+        call %flat = aten.reshape.default(%total, [12]) : f32[12]
+        call %b = aten.neg.default(%flat) : f32[12]
+        output "b" = %b
+    """)
+    x = torch.randn(4, 6)
+    expected = -(x.exp()[:, :3] + x.exp()[:, 3:]).flatten()
+    assert torch.equal(InArena(found).run({"x": x})["b"], expected)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"quant": {"method": "kivi", "group": 8, "residual": 16, "slack": 8}},
+        {"prune": {"method": "streaming_llm", "sinks": 1, "recent": 20, "slack": 10}},
+        {"share": {"method": "minicache", "start": 0}},
+    ],
+    ids=["packed", "pruned", "shared"],
+)
+def test_over_every_form_of_cache(cache: dict[str, Any], tmp_path: Path) -> None:
+    """Prompts in chunks, moves between steps, and single tokens: all logits are those without the arena."""
+    out = tmp_path / "out"
+    recipe = {"target": "reference", "cache": cache}
+    einfold.compile(models.build("llama"), out, recipe=recipe, check=False)
+    text = torch.randint(3, models.VOCABULARY, (90,)).tolist()
+    model = einfold.load(out, chunk=32)
+    runner: Any = model.engine.runner
+
+    def run() -> list[Any]:
+        written = model.generate(text, max_new_tokens=20, ignore_eos=True).tokens
+        return [all_logits(model, text), written]
+
+    assert isinstance(runner.interpreter, InArena)
+    found = run()
+    runner.interpreter = Interpreter(runner.program, instead=in_place())
+    for here, there in zip(found, run(), strict=True):
+        np.testing.assert_array_equal(here, there)
