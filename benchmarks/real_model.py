@@ -11,7 +11,6 @@ They are made once, in the benchmarks' cache folder (1.1 GB), and never come int
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .fetch import FetchError, Package, cache_folder
+from .fetch import FetchError, Package, cache_folder, publish
 
 NAME = "smollm2-135m"
 OFF_GRID = f"{NAME}-off-grid"
@@ -45,7 +44,7 @@ def folder(name: str = NAME) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made = Path(scratch) / name
         _write(made, name == OFF_GRID)
-        os.rename(made, out)
+        publish(made, out)
     return out
 
 

@@ -277,6 +277,7 @@ def trace(
     tell = progress or (lambda text, share: None)
     tell("tracing the model", 0.0)
     records = []
+    recipe = recipe.settled(reads_text(model))
     for program, passes in captured(model, recipe, check, tell):
         reads = model.pair is not None and program.encoder is None
         manager = PassManager(
@@ -289,6 +290,11 @@ def trace(
             records.append(replace(record, name=f"encoder: {record.name}") if reads else record)
     _check_layout(program, recipe)
     return program, records
+
+
+def reads_text(model: Input) -> bool:
+    """Whether weights can be solved on a text that is read through the model."""
+    return model.kind == "causal_lm" and model.part is None
 
 
 def _encoding(model: Input, recipe: Recipe, check: Check | None) -> list[Pass]:
@@ -418,6 +424,7 @@ def compile_to(
     The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
     """
     check_output(out, force)  # before anything long is begun
+    recipe = recipe.settled(reads_text(model))
     recipe.made_for.check_installed()
     if dump is not None:
         check_dump(dump, out)

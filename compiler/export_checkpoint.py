@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..errors import ModelError, RecipeError, UnsupportedError
 from .artifact import check_output, staged
 from .codegen.target import Progress
-from .driver import Input, calibrate, captured, load_weights
+from .driver import Input, calibrate, captured, load_weights, reads_text
 from .frontend import tokens
 from .frontend.coded_groups import pack_words
 from .ir.interrupts import tracing
@@ -30,6 +30,7 @@ from .ir.weights import Weight, WeightStore, derive
 from .ir.weights_file import write_weights
 from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
+from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .pipeline import PassManager, raising_passes
 from .recipe import Recipe
 
@@ -64,7 +65,7 @@ def export_checkpoint(
             f"{model.source.location} is no causal language model by itself: only those are written as a "
             "checkpoint in codes"
         )
-    linears = _linears(model.structure())
+    linears, recipe = _linears(model.structure()), recipe.settled(reads_text(model))
     _check_recipe(model, recipe, linears)
     tell = progress or (lambda text, share: None)
     tell("loading weights", 0.0)
@@ -134,7 +135,12 @@ def _without_embedding(recipe: Recipe) -> Recipe:
 
 def _passes(model: Input, recipe: Recipe) -> list[Pass]:
     chosen = recipe.weight_passes(model.schemes)
-    ours = [step for step in chosen if step.name != "explicit_zeros"]
+    ours = [
+        # Norms are written as they came.
+        replace(step, divide=False) if isinstance(step, QuantizeWeights) else step
+        for step in chosen
+        if step.name != "explicit_zeros"
+    ]
     return [*raising_passes(), *ours, Simplify()]
 
 

@@ -29,7 +29,14 @@ from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.method_text import read_method
-from .passes.weight_methods import read_weights, scheme_of, solver_of, spelled_out
+from .passes.weight_methods import (
+    BEST,
+    read_weights,
+    scheme_of,
+    settled,
+    solver_of,
+    spelled_out,
+)
 from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .solve.round_to_nearest import RoundToNearest
@@ -72,8 +79,10 @@ class WeightsSection(_Section):
     """Storage of the output head, and of an embedding that shares its weight, in formats of few bits."""
     embedding: bool = True
     """Whether embeddings that stand alone are quantized too."""
-    solver: dict[str, Any] | None = None
-    """What decides the codes, and its options; weights are rounded to nearest where it is not given."""
+    solver: dict[str, Any] | str | None = None
+    """What decides the codes, and its options; weights are rounded to nearest where it is not given. "best":
+    gptq for causal language models, through which a text can be read, and to nearest for all else; it is what
+    int4 has where nothing but its name is said, and then blocks of 128 with zero points, the head too."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
@@ -117,7 +126,9 @@ class WeightsSection(_Section):
         scheme = self.scheme
         if scheme is None:
             return []
-        solver = solver_of(self.solver or {"method": RoundToNearest.name})
+        solver = solver_of(
+            self.solver if isinstance(self.solver, dict) else {"method": RoundToNearest.name}
+        )
         return [QuantizeWeights(scheme, self._head(), solver, self.embedding)]
 
     def _head(self) -> Scheme | None:
@@ -312,6 +323,13 @@ class Recipe(_Section):
             if first["type"] == "value_error":
                 raise RecipeError(f"{where}: {first['ctx']['error']}") from error
             raise RecipeError(f"{where}: {key}: {first['msg']}, found {given}") from error
+
+    def settled(self, reads: bool) -> Recipe:
+        """The recipe for a model through which a text can be read, or not: with no solver "best"."""
+        if self.weights.solver != BEST:
+            return self
+        table = settled(self.weights.model_dump(), reads, self.made_for.zero_points)
+        return self.model_copy(update={"weights": WeightsSection.model_validate(table)})
 
     def weight_passes(self, stored: Sequence[Scheme] = ()) -> list[Pass]:
         """The passes over weights that this recipe asks for; `stored` are schemes that weights come in."""

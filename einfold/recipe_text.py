@@ -75,7 +75,10 @@ def _of_weights(section: WeightsSection) -> Iterator[str]:
             if options := format_options(name):
                 shown = ", ".join(f"{k} = {_toml(v)}" for k, v in options.items())
                 yield from _comment(f"Options of {name}: {shown}.")
-    yield from _method("weights.solver", SOLVER_METHODS, section.solver)
+    if isinstance(section.solver, str):
+        yield f"solver = {_toml(section.solver)}"
+    else:
+        yield from _method("weights.solver", SOLVER_METHODS, section.solver)
 
 
 def _method(place: str, known: Mapping[str, Method], table: dict[str, Any] | None) -> Iterator[str]:

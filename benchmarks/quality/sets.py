@@ -59,7 +59,8 @@ _STACK = Row(
 QUICK = (
     _FLOAT,
     _weights("--weights int8", format="int8"),
-    _weights("--weights int4", **_INT4),
+    _weights("--weights int4", format="int4"),
+    _weights("--recipe int4", **_INT4),
     _weights("--recipe int4-exact", 0, **_INT4),
     _weights("--recipe int4-128", format="int4", block=128, head="same"),
     _INT8_CACHE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -27,6 +27,7 @@ class Site:
     more: tuple[Any, ...] = ()
     attention: fx.Node | None = None
     product: fx.Node | None = None
+    embeds: bool = False
 
     @property
     def call(self) -> fx.Node | None:
@@ -83,17 +84,20 @@ def last_hidden(program: Program) -> Site:
 
 def weight_inputs(program: Program) -> list[Site]:
     """The inputs of each linear, by the name of its weight; once of a weight that several read."""
-    return [Site(site.name, site.values) for site in weight_products(program)]
+    return [replace(site, product=None) for site in weight_products(program)]
 
 
 def weight_products(program: Program) -> list[Site]:
     """The same, where who looks computes the product itself."""
     sites: dict[str, Site] = {}
+    embeddings = map(call_arguments, program.nodes(einfold_ops.embedding.default))
+    tables = {str(found["weight_VM"].target) for found in embeddings}
     for node in program.nodes(einfold_ops.linear.default):
         found = call_arguments(node)
         if found["weight_NM"].op == "get_attr":
             name = str(found["weight_NM"].target)
-            site = Site(name, ((f"inputs of {name}", found["x"]),), product=node)
+            values = ((f"inputs of {name}", found["x"]),)
+            site = Site(name, values, product=node, embeds=name in tables)
             sites.setdefault(name, site)
     return list(sites.values())
 

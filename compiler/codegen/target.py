@@ -88,6 +88,11 @@ class Target(BaseModel):
         """What it needs of weights that are stored so; runs behind the passes that the recipe asks for."""
         return []
 
+    @property
+    def zero_points(self) -> bool:
+        """Whether it runs weights whose groups have zero points, however many groups a row has."""
+        return True
+
     def remark(self, scheme: Scheme) -> str:
         """What a person should know of weights that are stored so, such as that no kernel reads them; ""
         where there is nothing to say."""

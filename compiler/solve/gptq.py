@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import CalibrationError
 from ..ir.quant.scheme import Scheme
+from .channels import channel_scales
 from .round_to_nearest import RoundToNearest
 from .solver import SOLVERS, Solved, Solver, by_rows, completed
 
@@ -33,6 +34,7 @@ class GPTQ(Solver):
     drift: how far the target moves to what makes up for the inputs' own errors, 0 (GPTQ) to 1 (GPTAQ). On
     few tokens the whole way fits their noise: on SmolLM2-135M in 4 bits and 4,096 tokens, KL is 0.151 with 0,
     0.142 with 0.5, 0.182 with 1.
+    balance: whether input channels are scaled first, as AWQ does, where a norm can divide by the scales.
 
     Source: Frantar et al. 2022 (section 3), with the static groups of its reference code; the drift from
     GPTAQ (Li et al. 2025). Different from it: the target is moved once, by least squares, before columns are
@@ -41,15 +43,25 @@ class GPTQ(Solver):
 
     damping: float = 0.01
     drift: float = 0.5
+    balance: bool = True
 
     name = "gptq"
     observes = ("input_moments",)
     follows = True
 
+    @property
+    def scales_channels(self) -> bool:
+        return self.balance
+
     def refuses(self, scheme: Scheme) -> str:
         if not scheme.coded.by_itself:
             return f"gptq rounds one weight after the other, and {scheme.coded.name} codes groups as a whole"
         return ""
+
+    def channels(
+        self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        return channel_scales(weight, scheme, statistics["moment"])
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         moment = statistics.get("moment")

@@ -22,10 +22,12 @@ _SLAB = 1 << 21
 
 @dataclass(frozen=True)
 class Solved:
-    """The pieces of a weight in a scheme, and |w - restored|_F / |w|_F where it was measured."""
+    """The pieces of a weight in a scheme, and |w - restored|_F / |w|_F where it was measured. With `channels`
+    [M] it is w times these by column that is stored, and its inputs are to be divided by them."""
 
     pieces: dict[str, Tensor]
     error: float | None = None
+    channels: Tensor | None = None
 
 
 class Solver:
@@ -41,12 +43,24 @@ class Solver:
     """Whether it is given the inputs of the model whose weights were solved before; the original's in both
     places otherwise, which takes half the time."""
 
+    @property
+    def scales_channels(self) -> bool:
+        """Whether it may want input channels scaled, where a norm in front can divide by the scales."""
+        return False
+
     def __str__(self) -> str:
         return show(self)
 
     def refuses(self, scheme: Scheme) -> str:
         """Why it cannot fill a scheme, in a sentence; "" where it can."""
         return ""
+
+    def channels(
+        self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Factors [M] by which columns are multiplied before the weight is stored; None: none. Asked only
+        where a norm can divide by them."""
+        return None
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         """Stores a weight [.., N, M]; `statistics` are what the observers found of its inputs."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 2
+_VERSION = 3
 
-_ERROR = "solver.error"
+_ERROR, _CHANNELS = "solver.error", "solver.channels"
 
 
 class Solving:
@@ -60,14 +61,18 @@ class Solving:
         self._solver = solver
         self._sites = _sites(self._program)
         self._schemes: dict[str, Scheme] = {}
+        self._divided: set[str] = set()
         self._solved: dict[str, Solved] = {}
 
-    def take(self, name: str, scheme: Scheme) -> bool:
-        """Whether a weight can be solved here: whether linears read it, or experts, and nothing else."""
+    def take(self, name: str, scheme: Scheme, divided: bool = False) -> bool:
+        """Whether a weight can be solved here: linears read it, or experts, and nothing but embeddings beside
+        them. `divided`: whether its inputs can be divided by what its channels are multiplied by."""
         site = self._sites.get(name)
         if site is None or (scheme.shared and _of_experts(site)):  # what is shared has no expert
             return False
         self._schemes[name] = scheme
+        if divided and self._solver.scales_channels:
+            self._divided.add(name)
         return True
 
     def at(self, name: str) -> Solved:
@@ -80,7 +85,7 @@ class Solving:
         """Reads the text. Raises CalibrationError where it gives no usable numbers, or a solver none."""
         assert self._program is not None
         if self._schemes:
-            observer = _Solve(self._sites, self._schemes, self._solver)
+            observer = _Solve(self._sites, self._schemes, self._divided, self._solver)
             stream = Stream(self._program, [observer], _EVERY, "solving weights")
             sample = torch.cat((tokens_BS, tokens_BS)) if self._solver.follows else tokens_BS
             found = stream.over(sample, self._folder(tokens_BS), tell)
@@ -92,7 +97,9 @@ class Solving:
     def _folder(self, tokens_BS: Tensor) -> Path:
         """Where solved weights are kept: its name says which model, text, schemes and solver they are of."""
         assert self._program is not None
-        said = sorted(f"{name} {scheme}" for name, scheme in self._schemes.items())
+        said = sorted(
+            f"{name} {scheme} {name in self._divided}" for name, scheme in self._schemes.items()
+        )
         text = [str(_VERSION), str(self._solver), *said, print_program(self._program)]
         digest = blake3("\n".join(text).encode())
         digest.update(tokens_BS.numpy().tobytes())
@@ -110,10 +117,14 @@ class _Solve(Observer):
     name = "solve"
 
     def __init__(
-        self, sites: Mapping[str, Site], schemes: Mapping[str, Scheme], solver: Solver
+        self,
+        sites: Mapping[str, Site],
+        schemes: Mapping[str, Scheme],
+        divided: Collection[str],
+        solver: Solver,
     ) -> None:
         self._sites = {sites[name].name: sites[name] for name in schemes}
-        self._schemes, self._solver = schemes, solver
+        self._schemes, self._divided, self._solver = schemes, divided, solver
         self._observers = [OBSERVERS[name]() for name in solver.observes]
 
     def sites(self, program: Program) -> list[Site]:
@@ -130,8 +141,13 @@ class _Solve(Observer):
 
     def _linear(self, read: bool, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
         x, own = self._x.chunk(2) if self._solver.follows else (self._x, self._x)
-        name = self._site.name
-        solved = self._solve(name, weight_NM, self._observe(own, x))
+        name, inputs, target = self._site.name, own, weight_NM
+        found = self._observe(own, x)
+        channels = self._channels(name, weight_NM, found)
+        if channels is not None:
+            inputs, target = own / channels, weight_NM * channels
+            found = self._observe(inputs, inputs if own is x else x / channels)
+        solved = replace(self._solve(name, target, found), channels=channels)
         self._keep(name, solved)
         if not read:
             return x.new_empty(0)
@@ -142,7 +158,7 @@ class _Solve(Observer):
         half = len(x)
         out[:half], out[half:] = (
             functional.linear(x, weight_NM, bias_N),
-            functional.linear(own, stored, bias_N),
+            functional.linear(inputs, stored, bias_N),
         )
         return out
 
@@ -175,14 +191,22 @@ class _Solve(Observer):
         scheme = self._schemes[name]
         return self._solver.solve(finite(name, weight_NM, scheme), scheme, found)
 
+    def _channels(self, name: str, weight_NM: Tensor, found: Found) -> Tensor | None:
+        scheme = self._schemes[name]
+        finite(name, weight_NM, scheme)
+        return self._solver.channels(weight_NM, scheme, found) if name in self._divided else None
+
     def _keep(self, name: str, solved: Solved) -> None:
         error = torch.tensor(float("nan") if solved.error is None else solved.error)
-        for label, piece in (solved.pieces | {_ERROR: error.double()}).items():
+        told = {_ERROR: error.double()}
+        if solved.channels is not None:
+            told[_CHANNELS] = solved.channels
+        for label, piece in (solved.pieces | told).items():
             self._seen[f"{name}.{label}"] = piece
 
 
 def _sites(program: Program) -> dict[str, Site]:
-    """Where each weight can be solved that linears alone read, or experts."""
+    """Where each weight can be solved that linears read, or experts."""
     found = {site.name: site for site in weight_products(program)}
     found |= {name: site for site in expert_products(program) for name in _weights(site)}
     return {name: site for name, site in found.items() if _read_alike(program, name, site)}
@@ -199,17 +223,18 @@ def _weights(site: Site) -> tuple[str, ...]:
 
 
 def _read_alike(program: Program, name: str, site: Site) -> bool:
-    """Whether nothing else reads a weight than calls of its site's operator. A table that embeds tokens too
-    is read in directions that the head's inputs never take, in which a solver lets it go anywhere."""
+    """Whether nothing else reads a weight than calls of its site's operator, and embeddings."""
     assert site.product is not None
+    known = {site.product.target, einfold_ops.embedding.default}
     reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target == name]
-    return all(user.target is site.product.target for read in reads for user in read.users)
+    return all(user.target in known for read in reads for user in read.users)
 
 
 def _solved(found: Found, name: str, labels: Iterable[str]) -> Solved:
     error = float(found[f"{name}.{_ERROR}"])
     pieces = {label: found[f"{name}.{label}"] for label in labels}
-    return Solved(pieces, None if error != error else error)
+    channels = found.get(f"{name}.{_CHANNELS}")
+    return Solved(pieces, None if error != error else error, channels)
 
 
 def _make_room(folder: Path) -> None:

@@ -238,7 +238,7 @@ def list_passes(recipe: Path | None, options: dict[str, Any], as_json: bool) -> 
     from ..api import resolve_recipe
     from ..compiler.pipeline import language_model_passes
 
-    chosen = resolve_recipe(recipe, **options)
+    chosen = resolve_recipe(recipe, **options).settled(reads=True)
     pipeline = language_model_passes(chosen.weight_passes(), chosen.cache_passes())
     rows: list[dict[str, Any]] = [
         {

@@ -244,3 +244,13 @@ def test_no_network_is_said_with_what_to_do(kept: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(fetch.urllib.request, "urlopen", fail)
     with pytest.raises(fetch.FetchError, match=r"no route to host.*copy a.txt into .*p-1"):
         fetch.Package("p", "p-1.tar.gz", "0").unpacked(("a.txt",))
+
+
+def test_of_two_that_make_a_folder_the_first_one_s_stays(tmp_path: Path) -> None:
+    for name in ("made", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    fetch.publish(tmp_path / "made", tmp_path / "there")
+    assert (tmp_path / "there" / "a.txt").read_text() == "there"
+    with pytest.raises(OSError, match="nowhere"):
+        fetch.publish(tmp_path / "nowhere", tmp_path / "gone")

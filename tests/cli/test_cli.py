@@ -156,8 +156,10 @@ def test_an_estimate_of_the_portable_flavour(text_model: Path, tmp_path: Path) -
     """It stores zero points, and its attention holds all logits."""
     import einfold as package
 
-    options = ("--weights", "int4")
-    made = package.compile(text_model, tmp_path / "a", weights="int4", portable=True, check=False)
+    options = ("--weights", "int4:block=32")
+    made = package.compile(
+        text_model, tmp_path / "a", weights="int4:block=32", portable=True, check=False
+    )
     plain = as_json("estimate", text_model, *options)
     told = as_json("estimate", text_model, *options, "--portable")
     assert told["weights"] == made.manifest.weight_bytes > plain["weights"]

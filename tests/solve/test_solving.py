@@ -79,13 +79,29 @@ def test_the_head_sees_every_token_as_both_models_have_it() -> None:
     torch.testing.assert_close(head["drift"], both - moment, rtol=1e-4, atol=1e-4)
 
 
-def test_a_table_that_a_head_shares_is_solved_without_the_heads_inputs() -> None:
+def test_a_table_that_a_head_shares_is_solved_to_serve_tokens_too() -> None:
     found = program(BODY)
     result = QuantizeWeights(SCHEME, solver=Seen()).run(found)
     assert {note.where for note in result.notes} >= {"w.weight", "e"}
     found.calibrations[0].run(TEXT)
-    want = RoundToNearest().solve(program(BODY).weights["e"].load(), SCHEME, {}).pieces
-    assert torch.equal(found.weights["e.packed"].load(), want["packed"])
+    _, table = Seen.shown
+    assert table.keys() == {"moment"}  # it stays what it is, whatever the head's inputs have become
+    least = float(torch.linalg.eigvalsh(table["moment"]).min())
+    assert least > 0.3 * float(table["moment"].diagonal().median())  # in every direction
+    plain = RoundToNearest().solve(program(BODY).weights["e"].load(), SCHEME, {}).pieces
+    assert not torch.equal(found.weights["e.packed"].load(), plain["packed"])
+
+
+def test_a_table_that_something_else_reads_too_is_solved_without_its_inputs() -> None:
+    scaled = BODY.replace(
+        "    call %h = einfold.embedding(%ids, %e)",
+        "    call %t = aten.mul.Tensor(%e, 2.0) : f32[11, 16]\n    call %h = einfold.embedding(%ids, %t)",
+    )
+    found = program(scaled)
+    QuantizeWeights(SCHEME, solver=Seen()).run(found)
+    found.calibrations[0].run(TEXT)
+    plain = RoundToNearest().solve(program(scaled).weights["e"].load(), SCHEME, {}).pieces
+    assert torch.equal(found.weights["e.packed"].load(), plain["packed"])
     assert [bool(each) for each in Seen.shown] == [True, False]
 
 

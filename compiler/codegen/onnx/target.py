@@ -70,6 +70,10 @@ class Onnx(Target):
         reads = f"no operator of the target onnx reads what {reader.name} chooses"
         return "" if reader.whole else f"{reads}; compile for the target reference"
 
+    @property
+    def zero_points(self) -> bool:
+        return not self.portable  # ONNX packs those of 4 bits across rows
+
     def weight_passes(self, scheme: Scheme | None) -> list[Pass]:
         from ...passes.weight_quant.explicit_zeros import ExplicitZeros
 

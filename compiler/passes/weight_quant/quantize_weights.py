@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,13 @@ WEIGHTS = {
     "embedding": ("weight_VM",),
 }
 
+_NORMS = {
+    einfold_ops.rms_norm.default,
+    einfold_ops.layer_norm.default,
+    einfold_ops.add_rms_norm.default,
+    einfold_ops.add_layer_norm.default,
+}
+
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
@@ -35,6 +43,9 @@ class QuantizeWeights(Pass):
     Before: `%y = linear(%x, %w, %b)`
     After:  `%y = quantized_linear(%x, %w.packed, %w.scales, none, %b, 4, 32)`, with operators,
             `%h = read "w.half" : f16[..]; %w = aten._to_copy(%h, dtype=f32)`, with none.
+
+    Where the solver scales input channels and the linear alone reads a norm, the norm's weights become
+    those that are divided by the scales, unless `divide` is false.
 
     A weight that a head and an embedding share stays one weight: both read the packed form. The head is
     stored as `head` says. A scheme that is nearly exact takes every matrix, the head too, but not norm
@@ -46,6 +57,7 @@ class QuantizeWeights(Pass):
     head: Scheme | None = None
     solver: Solver = field(default_factory=lambda: SOLVERS["round_to_nearest"]())
     embedding: bool = True
+    divide: bool = True
 
     name = "quantize_weights"
     requires = frozenset({"linears raised"})
@@ -64,7 +76,8 @@ class QuantizeWeights(Pass):
         solving = Solving(program, self.solver) if self.solver.observes else None
         if solving is not None:
             program.calibrations.append(solving)
-        store = Store(self.solver, solving, program, result)
+        divide = self.divide and self.solver.scales_channels
+        store = Store(self.solver, solving, program, result, divide)
         if self.scheme.nearly_exact:
             self._every_matrix(program, store)
         else:
@@ -109,9 +122,15 @@ class Store:
     """Stores weights on first use, and has their readers read what was stored."""
 
     def __init__(
-        self, solver: Solver, solving: Solving | None, program: Program, result: PassResult
+        self,
+        solver: Solver,
+        solving: Solving | None,
+        program: Program,
+        result: PassResult,
+        divide: bool = False,
     ) -> None:
         self.solver = solver
+        self.divide = divide
         self.solving = solving
         self.program = program
         self.result = result
@@ -127,7 +146,8 @@ class Store:
         kind = node.target._opname  # type: ignore[union-attr]
         found = call_arguments(node)
         reads = {name: found[name] for name in WEIGHTS[kind]}
-        stored = {name: self._stored(read, scheme) for name, read in reads.items()}
+        norm = norm_in_front(node) if kind == "linear" and self.divide else None
+        stored = {name: self._stored(read, scheme, norm) for name, read in reads.items()}
         (scheme,) = {scheme for scheme, _ in stored.values()}
         if kind not in scheme.operators:
             for read in reads.values():
@@ -156,12 +176,14 @@ class Store:
                 self.wide[read] = scheme.widened(self.editor, pieces, tuple(read.meta["val"].shape))
         return self.wide[read]
 
-    def _stored(self, read: fx.Node, scheme: Scheme) -> tuple[Scheme, dict[str, str]]:
+    def _stored(
+        self, read: fx.Node, scheme: Scheme, norm: fx.Node | None = None
+    ) -> tuple[Scheme, dict[str, str]]:
         name = str(read.target)
         if name not in self.done:
             weight = self.program.weights[name]
             stem = name.removesuffix(".weight")
-            parts = self._solved(name, weight, scheme)
+            parts = self._solved(name, weight, scheme, norm)
             names = {
                 label: self.program.weights.add(f"{stem}.{label}", part)
                 for label, part in parts.items()
@@ -172,7 +194,9 @@ class Store:
             )
         return self.done[name]
 
-    def _solved(self, name: str, weight: Weight, scheme: Scheme) -> Mapping[str, Weight]:
+    def _solved(
+        self, name: str, weight: Weight, scheme: Scheme, norm: fx.Node | None
+    ) -> Mapping[str, Weight]:
         if isinstance(weight, StoredWeight) and weight.scheme == scheme:
             return (
                 weight.pieces
@@ -180,7 +204,10 @@ class Store:
         pieces = scheme.pieces(weight.shape)
         solving = self.solving
         # Of what linears alone do not read, too little is known.
-        taken = solving if solving is not None and solving.take(name, scheme) else None
+        divided = norm is not None
+        taken = solving if solving is not None and solving.take(name, scheme, divided) else None
+        if taken and norm is not None:
+            self._divide(norm, taken, name)
 
         def compute() -> list[Tensor]:
             if taken:
@@ -193,6 +220,48 @@ class Store:
 
         parts = derive([(shape, DTYPES[kind]) for shape, kind in pieces.values()], compute)
         return dict(zip(pieces, parts, strict=True))
+
+    def _divide(self, norm: fx.Node, solving: Solving, name: str) -> None:
+        """Has a norm divide by what the channels of a solved weight are multiplied by."""
+        for read in _weights_of(norm):
+            weight = self.program.weights[str(read.target)]
+
+            def divided(weight: Weight = weight) -> list[Tensor]:
+                channels = solving.at(name).channels
+                return [weight.load() if channels is None else weight.load() / channels]
+
+            (derived,) = derive([(weight.shape, weight.dtype)], divided)
+            with self.editor.before(norm):
+                norm.replace_input_with(read, self.editor.weight(f"{read.target}.divided", derived))
+
+
+def norm_in_front(linear: fx.Node) -> fx.Node | None:
+    """The norm whose result one linear alone reads, where the weights of both are read nowhere else."""
+    value: Any = linear.args[0]
+    while value.target is einfold_ops.select_rows.default and len(value.users) == 1:
+        value = value.args[0]
+    if len(value.users) != 1:
+        return None
+    if value.target is operator.getitem and value.args[1] == 0:  # the other result is the sum
+        value = value.args[0]
+    if value.target not in _NORMS:
+        return None
+    weight, scales = linear.args[1], _weights_of(value)
+    assert isinstance(weight, fx.Node)
+    fit = all(read.meta["val"].shape == weight.meta["val"].shape[1:] for read in scales)
+    return value if fit and all(map(_read_once, (weight, *scales))) else None
+
+
+def _read_once(read: fx.Node) -> bool:
+    """Whether a node reads a weight that only one call reads: no table that tokens are embedded by, say."""
+    reads = [each for each in read.graph.find_nodes(op="get_attr") if each.target == read.target]
+    return read.op == "get_attr" and sum(len(each.users) for each in reads) == 1
+
+
+def _weights_of(norm: fx.Node) -> list[fx.Node]:
+    """The weight of a norm, and its bias where it has one."""
+    found = call_arguments(norm)
+    return [found[name] for name in ("weight", "bias") if name in found]
 
 
 def _head(program: Program) -> fx.Node | None:

@@ -209,9 +209,7 @@ def test_an_artifact_runs_its_weights_by_kernels(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "llama"
-    einfold.compile(
-        model_folder("llama"), out, target="triton", recipe={"weights": {"format": "int4"}}
-    )
+    einfold.compile(model_folder("llama"), out, target="triton", weights="int4:head=int8")
     names = sorted(p.name for p in (out / "kernels").glob("linear*"))
     # The head and the table that is one with it have 8 bits.
     assert names == [

@@ -1,0 +1,85 @@
+"""What a recipe means by weights of which little is said."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import einfold
+from einfold.api import resolve_recipe
+from einfold.compiler.passes.weight_methods import BEST
+from einfold.compiler.recipe import Recipe
+from einfold.recipe_text import recipe_text
+from tests import models
+from tests.encoders import common
+
+SOLVED = {"format": "int4", "block": 128, "symmetric": False, "head": "same"}
+ROUNDED = {"format": "int4", "block": 32, "symmetric": True, "head": "int8", "solver": None}
+
+
+def told(recipe: Recipe, reads: bool) -> dict[str, Any]:
+    return recipe.settled(reads).weights.model_dump()
+
+
+@pytest.mark.parametrize("given", ["int4", "int4:solver=best", {"format": "int4"}])
+def test_int4_alone_is_what_is_best_for_the_model(given: Any) -> None:
+    recipe = Recipe.build({"weights": given})
+    assert recipe.weights.solver == BEST
+    found = told(recipe, True)
+    assert found.items() >= SOLVED.items() and found["solver"]["method"] == "gptq"
+    assert told(recipe, False).items() >= ROUNDED.items()
+
+
+@pytest.mark.parametrize("target", ["onnx", "triton"])
+def test_targets_without_zero_points_get_none(target: str) -> None:
+    portable = {"onnx": {"portable": True}} if target == "onnx" else {}
+    found = told(Recipe.build({"weights": "int4", "target": target, **portable}), True)
+    assert found.items() >= (SOLVED | {"symmetric": target == "onnx"}).items()
+
+
+@pytest.mark.parametrize(
+    ("given", "solver"),
+    [
+        ("int4:block=128", None),
+        ("int4:head=int8", None),
+        ("int4:solver=round_to_nearest", "round_to_nearest"),
+        ("gptq:bits=4", "gptq"),
+        ("int8", None),
+        ("int3", None),
+        ("fp32", None),
+    ],
+)
+def test_what_is_said_is_what_is_done(given: str, solver: str | None) -> None:
+    recipe = Recipe.build({"weights": given})
+    for reads in (True, False):
+        assert recipe.settled(reads) is recipe
+    named = recipe.weights.solver
+    assert (named["method"] if isinstance(named, dict) else named) == solver
+
+
+def test_best_beside_other_options_leaves_them() -> None:
+    found = told(Recipe.build({"weights": "int3:solver=best,block=64"}), True)
+    assert found["solver"]["method"] == "gptq"
+    assert (found["format"], found["block"], found["head"]) == ("int3", 64, "int8")
+
+
+def test_it_is_written_and_read_again() -> None:
+    recipe = Recipe.build({"weights": "int4"})
+    text = recipe_text(recipe)
+    for again in (Recipe.build(tomllib.loads(text)), resolve_recipe(recipe)):
+        assert again.weights == recipe.weights and told(again, True).items() >= SOLVED.items()
+
+
+def test_a_language_model_is_solved_and_an_encoder_rounded(tmp_path: Path) -> None:
+    folder = models.save("llama", tmp_path / "model")
+    made = einfold.compile(
+        folder, tmp_path / "a", weights="int4", recipe={"calibration": {"tokens": 256}}
+    )
+    assert made.manifest.recipe["weights"]["solver"]["method"] == "gptq"
+    assert "256 tokens of a text that the model wrote" in made.calibration
+    encoder = common.save("bert", tmp_path / "encoder")
+    made = einfold.compile(encoder, tmp_path / "b", weights="int4")
+    assert made.manifest.recipe["weights"]["solver"] is None
