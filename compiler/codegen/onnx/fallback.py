@@ -20,10 +20,13 @@ from .lowerings import OPSET, Context, unsupported
 
 
 def lower_by_torch(
-    context: Context, node: fx.Node, meaning: Callable[..., Any] | None = None
+    context: Context,
+    node: fx.Node,
+    meaning: Callable[..., Any] | None = None,
+    part: str = "",
 ) -> ir.Value | list[ir.Value]:
     """Exports a module of this one call and takes its nodes over; of `meaning`, where that says in torch what
-    an operator of einfold computes.
+    an operator of einfold computes, or a `part` of it.
 
     Raises UnsupportedError, naming the operator, where torch has no translation either.
     """
@@ -33,7 +36,7 @@ def lower_by_torch(
     if len(sources) != len(node.all_input_nodes):
         raise unsupported(node, "it takes a size that is known only at run time")
     try:
-        model = _exported(context, node, sources, meaning)
+        model = _exported(context, node, sources, meaning, part)
     except Exception as error:
         pass_on(error)
         raise unsupported(node, _reason(error)) from error
@@ -55,13 +58,17 @@ def _reason(error: BaseException) -> str:
 
 
 def _exported(
-    context: Context, node: fx.Node, sources: list[fx.Node], meaning: Callable[..., Any] | None
+    context: Context,
+    node: fx.Node,
+    sources: list[fx.Node],
+    meaning: Callable[..., Any] | None,
+    part: str,
 ) -> ir.Model:
     """The exported call; an equal call on equal types is exported once."""
     describe = context.program.shapes.describe
     args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: describe(n.meta["val"]))
     repeats = tuple(sources.index(source) for source in node.all_input_nodes)
-    key = (str(node.target), str(args), repeats)
+    key = (str(node.target), part, str(args), repeats)
     if key not in context.exported:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,5 @@
-"""What onnxruntime holds of a weight in memory, by its scheme; `nbits.py` has the kernels. Imports no ONNX.
+"""What onnxruntime holds of a weight in memory, by its scheme; `nbits.py` and `k_quants.py` have the kernels.
+Imports no ONNX.
 
 Measured by `benchmarks/weight_formats.py` (onnxruntime 1.31, one AVX2 core, a weight [19456, 896];
 milliseconds of the processor with 1 row and with 128):
@@ -24,6 +25,7 @@ from typing import Any
 
 from ...ir.quant.scheme import Scheme
 from ...ir.quant.schemes.grouped import Grouped
+from ...ir.quant.schemes.k_quants import KQuant
 from ...ir.quant.schemes.microscaling import MXFP4, NVFP4
 from ...ir.quant.schemes.qlora import FP4, NF4
 from ...ir.quant.schemes.small_floats import FP6, FP8
@@ -71,6 +73,7 @@ def _rounded(scheme: Any, exact: bool) -> int:
 #: Bits of a weight in the form that its kernel reads, by scheme; `exact` asks for products in float32.
 _BITS: dict[type[Scheme], Callable[[Any, bool], int]] = {
     Grouped: _grouped,
+    KQuant: lambda scheme, exact: _grouped(Grouped(scheme.bits, scheme.block), exact),
     Ternary: lambda scheme, exact: 2,
     MXFP4: _whole,
     NVFP4: _whole,

@@ -23,6 +23,7 @@ from . import (  # noqa: F401  (these fill the table of lowerings)
     einfold_ops,
     elementwise,
     experts,
+    k_quants,
     nbits,
     quantized,
     sdpa,

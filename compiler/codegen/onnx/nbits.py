@@ -54,12 +54,12 @@ def _product(
             "Reshape", packed, builder.ints(stored.rows, -1, short * codes.bits // 8)
         )
         packed = _first(stored, packed, groups)
-        scales = _spread(stored, scales, groups, block // short)
+        scales = spread(stored, scales, groups, block // short)
     shorter = replace(codes, packed=packed, scales=scales)
     return matmul_nbits(stored.context, x, shorter, bias, short, (stored.rows, stored.width))
 
 
-def _spread(stored: Stored, x: ir.Value, count: int, each: int) -> ir.Value:
+def spread(stored: Stored, x: ir.Value, count: int, each: int) -> ir.Value:
     """[N, G] as [N, count], `each` numbers from one."""
     index = stored.context.builder.constant(np.arange(count) // each, np.int64)
     return stored.op("Gather", x, index, axis=1)
@@ -71,7 +71,8 @@ def _first(stored: Stored, x: ir.Value, count: int) -> ir.Value:
     return stored.op("Slice", x, builder.ints(0), builder.ints(count), builder.ints(1))
 
 
-def _times(stored: Stored, scales: ir.Value, factor: float) -> ir.Value:
+def times(stored: Stored, scales: ir.Value, factor: float) -> ir.Value:
+    """Weights times a number."""
     return (
         scales if factor == 1 else stored.op("Mul", scales, stored.context.builder.floats(factor))
     )
@@ -79,14 +80,18 @@ def _times(stored: Stored, scales: ir.Value, factor: float) -> ir.Value:
 
 @kernel_of(Grouped)
 def grouped(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+    return of_planes(stored, x, bias, _grouped_scales(stored, stored.scheme))
+
+
+def of_planes(stored: Stored, x: ir.Value, bias: ir.Value | None, scales: ir.Value) -> ir.Value:
+    """Integers in planes, as `Grouped` has them, under scales [N, G] in float32."""
     scheme: Grouped = stored.scheme
     block = scheme.block_of(stored.width)
-    scales = _grouped_scales(stored, scheme)
     if scheme.bits == 3:
         return _product(stored, x, bias, block, _three(stored, scales))
     if not scheme.low_bits:
         return _product(stored, x, bias, block, _plain(stored, scales, block))
-    high = _plain(stored, _times(stored, scales, 1 << scheme.low_bits), block)
+    high = _plain(stored, times(stored, scales, 1 << scheme.low_bits), block)
     out = _product(stored, x, bias, block, high)
     low = _product(stored, x, None, block, _low(stored, scales, block))
     return stored.context.builder.op("Add", out, low)
@@ -99,7 +104,7 @@ def _grouped_scales(stored: Stored, scheme: Grouped) -> ir.Value:
     scales = stored.op("Cast", scales, to=_F32)
     if scheme.scales == "f16":
         return scales
-    units = _spread(stored, stored.piece("units"), stored.size("scales"), SUPER)
+    units = spread(stored, stored.piece("units"), stored.size("scales"), SUPER)
     return stored.op("Mul", scales, units)
 
 
@@ -196,7 +201,7 @@ def _levels(
 ) -> ir.Value:
     """Levels that are multiples of `unit`, in 8 bits about 128."""
     block = stored.scheme.block_of(stored.width)
-    of_8 = Codes(codes, _times(stored, scales, unit), None, 8)
+    of_8 = Codes(codes, times(stored, scales, unit), None, 8)
     return _product(stored, x, bias, block, of_8)
 
 

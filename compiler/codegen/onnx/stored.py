@@ -153,7 +153,7 @@ def _by_torch(
     def meaning(*arguments: Any) -> Tensor:
         return meaning_of_pieces(arguments[place], str(scheme), shape)
 
-    found = lower_by_torch(context, node, meaning)
+    found = lower_by_torch(context, node, meaning, names[place])
     assert isinstance(found, ir.Value)
     return found
 

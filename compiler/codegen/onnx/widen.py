@@ -16,6 +16,7 @@ import onnx_ir as ir
 from ...ir.quant.levels import Levels
 from ...ir.quant.scheme import Scheme
 from ...ir.quant.schemes.grouped import SUPER, Grouped
+from ...ir.quant.schemes.k_quants import PLANES, SUPERBLOCK, KQuant
 from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
 from ...ir.quant.schemes.small_floats import FP6
 from ...ir.quant.schemes.ternary import LINE, Ternary
@@ -69,10 +70,14 @@ class Pieces:
         known = self.builder.constant(np.array(numbers, np.float32), np.float32)
         return self.builder.op("Gather", known, index, axis=0)
 
-    def times(self, wide: ir.Value, scales: ir.Value, width: int) -> ir.Value:
-        """[.., G, block] times scales [.., G], as rows [.., width]."""
+    def times(
+        self, wide: ir.Value, scales: ir.Value, width: int, mins: ir.Value | None = None
+    ) -> ir.Value:
+        """[.., G, block] times scales [.., G], less minimums [.., G], as rows [.., width]."""
         builder = self.builder
         values = builder.op("Mul", wide, builder.op("Unsqueeze", scales, builder.ints(-1)))
+        if mins is not None:
+            values = builder.op("Sub", values, builder.op("Unsqueeze", mins, builder.ints(-1)))
         flat = builder.reshape(values, [*self._lead, self.groups * self.block])
         if width == self.groups * self.block:
             return flat
@@ -92,6 +97,16 @@ def widened(
     if isinstance(scheme, Grouped):
         pieces = _pieces(context, scheme, values, lead, width, scheme.block_of(width))
         return pieces.times(_less(pieces, _zeros(pieces)), _grouped_scales(pieces), width)
+    if isinstance(scheme, KQuant):
+        pieces = _pieces(
+            context, scheme, values, lead, -(-width // SUPERBLOCK) * SUPERBLOCK, scheme.block
+        )
+        codes = _less(pieces, context.builder.floats(float(scheme.middle)))
+        scales = _multiplied_out(pieces, "scales", "units", scheme.added)
+        mins = None
+        if scheme.kind.minimums:
+            mins = _multiplied_out(pieces, "mins", "min_units", 0)
+        return pieces.times(codes, scales, width, mins)
     if isinstance(scheme, Ternary):
         pieces = _pieces(context, scheme, values, lead, width, scheme.block or LINE)
         codes = context.builder.op("Sub", pieces.codes("packed", 2), context.builder.floats(2.0))
@@ -139,6 +154,21 @@ def _grouped_scales(pieces: Pieces) -> ir.Value:
     index = builder.constant(np.arange(pieces.groups) // SUPER, np.int64)
     units = builder.op("Gather", pieces.values["units"], index, axis=-1)
     return builder.op("Mul", scales, units)
+
+
+def _multiplied_out(pieces: Pieces, name: str, units: str, added: int) -> ir.Value:
+    """Scales or minimums of K-quants, [.., G]."""
+    builder = pieces.builder
+    high, low = PLANES[pieces.scheme.kind.scale_bits]
+    codes = pieces.of_groups(name, high)
+    if low:
+        codes = builder.op("Mul", codes, builder.floats(float(1 << low)))
+        codes = builder.op("Add", codes, pieces.of_groups(f"low_{name}", low))
+    if added:
+        codes = builder.op("Sub", codes, builder.floats(float(added)))
+    index = builder.constant(np.arange(pieces.groups) * pieces.block // SUPERBLOCK, np.int64)
+    wide = builder.op("Cast", pieces.values[units], to=_F32)
+    return builder.op("Mul", codes, builder.op("Gather", wide, index, axis=-1))
 
 
 def _level_scales(pieces: Pieces) -> ir.Value:

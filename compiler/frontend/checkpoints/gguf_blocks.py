@@ -65,7 +65,7 @@ def _k_quant(scheme: KQuant, rows: Tensor) -> dict[str, Tensor]:
     codes, (scales, mins) = _codes(scheme.bits, parts), _scales(scheme.bits, parts["scales"])
     units = _half(parts["units"])[..., 0]
     return scheme.of_codes(
-        codes.flatten(1).unflatten(-1, (-1, scheme.kind.block)),
+        codes.flatten(1).unflatten(-1, (-1, scheme.block)),
         (scales.flatten(1), units),
         None if mins is None else (mins.flatten(1), _half(parts["min_units"])[..., 0]),
     )

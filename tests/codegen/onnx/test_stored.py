@@ -63,6 +63,11 @@ KERNELS = [
     ("fp8(block=0)", 1),
     ("fp6(block=64)", 1),
     ("fp6(mantissa=2)", 1),
+    ("kquant(bits=2)", 1),
+    ("kquant(bits=3)", 1),
+    ("kquant(bits=4)", 1),
+    ("kquant(bits=5)", 2),
+    ("kquant(bits=6)", 2),
 ]
 
 
@@ -79,7 +84,9 @@ def test_codes_go_through_integer_kernels(text: str, products: int, tmp_path: Pa
         off = float((torch.from_numpy(got) - want).abs().max() / want.abs().max())
         assert off < 0.02
     has = kinds(tmp_path)
-    assert has["MatMulNBits"] == products and not has.keys() & {"Gemm", "MatMul", "FusedMatMul"}
+    minimums = text in ("kquant(bits=2)", "kquant(bits=4)", "kquant(bits=5)")
+    assert has["MatMulNBits"] == products and has["MatMul"] == 2 * minimums
+    assert not has.keys() & {"Gemm", "FusedMatMul"}
     if runtime_bits(read_scheme(text), True, "ort") != WIDE:
         session, _ = build(found, "ort", tmp_path, accuracy=0)
         (got,) = session.run(None, {"x": x.numpy()})
@@ -88,7 +95,9 @@ def test_codes_go_through_integer_kernels(text: str, products: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("text", ["grouped(bits=3)", "nvfp4", "nf4", "grouped(bits=4,scales=f16)"])
+@pytest.mark.parametrize(
+    "text", ["grouped(bits=3)", "nvfp4", "nf4", "grouped(bits=4,scales=f16)", "kquant", "planes"]
+)
 def test_experts_are_read_one_by_one(flavour: str, text: str, tmp_path: Path) -> None:
     """Where a kernel reads the scheme no stack is widened."""
     found = program(BODY)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Weights of a row that share a unit of scales, and one of minimums.
-SUPER = 256
+SUPERBLOCK = 256
 
 #: The smallest unit: so many steps of float16 that rounding it moves no largest scale to another code.
 _LEAST = 2.0**-18
@@ -37,7 +37,7 @@ KINDS = {
 }
 
 #: Codes lie in a plane of high bits and, where these are no whole part of a byte, one of low bits.
-_PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}
+PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}
 
 
 @SCHEMES.register
@@ -72,35 +72,40 @@ class KQuant(Scheme):
         return KINDS[self.bits]
 
     @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        return self.kind.block
+
+    @property
     def high_bits(self) -> int:
         """Bits of a code that lie in `packed`."""
-        return _PLANES[self.bits][0]
+        return PLANES[self.bits][0]
 
     @property
     def low_bits(self) -> int:
         """Bits of a code that lie in `low`."""
-        return _PLANES[self.bits][1]
+        return PLANES[self.bits][1]
 
     def describe(self) -> str:
-        return f"Q{self.bits}_K: {self.bits} bits, block {self.kind.block}"
+        return f"Q{self.bits}_K: {self.bits} bits, block {self.block}"
 
     @property
     def fewest_rows(self) -> int:
-        return 4 * self.kind.block
+        return 4 * self.block
 
     def pieces(self, shape: tuple[int, ...]) -> dict[str, Piece]:
-        lead, supers = shape[:-1], math.ceil(shape[-1] / SUPER)
+        lead, supers = shape[:-1], math.ceil(shape[-1] / SUPERBLOCK)
         block, scale_bits, minimums = self.kind
-        groups = supers * SUPER // block
+        groups = supers * SUPERBLOCK // block
         found: dict[str, Piece] = {
             name: ((*lead, groups, block * bits // 8), "u8")
-            for name, bits in zip(("packed", "low"), _PLANES[self.bits], strict=True)
+            for name, bits in zip(("packed", "low"), PLANES[self.bits], strict=True)
             if bits
         }
         for name, unit in (("scales", "units"), ("mins", "min_units"))[: 1 + minimums]:
             found |= {
                 plane: ((*lead, groups * bits // 8), "u8")
-                for plane, bits in zip((name, f"low_{name}"), _PLANES[scale_bits], strict=True)
+                for plane, bits in zip((name, f"low_{name}"), PLANES[scale_bits], strict=True)
                 if bits
             }
             found[unit] = ((*lead, supers), "f16")
@@ -109,20 +114,20 @@ class KQuant(Scheme):
     def groups(self, rows_RM: Tensor) -> Tensor:
         from ..pack import in_blocks
 
-        whole = in_blocks(rows_RM, SUPER).flatten(1)
-        return in_blocks(whole, self.kind.block)
+        whole = in_blocks(rows_RM, SUPERBLOCK).flatten(1)
+        return in_blocks(whole, self.block)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
         import torch
 
         low, high = groups_RGB.amin(-1, keepdim=True), groups_RGB.amax(-1, keepdim=True)
         if not self.kind.minimums:
-            return {"scales": torch.where(high > -low, high, low) / -self._middle}
+            return {"scales": torch.where(high > -low, high, low) / -self.middle}
         low, high = low.clamp(max=0), high.clamp(min=0)
         return {"scales": (high - low) / ((1 << self.bits) - 1), "mins": -low}
 
     @property
-    def _middle(self) -> int:
+    def middle(self) -> int:
         """The code of 0 where there are no minimums, and nothing where there are."""
         return 0 if self.kind.minimums else 1 << (self.bits - 1)
 
@@ -141,7 +146,7 @@ class KQuant(Scheme):
         """Scales or minimums as codes [R, G], no scale as 0, and their units [R, S] in float16."""
         import torch
 
-        each = SUPER // self.kind.block
+        each = SUPERBLOCK // self.block
         wide = numbers_RG.unflatten(-1, (-1, each))
         units = (wide.abs().amax(-1) / self._most).clamp(_LEAST, 65504.0).half()
         codes = (wide / units.float()[..., None]).round_().clamp_(-self._most, self._most)
@@ -151,15 +156,15 @@ class KQuant(Scheme):
 
     def _meant(self, codes: Tensor, units: Tensor) -> Tensor:
         """The scales or minimums [.., G] that codes stand for."""
-        return codes * units.float().repeat_interleave(SUPER // self.kind.block, dim=-1)
+        return codes * units.float().repeat_interleave(SUPERBLOCK // self.block, dim=-1)
 
     def nearest(self, groups_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
         above = groups_RGB + grid["mins"] if self.kind.minimums else groups_RGB
-        codes = (above / grid["scales"]).add_(self._middle)
+        codes = (above / grid["scales"]).add_(self.middle)
         return codes.round_().clamp_(0, (1 << self.bits) - 1)
 
     def values(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
-        found = (codes_RGB.float() - self._middle) * grid["scales"]
+        found = (codes_RGB.float() - self.middle) * grid["scales"]
         return found - grid["mins"] if self.kind.minimums else found
 
     def pack(self, codes_RGB: Tensor, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,37 +180,37 @@ class KQuant(Scheme):
         """The pieces, from codes and from the codes [R, G] and units [R, S] of scales and minimums."""
         from ..pack import pack_planes
 
-        planes = _PLANES[self.kind.scale_bits]
-        found = pack_planes(codes_RGB, *_PLANES[self.bits], ("packed", "low"))
-        signed = scales[0] + self._added
+        planes = PLANES[self.kind.scale_bits]
+        found = pack_planes(codes_RGB, *PLANES[self.bits], ("packed", "low"))
+        signed = scales[0] + self.added
         found |= pack_planes(signed, *planes, ("scales", "low_scales")) | {"units": scales[1]}
         if mins is not None:
             found |= pack_planes(mins[0], *planes, ("mins", "low_mins")) | {"min_units": mins[1]}
         return found
 
     @property
-    def _added(self) -> int:
+    def added(self) -> int:
         """What is added to codes of scales that have a sign."""
         return 0 if self.kind.minimums else 1 << (self.kind.scale_bits - 1)
 
     def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
-        scales = self._meant(self._unpacked(pieces, "scales") - self._added, pieces["units"])
+        scales = self._meant(self._unpacked(pieces, "scales") - self.added, pieces["units"])
         grid = {"scales": scales[..., None]}
         if self.kind.minimums:
             mins = self._meant(self._unpacked(pieces, "mins"), pieces["min_units"])
             grid["mins"] = mins[..., None]
-        codes = _planes(pieces, ("packed", "low"), self.bits, self.kind.block)
+        codes = _planes(pieces, ("packed", "low"), self.bits, self.block)
         return self.values(codes, grid).flatten(-2)[..., :width]
 
     def _unpacked(self, pieces: Mapping[str, Tensor], name: str) -> Tensor:
-        groups = pieces["units"].shape[-1] * SUPER // self.kind.block
+        groups = pieces["units"].shape[-1] * SUPERBLOCK // self.block
         return _planes(pieces, (name, f"low_{name}"), self.kind.scale_bits, groups).float()
 
 
 def _planes(pieces: Mapping[str, Tensor], names: tuple[str, str], bits: int, count: int) -> Tensor:
     from ..pack import unpack_bits, unpack_planes
 
-    high, low = _PLANES[bits]
+    high, low = PLANES[bits]
     if not low:
         return unpack_bits(pieces[names[0]], high, count)
     return unpack_planes(pieces[names[0]], pieces[names[1]], high, low, count)
