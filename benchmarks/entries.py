@@ -93,7 +93,7 @@ ENTRIES = (
         "einfold int4-128",
         "einfold_engine",
         Form(EINFOLD, ("int4-128",)),
-        "block 128, head in 4 bits too, cache in float32",
+        "what --weights int4 stores: block 128, zero points, head in 4 bits too; cache in float32",
     ),
     Entry(
         "genai int4",

@@ -62,7 +62,7 @@ QUICK = (
     _weights("--weights int4", format="int4"),
     _weights("--recipe int4", **_INT4),
     _weights("--recipe int4-exact", 0, **_INT4),
-    _weights("--recipe int4-128", format="int4", block=128, head="same"),
+    _weights("--recipe int4-128", format="int4", block=128, symmetric=False, head="same"),
     _INT8_CACHE,
     _RAZOR,
     _cache("quant", "kivi", bits=4),
