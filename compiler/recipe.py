@@ -94,7 +94,12 @@ class WeightsSection(_Section):
             data = read_weights(data)
         if not isinstance(data, dict):
             return data
-        return spelled_out(data, {k: field.default for k, field in cls.model_fields.items()})
+        return spelled_out(data, cls.defaults())
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The keys that any format has."""
+        return {key: field.default for key, field in cls.model_fields.items()}
 
     @field_validator("format", "head")
     @classmethod
@@ -330,7 +335,9 @@ class Recipe(_Section):
         """The recipe for a model through which a text can be read, or not: with no solver "best"."""
         if self.weights.solver != BEST:
             return self
-        table = settled(self.weights.model_dump(), reads, self.made_for.zero_points)
+        table = settled(
+            self.weights.model_dump(), WeightsSection.defaults(), reads, self.made_for.zero_points
+        )
         return self.model_copy(update={"weights": WeightsSection.model_validate(table)})
 
     def weight_passes(self, stored: Sequence[Scheme] = ()) -> list[Pass]:

@@ -146,6 +146,12 @@ def writes_cache(node: fx.Node) -> bool:
     return kind is not None and bool(kind.writes)
 
 
+def readers(graph: fx.Graph, name: str) -> list[fx.Node]:
+    """The calls that take a weight of a name; a call is there as often as nodes read the weight for it."""
+    reads = (node for node in graph.find_nodes(op="get_attr") if node.target == name)
+    return [user for read in reads for user in read.users]
+
+
 def call_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by the names of its schema, defaults filled in."""
     target = node.target

@@ -146,7 +146,8 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
     found = {**keys, **table}
     if found["solver"] is not None and "format" not in table:
         found["format"] = _FILLED
-    if table.keys() <= _BARE and found["format"] in _SOLVED:
+    bare = table.keys() <= _BARE and found["format"] in _SOLVED
+    if bare or found["solver"] == {"method": BEST}:
         found["solver"] = BEST
     name = found["format"]
     if name not in PRESETS:
@@ -158,8 +159,6 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"weights has an unknown key {key[:200]!r}; {name} {takes}")
     scheme = scheme_of(name, {key: value for key, value in table.items() if key in known})
     found |= {key: _plain(getattr(scheme, key)) for key in known}
-    if found["solver"] == {"method": BEST}:
-        found["solver"] = BEST
     if isinstance(found["solver"], str) and found["solver"] != BEST:
         found["solver"] = {"method": found["solver"]}
     if isinstance(found["solver"], Mapping):
@@ -172,19 +171,20 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def settled(table: Mapping[str, Any], reads: bool, zero_points: bool) -> dict[str, Any]:
-    """A table that was spelled out, with what the solver `best` stands for in its place. `reads`: whether a
-    text can be read through the model; `zero_points`: whether the target takes any."""
-    if table["solver"] != BEST:
-        return dict(table)
+def settled(
+    table: Mapping[str, Any], keys: Mapping[str, Any], reads: bool, zero_points: bool
+) -> dict[str, Any]:
+    """What a table with the solver `best` stands for; table and keys as `spelled_out` gives and takes them.
+
+    `reads`: whether a text can be read through the model; `zero_points`: whether the target takes any.
+    """
     if not reads:
         return {**table, "solver": None}
-    name = table["format"]
-    usual = format_options(name) | {"head": "int8"}
-    table = {**table, "solver": {"method": "gptq"}}
-    if any(table[key] != value for key, value in usual.items()):
-        return table
-    better = {**_SOLVED.get(name, {})}
+    solved = {**table, "solver": {"method": "gptq"}}
+    bare = spelled_out({key: table[key] for key in _BARE}, keys)
+    if table != bare:
+        return solved
+    better = {**_SOLVED[table["format"]]}
     if not zero_points and "symmetric" in better:
         better["symmetric"] = True
-    return table | better
+    return solved | better

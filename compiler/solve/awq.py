@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
-from .channels import channel_scales
+from .channels import ScalesChannels
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved, Solver
+from .solver import SOLVERS, Solved
 
 
 @SOLVERS.register
 @dataclass(frozen=True)
-class AWQ(Solver):
+class AWQ(ScalesChannels):
     """Scales input channels by a power of their size that a search finds, then rounds to nearest. The norm
     in front of a linear divides by the scales; where no norm is read by it alone, it is rounded as it is.
     Inputs are those of the original model.
@@ -25,16 +25,6 @@ class AWQ(Solver):
     """
 
     name = "awq"
-    observes = ("input_moments",)
-
-    @property
-    def scales_channels(self) -> bool:
-        return True
-
-    def channels(
-        self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        return channel_scales(weight, scheme, statistics["moment"])
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         return RoundToNearest().solve(weight, scheme, statistics)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
 from .round_to_nearest import RoundToNearest
+from .solver import Solver
 
 #: Powers of a channel's size that are tried: 0 to 0.95.
 _POWERS = tuple(step / 20 for step in range(20))
@@ -16,6 +19,21 @@ _ROWS = 512
 
 #: Channels smaller than this share of the largest are taken for as large as that.
 _SMALLEST = 1e-4
+
+
+class ScalesChannels(Solver):
+    """Base of solvers that scale channels by `channel_scales`."""
+
+    observes = ("input_moments",)
+
+    @property
+    def scales_channels(self) -> bool:
+        return True
+
+    def channels(
+        self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        return channel_scales(weight, scheme, statistics["moment"])
 
 
 def channel_scales(weight_NM: Tensor, scheme: Scheme, moment_MM: Tensor) -> Tensor | None:

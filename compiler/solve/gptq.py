@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...errors import CalibrationError
 from ..ir.quant.scheme import Scheme
-from .channels import channel_scales
+from .channels import ScalesChannels
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved, Solver, by_rows, completed
+from .solver import SOLVERS, Solved, by_rows, completed
 
 #: Columns whose errors are handed on together.
 _COLUMNS = 128
@@ -25,7 +25,7 @@ Grid = Mapping[str, Tensor]
 
 @SOLVERS.register
 @dataclass(frozen=True)
-class GPTQ(Solver):
+class GPTQ(ScalesChannels):
     """Rounds column by column; each column's error is spread over those that wait, as the inputs' second
     moments say it is felt least. Columns that weigh most go first (act-order); the grid of each group is
     chosen before, by the weights as they are. Inputs are those of the model whose weights were solved before.
@@ -46,7 +46,6 @@ class GPTQ(Solver):
     balance: bool = True
 
     name = "gptq"
-    observes = ("input_moments",)
     follows = True
 
     @property
@@ -57,11 +56,6 @@ class GPTQ(Solver):
         if not scheme.coded.by_itself:
             return f"gptq rounds one weight after the other, and {scheme.coded.name} codes groups as a whole"
         return ""
-
-    def channels(
-        self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        return channel_scales(weight, scheme, statistics["moment"])
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         moment = statistics.get("moment")

@@ -32,7 +32,7 @@ from ..ir.kept import cache_home
 from ..ir.ops import einfold_ops
 from ..ir.ops.experts import Experts
 from ..ir.printer import print_program
-from ..ir.program import Program
+from ..ir.program import Program, readers
 from ..ir.quant.scheme import Scheme
 from .experts import Stack, halves, run_stored, solve_experts
 from .solver import Solved, Solver, finite
@@ -142,8 +142,10 @@ class _Solve(Observer):
     def _linear(self, read: bool, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
         x, own = self._x.chunk(2) if self._solver.follows else (self._x, self._x)
         name, inputs, target = self._site.name, own, weight_NM
-        found = self._observe(own, x)
-        channels = self._channels(name, weight_NM, found)
+        found, channels = self._observe(own, x), None
+        if name in self._divided:
+            scheme = self._schemes[name]
+            channels = self._solver.channels(finite(name, weight_NM, scheme), scheme, found)
         if channels is not None:
             inputs, target = own / channels, weight_NM * channels
             found = self._observe(inputs, inputs if own is x else x / channels)
@@ -191,11 +193,6 @@ class _Solve(Observer):
         scheme = self._schemes[name]
         return self._solver.solve(finite(name, weight_NM, scheme), scheme, found)
 
-    def _channels(self, name: str, weight_NM: Tensor, found: Found) -> Tensor | None:
-        scheme = self._schemes[name]
-        finite(name, weight_NM, scheme)
-        return self._solver.channels(weight_NM, scheme, found) if name in self._divided else None
-
     def _keep(self, name: str, solved: Solved) -> None:
         error = torch.tensor(float("nan") if solved.error is None else solved.error)
         told = {_ERROR: error.double()}
@@ -226,8 +223,7 @@ def _read_alike(program: Program, name: str, site: Site) -> bool:
     """Whether nothing else reads a weight than calls of its site's operator, and embeddings."""
     assert site.product is not None
     known = {site.product.target, einfold_ops.embedding.default}
-    reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target == name]
-    return all(user.target in known for read in reads for user in read.users)
+    return all(reader.target in known for reader in readers(program.graph, name))
 
 
 def _solved(found: Found, name: str, labels: Iterable[str]) -> Solved:

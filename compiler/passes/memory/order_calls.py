@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ...ir.program import Program, op_name
 from ...memory.order import best_order
 from ...memory.planning import MemoryPlan, plan_memory
-from ...memory.survey import inputs_at, step_dims, survey
+from ...memory.survey import Survey, inputs_at, step_dims
 from ..base import Note, Pass, PassResult, place_of
 
 
@@ -34,20 +34,21 @@ class OrderCalls(Pass):
         result = PassResult()
         new = min(self.tokens, program.model.context or self.tokens)
         inputs = inputs_at(program, step_dims(program, 1, new))
-        plan = plan_memory(program, inputs)
         apart = plan_memory(program, inputs, in_place=False)
-        plan = _reorder(program, inputs, plan, result)
+        plan = _reorder(program, inputs, apart.survey, result)
         result.notes += _notes(plan, f"{new} new tokens", apart.arena)
         return result
 
 
 def _reorder(
-    program: Program, inputs: Mapping[str, Tensor], before: MemoryPlan, result: PassResult
+    program: Program, inputs: Mapping[str, Tensor], found: Survey, result: PassResult
 ) -> MemoryPlan:
     """Puts the calls into a better order, where there is one; gives the plan of the order that stays."""
-    own = [node for node in program.graph.nodes if node.op == "call_function"]
-    order = best_order(program, survey(program, inputs))
+    own = tuple(node for node in program.graph.nodes if node.op == "call_function")
+    before, order = plan_memory(program, inputs), best_order(program, found)
     arrange(program, order.nodes)
+    if order.nodes == own:
+        return before
     after = plan_memory(program, inputs)
     if after.arena < before.arena:
         how = "no order holds less" if order.proved else "the best that a beam found"

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ...analysis.routers import routers
 from ...ir.ops import einfold_ops
-from ...ir.program import Editor, Program, call_arguments, remove_dead_nodes
+from ...ir.program import Editor, Program, call_arguments, readers, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
 from ...ir.stored import StoredWeight
 from ...ir.types import DTYPES
@@ -203,7 +203,7 @@ class Store:
             )  # the codes that it came in: rounded again they could only get worse
         pieces = scheme.pieces(weight.shape)
         solving = self.solving
-        # Of what linears alone do not read, too little is known.
+        # Where it takes none, too little is known of what reads the weight.
         divided = norm is not None
         taken = solving if solving is not None and solving.take(name, scheme, divided) else None
         if taken and norm is not None:
@@ -249,13 +249,12 @@ def norm_in_front(linear: fx.Node) -> fx.Node | None:
     weight, scales = linear.args[1], _weights_of(value)
     assert isinstance(weight, fx.Node)
     fit = all(read.meta["val"].shape == weight.meta["val"].shape[1:] for read in scales)
-    return value if fit and all(map(_read_once, (weight, *scales))) else None
-
-
-def _read_once(read: fx.Node) -> bool:
-    """Whether a node reads a weight that only one call reads: no table that tokens are embedded by, say."""
-    reads = [each for each in read.graph.find_nodes(op="get_attr") if each.target == read.target]
-    return read.op == "get_attr" and sum(len(each.users) for each in reads) == 1
+    # A head whose table embeds tokens too is not alone, say.
+    alone = all(
+        read.op == "get_attr" and len(readers(read.graph, str(read.target))) == 1
+        for read in (weight, *scales)
+    )
+    return value if fit and alone else None
 
 
 def _weights_of(norm: fx.Node) -> list[fx.Node]:
