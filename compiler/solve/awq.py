@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
 from .channels import ScalesChannels
+from .moments import DAMPING, damped
+from .ranges import Grid, fitted
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved
+from .solver import SOLVERS, Solved, by_rows, completed
 
 
 @SOLVERS.register
@@ -20,11 +22,25 @@ class AWQ(ScalesChannels):
     in front of a linear divides by the scales; where no norm is read by it alone, it is rounded as it is.
     Inputs are those of the original model.
 
-    Source: AWQ (Lin et al. 2023, section 3.2). Different from it: each linear has its own scales (queries,
-    keys and values are one), none are folded into another linear's rows, and no weight is clipped.
+    fit: whether a group's levels may cover less than its range, where the inputs say that less is lost so.
+
+    Source: AWQ (Lin et al. 2023, section 3.2), and the search for ranges of its code. Different from it: each
+    linear has its own scales (queries, keys and values are one), and none are folded into another linear's
+    rows; ranges are judged by each channel's mean square, where the code looks at what a product misses.
     """
+
+    fit: bool = True
 
     name = "awq"
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        return RoundToNearest().solve(weight, scheme, statistics)
+        moment = statistics.get("moment")
+        if moment is None or not self.fit:
+            return RoundToNearest().solve(weight, scheme, statistics)
+        codes, importance_M = scheme.coded, damped(moment, DAMPING).diagonal()
+
+        def chosen(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
+            grid = fitted(groups_RGB, codes, importance_M)
+            return codes.nearest(groups_RGB, grid), grid
+
+        return completed(by_rows(weight, codes, chosen), scheme, weight, moment, weight)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...errors import CalibrationError
 from ..ir.quant.scheme import Scheme
 from .channels import ScalesChannels
+from .moments import DAMPING, damped, factorised
+from .ranges import Grid, fitted
 from .round_to_nearest import RoundToNearest
 from .solver import SOLVERS, Solved, by_rows, completed
 
 #: Columns whose errors are handed on together.
-_COLUMNS = 128
+COLUMNS = 128
 
-#: How often damping is raised tenfold where a moment cannot be factorised.
-_TRIES = 4
-
-Grid = Mapping[str, Tensor]
+#: Gives the codes [R, G, B] and the settled grid of groups [R, G, B].
+Choice = Callable[[Tensor], tuple[Tensor, Grid]]
 
 
 @SOLVERS.register
@@ -30,6 +29,7 @@ class GPTQ(ScalesChannels):
     moments say it is felt least. Columns that weigh most go first (act-order); the grid of each group is
     chosen before, by the weights as they are. Inputs are those of the model whose weights were solved before.
 
+    fit: whether a group's levels may cover less than its range, where the inputs say that less is lost so.
     damping: added to the moments' diagonal, as a share of its mean; raised where that is not enough.
     drift: how far the target moves to what makes up for the inputs' own errors, 0 (GPTQ) to 1 (GPTAQ). On
     few tokens the whole way fits their noise: on SmolLM2-135M in 4 bits and 4,096 tokens, KL is 0.151 with 0,
@@ -41,9 +41,10 @@ class GPTQ(ScalesChannels):
     rounded, where the paper corrects column by column.
     """
 
-    damping: float = 0.01
+    damping: float = DAMPING
     drift: float = 0.5
     balance: bool = True
+    fit: bool = True
 
     name = "gptq"
     follows = True
@@ -61,37 +62,29 @@ class GPTQ(ScalesChannels):
         moment = statistics.get("moment")
         if moment is None:  # of a table: nothing is known of its inputs
             return RoundToNearest().solve(weight, scheme, statistics)
-        feedback = _Feedback(moment, self.damping)
+        feedback = Feedback(moment, self.damping)
         target = weight.float()
         if "drift" in statistics and self.drift:
             target = target + self.drift * feedback.made_up(target @ statistics["drift"])
         codes = scheme.coded
-        solved = by_rows(target, codes, lambda groups: feedback.chosen(groups, codes), weight)
-        return completed(solved, scheme, target, moment, weight)
+        choose = self.choice(codes, moment, feedback)
+        return completed(by_rows(target, codes, choose, weight), scheme, target, moment, weight)
+
+    def choice(self, scheme: Scheme, moment_MM: Tensor, feedback: Feedback) -> Choice:
+        """What gives the codes and the grid of some rows."""
+        importance_M = damped(moment_MM, self.damping).diagonal()
+
+        def choose(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
+            if self.fit:
+                grid = fitted(groups_RGB, scheme, importance_M)
+            else:
+                grid = scheme.settle(scheme.grid(groups_RGB))
+            return feedback.chosen(groups_RGB, scheme, grid), grid
+
+        return choose
 
 
-def _factor(moment_MM: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of moments in float64, damped as far as is needed.
-
-    Raises CalibrationError where no damping helps.
-    """
-    mean = float(moment_MM.diagonal().mean()) or 1.0
-    raised = moment_MM.clone()
-    raised.diagonal()[moment_MM.diagonal() == 0] = mean  # of channels that are always 0
-    for attempt in range(_TRIES):
-        damped = raised.clone()
-        damped.diagonal().add_(damping * 10**attempt * mean)
-        found = torch.linalg.cholesky_ex(damped)
-        if not int(found.info):
-            factor: Tensor = found.L
-            return factor
-    raise CalibrationError(
-        "the second moments of a linear's inputs cannot be factorised; a longer calibration text, or more "
-        "damping (solver damping=0.1), gives some that can"
-    )
-
-
-class _Feedback:
+class Feedback:
     """How the error of a column is felt in those that are rounded later, and the order of the columns.
 
     `upper` is the factor U of the inverse moments, UᵀU, in that order.
@@ -101,7 +94,7 @@ class _Feedback:
         self.order = torch.argsort(moment_MM.diagonal(), descending=True, stable=True)
         # From the last column to the first, the factor of the moments is upper, and U its inverse.
         turned = moment_MM.double()[self.order][:, self.order].flip(0, 1)
-        factor = _factor(turned, damping).flip(0, 1)
+        factor = factorised(turned, damping).flip(0, 1)
         unit = torch.eye(len(factor), dtype=factor.dtype)
         self.upper = torch.linalg.solve_triangular(factor, unit, upper=True).float()
 
@@ -111,20 +104,16 @@ class _Feedback:
         found[:, self.order] = products_NM[:, self.order] @ self.upper.T @ self.upper
         return found
 
-    def chosen(self, groups_RGB: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
-        grid = scheme.settle(scheme.grid(groups_RGB))
-        # Columns lie together from here on.
-        wide = {
-            name: part.expand(-1, *groups_RGB.shape[1:]).flatten(1)[:, self.order].T.contiguous()
-            for name, part in grid.items()
-        }
+    def chosen(self, groups_RGB: Tensor, scheme: Scheme, grid: Grid) -> Tensor:
+        """The codes of some rows on a settled grid."""
+        wide = in_columns(grid, groups_RGB, self.order)
         # Columns behind the weight's only fill up its last group: they are 0, and nothing is felt of them.
         codes = scheme.nearest(groups_RGB, grid).flatten(1)
         rest_MR = groups_RGB.flatten(1)[:, self.order].T.contiguous()
         chosen_MR = torch.empty(rest_MR.shape, dtype=codes.dtype)
         width = len(rest_MR)
-        for start in range(0, width, _COLUMNS):
-            stop = min(start + _COLUMNS, width)
+        for start in range(0, width, COLUMNS):
+            stop = min(start + COLUMNS, width)
             errors = torch.empty_like(rest_MR[start:stop])
             for column in range(start, stop):
                 part = {name: each[column, :, None, None] for name, each in wide.items()}
@@ -136,4 +125,13 @@ class _Feedback:
                 rest_MR[column:stop].addr_(self.upper[column, column:stop], off, alpha=-1)
             rest_MR[stop:].addmm_(self.upper[start:stop, stop:].T, errors, alpha=-1)
         codes[:, self.order] = chosen_MR.T
-        return codes.reshape(groups_RGB.shape), grid
+        return codes.reshape(groups_RGB.shape)
+
+
+def in_columns(grid: Grid, groups_RGB: Tensor, order: Tensor) -> dict[str, Tensor]:
+    """The grid of each column [M, R], columns in an order and each one's rows side by side."""
+    shape = groups_RGB.shape[1:]
+    return {
+        name: part.expand(-1, *shape).flatten(1)[:, order].T.contiguous()
+        for name, part in grid.items()
+    }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
-from .solver import SOLVERS, Solved, Solver, by_rows, completed
+from .solver import SOLVERS, Solved, Solver, by_rows, completed, moves_scales
 
 Grid = Mapping[str, Tensor]
 
@@ -37,12 +37,9 @@ class HQQ(Solver):
 
     def refuses(self, scheme: Scheme) -> str:
         codes = scheme.coded
-        scales = codes.grid(torch.ones(2, 2, 16)).get("scales") if codes.by_itself else None
-        if scales is None or scales.shape[:2] != (2, 2):
-            return (
-                f"hqq moves the scales of groups, and {codes.name} has none that a group may choose"
-            )
-        return ""
+        if moves_scales(codes):
+            return ""
+        return f"hqq moves the scales of groups, and {codes.name} has none that a group may choose"
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         codes = scheme.coded

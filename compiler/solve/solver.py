@@ -70,6 +70,12 @@ class Solver:
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
 
 
+def moves_scales(scheme: Scheme) -> bool:
+    """Whether a scheme codes each weight by itself, under a scale that its group may choose."""
+    scales = scheme.grid(torch.ones(2, 2, 16)).get("scales") if scheme.by_itself else None
+    return scales is not None and scales.shape[:2] == (2, 2)
+
+
 def finite(name: str, weight: Tensor, scheme: Scheme) -> Tensor:
     """The weight, to be stored in a scheme. Raises ModelError where no scale can stand for its numbers."""
     if not (scheme.nearly_exact or bool(weight.isfinite().all())):

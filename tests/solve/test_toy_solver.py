@@ -99,6 +99,7 @@ def test_it_is_given_what_its_observer_found() -> None:
 
 def test_an_unknown_solver_is_said_with_those_that_there_are() -> None:
     with pytest.raises(
-        IRError, match="unknown solver 'q'; known: awq, clip, gptq, hqq, round_to_nearest"
+        IRError,
+        match="unknown solver 'q'; known: awq, clip, decoupleq, gptq, hqq, round_to_nearest",
     ):
         SOLVERS.find("q")

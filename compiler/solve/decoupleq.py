@@ -1,0 +1,133 @@
+"""decoupleQ: codes and scales of a weight are decided in turn, each the best for the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..ir.quant.scheme import Scheme
+from .gptq import COLUMNS, GPTQ, Choice, Feedback, in_columns
+from .moments import damped
+from .ranges import Grid
+from .solver import SOLVERS, moves_scales
+
+#: Added to the diagonal of the scales' equations, as a share of its mean.
+_RIDGE = 0.001
+
+
+@SOLVERS.register
+@dataclass(frozen=True)
+class DecoupleQ(GPTQ):
+    """Begins with what `gptq` gives. Then, `rounds` times: the scales that with these codes have the least
+    error in products, by least squares over all groups of a row; and with those the codes, column by column,
+    each the best beside all others as they stand. No row ever gets worse.
+
+    Source: decoupleQ (Guo et al. 2024, sections 3.2 and 3.3). Different from it: zero points are codes, and
+    stay as they are; codes are improved one by one (coordinate descent, as in QuantEase, Behdin et al. 2023)
+    where the paper relaxes them; and blocks are not tuned as a whole.
+    """
+
+    rounds: int = 2
+
+    name = "decoupleq"
+
+    def refuses(self, scheme: Scheme) -> str:
+        codes = scheme.coded
+        if moves_scales(codes):
+            return ""
+        return f"decoupleq moves the scales of groups, and {codes.name} has none that a group may choose"
+
+    def choice(self, scheme: Scheme, moment_MM: Tensor, feedback: Feedback) -> Choice:
+        begin = super().choice(scheme, moment_MM, feedback)
+        product = Product(damped(moment_MM, self.damping), feedback.order, scheme)
+
+        def choose(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
+            codes, grid = begin(groups_RGB)
+            for _ in range(self.rounds):
+                grid = product.scaled(groups_RGB, codes, grid)
+                codes = product.coded(groups_RGB, codes, grid)
+            return codes, grid
+
+        return choose
+
+
+class Product:
+    """What rows lose in a product: e H eᵀ of what a row misses, e, and of the moments H of its inputs."""
+
+    def __init__(self, moment_MM: Tensor, order: Tensor, scheme: Scheme) -> None:
+        self.moment, self.order, self.scheme = moment_MM, order, scheme
+
+    def scaled(self, groups_RGB: Tensor, codes: Tensor, grid: Grid) -> Grid:
+        """The grid with the scales that fit the codes best; a row keeps its own where theirs, settled, are no
+        better."""
+        rows, count, size = groups_RGB.shape
+        scheme, width = self.scheme, len(self.moment)
+        values = scheme.values(codes, grid)
+        # What values grow by as their scale grows by 1: some schemes have weights that no scale moves.
+        twice = scheme.values(codes, {**grid, "scales": 2 * grid["scales"]})
+        levels = ((twice - values) / grid["scales"]).flatten(1)[:, :width]
+
+        def by_group(products_RM: Tensor) -> Tensor:
+            padded = functional.pad(products_RM, (0, count * size - width))
+            sums: Tensor = padded.unflatten(1, (count, size)).sum(-1)
+            return sums
+
+        felt = self._missed(groups_RGB, values) @ self.moment
+        wanted = by_group(felt * levels)
+        normal = torch.empty(rows, count, count)
+        for group in range(count):
+            own = slice(group * size, min(width, (group + 1) * size))
+            normal[:, group] = by_group((levels[:, own] @ self.moment[own]) * levels)
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(torch.float32).tiny
+        step = torch.linalg.solve(normal.double(), wanted.double()).float()[..., None]
+        moved = grid["scales"] + step
+        moved = torch.where(moved * grid["scales"] > 0, moved, grid["scales"])
+        found = scheme.settle({**grid, "scales": moved})
+        better = self.lost(groups_RGB, codes, found) < self.lost(groups_RGB, codes, grid)
+        return {
+            name: torch.where(better[:, None, None], at, grid[name])
+            if len(at) == rows  # else it is of all rows, and stands
+            else at
+            for name, at in found.items()
+        }
+
+    def coded(self, groups_RGB: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+        """The codes after each column took the best one, in turn."""
+        scheme, order = self.scheme, self.order
+        wide = in_columns(grid, groups_RGB, order)
+        values_RM = scheme.values(codes, grid)
+        missed_RM = self._missed(groups_RGB, values_RM)
+        values_MR = values_RM.flatten(1)[:, order].T.contiguous()
+        moment = self.moment[order][:, order]
+        felt_MR = moment @ missed_RM[:, order].T
+        flat = codes.flatten(1).clone()
+        found_MR = flat[:, order].T.contiguous()
+        width = len(moment)
+        for start in range(0, width, COLUMNS):
+            stop = min(start + COLUMNS, width)
+            moved = torch.empty_like(felt_MR[start:stop])
+            for column in range(start, stop):
+                part = {name: each[column, :, None, None] for name, each in wide.items()}
+                wanted = values_MR[column] + felt_MR[column] / moment[column, column]
+                code = scheme.nearest(wanted[:, None, None], part)
+                found_MR[column] = code[:, 0, 0]
+                moved[column - start] = scheme.values(code, part)[:, 0, 0] - values_MR[column]
+                felt_MR[start:stop].addr_(
+                    moment[start:stop, column], moved[column - start], alpha=-1
+                )
+            felt_MR[:start].addmm_(moment[:start, start:stop], moved, alpha=-1)
+            felt_MR[stop:].addmm_(moment[stop:, start:stop], moved, alpha=-1)
+        flat[:, order] = found_MR.T
+        return flat.reshape(codes.shape)
+
+    def lost(self, groups_RGB: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+        """What each row loses, [R]."""
+        missed = self._missed(groups_RGB, self.scheme.values(codes, grid))
+        return ((missed @ self.moment) * missed).sum(-1)
+
+    def _missed(self, groups_RGB: Tensor, values_RGB: Tensor) -> Tensor:
+        return (groups_RGB - values_RGB).flatten(1)[:, : len(self.moment)]
