@@ -21,10 +21,9 @@ def fitted(groups_RGB: Tensor, scheme: Scheme, importance_M: Tensor) -> Grid:
     rounding to nearest misses are least, each times its column's `importance`.
 
     Only what a grid has by group is chosen so; what groups share, such as a scale of the whole weight, is
-    that of whole ranges. Where a group is coded at once, which is slow, all have their whole range.
+    that of whole ranges. Ranges are whole too where a group is coded at once, which is slow, and where its
+    outliers are set apart already.
     """
-    if not scheme.by_itself:
-        return scheme.settle(scheme.grid(groups_RGB))
     shape = groups_RGB.shape
     behind = shape[1] * shape[2] - len(importance_M)  # columns that only fill up the last group
     weights_GB = functional.pad(importance_M, (0, behind)).reshape(shape[1:])
@@ -34,10 +33,12 @@ def fitted(groups_RGB: Tensor, scheme: Scheme, importance_M: Tensor) -> Grid:
         missed = groups_RGB - scheme.values(scheme.nearest(groups_RGB, settled), settled)
         return missed.square_().mul_(weights_GB).sum(-1, keepdim=True)
 
-    best = scheme.grid(groups_RGB)
+    best = scheme.grid_for(groups_RGB, weights_GB)
+    if not scheme.by_itself or any(at.shape == shape for at in best.values()):
+        return scheme.settle(best)
     least = loss(best)
     for share in _SHARES:
-        narrow = scheme.grid(groups_RGB * share)
+        narrow = scheme.grid_for(groups_RGB * share, weights_GB)
         tried = {name: narrow[name] if at.shape == least.shape else at for name, at in best.items()}
         found = loss(tried)
         better = found < least

@@ -9,6 +9,7 @@ from torch import Tensor
 from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.microscaling import NVFP4
+from einfold.compiler.ir.quant.schemes.spqr import SpQR
 from einfold.compiler.solve.ranges import fitted
 
 from ..quant.test_schemes import OWN
@@ -39,6 +40,18 @@ def test_what_counts_is_missed_by_less(scheme: Scheme) -> None:
         assert bool((found <= whole * (1 + 1e-5)).all())
         if scheme.bits <= 4:
             assert float(found[::3, 0].sum()) < 0.9 * float(whole[::3, 0].sum())
+
+
+def test_outliers_that_meet_large_inputs_are_set_apart() -> None:
+    """The same weights are outliers in two columns; one of these meets what is 100 times as large."""
+    rows = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
+    rows[:, 3], rows[:, 20] = 8.0, 12.0
+    scheme, importance = SpQR(outliers=1 / 64), torch.ones(64)
+    groups = scheme.groups(rows)
+    assert bool(scheme.grid(groups)["outlier"].flatten(1)[:, 20].all())
+    importance[:16] = 100.0
+    chosen = fitted(groups, scheme, importance)["outlier"].flatten(1)
+    assert bool(chosen[:, 3].all()) and int(chosen.sum()) == 8
 
 
 def test_a_range_that_is_met_exactly_stays() -> None:

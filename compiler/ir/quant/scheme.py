@@ -108,6 +108,11 @@ class Scheme:
         """The levels that each group may take, chosen by the range of its weights."""
         return {}
 
+    def grid_for(self, groups_RGB: Tensor, importance_GB: Tensor) -> dict[str, Tensor]:
+        """The same where what is missed of a weight counts as often as its column's importance says: of a
+        scheme whose choices weigh errors, such as which weights are set apart."""
+        return self.grid(groups_RGB)
+
     def settle(self, grid: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A grid as it can be stored: of a scale in float16 the number that float16 has. Settling twice
         changes nothing."""

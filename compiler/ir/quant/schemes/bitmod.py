@@ -78,6 +78,12 @@ class BitMod(Scheme):
         return in_blocks(rows_RM, self.group)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
+        return self._grid(groups_RGB, 1.0)
+
+    def grid_for(self, groups_RGB: Tensor, importance_GB: Tensor) -> dict[str, Tensor]:
+        return self._grid(groups_RGB, importance_GB)
+
+    def _grid(self, groups_RGB: Tensor, importance_GB: Tensor | float) -> dict[str, Tensor]:
         import torch
 
         low, high = groups_RGB.amin(-1, keepdim=True), groups_RGB.amax(-1, keepdim=True)
@@ -88,7 +94,7 @@ class BitMod(Scheme):
             one = {"scales": scales, "special": torch.full_like(scales, kind)}
             settled = self.settle(one)
             off = self.values(self.nearest(groups_RGB, settled), settled) - groups_RGB
-            missed = off.square().sum(-1, keepdim=True)
+            missed = off.square_().mul_(importance_GB).sum(-1, keepdim=True)
             better = missed < least
             least = torch.where(better, missed, least)
             best = {name: torch.where(better, at, best.get(name, at)) for name, at in one.items()}

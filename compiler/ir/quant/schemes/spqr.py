@@ -34,8 +34,8 @@ class SpQR(Scheme):
 
     w = (q - zero) * scale, scale = lowest + code * step, zero likewise; K = outliers * M, M rounded up to
     groups, but at least 1. A group's range holds 0. Outliers are those whose removal saves their group the
-    most squared error, found one by one (section 4.2 without a Hessian); a solver that knows better changes
-    `outlier`, exactly K a row, and the ranges before `settle`. What settles is the second level: it follows
+    most squared error, found one by one (section 4.2), each column's error times its importance where a
+    solver knows the inputs; exactly K a row. What settles is the second level: it follows
     from scales and zeros where the grid has none, and stands from then on.
 
     Bits of a weight: bits + 6 / group + 64 / (group * second) + 32 * outliers = 3.95 as it comes. Relative
@@ -97,9 +97,15 @@ class SpQR(Scheme):
         return in_blocks(rows_RM, self.group)
 
     def grid(self, groups_RGB: Tensor) -> dict[str, Tensor]:
+        return self._grid(groups_RGB, None)
+
+    def grid_for(self, groups_RGB: Tensor, importance_GB: Tensor) -> dict[str, Tensor]:
+        return self._grid(groups_RGB, importance_GB)
+
+    def _grid(self, groups_RGB: Tensor, importance_GB: Tensor | None) -> dict[str, Tensor]:
         from ..pack import halved
 
-        outlier = self._outliers(groups_RGB)
+        outlier = self._outliers(groups_RGB, importance_GB)
         scales, zeros = self._range(groups_RGB, outlier)
         exact = halved(groups_RGB * outlier).float()
         return {"scales": scales, "zeros": zeros, "outlier": outlier, "exact": exact}
@@ -114,15 +120,15 @@ class SpQR(Scheme):
         scales = (high - low) / ((1 << self.bits) - 1)
         return scales, -low / scales.clamp(min=1e-8)
 
-    def _missed(self, groups_RGB: Tensor, outlier: Tensor) -> Tensor:
+    def _missed(self, groups_RGB: Tensor, outlier: Tensor, importance_GB: Tensor | None) -> Tensor:
         """The squared error of each group beside its outliers, [R, G]."""
         scales, zeros = self._range(groups_RGB, outlier)
         codes = self._codes(groups_RGB, scales, zeros)
         off = (codes - zeros) * scales - groups_RGB
-        missed: Tensor = off.masked_fill_(outlier, 0).square_().sum(-1)
-        return missed
+        each: Tensor = off.masked_fill_(outlier, 0).square_()
+        return each.sum(-1) if importance_GB is None else each.mul_(importance_GB).sum(-1)
 
-    def _outliers(self, groups_RGB: Tensor) -> Tensor:
+    def _outliers(self, groups_RGB: Tensor, importance_GB: Tensor | None) -> Tensor:
         import torch
 
         outlier = torch.zeros_like(groups_RGB, dtype=torch.bool)
@@ -133,7 +139,8 @@ class SpQR(Scheme):
             left -= count
             largest = groups_RGB.abs().masked_fill(outlier, -1).argmax(-1, keepdim=True)
             without = outlier.scatter(-1, largest, True)
-            saved = self._missed(groups_RGB, outlier) - self._missed(groups_RGB, without)
+            saved = self._missed(groups_RGB, outlier, importance_GB)
+            saved = saved - self._missed(groups_RGB, without, importance_GB)
             best = saved.topk(count, dim=1).indices
             gains = torch.zeros_like(saved, dtype=torch.bool).scatter(1, best, True)
             outlier = torch.where(gains[..., None], without, outlier)
