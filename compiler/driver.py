@@ -355,11 +355,11 @@ def captured(
 
 
 def _check_solver(recipe: Recipe, what: str) -> None:
-    """Raises RecipeError for a solver that would read a text through what takes none."""
-    if recipe.solver:
+    """Raises RecipeError for weights that would be chosen by reading a text through what takes none."""
+    if recipe.reads_text:
         raise RecipeError(
-            f"{what}, and the solver {recipe.solver} reads a text through a causal language model; use one "
-            "that reads none, such as hqq"
+            f"{what}, and {recipe.reads_text} reads a text through a causal language model; use a solver "
+            "that reads none, such as hqq, and one width of all weights"
         )
 
 
@@ -633,7 +633,7 @@ def _calibration_text(
     model: Input, program: Program, recipe: Recipe, tell: Progress
 ) -> tuple[Tensor, str]:
     """The calibration text [rows, tokens] and where it is from."""
-    if recipe.solver and recipe.calibration.text is None and model.part is None:
+    if recipe.reads_text and recipe.calibration.text is None and model.part is None:
         shape = rows_of(recipe.calibration_tokens, program.model.context)
         load = loader(model.source, model.module)
         named = None if program.statistics is None else program.statistics.model

@@ -31,6 +31,7 @@ from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.method_text import read_method
 from .passes.weight_methods import (
     BEST,
+    mix_of,
     read_weights,
     scheme_of,
     settled,
@@ -79,6 +80,12 @@ class WeightsSection(_Section):
     """Storage of the output head, and of an embedding that shares its weight, in formats of few bits."""
     embedding: bool = True
     """Whether embeddings that stand alone are quantized too."""
+    bpw: float | None = Field(default=None, gt=0, le=32)
+    """Bits a weight of linears on average, scales and zero points too, the head's apart: each has integers of
+    one of the `widths`, such that the model loses little, and the format's other options. What each loses
+    is measured on the calibration text."""
+    widths: str = "2+4+8"
+    """The widths, in bits. Kernels multiply with 2, 4 and 8; 3, 5 and 6 save bytes of the file."""
     solver: dict[str, Any] | str | None = None
     """What decides the codes, and its options; weights are rounded to nearest where it is not given. "best":
     gptq for causal language models, through which a text can be read, and to nearest for all else; it is what
@@ -134,7 +141,8 @@ class WeightsSection(_Section):
         solver = solver_of(
             self.solver if isinstance(self.solver, dict) else {"method": RoundToNearest.name}
         )
-        return [QuantizeWeights(scheme, self._head(), solver, self.embedding)]
+        mix = mix_of(self.model_dump(), scheme)
+        return [QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)]
 
     def _head(self) -> Scheme | None:
         """The head's own scheme, with those of the options that it has."""
@@ -355,7 +363,7 @@ class Recipe(_Section):
     def remarks(self) -> list[str]:
         """What the target says of the weights' schemes."""
         steps = (step for step in self.weight_passes() if isinstance(step, QuantizeWeights))
-        schemes = {scheme: None for step in steps for scheme in (step.scheme, step.head) if scheme}
+        schemes = {scheme: None for step in steps for scheme in step.schemes()}
         return [said for scheme in schemes if (said := self.made_for.remark(scheme))]
 
     @property
@@ -363,6 +371,12 @@ class Recipe(_Section):
         """The solver that reads a text, by name; "" where there is none."""
         observing = (s.solver for s in self.weights.passes() if isinstance(s, QuantizeWeights))
         return next((solver.name for solver in observing if solver.observes), "")
+
+    @property
+    def reads_text(self) -> str:
+        """What of the weights' choices reads a text, in words; "" where nothing does."""
+        mixed = "a mix of widths (bpw)" if self.weights.bpw is not None else ""
+        return f"the solver {self.solver}" if self.solver else mixed
 
     @property
     def calibration_tokens(self) -> int:

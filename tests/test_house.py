@@ -45,10 +45,18 @@ ALLOWED = {
     "compiler.memory": {"errors", "compiler.ir"},
     "compiler.calibrate": {"errors", "compiler.ir", "compiler.calibrate"},
     "compiler.solve": {"errors", "compiler.ir", "compiler.calibrate", "compiler.solve"},
+    "compiler.budget": {
+        "errors",
+        "compiler.ir",
+        "compiler.budget",
+        "compiler.calibrate",
+        "compiler.solve",
+    },
     "compiler.passes": {
         "errors",
         "compiler.ir",
         "compiler.analysis",
+        "compiler.budget",
         "compiler.calibrate",
         "compiler.memory",
         "compiler.passes",

@@ -18,8 +18,10 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ...errors import IRError, RecipeError
+from ..budget.mix import Mix
 from ..ir.options import values_of
-from ..ir.quant.scheme import PRESETS, Scheme, find_scheme
+from ..ir.quant.scheme import PRESETS, Preset, Scheme, find_scheme
+from ..ir.quant.schemes.grouped import BITS, Grouped
 from ..solve.solver import SOLVERS, Solver
 from .method_text import Family, Method, built, split_text
 
@@ -159,6 +161,7 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"weights has an unknown key {key[:200]!r}; {name} {takes}")
     scheme = scheme_of(name, {key: value for key, value in table.items() if key in known})
     found |= {key: _plain(getattr(scheme, key)) for key in known}
+    mix_of(found, scheme)
     if isinstance(found["solver"], str) and found["solver"] != BEST:
         found["solver"] = {"method": found["solver"]}
     if isinstance(found["solver"], Mapping):
@@ -169,6 +172,37 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"weights.solver: {reason}")
         found["solver"] = {"method": solver.name, **values_of(solver)}
     return found
+
+
+def mix_of(table: Mapping[str, Any], scheme: Scheme | None) -> Mix | None:
+    """The mix of widths that a recipe's table asks for. Raises ValueError for what is wrong in it."""
+    if table["bpw"] is None:
+        return None
+    if not isinstance(scheme, Grouped):
+        raise ValueError(
+            f"weights.bpw chooses among integers of several widths, and {table['format']} is none; use a "
+            "format such as int4, whose options they then have"
+        )
+    try:
+        bpw = float(table["bpw"])
+    except (TypeError, ValueError) as error:
+        shown = repr(table["bpw"])[:200]
+        raise ValueError(f"weights.bpw is a number of bits, not {shown}") from error
+    try:
+        widths = dict.fromkeys(int(width) for width in str(table["widths"]).split("+"))
+        return Mix(bpw, tuple(widths))
+    except (ValueError, IRError) as error:
+        shown = str(table["widths"])[:200]
+        reason = error if isinstance(error, IRError) else "widths are numbers joined by +, as 2+4+8"
+        raise ValueError(f"weights.widths: {reason}, found {shown!r}") from error
+
+
+def explaining(table: Mapping[str, Any]) -> Preset:
+    """The format whose rounding a resolved table's weights are at most: of a mix, integers of its average."""
+    bpw = table.get("bpw")
+    if bpw is None:
+        return PRESETS.find(table["format"])
+    return PRESETS.find(f"int{max(bits for bits in BITS if bits <= max(BITS[0], bpw))}")
 
 
 def settled(

@@ -25,6 +25,7 @@ from ..compiler.ir.ops import einfold_ops
 from ..compiler.ir.program import Program, call_arguments
 from ..compiler.ir.quant.scheme import PRESETS, Scheme
 from ..compiler.ir.quant.schemes.grouped import Grouped
+from ..compiler.passes.weight_methods import explaining
 from ..errors import EinfoldError, UnsupportedError
 from ..runtime.artifact import Artifact
 from ..runtime.buffers import Array, Make, empty
@@ -121,15 +122,14 @@ def _beside_original(
     if original is None:
         return {}
     target, recipe = target[: len(original)], artifact.manifest.recipe
-    weights = recipe["weights"]["format"]
-    preset = PRESETS.find(weights)
+    preset = explaining(recipe["weights"])
     if int8 and preset.scheme is None:  # products round what they read, as int8 weights would
         preset = PRESETS.find("int8")
     bound = preset.bound if _as_it_came(artifact) else float("inf")
     off = difference(target, original).share if preset.scheme is None else _off(target, original)
     if off > bound:
         raise EinfoldError(
-            f"the compiled model differs from the original by {off:.1e} of its logits, where {weights} "
+            f"the compiled model differs from the original by {off:.1e} of its logits, where {preset.name} "
             f"explains {bound:.0e}; this is a fault of einfold, please report it with the model's "
             "architecture"
         )

@@ -10,7 +10,7 @@ import pytest
 
 import einfold
 from einfold.api import resolve_recipe
-from einfold.compiler.passes.weight_methods import BEST
+from einfold.compiler.passes.weight_methods import BEST, explaining
 from einfold.compiler.recipe import Recipe
 from einfold.recipe_text import recipe_text
 from tests import models
@@ -64,6 +64,22 @@ def test_best_beside_other_options_leaves_them() -> None:
     found = told(Recipe.build({"weights": "int3:solver=best,block=64"}), True)
     assert found["solver"]["method"] == "gptq"
     assert (found["format"], found["block"], found["head"]) == ("int3", 64, "int8")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"format": "nf4"}, "nf4"),
+        ({"format": "int4", "bpw": None}, "int4"),
+        ({"format": "int4", "bpw": 4.6}, "int4"),
+        ({"format": "int4", "bpw": 7.9}, "int6"),
+        ({"format": "int8", "bpw": 3.99}, "int3"),
+        ({"format": "int4", "bpw": 1.5}, "int2"),
+        ({"format": "int4", "bpw": 20.0}, "int8"),
+    ],
+)
+def test_a_mix_is_judged_by_integers_of_its_average(given: dict[str, Any], name: str) -> None:
+    assert explaining(given).name == name
 
 
 def test_it_is_written_and_read_again() -> None:

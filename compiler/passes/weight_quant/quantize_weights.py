@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from ...analysis.routers import routers
+from ...budget.mix import Mix
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, call_arguments, readers, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
+from ...ir.quant.schemes.grouped import Grouped
 from ...ir.stored import StoredWeight
 from ...ir.types import DTYPES
 from ...ir.weights import Weight, derive
@@ -44,6 +47,8 @@ class QuantizeWeights(Pass):
     After:  `%y = quantized_linear(%x, %w.packed, %w.scales, none, %b, 4, 32)`, with operators,
             `%h = read "w.half" : f16[..]; %w = aten._to_copy(%h, dtype=f32)`, with none.
 
+    With a `mix` the weights of linears are in integers of the widths that it chooses.
+
     Where the solver scales input channels and the linear alone reads a norm, the norm's weights become
     those that are divided by the scales, unless `divide` is false.
 
@@ -58,6 +63,7 @@ class QuantizeWeights(Pass):
     solver: Solver = field(default_factory=lambda: SOLVERS["round_to_nearest"]())
     embedding: bool = True
     divide: bool = True
+    mix: Mix | None = None
 
     name = "quantize_weights"
     requires = frozenset({"linears raised"})
@@ -68,7 +74,14 @@ class QuantizeWeights(Pass):
             "head": str(self.head or self.scheme),
             "solver": str(self.solver),
             "embedding": self.embedding,
-        }
+        } | ({} if self.mix is None else vars(self.mix))
+
+    def schemes(self) -> list[Scheme]:
+        """Those that weights may be stored in."""
+        some: tuple[Scheme, ...] = (self.scheme,)
+        if self.mix is not None and isinstance(self.scheme, Grouped):
+            some = self.mix.schemes(self.scheme)
+        return [*some, *([] if self.head is None else [self.head])]
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
@@ -93,16 +106,31 @@ class QuantizeWeights(Pass):
             if not str(node.target).startswith("rotary."):
                 node.replace_all_uses_with(store.widened(node, self.scheme), propagate_meta=False)
 
+    def _mixed(
+        self, program: Program, choosing: Collection[fx.Node], result: PassResult
+    ) -> Mapping[str, Scheme]:
+        """The schemes of weights that a mix chose."""
+        if self.mix is None or not isinstance(self.scheme, Grouped):
+            return {}
+        left = {str(read.target) for node in choosing for read in node.all_input_nodes}
+        mixed = self.mix.chosen(program, self.scheme, left)
+        counts = Counter(scheme.bits for scheme in mixed.values())
+        told = ", ".join(f"{counts[bits]} in {bits} bits" for bits in sorted(counts))
+        result.applied("mix", f"{self.mix.bpw:g} bits a weight on average: {told} of {len(mixed)}")
+        return mixed
+
     def _products(self, program: Program, store: Store, result: PassResult) -> None:
         head, last = self.head or self.scheme, _head(program)
         choosing = routers(program)
+        mixed = self._mixed(program, choosing, result)
         for node in program.nodes(einfold_ops.linear.default):
             if node in choosing:
                 result.skipped(
                     str(node.args[1]), "a router: its rounding would change which experts run"
                 )
             else:
-                store.replace(node, head if node is last else self.scheme)
+                own = mixed.get(str(call_arguments(node)["weight_NM"].target), self.scheme)
+                store.replace(node, head if node is last else own)
         for node in program.nodes(einfold_ops.experts.default):
             store.replace(node, self.scheme)
         for node in program.nodes(einfold_ops.embedding.default):
