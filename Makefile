@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 WORKERS ?= auto
 PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
+WEIGHT_PEERS ?= .venv-weight-peers
 
-.PHONY: demo test test-slow test-oldest test-environments check bench bench-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
+.PHONY: demo test test-slow test-oldest test-environments check bench bench-peers weight-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
 	release-check clean
 
 $(READY): pyproject.toml constraints.txt
@@ -91,6 +92,25 @@ $(KVPRESS)/.ready: benchmarks/requirements-kvpress.txt
 	$(PYTHON) -m venv $(KVPRESS)
 	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+## What weights of other tools cost beside einfold's, in an environment of its own with llama.cpp's programs built (ten
+## minutes): benchmarks/results/weight-peers.md. WEIGHTS takes options: make weight-peers WEIGHTS=--again
+weight-peers: $(VENV)/.quality $(WEIGHT_PEERS)/.ready
+	$(BIN)/python -m benchmarks.weight_peers --peers-python $(WEIGHT_PEERS)/bin/python \
+		--tools $(WEIGHT_PEERS)/build/bin $(WEIGHTS)
+
+$(WEIGHT_PEERS)/.ready: benchmarks/requirements-weight-peers.txt
+	$(PYTHON) -m venv $(WEIGHT_PEERS)
+	$(WEIGHT_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(WEIGHT_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(WEIGHT_PEERS)/bin/python -m pip download --quiet --no-deps --no-binary :all: \
+		--dest $(WEIGHT_PEERS) llama-cpp-python==0.3.36
+	tar xzf $(WEIGHT_PEERS)/llama_cpp_python-0.3.36.tar.gz -C $(WEIGHT_PEERS)
+	cmake -S $(WEIGHT_PEERS)/llama_cpp_python-0.3.36/vendor/llama.cpp -B $(WEIGHT_PEERS)/build \
+		-DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build $(WEIGHT_PEERS)/build -j2 --target llama-quantize llama-imatrix
 	touch $@
 
 ## Compiles every kernel for sm_80, sm_90 and sm_100 with no GPU and writes benchmarks/results/aot.md.

@@ -179,7 +179,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "",
         "`make weight-peers`: SmolLM2-135M-Instruct off its grid, all calibrated on a text that it wrote "
         "itself, judged over the second halves of 8 windows of 1,024 tokens of old prose and minutes, in "
-        "products in float32. Bytes are of all tensors, as they lie in the file; AutoRound and llm-compressor "
+        "products in float32. Bytes are of all tensors as they lie in the file; AutoRound and llm-compressor "
         "leave the table that head and embedding share in floats (in 8 bits it costs a KL of 0.001), so they "
         "are to be compared by the bytes without it. Seconds are of processors, the text's writing too.",
         "",

@@ -132,6 +132,8 @@ class QuantizeWeights(Pass):
                 own = mixed.get(str(call_arguments(node)["weight_NM"].target), self.scheme)
                 store.replace(node, head if node is last else own)
         for node in program.nodes(einfold_ops.experts.default):
+            if self.mix is not None:
+                result.skipped(str(call_arguments(node)["gate_up_ENM"]), "experts have one width")
             store.replace(node, self.scheme)
         for node in program.nodes(einfold_ops.embedding.default):
             table = node.args[1]
