@@ -43,7 +43,7 @@ from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .solve.round_to_nearest import RoundToNearest
 
 #: Tokens that a model is calibrated on, where weights are solved and where they are not.
-_SOLVED, _SEEN = 8192, 2048
+_SOLVED, _SEEN = 16384, 2048
 
 #: Bytes of a recipe file, and characters of one that a message quotes.
 _LARGEST, _SHOWN = 1 << 20, 200
@@ -88,8 +88,9 @@ class WeightsSection(_Section):
     """The widths, in bits. Kernels multiply with 2, 4 and 8; 3, 5 and 6 save bytes of the file."""
     solver: dict[str, Any] | str | None = None
     """What decides the codes, and its options; weights are rounded to nearest where it is not given. "best":
-    gptq for causal language models, through which a text can be read, and to nearest for all else; it is what
-    int4 has where nothing but its name is said, and then blocks of 128 with zero points, the head too."""
+    decoupleq, or gptq where groups of a format have no scales, for causal language models, through which a
+    text can be read, and to nearest for all else; it is what int4 has where nothing but its name is said, and
+    then blocks of 128 with zero points, the head too."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
@@ -194,7 +195,7 @@ class CalibrationSection(_Section):
     """A UTF-8 file. Where it is not given, solvers of weights read what the model writes itself, all else a
     short built-in text."""
     tokens: int | None = Field(default=None, ge=256)
-    """About so many. Where it is not given 2,048, and 8,192 where weights are solved."""
+    """About so many. Where it is not given 2,048, and 16,384 where weights are solved."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the text that the model writes itself: another one, another text."""
 

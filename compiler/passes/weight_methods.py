@@ -22,14 +22,19 @@ from ..budget.mix import Mix
 from ..ir.options import values_of
 from ..ir.quant.scheme import PRESETS, Preset, Scheme, find_scheme
 from ..ir.quant.schemes.grouped import BITS, Grouped
+from ..solve.decoupleq import DecoupleQ
+from ..solve.gptq import GPTQ
 from ..solve.solver import SOLVERS, Solver
 from .method_text import Family, Method, built, split_text
 
 #: What a solver fills where no format is named.
 _FILLED = "int4"
 
-#: The solver that is whatever is best for the model: GPTQ where a text can be read through it, or none.
+#: The solver that is whatever is best for model and format; none where no text can be read through a model.
 BEST = "best"
+
+#: The best solvers, the best first; not every one fills every format.
+_BEST: tuple[type[Solver], ...] = (DecoupleQ, GPTQ)
 
 #: Options of a format of which nothing but the name is said, where its codes are solved: a fifth fewer bytes
 #: than at its defaults, more than that faster (onnxruntime is faster over blocks of 128 than over shorter
@@ -212,9 +217,14 @@ def settled(
 
     `reads`: whether a text can be read through the model; `zero_points`: whether the target takes any.
     """
-    if not reads:
+    own = {key: value for key, value in table.items() if key in format_options(table["format"])}
+    scheme = scheme_of(table["format"], own)
+    able = (
+        [s.name for s in _BEST if scheme is not None and not s().refuses(scheme)] if reads else []
+    )
+    if not able:
         return {**table, "solver": None}
-    solved = {**table, "solver": {"method": "gptq"}}
+    solved = {**table, "solver": {"method": able[0]}}
     bare = spelled_out({key: table[key] for key in _BARE}, keys)
     if table != bare:
         return solved

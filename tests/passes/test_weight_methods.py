@@ -29,7 +29,7 @@ def test_int4_alone_is_what_is_best_for_the_model(given: Any) -> None:
     recipe = Recipe.build({"weights": given})
     assert recipe.weights.solver == BEST
     found = told(recipe, True)
-    assert found.items() >= SOLVED.items() and found["solver"]["method"] == "gptq"
+    assert found.items() >= SOLVED.items() and found["solver"]["method"] == "decoupleq"
     assert told(recipe, False).items() >= ROUNDED.items()
 
 
@@ -62,7 +62,7 @@ def test_what_is_said_is_what_is_done(given: str, solver: str | None) -> None:
 
 def test_best_beside_other_options_leaves_them() -> None:
     found = told(Recipe.build({"weights": "int3:solver=best,block=64"}), True)
-    assert found["solver"]["method"] == "gptq"
+    assert found["solver"]["method"] == "decoupleq"
     assert (found["format"], found["block"], found["head"]) == ("int3", 64, "int8")
 
 
@@ -82,6 +82,14 @@ def test_a_mix_is_judged_by_integers_of_its_average(given: dict[str, Any], name:
     assert explaining(given).name == name
 
 
+@pytest.mark.parametrize(
+    ("format_", "solver"), [("nf4", "decoupleq"), ("ternary", "gptq"), ("olive", None)]
+)
+def test_best_is_the_best_that_fills_a_format(format_: str, solver: str | None) -> None:
+    found = told(Recipe.build({"weights": f"{format_}:solver=best"}), True)["solver"]
+    assert (found and found["method"]) == solver
+
+
 def test_it_is_written_and_read_again() -> None:
     recipe = Recipe.build({"weights": "int4"})
     text = recipe_text(recipe)
@@ -94,7 +102,7 @@ def test_a_language_model_is_solved_and_an_encoder_rounded(tmp_path: Path) -> No
     made = einfold.compile(
         folder, tmp_path / "a", weights="int4", recipe={"calibration": {"tokens": 256}}
     )
-    assert made.manifest.recipe["weights"]["solver"]["method"] == "gptq"
+    assert made.manifest.recipe["weights"]["solver"]["method"] == "decoupleq"
     assert "256 tokens of a text that the model wrote" in made.calibration
     encoder = common.save("bert", tmp_path / "encoder")
     made = einfold.compile(encoder, tmp_path / "b", weights="int4")
