@@ -55,26 +55,15 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     plain, matrix = out / "f32.gguf", out / "imatrix.gguf"
     write(folder, tokenizer, plain)
-    made = [
-        tools / "llama-imatrix",
-        "-m",
-        plain,
-        "-f",
-        text,
-        "-o",
-        matrix,
-        "-c",
-        "512",
-        "-ngl",
-        "0",
-    ]
-    subprocess.run(made, check=True)
+    run(tools / "llama-imatrix", "-m", plain, "-f", text, "-o", matrix, "-c", "512", "-ngl", "0")
     for kind in sys.argv[6:]:
-        file = out / f"{kind}.gguf"
-        subprocess.run(
-            [tools / "llama-quantize", "--imatrix", matrix, plain, file, kind], check=True
-        )
+        run(tools / "llama-quantize", "--imatrix", matrix, plain, out / f"{kind}.gguf", kind)
     plain.unlink()
+
+
+def run(*command: Path | str) -> None:
+    """Raises CalledProcessError where a tool fails."""
+    subprocess.run([str(part) for part in command], check=True)
 
 
 if __name__ == "__main__":
