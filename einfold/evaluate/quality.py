@@ -94,7 +94,8 @@ def evaluate(
     """
     if not 0 <= prompt < 1:
         raise PromptError(f"the prompt's share of a window is from 0 to less than 1, not {prompt}")
-    share = prompt if model.engine.layout.clocks() else None
+    layout = model.engine.layout
+    share = prompt if layout.clocks() or layout.chooses else None
     tell = progress or (lambda message, share: None)
     documents = read_documents(find_text(text, Path(against)))
     limit = min(2048 if window is None else window, model.engine.context)
@@ -132,7 +133,7 @@ def evaluate(
         documents=len(documents),
         bytes=measure_bytes(model, 1, max(len(piece.tokens) for piece in pieces)),
         prompt=share,
-        note=_note(model.engine.layout, share),
+        note=_note(layout, share),
         recall_by_depth=sums.recall.by_depth(),
         recall_by_length=sums.recall.by_length(),
     )
