@@ -38,13 +38,13 @@ class Quest(Reader):
     far from the middle between largest and smallest to either of them a score counts (1: the bound); the
     first `skip_layers` attention layers read everything, as in the paper.
 
-    Differs from the paper:
-    - The first page and the newest two are read whatever their score, and count among the chosen.
-    - With a spread below 1 a score estimates the largest product in place of bounding it: in 64 channels the
-      bound is far above every product. The paper's is `spread=1`, and its budget a number (`share=0`).
-    - Query heads that share a KV head read the same pages. Scores of a head become shares by a softmax over
-      all pages, and a page's score is the largest share that it has of any of these heads. The paper's models
-      have no shared heads.
+    Differs from the paper: the first page and the newest two are read whatever their score, and count among
+    the chosen. With a spread below 1 a score estimates the largest product in place of bounding it, for in 64
+    channels the bound is far above every product; the paper's is `spread=1`, and its budget a number of
+    tokens (`share=0`). Query heads that share a KV head read the same pages: a head's scores become shares
+    by a softmax over all pages, and a page counts as much as the largest share that it has of any of these
+    heads. The paper's models have no heads that share. A step of several tokens, as of a prompt, may read
+    everything: in onnxruntime it does.
     """
 
     page: int = 8
