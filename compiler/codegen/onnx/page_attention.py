@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.kv.read.quest import ALWAYS, Quest
+from ...ir.kv.read.quest import Quest
 from .builder import CONTRIB, Builder
 
 #: Puts pages before all others, or behind them; hides slots from the softmax.
@@ -64,7 +64,9 @@ class Pages:
         wanted = builder.shared("Mul", wanted, number(reader.share))
         wanted = builder.shared("Max", wanted, number(reader.tokens))
         wanted = builder.shared("Ceil", builder.shared("Div", wanted, number(reader.page)))
-        count = self._int("Max", builder.shared("Cast", wanted, to=int(ir.DataType.INT64)), ALWAYS)
+        count = self._int(
+            "Max", builder.shared("Cast", wanted, to=int(ir.DataType.INT64)), self.reader.always
+        )
         return builder.shared("Min", count, self._seen())
 
     def _most(self, counts_B: ir.Value) -> ir.Value:
@@ -94,9 +96,9 @@ class Pages:
         builder, index = self.builder, self._index()
         first = self._int("Equal", index, 0)
         ahead = builder.shared("Where", first, builder.floats(_FIRST), builder.floats(0.0))
-        for back in range(ALWAYS - 2, -1, -1):
+        for back in range(self.reader.always - 2, -1, -1):
             recent = builder.shared("Equal", index, self._int("Sub", self._newest(), back))
-            bonus = builder.floats(_FIRST * (ALWAYS - back))
+            bonus = builder.floats(_FIRST * (self.reader.always - back))
             ahead = builder.shared("Where", recent, bonus, ahead)
         return builder.shared("Unsqueeze", ahead, builder.ints(1))
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .....errors import IRError
 from ...options import option
 from .reader import READERS, Reader
-
-#: Pages that are always read: the first, whose tokens take most of the attention whatever is asked, and the
-#: newest two, so that a query just behind an edge has the tokens before it.
-ALWAYS = 3
 
 #: Slots of a page at most: the newest pages are read whole.
 _LARGEST = 1024
@@ -55,6 +51,10 @@ class Quest(Reader):
 
     name = method = "quest"
 
+    always: ClassVar[int] = 3
+    """Pages that are always read: the first, whose tokens take most of the attention whatever is asked, and
+    the newest two, so that a query just behind an edge has the tokens before it."""
+
     def __post_init__(self) -> None:
         if not 2 <= self.page <= _LARGEST or self.page & (self.page - 1):
             raise IRError(
@@ -67,10 +67,10 @@ class Quest(Reader):
                 f"{self.name}: spread goes from the middle of a page's numbers to their edge, 0 to 1, not "
                 f"{self.spread}"
             )
-        if self.tokens < 0 or 0 < self.tokens < ALWAYS * self.page:
+        if self.tokens < 0 or 0 < self.tokens < self.always * self.page:
             raise IRError(
                 f"{self.name}: the first page and the newest two are always read, so tokens is 0 or at least "
-                f"{ALWAYS} pages of {self.page} ({ALWAYS * self.page}), not {self.tokens}"
+                f"{self.always} pages of {self.page} ({self.always * self.page}), not {self.tokens}"
             )
         if not self.share and not self.tokens:
             raise IRError(f"{self.name}: give a share of the tokens or a number of tokens to read")
@@ -93,7 +93,7 @@ class Quest(Reader):
         """Pages that a query reads which sees so many tokens, if there are so many."""
         # As code in floating point has it.
         wanted = max(float(self.tokens), self.share * tokens) / self.page
-        return max(ALWAYS, math.ceil(wanted))
+        return max(self.always, math.ceil(wanted))
 
     def says(self) -> str:
         parts = [f"{self.share:g} of the tokens"] if self.share else []

@@ -6,13 +6,28 @@ smallest.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from .quest import ALWAYS, Quest
+
+class Pages(Protocol):
+    """What choosing goes by: the options of `Quest`, which imports this."""
+
+    @property
+    def page(self) -> int: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def spread(self) -> float: ...
+    @property
+    def always(self) -> int: ...
 
 
-def chosen(reader: Quest, q_BKGSD: Tensor, keys_BKCD: Tensor, visible_BSC: Tensor) -> Tensor:
+def chosen(reader: Pages, q_BKGSD: Tensor, keys_BKCD: Tensor, visible_BSC: Tensor) -> Tensor:
     """Which slots each new token reads, bool [B, K, S, C], by bounds of all pages found anew."""
     pages = -(-keys_BKCD.shape[2] // reader.page)
     slot_N = torch.arange(pages * reader.page, device=keys_BKCD.device)
@@ -40,7 +55,7 @@ def refresh(bounds_BKPE: Tensor, keys_BKCD: Tensor, used_B: Tensor, new: int, pa
         bounds[:, places] = bounds_of(keys[None, :, slots], page)[0]
 
 
-def chosen_by(reader: Quest, q_BKGSD: Tensor, bounds_BKPE: Tensor, visible_BSC: Tensor) -> Tensor:
+def chosen_by(reader: Pages, q_BKGSD: Tensor, bounds_BKPE: Tensor, visible_BSC: Tensor) -> Tensor:
     """Which slots each new token reads, bool [B, K, S, C], among the visible ones.
 
     The pages that are always read go first, then others by their score (`Quest`), of equal ones the older.
@@ -52,7 +67,7 @@ def chosen_by(reader: Quest, q_BKGSD: Tensor, bounds_BKPE: Tensor, visible_BSC: 
         torch.nn.functional.pad(visible_BSC, (0, more)).unflatten(2, (-1, reader.page)).any(3)
     )
     place_BSP = seen_BSP.cumsum(2)
-    newest_BSP = place_BSP > place_BSP[:, :, -1:] - (ALWAYS - 1)
+    newest_BSP = place_BSP > place_BSP[:, :, -1:] - (reader.always - 1)
     always_BSP = seen_BSP & (newest_BSP | (place_BSP == 1))
     hidden_B11SP = ~seen_BSP[:, None, None]
     half, away = q_BKGSD / 2, (q_BKGSD * (reader.spread / 2)).abs()
@@ -63,7 +78,7 @@ def chosen_by(reader: Quest, q_BKGSD: Tensor, bounds_BKPE: Tensor, visible_BSC: 
     score_BKSP = score_BKSP.masked_fill(always_BSP[:, None], torch.inf)
     order_BKSP = score_BKSP.sort(dim=-1, descending=True, stable=True).indices
     wanted_BS = (visible_BSC.sum(2).double() * reader.share).clamp(min=reader.tokens) / reader.page
-    count_BS = wanted_BS.ceil().clamp(min=ALWAYS)
+    count_BS = wanted_BS.ceil().clamp(min=reader.always)
     rank_P = torch.arange(pages, device=order_BKSP.device)
     first_BKSP = (rank_P < count_BS[:, :, None])[:, None].expand(order_BKSP.shape)
     read_BKSP = torch.zeros_like(first_BKSP).scatter(-1, order_BKSP, first_BKSP)
