@@ -37,8 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     for name, table in (
         ("", {}),
         (", quest", {"read": {"method": "quest"}}),
+        (", quest, pages of 8", {"read": {"method": "quest", "page": 8}}),
         (", quest, pages of 16", {"read": {"method": "quest", "page": 16}}),
-        (", quest, pages of 4", {"read": {"method": "quest", "page": 4}}),
     )
 }
 

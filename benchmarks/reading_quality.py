@@ -44,7 +44,7 @@ _TEXTS = ("alice29.txt", "lcet10.txt", "plrabn12.txt", "asyoulik.txt")
 WAYS: dict[str, dict[str, Any] | None] = {
     "everything": None,
     "quest": {},
-    "quest:page=4": {"page": 4},
+    "quest:page=8": {"page": 8},
     "quest:page=16": {"page": 16},
     "quest:page=16,spread=1": {"page": 16, "spread": 1.0},
 }

@@ -181,7 +181,7 @@ def test_a_cache_for_transformers_grows_and_its_bounds_do_too() -> None:
         ({"page": 2048}, "2 to 1024, not 2048"),
         ({"share": 1.5}, "share is a part of the tokens, 0 to 1, not 1.5"),
         ({"share": float("nan")}, "share is a part"),
-        ({"tokens": 8}, r"tokens is 0 or at least 3 pages of 8 \(24\), not 8"),
+        ({"tokens": 8}, r"tokens is 0 or at least 3 pages of 4 \(12\), not 8"),
         ({"tokens": -1}, "tokens is 0 or at least"),
         ({"share": 0.0, "tokens": 0}, "give a share of the tokens or a number"),
         ({"spread": 2.0}, "spread goes from the middle of a page's numbers to their edge"),

@@ -20,7 +20,7 @@ class Quest(Reader):
     """Reads the pages that bounds of their keys promise most of (Quest, Tang et al. 2024, section 3).
 
     Before: `cache 2.0 heads=0,1 .. policy=full storage=f32`
-    After:  `cache 2.0 heads=0,1 .. policy=full storage=f32 read=quest(page=8,share=0.125,..)`
+    After:  `cache 2.0 heads=0,1 .. policy=full storage=f32 read=quest(page=4,share=0.125,..)`
 
     A page is so many slots side by side. Beside the slots stand, of every page and channel, the largest and
     the smallest number of its keys, so that of a query q no product with a key of the page is above
@@ -43,7 +43,7 @@ class Quest(Reader):
     everything: in onnxruntime it does.
     """
 
-    page: int = 8
+    page: int = 4
     share: float = 0.125
     tokens: int = 512
     spread: float = 0.5
