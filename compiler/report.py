@@ -34,11 +34,15 @@ def context_text(context: int) -> str:
 
 
 def cache_bytes(layout: CacheLayout, context: int) -> str:
-    """What a cache takes for one row of the whole context, after its prompt and while it is read."""
+    """What a cache takes for one row of the whole context, after its prompt and while it is read; and what
+    a step reads of it, where that is less."""
     steady, peak = layout.bytes(1, context), layout.peak_bytes(1, context, context)
     assert isinstance(steady, int) and isinstance(peak, int)
     held = f"{human_bytes(steady)} for a row of {context:,} tokens"
-    return held if peak == steady else f"{held}, {human_bytes(peak)} while such a prompt is read"
+    more = "" if peak == steady else f", {human_bytes(peak)} while such a prompt is read"
+    if layout.chooses:
+        more += f", of which a step reads {human_bytes(layout.read_bytes(1, context))}"
+    return f"{held}{more}"
 
 
 def report_page(data: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ def compile(
     prune: Method = None,
     quant: Method = None,
     share: Method = None,
+    read: Method = None,
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
@@ -62,8 +63,8 @@ def compile(
 
     `model` is a Hugging Face model folder, a hub id, a GGUF file, or a `PreTrainedModel` in memory (then give
     its `tokenizer` too if the artifact is to take text). For an encoder options of the cache are refused.
-    `recipe` sets every knob; the other options override it. `prune`, `quant` and `share` choose methods
-    for the KV cache (`einfold methods` lists them) as `"METHOD:key=value,.."` or a table with the key
+    `recipe` sets every knob; the other options override it. `prune`, `quant`, `share` and `read` choose
+    methods for the KV cache (`einfold methods` lists them) as `"METHOD:key=value,.."` or a table with the key
     `method`; "none" undoes the recipe's choice.
     `target` is "onnx", "triton" or "reference"; `cubins` names GPUs, such as "sm_90", to compile Triton
     kernels for ahead of time. `check` runs the captured graph beside the model as transformers
@@ -79,6 +80,7 @@ def compile(
         prune=prune,
         quant=quant,
         share=share,
+        read=read,
         portable=portable,
         context=context,
         target=target,
@@ -119,6 +121,7 @@ def resolve_recipe(
     prune: Method = None,
     quant: Method = None,
     share: Method = None,
+    read: Method = None,
     portable: bool | None = None,
     context: int | None = None,
     target: str | None = None,
@@ -140,6 +143,7 @@ def resolve_recipe(
         (("cache", "prune"), prune),
         (("cache", "quant"), quant),
         (("cache", "share"), share),
+        (("cache", "read"), read),
         (("onnx", "portable"), portable),
         (("context",), context),
         (("target",), target),
@@ -197,13 +201,14 @@ def open_input(model: str | Path | Any, tokenizer: Any = None) -> Input:
 class Estimate:
     """Bytes that a compile and a run would take, told before any weight is read.
 
-    `cache` is held once a prompt has been read, `cache_peak` at most while one that fills the context is.
-    `activations` is for a prefill step of `chunk` tokens at the end of the context. `runtime` is what the
-    runtime packs of weights and keeps in its arena beside these, `process` what a process takes that runs
-    any artifact of the target. `largest_context` is the longest run, prompt and answer, whose `resident`
-    bytes fit the budget (None without one), up to the `context` that is compiled for; 0 where none does.
-    Of an encoder the cache is 0, and the activations are of `batch` texts of the whole context, or images. Of
-    an encoder-decoder `given` is what the encoder gives and the decoder reads in every step.
+    `cache` is held once a prompt has been read, `cache_peak` at most while one that fills the context is;
+    `cache_read` is what a step of one token reads of it then. `activations` is for a prefill step of
+    `chunk` tokens at the end of the context. `runtime` is what the runtime packs of weights and keeps in
+    its arena beside these, `process` what a process takes that runs any artifact of the target.
+    `largest_context` is the longest run, prompt and answer, whose `resident` bytes fit the budget (None
+    without one), up to the `context` that is compiled for; 0 where none does. Of an encoder the cache is 0,
+    and the activations are of `batch` texts of the whole context, or images. Of an encoder-decoder `given`
+    is what the encoder gives and the decoder reads in every step.
     """
 
     weights: int
@@ -219,6 +224,7 @@ class Estimate:
     runtime: int = 0
     process: int = 0
     given: int = 0
+    cache_read: int = 0
 
     @property
     def resident(self) -> int:
@@ -240,6 +246,7 @@ def estimate(
     prune: Method = None,
     quant: Method = None,
     share: Method = None,
+    read: Method = None,
     recipe: str | Path | Recipe | dict[str, Any] | None = None,
     context: int | None = None,
     portable: bool | None = None,
@@ -263,6 +270,7 @@ def estimate(
         prune=prune,
         quant=quant,
         share=share,
+        read=read,
         context=context,
         portable=portable,
         target=target,
@@ -320,6 +328,7 @@ def estimate(
         runtime,
         kept.process,
         given,
+        0 if layout is None else layout.read_bytes(batch, full),
     )
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .compiler.ir.interpreter import Interpreter
 from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
 from .compiler.ir.ops.attention import CachedAttention
+from .compiler.ir.ops.bounded import BoundedAttention
 from .compiler.ir.ops.record import in_place
 from .compiler.ir.program import Program, call_arguments
 from .compiler.ir.types import DTYPES
@@ -24,6 +25,12 @@ from .runtime.engine import CHUNK
 
 #: Tokens that a growing cache takes room for at a time, at least; a long one takes an eighth of what it has.
 STEP = 64
+
+#: What attends over slots that hold tokens in their order, so that a mask may hide some.
+_MASKED: tuple[type[CachedAttention] | type[BoundedAttention], ...] = (
+    CachedAttention,
+    BoundedAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.layout: CacheLayout = program.layout
         self.context = program.model.context
         """Tokens that a row may see at most."""
-        calls = map(call_arguments, program.nodes(CachedAttention.overload()))
+        kinds = (kind.overload() for kind in _MASKED)
+        calls = map(call_arguments, program.nodes(*kinds))
         self._window = max((int(found["window"]) for found in calls), default=0)
         self._interpreter = Interpreter(program, instead=in_place())
 
@@ -189,7 +197,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         Raises UnsupportedError where one of these has left the slots, or is still to come.
         """
 
-        def attend(call: CachedAttention) -> Tensor:
+        def attend(call: CachedAttention | BoundedAttention) -> Tensor:
             held = int(call.used_B[0]) + len(shown_ST)
             gone = shown_ST[:, : total - held].any() or shown_ST[:, total:].any()
             if bool(gone):
@@ -201,7 +209,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
             shown_SC[:, :held] = shown_ST[:, total - held : total]
             return call.seeing(shown_SC[None])
 
-        replaced = {CachedAttention.overload(): CachedAttention.standing_in(attend)}
+        replaced = {kind.overload(): kind.standing_in(attend) for kind in _MASKED}
         return Interpreter(self.program, instead=in_place() | replaced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:

@@ -199,9 +199,11 @@ class Engine:
     ) -> Iterator[tuple[int, Floats]]:
         """Runs tokens from `start` on through in chunks, behind those that the cache has seen.
 
-        Yields (start, logits) of each chunk, or of the last one only.
+        Yields (start, logits) of each chunk, or of the last one only. Where a step of one token reads what a
+        reader chooses, logits that are all asked for come of such steps: longer ones may read everything.
         """
-        chunk = min(self.chunk, cache.step_limit())
+        one = all_logits and self.layout.chooses
+        chunk = 1 if one else min(self.chunk, cache.step_limit())
         for place in range(start, len(row), chunk):
             ids = row[None, place : place + chunk]
             size = ids.shape[1]

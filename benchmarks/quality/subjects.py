@@ -87,7 +87,7 @@ def real(name: str = real_model.NAME) -> Subject:
         start = len(_read(corpus / text)) // 8  # behind title pages and lists of persons
         tokens = encode(_read(corpus / text)[start : start + 8 * 2 * WINDOW])
         pieces += [tokens[:WINDOW], tokens[WINDOW : 2 * WINDOW]]
-    prose = _paragraphs(_read(corpus / _TEXTS[0])[_BEHIND:])
+    prose = paragraphs(_read(corpus / _TEXTS[0])[_BEHIND:])
     asked = [
         list_of_things(encode, prose, length, seed)
         for length, seed in ((1000, 0), (1000, 1), (4000, 2))
@@ -102,11 +102,16 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
 }
 
 
+def corpus_text(name: str) -> str:
+    """A text of the Canterbury corpus. Raises FetchError."""
+    return _read(_CORPUS.unpacked(_TEXTS) / name)
+
+
 def _read(path: Path) -> str:
     return path.read_text(encoding="latin-1")
 
 
-def _paragraphs(text: str) -> Iterator[str]:
+def paragraphs(text: str) -> Iterator[str]:
     for part in text.split("\n\n"):
         words = part.split()
         if len(words) > 20:

@@ -18,6 +18,7 @@ from .options import (
     Portable,
     PruneOption,
     QuantOption,
+    ReadOption,
     RecipeFile,
     ShareOption,
     TargetOption,
@@ -46,6 +47,7 @@ def compile_(
     prune: PruneOption = None,
     quant: QuantOption = None,
     share: ShareOption = None,
+    read: ReadOption = None,
     recipe: RecipeFile = None,
     context: Annotated[
         int | None,
@@ -74,7 +76,7 @@ def compile_(
 ) -> None:
     """Compile a model into an artifact folder."""
     options = {
-        **recipe_options(target, weights, cache, prune, quant, share),
+        **recipe_options(target, weights, cache, prune, quant, share, read),
         "cubins": None if cubins is None else [part.strip() for part in cubins.split(",")],
         "recipe": recipe,
         "context": context,
@@ -137,6 +139,7 @@ def estimate(
     prune: PruneOption = None,
     quant: QuantOption = None,
     share: ShareOption = None,
+    read: ReadOption = None,
     recipe: RecipeFile = None,
     context: Annotated[
         int | None,
@@ -162,7 +165,7 @@ def estimate(
 ) -> None:
     """Tell weights, cache and activation bytes from a model's config, before any weight is read."""
     options = {
-        **recipe_options(target, weights, cache, prune, quant, share),
+        **recipe_options(target, weights, cache, prune, quant, share, read),
         "recipe": recipe,
         "context": context,
         "portable": portable or None,
@@ -189,6 +192,8 @@ def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_j
         table.add_row(f"KV cache, {rows}", human_bytes(found.cache))
     if found.cache_peak != found.cache:
         table.add_row("  while a prompt as long is read", human_bytes(found.cache_peak))
+    if found.cache_read != found.cache:
+        table.add_row("  read by a step behind it", human_bytes(found.cache_read))
     if found.given:
         table.add_row("what the encoder gives the decoder", human_bytes(found.given))
     step = f"{found.chunk} tokens a step" if found.cache else rows

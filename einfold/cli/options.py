@@ -23,6 +23,7 @@ METHODS = {
     "prune": ("streaming_llm", "razor_attention", "snapkv", "h2o", "ems"),
     "quant": ("kivi", "gear", "zipcache", "mikv"),
     "share": ("cross_layer", "minicache", "cskv"),
+    "read": ("quest",),
 }
 
 
@@ -160,6 +161,17 @@ ShareOption = Annotated[
         show_default=False,
     ),
 ]
+ReadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--read",
+        metavar="METHOD[:KEY=VALUE,..]",
+        autocompletion=starting((*METHODS["read"], "none")),
+        help="Read few of the tokens that are kept in a step, those that its query asks for. "
+        f"{_WRITTEN}. [default: read all]",
+        show_default=False,
+    ),
+]
 Portable = Annotated[
     bool, typer.Option("--portable", help="Standard ONNX operators only (opset 24); slower.")
 ]
@@ -210,6 +222,7 @@ def recipe_options(
     prune: str | None,
     quant: str | None,
     share: str | None,
+    read: str | None,
 ) -> dict[str, str | None]:
     """The options that stand for keys of a recipe, as `resolve_recipe` takes them."""
     return {
@@ -219,4 +232,5 @@ def recipe_options(
         "prune": prune,
         "quant": quant,
         "share": share,
+        "read": read,
     }

@@ -19,6 +19,7 @@ from .options import (
     Json,
     PruneOption,
     QuantOption,
+    ReadOption,
     RecipeFile,
     ShareOption,
     TargetOption,
@@ -227,6 +228,7 @@ def passes(
     prune: PruneOption = None,
     quant: QuantOption = None,
     share: ShareOption = None,
+    read: ReadOption = None,
     recipe: RecipeFile = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="The pipeline of the portable flavour.")
@@ -236,7 +238,7 @@ def passes(
 ) -> None:
     """List the pipeline: each pass, in order, with its options and what it does."""
     options = {
-        **recipe_options(target, weights, cache, prune, quant, share),
+        **recipe_options(target, weights, cache, prune, quant, share, read),
         "portable": portable or None,
     }
     list_passes(recipe, options, json)
@@ -274,8 +276,8 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods that --prune, --quant and --share take, or the formats and solvers that --weights
-    takes, each with its options."""
+    """List the methods that --prune, --quant, --share and --read take, or the formats and solvers that
+    --weights takes, each with its options."""
     list_methods(json, what)
 
 

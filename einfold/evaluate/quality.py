@@ -43,8 +43,8 @@ IntArray = npt.NDArray[np.int64]
 class Quality:
     """What `einfold eval` reports. `kl` is KL(original || artifact) in nats a token; `recall` the share
     of pass keys whose every token the artifact predicts, None where the text asks for none; `prompt` the
-    share of each window that was read before it was measured, None where the cache keeps everything; `note`
-    a sentence where a cache was not read as it is used."""
+    share of each window that was read before it was measured, None where the cache keeps everything and a
+    query reads all of it; `note` a sentence where a cache was not read as it is used."""
 
     perplexity: float
     reference_perplexity: float
@@ -90,11 +90,13 @@ def evaluate(
     `text` is a file of documents, separated by lines that hold a form feed; the original's own
     `eval.txt` or a built-in text where it is not given. Documents longer than `window` tokens (the
     artifact's context, at most 2,048, by default) are read in windows of that many. Where the cache lets
-    tokens go, the share `prompt` of each is read before it is compressed, and measured is what follows.
+    tokens go, or a query reads few of them, the share `prompt` of each is read before it is compressed, and
+    measured is what follows.
     """
     if not 0 <= prompt < 1:
         raise PromptError(f"the prompt's share of a window is from 0 to less than 1, not {prompt}")
-    share = prompt if model.engine.layout.clocks() else None
+    layout = model.engine.layout
+    share = prompt if layout.clocks() or layout.chooses else None
     tell = progress or (lambda message, share: None)
     documents = read_documents(find_text(text, Path(against)))
     limit = min(2048 if window is None else window, model.engine.context)
@@ -132,7 +134,7 @@ def evaluate(
         documents=len(documents),
         bytes=measure_bytes(model, 1, max(len(piece.tokens) for piece in pieces)),
         prompt=share,
-        note=_note(model.engine.layout, share),
+        note=_note(layout, share),
         recall_by_depth=sums.recall.by_depth(),
         recall_by_length=sums.recall.by_length(),
     )
@@ -226,7 +228,7 @@ class _Artifact:
 def _measure(
     model: Model, original: _Reference, window: Window, share: float | None, sums: _Sums
 ) -> None:
-    """Adds one window. `share` of it is a prompt; None where the cache keeps everything anyway."""
+    """Adds one window. `share` of it is a prompt; None where all is kept and read anyway."""
     tokens = window.tokens
     first = 0 if share is None else int(len(tokens) * share)
     best = np.zeros(len(tokens), np.int64)

@@ -1,4 +1,4 @@
-"""Every policy and storage of the product keeps to what holds for all."""
+"""Every policy, storage and reader of the product keeps to what holds for all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.policy import POLICIES
+from einfold.compiler.ir.kv.read.reader import READERS
 from einfold.compiler.ir.kv.store.storage import STORAGES
 from einfold.compiler.passes.cache_methods import FAMILIES
 
@@ -27,12 +28,14 @@ STORAGE_OPTIONS = {
     "mikv": {"tokens": 16, "slack": 4, "group": 8, "residual": 4, "share": 0.5},
     "minicache": {"group": 8, "residual": 4, "slack": 4},
 }
+READER_OPTIONS = {"everything": {}, "quest": {"page": 4, "tokens": 12}}
 
 
 def test_all_of_them_are_tried() -> None:
     """But for CSKV's features, which go with a window."""
     assert set(POLICIES) == set(POLICY_OPTIONS)
     assert set(STORAGES) == {*STORAGE_OPTIONS, "low_rank"}
+    assert set(READERS) == set(READER_OPTIONS)
 
 
 @pytest.mark.parametrize("name", POLICY_OPTIONS)
@@ -53,6 +56,18 @@ def test_storages(name: str) -> None:
     layout = common.layout_of(Full(), STORAGES[name](**STORAGE_OPTIONS[name]))
     common.check_text(layout)
     common.check_account(layout)
+
+
+@pytest.mark.parametrize("name", READER_OPTIONS)
+def test_readers(name: str) -> None:
+    reader = READERS[name](**READER_OPTIONS[name])
+    layout = common.layout_of(Full(), reader=reader)
+    common.check_text(layout)
+    common.check_account(layout)
+    assert reader.reads(10) == 10  # few enough to be read whole
+    assert all(
+        layout.read_bytes(2, tokens) <= int(layout.bytes(2, tokens)) for tokens in (1, 33, 90)
+    )
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_wrong_readers_are_refused() -> None:
     ):
         common.layout_of(Full(), Kivi(), Pages())
     for text, said in (
-        ("nothing", "unknown cache reader 'nothing'; known: everything, toy_pages"),
+        ("nothing", "unknown cache reader 'nothing'; known: everything, quest, toy_pages"),
         ("toy_pages(page=0,count=1)", "pages of 1 or more tokens"),
         ("toy_pages(page=1,count=1,x=1)", "unknown or repeated field 'x'"),
     ):
@@ -222,16 +222,19 @@ def test_wrong_readers_are_refused() -> None:
     lines = list(common.layout_of(Full(), Plain()).lines())
     with pytest.raises(IRError, match="cannot read the cache line"):
         CacheLayout.parse([f"{lines[0]} read=nothing", lines[1]])
-    with pytest.raises(RecipeError, match=r"cache\.read\.method is one of toy_pages, not 'x'"):
+    with pytest.raises(
+        RecipeError, match=r"cache\.read\.method is one of quest, toy_pages, not 'x'"
+    ):
         Recipe.build({"cache": {"read": "x"}})
     with pytest.raises(RecipeError, match="unknown key 'pages'; toy_pages takes page, count"):
         Recipe.build({"cache": {"read": {"method": "toy_pages", "pages": 1}}})
 
 
 def test_without_any_method_the_family_says_so() -> None:
-    del READERS._found["toy_pages"]
+    known = dict(READERS._found)
+    READERS._found.clear()
     try:
         with pytest.raises(RecipeError, match=r"cache\.read\.method has no name yet"):
             Recipe.build({"cache": {"read": "toy_pages"}})
     finally:
-        READERS._found["toy_pages"] = Pages
+        READERS._found.update(known)

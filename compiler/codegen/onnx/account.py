@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.kv.read.reader import parse_reader
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
@@ -80,6 +81,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     """
     if node.target in _OPERANDS:
         return _scores(program, node, dims)
+    if node.target is einfold_ops.bounded_attention.default:
+        return _pages(program, node, dims)
     if node.target not in (
         einfold_ops.cached_attention.default,
         einfold_ops.shared_attention.default,
@@ -102,6 +105,28 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
         return int(batch * slots * held * 9 // 8)
     added = 2 * int(found.get("by_distance_HR") is not None)  # as it is gathered, and turned
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out) + added)
+
+
+def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+    """Bytes of attention over pages: with one new token what is chosen of keys and values, as it is gathered
+    and, from int8, as it is widened, beside scores of pages and slots; with several the tiles that
+    GroupQueryAttention works in, or its logits, and the keys whose bounds are found anew."""
+    found = call_arguments(node)
+    query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
+    batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
+    slots = program.shapes.evaluate(keys.shape[2], dims)
+    kv_heads, size = int(keys.shape[1]), int(keys.shape[3])
+    reader, stored = parse_reader(found["read"]), keys.dtype.itemsize
+    page, read = reader.bounded, reader.reads(slots)
+    if new > 1:
+        logits = (
+            4 * new * heads * slots * int(bool(found["softcap"]) or found["sinks_H"] is not None)
+        )
+        return int(batch * (logits + kv_heads * (new + 2 * page) * size * stored))
+    widened = 4 * int(stored < 4)
+    bounds = 2 * size * widened * kv_heads * (slots // page + 2)
+    scores = 3 * 4 * heads * (slots // page + 2 + read)
+    return int(batch * (bounds + scores + 2 * kv_heads * read * size * (stored + widened)))
 
 
 #: What queries and keys of attention without a cache are called.

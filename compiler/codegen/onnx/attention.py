@@ -22,13 +22,16 @@ from torch import fx
 
 from ....errors import UnsupportedError
 from ...ir.kv.layout import TOKENS
+from ...ir.kv.read.quest import Quest
+from ...ir.kv.read.reader import parse_reader
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from .account import SMALLEST_GROUP
 from .builder import CONTRIB
 from .einfold_ops import rotate
-from .integer_attention import IntegerAttention, blocks, mask, pays
-from .lowerings import Context, lowering
+from .integer_attention import IntegerAttention, appended, blocks, mask, pays
+from .lowerings import Context, lowering, unsupported
+from .page_attention import PageAttention, Pages
 
 aten = torch.ops.aten
 
@@ -112,29 +115,115 @@ def cached_attention_portable(context: Context, node: fx.Node) -> list[ir.Value]
 
 
 def _group_query(call: _Call) -> list[ir.Value]:
-    context, builder = call.context, call.context.builder
-    in_op = bool(call.rotary_width) and call.key_size % 16 == 0 and call.rotary_width % 16 == 0
-    packed = _packed_qkv(call) if in_op or not call.rotary_width else None
-    query, key, value = packed, None, None
-    if query is None:
-        query = call.flat("q_BSHD", call.heads, call.key_size)
-        key = call.flat("k_BSKD", call.kv_heads, call.key_size)
-        value = call.flat("v_BSKD", call.kv_heads, call.value_size)
-        if not in_op:
-            query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+    builder = call.context.builder
+    given = _given(call)
 
     def widened() -> list[ir.Value]:
-        return _operator(call, query, key, value, in_op)
+        return _operator(call, *given)
 
     if _takes_integers(call):
         wanted, seen = _integers_wanted(call)
-        attention = partial(_in_integers, call, query, key, value, in_op, seen)
+        attention = partial(_in_integers, call, *given, seen)
         out, keys, values = builder.choose(wanted, attention, widened)
     else:
         out, keys, values = widened()
-    heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
-    context.flat[heads] = out
-    return [heads, keys, values]
+    return [_by_heads(call, out), keys, values]
+
+
+def _given(call: _Call) -> tuple[ir.Value, ir.Value | None, ir.Value | None, bool]:
+    """Queries, keys and values as `_operator` takes them, and whether it turns queries and keys itself."""
+    in_op = bool(call.rotary_width) and call.key_size % 16 == 0 and call.rotary_width % 16 == 0
+    packed = _packed_qkv(call) if in_op or not call.rotary_width else None
+    if packed is not None:
+        return packed, None, None, in_op
+    query = call.flat("q_BSHD", call.heads, call.key_size)
+    key = call.flat("k_BSKD", call.kv_heads, call.key_size)
+    value = call.flat("v_BSKD", call.kv_heads, call.value_size)
+    if not in_op:
+        query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+    return query, key, value, in_op
+
+
+def _by_heads(call: _Call, out_BSM: ir.Value) -> ir.Value:
+    """A result as [B, S, H, D], which remembers what it was."""
+    heads = call.context.builder.reshape(out_BSM, [0, 0, call.heads, call.value_size])
+    call.context.flat[heads] = out_BSM
+    return heads
+
+
+@lowering(einfold_ops.bounded_attention.default, flavour="ort")
+def bounded_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
+    """A step of one token reads the pages that are chosen; every other one reads everything."""
+    call = _Call(context, node, context.arguments(node))
+    if call.key_size % 8 or call.value_size != call.key_size:
+        raise unsupported(
+            node,
+            "its prompts are read by GroupQueryAttention, whose heads have a multiple of 8 numbers, "
+            "as many for keys as for values",
+        )
+    context.opset = max(context.opset, 24)  # TensorScatter
+    attention, given = _by_pages(call), _given(call)
+
+    def whole() -> list[ir.Value]:
+        out, keys, values = _operator(call, *given)
+        return [out, keys, values, attention.refreshed(call.value("bounds_BKPE"), keys)]
+
+    def pages() -> list[ir.Value]:
+        query, key, value = _apart(call, *given)
+        keys, values = (
+            appended(
+                context.builder,
+                call.value(cache),
+                new,
+                context.optional(call.found[scale]),
+                call.value("used_B"),
+                call.kv_heads,
+                call.key_size,
+            )
+            for cache, new, scale in (
+                ("key_cache_BKCD", key, "key_scale_KD"),
+                ("value_cache_BKCD", value, "value_scale_KD"),
+            )
+        )
+        bounds = attention.refreshed(call.value("bounds_BKPE"), keys)
+        return [attention(query, keys, values, bounds), keys, values, bounds]
+
+    out, *written = context.builder.choose(attention.pages.wanted(), pages, whole)
+    return [_by_heads(call, out), *written]
+
+
+def _by_pages(call: _Call) -> PageAttention:
+    context, found = call.context, call.found
+    reader = parse_reader(found["read"])
+    assert isinstance(reader, Quest)
+    ids = context.value(context.program.placeholder("input_ids"))
+    first = next(
+        other
+        for other in map(
+            context.arguments, context.program.nodes(einfold_ops.bounded_attention.default)
+        )
+        if (other["used_B"], other["read"]) == (found["used_B"], found["read"])
+    )
+    pages = Pages(
+        context.builder,
+        reader,
+        call.kv_heads,
+        call.value("used_B"),
+        context.builder.dim(ids, 1),
+        _totals(call),
+        context.builder.dim(context.value(first["bounds_BKPE"]), 2),
+    )
+    return PageAttention(
+        pages,
+        call.heads,
+        call.key_size,
+        call.value_size,
+        found["scale"],
+        found["softcap"],
+        context.optional(found["sinks_H"]),
+        context.optional(found["key_scale_KD"]),
+        context.optional(found["value_scale_KD"]),
+    )
 
 
 def _operator(
@@ -211,11 +300,7 @@ def _in_integers(
     seen: ir.Value,
 ) -> list[ir.Value]:
     """What `_operator` gives, for one new token."""
-    if key is None or value is None:
-        sizes = [n * call.key_size for n in (call.heads, call.kv_heads, call.kv_heads)]
-        query, key, value = call.context.builder.split(query, sizes, axis=2)
-    if in_op:
-        query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+    query, key, value = _apart(call, query, key, value, in_op)
     attention = IntegerAttention(
         call.context.builder,
         call.heads,
@@ -229,6 +314,18 @@ def _in_integers(
     )
     caches = call.value("key_cache_BKCD"), call.value("value_cache_BKCD")
     return attention(query, key, value, *caches)
+
+
+def _apart(
+    call: _Call, query: ir.Value, key: ir.Value | None, value: ir.Value | None, in_op: bool
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """What `_operator` is given as queries, keys and values, each [B, S, M]; the first two turned."""
+    if key is None or value is None:
+        sizes = [n * call.key_size for n in (call.heads, call.kv_heads, call.kv_heads)]
+        query, key, value = call.context.builder.split(query, sizes, axis=2)
+    if in_op:
+        query, key = call.turned(query, call.heads), call.turned(key, call.kv_heads)
+    return query, key, value
 
 
 def _packed_qkv(call: _Call) -> ir.Value | None:
@@ -273,7 +370,9 @@ def _leader(call: _Call) -> dict[str, Any]:
 
     Groups with one counter have as many slots, and their compensation tokens stand for as many tokens.
     """
-    calls = call.context.program.nodes(einfold_ops.cached_attention.default)
+    calls = call.context.program.nodes(
+        einfold_ops.cached_attention.default, einfold_ops.bounded_attention.default
+    )
     arguments = map(call.context.arguments, calls)
     return next(found for found in arguments if found["used_B"] is call.found["used_B"])
 

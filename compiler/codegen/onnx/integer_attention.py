@@ -66,8 +66,10 @@ class IntegerAttention:
         value_cache: ir.Value,
     ) -> list[ir.Value]:
         """Turned queries and keys in; [B, 1, heads * size] and both caches with the new token out."""
-        keys = self._append(key_cache, key_B1M, self.key_scale)
-        values = self._append(value_cache, value_B1M, self.value_scale)
+        caches = ((key_cache, key_B1M, self.key_scale), (value_cache, value_B1M, self.value_scale))
+        keys, values = (
+            appended(self.builder, *each, self.used_B, self.kv_heads, self.size) for each in caches
+        )
         scores = self.builder.op("Add", self._scores(query_B1M, keys), self.mask)
         out = self._weighted(scores, values)
         return [self.builder.reshape(out, [0, 1, self.heads * self.size]), keys, values]
@@ -75,17 +77,6 @@ class IntegerAttention:
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
-
-    def _append(self, cache: ir.Value, new_B1M: ir.Value, scale: ir.Value) -> ir.Value:
-        """The cache with the new token in its slot, rounded as GroupQueryAttention rounds it."""
-        builder = self.builder
-        flat = builder.shared("Reshape", scale, builder.ints(-1))
-        # It multiplies by the inverse, which may fall on the other side of an edge than dividing.
-        scaled = builder.op("Mul", new_B1M, builder.shared("Reciprocal", flat))
-        one, zero = builder.floats(1.0), builder.constant(0, np.int8)
-        rounded = builder.op("QuantizeLinear", scaled, one, zero)
-        slot = builder.reshape(rounded, [0, self.kv_heads, 1, self.size])
-        return builder.op("TensorScatter", cache, slot, self.used_B, axis=2)
 
     def _scores(self, query_B1M: ir.Value, keys: ir.Value) -> ir.Value:
         """Logits [B, K, N, G, BLOCK]."""
@@ -169,6 +160,26 @@ class IntegerAttention:
     def _by_head(self, scale_KD: ir.Value) -> ir.Value:
         shape = self.builder.ints(self.kv_heads, 1, self.size)
         return self.builder.shared("Reshape", scale_KD, shape)
+
+
+def appended(
+    builder: Builder,
+    cache: ir.Value,
+    new_B1M: ir.Value,
+    scale: ir.Value | None,
+    used_B: ir.Value,
+    kv_heads: int,
+    size: int,
+) -> ir.Value:
+    """The cache with one new token in its slot; with a scale it is int8, as GroupQueryAttention rounds it."""
+    if scale is not None:
+        flat = builder.shared("Reshape", scale, builder.ints(-1))
+        # It multiplies by the inverse, which may fall on the other side of an edge than dividing.
+        scaled = builder.op("Mul", new_B1M, builder.shared("Reciprocal", flat))
+        one, zero = builder.floats(1.0), builder.constant(0, np.int8)
+        new_B1M = builder.op("QuantizeLinear", scaled, one, zero)
+    slot = builder.reshape(new_B1M, [0, kv_heads, 1, size])
+    return builder.op("TensorScatter", cache, slot, used_B, axis=2)
 
 
 def pays(builder: Builder, new: ir.Value, longest: ir.Value, slots: ir.Value) -> ir.Value:

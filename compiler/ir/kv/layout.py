@@ -24,7 +24,7 @@ from .keep.full import Full
 from .keep.policy import POLICIES, Policy
 from .read.everything import Everything
 from .read.reader import Reader, parse_reader
-from .sizes import Size, least, most
+from .sizes import Size, divided_up, least, most
 from .store.plain.storage import Plain
 from .store.storage import GroupShape, Storage, read_storage
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 #: What is cached of each token.
 PARTS = ("key", "value")
+
+#: What is cached of each page of slots, where a reader goes by it.
+BOUNDS = "bounds"
 
 #: The most groups of a cache that are read.
 LINES = 4096
@@ -79,6 +82,11 @@ class HeadGroup:
             raise IRError(
                 f"heads {self.heads}: {self.reader.name} chooses among tokens in plain slots, and "
                 f"{self.storage.name} is read whole"
+            )
+        if self.reader.bounded and (self.moves or self.owner is not None):
+            raise IRError(
+                f"heads {self.heads}: {self.reader.name} keeps bounds of pages of slots, so tokens must stay "
+                "in theirs, and be of the layer itself"
             )
         if self.packed and not self.policy.whole:
             raise IRError(
@@ -132,6 +140,8 @@ class HeadGroup:
         if prompt is not None and self.exact:
             return prompt + int(self.policy.compensated)
         kept = self.policy.slots(capacity)
+        if self.reader.bounded:
+            return divided_up(kept, self.reader.bounded) * self.reader.bounded  # whole pages
         if not self.packed:
             return kept
         return least(kept, self.policy.lead + self.storage.newest + self.storage.waiting)
@@ -183,6 +193,10 @@ class LayerCache:
         for part in PARTS:
             slot = (batch, shape.heads, slots, shape.size(part))
             yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
+        if group.reader.bounded:
+            pages = pages_of(group.reader.bounded, capacity)
+            bounds = (batch, shape.heads, pages, 2 * shape.key_size)
+            yield Buffer(f"{prefix}.{BOUNDS}", bounds, group.storage.slot_dtype)
         for name, size, dtype in group.storage.whole(shape, batch, capacity):
             yield Buffer(f"{prefix}.{name}", size, dtype)
         if group.policy.compensated:
@@ -280,6 +294,11 @@ class CacheLayout:
             for index, group in enumerate(layer.groups):
                 yield layer, index, group
 
+    @cached_property
+    def chooses(self) -> bool:
+        """Whether a query of some group reads a part of what is kept."""
+        return any(not group.reader.whole for _, _, group in self.groups())
+
     def clocks(self) -> dict[str, HeadGroup]:
         """The counters of used slots, by name, each with a group that goes by it.
 
@@ -316,8 +335,9 @@ class CacheLayout:
         return {packed_of(name): group for name, group in self.clocks().items() if group.packed}
 
     def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
-        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter; and of
-        granules of packed tokens, G0, G1 ..
+        """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter; of
+        granules of packed tokens, G0, G1 ..; of bounded pages, P16 for those of 16 slots, and of the slots
+        of as many, CP16.
 
         With `prompt`, while a prompt of so many tokens is read; else once it has been.
         """
@@ -328,7 +348,10 @@ class CacheLayout:
             granules_dim(name): group.storage.granules(capacity)
             for name, group in self.packs().items()
         }
-        return {"C": capacity} | named | granules
+        sizes = {group.reader.bounded for _, _, group in self.groups()} - {0}
+        pages = {pages_dim(size): int(pages_of(size, capacity)) for size in sizes}
+        in_pages = {paged_dim(size): (pages[pages_dim(size)] - 1) * size for size in sizes}
+        return {"C": capacity} | named | granules | pages | in_pages
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
         """Every buffer of the cache, in the order of layers and groups.
@@ -341,6 +364,25 @@ class CacheLayout:
     def bytes(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Size:
         """Bytes of all buffers; a number for numbers, an expression for symbols."""
         return _total(self.buffers(batch, capacity, prompt))
+
+    def read_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes that a step of one new token reads of the cache, with it `tokens` a row, none of them packed
+        or let go of later than need be."""
+        total = 0
+        for layer, index, group in self.groups():
+            owner = layer if group.owner is None else self[group.owner]
+            for buffer in owner.group_buffers(index, batch, tokens):
+                part = buffer.name.rpartition(".")[2]
+                if buffer.role == "host":
+                    continue
+                size = buffer.bytes()
+                if part in PARTS:
+                    slots = int(buffer.shape[2])
+                    size = size * group.reader.reads(min(slots, tokens)) // max(1, slots)
+                elif part == BOUNDS:
+                    size = size * int(not group.reader.whole)
+                total += size
+        return total
 
     def peak_bytes(self, batch: Size, capacity: Size, prompt: Size) -> Size:
         """The most bytes that are ever live when a prompt of so many tokens is read and continued.
@@ -446,6 +488,22 @@ def slots_dim(clock: str) -> str:
 def packed_of(clock: str) -> str:
     """The counter of packed tokens beside a counter of slots."""
     return f"packed.{clock.rpartition('.')[2]}"
+
+
+def pages_of(page: int, tokens: Size) -> Size:
+    """Pages whose bounds are kept: one more than so many tokens fill, which the last step of a prompt that
+    ends inside a page may write."""
+    return divided_up(tokens, page) + 1
+
+
+def pages_dim(page: int) -> str:
+    """The name that the number of pages of so many slots has in the graph's shapes."""
+    return f"P{page}"
+
+
+def paged_dim(page: int) -> str:
+    """The name that the number of slots in whole pages has in the graph's shapes."""
+    return f"CP{page}"
 
 
 def granules_dim(clock: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kv.codes.affine import narrowed
-from ..kv.read.reader import parse_reader
+from ..kv.read.reader import Reader, parse_reader
 from .record import OPERATORS, Operator
 from .rotary import Rotary, turned
 
@@ -210,14 +210,20 @@ class OverPlainSlots(OverSlots):
         counts_BK = self.count_BK if self.read else None
         return visible_slots(self.new_slots(), self.slots, self.window, counts_BK)
 
+    def chosen(
+        self, reader: Reader, q_BKGSD: Tensor, keys_BKCD: Tensor, visible_BSC: Tensor
+    ) -> Tensor:
+        """Which slots each new token reads, bool [B, K, S, C]."""
+        read: Tensor = reader.choosing.chosen(reader, q_BKGSD, keys_BKCD, visible_BSC)
+        return read
+
     def _logits(self, visible_BSC: Tensor) -> Tensor:
         query = self.turned_query()
         keys = stored(self.key_cache_BKCD, self.scales[0]).to(query.dtype)
         visible_BKSC = visible_BSC[:, None]
         if self.read:
-            reader = parse_reader(self.read)
-            q_BKGSD = query.transpose(1, 2).unflatten(1, (keys.shape[1], -1))
-            visible_BKSC = reader.choosing.chosen(reader, q_BKGSD, keys, visible_BSC)
+            q_BKGSD = query.transpose(1, 2).unflatten(1, (keys.shape[1], -1)) * self.scale
+            visible_BKSC = self.chosen(parse_reader(self.read), q_BKGSD, keys, visible_BSC)
         return masked_logits(
             query,
             keys,

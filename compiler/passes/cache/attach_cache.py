@@ -10,6 +10,7 @@ from torch import fx
 
 from ....errors import IRError, RecipeError
 from ...ir.kv.layout import (
+    BOUNDS,
     PARTS,
     TOKENS,
     CacheLayout,
@@ -18,10 +19,13 @@ from ...ir.kv.layout import (
     cache_name,
     granules_dim,
     packed_of,
+    paged_dim,
+    pages_dim,
     query_name,
     slots_dim,
 )
 from ...ir.ops.attention import CachedAttention
+from ...ir.ops.bounded import BoundedAttention
 from ...ir.ops.low_rank import LowRankAttention
 from ...ir.ops.packed import PackedAttention
 from ...ir.ops.record import Operator, operator_of
@@ -58,7 +62,8 @@ class AttachCache(Pass):
 
         `%o = shared_attention(%q, %kc, %vc, %used, ..)`
 
-    over what the owner's call gives, once for each of the owner's groups.
+    over what the owner's call gives, once for each of the owner's groups. Where a reader goes by bounds of
+    pages, the call is `bounded_attention`, which reads and writes these too.
     """
 
     name = "attach_cache"
@@ -171,11 +176,11 @@ class Attachment:
                 shape = ["B", spec.shape[1], dim, *spec.shape[3:]][: len(spec.shape)]
                 if len(spec.shape) == 3:  # features of every token
                     shape = ["B", slots_dim(TOKENS), spec.shape[2]]
-                found[spec.name.removeprefix(f"{prefix}.")] = self.editor.input(
-                    spec.name,
-                    shape,
-                    DTYPES[spec.dtype],
-                )
+                part = spec.name.removeprefix(f"{prefix}.")
+                page = cache.groups[index].reader.bounded
+                if page:
+                    shape[2] = pages_dim(page) if part == BOUNDS else paged_dim(page)
+                found[part] = self.editor.input(spec.name, shape, DTYPES[spec.dtype])
         return found
 
     def _call(
@@ -225,7 +230,8 @@ class Attachment:
                 "lengths_B": self._counters[TOKENS],
                 "first": group.policy.lead,
             }
-        return CachedAttention, {
+        return BoundedAttention if group.reader.bounded else CachedAttention, {
+            "bounds_BKPE": inputs.get(BOUNDS),
             "count_BK": inputs.get("count"),
             "key_scale_KD": self._scale(inputs["key"]),
             "value_scale_KD": self._scale(inputs["value"]),

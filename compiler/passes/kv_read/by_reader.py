@@ -27,31 +27,41 @@ class ReadByReader(GivenToHeads):
             return result
         windows = own_windows(program)
         layers = [
-            self._reading(layer, windows[layer.layer], result) for layer in program.layout.layers
+            self._reading(layer, self._left_alone(place, windows[layer.layer]), result)
+            for place, layer in enumerate(program.layout.layers)
         ]
         program.layout = CacheLayout(tuple(layers))
         return result
 
-    def _reading(self, layer: LayerCache, window: int, result: PassResult) -> LayerCache:
+    def _reading(self, layer: LayerCache, reason: str, result: PassResult) -> LayerCache:
         where, groups = f"layer {layer.layer}", []
         for group in layer.groups:
             heads = f"heads {','.join(map(str, group.heads))}"
-            reason = _left_alone(group, window)
-            if reason:
-                result.skipped(where, f"{heads} {reason}")
+            why = reason or self._cannot(group)
+            if why:
+                result.skipped(where, f"{heads} {why}")
                 groups.append(group)
             else:
                 result.applied(where, f"{heads} read {self.reader.says()}")
                 groups.append(replace(group, reader=self.reader))
         return replace(layer, groups=tuple(groups))
 
+    def _left_alone(self, place: int, window: int) -> str:
+        """Why a layer goes on reading all that it keeps; "" where it need not."""
+        if window:
+            return f"have a sliding window of {window} tokens of their own"
+        return self.reader.leaves(place)
 
-def _left_alone(group: HeadGroup, window: int) -> str:
-    """Why the group goes on reading all that it keeps; "" where it need not."""
-    if window:
-        return f"have a sliding window of {window} tokens of their own"
-    if not group.storage.plain:
-        return f"are stored as {group.storage.name}, which is read whole"
-    if group.policy.compensated:
-        return "have a slot that stands for many tokens, which every query reads"
-    return ""
+    def _cannot(self, group: HeadGroup) -> str:
+        """The same of a group."""
+        if not group.storage.plain:
+            return f"are stored as {group.storage.name}, which is read whole"
+        if group.policy.compensated:
+            return "have a slot that stands for many tokens, which every query reads"
+        if self.reader.bounded and group.owner is not None:
+            return f"read the cache of layer {group.owner}, and bounds of pages are kept with one's own"
+        if self.reader.bounded and group.moves:
+            return (
+                "let go of tokens, so that slots move, and bounds of pages are of slots that stay"
+            )
+        return ""

@@ -36,6 +36,20 @@ class Reader(Options):
         """Whether every token that is visible is read."""
         return False
 
+    @property
+    def bounded(self) -> int:
+        """Slots of a page, of which the keys' largest and smallest numbers are kept beside the slots; 0 where
+        nothing is. Operators find them in `bounds` [B, K, P, 2 D], the largest first."""
+        return 0
+
+    def leaves(self, place: int) -> str:
+        """Why the method leaves an attention layer alone, by its place among them; "" where it does not."""
+        return ""
+
+    def reads(self, tokens: int) -> int:
+        """Slots that a query reads at most which sees so many tokens."""
+        return tokens
+
     def says(self) -> str:
         """What a query reads, for reports: `4 pages of 16 tokens`."""
         return "every token"
@@ -44,9 +58,13 @@ class Reader(Options):
     def choosing(self) -> Any:
         """What chooses, in torch; imported by this, for the layout is read without torch.
 
-        `choosing.chosen(reader, q_BKGSD, keys_BKCD, visible_BSC)` gives which slots each new token reads,
-        bool [B, K, S, C], among the visible ones. Queries are rotated as the keys are; G of them share a KV
-        head and what they read. A query must read its own token.
+        `choosing.chosen(reader, q_BKGSD, keys_BKCD, visible_BSC)` gives which slots each new token
+        reads, bool [B, K, S, C], among the visible ones. Queries are rotated as the keys are, and times the
+        softmax's scale; G of them share a KV head and what they read. A query must read its own token.
+
+        Where bounds are kept, `choosing.chosen_by(reader, q_BKGSD, bounds_BKPE, visible_BSC)` gives the
+        same by them, and `choosing.refresh(bounds_BKPE, keys_BKCD, used_B, new, page)` brings them up to
+        date, in place, when row b has got `new` tokens from slot used[b] on.
         """
         raise NotImplementedError
 

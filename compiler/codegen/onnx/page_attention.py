@@ -1,0 +1,257 @@
+"""One new token's attention over the pages of a cache that Quest chooses, and the bounds it goes by.
+
+    bounds = max | min of the keys of the page that the token comes into
+    pages  = top(max over a group's heads of softmax((q + |q| spread) / 2 . max + (q - |q| spread) / 2 . min))
+    out    = softmax(q . K[pages]) . V[pages]
+
+Bounds lie side by side as the query's two parts do, so scores are one product. Of an int8 cache only what was
+chosen is widened, and the bounds, which are int8 too. Slots come in whole pages, so that a page is a row of a
+view and is gathered at once. MatMul, Softmax, MatMul over what was chosen took two thirds of what a
+GroupQueryAttention over it did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.kv.read.quest import Quest
+from .builder import CONTRIB, Builder
+
+#: Puts pages before all others, or behind them; hides slots from the softmax.
+_FIRST, _LAST = 1e30, -1e30
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What layers that go by one counter share of a step; each part is made once, whatever the layers."""
+
+    builder: Builder
+    reader: Quest
+    kv_heads: int
+    used_B: ir.Value
+    new: ir.Value
+    """The new tokens, [1]."""
+    total_B: ir.Value
+    """The tokens of each row, with them."""
+    pages: ir.Value
+    """Pages that there are bounds of, [1]."""
+
+    def _int(self, kind: str, a: ir.Value, b: int) -> ir.Value:
+        return self.builder.shared(kind, a, self.builder.ints(b))
+
+    def _range(self, end: ir.Value) -> ir.Value:
+        zero, one = (self.builder.constant(value, np.int64) for value in (0, 1))
+        return self.builder.shared("Range", zero, self.builder.shared("Squeeze", end), one)
+
+    def _seen(self) -> ir.Value:
+        """Pages in use."""
+        return self._int(
+            "Div", self._int("Add", self.total_B, self.reader.page - 1), self.reader.page
+        )
+
+    def _count(self) -> ir.Value:
+        """Pages that the newest token of each row reads, as `Quest.pages` counts them."""
+        builder, reader = self.builder, self.reader
+        double = int(ir.DataType.DOUBLE)
+
+        def number(value: float) -> ir.Value:
+            return builder.constant(value, np.float64)
+
+        wanted = builder.shared("Cast", self.total_B, to=double)
+        wanted = builder.shared("Mul", wanted, number(reader.share))
+        wanted = builder.shared("Max", wanted, number(reader.tokens))
+        wanted = builder.shared("Ceil", builder.shared("Div", wanted, number(reader.page)))
+        count = self._int(
+            "Max", builder.shared("Cast", wanted, to=int(ir.DataType.INT64)), self.reader.always
+        )
+        return builder.shared("Min", count, self._seen())
+
+    def _most(self, counts_B: ir.Value) -> ir.Value:
+        most = self.builder.shared("ReduceMax", counts_B, keepdims=0)
+        return self.builder.shared("Reshape", most, self.builder.ints(1))
+
+    def chosen(self) -> ir.Value:
+        """How many pages are chosen for the row that reads most, [1]."""
+        return self._most(self._count())
+
+    def wanted(self) -> ir.Value:
+        """Whether a step reads less than everything, [1]: one token, and more pages than are chosen."""
+        one = self._int("Equal", self.new, 1)
+        fewer = self.builder.shared("Less", self.chosen(), self._most(self._seen()))
+        return self.builder.shared("And", one, fewer)
+
+    def used(self) -> ir.Value:
+        """What hides pages that no token has come into yet from a softmax over pages, [B, 1, 1, P]."""
+        unused = self.builder.shared("Greater", self._index(), self._newest())
+        hidden = self.builder.shared(
+            "Where", unused, self.builder.floats(_LAST), self.builder.floats(0.0)
+        )
+        return self.builder.shared("Unsqueeze", hidden, self.builder.ints(1, 2))
+
+    def always(self) -> ir.Value:
+        """What puts the pages first that are always read, the newest before all, [B, 1, P]."""
+        builder, index = self.builder, self._index()
+        first = self._int("Equal", index, 0)
+        ahead = builder.shared("Where", first, builder.floats(_FIRST), builder.floats(0.0))
+        for back in range(self.reader.always - 2, -1, -1):
+            recent = builder.shared("Equal", index, self._int("Sub", self._newest(), back))
+            bonus = builder.floats(_FIRST * (self.reader.always - back))
+            ahead = builder.shared("Where", recent, bonus, ahead)
+        return builder.shared("Unsqueeze", ahead, builder.ints(1))
+
+    def _index(self) -> ir.Value:
+        return self._range(self.pages)
+
+    def _newest(self) -> ir.Value:
+        newest = self._int("Sub", self._seen(), 1)
+        return self.builder.shared("Unsqueeze", newest, self.builder.ints(1))
+
+    def shown(self) -> ir.Value:
+        """What hides slots of the chosen pages that hold no token yet, which only the newest may have, and
+        pages beyond those that a row reads, [B, 1, 1, N]. The newest is the first of the chosen."""
+        builder, page = self.builder, self.reader.page
+        rank = builder.shared("Unsqueeze", self._range(self.chosen()), builder.ints(1))
+        count = builder.shared("Unsqueeze", self._count(), builder.ints(1, 2))
+        inside = builder.constant(np.arange(page), np.int64)
+        last = self._int("Mod", self._int("Sub", self.total_B, 1), page)
+        last = builder.shared("Unsqueeze", last, builder.ints(1, 2))
+        held = builder.shared("LessOrEqual", inside, last)
+        held = builder.shared("Or", held, self._int("Greater", rank, 0))
+        held = builder.shared("And", held, builder.shared("Less", rank, count))
+        hidden = builder.shared("Where", held, builder.floats(0.0), builder.floats(_LAST))
+        return builder.shared("Reshape", hidden, builder.ints(0, 1, 1, -1))
+
+    def first(self) -> ir.Value:
+        """The page that the first new token comes into."""
+        return self._int("Div", self.used_B, self.reader.page)
+
+    def touched(self) -> ir.Value:
+        """The slots of the pages that new tokens may come into, [B, K, N, 1]; for those behind the newest
+        that one."""
+        builder, page = self.builder, self.reader.page
+        count = self._int("Div", self._int("Add", self.new, page - 2), page)
+        slots = self._range(self._int("Mul", self._int("Add", count, 1), page))
+        start = builder.shared("Unsqueeze", self._int("Mul", self.first(), page), builder.ints(1))
+        last = builder.shared("Unsqueeze", self._int("Sub", self.total_B, 1), builder.ints(1))
+        index = builder.shared("Min", builder.shared("Add", start, slots), last)
+        index = builder.shared("Unsqueeze", index, builder.ints(1, 3))
+        heads = builder.ints(1, self.kv_heads, 1, 1)
+        return builder.shared("Expand", index, heads)
+
+
+@dataclass(frozen=True)
+class PageAttention:
+    """One layer's; scales are those of an int8 cache, or None."""
+
+    pages: Pages
+    heads: int
+    key_size: int
+    value_size: int
+    scale: float
+    softcap: float
+    sinks_H: ir.Value | None = None
+    key_scale_KD: ir.Value | None = None
+    value_scale_KD: ir.Value | None = None
+
+    @property
+    def builder(self) -> Builder:
+        return self.pages.builder
+
+    @property
+    def kv_heads(self) -> int:
+        return self.pages.kv_heads
+
+    def refreshed(self, bounds_BKPE: ir.Value, keys_BKCD: ir.Value) -> ir.Value:
+        """The bounds, with those of the pages that the new tokens came into found anew."""
+        builder = self.builder
+        taken = builder.op("GatherND", keys_BKCD, self.pages.touched(), batch_dims=2)
+        paged = builder.reshape(taken, [0, 0, -1, self.pages.reader.page, self.key_size])
+        largest, smallest = (
+            builder.op(kind, paged, builder.ints(3), keepdims=0)
+            for kind in ("ReduceMax", "ReduceMin")
+        )
+        both = builder.op("Concat", largest, smallest, axis=3)
+        return builder.op("TensorScatter", bounds_BKPE, both, self.pages.first(), axis=2)
+
+    def __call__(
+        self, query_B1M: ir.Value, keys: ir.Value, values: ir.Value, bounds: ir.Value
+    ) -> ir.Value:
+        """Turned queries, and both caches and bounds with the new token; gives [B, 1, heads * value size]."""
+        builder, group = self.builder, self.heads // self.kv_heads
+        query = builder.reshape(query_B1M, [0, self.kv_heads, group, self.key_size])
+        query = builder.op("Mul", query, self._query_factor())
+        pages = self._chosen(query, bounds)
+        logits = self._capped(self._product(query, self._taken(keys, pages, self.key_size)))
+        weights = self._softmax(builder.op("Add", logits, self.pages.shown()))
+        out = builder.op("MatMul", weights, self._taken(values, pages, self.value_size))
+        if self.value_scale_KD is not None:
+            out = builder.op("Mul", out, self._by_head(self.value_scale_KD, self.value_size))
+        return builder.reshape(out, [0, 1, self.heads * self.value_size])
+
+    def _query_factor(self) -> ir.Value:
+        """The softmax's scale, times the keys' scales."""
+        factor = self.builder.floats(self.scale)
+        if self.key_scale_KD is None:
+            return factor
+        by_head = self._by_head(self.key_scale_KD, self.key_size)
+        return self.builder.shared("Mul", by_head, factor)
+
+    def _by_head(self, scale_KD: ir.Value, size: int) -> ir.Value:
+        return self.builder.shared("Reshape", scale_KD, self.builder.ints(self.kv_heads, 1, size))
+
+    def _chosen(self, query_BKGD: ir.Value, bounds_BKPE: ir.Value) -> ir.Value:
+        """The chosen pages, [B, K, T, 1]."""
+        builder, pages = self.builder, self.pages
+        half = builder.op("Mul", query_BKGD, builder.floats(0.5))
+        away = builder.op("Abs", builder.op("Mul", half, builder.floats(pages.reader.spread)))
+        parts = [builder.op(kind, half, away) for kind in ("Add", "Sub")]
+        parts_BKGE = builder.op("Concat", *parts, axis=3)
+        upper_BKGP = builder.op(
+            "Add", self._product(parts_BKGE, self._wide(bounds_BKPE)), pages.used()
+        )
+        share_BKGP = builder.op("LogSoftmax", upper_BKGP, axis=3)
+        score_BKP = builder.op("ReduceMax", share_BKGP, builder.ints(2), keepdims=0)
+        score_BKP = builder.op("Add", score_BKP, pages.always())
+        _, chosen_BKT = builder.multi("TopK", 2, score_BKP, pages.chosen(), axis=2)
+        return builder.op("Unsqueeze", chosen_BKT, builder.ints(3))
+
+    def _taken(self, cache_BKCD: ir.Value, pages: ir.Value, size: int) -> ir.Value:
+        """What the slots of some pages hold, [B, K, N, D]."""
+        builder = self.builder
+        paged = builder.reshape(cache_BKCD, [0, 0, -1, self.pages.reader.page * size])
+        taken = builder.op("GatherND", paged, pages, batch_dims=2)
+        return self._wide(builder.reshape(taken, [0, 0, -1, size]))
+
+    def _softmax(self, logits_BKGN: ir.Value) -> ir.Value:
+        """Their weights, capped before and with sinks beside them where the model has these."""
+        builder = self.builder
+        if self.sinks_H is None:
+            return builder.op("Softmax", logits_BKGN, axis=3)
+        group = self.heads // self.kv_heads
+        column = builder.reshape(self.sinks_H, [1, self.kv_heads, group, 1])
+        lead = builder.op("Shape", logits_BKGN, start=0, end=3)
+        column = builder.op("Expand", column, builder.op("Concat", lead, builder.ints(1), axis=0))
+        weights = builder.op("Concat", logits_BKGN, column, axis=3)
+        weights = builder.op("Softmax", weights, axis=3)
+        return builder.op("Slice", weights, builder.ints(0), builder.ints(-1), builder.ints(3))
+
+    def _capped(self, logits: ir.Value) -> ir.Value:
+        if not self.softcap:
+            return logits
+        cap = self.builder.floats(self.softcap)
+        return self.builder.op(
+            "Mul", self.builder.op("Tanh", self.builder.op("Div", logits, cap)), cap
+        )
+
+    def _wide(self, stored: ir.Value) -> ir.Value:
+        """In float32; scales are the queries' and the results' business."""
+        if self.key_scale_KD is None:
+            return stored
+        return self.builder.op("Cast", stored, to=int(ir.DataType.FLOAT))
+
+    def _product(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """a times b with its last two axes swapped."""
+        return self.builder.op("FusedMatMul", a, b, domain=CONTRIB, transB=1)

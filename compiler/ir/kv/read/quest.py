@@ -1,0 +1,108 @@
+"""Quest: the pages whose keys can have the largest products with a query."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .....errors import IRError
+from ...options import option
+from .reader import READERS, Reader
+
+#: Slots of a page at most: the newest pages are read whole.
+_LARGEST = 1024
+
+
+@READERS.register
+@dataclass(frozen=True)
+class Quest(Reader):
+    """Reads the pages that bounds of their keys promise most of (Quest, Tang et al. 2024, section 3).
+
+    Before: `cache 2.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 2.0 heads=0,1 .. policy=full storage=f32 read=quest(page=4,share=0.125,..)`
+
+    A page is so many slots side by side. Beside the slots stand, of every page and channel, the largest and
+    the smallest number of its keys, so that of a query q no product with a key of the page is above
+
+        sum over channels d of max(q_d * largest_d, q_d * smallest_d)
+
+    A query reads the pages that score highest.
+
+    Options: `page`, slots of a page, a power of two; a query reads `share` of the tokens that it sees, or
+    `tokens` where that is more, in whole pages, and everything where there are no more pages; `spread`, how
+    far from the middle between largest and smallest to either of them a score counts (1: the bound); the
+    first `skip_layers` attention layers read everything, as in the paper.
+
+    Differs from the paper: the first page and the newest two are read whatever their score, and count among
+    the chosen. With a spread below 1 a score estimates the largest product in place of bounding it, for in 64
+    channels the bound is far above every product; the paper's is `spread=1`, and its budget a number of
+    tokens (`share=0`). Query heads that share a KV head read the same pages: a head's scores become shares
+    by a softmax over all pages, and a page counts as much as the largest share that it has of any of these
+    heads. The paper's models have no heads that share. A step of several tokens, as of a prompt, may read
+    everything: in onnxruntime it does.
+    """
+
+    page: int = 4
+    share: float = 0.125
+    tokens: int = 512
+    spread: float = 0.5
+    skip_layers: int = option(2)
+
+    name = method = "quest"
+
+    always: ClassVar[int] = 3
+    """Pages that are always read: the first, whose tokens take most of the attention whatever is asked, and
+    the newest two, so that a query just behind an edge has the tokens before it."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.page <= _LARGEST or self.page & (self.page - 1):
+            raise IRError(
+                f"{self.name}: a page has a power of two of tokens, 2 to {_LARGEST}, not {self.page}"
+            )
+        if not 0 <= self.share <= 1:
+            raise IRError(f"{self.name}: share is a part of the tokens, 0 to 1, not {self.share}")
+        if not 0 <= self.spread <= 1:
+            raise IRError(
+                f"{self.name}: spread goes from the middle of a page's numbers to their edge, 0 to 1, not "
+                f"{self.spread}"
+            )
+        if self.tokens < 0 or 0 < self.tokens < self.always * self.page:
+            raise IRError(
+                f"{self.name}: the first page and the newest two are always read, so tokens is 0 or at least "
+                f"{self.always} pages of {self.page} ({self.always * self.page}), not {self.tokens}"
+            )
+        if not self.share and not self.tokens:
+            raise IRError(f"{self.name}: give a share of the tokens or a number of tokens to read")
+        if self.skip_layers < 0:
+            raise IRError(f"{self.name}: skip_layers is 0 or more, not {self.skip_layers}")
+
+    @property
+    def bounded(self) -> int:
+        return self.page
+
+    def leaves(self, place: int) -> str:
+        if place >= self.skip_layers:
+            return ""
+        return f"are of the first {self.skip_layers} layers, which read everything"
+
+    def reads(self, tokens: int) -> int:
+        return min(tokens, self.page * self.pages(tokens))
+
+    def pages(self, tokens: int) -> int:
+        """Pages that a query reads which sees so many tokens, if there are so many."""
+        # As code in floating point has it.
+        wanted = max(float(self.tokens), self.share * tokens) / self.page
+        return max(self.always, math.ceil(wanted))
+
+    def says(self) -> str:
+        parts = [f"{self.share:g} of the tokens"] if self.share else []
+        parts += [f"{self.tokens} tokens"] if self.tokens else []
+        more = ", or what is more," if len(parts) == 2 else ""
+        return f"{' or '.join(parts)}{more} in pages of {self.page}"
+
+    @property
+    def choosing(self) -> Any:
+        from . import quest_choosing
+
+        return quest_choosing

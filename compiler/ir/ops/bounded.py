@@ -1,0 +1,82 @@
+"""Attention over pages of a cache that are chosen by bounds of their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kv.read.reader import Reader, parse_reader
+from .attention import OverPlainSlots, Scales, stored
+from .record import OPERATORS
+
+
+@OPERATORS.register
+@dataclass(eq=False)
+class BoundedAttention(OverPlainSlots):
+    """`CachedAttention` whose reader goes by bounds that are kept beside the slots.
+
+    Of each page of slots that row b uses, `bounds` [B, K, P, 2 D] holds the largest numbers of its keys in
+    each channel and then the smallest, as they are stored: int8 where the slots are. Those of the pages that
+    the new tokens come into are found anew. Each new token reads what `read` chooses by them; the rest is
+    as in `CachedAttention`.
+
+    Gives (out [B, S, H, D], key cache, value cache, bounds).
+    """
+
+    name = "bounded_attention"
+    writes = ("key_cache_BKCD", "value_cache_BKCD", "bounds_BKPE")
+
+    q_BSHD: Tensor
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+    key_cache_BKCD: Tensor
+    value_cache_BKCD: Tensor
+    bounds_BKPE: Tensor
+    used_B: Tensor
+    count_BK: Tensor | None
+    sinks_H: Tensor | None
+    positions_BS: Tensor | None
+    cos_PR: Tensor | None
+    sin_PR: Tensor | None
+    key_scale_KD: Tensor | None
+    value_scale_KD: Tensor | None
+    layer: int
+    scale: float
+    window: int
+    softcap: float
+    interleaved: bool
+    read: str
+
+    def run(self) -> Tensor:
+        return self.seeing(None)
+
+    def seeing(self, shown_BSC: Tensor | None) -> Tensor:
+        """The same where each new token sees these slots, in place of all up to its own."""
+        self.take_in(self.k_BSKD, self.v_BSKD, self.scales)
+        return self.attended(shown_BSC)
+
+    def take_in(
+        self, k_BSKD: Tensor | None, v_BSKD: Tensor | None, scales_KD: Scales = (None, None)
+    ) -> None:
+        """Writes the new tokens into their slots, and the bounds of their pages."""
+        super().take_in(k_BSKD, v_BSKD, scales_KD)
+        reader, new = parse_reader(self.read), self.q_BSHD.shape[1]
+        reader.choosing.refresh(
+            self.bounds_BKPE, self.key_cache_BKCD, self.used_B, new, reader.bounded
+        )
+
+    def chosen(
+        self, reader: Reader, q_BKGSD: Tensor, keys_BKCD: Tensor, visible_BSC: Tensor
+    ) -> Tensor:
+        scale_KD = self.scales[0]
+        both = None if scale_KD is None else torch.cat((scale_KD, scale_KD), -1)
+        bounds = stored(self.bounds_BKPE, both).to(q_BKGSD.dtype)
+        read: Tensor = reader.choosing.chosen_by(reader, q_BKGSD, bounds, visible_BSC)
+        return read
+
+    def shapes(self) -> Tensor:
+        if int(self.bounds_BKPE.shape[3]) != 2 * int(self.key_cache_BKCD.shape[3]):
+            raise ValueError("bounds are the largest and the smallest numbers of a key")
+        return super().shapes()
