@@ -75,6 +75,12 @@ ALLOWED = {
         "compiler.codegen.target",
         "runtime",
     },
+    "compiler.codegen.onnx.streaming": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory.tiers",
+        "runtime",
+    },
     "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
     "compiler.codegen.reference": {
         "errors",
@@ -117,6 +123,7 @@ ALLOWED = {
         "encoder_decoder",
         "explaining",
         "model",
+        "planning",
         "recipe_text",
     },
     "__main__": {"cli"},
