@@ -120,7 +120,7 @@ def plan_of(
         )
     if memory < 1 or chunk < 1 or (context is not None and context < 2):
         raise RecipeError(
-            "a memory budget, a chunk and a context must be above 0 bytes, 0 tokens and 1 token"
+            "a memory budget is above 0 bytes, a chunk above 0 tokens, a context above 1"
         )
     limit = artifact.manifest.model.context
     tokens = min(context or TOKENS, limit)

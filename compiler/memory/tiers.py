@@ -91,11 +91,16 @@ class TierPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the process at its largest: while it runs, or while pinned weights are packed, which then
-        are there twice beside (as they are read, and as the engine takes them)."""
-        held = sum(piece.held for piece in self.kept)
+        """Bytes of the process at its largest: while it runs, or while it is loaded.
+
+        Pinned weights are packed one super-op after the other, the largest first. Then they are there three
+        times: as they were read, as the engine takes them, and packed.
+        """
+        held = loading = 0
+        for piece in sorted(self.kept, key=lambda piece: -piece.nbytes):
+            held += piece.held
+            loading = max(loading, held + 2 * piece.nbytes)
         running = held + self.buffers + max((piece.held for piece in self.streamed), default=0)
-        loading = held + 2 * max((piece.nbytes for piece in self.kept), default=0)
         return self.fixed.total + max(running, loading)
 
 

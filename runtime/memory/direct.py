@@ -47,7 +47,8 @@ class DirectFile:
         self.path = path
         self.bytes_read = 0
         self._descriptor = open_regular(path.resolve())
-        self.size = os.fstat(self._descriptor).st_size
+        self._found = self._state()
+        self.size = self._found[0]
         self.direct = direct and self._try_direct()
 
     def read(self, offset: int, length: int, buffer: Bytes) -> Bytes:
@@ -76,10 +77,22 @@ class DirectFile:
             "after it was opened; bring the artifact back as it was, or compile it again"
         )
 
+    def check(self) -> None:
+        """Raises ArtifactError where the file was written to, or cut short, after it was opened."""
+        if self._state() != self._found:
+            raise ArtifactError(
+                f"{self.path} was changed after it was opened: bring the artifact back as it was, and load "
+                "it again"
+            )
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
 
     def _read_at(self, view: memoryview, place: int) -> int:
         try:

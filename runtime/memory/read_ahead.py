@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ...errors import ArtifactError, EinfoldError
+from ...errors import ArtifactError, EinfoldError, recognise
 from .direct import PAGE, Bytes, DirectFile, aligned, room
 
 #: Seconds after which a caller looks whether the reader is still there.
@@ -68,11 +68,13 @@ class ReadAhead:
     def item(self, index: int) -> Iterator[list[Bytes]]:
         """The bytes of an item's spans (those that touch are one), until the `with` ends.
 
-        Items come in order, round after round. Raises what the reader met, in this thread.
+        Items come in order, round after round; those of a round that was broken off are passed over. Raises
+        what the reader met, in this thread.
         """
-        if index != self._next:
-            raise ArtifactError(f"item {index} was asked for where {self._next} is next")
         started = time.perf_counter()
+        while self._next != index:
+            self._free.put(self._take()[0])
+            self._next = (self._next + 1) % len(self._items)
         buffer, views = self._take()
         self.counts.waited_seconds += time.perf_counter() - started
         self._next = (index + 1) % len(self._items)
@@ -117,10 +119,17 @@ class ReadAhead:
                     self._read(index)
         except _StopError:
             return
-        except EinfoldError as error:
-            self._full.put(error)
         except BaseException as error:  # the caller must hear of it: it waits
-            self._full.put(_renamed(error, self.file))
+            self._full.put(recognise(error) or self._renamed(error))
+
+    def _renamed(self, error: BaseException) -> BaseException:
+        if isinstance(error, EinfoldError):
+            return error
+        made = ArtifactError(
+            f"the thread that reads {self.file.path} failed: {type(error).__name__}: {error}"
+        )
+        made.__cause__ = error
+        return made
 
     def _read(self, index: int) -> None:
         buffer = self._free.get()
@@ -160,16 +169,3 @@ def merged(spans: Sequence[Span]) -> list[Span]:
 def item_room(spans: Sequence[Span]) -> int:
     """Bytes of a buffer that an item is read into."""
     return sum(room(span.offset, span.length) for span in spans)
-
-
-def _renamed(error: BaseException, file: DirectFile) -> BaseException:
-    from ...errors import recognise
-
-    known = recognise(error)
-    if known is not None:
-        return known
-    made = ArtifactError(
-        f"the thread that reads {file.path} failed: {type(error).__name__}: {error}"
-    )
-    made.__cause__ = error
-    return made

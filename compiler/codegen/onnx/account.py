@@ -14,7 +14,7 @@ from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
 from ..target import Held
 from .kernels import LONGEST, WIDE, runtime_bits
-from .target import PROCESS
+from .process import PROCESS
 
 #: Query heads a KV head from which on decode steps over int8 go in integers: the cost is that of reading and
 #: converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.

@@ -146,8 +146,9 @@ def divide(model: Any) -> None:
         if parts == 1:
             divided.node.append(node)
             continue
-        for index, part in enumerate(_rows_of(node, extents, parts)):
-            name = f"{node.output[0]}{_PART}{index + 1}/{parts}"
+        operands = list(_rows_of(node, extents, parts))
+        for index, part in enumerate(operands):
+            name = f"{node.output[0]}{_PART}{index + 1}/{len(operands)}"
             made = divided.node.add()
             made.CopyFrom(node)
             made.name = made.output[0] = name

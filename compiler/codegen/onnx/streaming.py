@@ -116,6 +116,7 @@ class StreamingRunner:
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
         self._check_room(cache)
+        self._file.check()  # a file that is shorter than what is mapped of it ends the process
         given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
         counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
         arrays = counters | cache.buffers | dict(cache.given)

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from ...passes.base import Pass
 
 
-#: Bytes of a process that runs an artifact, measured with onnxruntime 1.31: 80 to 100 MB.
-PROCESS = 120_000_000
-
-
 @TARGETS.register
 class Onnx(Target):
     """Code generation for ONNX."""
@@ -151,6 +147,7 @@ class Onnx(Target):
 
     def load_of(self, artifact: Artifact, chunk: int, cache: int) -> Load:
         from ...memory.tiers import Fixed, Load
+        from .process import PROCESS
         from .streaming import CutModel
 
         model = CutModel.of(artifact)
