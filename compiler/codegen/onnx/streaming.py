@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ....errors import ArtifactError, OutOfMemoryError, first_line, pass_on
+from ....errors import ArtifactError, OutOfMemoryError, UnsupportedError, first_line, pass_on
 from ....runtime.artifact import Artifact
 from ....runtime.buffers import Array
 from ....runtime.cache import Cache
@@ -35,6 +35,9 @@ from .runner import available_cores, check_names, give_back, two_numbers
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+
+#: ONNX's numbers of types that NumPy has too: float32, integers of 8 to 64 bits, bool, float16, float64.
+_WHOLE_BYTES = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13))
 
 #: The C library's number of the option of how many heaps there are.
 _ARENA_MAX = -8
@@ -59,7 +62,14 @@ class CutModel:
             raise ArtifactError(f"{path} is not used: {error}") from error
         proto = ModelProto.FromString(raw)
         divide(proto)
-        return CutModel(artifact, proto, tuple(cut(proto)))
+        ops = cut(proto)
+        for weight in (weight for op in ops for weight in op.weights):
+            if weight.dtype not in _WHOLE_BYTES:
+                raise UnsupportedError(
+                    f"{path} holds {weight.name} in a type of less than a byte, as the portable flavour "
+                    "does: all of its weights must be resident; compile without --portable"
+                )
+        return CutModel(artifact, proto, tuple(ops))
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

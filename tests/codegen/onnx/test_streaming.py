@@ -192,5 +192,7 @@ def test_other_targets_and_kinds_are_refused(artifact: Callable[..., Path]) -> N
     path = artifact("llama", "int4")
     with pytest.raises(UnsupportedError, match="reference holds all of its weights in memory"):
         einfold.load(path, engine="reference", memory=1 << 30)
+    with pytest.raises(UnsupportedError, match=r"less than a byte, .* compile without --portable"):
+        einfold.plan(artifact("llama", "int4", portable=True), memory=1 << 30)
     with pytest.raises(RecipeError, match="a context above 1"):
         einfold.plan(path, memory=1 << 30, context=1)
