@@ -2,7 +2,7 @@
 
 Every run is a process in a memory cgroup of the budget's size, so that the system's page cache cannot hold
 the file in its place. Beside it stand the bandwidth of direct reads and the rate of packing, measured right
-before and behind each run on the same file and with as many threads, what `einfold plan` makes of them, and
+before and behind each run on the same file, what `einfold plan` makes of them, and
 the same tokens from resident weights without a limit.
 """
 
@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -113,9 +112,9 @@ def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
 
     weights = artifact / "weights.safetensors"
     bandwidth, direct = file_bandwidth(weights)
-    rates = (ram_bandwidth(given.threads), bandwidth, packing_rate(given.threads))
+    rates = (ram_bandwidth(given.threads), bandwidth, packing_rate())
     found = run(artifact, given.memory, given, limited=True)
-    again = (ram_bandwidth(given.threads), file_bandwidth(weights)[0], packing_rate(given.threads))
+    again = (ram_bandwidth(given.threads), file_bandwidth(weights)[0], packing_rate())
     ram, disk, packing = (statistics.mean(pair) for pair in zip(rates, again, strict=True))
     file = given.out / ".device.toml" if given.out else Path("/tmp/einfold-bench-device.toml")
     write_device(Device(given.threads, ram_size(), ram, disk, packing, "benchmark"), file)
@@ -229,4 +228,4 @@ def _of(ran: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

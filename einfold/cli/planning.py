@@ -122,7 +122,7 @@ def probe(
         tell("reading the disk", 0.3)
         disk, direct = disk_bandwidth(at or cache_home())
         tell("packing weights", 0.7)
-        packing = packing_rate(cores)
+        packing = packing_rate()
     measured = f"measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC" + (
         "" if direct else ", without direct reads"
     )

@@ -154,7 +154,7 @@ def divide(model: Any) -> None:
             made.name = made.output[0] = name
             for place, extent in part.items():
                 made.input[place] = extent.name
-                graph.initializer.append(_external(extent, _location(graph, node)))
+                graph.initializer.append(external(extent, _location(graph, node)))
             next(a for a in made.attribute if a.name == "N").i = part[1].dims[0]
         joined = divided.node.add(op_type="Concat", output=node.output)
         joined.input.extend(
@@ -221,7 +221,7 @@ def model_of(
             else helper.make_tensor_value_info(name, *kinds[name])
         )
 
-    initializers = [_external(extent, location) for extent in (*op.weights, *op.tables)]
+    initializers = [external(extent, location) for extent in (*op.weights, *op.tables)]
     graph = GraphProto(
         name=op.name,
         node=op.nodes,
@@ -367,7 +367,8 @@ def _extent(tensor: Any) -> Extent:
     )
 
 
-def _external(extent: Extent, location: str) -> Any:
+def external(extent: Extent, location: str) -> Any:
+    """An initializer that lies in a file."""
     from onnx import StringStringEntryProto, TensorProto
 
     place = {"location": location, "offset": str(extent.offset), "length": str(extent.length)}

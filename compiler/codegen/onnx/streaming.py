@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 #: ONNX's numbers of types that NumPy has too: float32, integers of 8 to 64 bits, bool, float16, float64.
 _WHOLE_BYTES = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13))
 
+#: Tokens of a step that one thread packs and computes.
+_FEW = 8
+
 #: The C library's number of the option of how many heaps there are.
 _ARENA_MAX = -8
 
@@ -131,10 +134,12 @@ class StreamingRunner:
         counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
         arrays = counters | cache.buffers | dict(cache.given)
         logits = np.empty((len(logit_rows), self._vocabulary), np.float32)
+        # To wake other threads takes longer than packing by them saves, and products of few rows are short.
+        threads = 1 if input_ids.size <= _FEW else self._threads
         handed: dict[str, Array] = {}
         with running(self._name):
             for op, last in zip(self._ops, self._last, strict=True):
-                handed |= self._run(op, arrays | handed | {"logits": logits}, cache)
+                handed |= self._run(op, arrays | handed | {"logits": logits}, cache, threads)
                 for name in last:
                     del handed[name]
         self.observed = handed
@@ -158,7 +163,9 @@ class StreamingRunner:
                 f"{allowed:,} for it; load for a larger context, and with more memory if need be"
             )
 
-    def _run(self, op: SuperOp, arrays: Mapping[str, Any], cache: Cache) -> dict[str, Array]:
+    def _run(
+        self, op: SuperOp, arrays: Mapping[str, Any], cache: Cache, threads: int
+    ) -> dict[str, Array]:
         """Runs a super-op; gives the values that others read, and what scored groups learn from.
 
         They are copied: as onnxruntime has them they would keep the session, and with it the weights.
@@ -166,7 +173,10 @@ class StreamingRunner:
         with ExitStack() as stack:
             session = self._sessions.get(op.name)
             if session is None:
-                session = stack.enter_context(_Streamed(self, op))
+                wanted = op.held + self.plan.fixed.activations
+                if resident_bytes() + wanted > self.plan.peak:
+                    give_back()
+                session = stack.enter_context(_Streamed(self, op, threads))
             io = session.io_binding()
             for name in op.inputs:
                 _bind_array(io.bind_input, name, arrays[name])
@@ -197,14 +207,19 @@ class StreamingRunner:
                     self._file.read(span.offset, span.length, buffer[place : place + size])
                 )
                 place += size
-            sessions[op.name] = self._session(op, views, spans)
+            sessions[op.name] = self._session(op, views, spans, self._threads)
         return sessions
 
     def _session(
-        self, op: SuperOp, views: Sequence[Bytes], spans: Sequence[Span], alias: bool = False
+        self,
+        op: SuperOp,
+        views: Sequence[Bytes],
+        spans: Sequence[Span],
+        threads: int,
+        alias: bool = False,
     ) -> Any:
-        """A session over weights in memory; onnxruntime copies or packs them all."""
-        options = self._options()
+        """A session over weights in memory; what it does not pack it copies, or reads where it is."""
+        options = self._options(threads)
         names = [weight.name for weight in op.weights]
         values = [
             ort.OrtValue.ortvalue_from_numpy(_typed(located(views, spans, w.offset, w.length), w))
@@ -226,14 +241,14 @@ class StreamingRunner:
         proto.CopyFrom(model.proto)
         names = handed_on(proto, self._ops)
         proto.graph.output.extend(ValueInfoProto(name=name) for name in names)
-        options = self._options()
+        options = self._options(1)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         return self._made(proto.SerializeToString(), options, WHOLE.model)
 
-    def _options(self) -> Any:
+    def _options(self, threads: int) -> Any:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors come as exceptions
         options.enable_mem_pattern = False
@@ -261,15 +276,18 @@ class StreamingRunner:
 class _Streamed:
     """The session of a streamed super-op while it runs; its buffer goes back behind it."""
 
-    def __init__(self, runner: StreamingRunner, op: SuperOp) -> None:
+    def __init__(self, runner: StreamingRunner, op: SuperOp, threads: int) -> None:
         assert runner.reader is not None
         self._runner, self._op, self._reader = runner, op, runner.reader
+        self._threads = threads
         self._stack = ExitStack()
 
     def __enter__(self) -> Any:
         index = self._runner._turn[self._op.name]
         views = self._stack.enter_context(self._reader.item(index))
-        return self._runner._session(self._op, views, self._reader.spans(index), True)
+        return self._runner._session(
+            self._op, views, self._reader.spans(index), self._threads, alias=True
+        )
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -280,6 +298,15 @@ def _one_heap() -> None:
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if tune is not None:  # glibc
         tune(_ARENA_MAX, 1)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory; a large number where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 1 << 62
 
 
 def _last_uses(ops: Sequence[SuperOp]) -> list[list[str]]:

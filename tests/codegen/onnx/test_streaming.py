@@ -176,11 +176,11 @@ def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
     with streaming(wide_head) as (model, runner):
         session, calls = runner._session, [0]
 
-        def interrupted(*arguments: object) -> object:
+        def interrupted(*arguments: object, **named: object) -> object:
             calls[0] += 1
             if calls[0] == 3:
                 raise KeyboardInterrupt
-            return session(*arguments)  # type: ignore[arg-type]
+            return session(*arguments, **named)  # type: ignore[arg-type]
 
         monkeypatch.setattr(runner, "_session", interrupted)
         with pytest.raises(KeyboardInterrupt):
