@@ -45,9 +45,9 @@ def smallest(artifact: Path) -> int:
     return int(said.split("too small: ")[1].split(" are needed")[0].replace(",", ""))
 
 
-def test_a_plan_is_told_and_a_run_within_it_writes_the_same(text_artifact: Path) -> None:
-    least = smallest(text_artifact)
-    plan = as_json("plan", text_artifact, "--memory", str(least))
+def test_a_plan_is_told_and_a_run_within_it_writes_the_same(wide_head: Path) -> None:
+    least = smallest(wide_head)
+    plan = as_json("plan", wide_head, "--memory", str(least))
     assert plan.keys() == KEYS
     assert plan["peak"] <= plan["budget"] == least
     assert (
@@ -55,26 +55,26 @@ def test_a_plan_is_told_and_a_run_within_it_writes_the_same(text_artifact: Path)
         == sum(op["bytes"] for op in plan["super_ops"] if op["tier"] == "streamed")
         > 0
     )
-    shown = einfold("plan", text_artifact, "--memory", str(least))
+    shown = einfold("plan", wide_head, "--memory", str(least))
     assert "layer 1" in shown
     assert "bound by" in shown
-    options = ("-p", "the pass key", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
-    ran = as_json("run", text_artifact, *options, "--memory", str(least))
-    assert ran["tokens"] == as_json("run", text_artifact, *options)["tokens"]
+    options = ("--ids", "5 6 7", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
+    ran = as_json("run", wide_head, *options, "--memory", str(least))
+    assert ran["tokens"] == as_json("run", wide_head, *options)["tokens"]
     assert ran["plan"]["fetched"] == plan["fetched"]
 
 
-def test_a_measured_device_decides_the_seconds(text_artifact: Path, tmp_path: Path) -> None:
+def test_a_measured_device_decides_the_seconds(wide_head: Path, tmp_path: Path) -> None:
     file = tmp_path / "device.toml"
     slow = Device(disk_bandwidth=1e3, source="a test")
     write_device(slow, file)
     assert read_device(file) == slow
-    memory = ("--memory", str(smallest(text_artifact)))
-    plan = as_json("plan", text_artifact, *memory, "--device", file)
+    memory = ("--memory", str(smallest(wide_head)))
+    plan = as_json("plan", wide_head, *memory, "--device", file)
     assert plan["bound"] == "disk"
     assert plan["seconds"] == pytest.approx(plan["fetched"] / 1e3)
     assert plan["device"]["source"] == "a test"
-    assert as_json("plan", text_artifact, *memory)["device"]["source"] == "defaults"
+    assert as_json("plan", wide_head, *memory)["device"]["source"] == "defaults"
 
 
 def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,6 +107,6 @@ def test_a_description_that_is_none_is_refused(text: str, said: str, tmp_path: P
         read_device(file)
 
 
-def test_options_that_mean_nothing_are_refused(text_artifact: Path) -> None:
-    assert "give both" in einfold("run", text_artifact, "-p", "a", "--context", "64", code=7)
-    assert "is no size" in einfold("run", text_artifact, "-p", "a", "--memory", "much", code=7)
+def test_options_that_mean_nothing_are_refused(wide_head: Path) -> None:
+    assert "give both" in einfold("run", wide_head, "--ids", "5", "--context", "64", code=7)
+    assert "is no size" in einfold("run", wide_head, "--ids", "5", "--memory", "much", code=7)

@@ -99,7 +99,6 @@ class StreamingRunner:
         self._ops = model.ops
         whole = self._weightless(model)
         check_names(self._artifact, whole, handed_on(model.proto, self._ops))
-        self._inputs = {node.name for node in whole.get_inputs()}
         self.blocks = two_numbers(whole.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
         kinds = _kinds(whole)
         self._last = _last_uses(self._ops)
@@ -171,12 +170,7 @@ class StreamingRunner:
         They are copied: as onnxruntime has them they would keep the session, and with it the weights.
         """
         with ExitStack() as stack:
-            session = self._sessions.get(op.name)
-            if session is None:
-                wanted = op.held + self.plan.fixed.activations
-                if resident_bytes() + wanted > self.plan.peak:
-                    give_back()
-                session = stack.enter_context(_Streamed(self, op, threads))
+            session = self._sessions.get(op.name) or self._streamed(op, threads, stack)
             io = session.io_binding()
             for name in op.inputs:
                 _bind_array(io.bind_input, name, arrays[name])
@@ -193,6 +187,15 @@ class StreamingRunner:
             session.run_with_iobinding(io)
             made = zip(op.outputs, io.get_outputs(), strict=True)
             return {name: np.array(value.numpy()) for name, value in made if name in free}
+
+    def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
+        """A session over the weights that were read for it; the stack keeps the buffer while it runs."""
+        assert self._reader is not None
+        if resident_bytes() + op.held + self.plan.fixed.activations > self.plan.peak:
+            give_back()
+        index = self._turn[op.name]
+        views = stack.enter_context(self._reader.item(index))
+        return self._session(op, views, self._reader.spans(index), threads, alias=True)
 
     def _pin(self) -> dict[str, Any]:
         """Sessions of super-ops that stay: the largest first, when memory is emptiest."""
@@ -273,26 +276,6 @@ class StreamingRunner:
             ) from error
 
 
-class _Streamed:
-    """The session of a streamed super-op while it runs; its buffer goes back behind it."""
-
-    def __init__(self, runner: StreamingRunner, op: SuperOp, threads: int) -> None:
-        assert runner.reader is not None
-        self._runner, self._op, self._reader = runner, op, runner.reader
-        self._threads = threads
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Any:
-        index = self._runner._turn[self._op.name]
-        views = self._stack.enter_context(self._reader.item(index))
-        return self._runner._session(
-            self._op, views, self._reader.spans(index), self._threads, alias=True
-        )
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-
 def _one_heap() -> None:
     """Has the C library take memory from one heap: else each thread that packs leaves one behind."""
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -325,10 +308,15 @@ def _kinds(session: Any) -> dict[str, tuple[int, Sequence[Any]]]:
         "tensor(float)": 1,
         "tensor(uint8)": 2,
         "tensor(int8)": 3,
+        "tensor(uint16)": 4,
+        "tensor(int16)": 5,
         "tensor(int32)": 6,
         "tensor(int64)": 7,
         "tensor(bool)": 9,
         "tensor(float16)": 10,
+        "tensor(double)": 11,
+        "tensor(uint32)": 12,
+        "tensor(uint64)": 13,
     }
     return {node.name: (numbers[node.type], None) for node in session.get_outputs()}  # type: ignore[misc]
 

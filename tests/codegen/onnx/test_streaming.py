@@ -19,7 +19,6 @@ from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, DiskError, OutOfMemoryError, RecipeError, UnsupportedError
 from einfold.runtime.artifact import Artifact
 
-from ... import models
 from ...greedy import all_logits
 
 TEXT = list(range(3, 43))
@@ -61,16 +60,6 @@ def test_logits_and_tokens_are_those_of_resident_weights(
         assert [row.tokens for row in found] == [row.tokens for row in wanted]
         assert runner.reader is not None
         assert runner.reader.counts.items > 0
-
-
-@pytest.fixture(scope="module")
-def wide_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose head has more weights than a layer."""
-    folder = tmp_path_factory.mktemp("wide")
-    out = folder / "artifact"
-    model = models.save("llama", folder / "model", vocab_size=3000)
-    einfold.compile(model, out, recipe="int4", check=False)
-    return out
 
 
 def test_a_wide_head_is_taken_apart(wide_head: Path) -> None:
@@ -178,13 +167,14 @@ def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
 
         def interrupted(*arguments: object, **named: object) -> object:
             calls[0] += 1
-            if calls[0] == 3:
+            if calls[0] in (3, 5, 7):  # more often than there are buffers
                 raise KeyboardInterrupt
             return session(*arguments, **named)  # type: ignore[arg-type]
 
         monkeypatch.setattr(runner, "_session", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True)
         assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
 
 
