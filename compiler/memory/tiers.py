@@ -23,7 +23,7 @@ from ..ir.device import Device
 AHEAD = 2
 
 #: Packed super-ops that the process holds while one runs: that one, and as much that the C library has not
-#: given back of those before (measured: up to 0.8 of the largest).
+#: given back of those before (measured: up to half of the largest).
 PACKED = 2
 
 

@@ -59,7 +59,6 @@ def _seconds(raw: bytes, arrays: dict[str, Any], threads: int, folder: str) -> f
     options: Any = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     for name, value in values.items():

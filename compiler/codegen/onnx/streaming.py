@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 #: ONNX's numbers of types that NumPy has too: float32, integers of 8 to 64 bits, bool, float16, float64.
 _WHOLE_BYTES = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13))
 
-#: Tokens of a step that one thread packs and computes.
+#: Tokens of a step that one thread computes.
 _FEW = 8
 
 #: The C library's number of the option of how many heaps there are.
@@ -133,7 +133,7 @@ class StreamingRunner:
         counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
         arrays = counters | cache.buffers | dict(cache.given)
         logits = np.empty((len(logit_rows), self._vocabulary), np.float32)
-        # To wake other threads takes longer than packing by them saves, and products of few rows are short.
+        # Products of few rows are short, and threads of their own would be made for every session.
         threads = 1 if input_ids.size <= _FEW else self._threads
         handed: dict[str, Array] = {}
         with running(self._name):
@@ -259,7 +259,6 @@ class StreamingRunner:
         options.enable_cpu_mem_arena = False
         # Threads of one session that wait for work would take the processor from the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.prepack.enable_parallel", "1")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path",
             str(self._artifact.folder.resolve()),
@@ -277,7 +276,7 @@ class StreamingRunner:
 
 
 def _one_heap() -> None:
-    """Has the C library take memory from one heap: else each thread that packs leaves one behind."""
+    """Has the C library take memory from one heap: else threads of sessions leave theirs behind."""
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if tune is not None:  # glibc
         tune(_ARENA_MAX, 1)
