@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .client import ROOT, environment, status_bytes
@@ -119,13 +120,13 @@ def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
     found = run(artifact, given.memory, given, limited=True)
     again = (ram_bandwidth(given.threads), file_bandwidth(weights)[0], packing_rate())
     ram, disk, packing = (statistics.mean(pair) for pair in zip(rates, again, strict=True))
-    file = given.out / ".device.toml" if given.out else Path("/tmp/einfold-bench-device.toml")
-    write_device(Device(given.threads, ram_size(), ram, disk, packing, "benchmark"), file)
-    plan = einfold.plan(
-        artifact, memory=given.memory, context=given.context, chunk=given.chunk, device=file
-    )
-    file.unlink()
-    return {"run": found, "plan": plan.data(), "direct": direct}
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "device.toml"
+        write_device(Device(given.threads, ram_size(), ram, disk, packing, "benchmark"), file)
+        plan = einfold.plan(
+            artifact, memory=given.memory, context=given.context, chunk=given.chunk, device=file
+        )
+    return {"run": found, "plan": plan.data() | {"artifact": artifact.name}, "direct": direct}
 
 
 def line(number: int, found: dict[str, Any]) -> list[str]:
