@@ -23,6 +23,7 @@ from einfold.completion import Completion
 from einfold.encoder import Encoder
 from einfold.encoder_decoder import EncoderDecoder
 from einfold.model import Model
+from einfold.planning import Plan
 from einfold.recipe_text import recipe_text
 
 HERE = Path(__file__).parent
@@ -38,8 +39,7 @@ def cli() -> str:
         "Errors are one sentence and an exit code ([README](../README.md#what-it-does)). "
         "`einfold --install-completion` completes verbs, options, methods and recipes in the shell.\n"
     ]
-    group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    for name, command in _commands(typer.main.get_command(app)):
         context = typer.Context(command)
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join(p.name if p.required else f"[{p.name}]" for p in arguments)
@@ -50,6 +50,15 @@ def cli() -> str:
             parts.append(f"- `{spelled}`: {' '.join(text.split())}")
         parts.append("")
     return "\n".join(parts)
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Verbs by what is typed, those of groups too."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def recipe() -> str:
@@ -75,13 +84,13 @@ def api() -> str:
     functions = [
         getattr(einfold, name)
         for name in einfold.__all__
-        if name not in ("Encoder", "EncoderDecoder", "Model", "errors", "__version__")
+        if name not in ("Encoder", "EncoderDecoder", "Model", "Plan", "errors", "__version__")
     ]
     parts += [_entry(f"einfold.{function.__name__}", function) for function in functions]
-    for kind in (Model, Encoder, EncoderDecoder):
+    for kind in (Model, Plan, Encoder, EncoderDecoder):
         parts.append(_entry(f"einfold.{kind.__name__}", kind, signature=False))
         for name, member in inspect.getmembers(kind):
-            if not name.startswith("_") and name in vars(kind):
+            if not name.startswith("_") and name in vars(kind) and member is not None:
                 parts.append(_member(f"{kind.__name__}.{name}", member))
     parts.append(_entry("Completion", Completion))
     parts.append("## einfold.errors\n")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .explaining import explain, explain_export
     from .huggingface_cache import cache_for
     from .model import Model, load
+    from .planning import Plan, plan
 
     __version__: str
 
@@ -28,6 +29,7 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "Model",
+    "Plan",
     "__version__",
     "cache_for",
     "compile",
@@ -38,6 +40,7 @@ __all__ = [
     "export_checkpoint",
     "export_onnx",
     "load",
+    "plan",
 ]
 
 _HOMES = {
@@ -52,6 +55,8 @@ _HOMES = {
     "export_onnx": "api",
     "Model": "model",
     "load": "model",
+    "Plan": "planning",
+    "plan": "planning",
 }
 
 

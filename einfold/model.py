@@ -17,12 +17,13 @@ from .completion import Completion, Listeners
 from .encoder import Encoder
 from .encoder_decoder import EncoderDecoder
 from .errors import ArtifactError, PromptError, RecipeError
+from .planning import Plan, plan_of
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
 from .runtime.embeddings import table_of
 from .runtime.encoding import EncoderEngine
 from .runtime.engine import CHUNK, Engine, Timings
-from .runtime.runner import Floats
+from .runtime.runner import Floats, Runner
 from .runtime.sampling import Sampling
 from .runtime.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ class Model:
 
     artifact: Artifact
     engine: Engine
+    plan: Plan | None = None
+    """What lies where, of one that was loaded under a memory budget."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -177,6 +180,8 @@ def load(
     chunk: int = CHUNK,
     verify: bool = True,
     trust: bool = False,
+    memory: int | None = None,
+    context: int | None = None,
 ) -> Any:
     """Loads an artifact. Gives a `Model`, which writes text, or where it is one of an encoder an `Encoder`,
     which gives tensors, or of an encoder-decoder an `EncoderDecoder`, which writes text behind what it read.
@@ -185,8 +190,14 @@ def load(
     meaning in torch; without one it is run by what it was compiled for. `threads` defaults to the
     processors at hand; `chunk` bounds the tokens of a prefill step. Kernels are made anew from the
     artifact's graph; those that it brings compiled are used with `trust` alone, since nothing checks
-    what machine code does. Raises ArtifactError where the folder is damaged or no artifact, RecipeError
-    for an impossible option, UnsupportedError where this machine cannot run it.
+    what machine code does.
+
+    With `memory`, a number of bytes, a language model of the target onnx runs within so much, whatever its
+    weights take: some stay, the rest is read from the disk in every step (`einfold.plan` says which), with
+    room for a cache of `context` tokens, 4,096 without it.
+
+    Raises ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option,
+    UnsupportedError where this machine cannot run it.
     """
     if engine is not None and engine not in TARGETS:
         raise RecipeError(f"engine {engine!r} is none of {', '.join(TARGETS)}")
@@ -197,9 +208,13 @@ def load(
     manifest = artifact.manifest
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(artifact.check_weights) if verify else None
+        checked = pool.submit(artifact.check_weights, memory is None) if verify else None
         try:
             target = _target(artifact, engine)
+            if memory is not None:
+                tiers = plan_of(artifact, target, memory, context, chunk)
+                runner = target.within(artifact, tiers.tiers, threads)
+                return Model(artifact, _engine(runner, artifact, chunk), tiers)
             if manifest.kind == ENCODER:
                 return Encoder(artifact, EncoderEngine(target.caller(artifact, threads), manifest))
             reader = None
@@ -209,9 +224,15 @@ def load(
         finally:
             if checked is not None:
                 checked.result()  # damage explains best what the loader may have met
+    made = _engine(runner, artifact, chunk)
+    return Model(artifact, made) if reader is None else EncoderDecoder(artifact, reader, made)
+
+
+def _engine(runner: Runner, artifact: Artifact, chunk: int) -> Engine:
+    manifest = artifact.manifest
     make: Make = getattr(runner, "make", empty)
     model, begin = manifest.model, manifest.begin
-    made = Engine(
+    return Engine(
         runner,
         manifest.layout(),
         model.vocabulary,
@@ -222,7 +243,6 @@ def load(
         () if begin is None else begin.never_first,
         manifest.embeds,
     )
-    return Model(artifact, made) if reader is None else EncoderDecoder(artifact, reader, made)
 
 
 def _target(artifact: Artifact, engine: str | None) -> Target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..compiler.ir.file_hash import file_hash
 from ..compiler.ir.manifest import WEIGHTS, FileEntry, Manifest
 from ..compiler.ir.regular import LARGEST, open_regular, read_regular
 from ..errors import ArtifactError
+from .memory.direct import direct_hash
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ class Artifact:
             artifact._check(name, entry, verify and (weights or name != WEIGHTS))
         return artifact
 
-    def check_weights(self) -> None:
-        """Checks the hash of the weights; raises ArtifactError where they are damaged."""
+    def check_weights(self, resident: bool = True) -> None:
+        """Checks the hash of the weights; raises ArtifactError where they are damaged.
+
+        Where they need not be `resident` they are read past the page cache, and nothing of them stays.
+        """
         self.file(WEIGHTS)
-        self._check(WEIGHTS, self.manifest.files[WEIGHTS], True)
+        self._check(
+            WEIGHTS, self.manifest.files[WEIGHTS], True, file_hash if resident else direct_hash
+        )
 
     def file(self, name: str) -> Path:
         """The path of a listed file; raises ArtifactError where the artifact has none of that name."""
@@ -62,7 +69,13 @@ class Artifact:
             header = struct.unpack("<Q", stream.read(8))[0]
         return path.stat().st_size - 8 - int(header)
 
-    def _check(self, name: str, entry: FileEntry, verify: bool) -> None:
+    def _check(
+        self,
+        name: str,
+        entry: FileEntry,
+        verify: bool,
+        hash_of: Callable[[Path], str] = file_hash,
+    ) -> None:
         path = self.folder / name
         try:
             inside = path.resolve(strict=True).is_relative_to(self.folder.resolve())
@@ -79,5 +92,5 @@ class Artifact:
             raise ArtifactError(
                 f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"
             )
-        if verify and file_hash(path) != entry.blake3:
+        if verify and hash_of(path) != entry.blake3:
             raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")

@@ -101,3 +101,16 @@ def text_artifact(text_model: Path) -> Path:
     out = text_model.parent / "artifact"
     einfold.compile(text_model, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def wide_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a tiny Llama whose head has more weights than its layers."""
+    import einfold
+
+    folder = tmp_path_factory.mktemp("wide")
+    out = folder / "artifact"
+    einfold.compile(
+        models.save("llama", folder / "model", vocab_size=3000), out, recipe="int4", check=False
+    )
+    return out

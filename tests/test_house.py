@@ -83,6 +83,12 @@ ALLOWED = {
         "compiler.codegen.target",
         "runtime",
     },
+    "compiler.codegen.onnx.streaming": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory.tiers",
+        "runtime",
+    },
     "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
     "compiler.codegen.reference": {
         "errors",
@@ -125,6 +131,7 @@ ALLOWED = {
         "encoder_decoder",
         "explaining",
         "model",
+        "planning",
         "recipe_text",
     },
     "__main__": {"cli"},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from ...errors import UnsupportedError
 from ..ir.manifest import WHOLE, Part
 from ..ir.registry import Registry
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..ir.quant.scheme import Scheme
     from ..ir.weights_file import Placement
     from ..memory.planning import MemoryPlan
+    from ..memory.tiers import Load, TierPlan
     from ..passes.base import Pass
 
 #: Told of progress: what is being done, and the share of it that is done (0 to 1).
@@ -164,6 +166,18 @@ class Target(BaseModel):
         Raises ArtifactError for files that it cannot take, UnsupportedError where this machine lacks what
         runs them.
         """
+        raise NotImplementedError
+
+    def load_of(self, artifact: Artifact, chunk: int, cache: int) -> Load:
+        """What an artifact holds in memory, before anything is loaded: of `cache` bytes and steps of `chunk`
+        tokens. Raises UnsupportedError where all weights must be resident."""
+        raise UnsupportedError(
+            f"the target {self.name} holds all of its weights in memory; a memory budget is for artifacts "
+            "of the target onnx"
+        )
+
+    def within(self, artifact: Artifact, plan: TierPlan, threads: int | None = None) -> Runner:
+        """What runs a causal language model whose weights lie as a plan of its `load_of` says."""
         raise NotImplementedError
 
     def caller(

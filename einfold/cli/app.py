@@ -10,6 +10,7 @@ from .compiling import compile_, estimate
 from .explain import explain
 from .exporting import export_checkpoint
 from .measuring import bench, eval_
+from .planning import device, plan
 from .recipes import recipe
 from .running import run
 from .showing import diff, inspect, methods, passes
@@ -46,6 +47,8 @@ app.command()(run)
 app.command("eval")(eval_)
 app.command()(bench)
 app.command()(estimate)
+app.command()(plan)
+app.add_typer(device, name="device")
 app.command()(inspect)
 app.command()(diff)
 app.command()(passes)

@@ -206,7 +206,8 @@ def estimate_model(model: str, options: dict[str, Any], budget: str | None, as_j
         fits = (
             f"{found.largest_context:,} tokens"
             if found.largest_context
-            else "none: the weights and the process alone do not fit"
+            else "none: the weights and the process alone do not fit; compiled for the target onnx it runs "
+            "with weights from the disk, see `einfold plan`"
         )
         table.add_row(f"largest context in {human_bytes(limit or 0)}", fits)
     out.print(table)

@@ -210,6 +210,27 @@ Chunk = Annotated[
 ]
 
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Run within so much memory, such as 2GiB: weights that do not fit are read from the disk in "
+        "every step. `einfold plan` tells which and how fast. [default: all weights stay in memory]",
+        show_default=False,
+    ),
+]
+Room = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=2,
+        help="Tokens of prompt and answer together that --memory leaves room for. [default: 4096, or the "
+        "artifact's context where that is less]",
+        show_default=False,
+    ),
+]
+
+
 def name_of(choice: Enum | None) -> str | None:
     """What a choice is called in a recipe."""
     return None if choice is None else str(choice.value)

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import PromptError
+from ..errors import PromptError, RecipeError, UnsupportedError
 from .answering import run_encoder_decoder, seconds_of, told_seconds, write_piece
-from .common import err, out, print_json
+from .common import err, out, parse_bytes, print_json
 from .encoding import kind_of, run_encoder
-from .options import Artifact, Chunk, Debug, Engine, Json, Threads, Trust
+from .options import Artifact, Chunk, Debug, Engine, Json, Memory, Room, Threads, Trust
 from .prompts import parse_ids, read_prompt
 
 
@@ -92,6 +92,8 @@ def run(
     trust: Trust = False,
     threads: Threads = None,
     chunk: Chunk = 512,
+    memory: Memory = None,
+    room: Room = None,
     verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
     output: Annotated[
         Path | None,
@@ -128,9 +130,17 @@ def run(
         "verify": verify,
         "trust": trust,
     }
+    if room is not None and memory is None:
+        raise RecipeError("--context is what --memory leaves room for; give both")
     if chat and raw:
         raise PromptError("--chat and --raw exclude each other")
     kind = kind_of(artifact)
+    if memory is not None:
+        if kind != "causal_lm":
+            raise UnsupportedError(
+                "--memory is for models that continue a text, of the target onnx"
+            )
+        loading |= {"memory": parse_bytes(memory), "context": room}
     if kind == "encoder_decoder":
         read = (prompt or [], file, ids)
         run_encoder_decoder(artifact, *read, prefix or "", given, options, loading, json)
@@ -173,6 +183,8 @@ def run_artifact(
     started = time.perf_counter()
     model = load(artifact, **loading)
     load_seconds = time.perf_counter() - started
+    if model.plan is not None:
+        err.print(model.plan.sentence(), style="dim")
     tokens: Any = text
     said = ""
     if ids is not None:
@@ -194,6 +206,7 @@ def run_artifact(
                 "chat_template": isinstance(tokens, list) and ids is None,
                 "finish_reason": result.finish_reason,
                 "timings": timings,
+                **({"plan": model.plan.data()} if model.plan is not None else {}),
             }
         )
         return

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import einfold
+from einfold.errors import RecipeError
 
 from .. import models
 
@@ -72,3 +73,26 @@ def test_a_run_holds_no_more_than_was_promised(
     assert exact.largest_context == told.largest_context == TOKENS + 4
     less = einfold.estimate(folder, budget=told.weights + told.process, **options)
     assert less.largest_context == 0
+
+
+#: The same within a budget: the largest resident memory, and the bytes that were read from the disk.
+_RUN_WITHIN = (
+    _RUN.replace("threads=1)", "threads=1, memory=int(sys.argv[3]), context=504)")
+    + """
+print(model.engine.runner.fetched)
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_run_within_a_budget_holds_no_more_than_its_plan(folder: Path, tmp_path: Path) -> None:
+    einfold.compile(folder, tmp_path / "a", check=False, recipe="int4")
+    with pytest.raises(RecipeError) as told:
+        einfold.plan(tmp_path / "a", memory=1, context=TOKENS + 4)
+    least = int(str(told.value).split("too small: ")[1].split(" are needed")[0].replace(",", ""))
+    plan = einfold.plan(tmp_path / "a", memory=least, context=TOKENS + 4)
+    run = [sys.executable, "-c", _RUN_WITHIN, str(tmp_path / "a"), str(TOKENS), str(least)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    held, fetched = map(int, done.stdout.split())
+    assert held <= plan.tiers.peak <= least
+    assert fetched >= 4 * plan.tiers.fetched > 0  # a prompt in one step, and three tokens

@@ -15,13 +15,11 @@ from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
 from ..target import Held
 from .kernels import LONGEST, WIDE, runtime_bits
+from .process import PROCESS
 
 #: Query heads a KV head from which on decode steps over int8 go in integers: the cost is that of reading and
 #: converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.
 SMALLEST_GROUP = 4
-
-#: Bytes of the process, measured with onnxruntime 1.31: 80 to 100 MB.
-_PROCESS = 120_000_000
 
 #: Copies that onnxruntime packs, as a share of the weights in the file. Of integers both stay resident (139
 #: MB of memory for 96 MB of int4); of float16 the copy is float32, and the file's pages go.
@@ -49,7 +47,7 @@ def held(program: Program, exact: bool, flavour: str) -> Held:
             read.update(names)
     weights = [program.weights[name] for name in program.weights if name not in read]
     packed += sum(_PACKED.get(weight.dtype, 0.0) * weight.nbytes for weight in weights)
-    return Held(_PROCESS, int(packed), _ARENA)
+    return Held(PROCESS, int(packed), _ARENA)
 
 
 #: Products with weights in any scheme: which arguments are pieces, and which the shapes.

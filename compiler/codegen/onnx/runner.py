@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,11 @@ def open_session(
         raise ArtifactError(
             f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}"
         ) from error
-    _give_back()
+    give_back()
     return session
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Gives back what onnxruntime let go of while it loaded, which the C library keeps otherwise: 270 MB
     where 100 million 3-bit codes were brought into 4 bits."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
@@ -110,8 +110,8 @@ class OnnxRunner:
         self._outputs = {node.name: node.shape for node in self.session.get_outputs()}
         self.observed: dict[str, Array] = {}
         self._name = str(artifact.folder)
-        self._check_names(artifact)
-        self.blocks = _two_numbers(self.session.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
+        check_names(artifact, self.session)
+        self.blocks = two_numbers(self.session.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
         """Slots that are stepped over at a time, and the capacity from which on it counts."""
 
     @property
@@ -133,44 +133,6 @@ class OnnxRunner:
         self.observed = {name: a for name, a in binding.outputs.items() if name != "logits"}
         logits: Floats = binding.outputs["logits"]  # type: ignore[assignment]
         return logits
-
-    def _check_names(self, artifact: Artifact) -> None:
-        """Inputs and results are those of the manifest's cache and vocabulary; raises ArtifactError else."""
-        layout, width = artifact.manifest.layout(), self._vocabulary
-        known: dict[str, tuple[str, tuple[int | None, ...]]] = dict.fromkeys(
-            ("input_ids", "position_ids"), ("tensor(int64)", (None, None))
-        )
-        counters = ("logit_rows", TOKENS, *layout.clocks(), *layout.packs())
-        known |= dict.fromkeys(counters, ("tensor(int64)", (None,)))
-        for spec in layout.buffers(batch=1, capacity=1):
-            heads = (None, int(spec.shape[1]), *(None for _ in spec.shape[2:-1]))
-            known[spec.name] = (
-                _KINDS[spec.dtype],
-                heads if len(spec.shape) == 2 else (*heads, None),
-            )
-        for entry in artifact.manifest.beside:
-            known[entry.name] = (_KINDS.get(entry.dtype, entry.dtype), entry.sizes)
-        results = {node.name: node for node in self.session.get_outputs()}
-        if "logits" not in results:
-            raise ArtifactError(f"{self._name}/{MODEL} gives no logits")
-        needed = {spec.name for spec in layout.buffers(1, 1) if spec.role != "host"}
-        for name in sorted((needed | layout.clocks().keys()) - self._inputs):
-            raise ArtifactError(
-                f"{self._name}/{MODEL} does not ask for {name!r} of the manifest's cache"
-            )
-        for node in self.session.get_inputs():
-            if node.name not in known:
-                raise ArtifactError(
-                    f"{self._name}/{MODEL} asks for {node.name!r}, which nobody gives"
-                )
-            check_kind(self._name, node, *known[node.name])
-        check_kind(self._name, results.pop("logits"), "tensor(float)", (None, width))
-        for name, node in results.items():
-            buffer = name.removeprefix("present.").partition("@")[0]
-            if name.startswith("present.") and buffer in known:
-                check_kind(self._name, node, *known[buffer])
-            elif not name.startswith("query.") or len(node.shape) < 2:
-                raise ArtifactError(f"{self._name}/{MODEL} gives {name!r}, which nobody takes")
 
     def _bind(self, cache: Cache, input_ids: Ints, logit_rows: Ints) -> _Binding:
         io = self.session.io_binding()
@@ -236,6 +198,45 @@ class OnnxCaller:
         return dict(zip(self._outputs, found, strict=True))
 
 
+def check_names(artifact: Artifact, session: Any, beside: Sequence[str] = ()) -> None:
+    """Inputs and results are those of the manifest's cache and vocabulary; raises ArtifactError else.
+
+    `beside` are results that were asked for beside the model's own.
+    """
+    layout, width = artifact.manifest.layout(), artifact.manifest.model.vocabulary
+    known: dict[str, tuple[str, tuple[int | None, ...]]] = dict.fromkeys(
+        ("input_ids", "position_ids"), ("tensor(int64)", (None, None))
+    )
+    folder, inputs = str(artifact.folder), {node.name for node in session.get_inputs()}
+    counters = ("logit_rows", TOKENS, *layout.clocks(), *layout.packs())
+    known |= dict.fromkeys(counters, ("tensor(int64)", (None,)))
+    for spec in layout.buffers(batch=1, capacity=1):
+        heads = (None, int(spec.shape[1]), *(None for _ in spec.shape[2:-1]))
+        known[spec.name] = (
+            _KINDS[spec.dtype],
+            heads if len(spec.shape) == 2 else (*heads, None),
+        )
+    for entry in artifact.manifest.beside:
+        known[entry.name] = (_KINDS.get(entry.dtype, entry.dtype), entry.sizes)
+    results = {node.name: node for node in session.get_outputs() if node.name not in beside}
+    if "logits" not in results:
+        raise ArtifactError(f"{folder}/{MODEL} gives no logits")
+    needed = {spec.name for spec in layout.buffers(1, 1) if spec.role != "host"}
+    for name in sorted((needed | layout.clocks().keys()) - inputs):
+        raise ArtifactError(f"{folder}/{MODEL} does not ask for {name!r} of the manifest's cache")
+    for node in session.get_inputs():
+        if node.name not in known:
+            raise ArtifactError(f"{folder}/{MODEL} asks for {node.name!r}, which nobody gives")
+        check_kind(folder, node, *known[node.name])
+    check_kind(folder, results.pop("logits"), "tensor(float)", (None, width))
+    for name, node in results.items():
+        buffer = name.removeprefix("present.").partition("@")[0]
+        if name.startswith("present.") and buffer in known:
+            check_kind(folder, node, *known[buffer])
+        elif not name.startswith("query.") or len(node.shape) < 2:
+            raise ArtifactError(f"{folder}/{MODEL} gives {name!r}, which nobody takes")
+
+
 def check_kind(name: str, node: Any, kind: str, sizes: tuple[int | None, ...]) -> None:
     """An input or a result is what the manifest says; raises ArtifactError else."""
     same = len(node.shape) == len(sizes) and all(
@@ -254,7 +255,7 @@ def _bind_array(bind: Any, name: str, array: Any) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _two_numbers(text: str) -> tuple[int, int]:
+def two_numbers(text: str) -> tuple[int, int]:
     """What a model says of its blocks; (1, 0) where it says nothing, or nonsense."""
     words = text.split()
     if len(words) != 2 or not all(word.isdecimal() and len(word) < 10 for word in words):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...ir.program import Program
     from ...ir.quant.scheme import Scheme
     from ...ir.weights_file import Placement
+    from ...memory.tiers import Load, TierPlan
     from ...passes.base import Pass
 
 
@@ -150,6 +151,20 @@ class Onnx(Target):
         from .runner import OnnxRunner
 
         return OnnxRunner(artifact, threads, prepack=not lean)
+
+    def load_of(self, artifact: Artifact, chunk: int, cache: int) -> Load:
+        from ...memory.tiers import Fixed, Load
+        from .process import PROCESS
+        from .streaming import CutModel
+
+        model = CutModel.of(artifact)
+        activations = model.activations(chunk, artifact.manifest.model.vocabulary)
+        return Load(model.pieces, Fixed(PROCESS, cache, activations))
+
+    def within(self, artifact: Artifact, plan: TierPlan, threads: int | None = None) -> Runner:
+        from .streaming import CutModel, StreamingRunner
+
+        return StreamingRunner(CutModel.of(artifact), plan, threads)
 
     def caller(
         self,

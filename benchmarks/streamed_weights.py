@@ -1,0 +1,237 @@
+"""A model of twice the memory that it may use: `python -m benchmarks.streamed_weights`.
+
+Every run is a process in a memory cgroup of the budget's size, so that the system's page cache cannot hold
+the file in its place. Beside it stand the bandwidth of direct reads and the rate of packing, measured right
+before and behind each run on the same file, what `einfold plan` makes of them, and
+the same tokens from resident weights without a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .client import ROOT, environment, status_bytes
+from .entries import EINFOLD, Form
+from .prepare import Kitchen, default_cache, own_python
+from .report import machine, slug, table
+
+#: Where version 1 of memory cgroups is mounted.
+_CGROUPS = Path("/sys/fs/cgroup/memory")
+
+PROMPT = 64
+
+
+def child(artifact: Path, memory: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Loads within a budget, or without one (0), writes tokens, and tells what it took."""
+    import einfold
+
+    started = time.perf_counter()
+    within = {"memory": memory, "context": options.context} if memory else {}
+    model = einfold.load(artifact, threads=options.threads, chunk=options.chunk, **within)
+    loaded = time.perf_counter() - started
+    runner: Any = model.engine.runner
+    before = getattr(runner, "fetched", 0)
+    times = os.times()
+    found = model.generate(
+        [5 + n % 100 for n in range(PROMPT)], max_new_tokens=options.tokens, ignore_eos=True
+    )
+    steps = 1 + model.timings.decode_tokens
+    after = os.times()
+    reader = getattr(runner, "reader", None)
+    return {
+        "tokens": found.tokens,
+        "load_seconds": loaded,
+        "prefill_seconds": model.timings.prefill_seconds,
+        "decode_seconds": model.timings.decode_seconds / model.timings.decode_tokens,
+        "fetched_a_step": (getattr(runner, "fetched", 0) - before) / steps,
+        "read_seconds_a_step": reader.counts.read_seconds / steps if reader else 0.0,
+        "processor_seconds_a_step": (after.user + after.system - times.user - times.system) / steps,
+        "peak": status_bytes(os.getpid(), "VmHWM"),
+    }
+
+
+@contextmanager
+def cgroup(limit: int) -> Iterator[Path]:
+    """A memory cgroup of so many bytes; raises OSError where this user may not make one."""
+    path = _CGROUPS / f"einfold-bench-{os.getpid()}"
+    path.mkdir()
+    try:
+        (path / "memory.limit_in_bytes").write_text(str(limit))
+        yield path
+    finally:
+        for _ in range(50):  # the kernel takes its time with what a process leaves
+            with suppress(OSError):
+                path.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def run(artifact: Path, memory: int, given: argparse.Namespace, limited: bool) -> dict[str, Any]:
+    """One child, in a cgroup where it is limited; its figures, or how it ended."""
+    words = [
+        own_python(),
+        "-m",
+        "benchmarks.streamed_weights",
+        "--child",
+        str(artifact),
+        str(memory),
+    ]
+    for name in ("tokens", "context", "chunk", "threads"):
+        words += [f"--{name}", str(getattr(given, name))]
+    with cgroup(given.memory) as group:
+
+        def enter() -> None:
+            if limited:
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=ROOT, preexec_fn=enter,
+            env=environment(default_cache(), given.threads), timeout=given.minutes * 60, check=False,
+        )  # fmt: skip
+        held = int((group / "memory.max_usage_in_bytes").read_text()) if limited else 0
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["killed"]
+        return {"ended": f"exit {done.returncode}: {last[0]}"}
+    return {**json.loads(done.stdout.splitlines()[-1]), "cgroup_peak": held}
+
+
+def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The machine's numbers now, and a run within the budget between them."""
+    import einfold
+    from einfold.compiler.codegen.onnx.packing_rate import packing_rate
+    from einfold.compiler.ir.device import Device, write_device
+    from einfold.runtime.memory.probe import file_bandwidth, ram_bandwidth, ram_size
+
+    weights = artifact / "weights.safetensors"
+    bandwidth, direct = file_bandwidth(weights)
+    rates = (ram_bandwidth(given.threads), bandwidth, packing_rate())
+    found = run(artifact, given.memory, given, limited=True)
+    again = (ram_bandwidth(given.threads), file_bandwidth(weights)[0], packing_rate())
+    ram, disk, packing = (statistics.mean(pair) for pair in zip(rates, again, strict=True))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "device.toml"
+        write_device(Device(given.threads, ram_size(), ram, disk, packing, "benchmark"), file)
+        plan = einfold.plan(
+            artifact, memory=given.memory, context=given.context, chunk=given.chunk, device=file
+        )
+    return {"run": found, "plan": plan.data() | {"artifact": artifact.name}, "direct": direct}
+
+
+def line(number: int, found: dict[str, Any]) -> list[str]:
+    ran, plan = found["run"], found["plan"]
+    device = plan["device"]
+    if "ended" in ran:
+        return [str(number), ran["ended"], *[""] * 10]
+    rate = ran["fetched_a_step"] / ran["decode_seconds"]
+    return [
+        str(number),
+        f"{1 / ran['decode_seconds']:.3f}",
+        f"{ran['decode_seconds']:.3f}",
+        f"{ran['processor_seconds_a_step']:.3f}",
+        f"{plan['seconds']:.3f} ({plan['bound']})",
+        f"{ran['decode_seconds'] / plan['seconds']:.2f}",
+        f"{device['disk_bandwidth'] / 1e9:.2f}",
+        f"{device['pack_bandwidth'] / 1e9:.2f}",
+        f"{100 * rate / device['disk_bandwidth']:.0f} %",
+        f"{100 * rate / device['pack_bandwidth']:.0f} %",
+        f"{ran['peak'] / 2**20:.0f}",
+        f"{ran['cgroup_peak'] / 2**20:.0f}",
+    ]
+
+
+HEADS = (
+    "round", "tokens/s", "s a token", "processor's s", "s by the plan", "measured/plan", "disk GB/s",
+    "packing GB/s",
+    "of the disk", "of packing", "peak MiB", "cgroup's MiB",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.streamed_weights", description=__doc__)
+    parser.add_argument("--shape", default="llama-3.2-1b")
+    parser.add_argument("--artifact", type=Path, help="one that is there, in place of a shape")
+    parser.add_argument(
+        "--memory", type=int, default=0, help="bytes; half of the weights' without it"
+    )
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=8, help="of one run")
+    parser.add_argument("--out", type=Path, help="a folder for the results")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(child(Path(given.child[0]), int(given.child[1]), given)))
+        return
+    kitchen = Kitchen(default_cache(), own_python(), own_python(), given.threads, print)
+    artifact = given.artifact or kitchen.form(given.shape, Form(EINFOLD, ("int4",)))
+    size = (artifact / "weights.safetensors").stat().st_size
+    given.memory = given.memory or size // 2
+    resident = run(artifact, 0, given, limited=False)
+    alone = run(artifact, 0, given, limited=True)
+    rounds = [measured(artifact, given) for _ in range(given.rounds)]
+    same = all(found["run"].get("tokens") == resident.get("tokens") for found in rounds)
+    report(given, size, resident, alone, rounds, same)
+
+
+def report(
+    given: argparse.Namespace,
+    size: int,
+    resident: dict[str, Any],
+    alone: dict[str, Any],
+    rounds: list[dict[str, Any]],
+    same: bool,
+) -> None:
+    found = machine()
+    versions = {name: metadata.version(name) for name in ("einfold", "onnxruntime", "numpy")}
+    plan = rounds[0]["plan"]
+    tiers = [op["tier"] for op in plan["super_ops"]]
+    text = [
+        f"# Weights from the disk, {date.today()}, {found['cpu']}, {given.threads} threads\n",
+        f"{given.shape}, int4 in blocks of 32 and the head in int8: {size / 2**20:.0f} MiB of weights in a "
+        f"memory cgroup of {given.memory / 2**20:.0f} MiB; {PROMPT} tokens of a prompt, {given.tokens} new "
+        f"ones, room for {given.context}. {', '.join(f'{k} {v}' for k, v in versions.items())}. A shared "
+        "machine: figures are of the same minutes, bandwidths the mean of before and behind each run.\n",
+        f"Pinned {tiers.count('pinned')} super-ops, streamed {tiers.count('streamed')}: "
+        f"{plan['fetched'] / 2**20:.0f} MiB a token. Peak by the plan {plan['peak'] / 2**20:.0f} MiB. Tokens "
+        f"{'are' if same else 'ARE NOT'} those of resident weights. Reads are "
+        f"{'direct' if rounds[0]['direct'] else 'through the page cache'}.\n",
+        table(list(HEADS), [line(n + 1, found) for n, found in enumerate(rounds)]),
+        f"\nResident, no limit: {_of(resident)}. Resident in the cgroup: {_of(alone)}.",
+    ]
+    print("\n".join(text))
+    if given.out:
+        name = f"streamed-weights-{date.today()}-{slug(found)}"
+        (given.out / f"{name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+        data = {
+            "machine": found,
+            "versions": versions,
+            "resident": resident,
+            "alone": alone,
+            "rounds": rounds,
+        }
+        (given.out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _of(ran: dict[str, Any]) -> str:
+    if "ended" in ran:
+        return str(ran["ended"])
+    return f"{1 / ran['decode_seconds']:.1f} tokens/s, peak {ran['peak'] / 2**20:.0f} MiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Runs an ONNX artifact whose weights do not all stay in memory.
+
+The model is cut into super-ops (cut.py), each a model of its own. Pinned ones are sessions of onnxruntime
+that are made once. Of a streamed one a session is made in every step, over weights that a thread has read
+meanwhile, and let go behind its run: onnxruntime multiplies by int4 weights only as it has packed them, and
+packs them about as fast as a disk reads (docs/adr/0018). What rows are looked up in, embeddings and tables of
+rotary positions, lies in the file that onnxruntime maps; of it only those rows are read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ....errors import ArtifactError, OutOfMemoryError, UnsupportedError, first_line, pass_on
+from ....runtime.artifact import Artifact
+from ....runtime.buffers import Array
+from ....runtime.cache import Cache
+from ....runtime.memory.direct import Bytes, DirectFile, aligned
+from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, merged
+from ....runtime.runner import Floats, Ints, running
+from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
+from ...memory.tiers import AHEAD, Piece, TierPlan
+from .check import check_onnx
+from .cut import Extent, SuperOp, cut, divide, handed_on, model_of
+from .runner import available_cores, check_names, give_back, two_numbers
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+#: ONNX's numbers of types that NumPy has too: float32, integers of 8 to 64 bits, bool, float16, float64.
+_WHOLE_BYTES = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13))
+
+#: Tokens of a step that one thread computes.
+_FEW = 8
+
+#: The C library's number of the option of how many heaps there are.
+_ARENA_MAX = -8
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A model in super-ops, read and checked; no weight is loaded."""
+
+    artifact: Artifact
+    proto: ModelProto
+    ops: tuple[SuperOp, ...]
+
+    @staticmethod
+    def of(artifact: Artifact) -> CutModel:
+        from onnx import ModelProto
+
+        path, raw = artifact.file(WHOLE.model), artifact.read(WHOLE.model)
+        try:
+            check_onnx(raw, WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path} is not used: {error}") from error
+        proto = ModelProto.FromString(raw)
+        divide(proto)
+        ops = cut(proto)
+        for weight in (weight for op in ops for weight in op.weights):
+            if weight.dtype not in _WHOLE_BYTES:
+                raise UnsupportedError(
+                    f"{path} holds {weight.name} in a type of less than a byte, as the portable flavour "
+                    "does: all of its weights must be resident; compile without --portable"
+                )
+        return CutModel(artifact, proto, tuple(ops))
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+
+    def activations(self, chunk: int, vocabulary: int) -> int:
+        """Bytes of the values within a step of `chunk` tokens, with logits of one."""
+        return 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
+
+
+class StreamingRunner:
+    """Sessions of pinned super-ops, and a thread that reads the weights of the others ahead."""
+
+    def __init__(self, model: CutModel, plan: TierPlan, threads: int | None = None) -> None:
+        """Loads what is pinned. Raises ArtifactError where the model is none that onnxruntime takes."""
+        _one_heap()
+        self.plan = plan
+        self.observed: dict[str, Array] = {}
+        self._artifact = model.artifact
+        self._name = str(model.artifact.folder)
+        self._vocabulary = model.artifact.manifest.model.vocabulary
+        self._weight_bytes = model.artifact.weight_bytes()
+        self._threads = threads or available_cores()
+        self._ops = model.ops
+        whole = self._weightless(model)
+        check_names(self._artifact, whole, handed_on(model.proto, self._ops))
+        self.blocks = two_numbers(whole.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
+        kinds = _kinds(whole)
+        self._last = _last_uses(self._ops)
+        self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
+        del whole
+        path = self._artifact.file(WEIGHTS)
+        self._file = DirectFile(path)
+        self._sessions = self._pin()
+        streamed = [op for op in self._ops if op.weights and op.name not in self._sessions]
+        self._turn = {op.name: index for index, op in enumerate(streamed)}
+        spans = [[Span(w.offset, w.length) for w in op.weights] for op in streamed]
+        self._reader = ReadAhead(DirectFile(path), spans, min(AHEAD, len(spans))) if spans else None
+        give_back()
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that were read from the disk since the runner was made, those of pinned weights aside."""
+        return self._reader.file.bytes_read if self._reader is not None else 0
+
+    @property
+    def reader(self) -> ReadAhead | None:
+        return self._reader
+
+    def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
+        self._check_room(cache)
+        self._file.check()  # a file that is shorter than what is mapped of it ends the process
+        given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
+        counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
+        arrays = counters | cache.buffers | dict(cache.given)
+        logits = np.empty((len(logit_rows), self._vocabulary), np.float32)
+        # Products of few rows are short, and threads of their own would be made for every session.
+        threads = 1 if input_ids.size <= _FEW else self._threads
+        handed: dict[str, Array] = {}
+        with running(self._name):
+            for op, last in zip(self._ops, self._last, strict=True):
+                handed |= self._run(op, arrays | handed | {"logits": logits}, cache, threads)
+                for name in last:
+                    del handed[name]
+        self.observed = handed
+        return logits
+
+    def close(self) -> None:
+        """Ends the thread that reads."""
+        if self._reader is not None:
+            self._reader.close()
+        self._file.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # half made, or the interpreter ends
+            self.close()
+
+    def _check_room(self, cache: Cache) -> None:
+        allowed = self.plan.fixed.cache
+        if cache.nbytes > allowed:
+            raise OutOfMemoryError(
+                f"the cache takes {cache.nbytes:,} bytes, and the plan for {self.plan.budget:,} left "
+                f"{allowed:,} for it; load for a larger context, and with more memory if need be"
+            )
+
+    def _run(
+        self, op: SuperOp, arrays: Mapping[str, Any], cache: Cache, threads: int
+    ) -> dict[str, Array]:
+        """Runs a super-op; gives the values that others read, and what scored groups learn from.
+
+        They are copied: as onnxruntime has them they would keep the session, and with it the weights.
+        """
+        with ExitStack() as stack:
+            session = self._sessions.get(op.name) or self._streamed(op, threads, stack)
+            io = session.io_binding()
+            for name in op.inputs:
+                _bind_array(io.bind_input, name, arrays[name])
+            free = []
+            for name in op.outputs:
+                cached = name.removeprefix("present.").partition("@")[0]
+                if name == "logits":
+                    _bind_array(io.bind_output, name, arrays[name])
+                elif name.startswith("present.") and cached in cache.buffers:
+                    _bind_array(io.bind_output, name, cache.buffers[cached])
+                else:
+                    io.bind_output(name, "cpu")
+                    free.append(name)
+            session.run_with_iobinding(io)
+            made = zip(op.outputs, io.get_outputs(), strict=True)
+            return {name: np.array(value.numpy()) for name, value in made if name in free}
+
+    def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
+        """A session over the weights that were read for it; the stack keeps the buffer while it runs."""
+        assert self._reader is not None
+        if resident_bytes() + op.held + self.plan.fixed.activations > self.plan.peak:
+            give_back()
+        index = self._turn[op.name]
+        views = stack.enter_context(self._reader.item(index))
+        return self._session(op, views, self._reader.spans(index), threads, alias=True)
+
+    def _pin(self) -> dict[str, Any]:
+        """Sessions of super-ops that stay: the largest first, when memory is emptiest."""
+        kept = [op for op in self._ops if op.name in self.plan.pinned or not op.weights]
+        sessions = {}
+        for op in sorted(kept, key=lambda op: -op.nbytes):
+            spans = merged([Span(w.offset, w.length) for w in op.weights])
+            buffer, views, place = aligned(item_room(spans)), [], 0
+            for span in spans:
+                size = item_room([span])
+                views.append(
+                    self._file.read(span.offset, span.length, buffer[place : place + size])
+                )
+                place += size
+            sessions[op.name] = self._session(op, views, spans, self._threads)
+        return sessions
+
+    def _session(
+        self,
+        op: SuperOp,
+        views: Sequence[Bytes],
+        spans: Sequence[Span],
+        threads: int,
+        alias: bool = False,
+    ) -> Any:
+        """A session over weights in memory; what it does not pack it copies, or reads where it is."""
+        options = self._options(threads)
+        names = [weight.name for weight in op.weights]
+        values = [
+            ort.OrtValue.ortvalue_from_numpy(_typed(located(views, spans, w.offset, w.length), w))
+            for w in op.weights
+        ]
+        if alias:
+            for name, value in zip(names, values, strict=True):
+                options.add_initializer(name, value)
+        elif names:
+            options.add_external_initializers(names, values)
+        return self._made(self._models[op.name], options, op.name)
+
+    def _weightless(self, model: CutModel) -> Any:
+        """The whole model over the mapped file, nothing of which is read, with what super-ops hand on among
+        its results: onnxruntime says the types of these."""
+        from onnx import ModelProto, ValueInfoProto
+
+        proto = ModelProto()
+        proto.CopyFrom(model.proto)
+        names = handed_on(proto, self._ops)
+        proto.graph.output.extend(ValueInfoProto(name=name) for name in names)
+        options = self._options(1)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        return self._made(proto.SerializeToString(), options, WHOLE.model)
+
+    def _options(self, threads: int) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # errors come as exceptions
+        options.enable_mem_pattern = False
+        # There are as many arenas as sessions, and each would keep what a prompt needed.
+        options.enable_cpu_mem_arena = False
+        # Threads of one session that wait for work would take the processor from the next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path",
+            str(self._artifact.folder.resolve()),
+        )
+        return options
+
+    def _made(self, raw: bytes, options: Any, name: str) -> Any:
+        try:
+            return ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises several unrelated classes
+            pass_on(error)
+            raise ArtifactError(
+                f"onnxruntime {ort.__version__} cannot load {name} of {self._name}: {first_line(error)}"
+            ) from error
+
+
+def _one_heap() -> None:
+    """Has the C library take memory from one heap: else threads of sessions leave theirs behind."""
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if tune is not None:  # glibc
+        tune(_ARENA_MAX, 1)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory; a large number where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 1 << 62
+
+
+def _last_uses(ops: Sequence[SuperOp]) -> list[list[str]]:
+    """For each super-op the values of others that nobody reads behind it."""
+    made = {name for op in ops for name in op.outputs}
+    seen, found = set[str](), list[list[str]]()
+    for op in reversed(ops):
+        found.append([name for name in op.inputs if name in made and name not in seen])
+        seen.update(found[-1])
+    return found[::-1]
+
+
+def _kinds(session: Any) -> dict[str, tuple[int, Sequence[Any]]]:
+    """Types, as ONNX numbers them, and ranks of a session's results."""
+    numbers = {
+        "tensor(float)": 1,
+        "tensor(uint8)": 2,
+        "tensor(int8)": 3,
+        "tensor(uint16)": 4,
+        "tensor(int16)": 5,
+        "tensor(int32)": 6,
+        "tensor(int64)": 7,
+        "tensor(bool)": 9,
+        "tensor(float16)": 10,
+        "tensor(double)": 11,
+        "tensor(uint32)": 12,
+        "tensor(uint64)": 13,
+    }
+    return {node.name: (numbers[node.type], None) for node in session.get_outputs()}  # type: ignore[misc]
+
+
+def _typed(view: Bytes, extent: Extent) -> Array:
+    from onnx import helper
+
+    kind = helper.tensor_dtype_to_np_dtype(extent.dtype)
+    whole = view if view.ctypes.data % kind.itemsize == 0 else view.copy()
+    return whole.view(kind).reshape(extent.dims)
+
+
+def _bind_array(bind: Any, name: str, array: Any) -> None:
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -1,0 +1,196 @@
+"""Which weights stay in memory and which come from the disk in every step, under a budget.
+
+    super-ops with bytes, a budget, a device
+      -> place     which are pinned, which streamed, the bytes of both and of the buffers between
+      -> step      seconds of a step: the disk reads ahead while super-ops are packed and computed
+
+Every weight is read once in a step, so of two super-ops the one with more bytes in the file is the better to
+keep, and nothing learned from the past helps. Where all but C bytes of W are fetched, no step is faster than
+(W - C) / bandwidth of the disk, where the cost model of "LLM in a flash" (Alizadeh et al., 2023) starts. Its
+windowing needs sparse activations and is not here. Compute is a roofline as LLM-Viewer's (Yuan et al., 2024):
+a step of one token reads every weight and the cache once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ...errors import RecipeError
+from ..ir.device import Device
+
+#: Super-ops that are read ahead of the one that runs.
+AHEAD = 2
+
+#: Packed super-ops that the process holds while one runs: that one, and as much that the C library has not
+#: given back of those before (measured: up to half of the largest).
+PACKED = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The weights of a super-op: bytes in the file, and bytes in memory once the engine has packed them."""
+
+    name: str
+    nbytes: int
+    held: int
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Bytes that are held whatever lies where."""
+
+    process: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.cache + self.activations
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an artifact takes of memory."""
+
+    pieces: tuple[Piece, ...]
+    """Super-ops in the order in which they run."""
+    fixed: Fixed
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """What lies where."""
+
+    pieces: tuple[Piece, ...]
+    """Every super-op, in the order in which they run."""
+    pinned: frozenset[str]
+    fixed: Fixed
+    budget: int
+
+    @property
+    def streamed(self) -> tuple[Piece, ...]:
+        """Those that are read in every step; without weights there is nothing to read."""
+        return tuple(p for p in self.pieces if p.nbytes and p.name not in self.pinned)
+
+    @property
+    def kept(self) -> tuple[Piece, ...]:
+        return tuple(p for p in self.pieces if p.nbytes and p.name in self.pinned)
+
+    def tier_of(self, piece: Piece) -> str:
+        """`pinned`, `streamed`, or `mapped` where it only looks rows up in the file."""
+        return (
+            "mapped" if not piece.nbytes else "pinned" if piece.name in self.pinned else "streamed"
+        )
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that a step reads from the disk."""
+        return sum(piece.nbytes for piece in self.streamed)
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of the buffers that are read into."""
+        return buffer_bytes(self.streamed)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the process at its largest: while it runs, or while it is loaded.
+
+        Pinned weights are packed one super-op after the other, the largest first. Then they are there three
+        times: as they were read, as the engine takes them, and packed.
+        """
+        held = loading = 0
+        for piece in sorted(self.kept, key=lambda piece: -piece.nbytes):
+            held += piece.held
+            loading = max(loading, held + 2 * piece.nbytes)
+        running = held + self.buffers + PACKED * max((p.held for p in self.streamed), default=0)
+        return self.fixed.total + max(running, loading)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds that a step of one token takes, by the device's numbers."""
+
+    disk: float
+    packing: float
+    compute: float
+
+    @property
+    def seconds(self) -> float:
+        """One thread reads ahead while the others pack and compute."""
+        return max(self.disk, self.packing + self.compute)
+
+    @property
+    def bound(self) -> str:
+        """`disk`, `packing` or `compute`: what would have to be faster."""
+        if self.disk >= self.packing + self.compute:
+            return "disk"
+        return "packing" if self.packing > self.compute else "compute"
+
+
+def buffer_bytes(streamed: Sequence[Piece]) -> int:
+    """Bytes of the buffers that hold what is read ahead; no more buffers than there is to read."""
+    return min(AHEAD, len(streamed)) * max((piece.nbytes for piece in streamed), default=0)
+
+
+def step_of(plan: TierPlan, device: Device) -> Step:
+    """What a step of one token costs."""
+    held = sum(piece.held for piece in plan.pieces)
+    return Step(
+        plan.fetched / device.disk_bandwidth,
+        plan.fetched / device.pack_bandwidth,
+        (held + plan.fixed.cache) / device.ram_bandwidth,
+    )
+
+
+def place(load: Load, budget: int) -> TierPlan:
+    """The placement of the fewest fetched bytes whose peak is within the budget.
+
+    For each size that the largest streamed super-op may have, what is larger is pinned and the rest of the
+    budget goes to the others, the largest first; among equals evenly over the order, so that pinned super-ops
+    run while the next is read. Raises RecipeError, which says the smallest budget that would do.
+    """
+    pieces, fixed = load.pieces, load.fixed
+    candidates = [
+        TierPlan(tuple(pieces), names, fixed, budget) for names in _choices(pieces, budget, fixed)
+    ]
+    fitting = [found for found in candidates if found.peak <= budget]
+    if not fitting:
+        least = min((found.peak for found in candidates), default=fixed.total)
+        raise RecipeError(
+            f"a budget of {budget:,} bytes is too small: {least:,} are needed at least, of which the "
+            f"process takes {fixed.process:,}, the cache {fixed.cache:,} and activations "
+            f"{fixed.activations:,}, and the rest is the super-op that runs and those that are read ahead; "
+            "give more, or a shorter context or a smaller chunk"
+        )
+    return min(fitting, key=lambda found: (found.fetched, found.peak))
+
+
+def _choices(pieces: Sequence[Piece], budget: int, fixed: Fixed) -> Iterator[frozenset[str]]:
+    """Sets of pinned super-ops, for each size of the largest that is streamed."""
+    for limit in sorted({0, *(piece.nbytes for piece in pieces)}):
+        pinned = {piece.name for piece in pieces if piece.nbytes > limit}
+        yield frozenset(pinned)
+        sizes = sorted({(p.nbytes, p.held) for p in pieces if 0 < p.nbytes <= limit}, reverse=True)
+        for size in sizes:
+            equal = [p.name for p in pieces if (p.nbytes, p.held) == size and p.name not in pinned]
+            most = _most(pieces, pinned, equal, budget, fixed)
+            pinned |= set(_spread(equal, most))
+            yield frozenset(pinned)
+
+
+def _most(
+    pieces: Sequence[Piece], pinned: set[str], equal: Sequence[str], budget: int, fixed: Fixed
+) -> int:
+    """How many of equal super-ops can be pinned beside others."""
+    for count in range(len(equal), 0, -1):
+        names = frozenset(pinned | set(equal[:count]))
+        if TierPlan(tuple(pieces), names, fixed, budget).peak <= budget:
+            return count
+    return 0
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """So many of them, evenly over their order."""
+    return [names[index * len(names) // count] for index in range(count)]

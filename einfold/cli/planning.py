@@ -1,0 +1,139 @@
+"""`plan` and `device`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from .common import err, out, parse_bytes, print_json, progress
+from .options import Artifact, Chunk, Debug, Json, Room, Threads
+
+if TYPE_CHECKING:
+    from ..planning import Plan
+
+device = typer.Typer(help="Measure this machine, for `plan`.", no_args_is_help=True)
+
+
+def plan(
+    artifact: Artifact,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="Memory that the process may hold, such as 2GiB or 800M.", show_default=False
+        ),
+    ],
+    context: Room = None,
+    chunk: Chunk = 512,
+    device: Annotated[
+        Path | None,
+        typer.Option(
+            help="A description of a device, as `einfold device probe` writes it. [default: this machine's]",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell, before anything is loaded, which weights stay in memory and which are read from the disk in every
+    step, the peak of memory, and the tokens a second."""
+    from ..planning import plan as make
+
+    found = make(artifact, memory=parse_bytes(memory), context=context, chunk=chunk, device=device)
+    if json:
+        print_json(found.data())
+        return
+    show_plan(found)
+
+
+def show_plan(found: Plan) -> None:
+    from ..compiler.report import human_bytes
+
+    tiers, step = found.tiers, found.step
+    table = Table(box=None)
+    for title in ("super-op", "in the file", "in memory"):
+        table.add_column(title, justify="left" if title == "super-op" else "right")
+    table.add_column("tier")
+    for piece in tiers.pieces:
+        held = human_bytes(piece.held) if piece.held else ""
+        table.add_row(
+            piece.name, human_bytes(piece.nbytes) if held else "", held, tiers.tier_of(piece)
+        )
+    out.print(table)
+    totals = Table(show_header=False, box=None)
+    totals.add_row("the process itself", human_bytes(tiers.fixed.process))
+    totals.add_row(f"KV cache, {found.tokens:,} tokens", human_bytes(tiers.fixed.cache))
+    totals.add_row(
+        f"activations, {found.chunk} tokens a step", human_bytes(tiers.fixed.activations)
+    )
+    totals.add_row("pinned weights", human_bytes(sum(piece.held for piece in tiers.kept)))
+    totals.add_row("buffers that are read ahead", human_bytes(tiers.buffers))
+    totals.add_row("peak", f"{human_bytes(tiers.peak)} of {human_bytes(tiers.budget)}")
+    totals.add_row("read in every step", human_bytes(tiers.fetched))
+    parts = f"disk {step.disk:.3f} s, packing {step.packing:.3f} s, compute {step.compute:.3f} s"
+    totals.add_row("a token", f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second): {parts}")
+    totals.add_row("bound by", step.bound)
+    out.print(totals)
+    if found.device.source == "defaults":
+        err.print(
+            "this machine was not measured: the seconds are those of assumed bandwidths (disk 0.5 GB/s, "
+            "packing 0.5 GB/s, memory 20 GB/s); `einfold device probe` measures them"
+        )
+
+
+@device.command()
+def probe(
+    at: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder on the disk that artifacts lie on. [default: einfold's cache folder]",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Write the description here instead of where `plan` looks.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Threads = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the bandwidths of memory and disk and the rate of packing weights, and keep them for `plan`."""
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    from ..compiler.codegen.onnx.packing_rate import packing_rate
+    from ..compiler.codegen.onnx.runner import available_cores
+    from ..compiler.ir.device import Device, device_file, write_device
+    from ..compiler.ir.kept import cache_home
+    from ..runtime.memory.probe import disk_bandwidth, ram_bandwidth, ram_size
+
+    cores = threads or available_cores()
+    with progress(json) as tell:
+        tell("reading memory", 0.0)
+        ram = ram_bandwidth(cores)
+        tell("reading the disk", 0.3)
+        disk, direct = disk_bandwidth(at or cache_home())
+        tell("packing weights", 0.7)
+        packing = packing_rate()
+    measured = f"measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC" + (
+        "" if direct else ", without direct reads"
+    )
+    found = Device(cores, ram_size(), round(ram), round(disk), round(packing), measured)
+    path = output or device_file()
+    write_device(found, path)
+    if json:
+        print_json({"file": str(path), **asdict(found)})
+        return
+    out.print(
+        f"{path}: {cores} cores, memory {ram / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s"
+        + ("" if direct else " (no direct reads)")
+        + f", packing {packing / 1e9:.2f} GB/s"
+    )

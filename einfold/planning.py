@@ -1,0 +1,137 @@
+"""What lies where when an artifact runs in less memory than its weights take, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .compiler.codegen.target import TARGETS, Target
+from .compiler.ir.device import ASSUMED, Device, read_device
+from .compiler.ir.manifest import CAUSAL
+from .compiler.memory.tiers import Step, TierPlan, place, step_of
+from .errors import ArtifactError, RecipeError, UnsupportedError
+from .runtime.artifact import Artifact
+from .runtime.engine import CHUNK
+
+#: Tokens of prompt and answer together that room is left for, where the caller says nothing.
+TOKENS = 4096
+
+#: Slots that the engine may add, to end at a whole block.
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiers of an artifact's weights, and what a step over them takes on a device."""
+
+    artifact: str
+    tokens: int
+    chunk: int
+    device: Device
+    tiers: TierPlan
+    step: Step
+
+    def data(self) -> dict[str, Any]:
+        """For machines; the keys stay as they are. Bytes, and seconds of a step of one token."""
+        tiers, step = self.tiers, self.step
+        return {
+            "artifact": self.artifact,
+            "budget": tiers.budget,
+            "tokens": self.tokens,
+            "chunk": self.chunk,
+            "peak": tiers.peak,
+            "process": tiers.fixed.process,
+            "cache": tiers.fixed.cache,
+            "activations": tiers.fixed.activations,
+            "buffers": tiers.buffers,
+            "pinned": sum(piece.held for piece in tiers.kept),
+            "fetched": tiers.fetched,
+            "seconds": step.seconds,
+            "tokens_a_second": 1 / step.seconds,
+            "bound": step.bound,
+            "disk_seconds": step.disk,
+            "packing_seconds": step.packing,
+            "compute_seconds": step.compute,
+            "super_ops": [
+                {
+                    "name": piece.name,
+                    "bytes": piece.nbytes,
+                    "held": piece.held,
+                    "tier": tiers.tier_of(piece),
+                }
+                for piece in tiers.pieces
+            ],
+            "device": asdict(self.device),
+        }
+
+    def sentence(self) -> str:
+        """What is pinned, what is streamed, and the bytes of a token."""
+        from .compiler.report import human_bytes
+
+        tiers = self.tiers
+        peak = f"peak {human_bytes(tiers.peak)} of {human_bytes(tiers.budget)}"
+        if not tiers.streamed:
+            return f"all weights are pinned, {peak}"
+        pinned = human_bytes(sum(piece.nbytes for piece in tiers.kept))
+        return (
+            f"pinned {len(tiers.kept)} super-ops ({pinned}), streamed {len(tiers.streamed)}: "
+            f"{human_bytes(tiers.fetched)} from the disk in every step, {peak}"
+        )
+
+
+def plan(
+    folder: str | Path,
+    *,
+    memory: int,
+    context: int | None = None,
+    chunk: int = CHUNK,
+    device: str | Path | None = None,
+) -> Plan:
+    """What of an artifact's weights stays in `memory` bytes, what is read from the disk in every step, and
+    how fast that is.
+
+    `memory` is all that the process holds, with room for a cache of `context` tokens (4,096, or the
+    artifact's context where that is less) and steps of `chunk` tokens. `device` is a description that
+    `einfold device probe` wrote; without it that of this machine is used, or where it was not measured what
+    is assumed. No hash is checked and no weight read. Raises RecipeError for a budget that cannot do,
+    UnsupportedError for a target that holds all weights.
+    """
+    artifact = Artifact.open(folder, verify=False)
+    target = artifact.manifest.target
+    if target not in TARGETS:
+        raise ArtifactError(f"{artifact.folder} was compiled for the unknown target {target!r}")
+    return plan_of(artifact, TARGETS[target](), memory, context, chunk, device)
+
+
+def plan_of(
+    artifact: Artifact,
+    target: Target,
+    memory: int,
+    context: int | None = None,
+    chunk: int = CHUNK,
+    device: str | Path | None = None,
+) -> Plan:
+    """`plan` of an artifact that is open."""
+    if artifact.manifest.kind != CAUSAL:
+        kind = artifact.manifest.kind.replace("_", "-")
+        raise UnsupportedError(
+            f"{artifact.folder} is an {kind}: a memory budget is for models that continue a text"
+        )
+    if memory < 1 or chunk < 1 or (context is not None and context < 2):
+        raise RecipeError(
+            "a memory budget is above 0 bytes, a chunk above 0 tokens, a context above 1"
+        )
+    limit = artifact.manifest.model.context
+    tokens = min(context or TOKENS, limit)
+    load = target.load_of(
+        artifact, chunk, _cache_bytes(artifact, min(-(-tokens // _BLOCK) * _BLOCK, limit))
+    )
+    found = place(load, memory)
+    known = read_device(None if device is None else Path(device)) or ASSUMED
+    return Plan(str(artifact.folder), tokens, chunk, known, found, step_of(found, known))
+
+
+def _cache_bytes(artifact: Artifact, tokens: int) -> int:
+    """Bytes of the cache of one row at its largest: while a prompt is read, or behind it."""
+    return int(artifact.manifest.layout().peak_bytes(1, tokens, tokens))

@@ -1,0 +1,112 @@
+"""`plan`, `device probe` and `run --memory`: what is told before loading is what happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from einfold.compiler.ir.device import Device, device_file, read_device, write_device
+from einfold.errors import RecipeError
+from einfold.runtime.memory import probe
+
+from .test_cli import as_json, einfold
+
+#: What scripts may rely on.
+KEYS = {
+    *(
+        "artifact",
+        "budget",
+        "tokens",
+        "chunk",
+        "peak",
+        "process",
+        "cache",
+        "activations",
+        "buffers",
+    ),
+    *(
+        "pinned",
+        "fetched",
+        "seconds",
+        "tokens_a_second",
+        "bound",
+        "disk_seconds",
+        "packing_seconds",
+    ),
+    *("compute_seconds", "super_ops", "device"),
+}
+
+
+def smallest(artifact: Path) -> int:
+    """Bytes of the least budget, as the refusal of a smaller one says."""
+    said = einfold("plan", artifact, "--memory", "1MB", code=7)
+    return int(said.split("too small: ")[1].split(" are needed")[0].replace(",", ""))
+
+
+def test_a_plan_is_told_and_a_run_within_it_writes_the_same(wide_head: Path) -> None:
+    least = smallest(wide_head)
+    plan = as_json("plan", wide_head, "--memory", str(least))
+    assert plan.keys() == KEYS
+    assert plan["peak"] <= plan["budget"] == least
+    assert (
+        plan["fetched"]
+        == sum(op["bytes"] for op in plan["super_ops"] if op["tier"] == "streamed")
+        > 0
+    )
+    shown = einfold("plan", wide_head, "--memory", str(least))
+    assert "layer 1" in shown
+    assert "bound by" in shown
+    options = ("--ids", "5 6 7", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
+    ran = as_json("run", wide_head, *options, "--memory", str(least))
+    assert ran["tokens"] == as_json("run", wide_head, *options)["tokens"]
+    assert ran["plan"]["fetched"] == plan["fetched"]
+
+
+def test_a_measured_device_decides_the_seconds(wide_head: Path, tmp_path: Path) -> None:
+    file = tmp_path / "device.toml"
+    slow = Device(disk_bandwidth=1e3, source="a test")
+    write_device(slow, file)
+    assert read_device(file) == slow
+    memory = ("--memory", str(smallest(wide_head)))
+    plan = as_json("plan", wide_head, *memory, "--device", file)
+    assert plan["bound"] == "disk"
+    assert plan["seconds"] == pytest.approx(plan["fetched"] / 1e3)
+    assert plan["device"]["source"] == "a test"
+    assert as_json("plan", wide_head, *memory)["device"]["source"] == "defaults"
+
+
+def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "_RAM", 1 << 20)
+    monkeypatch.setattr(probe, "_DISK", probe.PIECE)
+    found = as_json("device", "probe", "--at", tmp_path, "--threads", "1")
+    assert found["file"] == str(device_file())
+    known = read_device()
+    assert known is not None
+    assert known.source.startswith("measured ")
+    assert min(known.ram_bandwidth, known.disk_bandwidth, known.pack_bandwidth, known.ram) > 0
+    assert json.loads(json.dumps(found))["cores"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # the file that was read is gone
+    assert "File exists" in einfold("device", "probe", "--at", device_file(), code=74)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cores = -1", "cores must be a number above 0, not -1"),
+        ("speed = 3", "unknown key 'speed'"),
+        ("= 3", "no description of a device"),
+    ],
+)
+def test_a_description_that_is_none_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "device.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        read_device(file)
+
+
+def test_options_that_mean_nothing_are_refused(wide_head: Path) -> None:
+    assert "give both" in einfold("run", wide_head, "--ids", "5", "--context", "64", code=7)
+    assert "is no size" in einfold("run", wide_head, "--ids", "5", "--memory", "much", code=7)

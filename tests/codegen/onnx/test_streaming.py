@@ -1,0 +1,188 @@
+"""Weights that are read in every step: the same numbers as where all stay, and every fault told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import einfold
+from einfold.compiler.codegen.onnx.streaming import CutModel, StreamingRunner
+from einfold.compiler.codegen.target import TARGETS
+from einfold.compiler.memory.tiers import TierPlan
+from einfold.errors import ArtifactError, DiskError, OutOfMemoryError, RecipeError, UnsupportedError
+from einfold.runtime.artifact import Artifact
+
+from ...greedy import all_logits
+
+TEXT = list(range(3, 43))
+
+
+def laid_out(path: Path, pinned: set[str]) -> TierPlan:
+    load = TARGETS["onnx"]().load_of(Artifact.open(path), 64, 1 << 30)
+    return TierPlan(load.pieces, frozenset(pinned), load.fixed, 1 << 40)
+
+
+@contextmanager
+def streaming(
+    path: Path, *pinned: str, chunk: int = 16
+) -> Iterator[tuple[einfold.Model, StreamingRunner]]:
+    """A model whose weights are read in every step, but for those of some super-ops."""
+    model = einfold.load(path, threads=1, chunk=chunk)
+    runner = StreamingRunner(CutModel.of(model.artifact), laid_out(path, set(pinned)), 1)
+    model.engine.runner = runner
+    try:
+        yield model, runner
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("llama", "int4"), ("gemma2", "fp32"), ("gpt2", "int8")]
+)
+def test_logits_and_tokens_are_those_of_resident_weights(
+    name: str, weights: str, artifact: Callable[..., Path]
+) -> None:
+    path = artifact(name, weights)
+    whole = einfold.load(path, threads=1, chunk=16)
+    with streaming(path, "layer 1") as (model, runner):
+        assert np.array_equal(all_logits(model, TEXT), all_logits(whole, TEXT))
+        found, wanted = (
+            m.generate_batch([TEXT[:9], TEXT[:5]], max_new_tokens=6, ignore_eos=True)
+            for m in (model, whole)
+        )
+        assert [row.tokens for row in found] == [row.tokens for row in wanted]
+        assert runner.reader is not None
+        assert runner.reader.counts.items > 0
+
+
+def test_a_wide_head_is_taken_apart(wide_head: Path) -> None:
+    names = [op.name for op in CutModel.of(Artifact.open(wide_head)).ops]
+    assert names[:4] == ["embedding", "layer 0", "layer 1", "head"]
+    assert names[4:] == [f"head part {i + 1}/{len(names) - 4}" for i in range(len(names) - 4)]
+    assert len(names) > 6
+    whole = einfold.load(wide_head, threads=1)
+    with streaming(wide_head) as (model, _):
+        assert np.array_equal(all_logits(model, TEXT), all_logits(whole, TEXT))
+
+
+def test_every_step_reads_what_the_plan_says(wide_head: Path) -> None:
+    plan = laid_out(wide_head, {"layer 1"})
+    assert all(piece.nbytes for piece in plan.streamed)
+    with streaming(wide_head, "layer 1") as (model, runner):
+        model.generate(TEXT[:5], max_new_tokens=4, ignore_eos=True)  # a step of five, three of one
+        assert runner.reader is not None
+        items = len(plan.streamed)
+        assert 4 * items <= runner.reader.counts.items <= 4 * items + 2  # no more is read ahead
+        largest = max(piece.nbytes for piece in plan.streamed)
+        assert 4 * plan.fetched <= runner.fetched
+        assert (
+            runner.fetched <= 1.05 * 4 * plan.fetched + 2 * largest + 4 * items * 2 * 4096
+        )  # whole pages
+        assert runner.reader.nbytes <= plan.buffers + 2 * 4096 * 20  # spans end within pages
+
+
+def test_a_budget_pins_some_and_tokens_stay(wide_head: Path) -> None:
+    """By the public road: the smallest budget is said by one that is smaller."""
+    with pytest.raises(RecipeError) as told:
+        einfold.plan(wide_head, memory=1000)
+    least = int(str(told.value).split("too small: ")[1].split(" are needed")[0].replace(",", ""))
+    plan = einfold.plan(wide_head, memory=least)
+    assert plan.tiers.streamed
+    assert plan.tiers.peak <= least
+    model = einfold.load(wide_head, threads=1, memory=least)
+    assert model.plan is not None
+    assert model.plan.tiers == plan.tiers
+    whole = einfold.load(wide_head, threads=1)
+    found, wanted = (
+        m.generate(TEXT, max_new_tokens=5, ignore_eos=True).tokens for m in (model, whole)
+    )
+    assert found == wanted
+    model.engine.runner.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [4096, None])
+def test_weights_changed_while_running_are_told(
+    size: int | None, wide_head: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(wide_head, path)
+    file = path / "weights.safetensors"
+    with streaming(path) as (model, _):
+        model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+        if size is None:
+            file.write_bytes(bytes(file.stat().st_size))
+            os.utime(file, ns=(1, 1))
+        else:
+            os.truncate(file, size)
+        for _ in range(2):
+            with pytest.raises(ArtifactError, match="changed after it was opened"):
+                model.generate(TEXT[:5], max_new_tokens=4, ignore_eos=True)
+
+
+def test_a_read_that_fails_ends_the_step(wide_head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with streaming(wide_head) as (model, runner):
+        assert runner.reader is not None
+
+        def fail(*_: object) -> object:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(runner.reader.file, "read", fail)
+        with pytest.raises(DiskError, match="Input/output error"):
+            model.generate(TEXT[:5], max_new_tokens=4, ignore_eos=True)
+
+
+def test_damaged_weights_are_refused(wide_head: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    shutil.copytree(wide_head, path)
+    with (path / "weights.safetensors").open("r+b") as stream:
+        stream.seek(5000)
+        byte = stream.read(1)
+        stream.seek(5000)
+        stream.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ArtifactError, match="do not match the manifest's hash"):
+        einfold.load(path, threads=1, memory=1 << 30)
+
+
+def test_a_cache_larger_than_its_room_is_refused(wide_head: Path) -> None:
+    with streaming(wide_head) as (model, runner):
+        runner.plan = replace(runner.plan, fixed=replace(runner.plan.fixed, cache=1000))
+        with pytest.raises(OutOfMemoryError, match="left 1,000 for it; load for a larger context"):
+            model.generate(TEXT, max_new_tokens=2)
+
+
+def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = einfold.load(wide_head, threads=1)
+    wanted = whole.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
+    with streaming(wide_head) as (model, runner):
+        session, calls = runner._session, [0]
+
+        def interrupted(*arguments: object, **named: object) -> object:
+            calls[0] += 1
+            if calls[0] in (3, 5, 7):  # more often than there are buffers
+                raise KeyboardInterrupt
+            return session(*arguments, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(runner, "_session", interrupted)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True)
+        assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
+
+
+def test_other_targets_and_kinds_are_refused(artifact: Callable[..., Path]) -> None:
+    path = artifact("llama", "int4")
+    with pytest.raises(UnsupportedError, match="reference holds all of its weights in memory"):
+        einfold.load(path, engine="reference", memory=1 << 30)
+    with pytest.raises(UnsupportedError, match=r"less than a byte, .* compile without --portable"):
+        einfold.plan(artifact("llama", "int4", portable=True), memory=1 << 30)
+    with pytest.raises(RecipeError, match="a context above 1"):
+        einfold.plan(path, memory=1 << 30, context=1)

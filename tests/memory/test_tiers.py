@@ -1,0 +1,93 @@
+"""Which super-ops stay in memory: the budget holds, no other choice reads less, and what a step takes."""
+
+from __future__ import annotations
+
+from itertools import chain, combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from einfold.compiler.ir.device import Device
+from einfold.compiler.memory.tiers import (
+    AHEAD,
+    PACKED,
+    Fixed,
+    Load,
+    Piece,
+    TierPlan,
+    place,
+    step_of,
+)
+from einfold.errors import RecipeError
+
+FIXED = Fixed(process=100, cache=20, activations=5)
+
+
+def load(*sizes: int, packed: float = 1.0) -> Load:
+    pieces = [Piece(f"layer {i}", size, int(size * packed)) for i, size in enumerate(sizes)]
+    return Load(tuple(pieces), FIXED)
+
+
+def every_plan(found: Load, budget: int) -> list[TierPlan]:
+    names = [piece.name for piece in found.pieces]
+    chosen = chain.from_iterable(combinations(names, k) for k in range(len(names) + 1))
+    return [TierPlan(found.pieces, frozenset(c), found.fixed, budget) for c in chosen]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "streamed"),
+    [
+        ((10, 10, 10, 10), 185, []),  # all, and what packing the last takes twice over
+        ((10, 10, 10, 10), 175, ["layer 1", "layer 2", "layer 3"]),
+        ((10, 10, 10, 10, 10), 185, ["layer 1", "layer 3", "layer 4"]),  # evenly
+        (
+            (10, 10, 10, 10, 20),
+            185,
+            ["layer 0", "layer 1", "layer 2", "layer 3"],
+        ),  # the large one would need buffers of its size
+        ((0, 10), 155, []),  # what has no weights is nowhere
+    ],
+)
+def test_what_stays(sizes: tuple[int, ...], budget: int, streamed: list[str]) -> None:
+    plan = place(load(*sizes), budget)
+    assert [piece.name for piece in plan.streamed] == streamed
+    assert plan.fetched == sum(piece.nbytes for piece in plan.streamed)
+    assert plan.peak <= budget
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(0, 40))
+def test_the_budget_holds_and_equal_super_ops_leave_nothing_better(
+    sizes: list[int], more: int
+) -> None:
+    equal = load(*([10] * len(sizes)), packed=1.3)
+    for found in (load(*sizes, packed=1.2), equal):
+        plans = every_plan(found, 0)
+        budget = min(plan.peak for plan in plans) + more
+        plan = place(found, budget)
+        assert plan.peak <= budget
+        if found is equal:
+            best = min(other.fetched for other in plans if other.peak <= budget)
+            assert plan.fetched == best
+
+
+def test_what_is_too_small_says_what_would_do() -> None:
+    found = load(10, 10, 10)
+    least = 125 + AHEAD * 10 + PACKED * 10
+    assert place(found, least).fetched == 30
+    with pytest.raises(
+        RecipeError, match=rf"too small: {least} are needed at least, .* the cache 20"
+    ):
+        place(found, least - 1)
+
+
+def test_a_step_takes_what_its_slowest_part_takes() -> None:
+    plan = place(load(10, 10, 10), 165)
+    slow_disk = Device(ram_bandwidth=100.0, disk_bandwidth=2.0, pack_bandwidth=10.0)
+    assert step_of(plan, slow_disk).bound == "disk"
+    assert step_of(plan, slow_disk).seconds == 15.0  # (W - C) / bandwidth
+    slow_packing = Device(ram_bandwidth=100.0, disk_bandwidth=20.0, pack_bandwidth=10.0)
+    assert step_of(plan, slow_packing).bound == "packing"
+    assert step_of(plan, slow_packing).seconds == pytest.approx(3.0 + 0.5)
+    slow_memory = Device(ram_bandwidth=10.0, disk_bandwidth=20.0, pack_bandwidth=10.0)
+    assert step_of(plan, slow_memory).bound == "compute"
