@@ -26,7 +26,7 @@ import torch
 
 import einfold
 from einfold.compiler.ir.kv.layout import BOUNDS
-from einfold.compiler.ir.kv.read import quest_choosing
+from einfold.compiler.ir.kv.read.choosing import quest as quest_choosing
 from einfold.runtime.cache import Cache
 from einfold.runtime.engine import Engine
 from einfold.runtime.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ import einfold
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout
-from einfold.compiler.ir.kv.read import quest_choosing
+from einfold.compiler.ir.kv.read.choosing import quest as quest_choosing
 from einfold.compiler.ir.kv.read.everything import Everything
 from einfold.compiler.ir.kv.read.quest import Quest
 from einfold.compiler.ir.kv.read.reader import parse_reader

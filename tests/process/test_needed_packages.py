@@ -47,6 +47,15 @@ assert made.shape == (1, 26), made.shape
 """
 
 
+#: What reading an artifact's cache imports: every policy, storage and reader.
+_LAYOUT = """
+from einfold.compiler.ir.kv.keep.policy import POLICIES
+from einfold.compiler.ir.kv.read.reader import READERS
+from einfold.compiler.ir.kv.store.storage import STORAGES
+print([len(list(room)) > 1 for room in (POLICIES, READERS, STORAGES)])
+"""
+
+
 def without(packages: Sequence[str], script: str) -> str:
     """What a process writes to stdout where `packages` cannot be imported."""
     done = subprocess.run(
@@ -63,6 +72,10 @@ def verbs(*lines: Sequence[str | Path], code: int = 0) -> str:
     """A script that runs command lines, each of which ends with `code`."""
     calls = [f"assert run(*{[str(word) for word in line]!r}) == {code}" for line in lines]
     return "\n".join(calls) + "\n"
+
+
+def test_a_cache_is_laid_out_without_what_compiles() -> None:
+    assert without(COMPILING, _LAYOUT).strip() == "[True, True, True]"
 
 
 def test_no_onnx_but_for_the_target_onnx(text_model: Path, tmp_path: Path) -> None:

@@ -103,6 +103,6 @@ class Quest(Reader):
 
     @property
     def choosing(self) -> Any:
-        from . import quest_choosing
+        from .choosing import quest
 
-        return quest_choosing
+        return quest
