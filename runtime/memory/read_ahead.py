@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from ...errors import ArtifactError, EinfoldError, recognise
@@ -40,27 +40,30 @@ class Counts:
     waited_seconds: float = 0.0
 
 
-class _StopError(Exception):
-    """The reader is asked to end."""
-
-
 class ReadAhead:
-    """Reads items, lists of spans, round after round. Make it in a `with`, or `close` it."""
+    """Reads items, lists of spans, round after round. Make it in a `with`, or `close` it.
+
+    Items are numbered on from round to round, and item n lies in buffer n % buffers. What is shared are two
+    counts, each written by one side alone: how many items were read, and with how many the caller is done.
+    So a caller may be interrupted anywhere and no buffer is lost; a queue only wakes the side that waits.
+    """
 
     def __init__(self, file: DirectFile, items: Sequence[Sequence[Span]], buffers: int) -> None:
         self.file = file
         self.counts = Counts()
         self._items = [merged(spans) for spans in items]
-        self._size = max(item_room(spans) for spans in self._items)
-        self._free: queue.SimpleQueue[Bytes | None] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[tuple[int, Bytes, list[Bytes]] | BaseException] = (
-            queue.SimpleQueue()
-        )
-        self._next = 0
+        size = max(item_room(spans) for spans in self._items)
+        self.nbytes = buffers * size
+        self._buffers = [aligned(size) for _ in range(buffers)]
+        self._views: list[list[Bytes]] = [[] for _ in range(buffers)]
+        self._read = self._done = 0
+        self._holder: object = None
+        self._closed = False
         self._failed: BaseException | None = None
-        self.nbytes = buffers * self._size
-        for _ in range(buffers):
-            self._free.put(aligned(self._size))
+        self._told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """Wakes the caller."""
+        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """Wakes the reader."""
         self._thread = threading.Thread(target=self._run, name="einfold-read-ahead", daemon=True)
         self._thread.start()
 
@@ -72,17 +75,18 @@ class ReadAhead:
         what the reader met, in this thread.
         """
         started = time.perf_counter()
-        while self._next != index:
-            self._free.put(self._take()[0])
-            self._next = (self._next + 1) % len(self._items)
-        buffer, views = self._take()
+        own = self._holder = object()
+        number = self._done + (index - self._done) % len(self._items)
+        self._give_back(number)
+        views = self._wait(number)
         self.counts.waited_seconds += time.perf_counter() - started
-        self._next = (index + 1) % len(self._items)
         try:
             yield views
         finally:
-            views.clear()
-            self._free.put(buffer)
+            if (
+                self._holder is own
+            ):  # a round that was broken off may be forgotten later than the next begins
+                self._give_back(number + 1)
 
     def spans(self, index: int) -> list[Span]:
         """The spans of an item as they are given."""
@@ -90,37 +94,66 @@ class ReadAhead:
 
     def close(self) -> None:
         """Ends the thread and lets the buffers go."""
-        self._free.put(None)
+        self._closed = True
+        self._asked.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         self.file.close()
+        self._buffers, self._views = [], []
 
-    def _take(self) -> tuple[Bytes, list[Bytes]]:
-        while self._failed is None:
-            try:
-                found = self._full.get(timeout=_LOOK)
-            except queue.Empty:
-                if self._thread.is_alive():
-                    continue
-                found = ArtifactError(
+    def _give_back(self, done: int) -> None:
+        """The caller is done with so many items; their buffers may be read into."""
+        if done > self._done:
+            self._done = done
+            self._asked.put(None)
+
+    def _wait(self, number: int) -> list[Bytes]:
+        """The views of an item once it is read; raises what the reader met before."""
+        _drain(self._told)
+        while self._closed or self._read <= number:
+            alive = (
+                self._thread.is_alive()
+            )  # looked at first: what it did before it ended is seen then
+            if self._failed is not None:
+                raise self._failed
+            if self._closed or (not alive and self._read <= number):
+                raise ArtifactError(
                     f"the thread that reads {self.file.path} has ended; load the artifact again"
                 )
-            if isinstance(found, BaseException):
-                self._failed = found
-                break
-            return found[1], found[2]
-        assert self._failed is not None
-        raise self._failed
+            with suppress(queue.Empty):
+                self._told.get(timeout=_LOOK)
+        return list(self._views[number % len(self._buffers)])
 
     def _run(self) -> None:
         try:
-            while True:
-                for index in range(len(self._items)):
-                    self._read(index)
-        except _StopError:
-            return
+            while self._may_read():
+                self._read_next()
         except BaseException as error:  # the caller must hear of it: it waits
-            self._full.put(recognise(error) or self._renamed(error))
+            self._failed = recognise(error) or self._renamed(error)
+            self._told.put(None)
+
+    def _may_read(self) -> bool:
+        """Waits until a buffer is free; False where the thread is to end."""
+        _drain(self._asked)
+        while not self._closed and self._read >= self._done + len(self._buffers):
+            self._asked.get()
+        return not self._closed
+
+    def _read_next(self) -> None:
+        number = self._read
+        place, start = number % len(self._buffers), 0
+        started = time.perf_counter()
+        views = []
+        for span in self._items[number % len(self._items)]:
+            size = room(span.offset, span.length)
+            part = self._buffers[place][start : start + size]
+            views.append(self.file.read(span.offset, span.length, part))
+            start += size
+        self.counts.read_seconds += time.perf_counter() - started
+        self.counts.items += 1
+        self._views[place] = views
+        self._read = number + 1
+        self._told.put(None)
 
     def _renamed(self, error: BaseException) -> BaseException:
         if isinstance(error, EinfoldError):
@@ -131,19 +164,12 @@ class ReadAhead:
         made.__cause__ = error
         return made
 
-    def _read(self, index: int) -> None:
-        buffer = self._free.get()
-        if buffer is None:
-            raise _StopError
-        started = time.perf_counter()
-        views, place = [], 0
-        for span in self._items[index]:
-            size = room(span.offset, span.length)
-            views.append(self.file.read(span.offset, span.length, buffer[place : place + size]))
-            place += size
-        self.counts.read_seconds += time.perf_counter() - started
-        self.counts.items += 1
-        self._full.put((index, buffer, views))
+
+def _drain(wakings: queue.SimpleQueue[None]) -> None:
+    """Takes out what nobody waited for; the one side that waits on it calls this, and looks again then."""
+    with suppress(queue.Empty):
+        while True:
+            wakings.get_nowait()
 
 
 def located(views: Sequence[Bytes], spans: Sequence[Span], offset: int, length: int) -> Bytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +71,44 @@ def test_a_round_that_was_broken_off_is_passed_over(file: Path) -> None:
                 assert found.tobytes() == data[span.offset : span.offset + span.length]
 
 
+def test_an_interrupt_anywhere_loses_no_buffer(file: Path) -> None:
+    """Each line of what the caller does is broken off once, more often than there are buffers."""
+    data, span = file.read_bytes(), ITEMS[0][0]
+
+    def take(reader: ReadAhead, index: int) -> bytes:
+        with reader.item(index) as views:
+            spans = reader.spans(index)
+            return located(views, spans, spans[0].offset, spans[0].length).tobytes()
+
+    with reading(file) as reader:
+        kept = []
+        for line in range(60):
+            seen = [0]
+
+            def interrupt(
+                frame: Any, event: str, _: object, seen: Any = seen, last: int = line
+            ) -> Any:
+                if frame.f_code.co_filename == read_ahead.__file__ and event == "line":
+                    seen[0] += 1
+                    if seen[0] == last:
+                        raise KeyboardInterrupt
+                return interrupt
+
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                take(reader, line % 2)
+            except KeyboardInterrupt as error:
+                kept.append(error)  # and with it the frames
+            finally:
+                sys.settrace(before)
+            assert take(reader, 0)[: span.length] == data[span.offset : span.offset + span.length]
+            if len(kept) > 20:
+                kept.clear()
+        assert seen[0] < 60
+        assert not reader._asked.qsize() > 2
+
+
 def test_no_more_is_read_than_there_are_buffers(file: Path) -> None:
     with reading(file) as reader:
         with reader.item(0):
@@ -119,8 +159,10 @@ def test_a_reader_that_dies_is_missed(file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(read_ahead, "_LOOK", 0.01)
     with reading(file, buffers=1) as reader:
         with reader.item(0):
-            reader._free.put(None)  # it ends before it reads another item
+            monkeypatch.setattr(reader, "_may_read", lambda: False)  # it ends before another item
+            reader._give_back(1)
             reader._thread.join(timeout=5)
+            monkeypatch.setattr(reader, "_read", 1)
         with pytest.raises(ArtifactError, match="has ended"), reader.item(1):
             pass
 
