@@ -204,6 +204,8 @@ def load(
     if threads is not None and not 1 <= threads <= 1024:
         # onnxruntime takes a negative number for one, and dies slowly of a hundred thousand
         raise RecipeError(f"threads must be between 1 and 1024, not {threads}")
+    if context is not None and memory is None:
+        raise RecipeError("context is what memory leaves room for; give both")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.

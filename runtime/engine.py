@@ -117,7 +117,7 @@ class Engine:
         """An empty cache that the runner can step over; see `Cache.allocate`.
 
         It has room for more tokens, to the next whole block of slots, where the runner is faster so and the
-        context has them.
+        context has them. Raises OutOfMemoryError where the runner has no room for it.
         """
         block, fewest = getattr(self.runner, "blocks", (1, 0))
         if given is None and self.embeds:
@@ -125,6 +125,12 @@ class Engine:
         whole = -(-capacity // block) * block
         if fewest <= capacity and whole <= self.context:
             capacity = whole
+        check = getattr(self.runner, "check_room", None)
+        if check is not None:
+            peak = self.layout.bytes(batch, capacity)
+            if prompt is not None:
+                peak = self.layout.peak_bytes(batch, capacity, prompt)
+            check(batch, peak)
         return Cache.allocate(self.layout, batch, capacity, prompt, self.make, given)
 
     def check_prompt(self, prompt: Sequence[int] | Ints, below: int = 0) -> Ints:
@@ -202,8 +208,10 @@ class Engine:
         Yields (start, logits) of each chunk, or of the last one only. Where a step of one token reads what a
         reader chooses, logits that are all asked for come of such steps: longer ones may read everything.
         """
-        one = all_logits and self.layout.chooses
-        chunk = 1 if one else min(self.chunk, cache.step_limit())
+        chunk = min(self.chunk, cache.step_limit())
+        if all_logits:
+            most = getattr(self.runner, "most_logits", chunk)
+            chunk = 1 if self.layout.chooses else min(chunk, most)
         for place in range(start, len(row), chunk):
             ids = row[None, place : place + chunk]
             size = ids.shape[1]

@@ -126,8 +126,29 @@ class StreamingRunner:
     def reader(self) -> ReadAhead | None:
         return self._reader
 
+    @property
+    def most_logits(self) -> int:
+        """Rows of logits that a step may give: they are there twice, as parts and joined, and may take half
+        of the activations' room."""
+        return max(1, self.plan.fixed.activations // (16 * self._vocabulary))
+
+    def check_room(self, rows: int, nbytes: int) -> None:
+        """Raises OutOfMemoryError where the plan has no room for a cache of so many bytes, or for the logits
+        of so many rows."""
+        budget, allowed = self.plan.budget, self.plan.fixed.cache
+        if nbytes > allowed:
+            raise OutOfMemoryError(
+                f"the cache takes {nbytes:,} bytes, and the plan for {budget:,} left {allowed:,} for it; "
+                "load for a larger context, and with more memory if need be"
+            )
+        if rows > self.most_logits:
+            raise OutOfMemoryError(
+                f"the plan for {budget:,} bytes has room for the logits of {self.most_logits} rows at once, "
+                f"not of {rows}; continue fewer prompts together, or load with a larger chunk"
+            )
+
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        self._check_room(cache)
+        self.check_room(1, cache.nbytes)
         self._file.check()  # a file that is shorter than what is mapped of it ends the process
         given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
         counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
@@ -153,14 +174,6 @@ class StreamingRunner:
     def __del__(self) -> None:
         with suppress(Exception):  # half made, or the interpreter ends
             self.close()
-
-    def _check_room(self, cache: Cache) -> None:
-        allowed = self.plan.fixed.cache
-        if cache.nbytes > allowed:
-            raise OutOfMemoryError(
-                f"the cache takes {cache.nbytes:,} bytes, and the plan for {self.plan.budget:,} left "
-                f"{allowed:,} for it; load for a larger context, and with more memory if need be"
-            )
 
     def _run(
         self, op: SuperOp, arrays: Mapping[str, Any], cache: Cache, threads: int

@@ -18,6 +18,7 @@ from einfold.compiler.codegen.target import TARGETS
 from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, DiskError, OutOfMemoryError, RecipeError, UnsupportedError
 from einfold.runtime.artifact import Artifact
+from einfold.runtime.cache import Cache
 
 from ...greedy import all_logits
 
@@ -25,7 +26,7 @@ TEXT = list(range(3, 43))
 
 
 def laid_out(path: Path, pinned: set[str]) -> TierPlan:
-    load = TARGETS["onnx"]().load_of(Artifact.open(path), 64, 1 << 30)
+    load = TARGETS["onnx"]().load_of(Artifact.open(path), 512, 1 << 30)
     return TierPlan(load.pieces, frozenset(pinned), load.fixed, 1 << 40)
 
 
@@ -150,11 +151,32 @@ def test_damaged_weights_are_refused(wide_head: Path, tmp_path: Path) -> None:
         einfold.load(path, threads=1, memory=1 << 30)
 
 
-def test_a_cache_larger_than_its_room_is_refused(wide_head: Path) -> None:
+def test_what_has_no_room_is_refused_before_it_is_made(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with streaming(wide_head) as (model, runner):
+        most = runner.most_logits
+        together = [TEXT[:2]] * (most + 1)
+        with pytest.raises(
+            OutOfMemoryError, match=f"the logits of {most} rows at once, not of {most + 1}"
+        ):
+            model.generate_batch(together, max_new_tokens=2)
         runner.plan = replace(runner.plan, fixed=replace(runner.plan.fixed, cache=1000))
+        monkeypatch.setattr(Cache, "allocate", None)
         with pytest.raises(OutOfMemoryError, match="left 1,000 for it; load for a larger context"):
             model.generate(TEXT, max_new_tokens=2)
+        with pytest.raises(OutOfMemoryError, match="left 1,000 for it"):
+            list(model.logits(TEXT))
+
+
+def test_a_step_gives_few_rows_of_logits_where_there_is_little_room(wide_head: Path) -> None:
+    with streaming(wide_head) as (model, runner):
+        wanted = all_logits(model, TEXT)
+        few = 5 * 16 * model.engine.vocabulary
+        runner.plan = replace(runner.plan, fixed=replace(runner.plan.fixed, activations=few))
+        found = list(model.logits(TEXT))
+        assert [len(rows) for _, rows in found] == [5] * 8
+        np.testing.assert_allclose(np.concatenate([rows for _, rows in found]), wanted, atol=1e-3)
 
 
 def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
@@ -186,3 +208,5 @@ def test_other_targets_and_kinds_are_refused(artifact: Callable[..., Path]) -> N
         einfold.plan(artifact("llama", "int4", portable=True), memory=1 << 30)
     with pytest.raises(RecipeError, match="a context above 1"):
         einfold.plan(path, memory=1 << 30, context=1)
+    with pytest.raises(RecipeError, match="context is what memory leaves room for; give both"):
+        einfold.load(path, context=64)
