@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .compiler.memory.tiers import Step, TierPlan, place, step_of
 from .errors import ArtifactError, RecipeError, UnsupportedError
 from .runtime.artifact import Artifact
 from .runtime.engine import CHUNK
+from .runtime.memory.probe import ram_size
 
 #: Tokens of prompt and answer together that room is left for, where the caller says nothing.
 TOKENS = 4096
@@ -64,6 +65,17 @@ class Plan:
             ],
             "device": asdict(self.device),
         }
+
+    def warning(self) -> str:
+        """What is wrong with a peak that the device has no memory for; "" where it has."""
+        from .compiler.report import human_bytes
+
+        if self.tiers.peak <= self.device.ram:
+            return ""
+        return (
+            f"the device has {human_bytes(self.device.ram)} of memory, less than the peak of "
+            f"{human_bytes(self.tiers.peak)}: it would swap or end the process; give a smaller budget"
+        )
 
     def sentence(self) -> str:
         """What is pinned, what is streamed, and the bytes of a token."""
@@ -128,7 +140,9 @@ def plan_of(
         artifact, chunk, _cache_bytes(artifact, min(-(-tokens // _BLOCK) * _BLOCK, limit))
     )
     found = place(load, memory)
-    known = read_device(None if device is None else Path(device)) or ASSUMED
+    known = read_device(None if device is None else Path(device)) or replace(
+        ASSUMED, ram=ram_size()
+    )
     return Plan(str(artifact.folder), tokens, chunk, known, found, step_of(found, known))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 
 from ...errors import RecipeError, pass_on
@@ -61,7 +62,7 @@ def read_device(path: Path | None = None) -> Device | None:
     for key, value in found.items():
         if key not in known:
             raise RecipeError(f"{file} has the unknown key {key!r}; known are {', '.join(known)}")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < inf
         if not (isinstance(value, str) if key == "source" else number):
             raise RecipeError(f"{file}: {key} must be a number above 0, not {value!r}")
     return Device(**found)

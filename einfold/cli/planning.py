@@ -76,6 +76,8 @@ def show_plan(found: Plan) -> None:
     totals.add_row("a token", f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second): {parts}")
     totals.add_row("bound by", step.bound)
     out.print(totals)
+    if found.warning():
+        err.print(found.warning(), style="yellow")
     if found.device.source == "defaults":
         err.print(
             "this machine was not measured: the seconds are those of assumed bandwidths (disk 0.5 GB/s, "

@@ -185,6 +185,8 @@ def run_artifact(
     load_seconds = time.perf_counter() - started
     if model.plan is not None:
         err.print(model.plan.sentence(), style="dim")
+        if model.plan.warning():
+            err.print(model.plan.warning(), style="yellow")
     tokens: Any = text
     said = ""
     if ids is not None:

@@ -9,6 +9,7 @@ import pytest
 
 from einfold.compiler.ir.device import Device, device_file, read_device, write_device
 from einfold.errors import RecipeError
+from einfold.planning import plan as planned
 from einfold.runtime.memory import probe
 
 from .test_cli import as_json, einfold
@@ -77,6 +78,17 @@ def test_a_measured_device_decides_the_seconds(wide_head: Path, tmp_path: Path) 
     assert as_json("plan", wide_head, *memory)["device"]["source"] == "defaults"
 
 
+def test_a_peak_above_the_devices_memory_is_told(wide_head: Path, tmp_path: Path) -> None:
+    file, memory = tmp_path / "device.toml", smallest(wide_head)
+    told = "of memory, less than the peak of"
+    for ram in (memory - 1, memory):
+        write_device(Device(ram=ram), file)
+        plan = planned(wide_head, memory=memory, device=file)
+        assert (told in plan.warning()) == (ram < memory)
+    assert read_device() is None
+    assert planned(wide_head, memory=memory).device.ram == probe.ram_size()
+
+
 def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "_RAM", 1 << 20)
@@ -96,6 +108,7 @@ def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ("text", "said"),
     [
         ("cores = -1", "cores must be a number above 0, not -1"),
+        ("ram_bandwidth = inf", "ram_bandwidth must be a number above 0, not inf"),
         ("speed = 3", "unknown key 'speed'"),
         ("= 3", "no description of a device"),
     ],
