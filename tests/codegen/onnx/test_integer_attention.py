@@ -16,7 +16,7 @@ import einfold
 from einfold.compiler.analysis.liveness import peak_activation_bytes
 from einfold.compiler.codegen.onnx import integer_attention
 from einfold.compiler.codegen.onnx.lower import lower
-from einfold.compiler.codegen.onnx.runner import _two_numbers
+from einfold.compiler.codegen.onnx.runner import two_numbers
 from einfold.compiler.codegen.onnx.target import Onnx
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.parser import parse
@@ -381,4 +381,4 @@ def test_the_engine_takes_whole_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_what_a_model_says_of_blocks_may_be_nonsense(said: str, blocks: tuple[int, int]) -> None:
-    assert _two_numbers(said) == blocks
+    assert two_numbers(said) == blocks
