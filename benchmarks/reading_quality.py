@@ -26,7 +26,7 @@ import torch
 
 import einfold
 from einfold.compiler.ir.kv.layout import BOUNDS
-from einfold.compiler.ir.kv.read.choosing import quest as quest_choosing
+from einfold.compiler.ir.kv.read.quest import choosing
 from einfold.runtime.cache import Cache
 from einfold.runtime.engine import Engine
 from einfold.runtime.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ def _copy(whole: Cache, cache: Cache, tokens: int) -> None:
             name = f"{prefix}.{part}"
             cache.buffers[name][:, :, :tokens] = whole.buffers[name][:, :, :tokens]
         if group.reader.bounded:
-            quest_choosing.refresh(
+            choosing.refresh(
                 torch.from_numpy(cache.buffers[f"{prefix}.{BOUNDS}"]),
                 torch.from_numpy(cache.buffers[f"{prefix}.key"]),
                 torch.zeros(1, dtype=torch.int64),

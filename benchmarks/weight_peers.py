@@ -79,12 +79,16 @@ ENTRIES = (
             ("AutoRound", "weights_autoround"),
         )
     ),
-    Entry("gptq:bits=4,block=32,symmetric=false,scales=f16"),
-    Entry("decoupleq:bits=4,block=32,symmetric=false,scales=f16", 16384),
     Entry("decoupleq:bits=4,block=64,symmetric=false,scales=f16", 16384),
+    Entry("decoupleq:bits=4,block=32,symmetric=false,scales=f16", 16384),
     Entry("decoupleq:bits=3,block=64,symmetric=false,scales=f16", 16384),
-    Entry("decoupleq:bpw=4.6,block=64,symmetric=false,scales=f16,widths=3+4+5+6", 16384),
-    Entry("int4"),
+    # As many bits as IQ4_XS, Q4_K_S and Q4_K_M have here beside the table.
+    *(
+        Entry(f"decoupleq:bpw={bpw},block=64,symmetric=false,scales=f16,widths=3+4+5+6", 16384)
+        for bpw in (4.44, 5.28, 5.54)
+    ),
+    Entry("gptq:bits=4,block=64,symmetric=false,scales=f16"),
+    Entry("int4", 16384),
 )
 
 

@@ -282,7 +282,7 @@ def trace(
     tell = progress or (lambda text, share: None)
     tell("tracing the model", 0.0)
     records = []
-    recipe = recipe.settled(reads_text(model))
+    recipe = settled(recipe, model)
     for program, passes in captured(model, recipe, check, tell):
         reads = model.pair is not None and program.encoder is None
         manager = PassManager(
@@ -300,6 +300,12 @@ def trace(
 def reads_text(model: Input) -> bool:
     """Whether weights can be solved on a text that is read through the model."""
     return model.kind == "causal_lm" and model.part is None
+
+
+def settled(recipe: Recipe, model: Input) -> Recipe:
+    """The recipe for a model: with nothing left that is whatever is best for it."""
+    width = int(getattr(model.config, "hidden_size", 0) or 0)
+    return recipe.settled(reads_text(model), width)
 
 
 def _encoding(model: Input, recipe: Recipe, check: Check | None) -> list[Pass]:
@@ -429,7 +435,7 @@ def compile_to(
     The folder appears whole or not at all. Raises the errors of `einfold.errors`, one sentence each.
     """
     check_output(out, force)  # before anything long is begun
-    recipe = recipe.settled(reads_text(model))
+    recipe = settled(recipe, model)
     recipe.made_for.check_installed()
     if dump is not None:
         check_dump(dump, out)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..errors import ModelError, RecipeError, UnsupportedError
 from .artifact import check_output, staged
 from .codegen.target import Progress
-from .driver import Input, calibrate, captured, load_weights, reads_text
+from .driver import Input, calibrate, captured, load_weights, settled
 from .frontend import tokens
 from .frontend.coded_groups import pack_words
 from .ir.interrupts import tracing
@@ -65,7 +65,7 @@ def export_checkpoint(
             f"{model.source.location} is no causal language model by itself: only those are written as a "
             "checkpoint in codes"
         )
-    linears, recipe = _linears(model.structure()), recipe.settled(reads_text(model))
+    linears, recipe = _linears(model.structure()), settled(recipe, model)
     _check_recipe(model, recipe, linears)
     tell = progress or (lambda text, share: None)
     tell("loading weights", 0.0)

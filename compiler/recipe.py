@@ -340,12 +340,17 @@ class Recipe(_Section):
                 raise RecipeError(f"{where}: {first['ctx']['error']}") from error
             raise RecipeError(f"{where}: {key}: {first['msg']}, found {given}") from error
 
-    def settled(self, reads: bool) -> Recipe:
-        """The recipe for a model through which a text can be read, or not: with no solver "best"."""
+    def settled(self, reads: bool, width: int = 0) -> Recipe:
+        """The recipe for a model through which a text can be read, or not, and whose states have a `width`, 0
+        where it is not known: with no solver "best"."""
         if self.weights.solver != BEST:
             return self
         table = settled(
-            self.weights.model_dump(), WeightsSection.defaults(), reads, self.made_for.zero_points
+            self.weights.model_dump(),
+            WeightsSection.defaults(),
+            reads,
+            self.made_for.zero_points,
+            width,
         )
         return self.model_copy(update={"weights": WeightsSection.model_validate(table)})
 

@@ -14,9 +14,9 @@ import einfold
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout
-from einfold.compiler.ir.kv.read.choosing import quest as quest_choosing
 from einfold.compiler.ir.kv.read.everything import Everything
-from einfold.compiler.ir.kv.read.quest import Quest
+from einfold.compiler.ir.kv.read.quest import choosing
+from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.kv.read.reader import parse_reader
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.plain.storage import Plain
@@ -67,7 +67,7 @@ def test_the_pages_are_those_with_the_best_scores(spread: float) -> None:
     q, keys = normal(2, 2, 3, 1, 8), normal(2, 2, 64, 8, seed=1)
     lengths = torch.tensor([61, 44])
     visible = (torch.arange(64) < lengths[:, None])[:, None]
-    found = quest_choosing.chosen(reader, q, keys, visible)
+    found = choosing.chosen(reader, q, keys, visible)
     for row, length in enumerate(lengths.tolist()):
         for head in range(2):
             pages = by_hand(reader, q[row, head, :, 0], keys[row, head, :length])
@@ -77,7 +77,7 @@ def test_the_pages_are_those_with_the_best_scores(spread: float) -> None:
 
 def test_the_bound_is_above_every_product() -> None:
     keys, query = normal(1, 1, 64, 8), normal(8, seed=1)
-    largest, smallest = quest_choosing.bounds_of(keys, 16)[0, 0].chunk(2, -1)
+    largest, smallest = choosing.bounds_of(keys, 16)[0, 0].chunk(2, -1)
     bound = query.clamp(min=0) @ largest.mT + query.clamp(max=0) @ smallest.mT
     products = (keys[0, 0] @ query).unflatten(0, (4, 16))
     assert (products <= bound[:, None] + 1e-5).all()

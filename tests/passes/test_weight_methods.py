@@ -60,6 +60,16 @@ def test_what_is_said_is_what_is_done(given: str, solver: str | None) -> None:
     assert (named["method"] if isinstance(named, dict) else named) == solver
 
 
+@pytest.mark.parametrize(
+    ("width", "block"), [(0, 128), (896, 128), (576, 64), (960, 64), (288, 32), (100, 128)]
+)
+def test_blocks_fill_a_row_where_they_can(width: int, block: int) -> None:
+    settled = Recipe.build({"weights": "int4"}).settled(True, width).weights
+    assert settled.options["block"] == block
+    given = Recipe.build({"weights": "int4:solver=best,block=128"}).settled(True, width).weights
+    assert given.options["block"] == 128
+
+
 def test_best_beside_other_options_leaves_them() -> None:
     found = told(Recipe.build({"weights": "int3:solver=best,block=64"}), True)
     assert found["solver"]["method"] == "decoupleq"

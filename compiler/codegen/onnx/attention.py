@@ -22,7 +22,7 @@ from torch import fx
 
 from ....errors import UnsupportedError
 from ...ir.kv.layout import TOKENS
-from ...ir.kv.read.quest import Quest
+from ...ir.kv.read.quest.reader import Quest
 from ...ir.kv.read.reader import parse_reader
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops

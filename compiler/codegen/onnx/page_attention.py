@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.kv.read.quest import Quest
+from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
 
 #: Puts pages before all others, or behind them; hides slots from the softmax.

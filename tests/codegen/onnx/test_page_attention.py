@@ -12,7 +12,7 @@ import torch
 import einfold
 from einfold.compiler.codegen.onnx.account import scratch
 from einfold.compiler.codegen.onnx.target import Onnx
-from einfold.compiler.ir.kv.read.quest import Quest
+from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.program import Program
 from einfold.compiler.recipe import Recipe

@@ -3,7 +3,8 @@
 A policy and a storage say what is held; a reader loses nothing of it, and the next query may read something
 else. It chooses by the queries of a step and by the keys in the slots, for each KV head and each new token.
 
-A reader stands in a module of this folder. Its fields are the options of the method that recipes know it by
+A reader stands in a module of this folder, or in `reader.py` of a folder of its own, which may hold what
+chooses in torch. Its fields are the options of the method that recipes know it by
 (`method`), and, but for those that are marked otherwise, its text in graphs.
 """
 
@@ -70,7 +71,7 @@ class Reader(Options):
 
 
 #: Every reader by its name in the text of a layout.
-READERS: Registry[type[Reader]] = Registry("cache reader", __package__)
+READERS: Registry[type[Reader]] = Registry("cache reader", __package__, module="reader")
 
 
 def parse_reader(text: str) -> Reader:

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .....errors import IRError
-from ...options import option
-from .reader import READERS, Reader
+from ......errors import IRError
+from ....options import option
+from ..reader import READERS, Reader
 
 #: Slots of a page at most: the newest pages are read whole.
 _LARGEST = 1024
@@ -103,6 +103,6 @@ class Quest(Reader):
 
     @property
     def choosing(self) -> Any:
-        from .choosing import quest
+        from . import choosing
 
-        return quest
+        return choosing

@@ -1,1 +1,0 @@
-"""What readers choose, in torch; apart from the room of readers, which is read without torch."""
