@@ -64,8 +64,9 @@ class CutModel:
         except ArtifactError as error:
             raise ArtifactError(f"{path} is not used: {error}") from error
         proto = ModelProto.FromString(raw)
-        divide(proto)
-        ops = cut(proto)
+        with running(str(artifact.folder)):
+            divide(proto)
+            ops = cut(proto)
         for weight in (weight for op in ops for weight in op.weights):
             if weight.dtype not in _WHOLE_BYTES:
                 raise UnsupportedError(
@@ -100,9 +101,10 @@ class StreamingRunner:
         whole = self._weightless(model)
         check_names(self._artifact, whole, handed_on(model.proto, self._ops))
         self.blocks = two_numbers(whole.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
-        kinds = _kinds(whole)
         self._last = _last_uses(self._ops)
-        self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
+        with running(self._name):
+            kinds = _kinds(whole)
+            self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
         del whole
         path = self._artifact.file(WEIGHTS)
         self._file = DirectFile(path)

@@ -200,6 +200,26 @@ def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
         assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
 
 
+def test_a_model_that_cannot_be_cut_is_told(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Artifact.read
+
+    def odd(self: Artifact, name: str) -> bytes:
+        from onnx import ModelProto
+
+        proto = ModelProto.FromString(read(self, name))
+        for node in proto.graph.node:  # a product that does not say how many rows it has
+            kept = [a for a in node.attribute if a.name != "N" or node.op_type != "MatMulNBits"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        return bytes(proto.SerializeToString())
+
+    monkeypatch.setattr(Artifact, "read", odd)
+    with pytest.raises(ArtifactError, match=r"the graph of .* cannot be run"):
+        CutModel.of(Artifact.open(wide_head))
+
+
 def test_other_targets_and_kinds_are_refused(artifact: Callable[..., Path]) -> None:
     path = artifact("llama", "int4")
     with pytest.raises(UnsupportedError, match="reference holds all of its weights in memory"):
