@@ -31,6 +31,7 @@ from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.method_text import read_method
 from .passes.weight_methods import (
     BEST,
+    WIDTHS,
     mix_of,
     read_weights,
     scheme_of,
@@ -84,7 +85,7 @@ class WeightsSection(_Section):
     """Bits a weight of linears on average, scales and zero points too, the head's apart: each has integers of
     one of the `widths`, such that the model loses little, and the format's other options. What each loses
     is measured on the calibration text."""
-    widths: str = "2+4+8"
+    widths: str = WIDTHS
     """The widths, in bits. Kernels multiply with 2, 4 and 8; 3, 5 and 6 save bytes of the file."""
     solver: dict[str, Any] | str | None = None
     """What decides the codes, and its options; weights are rounded to nearest where it is not given. "best":

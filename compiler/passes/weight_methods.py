@@ -33,6 +33,9 @@ _FILLED = "int4"
 #: The solver that is whatever is best for model and format; none where no text can be read through a model.
 BEST = "best"
 
+#: The widths of a mix, where nothing else is said.
+WIDTHS = "2+4+8"
+
 #: The best solvers, the best first; not every one fills every format.
 _BEST: tuple[type[Solver], ...] = (DecoupleQ, GPTQ)
 
@@ -182,6 +185,10 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
 def mix_of(table: Mapping[str, Any], scheme: Scheme | None) -> Mix | None:
     """The mix of widths that a recipe's table asks for. Raises ValueError for what is wrong in it."""
     if table["bpw"] is None:
+        if table["widths"] != WIDTHS:
+            raise ValueError(
+                "weights.widths are what a mix chooses among; give the bits a weight too, as bpw=4.5"
+            )
         return None
     if not isinstance(scheme, Grouped):
         raise ValueError(

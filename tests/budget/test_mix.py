@@ -103,6 +103,18 @@ def test_a_weight_that_is_left_apart_has_no_width() -> None:
     assert Mix(6.0, (2, 8)).chosen(program(TWO), SCHEME, ("w.weight",)).keys() == {"u.weight"}
 
 
+def test_where_nothing_is_mixed_it_is_said() -> None:
+    found = program("""
+    weight @o.weight : f32[24, 16]
+    input %x "x" : f32[B, 16]
+    read %o "o.weight" : f32[24, 16]
+    call %l = einfold.linear(%x, %o, none) : f32[B, 24]
+    output "logits" = %l
+    """)
+    result = QuantizeWeights(SCHEME, mix=Mix(6.0, (2, 8))).run(found)
+    assert [note.action for note in result.notes if note.where == "mix"] == ["skipped"]
+
+
 def test_solved_weights_have_the_widths_too() -> None:
     found = program(TWO)
     found.statistics = statistics()
@@ -136,6 +148,10 @@ def test_a_text_of_one_token_a_row_is_refused() -> None:
         ("int4:bpw=4,widths=2+7", "widths are some of 2, 3, 4, 5, 6, 8 bits"),
         ("int4:bpw=4,widths=many", r"numbers joined by \+, as 2\+4\+8, found 'many'"),
         ("int4:bpw=0", "greater than 0"),
+        (
+            "int4:widths=2+8",
+            "widths are what a mix chooses among; give the bits a weight too, as bpw=4.5",
+        ),
         ("int4:bpw=few", "weights.bpw is a number of bits"),
     ],
 )

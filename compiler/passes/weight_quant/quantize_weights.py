@@ -114,6 +114,9 @@ class QuantizeWeights(Pass):
             return {}
         left = {str(read.target) for node in choosing for read in node.all_input_nodes}
         mixed = self.mix.chosen(program, self.scheme, left)
+        if not mixed:
+            result.skipped("mix", "the head is the only linear, and its width is its own")
+            return mixed
         counts = Counter(scheme.bits for scheme in mixed.values())
         told = ", ".join(f"{counts[bits]} in {bits} bits" for bits in sorted(counts))
         result.applied("mix", f"{self.mix.bpw:g} bits a weight on average: {told} of {len(mixed)}")
