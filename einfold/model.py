@@ -208,15 +208,17 @@ def load(
         raise RecipeError("context is what memory leaves room for; give both")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
+    plan = None
+    if memory is not None:  # a budget that cannot do is refused before weights are hashed
+        plan = plan_of(artifact, _target(artifact, engine), memory, context, chunk)
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(artifact.check_weights, memory is None) if verify else None
         try:
             target = _target(artifact, engine)
-            if memory is not None:
-                tiers = plan_of(artifact, target, memory, context, chunk)
-                runner = target.within(artifact, tiers.tiers, threads)
-                return Model(artifact, _engine(runner, artifact, chunk), tiers)
+            if plan is not None:
+                runner = target.within(artifact, plan.tiers, threads)
+                return Model(artifact, _engine(runner, artifact, chunk), plan)
             if manifest.kind == ENCODER:
                 return Encoder(artifact, EncoderEngine(target.caller(artifact, threads), manifest))
             reader = None

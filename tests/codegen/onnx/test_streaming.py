@@ -108,6 +108,14 @@ def test_a_budget_pins_some_and_tokens_stay(wide_head: Path) -> None:
     model.engine.runner.close()  # type: ignore[attr-defined]
 
 
+def test_a_budget_that_cannot_do_is_refused_before_weights_are_read(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Artifact, "check_weights", None)
+    with pytest.raises(RecipeError, match="a budget of 1,000 bytes is too small"):
+        einfold.load(wide_head, memory=1000)
+
+
 @pytest.mark.parametrize("size", [4096, None])
 def test_weights_changed_while_running_are_told(
     size: int | None, wide_head: Path, tmp_path: Path
