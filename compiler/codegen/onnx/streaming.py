@@ -107,12 +107,14 @@ class StreamingRunner:
             self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
         del whole
         path = self._artifact.file(WEIGHTS)
+        self._reader: ReadAhead | None = None
         self._file = DirectFile(path)
         self._sessions = self._pin()
         streamed = [op for op in self._ops if op.weights and op.name not in self._sessions]
         self._turn = {op.name: index for index, op in enumerate(streamed)}
         spans = [[Span(w.offset, w.length) for w in op.weights] for op in streamed]
-        self._reader = ReadAhead(DirectFile(path), spans, min(AHEAD, len(spans))) if spans else None
+        if spans:
+            self._reader = ReadAhead(DirectFile(path), spans, min(AHEAD, len(spans)))
         give_back()
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,24 @@ def test_a_budget_that_cannot_do_is_refused_before_weights_are_read(
     monkeypatch.setattr(Artifact, "check_weights", None)
     with pytest.raises(RecipeError, match="a budget of 1,000 bytes is too small"):
         einfold.load(wide_head, memory=1000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="files are counted in /proc")
+def test_a_load_that_fails_leaves_no_file_open(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr(StreamingRunner, "_session", full)
+    model, plan = CutModel.of(Artifact.open(wide_head)), laid_out(wide_head, {"layer 1"})
+    for _ in range(2):
+        with suppress(MemoryError):
+            StreamingRunner(model, plan, 1)
+    gc.collect()
+    opened = [path.resolve() for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    weights = (wide_head / "weights.safetensors").resolve()
+    assert weights not in opened
 
 
 @pytest.mark.parametrize("size", [4096, None])
