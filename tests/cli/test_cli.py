@@ -147,8 +147,10 @@ def test_one_flavour_against_the_other(
     text.write_text("the pass key is hidden in the text of the model " * 5)
     measured = as_json("eval", tmp_path / "portable", "--against", text_artifact, "--text", text)
     assert measured["kl"] < 1e-8
-    einfold("compile", text_model, "-o", tmp_path / "int4", "--weights", "int4")
-    measured = as_json("eval", tmp_path / "int4", "--against", text_artifact, "--text", text)
+    einfold(
+        "compile", text_model, "-o", tmp_path / "int8", "--weights", "int8"
+    )  # nothing is solved
+    measured = as_json("eval", tmp_path / "int8", "--against", text_artifact, "--text", text)
     assert measured["kl"] > 1e-6
 
 
@@ -158,7 +160,12 @@ def test_an_estimate_of_the_portable_flavour(text_model: Path, tmp_path: Path) -
 
     options = ("--weights", "int4:block=32")
     made = package.compile(
-        text_model, tmp_path / "a", weights="int4:block=32", portable=True, check=False
+        text_model,
+        tmp_path / "a",
+        recipe={"calibration": {"tokens": 256}},
+        weights="int4:block=32",
+        portable=True,
+        check=False,
     )
     plain = as_json("estimate", text_model, *options)
     told = as_json("estimate", text_model, *options, "--portable")
