@@ -247,6 +247,18 @@ def test_a_model_that_cannot_be_cut_is_told(
         CutModel.of(Artifact.open(wide_head))
 
 
+@pytest.mark.parametrize("key", ["format", "head"])
+def test_formats_that_are_unpacked_by_way_of_more_are_refused(key: str, wide_head: Path) -> None:
+    found = Artifact.open(wide_head)
+    weights = found.manifest.recipe["weights"] | {key: "spqr"}
+    recipe = found.manifest.recipe | {"weights": weights}
+    changed = found.manifest.model_copy(update={"recipe": recipe})
+    with pytest.raises(
+        UnsupportedError, match=r"holds weights in spqr, .* no budget can be promised"
+    ):
+        CutModel.of(replace(found, manifest=changed))
+
+
 def test_other_targets_and_kinds_are_refused(artifact: Callable[..., Path]) -> None:
     path = artifact("llama", "int4")
     with pytest.raises(UnsupportedError, match="reference holds all of its weights in memory"):
