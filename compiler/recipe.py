@@ -32,6 +32,7 @@ from .passes.method_text import read_method
 from .passes.weight_methods import (
     BEST,
     WIDTHS,
+    format_options,
     mix_of,
     read_weights,
     scheme_of,
@@ -147,13 +148,15 @@ class WeightsSection(_Section):
         return [QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)]
 
     def _head(self) -> Scheme | None:
-        """The head's own scheme, with those of the options that it has."""
+        """The head's own scheme, with those of the options that its format takes: int8 stays in 8 bits."""
         if self.head == "same":
             return None
         scheme = PRESETS.find(self.head).scheme
         assert scheme is not None
-        check_options("weights", lambda: scheme.adapted(**self.options))
-        return scheme.adapted(**self.options)
+        taken = format_options(self.head)
+        own = {key: value for key, value in self.options.items() if key in taken}
+        check_options("weights", lambda: scheme.adapted(**own))
+        return scheme.adapted(**own)
 
 
 class CacheSection(_Section):

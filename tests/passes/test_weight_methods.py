@@ -128,3 +128,10 @@ def test_another_seed_is_another_text(tmp_path: Path) -> None:
         einfold.compile(folder, out, weights="gptq:bits=2", recipe={"calibration": calibration})
         made[seed] = (out / "weights.safetensors").read_bytes()
     assert made[0] != made[1]
+
+
+@pytest.mark.parametrize("weights", ["spqr", "kquant:bits=4", "trellis:bits=2", "int4:block=64"])
+def test_a_head_in_8_bits_stays_so_whatever_bits_the_format_has(weights: str) -> None:
+    (step,) = Recipe.build({"weights": weights}).weights.passes()
+    assert step.head.bits == 8  # type: ignore[attr-defined, union-attr]
+    assert step.head.block == (64 if "64" in weights else 32)  # type: ignore[attr-defined, union-attr]
