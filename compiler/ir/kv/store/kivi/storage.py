@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ......errors import IRError
 from ....options import later, missing, option, settle
-from ..packed import CODES, Packed, by_channel, by_token, check_bits, check_divides
+from ..packed import CODES, ROTATED, Packed, by_channel, by_token, check_bits, check_divides
 from ..storage import STORAGES, GroupShape, Piece
 
 
@@ -34,6 +34,7 @@ class Kivi(Packed):
     value_bits: int = later()
     group: int = 32
     keys: str = "channel"
+    rotate: str = "none"
     bits: int = option(2)
 
     name = method = "kivi"
@@ -55,6 +56,14 @@ class Kivi(Packed):
             )
         if self.keys not in ("channel", "token"):
             raise IRError(f"{self.name}: keys have scales by channel or token, not {self.keys!r}")
+        if self.rotate not in ROTATED:
+            raise IRError(
+                f"{self.name}: rotate is one of {', '.join(ROTATED)}, not {self.rotate!r}"
+            )
+
+    @property
+    def rotated(self) -> tuple[str, ...]:
+        return ROTATED[self.rotate]
 
     @property
     def granule(self) -> int:
