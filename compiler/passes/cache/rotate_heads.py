@@ -7,9 +7,10 @@ H is the Hadamard matrix of a head's size over the root of its size, which is sy
 (`ir/quant/hadamard.py`: sizes that are no power of two by their largest factor that is one). What stands out
 in one channel is spread over all of them, so that the numbers that share a scale are alike.
 
-Source: QuaRot (Ashkboos et al. 2024, sections 4 and 5): keys are turned behind their rotary embedding, with
-which H does not commute. Differs: values are turned as they are cached and the output behind attention, where
-the paper multiplies H into the weights of both projections; so weights are quantized as without it.
+Source: QuaRot (Ashkboos et al. 2024, section 4, stages 1c and 1d): keys are turned behind their rotary
+embedding, with which H does not commute. Differs: values are turned as they are cached and the output behind
+attention, where the paper multiplies H into the weights of both projections; so weights are quantized as
+without it.
 """
 
 from __future__ import annotations
