@@ -9,6 +9,7 @@ from torch import fx
 
 from ...errors import IRError
 from .kv.layout import CacheLayout, cache_name
+from .kv.store.storage import read_storage
 from .ops import einfold_ops
 from .program import Program, cache_writers, call_arguments, infer, op_name, writes_cache
 from .types import DTYPES
@@ -107,10 +108,10 @@ def _check_packed(program: Program, layout: CacheLayout) -> None:
         prefix = str(found["key_cache_BKCD"].target).removesuffix(".key")
         partner, index = groups[prefix].partner, int(prefix.rpartition(".")[2])
         own = [prefix] if partner is None else [prefix, cache_name(partner, index)]
-        stored = groups[prefix].storage.text
-        if found["storage"] != stored:
+        stored = groups[prefix].storage
+        if read_storage(found["storage"]) != stored:  # a text may leave out what is a default
             raise IRError(
-                f"%{node.name} reads {found['storage']}, but the cache layout says {stored}"
+                f"%{node.name} reads {found['storage']}, but the cache layout says {stored.text}"
             )
         for piece in found["bulk"]:
             if piece.op != "placeholder" or str(piece.target).rpartition(".")[0] not in own:

@@ -37,14 +37,15 @@ BODY = """
 PASSES = [
     (
         chosen("kivi", group=8, residual=8, slack=4),
-        "kivi(residual=8,slack=4,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel)",
+        "kivi(residual=8,slack=4,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel,"
+        "rotate=none)",
         # codes of both, then scale and zero of a channel (8 tokens) and of a token
         2 * (8 * 2 / 8 + 8 * 4 / 8 + 8 * 2 / 8 + 4),
     ),
     (
         chosen("gear", bits=4, group=8, residual=8, slack=4, tokens=16, rank=1, share=0.2),
         "gear(residual=8,slack=4,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
-        "tokens=16,rank=1,share=0.2)",
+        "rotate=none,tokens=16,rank=1,share=0.2)",
         # KIVI's, then left and right of both, then outliers: 4 of a channel's 16, 2 of a token's 8
         2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (4 * 8 / 16 + 2) * 3),
     ),
@@ -138,6 +139,10 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
         (
             lambda: chosen("zipcache", high=2, low=4),
             "salient tokens get as many bits as the rest or more, not 2",
+        ),
+        (
+            lambda: chosen("kivi", rotate="all"),
+            "kivi: rotate is one of none, keys, values, both, not 'all'",
         ),
         (lambda: chosen("kivi", key_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),
         (lambda: chosen("kivi", value_bits=0), "codes of 2, 3, 4, 8 bits, not 0"),

@@ -22,15 +22,16 @@ from torch import Tensor
 
 def rotate(rows: Tensor) -> Tensor:
     """Rows [.., M], rotated; lengths and products are kept."""
-    return _hadamard(rows * _signs_of(rows))
+    return hadamard(rows * _signs_of(rows))
 
 
 def rotate_back(rows: Tensor) -> Tensor:
     """The inverse of `rotate`."""
-    return _hadamard(rows) * _signs_of(rows)
+    return hadamard(rows) * _signs_of(rows)
 
 
-def _hadamard(rows: Tensor) -> Tensor:
+def hadamard(rows: Tensor) -> Tensor:
+    """Rows [.., M] times H / sqrt(h), without signs: symmetric, and so its own inverse."""
     width = rows.shape[-1]
     size = width & -width
     sets = rows.unflatten(-1, (size, -1))

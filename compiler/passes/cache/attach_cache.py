@@ -35,14 +35,12 @@ from ...ir.program import Editor, Program, attention_nodes, call_arguments, remo
 from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
+from .rotate_heads import UNTURNED, rotated, rotated_back, turned
 
 aten = torch.ops.aten
 
 #: Arguments of an operator by their names.
 Arguments = dict[str, Any]
-
-#: What an attention's arguments say of rotary embeddings where there is none.
-_UNTURNED = {"positions_BS": None, "cos_PR": None, "sin_PR": None, "interleaved": False}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class AttachCache(Pass):
     cached in several ways gets one call a group, over its heads, and their results are put together again.
     Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
     heads, D], such that their product with the cached keys is the logits. A rotary embedding in front of q
-    and k moves into the operator, so that a target may turn them while it writes the cache.
+    and k moves into the operator, so that a target may turn them while it writes the cache; where a storage
+    asks for heads that are rotated (`rotate_heads.py`), it stays in front of that.
     A layer that reads another's cache gets
 
         `%o = shared_attention(%q, %kc, %vc, %used, ..)`
@@ -143,7 +142,9 @@ class Attachment:
             parts = []
             for index, group in enumerate(owner.groups):
                 heads = self._of_heads(given, owner, group) | {"read": cache.groups[0].reader.text}
-                parts.append(self._read_call(self._calls[owner.layer, index], heads))
+                heads = rotated(self.editor, heads, group.storage.rotated)
+                read = self._read_call(self._calls[owner.layer, index], heads)
+                parts.append(rotated_back(self.editor, read, group.storage.rotated))
             out = self._joined(parts, owner)
         self.editor.replace(node, out)
 
@@ -196,6 +197,7 @@ class Attachment:
                 f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
                 "time; keep them in f32, or choose a method that evicts"
             )
+        given = rotated(self.editor, given, group.storage.rotated)
         if group.observed:
             self._show_query(cache, index, given, inputs["key"])
         kind, special = self._special(cache, index, given, inputs)
@@ -209,7 +211,7 @@ class Attachment:
         out, *updated = self.editor.results(call)
         self.values += updated
         self.names += [str(call_arguments(call)[name].target) for name in kind.writes]
-        return out
+        return rotated_back(self.editor, out, group.storage.rotated)
 
     def _special(
         self, cache: LayerCache, index: int, given: Arguments, inputs: dict[str, fx.Node]
@@ -258,9 +260,7 @@ class Attachment:
 
     def _show_query(self, cache: LayerCache, index: int, given: Arguments, keys: fx.Node) -> None:
         """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
-        query, factor = given["q_BSHD"], given["scale"]
-        if given["positions_BS"] is not None:
-            query = self._make(RotaryEmbedding, given | {"x_BSHD": query})
+        query, factor = turned(self.editor, given, given["q_BSHD"]), given["scale"]
         of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
         if of_keys is not None:
             heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])
@@ -346,7 +346,7 @@ def _before_rotary(given: Arguments, names: tuple[str, ...]) -> Arguments:
     turned = [given[name] for name in names]
     same = {(x.target, x.args[1:]) for x in turned}
     if len(same) > 1 or turned[0].target is not RotaryEmbedding.overload():
-        return given | _UNTURNED
+        return given | UNTURNED
     rotary = call_arguments(turned[0])
     plain = {name: x.args[0] for name, x in zip(names, turned, strict=True)}
-    return given | {name: rotary[name] for name in _UNTURNED} | plain
+    return given | {name: rotary[name] for name in UNTURNED} | plain

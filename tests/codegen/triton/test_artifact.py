@@ -173,7 +173,7 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             },
         ),
         ("llama", {"storage": "int8", "share": CROSS}),
-        ("llama", {"quant": KIVI, "share": CROSS}),
+        ("llama", {"quant": KIVI | {"rotate": "both"}, "share": CROSS}),
         ("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
         ("llama", {"share": CSKV}),
         pytest.param(

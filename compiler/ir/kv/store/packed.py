@@ -29,6 +29,14 @@ BITS = (2, 3, 4, 8)
 #: so 3 bits are really 3, 8 codes in 3 bytes, and no code straddles two.
 PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 
+#: What `rotate` may be, and the parts of a token that it turns.
+ROTATED: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "keys": ("key",),
+    "values": ("value",),
+    "both": ("key", "value"),
+}
+
 #: Codes are packed along an axis whose length this divides, so that every width fills whole bytes.
 CODES = 8
 

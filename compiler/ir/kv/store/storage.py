@@ -106,6 +106,15 @@ class Storage(Options):
         return False
 
     @property
+    def rotated(self) -> tuple[str, ...]:
+        """Parts of a token, "key" or "value", that the graph brings rotated over the channels of each head.
+
+        `passes/cache/rotate_heads.py` puts the rotation around attention; slots and codes hold what it gives,
+        and neither codecs nor kernels know of it.
+        """
+        return ()
+
+    @property
     def windowed(self) -> bool:
         """Whether the slots hold a window, and what `whole` gives stands for the other tokens."""
         return False

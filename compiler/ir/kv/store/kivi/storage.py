@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ......errors import IRError
 from ....options import later, missing, option, settle
-from ..packed import CODES, Packed, by_channel, by_token, check_bits, check_divides
+from ..packed import CODES, ROTATED, Packed, by_channel, by_token, check_bits, check_divides
 from ..storage import STORAGES, GroupShape, Piece
 
 
@@ -22,7 +22,10 @@ class Kivi(Packed):
     Options: `key_bits` and `value_bits` where they differ from `bits`; `group`, tokens of a channel (keys) or
     channels of a token (values) that share a scale; `residual`, the newest tokens, which stay as they are;
     `slack`, how many more may gather before the oldest are packed; `keys`, `channel` or `token`; `prefill`,
-    `exact` (attend to the prompt in full precision, then pack it) or `streaming` (pack after every chunk).
+    `exact` (attend to the prompt in full precision, then pack it) or `streaming` (pack after every chunk);
+    `rotate`, `keys`, `values` or `both`, which the graph multiplies by a Hadamard matrix over each head's
+    channels before they become codes, and queries and outputs to match (QuaRot, Ashkboos et al. 2024), or
+    `none`.
 
     Differs from the paper: group 32 and residual 128 are its figures, but here the newest 128 tokens are
     always whole, where the paper lets the keys' residual fall to nothing each time it is packed. Scale and
@@ -34,6 +37,7 @@ class Kivi(Packed):
     value_bits: int = later()
     group: int = 32
     keys: str = "channel"
+    rotate: str = "none"
     bits: int = option(2)
 
     name = method = "kivi"
@@ -55,6 +59,14 @@ class Kivi(Packed):
             )
         if self.keys not in ("channel", "token"):
             raise IRError(f"{self.name}: keys have scales by channel or token, not {self.keys!r}")
+        if self.rotate not in ROTATED:
+            raise IRError(
+                f"{self.name}: rotate is one of {', '.join(ROTATED)}, not {self.rotate!r}"
+            )
+
+    @property
+    def rotated(self) -> tuple[str, ...]:
+        return ROTATED[self.rotate]
 
     @property
     def granule(self) -> int:
