@@ -107,23 +107,33 @@ WEIGHTS = (
     ),
 )
 
-#: Other texts that the model writes to be calibrated on.
+#: Texts that the model writes to be calibrated on, beside the one that it writes first.
 _SEEDS = (1, 2)
 
 
-def _seeded(text: str, seed: int) -> Row:
-    found = _text(text)
-    name = f"{found.name}, text {seed}"
-    return Row(name, found.recipe | {"calibration": {"seed": seed}})
+def _read(text: str, seed: int = 0, tokens: int | None = None) -> Row:
+    """Weights that are solved on another text, or on fewer tokens of one."""
+    found, calibration = _text(text), {"seed": seed, "tokens": tokens}
+    name = (
+        found.name + (f", {tokens:,} tokens" if tokens else "") + (f", text {seed}" if seed else "")
+    )
+    given = {key: value for key, value in calibration.items() if value}
+    return Row(name, found.recipe | {"calibration": given})
 
 
 #: Solvers on two formats, and every format rounded to nearest; heads in 8 bits but where int4 stands alone.
 SOLVERS_AND_FORMATS = (
     *(
-        _seeded(f"{name}:bits={bits},block={block},symmetric=false", seed)
+        _read(f"decoupleq:bits={bits},block={block},symmetric=false", seed)
+        for bits, block in ((4, 32), (3, 64))
+        for seed in _SEEDS
+    ),
+    # Whole ranges, and half of the tokens.
+    *(
+        _read(f"{name}:bits={bits},block={block},symmetric=false,fit=false", seed, 8192)
         for bits, block in ((4, 32), (3, 64))
         for name in ("gptq", "awq")
-        for seed in _SEEDS
+        for seed in (0, *_SEEDS)
     ),
     *(
         _text(f"{name}:bits={bits},block={block},symmetric=false")
