@@ -88,6 +88,7 @@ ENTRIES = (
         Entry(f"decoupleq:bpw={bpw},block=64,symmetric=false,scales=f16,widths=3+4+5+6", 16384)
         for bpw in (4.44, 5.28, 5.54)
     ),
+    Entry("decoupleq:bpw=4.8,block=64,symmetric=false,scales=f16", 16384),
     Entry("gptq:bits=4,block=64,symmetric=false,scales=f16"),
     Entry("int4", 16384),
 )
