@@ -273,6 +273,8 @@ def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> No
         "scales": "f32",
         "head": "same",
         "embedding": True,
+        "bpw": None,
+        "widths": "2+4+8",
         "solver": None,
         "keep": False,  # of codes that a checkpoint brings: int8 was asked for
     }
