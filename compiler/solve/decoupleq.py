@@ -12,7 +12,7 @@ from ..ir.quant.scheme import Scheme
 from .gptq import COLUMNS, GPTQ, Choice, Feedback, in_columns
 from .moments import damped
 from .ranges import Grid
-from .solver import SOLVERS, moves_scales
+from .solver import SOLVERS, without_scales
 
 #: Added to the diagonal of the scales' equations, as a share of its mean.
 _RIDGE = 0.001
@@ -35,10 +35,7 @@ class DecoupleQ(GPTQ):
     name = "decoupleq"
 
     def refuses(self, scheme: Scheme) -> str:
-        codes = scheme.coded
-        if moves_scales(codes):
-            return ""
-        return f"decoupleq moves the scales of groups, and {codes.name} has none that a group may choose"
+        return without_scales(self.name, scheme)
 
     def choice(self, scheme: Scheme, moment_MM: Tensor, feedback: Feedback) -> Choice:
         begin = super().choice(scheme, moment_MM, feedback)

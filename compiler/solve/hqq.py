@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
-from .solver import SOLVERS, Solved, Solver, by_rows, completed, moves_scales
+from .solver import SOLVERS, Solved, Solver, by_rows, completed, without_scales
 
 Grid = Mapping[str, Tensor]
 
@@ -36,10 +36,7 @@ class HQQ(Solver):
     name = "hqq"
 
     def refuses(self, scheme: Scheme) -> str:
-        codes = scheme.coded
-        if moves_scales(codes):
-            return ""
-        return f"hqq moves the scales of groups, and {codes.name} has none that a group may choose"
+        return without_scales(self.name, scheme)
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         codes = scheme.coded

@@ -70,10 +70,13 @@ class Solver:
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
 
 
-def moves_scales(scheme: Scheme) -> bool:
-    """Whether a scheme codes each weight by itself, under a scale that its group may choose."""
-    scales = scheme.grid(torch.ones(2, 2, 16)).get("scales") if scheme.by_itself else None
-    return scales is not None and scales.shape[:2] == (2, 2)
+def without_scales(solver: str, scheme: Scheme) -> str:
+    """Why a solver that moves the scales of groups cannot fill a scheme, in a sentence; "" where it can."""
+    codes = scheme.coded
+    scales = codes.grid(torch.ones(2, 2, 16)).get("scales") if codes.by_itself else None
+    if scales is not None and scales.shape[:2] == (2, 2):
+        return ""
+    return f"{solver} moves the scales of groups, and {codes.name} has none that a group may choose"
 
 
 def finite(name: str, weight: Tensor, scheme: Scheme) -> Tensor:
