@@ -29,20 +29,18 @@ def allocate(forms: Mapping[str, Sequence[Form]], budget: int) -> dict[str, int]
     The problem is that of Hubara et al. 2020 (Layer-wise Calibration and Integer Programming, section 4).
     Raises IRError where not even the smallest forms fit.
     """
-    chosen, left = {}, budget
-    steps: list[tuple[float, str, int]] = []
     hulls = {name: _hull(each) for name, each in forms.items()}
-    for name, hull in hulls.items():
-        chosen[name] = 0
-        left -= forms[name][hull[0]].nbytes
+    chosen = dict.fromkeys(hulls, 0)
+    left = budget - sum(forms[name][hull[0]].nbytes for name, hull in hulls.items())
+    steps: list[tuple[float, str, int]] = []
     if left < 0:
         raise IRError(f"{budget - left:,} bytes are the least, and {budget:,} are given")
 
     def offer(name: str) -> None:
         at, hull = chosen[name], hulls[name]
         if at + 1 < len(hull):
-            gain = -_slope(forms[name][hull[at]], forms[name][hull[at + 1]])
-            heapq.heappush(steps, (-gain, name, at + 1))
+            slope = _slope(forms[name][hull[at]], forms[name][hull[at + 1]])
+            heapq.heappush(steps, (slope, name, at + 1))
 
     for name in forms:
         offer(name)

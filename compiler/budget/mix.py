@@ -6,10 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from torch import Tensor
-
-from ...errors import CalibrationError, IRError, RecipeError
+from ...errors import IRError, RecipeError
 from ..calibrate.sites import Site, weight_products
+from ..calibrate.text import first_rows
 from ..ir.program import Program
 from ..ir.quant.schemes.grouped import BITS, Grouped
 from .allocation import Form, allocate
@@ -88,24 +87,16 @@ class Mix:
             sizes = {site.name: prod(program.weights[site.name].shape) for site in sites}
             return {name: [size * loss for loss in alike] for name, size in sizes.items()}
         text, origin = program.statistics.text()
-        every = (scheme, *self.schemes(scheme))
+        few = first_rows(text, ROWS, TOKENS, "a mix of widths")
+        every = tuple(dict.fromkeys((scheme, *self.schemes(scheme))))
         names = [site.name for site in sites]
-        seen = Sensitivity(dict.fromkeys(names, every), _few(text), origin)
+        seen = Sensitivity(dict.fromkeys(names, every), few, origin)
         found = program.statistics.of(program, seen)
         (kl,) = (each["kl"] for each in found.values() if "kl" in each)
         losses = {}
         for name, loss in zip(names, kl.clamp(min=0).tolist(), strict=True):
-            first, *others = found[name]["errors"].tolist()
+            errors = dict(zip(every, found[name]["errors"].tolist(), strict=True))
+            first = errors[scheme]
+            others = [errors[each] for each in self.schemes(scheme)]
             losses[name] = [loss * error / first if first else 0.0 for error in others]
         return losses
-
-
-def _few(tokens_BS: Tensor) -> Tensor:
-    """The first tokens of a text, in rows. Raises CalibrationError where there are too few."""
-    length = min(TOKENS, tokens_BS.shape[1])
-    rows = min(ROWS, tokens_BS.numel() // max(1, length))
-    if length < 2:
-        raise CalibrationError(
-            f"the calibration text has rows of {length} tokens; a mix of widths needs 2 at least"
-        )
-    return tokens_BS.flatten()[: rows * length].reshape(rows, length)

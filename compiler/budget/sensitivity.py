@@ -64,17 +64,15 @@ class Sensitivity(Observer):
             self._seen = {"kl": self._losses(x, weight_NM, bias_N)}
             return x.new_empty(0)
         importance_M = x[0].flatten(0, -2).square().mean(0)
-        errors: list[float] = []
-        first = weight_NM
+        copy = 1 + list(self.schemes).index(name)
+        out, errors = functional.linear(x, weight_NM, bias_N), list[float]()
         for scheme in self.schemes[name]:
             pieces = RoundToNearest().solve(weight_NM, scheme, {}).pieces
             stored = scheme.dequantize(pieces, weight_NM.shape[1])
-            first = stored if not errors else first
+            if not errors:
+                out[copy] = functional.linear(x[copy], stored, bias_N)
             errors.append(float((stored - weight_NM).square_().sum(0) @ importance_M))
         self._seen = {"errors": torch.tensor(errors, dtype=torch.float64)}
-        out = functional.linear(x, weight_NM, bias_N)
-        copy = 1 + list(self.schemes).index(name)
-        out[copy] = functional.linear(x[copy], first, bias_N)
         return out.flatten(0, 1)
 
     def _losses(self, x: Tensor, weight_NM: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -48,6 +48,20 @@ def calibration_tokens(
     return found[: rows * row].reshape(rows, row), text.name if text else "the built-in text"
 
 
+def first_rows(tokens_BS: Tensor, rows: int, length: int, who: str) -> Tensor:
+    """The first tokens of a text in at most so many rows, of at most so many tokens each.
+
+    Raises CalibrationError where a row has fewer than the 2 that `who` needs.
+    """
+    flat, length = tokens_BS.flatten(), min(length, tokens_BS.shape[1])
+    if length < 2:
+        raise CalibrationError(
+            f"the calibration text has rows of {length} tokens; {who} needs 2 at least"
+        )
+    rows = min(rows, len(flat) // length)
+    return flat[: rows * length].reshape(rows, length)
+
+
 def encoded(tokenizer: Any, text: Path | None) -> list[int]:
     """The tokens of a text, or of the built-in one. Raises CalibrationError where it cannot be read."""
     path = text or DEFAULT

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..ir.quant.scheme import Scheme
 from .channels import ScalesChannels
 from .moments import DAMPING, damped
-from .ranges import Grid, fitted
+from .ranges import fitted
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved, by_rows, completed
+from .solver import SOLVERS, Grid, Solved, by_rows, completed
 
 
 @SOLVERS.register

@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..ir.quant.scheme import Scheme
-from .gptq import COLUMNS, GPTQ, Choice, Feedback, in_columns
-from .moments import damped
-from .ranges import Grid
-from .solver import SOLVERS, without_scales
+from .gptq import COLUMNS, GPTQ, Feedback, in_columns
+from .solver import SOLVERS, Choice, Grid, without_scales
 
 #: Added to the diagonal of the scales' equations, as a share of its mean.
 _RIDGE = 0.001
@@ -39,7 +37,7 @@ class DecoupleQ(GPTQ):
 
     def choice(self, scheme: Scheme, moment_MM: Tensor, feedback: Feedback) -> Choice:
         begin = super().choice(scheme, moment_MM, feedback)
-        product = Product(damped(moment_MM, self.damping), feedback.order, scheme)
+        product = Product(moment_MM, feedback.order, scheme)
 
         def choose(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
             codes, grid = begin(groups_RGB)
@@ -72,7 +70,8 @@ class Product:
             sums: Tensor = padded.unflatten(1, (count, size)).sum(-1)
             return sums
 
-        felt = self._missed(groups_RGB, values) @ self.moment
+        missed = self._missed(groups_RGB, values)
+        felt = missed @ self.moment
         wanted = by_group(felt * levels)
         normal = torch.empty(rows, count, count)
         for group in range(count):
@@ -84,7 +83,8 @@ class Product:
         moved = grid["scales"] + step
         moved = torch.where(moved * grid["scales"] > 0, moved, grid["scales"])
         found = scheme.settle({**grid, "scales": moved})
-        better = self.lost(groups_RGB, codes, found) < self.lost(groups_RGB, codes, grid)
+        fewer = self._missed(groups_RGB, scheme.values(codes, found))
+        better = ((fewer @ self.moment) * fewer).sum(-1) < (felt * missed).sum(-1)
         return {
             name: torch.where(better[:, None, None], at, grid[name])
             if len(at) == rows  # else it is of all rows, and stands
@@ -120,11 +120,6 @@ class Product:
             felt_MR[stop:].addmm_(moment[stop:, start:stop], moved, alpha=-1)
         flat[:, order] = found_MR.T
         return flat.reshape(codes.shape)
-
-    def lost(self, groups_RGB: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-        """What each row loses, [R]."""
-        missed = self._missed(groups_RGB, self.scheme.values(codes, grid))
-        return ((missed @ self.moment) * missed).sum(-1)
 
     def _missed(self, groups_RGB: Tensor, values_RGB: Tensor) -> Tensor:
         return (groups_RGB - values_RGB).flatten(1)[:, : len(self.moment)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +11,12 @@ from torch import Tensor
 from ..ir.quant.scheme import Scheme
 from .channels import ScalesChannels
 from .moments import DAMPING, damped, factorised
-from .ranges import Grid, fitted
+from .ranges import fitted
 from .round_to_nearest import RoundToNearest
-from .solver import SOLVERS, Solved, by_rows, completed
+from .solver import SOLVERS, Choice, Grid, Solved, by_rows, completed
 
 #: Columns whose errors are handed on together.
 COLUMNS = 128
-
-#: Gives the codes [R, G, B] and the settled grid of groups [R, G, B].
-Choice = Callable[[Tensor], tuple[Tensor, Grid]]
 
 
 @SOLVERS.register
@@ -67,16 +64,15 @@ class GPTQ(ScalesChannels):
         if "drift" in statistics and self.drift:
             target = target + self.drift * feedback.made_up(target @ statistics["drift"])
         codes = scheme.coded
-        choose = self.choice(codes, moment, feedback)
+        choose = self.choice(codes, damped(moment, self.damping), feedback)
         return completed(by_rows(target, codes, choose, weight), scheme, target, moment, weight)
 
     def choice(self, scheme: Scheme, moment_MM: Tensor, feedback: Feedback) -> Choice:
-        """What gives the codes and the grid of some rows."""
-        importance_M = damped(moment_MM, self.damping).diagonal()
+        """What gives the codes and the grid of some rows; the moments are damped."""
 
         def choose(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
             if self.fit:
-                grid = fitted(groups_RGB, scheme, importance_M)
+                grid = fitted(groups_RGB, scheme, moment_MM.diagonal())
             else:
                 grid = scheme.settle(scheme.grid(groups_RGB))
             return feedback.chosen(groups_RGB, scheme, grid), grid

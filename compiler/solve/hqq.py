@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
-from .solver import SOLVERS, Solved, Solver, by_rows, completed, without_scales
-
-Grid = Mapping[str, Tensor]
+from .solver import SOLVERS, Grid, Solved, Solver, by_rows, completed, without_scales
 
 
 @SOLVERS.register

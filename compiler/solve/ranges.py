@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..ir.quant.scheme import Scheme
+from .solver import Grid
 
 #: Shares of the weights' range that are tried beside all of it.
 _SHARES = tuple(1 - step / 40 for step in range(1, 17))
-
-Grid = Mapping[str, Tensor]
 
 
 def fitted(groups_RGB: Tensor, scheme: Scheme, importance_M: Tensor) -> Grid:

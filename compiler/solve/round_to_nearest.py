@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..ir.quant.scheme import Scheme
-from .solver import SOLVERS, Solved, Solver, by_rows
+from .solver import SOLVERS, Grid, Solved, Solver, by_rows
 
 
 @SOLVERS.register
@@ -22,7 +22,7 @@ class RoundToNearest(Solver):
     name = "round_to_nearest"
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        def chosen(groups_RGB: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def chosen(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
             grid = scheme.settle(scheme.grid(groups_RGB))
             return scheme.nearest(groups_RGB, grid), grid
 

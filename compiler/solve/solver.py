@@ -16,6 +16,12 @@ from ..ir.record_text import show
 from ..ir.registry import Registry
 from ..ir.types import DTYPES
 
+#: Named tensors [R, G, B] of a grid, see `ir/quant/scheme.py`.
+Grid = Mapping[str, Tensor]
+
+#: Gives the codes [R, G, B] and the settled grid of groups [R, G, B].
+Choice = Callable[[Tensor], tuple[Tensor, Grid]]
+
 #: Numbers that are rounded at a time: bounds the memory of intermediates at a few tens of megabytes.
 _SLAB = 1 << 21
 
@@ -111,7 +117,7 @@ def completed(
 def by_rows(
     weight: Tensor,
     scheme: Scheme,
-    chosen: Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]],
+    chosen: Choice,
     original: Tensor | None = None,
 ) -> Solved:
     """Stores a weight [.., N, M] a few rows at a time.

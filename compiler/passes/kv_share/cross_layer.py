@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from torch import Tensor
-
-from ....errors import CalibrationError, RecipeError
+from ....errors import RecipeError
 from ...calibrate.layer_similarity import LayerSimilarity, read_other_layers
+from ...calibrate.text import first_rows
 from ...ir.kv.layout import CacheLayout, HeadGroup
 from ...ir.ops import einfold_ops
 from ...ir.program import Program, attention_nodes, call_arguments, remove_dead_nodes
@@ -107,7 +106,8 @@ class CrossLayer(Pass):
         if program.statistics is None:
             deepest = sorted(pairs, key=lambda p: (-p[1], p[0]))
             return search(deepest, wanted, lambda _: 1.0, 0.0)
-        similarity = LayerSimilarity(program, self._text(program.statistics.text()[0]))
+        text = first_rows(program.statistics.text()[0], self.rows, self.tokens, self.name)
+        similarity = LayerSimilarity(program, text)
         distances = similarity.distances(pairs)
         ranked = sorted(pairs, key=lambda p: distances[p], reverse=self.order == "dissimilar")
         owners = search(ranked, wanted, similarity.closeness, self.threshold)
@@ -120,17 +120,6 @@ class CrossLayer(Pass):
                 "graph", f"only {len(owners)} of {wanted} layers share within {self.threshold}"
             )
         return owners
-
-    def _text(self, tokens_BS: Tensor) -> Tensor:
-        """The first `rows` rows of `tokens` tokens each."""
-        flat = tokens_BS.flatten()
-        length = min(self.tokens, tokens_BS.shape[1])
-        rows = min(self.rows, len(flat) // length)
-        if length < 2:
-            raise CalibrationError(
-                f"the calibration text has rows of {length} tokens; cross_layer needs 2 at least"
-            )
-        return flat[: rows * length].reshape(rows, length)
 
 
 def search(
