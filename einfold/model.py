@@ -17,7 +17,7 @@ from .completion import Completion, Listeners
 from .encoder import Encoder
 from .encoder_decoder import EncoderDecoder
 from .errors import ArtifactError, PromptError, RecipeError
-from .planning import Plan, plan_of
+from .planning import Plan, in_parts, plan_of
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
 from .runtime.embeddings import table_of
@@ -208,17 +208,17 @@ def load(
         raise RecipeError("context is what memory leaves room for; give both")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
-    plan = None
     if memory is not None:  # a budget that cannot do is refused before weights are hashed
-        plan = plan_of(artifact, _target(artifact, engine), memory, context, chunk)
+        parts = in_parts(artifact, _target(artifact, engine))
+        plan = plan_of(artifact, parts, memory, context, chunk)
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(artifact.check_weights, memory is None) if verify else None
         try:
-            target = _target(artifact, engine)
-            if plan is not None:
-                runner = target.within(artifact, plan.tiers, threads)
+            if memory is not None:
+                runner = parts.runner(plan.tiers, threads)
                 return Model(artifact, _engine(runner, artifact, chunk), plan)
+            target = _target(artifact, engine)
             if manifest.kind == ENCODER:
                 return Encoder(artifact, EncoderEngine(target.caller(artifact, threads), manifest))
             reader = None

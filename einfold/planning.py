@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .compiler.codegen.target import TARGETS, Target
+from .compiler.codegen.target import TARGETS, InParts, Target
 from .compiler.ir.device import ASSUMED, Device, read_device
 from .compiler.ir.manifest import CAUSAL
 from .compiler.memory.tiers import Step, TierPlan, place, step_of
@@ -113,33 +113,36 @@ def plan(
     target = artifact.manifest.target
     if target not in TARGETS:
         raise ArtifactError(f"{artifact.folder} was compiled for the unknown target {target!r}")
-    return plan_of(artifact, TARGETS[target](), memory, context, chunk, device)
+    return plan_of(artifact, in_parts(artifact, TARGETS[target]()), memory, context, chunk, device)
 
 
-def plan_of(
-    artifact: Artifact,
-    target: Target,
-    memory: int,
-    context: int | None = None,
-    chunk: int = CHUNK,
-    device: str | Path | None = None,
-) -> Plan:
-    """`plan` of an artifact that is open."""
+def in_parts(artifact: Artifact, target: Target) -> InParts:
+    """An artifact, taken apart by its target. Raises UnsupportedError where all weights must be resident."""
     if artifact.manifest.kind != CAUSAL:
         kind = artifact.manifest.kind.replace("_", "-")
         raise UnsupportedError(
             f"{artifact.folder} is an {kind}: a memory budget is for models that continue a text"
         )
+    return target.in_parts(artifact)
+
+
+def plan_of(
+    artifact: Artifact,
+    parts: InParts,
+    memory: int,
+    context: int | None = None,
+    chunk: int = CHUNK,
+    device: str | Path | None = None,
+) -> Plan:
+    """`plan` of an artifact that is open and taken apart."""
     if memory < 1 or chunk < 1 or (context is not None and context < 2):
         raise RecipeError(
             "a memory budget is above 0 bytes, a chunk above 0 tokens, a context above 1"
         )
     limit = artifact.manifest.model.context
     tokens = min(context or TOKENS, limit)
-    load = target.load_of(
-        artifact, chunk, _cache_bytes(artifact, min(-(-tokens // _BLOCK) * _BLOCK, limit))
-    )
-    found = place(load, memory)
+    cache = _cache_bytes(artifact, min(-(-tokens // _BLOCK) * _BLOCK, limit))
+    found = place(parts.load(chunk, cache), memory)
     known = read_device(None if device is None else Path(device)) or replace(
         ASSUMED, ram=ram_size()
     )

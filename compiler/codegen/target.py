@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -51,6 +51,16 @@ class Held:
     def runtime(self, activations: int) -> int:
         """The runtime's own copies of weights, and what its arena keeps."""
         return self.packed + self.arena * activations
+
+
+class InParts(Protocol):
+    """An artifact that was read and taken apart; no weight is loaded."""
+
+    def load(self, chunk: int, cache: int) -> Load:
+        """What it holds in memory with `cache` bytes and steps of `chunk` tokens."""
+
+    def runner(self, plan: TierPlan, threads: int | None = None) -> Runner:
+        """What runs it with weights where a plan of its `load` says."""
 
 
 class Target(BaseModel):
@@ -168,17 +178,13 @@ class Target(BaseModel):
         """
         raise NotImplementedError
 
-    def load_of(self, artifact: Artifact, chunk: int, cache: int) -> Load:
-        """What an artifact holds in memory, before anything is loaded: of `cache` bytes and steps of `chunk`
-        tokens. Raises UnsupportedError where all weights must be resident."""
+    def in_parts(self, artifact: Artifact) -> InParts:
+        """A causal language model as one whose weights need not all be resident. Raises UnsupportedError
+        where they must."""
         raise UnsupportedError(
             f"the target {self.name} holds all of its weights in memory; a memory budget is for artifacts "
             "of the target onnx"
         )
-
-    def within(self, artifact: Artifact, plan: TierPlan, threads: int | None = None) -> Runner:
-        """What runs a causal language model whose weights lie as a plan of its `load_of` says."""
-        raise NotImplementedError
 
     def caller(
         self,

@@ -141,14 +141,9 @@ class ReadAhead:
 
     def _read_next(self) -> None:
         number = self._read
-        place, start = number % len(self._buffers), 0
+        place, spans = number % len(self._buffers), self._items[number % len(self._items)]
         started = time.perf_counter()
-        views = []
-        for span in self._items[number % len(self._items)]:
-            size = room(span.offset, span.length)
-            part = self._buffers[place][start : start + size]
-            views.append(self.file.read(span.offset, span.length, part))
-            start += size
+        views = read_spans(self.file, spans, self._buffers[place])
         self.counts.read_seconds += time.perf_counter() - started
         self.counts.items += 1
         self._views[place] = views
@@ -170,6 +165,16 @@ def _drain(wakings: queue.SimpleQueue[None]) -> None:
     with suppress(queue.Empty):
         while True:
             wakings.get_nowait()
+
+
+def read_spans(file: DirectFile, spans: Sequence[Span], buffer: Bytes) -> list[Bytes]:
+    """The bytes of spans, one behind the other in a buffer that has `item_room` for them."""
+    views, start = [], 0
+    for span in spans:
+        size = room(span.offset, span.length)
+        views.append(file.read(span.offset, span.length, buffer[start : start + size]))
+        start += size
+    return views
 
 
 def located(views: Sequence[Bytes], spans: Sequence[Span], offset: int, length: int) -> Bytes:

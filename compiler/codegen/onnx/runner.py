@@ -62,29 +62,48 @@ def open_session(
     artifact: Artifact, threads: int | None, prepack: bool, part: Part = WHOLE
 ) -> ort.InferenceSession:
     """A session of the model of an artifact or a part of it, which is read and checked first."""
+    options = session_options(threads or available_cores())
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    checked_model(artifact, part)
+    path = str(artifact.file(part.model))
+    session = session_of(path, options, path)
+    give_back()
+    return session
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """What sessions of artifacts have in common."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # errors come as exceptions
     # A plan, made in the first step of each shape, lays buffers side by side. Without they are used again
     # while the processor's caches hold them, and attention in integers takes half the memory.
     options.enable_mem_pattern = False
-    if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    path = artifact.file(part.model)
+    return options
+
+
+def checked_model(artifact: Artifact, part: Part = WHOLE) -> bytes:
+    """The model of an artifact or a part of it; raises ArtifactError for one that is not to be run."""
+    raw = artifact.read(part.model)
     try:
-        check_onnx(artifact.read(part.model), WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
+        check_onnx(raw, WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
     except ArtifactError as error:
-        raise ArtifactError(f"{path} is not used: {error}") from error
+        raise ArtifactError(f"{artifact.file(part.model)} is not used: {error}") from error
+    return raw
+
+
+def session_of(model: str | bytes, options: ort.SessionOptions, name: str) -> ort.InferenceSession:
+    """A session of a model, by its path or its bytes; raises ArtifactError, with its name, for one that
+    onnxruntime does not take."""
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises several unrelated classes
         pass_on(error)
         raise ArtifactError(
-            f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}"
+            f"onnxruntime {ort.__version__} cannot load {name}: {first_line(error)}"
         ) from error
-    give_back()
-    return session
 
 
 def give_back() -> None:
@@ -146,15 +165,15 @@ class OnnxRunner:
         outputs["logits"] = np.empty((len(logit_rows), self._vocabulary), np.float32)
         for name, array in (inputs | cache.buffers | dict(cache.given)).items():
             if name in self._inputs:
-                _bind_array(io.bind_input, name, array)
+                bind_array(io.bind_input, name, array)
         for name, array in outputs.items():
-            _bind_array(io.bind_output, name, array)
+            bind_array(io.bind_output, name, array)
         for name in self._outputs:
             # Past and present are one buffer: the new tokens are written where they stay. A layer that reads
             # another's int8 cache gives it again, as NAME@LAYER.
             if name.startswith("present."):
                 cached = name.removeprefix("present.").partition("@")[0]
-                _bind_array(io.bind_output, name, cache.buffers[cached])
+                bind_array(io.bind_output, name, cache.buffers[cached])
         return _Binding(cache, io, inputs, outputs)
 
 
@@ -251,7 +270,7 @@ def check_kind(name: str, node: Any, kind: str, sizes: tuple[int | None, ...]) -
         )
 
 
-def _bind_array(bind: Any, name: str, array: Any) -> None:
+def bind_array(bind: Any, name: str, array: Any) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 

@@ -19,18 +19,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ....errors import ArtifactError, OutOfMemoryError, UnsupportedError, first_line, pass_on
+from ....errors import OutOfMemoryError, UnsupportedError
 from ....runtime.artifact import Artifact
 from ....runtime.buffers import Array
 from ....runtime.cache import Cache
 from ....runtime.memory.direct import Bytes, DirectFile, aligned
-from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, merged
+from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, merged, read_spans
 from ....runtime.runner import Floats, Ints, running
 from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
-from ...memory.tiers import AHEAD, Piece, TierPlan
-from .check import check_onnx
+from ...memory.tiers import AHEAD, Fixed, Load, Piece, TierPlan
 from .cut import Extent, SuperOp, cut, divide, handed_on, model_of
-from .runner import available_cores, check_names, give_back, two_numbers
+from .process import PROCESS
+from .runner import (
+    available_cores,
+    bind_array,
+    check_names,
+    checked_model,
+    give_back,
+    session_of,
+    session_options,
+    two_numbers,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -70,30 +79,28 @@ class CutModel:
                     "times their bytes, so that no budget can be promised; compile into another format, "
                     "such as int4"
                 )
-        path, raw = artifact.file(WHOLE.model), artifact.read(WHOLE.model)
-        try:
-            check_onnx(raw, WEIGHTS, artifact.file(WEIGHTS).stat().st_size)
-        except ArtifactError as error:
-            raise ArtifactError(f"{path} is not used: {error}") from error
-        proto = ModelProto.FromString(raw)
+        proto = ModelProto.FromString(checked_model(artifact))
         with running(str(artifact.folder)):
             divide(proto)
             ops = cut(proto)
         for weight in (weight for op in ops for weight in op.weights):
             if weight.dtype not in _WHOLE_BYTES:
                 raise UnsupportedError(
-                    f"{path} holds {weight.name} in a type of less than a byte, as the portable flavour "
-                    "does: all of its weights must be resident; compile without --portable"
+                    f"{artifact.file(WHOLE.model)} holds {weight.name} in a type of less than a byte, as "
+                    "the portable flavour does: all of its weights must be resident; compile without "
+                    "--portable"
                 )
         return CutModel(artifact, proto, tuple(ops))
 
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        return tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+    def load(self, chunk: int, cache: int) -> Load:
+        """What it holds: of values within a step of `chunk` tokens, with logits of one, and of a cache."""
+        vocabulary = self.artifact.manifest.model.vocabulary
+        activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
+        pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+        return Load(pieces, Fixed(PROCESS, cache, activations))
 
-    def activations(self, chunk: int, vocabulary: int) -> int:
-        """Bytes of the values within a step of `chunk` tokens, with logits of one."""
-        return 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
+    def runner(self, plan: TierPlan, threads: int | None = None) -> StreamingRunner:
+        return StreamingRunner(self, plan, threads)
 
 
 class StreamingRunner:
@@ -202,14 +209,14 @@ class StreamingRunner:
             session = self._sessions.get(op.name) or self._streamed(op, threads, stack)
             io = session.io_binding()
             for name in op.inputs:
-                _bind_array(io.bind_input, name, arrays[name])
+                bind_array(io.bind_input, name, arrays[name])
             free = []
             for name in op.outputs:
                 cached = name.removeprefix("present.").partition("@")[0]
                 if name == "logits":
-                    _bind_array(io.bind_output, name, arrays[name])
+                    bind_array(io.bind_output, name, arrays[name])
                 elif name.startswith("present.") and cached in cache.buffers:
-                    _bind_array(io.bind_output, name, cache.buffers[cached])
+                    bind_array(io.bind_output, name, cache.buffers[cached])
                 else:
                     io.bind_output(name, "cpu")
                     free.append(name)
@@ -232,13 +239,7 @@ class StreamingRunner:
         sessions = {}
         for op in sorted(kept, key=lambda op: -op.nbytes):
             spans = merged([Span(w.offset, w.length) for w in op.weights])
-            buffer, views, place = aligned(item_room(spans)), [], 0
-            for span in spans:
-                size = item_room([span])
-                views.append(
-                    self._file.read(span.offset, span.length, buffer[place : place + size])
-                )
-                place += size
+            views = read_spans(self._file, spans, aligned(item_room(spans)))
             sessions[op.name] = self._session(op, views, spans, self._threads)
         return sessions
 
@@ -262,7 +263,7 @@ class StreamingRunner:
                 options.add_initializer(name, value)
         elif names:
             options.add_external_initializers(names, values)
-        return self._made(self._models[op.name], options, op.name)
+        return session_of(self._models[op.name], options, f"{op.name} of {self._name}")
 
     def _weightless(self, model: CutModel) -> Any:
         """The whole model over the mapped file, nothing of which is read, with what super-ops hand on among
@@ -276,14 +277,11 @@ class StreamingRunner:
         options = self._options(1)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-        return self._made(proto.SerializeToString(), options, WHOLE.model)
+        whole = f"{WHOLE.model} of {self._name}"
+        return session_of(proto.SerializeToString(), options, whole)
 
     def _options(self, threads: int) -> Any:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # errors come as exceptions
-        options.enable_mem_pattern = False
+        options = session_options(threads)
         # There are as many arenas as sessions, and each would keep what a prompt needed.
         options.enable_cpu_mem_arena = False
         # Threads of one session that wait for work would take the processor from the next.
@@ -293,15 +291,6 @@ class StreamingRunner:
             str(self._artifact.folder.resolve()),
         )
         return options
-
-    def _made(self, raw: bytes, options: Any, name: str) -> Any:
-        try:
-            return ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises several unrelated classes
-            pass_on(error)
-            raise ArtifactError(
-                f"onnxruntime {ort.__version__} cannot load {name} of {self._name}: {first_line(error)}"
-            ) from error
 
 
 def _one_heap() -> None:
@@ -355,7 +344,3 @@ def _typed(view: Bytes, extent: Extent) -> Array:
     kind = helper.tensor_dtype_to_np_dtype(extent.dtype)
     whole = view if view.ctypes.data % kind.itemsize == 0 else view.copy()
     return whole.view(kind).reshape(extent.dims)
-
-
-def _bind_array(bind: Any, name: str, array: Any) -> None:
-    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

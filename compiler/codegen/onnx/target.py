@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import ArtifactError, UnsupportedError
 from ...ir.manifest import WEIGHTS, WHOLE, Part
-from ..target import TARGETS, Held, Progress, Target
+from ..target import TARGETS, Held, InParts, Progress, Target
 
 if TYPE_CHECKING:
     from torch import fx
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ...ir.program import Program
     from ...ir.quant.scheme import Scheme
     from ...ir.weights_file import Placement
-    from ...memory.tiers import Load, TierPlan
     from ...passes.base import Pass
 
 
@@ -152,19 +151,10 @@ class Onnx(Target):
 
         return OnnxRunner(artifact, threads, prepack=not lean)
 
-    def load_of(self, artifact: Artifact, chunk: int, cache: int) -> Load:
-        from ...memory.tiers import Fixed, Load
-        from .process import PROCESS
+    def in_parts(self, artifact: Artifact) -> InParts:
         from .streaming import CutModel
 
-        model = CutModel.of(artifact)
-        activations = model.activations(chunk, artifact.manifest.model.vocabulary)
-        return Load(model.pieces, Fixed(PROCESS, cache, activations))
-
-    def within(self, artifact: Artifact, plan: TierPlan, threads: int | None = None) -> Runner:
-        from .streaming import CutModel, StreamingRunner
-
-        return StreamingRunner(CutModel.of(artifact), plan, threads)
+        return CutModel.of(artifact)
 
     def caller(
         self,

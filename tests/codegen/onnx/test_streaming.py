@@ -27,7 +27,7 @@ TEXT = list(range(3, 43))
 
 
 def laid_out(path: Path, pinned: set[str]) -> TierPlan:
-    load = TARGETS["onnx"]().load_of(Artifact.open(path), 512, 1 << 30)
+    load = TARGETS["onnx"]().in_parts(Artifact.open(path)).load(512, 1 << 30)
     return TierPlan(load.pieces, frozenset(pinned), load.fixed, 1 << 40)
 
 
