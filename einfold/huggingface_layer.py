@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .compiler.ir.interpreter import Interpreter
 from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
-from .compiler.ir.ops.attention import CachedAttention
+from .compiler.ir.ops.attention import CachedAttention, OverOwnSlots
 from .compiler.ir.ops.bounded import BoundedAttention
 from .compiler.ir.ops.record import in_place
 from .compiler.ir.program import Program, call_arguments
@@ -27,10 +27,7 @@ from .runtime.engine import CHUNK
 STEP = 64
 
 #: What attends over slots that hold tokens in their order, so that a mask may hide some.
-_MASKED: tuple[type[CachedAttention] | type[BoundedAttention], ...] = (
-    CachedAttention,
-    BoundedAttention,
-)
+_MASKED: tuple[type[OverOwnSlots], ...] = (CachedAttention, BoundedAttention)
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         Raises UnsupportedError where one of these has left the slots, or is still to come.
         """
 
-        def attend(call: CachedAttention | BoundedAttention) -> Tensor:
+        def attend(call: OverOwnSlots) -> Tensor:
             held = int(call.used_B[0]) + len(shown_ST)
             gone = shown_ST[:, : total - held].any() or shown_ST[:, total:].any()
             if bool(gone):

@@ -236,9 +236,24 @@ class OverPlainSlots(OverSlots):
         )
 
 
+class OverOwnSlots(OverPlainSlots):
+    """What the calls have in common that write the new tokens into the slots first; they take these too."""
+
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+
+    def run(self) -> Tensor:
+        return self.seeing(None)
+
+    def seeing(self, shown_BSC: Tensor | None) -> Tensor:
+        """The same where each new token sees these slots, in place of all in its window up to its own."""
+        self.take_in(self.k_BSKD, self.v_BSKD, self.scales)
+        return self.attended(shown_BSC)
+
+
 @OPERATORS.register
 @dataclass(eq=False)
-class CachedAttention(OverPlainSlots):
+class CachedAttention(OverOwnSlots):
     """Attention of S new tokens over a cache of which row b uses `used[b]` slots.
 
     The new keys (rotated first, where tables are given) and values are written behind them; query s
@@ -283,14 +298,6 @@ class CachedAttention(OverPlainSlots):
     interleaved: bool
     read: str = ""
     by_distance_HR: Tensor | None = None
-
-    def run(self) -> Tensor:
-        return self.seeing(None)
-
-    def seeing(self, shown_BSC: Tensor | None) -> Tensor:
-        """The same where each new token sees these slots, in place of all in its window up to its own."""
-        self.take_in(self.k_BSKD, self.v_BSKD, self.scales)
-        return self.attended(shown_BSC)
 
 
 def token_indices(used_B: Tensor, new: int) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..kv.read.reader import Reader, parse_reader
-from .attention import OverPlainSlots, Scales, stored
+from .attention import OverOwnSlots, Scales, stored
 from .record import OPERATORS
 
 
 @OPERATORS.register
 @dataclass(eq=False)
-class BoundedAttention(OverPlainSlots):
+class BoundedAttention(OverOwnSlots):
     """`CachedAttention` whose reader goes by bounds that are kept beside the slots.
 
     Of each page of slots that row b uses, `bounds` [B, K, P, 2 D] holds the largest numbers of its keys in
@@ -48,14 +48,6 @@ class BoundedAttention(OverPlainSlots):
     softcap: float
     interleaved: bool
     read: str
-
-    def run(self) -> Tensor:
-        return self.seeing(None)
-
-    def seeing(self, shown_BSC: Tensor | None) -> Tensor:
-        """The same where each new token sees these slots, in place of all up to its own."""
-        self.take_in(self.k_BSKD, self.v_BSKD, self.scales)
-        return self.attended(shown_BSC)
 
     def take_in(
         self, k_BSKD: Tensor | None, v_BSKD: Tensor | None, scales_KD: Scales = (None, None)
