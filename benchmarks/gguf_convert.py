@@ -16,7 +16,8 @@ import gguf
 import llama_cpp as ll
 import numpy as np
 import torch
-from safetensors import safe_open
+
+from .gguf_tensors import tensors
 
 _ARCHITECTURES = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA}
 
@@ -24,8 +25,7 @@ _ARCHITECTURES = {"qwen2": gguf.MODEL_ARCH.QWEN2, "llama": gguf.MODEL_ARCH.LLAMA
 def write_f16(folder: Path, file: Path) -> None:
     """Writes matrices as float16 and vectors as float32."""
     config = json.loads((folder / "config.json").read_text())
-    kind = config["model_type"]
-    arch = _ARCHITECTURES[kind]
+    arch = _ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
@@ -44,17 +44,8 @@ def write_f16(folder: Path, file: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - it has no iterator
-                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-                if name is None:
-                    raise ValueError(f"llama.cpp has no name for {key}")
-                value = tensors.get_tensor(key)
-                if kind == "llama" and key.endswith(("q_proj.weight", "k_proj.weight")):
-                    value = _interleave(value, heads if "q_proj" in key else shared)
-                writer.add_tensor(name, _array(value))
+    for name, value in tensors(folder, arch):
+        writer.add_tensor(name, _array(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,13 +63,6 @@ def quantize(source: Path, target: Path, threads: int) -> None:
     )
     if code:
         raise RuntimeError(f"llama_model_quantize failed with code {code}")
-
-
-def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp rotates neighbouring rows of a llama's Q and K, transformers rows half a head apart."""
-    rows, columns = weight.shape
-    halves = weight.view(heads, 2, rows // heads // 2, columns)
-    return halves.transpose(1, 2).reshape(rows, columns)
 
 
 def _array(value: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -31,12 +31,13 @@ from einfold.compiler.frontend.own_text import own_text
 from einfold.runtime.tokenizer import Tokenizer
 
 from . import real_model
+from .client import ROOT
 from .quality.measure import Original, figures
 from .quality.subjects import SUBJECTS, Subject
+from .report import table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 FILE, PAGE = RESULTS / "weight-peers.json", RESULTS / "weight-peers.md"
-WORKERS = Path(__file__).parent / "workers"
 
 #: The calibration text: einfold's own for solvers of weights, and those that read as much.
 _SHAPES = {8192: (16, 512), 16384: (32, 512)}
@@ -127,9 +128,12 @@ class Tools:
             np.save(self.scratch / "ids.npy", ids)
             given = [self.folder, self.scratch / "ids.npy", out, *entry.options]
             worker = entry.tool
-        command = [self.python, WORKERS / f"{worker}.py", *given]
+        command = [self.python, "-m", f"benchmarks.workers.{worker}", *given]
         # In a folder of its own: AutoRound leaves a cache where it runs.
-        subprocess.run([*map(str, command)], check=True, stdout=sys.stderr, cwd=self.scratch)
+        subprocess.run(
+            [*map(str, command)], check=True, stdout=sys.stderr, cwd=self.scratch,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
         return out / f"{entry.llama}.gguf" if entry.llama else _folder_of(out)
 
 
@@ -189,17 +193,24 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "leave the table that head and embedding share in floats (in 8 bits it costs a KL of 0.001), so they "
         "are to be compared by the bytes without it. Seconds are of processors, the text's writing too.",
         "",
-        "| weights | MB | without the table | KL | KL, 99 % | perplexity | recall | seconds |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    head = "weights", "MB", "without the table", "KL", "KL, 99 %", "perplexity", "recall", "seconds"
+    cells = []
     for name, row in sorted(rows.items(), key=lambda item: item[1]["kl"]):
         recall = ", ".join(f"{share:.2f}" for share in row["recall"].values())
-        lines.append(
-            f"| {name} | {row['weight_bytes'] / 1e6:.1f} | {row['body_bytes'] / 1e6:.1f} | {row['kl']:.3f} "
-            f"| {row['kl_p99']:.1f} | {row['perplexity']:.2f} | {recall} "
-            f"| {row['seconds']['processors']:.0f} |"
+        cells.append(
+            [
+                name,
+                f"{row['weight_bytes'] / 1e6:.1f}",
+                f"{row['body_bytes'] / 1e6:.1f}",
+                f"{row['kl']:.3f}",
+                f"{row['kl_p99']:.1f}",
+                f"{row['perplexity']:.2f}",
+                recall,
+                f"{row['seconds']['processors']:.0f}",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, table([*head], cells)]) + "\n"
 
 
 def main() -> None:

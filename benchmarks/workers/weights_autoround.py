@@ -1,6 +1,6 @@
 """A model's weights by AutoRound at its defaults. Runs in the peers' environment.
 
-python weights_autoround.py FOLDER TOKENS OUT BITS GROUP
+python -m benchmarks.workers.weights_autoround FOLDER TOKENS OUT BITS GROUP
 
 TOKENS is a file of numpy with token ids [rows, tokens]. Codes have zero points; the head stays as it is.
 """
