@@ -67,21 +67,15 @@ class Onnx(Target):
         )
 
     def cannot_read(self, reader: Reader) -> str:
-        if reader.whole:
+        if reader.whole or (reader.name == "quest" and not self.portable):
             return ""
         if reader.name == "quest":
             return (
-                ""
-                if not self.portable
-                else (
-                    "the portable flavour has no operator that reads the pages which quest chooses; compile "
-                    "for the default flavour, or for the target reference"
-                )
+                "the portable flavour has no operator that reads the pages which quest chooses; compile "
+                "for the default flavour, or for the target reference"
             )
-        return (
-            f"no operator of the target onnx reads what {reader.name} chooses; compile for the target "
-            "reference"
-        )
+        reads = f"no operator of the target onnx reads what {reader.name} chooses"
+        return f"{reads}; compile for the target reference"
 
     @property
     def zero_points(self) -> bool:
