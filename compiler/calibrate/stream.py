@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import CalibrationError, IRError
+from ..ir.heap import give_back
 from ..ir.interpreter import Interpreter, Run
 from ..ir.kept import read_tensors, write_tensors
 from ..ir.locks import lock
@@ -206,6 +207,7 @@ class Stream:
             for run in runs:
                 run.until(node)
             weights.clear()
+            give_back()  # parts leave holes, which add up from site to site
             if name is not None:
                 self._end(name)
                 self._keep(name, node, runs)
