@@ -113,6 +113,11 @@ def _check_recipe(model: Input, recipe: Recipe, linears: Mapping[str, int]) -> N
             f"weights in the scheme {scheme} are not written: pack-quantized holds integers in groups, and "
             "2, 4 and 8 bits with scales in float32 are written"
         )
+    if recipe.weights.rotate:
+        raise UnsupportedError(
+            "weights.rotate turns what layers add up, and a checkpoint's own model would read it as it was; "
+            "leave it out"
+        )
     block = scheme.block if isinstance(scheme, Grouped) else 1
     for module, width in linears.items():
         if width % block:

@@ -170,6 +170,11 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
     scheme = scheme_of(name, {key: value for key, value in table.items() if key in known})
     found |= {key: _plain(getattr(scheme, key)) for key in known}
     mix_of(found, scheme)
+    if found["rotate"] and (scheme is None or scheme.nearly_exact):
+        raise ValueError(
+            f"weights.rotate spreads what stands out before weights are rounded to few levels, and {name} "
+            "has no such levels; leave it out, or take a format such as int4"
+        )
     if isinstance(found["solver"], str) and found["solver"] != BEST:
         found["solver"] = {"method": found["solver"]}
     if isinstance(found["solver"], Mapping):

@@ -137,6 +137,12 @@ def test_a_model_that_was_asked_for_it_in_vain_is_refused(tmp_path: Path) -> Non
         einfold.compile(folder, tmp_path / "out", recipe=recipe, check=False)
 
 
+@pytest.mark.parametrize("weights", ["fp32:rotate=true", "fp16:rotate=true"])
+def test_what_is_not_rounded_to_levels_is_not_turned(weights: str) -> None:
+    with pytest.raises(RecipeError, match=r"weights\.rotate spreads what stands out before"):
+        Recipe.build({"weights": weights})
+
+
 BODY = """
     weight @e : f32[11, 16]
     weight @g : f32[16]
