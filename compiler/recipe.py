@@ -93,10 +93,11 @@ class WeightsSection(_Section):
     """What decides the codes, and its options; weights are rounded to nearest where it is not given. "best":
     decoupleq, or gptq where groups of a format have no scales, for causal language models, through which a
     text can be read, and to nearest for all else; it is what int4 has where nothing but its name is said, and
-    then blocks of 128 with zero points, the head too."""
-    rotate: bool = False
+    then blocks of 128 with zero points, the head too, and what layers add up turned where it can be."""
+    rotate: bool | Literal["auto"] = False
     """Whether what layers add up is turned by an orthogonal matrix, folded into the weights, before they are
-    rounded: numbers that stand out are spread over all channels. Models with RMS norms."""
+    rounded: numbers that stand out are spread over all channels. Of models with RMS norms; "auto": where it
+    can be."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
@@ -405,5 +406,7 @@ class Recipe(_Section):
     def asked(self) -> frozenset[str]:
         """Names of the passes that a person chose, which must find something to do."""
         of_itself = (NativeWindow, *map(type, self._for_target()))
+        if self.weights.rotate == "auto":
+            of_itself = (*of_itself, RotateResidual)
         passes = (*self.weight_passes(), *self.cache_passes())
         return frozenset(step.name for step in passes if not isinstance(step, of_itself))

@@ -43,7 +43,7 @@ _BEST: tuple[type[Solver], ...] = (DecoupleQ, GPTQ)
 #: than at its defaults, more than that faster (onnxruntime is faster over blocks of 128 than over shorter
 #: ones), and a smaller loss; blocks are shorter where they fill a row.
 _SOLVED: Mapping[str, Mapping[str, Any]] = {
-    "int4": {"block": 128, "symmetric": False, "head": "same"},
+    "int4": {"block": 128, "symmetric": False, "head": "same", "rotate": "auto"},
 }
 
 #: Keys that leave it at the name.

@@ -143,6 +143,17 @@ def test_what_is_not_rounded_to_levels_is_not_turned(weights: str) -> None:
         Recipe.build({"weights": weights})
 
 
+def test_what_is_best_is_turned_where_it_can_be() -> None:
+    """And refused nowhere: only who asked for it is told that it was in vain."""
+    best = Recipe.build({"weights": "int4"}).settled(True, 64)
+    asked = Recipe.build({"weights": "decoupleq:bits=4,rotate=true"})
+    for recipe, refuses in ((best, False), (asked, True)):
+        assert any(isinstance(step, RotateResidual) for step in recipe.weight_passes())
+        assert (RotateResidual.name in recipe.asked()) == refuses
+    left = Recipe.build({"weights": "int4"}).settled(False, 64)
+    assert not any(isinstance(step, RotateResidual) for step in left.weight_passes())
+
+
 BODY = """
     weight @e : f32[11, 16]
     weight @g : f32[16]
