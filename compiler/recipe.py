@@ -42,6 +42,7 @@ from .passes.weight_methods import (
 )
 from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
+from .passes.weight_quant.round_activations import RoundActivations
 from .solve.round_to_nearest import RoundToNearest
 
 #: Tokens that a model is calibrated on, where weights are solved and where they are not.
@@ -93,6 +94,10 @@ class WeightsSection(_Section):
     decoupleq, or gptq where groups of a format have no scales, for causal language models, through which a
     text can be read, and to nearest for all else; it is what int4 has where nothing but its name is said, and
     then blocks of 128 with zero points, the head too."""
+    activations: Literal["f32", "int8"] | None = None
+    """What linears read: activations as they are, or in 8 bits with a scale for each token, so that products
+    are of integers; for weights that are integers with one scale a row, as int8 and int4 with block = 0 are.
+    Where it is not given int8 for qserve, f32 for all else. Head and experts read theirs as they are."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
@@ -145,7 +150,8 @@ class WeightsSection(_Section):
             self.solver if isinstance(self.solver, dict) else {"method": RoundToNearest.name}
         )
         mix = mix_of(self.model_dump(), scheme)
-        return [QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)]
+        stored = QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)
+        return [stored, *([RoundActivations()] if self.activations == "int8" else [])]
 
     def _head(self) -> Scheme | None:
         """The head's own scheme, with those of the options that its format takes: int8 stays in 8 bits."""

@@ -2,6 +2,7 @@
 
 3 bits           4-bit codes, q + 4
 5, 6 bits        two products: the high plane in 4 bits, the low one in 2
+QServe           8-bit codes, its integers, where activations are as they are (else `integers.py`)
 E2M1, E2M3       8-bit codes: every level is a whole multiple of the smallest
 ternary          2-bit codes as they are
 NF4, FP4, E4M3   8-bit codes, levels rounded to 1/127 of the largest, where activations are rounded too
@@ -20,11 +21,14 @@ from ...ir.quant.levels import Levels
 from ...ir.quant.schemes.grouped import SUPER, Grouped
 from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
 from ...ir.quant.schemes.qlora import FP4, NF4
+from ...ir.quant.schemes.qserve import QServe
 from ...ir.quant.schemes.small_floats import FP6, FP8
 from ...ir.quant.schemes.ternary import LINE, Ternary
+from .integers import codes_of
 from .kernels import FEWEST_2, short_block
 from .quantized import Codes, matmul_nbits
-from .stored import Stored, kernel_of
+from .stored import kernel_of
+from .stored_weight import Stored
 
 _F32 = int(ir.DataType.FLOAT)
 
@@ -263,3 +267,17 @@ def fp6(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     return _levels(
         stored, x, bias, stored.piece("scales"), stored.gathered(table, index, shape), unit
     )
+
+
+@kernel_of(QServe)
+def qserve(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """Activations as they are: its integers in 8 bits, in blocks that share the scale of their row."""
+    builder, block = stored.context.builder, stored.scheme.block
+    groups = stored.size("scales")
+    packed = stored.op(
+        "Reshape", codes_of(stored, groups * block), builder.ints(stored.rows, groups, block)
+    )
+    scales = spread(
+        stored, stored.op("Unsqueeze", stored.piece("units"), builder.ints(-1)), groups, groups
+    )
+    return _product(stored, x, bias, block, Codes(packed, scales, None, 8))

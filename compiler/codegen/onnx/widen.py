@@ -18,6 +18,7 @@ from ...ir.quant.scheme import Scheme
 from ...ir.quant.schemes.grouped import SUPER, Grouped
 from ...ir.quant.schemes.k_quants import PLANES, SUPERBLOCK, KQuant
 from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
+from ...ir.quant.schemes.qserve import QServe
 from ...ir.quant.schemes.small_floats import FP6
 from ...ir.quant.schemes.ternary import LINE, Ternary
 from .builder import Builder
@@ -78,6 +79,11 @@ class Pieces:
         values = builder.op("Mul", wide, builder.op("Unsqueeze", scales, builder.ints(-1)))
         if mins is not None:
             values = builder.op("Sub", values, builder.op("Unsqueeze", mins, builder.ints(-1)))
+        return self.flat(values, width)
+
+    def flat(self, values: ir.Value, width: int) -> ir.Value:
+        """[.., G, block] as rows [.., width]."""
+        builder = self.builder
         flat = builder.reshape(values, [*self._lead, self.groups * self.block])
         if width == self.groups * self.block:
             return flat
@@ -90,10 +96,31 @@ class Pieces:
         return [0] * self.lead
 
 
+def whole_numbers(
+    context: Context, scheme: Scheme, values: Mapping[str, ir.Value], lead: int, width: int
+) -> ir.Value:
+    """The integers [.., width], in float32, of a scheme whose rows are such times one scale."""
+    if isinstance(scheme, QServe):
+        pieces, builder = (
+            _pieces(context, scheme, values, lead, width, scheme.block),
+            context.builder,
+        )
+        zeros = builder.op("Unsqueeze", pieces.of_groups("zeros", 4), builder.ints(-1))
+        codes = builder.op("Sub", pieces.codes("packed", 4), zeros)
+        return pieces.times(codes, builder.op("Cast", values["scales"], to=_F32), width)
+    assert isinstance(scheme, Grouped)
+    pieces = _pieces(context, scheme, values, lead, width, scheme.block_of(width))
+    return pieces.flat(_less(pieces, _zeros(pieces)), width)
+
+
 def widened(
     context: Context, scheme: Scheme, values: Mapping[str, ir.Value], lead: int, width: int
 ) -> ir.Value | None:
     """The weight [.., width] in float32; None for a scheme that is not known here."""
+    if isinstance(scheme, QServe):
+        units = context.builder.op("Unsqueeze", values["units"], context.builder.ints(-1))
+        whole = whole_numbers(context, scheme, values, lead, width)
+        return context.builder.op("Mul", whole, units)
     if isinstance(scheme, Grouped):
         pieces = _pieces(context, scheme, values, lead, width, scheme.block_of(width))
         return pieces.times(_less(pieces, _zeros(pieces)), _grouped_scales(pieces), width)
