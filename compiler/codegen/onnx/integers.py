@@ -23,8 +23,7 @@ from ...ir.quant.scheme import Scheme
 from ...ir.quant.schemes.grouped import Grouped
 from ...ir.quant.schemes.qserve import QServe
 from .lowerings import Context, lowering
-from .stored_weight import Stored
-from .widen import whole_numbers
+from .stored_weight import Stored, bits_table
 
 _U8, _F32 = int(ir.DataType.UINT8), int(ir.DataType.FLOAT)
 
@@ -71,19 +70,38 @@ def integer_product(stored: Stored, x: fx.Node, bias: ir.Value | None) -> ir.Val
 
 def _columns(stored: Stored) -> ir.Value:
     """The weight's codes [width, rows]."""
-    if isinstance(stored.scheme, Grouped) and stored.scheme.bits == 8:
-        builder = stored.context.builder
-        codes = stored.piece("packed", shape=(stored.rows, stored.size("packed")))
-        cut = builder.ints(0), builder.ints(stored.width), builder.ints(1)
-        return stored.op("Transpose", stored.op("Slice", codes, *cut), perm=[1, 0])
-    return stored.op("Transpose", codes_of(stored, stored.width), perm=[1, 0])
+    builder = stored.context.builder
+    rows = stored.op("Reshape", codes_of(stored), builder.ints(stored.rows, -1))
+    cut = builder.ints(0), builder.ints(stored.width), builder.ints(1)
+    return stored.op("Transpose", stored.op("Slice", rows, *cut), perm=[1, 0])
 
 
-def codes_of(stored: Stored, width: int) -> ir.Value:
-    """The integers of a weight as uint8 about 128, [rows, width]; what fills its last group is there too."""
-    wide = whole_numbers(stored.context, stored.scheme, stored.values(), 1, width)
-    middle = stored.context.builder.floats(float(_MIDDLE))
-    return stored.op("Cast", stored.op("Add", wide, middle), to=_U8)
+def codes_of(stored: Stored) -> ir.Value:
+    """The integers of a weight as uint8 about 128, [rows, G, block], by tables and sums of bytes: in wider
+    numbers they would take thirty bytes a weight while a model is loaded."""
+    scheme = stored.scheme
+    if isinstance(scheme, QServe):
+        return _progressive(stored)
+    high, low = scheme.high_bits, scheme.low_bits
+    if high == 8:
+        return stored.piece("packed")
+    begin = _MIDDLE - (1 << (scheme.bits - 1))
+    codes = stored.looked_up("packed", bits_table(high, (np.arange(1 << high) << low) + begin, 8))
+    if not low:
+        return codes
+    return stored.op("Add", codes, stored.looked_up("low", bits_table(low, np.arange(1 << low), 8)))
+
+
+def _progressive(stored: Stored) -> ir.Value:
+    """(q - z) s + 128, modulo 256 all along."""
+    builder, groups = stored.context.builder, stored.size("scales")
+    table = bits_table(4, np.arange(16), 8)
+    index = stored.op("Cast", stored.piece("zeros"), to=int(ir.DataType.INT32))
+    zeros = stored.gathered(table, index, (stored.rows, -1, 1))
+    zeros = stored.op("Slice", zeros, builder.ints(0), builder.ints(groups), builder.ints(1))
+    scales = stored.op("Unsqueeze", stored.piece("scales"), builder.ints(-1))
+    codes = stored.op("Sub", stored.looked_up("packed", table), zeros)
+    return stored.op("Add", stored.op("Mul", codes, scales), builder.constant(_MIDDLE, np.uint8))
 
 
 def _units(stored: Stored) -> ir.Value:

@@ -28,21 +28,9 @@ from .integers import codes_of
 from .kernels import FEWEST_2, short_block
 from .quantized import Codes, matmul_nbits
 from .stored import kernel_of
-from .stored_weight import Stored
+from .stored_weight import Stored, bits_table
 
 _F32 = int(ir.DataType.FLOAT)
-
-
-def _bits_table(bits: int, codes: NDArray[np.int64], wide: int) -> NDArray[np.uint8]:
-    """[256, k]: for each byte of codes of `bits` bits the bytes that hold, in `wide` bits, what `codes` makes
-    of each."""
-    byte = np.arange(256)
-    found = codes[
-        np.stack([byte >> place & (1 << bits) - 1 for place in range(0, 8, bits)], axis=-1)
-    ]
-    parts = found.reshape(256, -1, 8 // wide) << np.arange(0, 8, wide)
-    table: NDArray[np.uint8] = parts.sum(-1).astype(np.uint8)
-    return table
 
 
 def _product(
@@ -132,7 +120,7 @@ def _mapped(
 ) -> Codes:
     """A plane whose codes become others in `wide` bits, and zero points too; without these zero becomes
     2^(wide-1)."""
-    table = _bits_table(bits, codes, wide)
+    table = bits_table(bits, codes, wide)
     found = None
     if not stored.scheme.symmetric:
         found = _rows_looked_up(stored, zeros, table, wide)
@@ -217,7 +205,7 @@ def _whole(scheme: Levels, unit: float) -> NDArray[np.int64]:
 def _of_levels(stored: Stored, unit: float) -> ir.Value:
     """8-bit codes from the levels' codes of 4 or 8 bits in `packed`."""
     scheme: Levels = stored.scheme
-    return stored.looked_up("packed", _bits_table(scheme.bits, _whole(scheme, unit), 8))
+    return stored.looked_up("packed", bits_table(scheme.bits, _whole(scheme, unit), 8))
 
 
 @kernel_of(MXFP4)
@@ -272,12 +260,7 @@ def fp6(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
 @kernel_of(QServe)
 def qserve(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     """Activations as they are: its integers in 8 bits, in blocks that share the scale of their row."""
-    builder, block = stored.context.builder, stored.scheme.block
-    groups = stored.size("scales")
-    packed = stored.op(
-        "Reshape", codes_of(stored, groups * block), builder.ints(stored.rows, groups, block)
-    )
-    scales = spread(
-        stored, stored.op("Unsqueeze", stored.piece("units"), builder.ints(-1)), groups, groups
-    )
-    return _product(stored, x, bias, block, Codes(packed, scales, None, 8))
+    builder, groups = stored.context.builder, stored.size("scales")
+    units = stored.op("Unsqueeze", stored.piece("units"), builder.ints(-1))
+    codes = Codes(codes_of(stored), spread(stored, units, groups, groups), None, 8)
+    return _product(stored, x, bias, stored.scheme.block, codes)

@@ -36,10 +36,6 @@ class Stored:
             return self.context.builder.weight(name, shape=shape, dtype=dtype)
         return expert_slice(self.context, node, self.expert, shape, dtype)
 
-    def values(self) -> dict[str, ir.Value]:
-        """All pieces as they are, by name."""
-        return {label: self.piece(label) for label in self.pieces}
-
     def size(self, label: str) -> int:
         """The last axis of a piece."""
         return int(self.pieces[label].meta["val"].shape[-1])
@@ -70,3 +66,15 @@ class Stored:
         """Rows of a table by index, under a shape."""
         found = self.op("Gather", self.context.builder.constant(table, table.dtype), index, axis=0)
         return self.op("Reshape", found, self.context.builder.ints(*shape))
+
+
+def bits_table(bits: int, codes: NDArray[np.int64], wide: int) -> NDArray[np.uint8]:
+    """[256, k]: for each byte of codes of `bits` bits the bytes that hold, in `wide` bits, what `codes` makes
+    of each."""
+    byte = np.arange(256)
+    found = codes[
+        np.stack([byte >> place & (1 << bits) - 1 for place in range(0, 8, bits)], axis=-1)
+    ]
+    parts = found.reshape(256, -1, 8 // wide) << np.arange(0, 8, wide)
+    table: NDArray[np.uint8] = parts.sum(-1).astype(np.uint8)
+    return table

@@ -79,11 +79,6 @@ class Pieces:
         values = builder.op("Mul", wide, builder.op("Unsqueeze", scales, builder.ints(-1)))
         if mins is not None:
             values = builder.op("Sub", values, builder.op("Unsqueeze", mins, builder.ints(-1)))
-        return self.flat(values, width)
-
-    def flat(self, values: ir.Value, width: int) -> ir.Value:
-        """[.., G, block] as rows [.., width]."""
-        builder = self.builder
         flat = builder.reshape(values, [*self._lead, self.groups * self.block])
         if width == self.groups * self.block:
             return flat
@@ -96,10 +91,10 @@ class Pieces:
         return [0] * self.lead
 
 
-def whole_numbers(
+def widened(
     context: Context, scheme: Scheme, values: Mapping[str, ir.Value], lead: int, width: int
-) -> ir.Value:
-    """The integers [.., width], in float32, of a scheme whose rows are such times one scale."""
+) -> ir.Value | None:
+    """The weight [.., width] in float32; None for a scheme that is not known here."""
     if isinstance(scheme, QServe):
         pieces, builder = (
             _pieces(context, scheme, values, lead, width, scheme.block),
@@ -107,20 +102,8 @@ def whole_numbers(
         )
         zeros = builder.op("Unsqueeze", pieces.of_groups("zeros", 4), builder.ints(-1))
         codes = builder.op("Sub", pieces.codes("packed", 4), zeros)
-        return pieces.times(codes, builder.op("Cast", values["scales"], to=_F32), width)
-    assert isinstance(scheme, Grouped)
-    pieces = _pieces(context, scheme, values, lead, width, scheme.block_of(width))
-    return pieces.flat(_less(pieces, _zeros(pieces)), width)
-
-
-def widened(
-    context: Context, scheme: Scheme, values: Mapping[str, ir.Value], lead: int, width: int
-) -> ir.Value | None:
-    """The weight [.., width] in float32; None for a scheme that is not known here."""
-    if isinstance(scheme, QServe):
-        units = context.builder.op("Unsqueeze", values["units"], context.builder.ints(-1))
-        whole = whole_numbers(context, scheme, values, lead, width)
-        return context.builder.op("Mul", whole, units)
+        whole = pieces.times(codes, builder.op("Cast", values["scales"], to=_F32), width)
+        return builder.op("Mul", whole, builder.op("Unsqueeze", values["units"], builder.ints(-1)))
     if isinstance(scheme, Grouped):
         pieces = _pieces(context, scheme, values, lead, width, scheme.block_of(width))
         return pieces.times(_less(pieces, _zeros(pieces)), _grouped_scales(pieces), width)
