@@ -27,13 +27,13 @@ from .common import BODY
 
 #: Two linears that read the same, one of another input, and a head.
 LINEARS = """
-    weight @e.weight : f32[300, 40]
+    weight @e.weight : f32[600, 40]
     weight @a.weight : f32[24, 40]
     weight @b.weight : f32[300, 40]
     weight @c.weight : f32[40, 300]
     weight @c.bias : f32[40]
     input %ids "input_ids" : i64[B, S]
-    read %e "e.weight" : f32[300, 40]
+    read %e "e.weight" : f32[600, 40]
     read %wa "a.weight" : f32[24, 40]
     read %wb "b.weight" : f32[300, 40]
     read %wc "c.weight" : f32[40, 300]
@@ -42,7 +42,7 @@ LINEARS = """
     call %a = einfold.linear(%h, %wa, none) : f32[B, S, 24]
     call %b = einfold.linear(%h, %wb, none) : f32[B, S, 300]
     call %c = einfold.linear(%b, %wc, %cc) : f32[B, S, 40]
-    call %l = einfold.linear(%c, %e, none) : f32[B, S, 300]
+    call %l = einfold.linear(%c, %e, none) : f32[B, S, 600]
     output "logits" = %l
     output "a" = %a
     output "c" = %c
