@@ -122,7 +122,7 @@ def test_a_graph_runs_by_kernels(asked: Ask) -> None:
 
 @needs_triton
 def test_a_graph_multiplies_integers(asked: Ask) -> None:
-    """Three linears, and the rounding of what they read, which goes with their kernels; the head by floats."""
+    """Three linears, whose kernels round what they read; the head reads floats."""
     found = asked(graph="grouped(bits=8,block=0)", activations="int8")
     assert found["calls"] == [
         *["einfold.round_to_int8.default"] * 2,
