@@ -244,17 +244,34 @@ def test_parts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("weights", "stored"),
+    [
+        # The head and the table that is one with it have 8 bits.
+        (
+            "int4:head=int8",
+            [f"grouped_bits_{bits}_block_32_symmetric_1_scales_f32_fp32" for bits in (4, 8)],
+        ),
+        pytest.param(
+            "qserve:block=64",
+            ["grouped_bits_8_block_64_symmetric_1_scales_f32_fp32", "qserve_block_64_fp32_as_i8"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_an_artifact_runs_its_weights_by_kernels(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], tmp_path: Path
+    weights: str,
+    stored: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "llama"
-    einfold.compile(model_folder("llama"), out, target="triton", weights="int4:head=int8")
+    einfold.compile(model_folder("llama"), out, target="triton", weights=weights)
     names = sorted(p.name for p in (out / "kernels").glob("linear*"))
-    # The head and the table that is one with it have 8 bits.
-    assert names == [
-        f"linear_grouped_bits_{bits}_block_32_symmetric_1_scales_f32_fp32.py" for bits in (4, 8)
-    ]
-    assert "def matvec(" in (out / "kernels" / names[0]).read_text()
+    assert names == [f"linear_{name}.py" for name in stored]
+    texts = [(out / "kernels" / name).read_text() for name in names]
+    assert "def matvec(" in texts[0] and ("int8" in texts[1]) == weights.startswith("qserve")
     with asking("tests.codegen.triton.artifact_worker", tmp_path_factory.mktemp("cache")) as ask:
         found = ask(artifact=str(out), prompts=[[5, 6, 7]], new=1)
     assert found["found"] == found["expected"] and not found["warnings"]
