@@ -187,3 +187,14 @@ def test_a_recipe_rounds_activations_where_it_is_asked_to() -> None:
     assert passes("gptq:format=qserve") == both, "W4A8 is what it is for"
     assert passes("qserve:activations=f32") == ["quantize_weights"]
     assert Recipe.build({"weights": "qserve"}).weights.activations == "int8"
+
+
+@pytest.mark.parametrize(
+    ("weights", "widened"),
+    [("qserve", []), ("qserve:activations=f32", ["4 bits, block 128, under"])],
+)
+def test_weights_are_said_to_be_widened_where_they_are(weights: str, widened: list[str]) -> None:
+    """In standard operators integers are multiplied as they are, and floats by float32 weights."""
+    remarks = Recipe.build({"weights": weights, "onnx": {"portable": True}}).remarks()
+    assert len(remarks) == len(widened)
+    assert all(part in said for part, said in zip(widened, remarks, strict=True))

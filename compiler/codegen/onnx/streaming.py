@@ -82,8 +82,8 @@ class CutModel:
         if weights.get("activations") == "int8":
             raise UnsupportedError(
                 f"{artifact.folder} multiplies activations in 8 bits by integers, whose weights onnxruntime "
-                "turns while it loads them: all must be resident; leave the memory budget out, or compile with "
-                "weights.activations = f32"
+                "turns while it loads them: all must be resident; leave the memory budget out, or compile "
+                "with weights.activations = f32"
             )
         proto = ModelProto.FromString(checked_model(artifact))
         with running(str(artifact.folder)):

@@ -49,7 +49,7 @@ class Decoder:
         """The lines that make int8 `values` of rows of integers, for a product with activations in 8 bits.
 
         They find `words`, uint8 with a code at bit `place`; and of schemes with groups `scale` and `zero`,
-        int8 [.., 1]. None where the scheme's rows are no integers.
+        int8 [.., 1]. None are given where the scheme's rows are no integers.
         """
         return []
 

@@ -32,7 +32,7 @@ class QServe(Scheme):
     units   f32  [.., N]                   u = max |w| / 119
 
     Codes become int8 by two operations of integers, and a product with activations in 8 bits is one of
-    integers, with one number of each row and each token behind it: W4A8. At block 128 that is 4.094 bits a
+    integers, with one number of each row and each token behind it: W4A8. At block 128 that is 4.10 bits a
     weight.
 
     Source: QoQ (Lin et al. 2024, "QServe", section 4.1, progressive group quantization, with its protective
