@@ -130,6 +130,22 @@ def test_onnxruntime_multiplies_integers(scheme: Scheme, flavour: str, tmp_path:
     )
 
 
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+def test_what_multiplies_no_integers_reads_floats(flavour: str, tmp_path: Path) -> None:
+    """The same to the bit as the reference, ties and rows of zeros too."""
+    found = program("""
+        input %x "x" : f32[N, 8]
+        call %y = einfold.round_to_int8(%x) : f32[N, 8]
+        output "y" = %y
+    """)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
+    x[0], x[1] = 0.0, torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, 3, -127])
+    session, _ = build(found, flavour, tmp_path)
+    (got,) = session.run(None, {"x": x.numpy()})
+    assert torch.equal(torch.from_numpy(got), Interpreter(found).run({"x": x})["y"])
+    assert got[1].tolist() == [127, 0, 2, 2, 0, -2, 3, -127]
+
+
 def test_weights_in_progressive_groups_stay_in_int8() -> None:
     """Whatever a solver does: here ranges are narrowed, and errors handed on to columns that are full."""
     generator = torch.Generator().manual_seed(2)
