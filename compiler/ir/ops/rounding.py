@@ -24,9 +24,9 @@ class RoundToInt8(Operator):
     weights are integers too is a product of integers, times the scales of both: a target that multiplies so
     computes this function.
 
-    Source: vector-wise quantization of LLM.int8() (Dettmers et al. 2022, section 2.1, without its outliers
-    in 16 bits), and the dynamic scales per token of SmoothQuant (Xiao et al. 2023, section 2, O1). Ties go
-    to even.
+    Source: vector-wise quantization of LLM.int8() (Dettmers et al. 2022, section 3.1, without its outliers
+    in 16 bits), and the dynamic scales per token of SmoothQuant (Xiao et al. 2023, section 2). Ties go to
+    even.
     """
 
     name = "round_to_int8"

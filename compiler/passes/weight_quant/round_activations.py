@@ -27,9 +27,9 @@ class RoundActivations(Pass):
     The head of a language model reads its inputs as they are, and so do experts: their inner activations are
     within one operator.
 
-    Source: SmoothQuant (Xiao et al. 2023, section 4), QServe (Lin et al. 2024, section 4.1), which leave the
-    head in 16 bits too. Different: channels are scaled by solvers of weights (`awq`, `gptq`), or not at all;
-    attention is not in 8 bits.
+    Source: SmoothQuant (Xiao et al. 2023, section 4) for W8A8, QServe (Lin et al. 2024, section 4) for W4A8.
+    Different: channels are scaled by solvers of weights (`awq`, `gptq`), or not at all; attention's own
+    products stay in floats.
     """
 
     name = "round_activations"
