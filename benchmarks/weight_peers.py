@@ -81,7 +81,9 @@ ENTRIES = (
         )
     ),
     Entry("decoupleq:bits=4,block=64,symmetric=false,scales=f16", 16384),
+    Entry("decoupleq:bits=4,block=64,symmetric=false,scales=f16,rotate=true", 16384),
     Entry("decoupleq:bits=4,block=32,symmetric=false,scales=q8", 16384),
+    Entry("decoupleq:bits=4,block=32,symmetric=false,scales=q8,rotate=true", 16384),
     Entry("decoupleq:bits=5,block=64,symmetric=false,scales=f16", 16384),
     Entry("decoupleq:bits=3,block=64,symmetric=false,scales=f16", 16384),
     # As many bits as IQ4_XS, Q4_K_S and Q4_K_M have here beside the table.

@@ -72,8 +72,8 @@ def export_checkpoint(
     load_weights(model)
     assert model.state is not None
     tell("tracing the model", 0.0)
-    ((program, _),) = captured(model, _without_embedding(recipe))
-    passes = _passes(model, _without_embedding(recipe))
+    ((program, _),) = captured(model, _for_others(recipe))
+    passes = _passes(model, _for_others(recipe))
     PassManager(passes, progress=lambda n, at, total: tell(f"pass {n}", at / total)).run(program)
     if program.calibrations:
         tell("calibrating", 0.0)
@@ -113,6 +113,11 @@ def _check_recipe(model: Input, recipe: Recipe, linears: Mapping[str, int]) -> N
             f"weights in the scheme {scheme} are not written: pack-quantized holds integers in groups, and "
             "2, 4 and 8 bits with scales in float32 are written"
         )
+    if recipe.weights.rotate is True:
+        raise UnsupportedError(
+            "weights.rotate turns what layers add up, and a checkpoint's own model would read it as it was; "
+            "leave it out"
+        )
     block = scheme.block if isinstance(scheme, Grouped) else 1
     for module, width in linears.items():
         if width % block:
@@ -127,9 +132,10 @@ def _check_recipe(model: Input, recipe: Recipe, linears: Mapping[str, int]) -> N
         )
 
 
-def _without_embedding(recipe: Recipe) -> Recipe:
-    """Other readers have no embedding in codes."""
-    weights = recipe.weights.model_copy(update={"embedding": False})
+def _for_others(recipe: Recipe) -> Recipe:
+    """Other readers have no embedding in codes, and add up in layers what they always did."""
+    rotate = recipe.weights.rotate is True  # refused, where it was asked for
+    weights = recipe.weights.model_copy(update={"embedding": False, "rotate": rotate})
     return recipe.model_copy(update={"weights": weights})
 
 

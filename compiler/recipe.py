@@ -42,6 +42,7 @@ from .passes.weight_methods import (
 )
 from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
+from .passes.weight_quant.rotate_residual import RotateResidual
 from .passes.weight_quant.round_activations import RoundActivations
 from .solve.round_to_nearest import RoundToNearest
 
@@ -93,11 +94,15 @@ class WeightsSection(_Section):
     """What decides the codes, and its options; weights are rounded to nearest where it is not given. "best":
     decoupleq, or gptq where groups of a format have no scales, for causal language models, through which a
     text can be read, and to nearest for all else; it is what int4 has where nothing but its name is said, and
-    then blocks of 128 with zero points, the head too."""
+    then blocks of 128 with zero points, the head too, and what layers add up turned where it can be."""
     activations: Literal["f32", "int8"] | None = None
     """What linears read: activations as they are, or in 8 bits with a scale for each token, so that products
     are of integers; for weights that are integers with one scale a row, as int8 and int4 with block = 0 are.
     Where it is not given int8 for qserve, f32 for all else. Head and experts read theirs as they are."""
+    rotate: bool | Literal["auto"] = False
+    """Whether what layers add up is turned by an orthogonal matrix, folded into the weights, before they are
+    rounded: numbers that stand out are spread over all channels. Of models with RMS norms; "auto": where it
+    can be."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
@@ -150,8 +155,10 @@ class WeightsSection(_Section):
             self.solver if isinstance(self.solver, dict) else {"method": RoundToNearest.name}
         )
         mix = mix_of(self.model_dump(), scheme)
-        stored = QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)
-        return [stored, *([RoundActivations()] if self.activations == "int8" else [])]
+        ahead: list[Pass] = [RotateResidual()] if self.rotate else []
+        behind: list[Pass] = [RoundActivations()] if self.activations == "int8" else []
+        store = QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)
+        return [*ahead, store, *behind]
 
     def _head(self) -> Scheme | None:
         """The head's own scheme, with those of the options that its format takes: int8 stays in 8 bits."""
@@ -411,5 +418,7 @@ class Recipe(_Section):
     def asked(self) -> frozenset[str]:
         """Names of the passes that a person chose, which must find something to do."""
         of_itself = (NativeWindow, *map(type, self._for_target()))
+        if self.weights.rotate == "auto":
+            of_itself = (*of_itself, RotateResidual)
         passes = (*self.weight_passes(), *self.cache_passes())
         return frozenset(step.name for step in passes if not isinstance(step, of_itself))

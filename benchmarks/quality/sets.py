@@ -128,6 +128,10 @@ SOLVERS_AND_FORMATS = (
         for bits, block in ((4, 32), (3, 64))
         for seed in _SEEDS
     ),
+    *(
+        _text(f"decoupleq:bits={bits},block={block},symmetric=false,rotate=true")
+        for bits, block in ((4, 32), (3, 64))
+    ),
     # Whole ranges, and half of the tokens.
     *(
         _read(f"{name}:bits={bits},block={block},symmetric=false,fit=false", seed, 8192)

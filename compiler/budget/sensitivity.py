@@ -56,10 +56,11 @@ class Sensitivity(Observer):
 
     def begin(self, site: Site, *values: Any) -> None:
         self._site = site
-        self._x: Tensor = values[0].unflatten(0, (1 + len(self.schemes), -1))
 
-    def product(self, read: bool, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        name, x = self._site.name, self._x
+    def product(
+        self, read: bool, x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None
+    ) -> Tensor:
+        name, x = self._site.name, x.unflatten(0, (1 + len(self.schemes), -1))
         if name not in self.schemes:
             self._seen = {"kl": self._losses(x, weight_NM, bias_N)}
             return x.new_empty(0)

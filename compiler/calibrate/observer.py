@@ -39,15 +39,15 @@ class Observer:
         raise NotImplementedError
 
     def begin(self, site: Site, *values: Any) -> None:
-        """A site, and its values."""
+        """A site and its values; of a product all that the call is given, once for each part of the text."""
         self._seen = self.see(site, *values)
 
     def block(self, start: int, weights_BHST: Tensor) -> None:
         """Attention weights of the queries from `start` on over all tokens, where the site is attention."""
 
     def product(self, read: bool, *arguments: Any) -> Tensor:
-        """What the call gives of the value that `begin` was told of and its other arguments, where the site
-        is a product; nothing [0] where nobody will `read` it."""
+        """What the call gives of its arguments, where the site is a product, once for each part in their
+        order; nothing [0] where nobody will `read` it."""
         raise NotImplementedError
 
     def end(self) -> Found:

@@ -1,9 +1,10 @@
 """Reads a sample through a model once, and shows observers what passes its sites.
 
-Weights are loaded one at a time and let go, the sample's activations are kept while something needs
-them, and attention is computed in blocks of rows where its weights are looked at, so that memory is bounded
-by the sample and one layer. What was found at each site can be kept in a folder; a run that was interrupted
-goes on behind the last site that is there.
+A sample goes through in parts, side by side from one site to the next: what is kept of all of them is what is
+needed behind a site, and of one part what is computed between two. Weights are loaded one at a time and let
+go, and attention is computed in blocks of rows where its weights are looked at, so that memory is bounded by
+the sample's activations at one place of the model. What was found at each site can be kept in a folder; a run
+that was interrupted goes on behind the last site that is there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import CalibrationError, IRError
-from ..ir.interpreter import Interpreter
+from ..ir.heap import give_back
+from ..ir.interpreter import Interpreter, Run
 from ..ir.kept import read_tensors, write_tensors
 from ..ir.locks import lock
 from ..ir.ops.attention import distance_bias
@@ -57,7 +59,7 @@ def stream(
     `program` has no cache yet and is left as it is. With `folder`, finished sites are kept there, and those
     that are there already are not read again. Raises CalibrationError where values are not finite.
     """
-    return Stream(program, observers).over(tokens_BS, folder, tell)
+    return Stream(program, observers).over([tokens_BS], folder, tell)
 
 
 class Later:
@@ -74,7 +76,7 @@ class Later:
     def run(self, tokens_BS: Tensor, tell: Tell | None = None) -> None:
         """Reads the text once. Raises CalibrationError where it gives no usable numbers."""
         assert self._stream is not None
-        self._found = self._stream.over(tokens_BS, tell=tell)
+        self._found = self._stream.over([tokens_BS], tell=tell)
         self._stream = None  # lets go of the weights
 
     def at(self, site: str) -> Found:
@@ -148,7 +150,7 @@ class Stream:
             more = [copies[each] if isinstance(each, fx.Node) else each for each in site.more]
             last = max((copies[node] for node in _sources(site)), key=place.__getitem__)
             with graph.inserting_after(last):
-                calls.append(graph.call_function(self._show, (site.name, *values, *more)))
+                calls.append(graph.call_function(_nothing, (*values, *more)))
             ends[calls[-1]] = site.name
         # The calls stand for what they saw, which then goes; so does a product once it was read.
         seen = [node for node in output.all_input_nodes if node in ends and _only_result(node)]
@@ -158,9 +160,14 @@ class Stream:
         return {node: ends[node] for node in graph.nodes if node in ends}
 
     def over(
-        self, tokens_BS: Tensor, folder: Path | None = None, tell: Tell | None = None
+        self, parts: Sequence[Tensor], folder: Path | None = None, tell: Tell | None = None
     ) -> dict[str, Found]:
-        """Reads a sample. `stream` says what it gives and raises."""
+        """Reads a sample, given in parts [rows, tokens]; only sites that are products may be seen in several.
+        `stream` says what it gives and raises."""
+        if len(parts) > 1 and any(site.product is None for site in self._sites.values()):
+            raise IRError(
+                "attention and shown values are of one part; the sample was given in several"
+            )
         self._folder, self._tell, self._found = None, tell or self._tell, {}
         with ExitStack() as stack:
             if folder is not None:
@@ -169,22 +176,48 @@ class Stream:
                     # Keeps the folder to one reader; another one, at the same time, keeps nothing.
                     if stack.enter_context(lock(folder / _LOCK)):
                         self._folder = folder
-            resume = None if folder is None else self._resumed(folder)
+            at, known = (None, []) if folder is None else self._resumed(folder, len(parts))
             self._started, self._before = time.monotonic(), len(self._found)
             if len(self._found) < len(self._ends):
-                instead = {
-                    node: partial(self._attention if site.product is None else self._product, name)
-                    for node, name in self._ends.items()
-                    if (site := self._sites[name]).call is not None
-                }
-                interpreter = Interpreter(self._program, False, instead)
-                rows = torch.arange(tokens_BS.numel())  # the head sees all, where it is a site
-                inputs = text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
-                interpreter.run(inputs, self._after, resume)
+                self._read(parts, at, known)
                 if self._folder is not None:
                     with suppress(OSError):
                         (self._folder / _PROGRESS).unlink(missing_ok=True)
         return self._found
+
+    def _read(
+        self, parts: Sequence[Tensor], at: fx.Node | None, known: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Goes from site to site, from where a run stood that was interrupted."""
+        instead = {
+            node: partial(self._attention if site.product is None else self._product, name)
+            for node, name in self._ends.items()
+            if (site := self._sites[name]).call is not None
+        }
+        weights: dict[str, Tensor] = {}  # of one site after the other, for all parts
+        interpreter = Interpreter(self._program, True, instead, kept=weights)
+        runs = [
+            Run(interpreter, self._inputs(part), at, known[place] if at is not None else None)
+            for place, part in enumerate(parts)
+        ]
+        name = None
+        for node in [*self._ends, self._program.output]:
+            if name is None and at not in (None, node):
+                continue  # what is before it was found
+            for run in runs:
+                run.until(node)
+            weights.clear()
+            give_back()  # parts leave holes, which add up from site to site
+            if name is not None:
+                self._end(name)
+                self._keep(name, node, runs)
+            name = self._ends.get(node)
+            if name is not None:
+                self._begin(name, [run.arguments(node) for run in runs])
+
+    def _inputs(self, tokens_BS: Tensor) -> dict[str, Tensor]:
+        rows = torch.arange(tokens_BS.numel())  # the head sees all, where it is a site
+        return text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
 
     def _left(self) -> str:
         """How long it will take, once that can be said."""
@@ -194,31 +227,28 @@ class Stream:
         left = used / done * (len(self._ends) - len(self._found))
         return f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
 
-    def _begin(self, name: str, *values: Any) -> None:
+    def _begin(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
+        """Shows a site, in each of the parts: the values that are named, or all that a product is given."""
         self._tell(self._doing + self._left(), len(self._found) / len(self._ends))
-        for (what, _), x in zip(self._sites[name].values, values, strict=False):
-            if not bool(torch.isfinite(x).all()):
-                raise CalibrationError(
-                    f"the {what} are not finite on the calibration text: "
-                    "the model's weights are damaged, or overflow in float32"
-                )
-        for observer in self._observers[name]:
-            observer.begin(self._sites[name], *values)
+        site = self._sites[name]
+        for arguments in calls:
+            for (what, _), x in zip(site.values, arguments, strict=False):
+                if not bool(torch.isfinite(x).all()):
+                    raise CalibrationError(
+                        f"the {what} are not finite on the calibration text: "
+                        "the model's weights are damaged, or overflow in float32"
+                    )
+            shown = arguments if site.attention is None else arguments[: len(site.values)]
+            for observer in self._observers[name]:
+                observer.begin(site, *shown)
 
     def _end(self, name: str) -> None:
         observers = self._observers[name]
         self._found[name] = {n: t for observer in observers for n, t in observer.end().items()}
 
-    def _show(self, name: str, *values: Any) -> None:
-        self._begin(name, *values)
-        self._end(name)
-
-    def _product(self, name: str, x: Tensor, *arguments: Any) -> Tensor:
-        self._begin(name, x)
+    def _product(self, name: str, *arguments: Any) -> Tensor:
         (observer,) = self._observers[name]
-        out = observer.product(name not in self._unread, *arguments)
-        self._end(name)
-        return out
+        return observer.product(name not in self._unread, *arguments)
 
     def _attention(
         self,
@@ -233,7 +263,6 @@ class Stream:
         softcap: float,
         by_distance_HR: Tensor | None = None,
     ) -> Tensor:
-        self._begin(name, q_BSHD, k_BSKD, v_BSKD)
         parts = []
         for start, weights_BHST in attention_weights(
             q_BSHD, k_BSKD, sinks_H, scale, window, softcap, by_distance_HR
@@ -241,16 +270,16 @@ class Stream:
             for observer in self._observers[name]:
                 observer.block(start, weights_BHST)
             parts.append(_weighted(weights_BHST, v_BSKD))
-        self._end(name)
         return torch.cat(parts, dim=1)
 
-    def _after(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        """Keeps what was found at a site, and what is needed to go on behind it."""
-        folder, name = self._folder, self._ends.get(node)
-        if folder is None or name is None:
+    def _keep(self, name: str, behind: fx.Node, runs: Sequence[Run]) -> None:
+        """Keeps what was found at a site, and what is needed to go on behind it, at the next node."""
+        folder = self._folder
+        if folder is None:
             return
-        known = {other.name: value for other, value in values.items()}
-        size = sum(value.nbytes for value in known.values() if isinstance(value, Tensor))
+        known = [{node.name: value for node, value in run.values.items()} for run in runs]
+        values = [value for each in known for value in each.values()]
+        size = sum(value.nbytes for value in values if isinstance(value, Tensor))
         # Where much is needed, what was done since is done again sooner than it is written.
         due = time.monotonic() - self._kept > self._every
         self._narrow = min(self._narrow, size)
@@ -258,27 +287,37 @@ class Stream:
         # Without room, or the right to write, measuring goes on and keeps nothing.
         if not _write(self._found[name], folder / f"{name}.pt"):
             self._folder = None
-        elif due:
+        elif due and behind.op != "output":
             self._kept = time.monotonic()
-            if not _write({"behind": node.name, "values": known}, folder / _PROGRESS):
+            if not _write({"at": behind.name, "values": known}, folder / _PROGRESS):
                 self._folder = None
 
-    def _resumed(self, folder: Path) -> tuple[str, Mapping[str, Any]] | None:
+    def _resumed(
+        self, folder: Path, parts: int
+    ) -> tuple[fx.Node | None, Sequence[Mapping[str, Any]]]:
+        """The node at which an earlier run stood, and the values of its parts; None where all is to be read,
+        or all was found."""
         for name in self._ends.values():
             found = _read(folder / f"{name}.pt")
             if found is not None:
                 self._found[name] = found
         if len(self._found) == len(self._ends):
-            return None
-        state = _read(folder / _PROGRESS) or {"behind": ""}
+            return None, []
+        state = _read(folder / _PROGRESS) or {"at": ""}
         nodes = [node.name for node in self._ends]
-        done = nodes.index(state["behind"]) + 1 if state["behind"] in nodes else 0
+        done = nodes.index(state["at"]) if state["at"] in nodes else 0
         before = list(self._ends.values())[:done]
-        if not done or not all(name in self._found for name in before):
+        if not (
+            done and all(name in self._found for name in before) and len(state["values"]) == parts
+        ):
             self._found.clear()  # what is behind a gap cannot be measured without it
-            return None
+            return None, []
         self._found = {name: self._found[name] for name in before}
-        return state["behind"], state["values"]
+        return [*self._ends][done], state["values"]
+
+
+def _nothing(*values: Any) -> None:
+    """What stands in a graph where its values are shown."""
 
 
 def _only_result(node: fx.Node) -> bool:

@@ -35,40 +35,11 @@ class Interpreter:
         if kept is None:
             kept = {}
         self._kept: dict[str, Tensor] | None = kept if keep_weights else None
-        self._dead_after = _last_uses(program.graph)
+        self.dead_after = _last_uses(program.graph)
 
-    def run(
-        self,
-        inputs: Mapping[str, Tensor],
-        after: Callable[[fx.Node, Mapping[fx.Node, Any]], None] | None = None,
-        resume: tuple[str, Mapping[str, Any]] | None = None,
-    ) -> dict[str, Tensor]:
-        """Gives the outputs by name. `inputs` are by the names of the program's inputs.
-
-        `after` is told of each node that was run, with the values that are still needed. `resume` goes on
-        behind a node of an earlier run, given its name and those values by the names of their nodes.
-        """
-        settle_torch()
-        nodes = iter(self.program.graph.nodes)
-        values: dict[fx.Node, Any] = {}
-        if resume is not None:
-            behind, known = resume
-            for node in nodes:
-                if node.name in known:
-                    values[node] = known[node.name]
-                if node.name == behind:
-                    break
-        with torch.no_grad():
-            for node in nodes:
-                if node.op == "output":
-                    results = [values[value] for value in node.args[0]]
-                    return dict(zip(node.meta["names"], results, strict=True))
-                values[node] = self.evaluate(node, values, inputs)
-                for dead in self._dead_after.get(node, ()):
-                    del values[dead]
-                if after is not None:
-                    after(node, values)
-        raise IRError("the program has no output")
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gives the outputs by name. `inputs` are by the names of the program's inputs."""
+        return Run(self, inputs).results()
 
     def evaluate(
         self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]
@@ -93,6 +64,52 @@ class Interpreter:
         if name not in self._kept:
             self._kept[name] = self.program.weights[name].load()
         return self._kept[name]
+
+
+class Run:
+    """One run of a program, as far as it has come: `values` are those that are still needed.
+
+    It can go on where an earlier one stood `at` a node, given that one's values by the names of their nodes.
+    """
+
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        inputs: Mapping[str, Tensor],
+        at: fx.Node | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._interpreter, self._inputs = interpreter, inputs
+        self.values: dict[fx.Node, Any] = {}
+        self._nodes = [*interpreter.program.graph.nodes]
+        self._next = 0
+        if at is not None:
+            self._next = self._nodes.index(at)
+            before, known = self._nodes[: self._next], known or {}
+            self.values = {node: known[node.name] for node in before if node.name in known}
+
+    def until(self, stop: fx.Node) -> None:
+        """Goes on to a node, which is the next to be run."""
+        settle_torch()
+        interpreter, values = self._interpreter, self.values
+        with torch.no_grad():
+            while (node := self._nodes[self._next]) is not stop:
+                values[node] = interpreter.evaluate(node, values, self._inputs)
+                for dead in interpreter.dead_after.get(node, ()):
+                    del values[dead]
+                self._next += 1
+
+    def arguments(self, node: fx.Node) -> tuple[Any, ...]:
+        """What a node is given that is the next to be run."""
+        found: tuple[Any, ...] = fx.map_arg(node.args, lambda read: self.values[read])
+        return found
+
+    def results(self) -> dict[str, Tensor]:
+        """The outputs by name."""
+        output = self._interpreter.program.output
+        self.until(output)
+        names = output.meta["names"]
+        return dict(zip(names, self.arguments(output)[0], strict=True))
 
 
 def _names_device(function: object) -> bool:

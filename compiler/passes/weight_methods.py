@@ -43,7 +43,7 @@ _BEST: tuple[type[Solver], ...] = (DecoupleQ, GPTQ)
 #: than at its defaults, more than that faster (onnxruntime is faster over blocks of 128 than over shorter
 #: ones), and a smaller loss; blocks are shorter where they fill a row.
 _SOLVED: Mapping[str, Mapping[str, Any]] = {
-    "int4": {"block": 128, "symmetric": False, "head": "same"},
+    "int4": {"block": 128, "symmetric": False, "head": "same", "rotate": "auto"},
 }
 
 #: Keys that leave it at the name.
@@ -171,6 +171,11 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
     found |= {key: _plain(getattr(scheme, key)) for key in known}
     mix_of(found, scheme)
     found["activations"] = _activations(found["activations"], name, scheme)
+    if found["rotate"] and (scheme is None or scheme.nearly_exact):
+        raise ValueError(
+            f"weights.rotate spreads what stands out before weights are rounded to few levels, and {name} "
+            "has no such levels; leave it out, or take a format such as int4"
+        )
     if isinstance(found["solver"], str) and found["solver"] != BEST:
         found["solver"] = {"method": found["solver"]}
     if isinstance(found["solver"], Mapping):

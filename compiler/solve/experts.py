@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,6 +120,17 @@ def halves(layer: Experts) -> tuple[Experts, Experts]:
     )
     one, two = (replace(layer, x_TM=x, index_TJ=i, weight_TJ=w) for x, i, w in parts)
     return one, two
+
+
+def joined(layers: Sequence[Experts]) -> Experts:
+    """One layer for the tokens of several, which have the same weights."""
+    if len(layers) == 1:
+        return layers[0]
+    x, index, weight = (
+        torch.cat([getattr(layer, part) for layer in layers])
+        for part in ("x_TM", "index_TJ", "weight_TJ")
+    )
+    return replace(layers[0], x_TM=x, index_TJ=index, weight_TJ=weight)
 
 
 def run_stored(layer: Experts, gate_up: Stack, down: Stack) -> Tensor:

@@ -1,20 +1,21 @@
 """Solves weights along one reading of the calibration text, layer by layer.
 
-The text goes through the model twice, side by side in one batch: rows of the original model, and rows of
-the model as it comes to be stored. Where a linear is met, its solver is given what its observers found in the
-inputs, both of them, and its results follow: the original weight's for the first half, the stored weight's
-for the second. So each weight is solved on the inputs that it will have, and one is held at a time beside the
-text's activations and what was solved. Experts are solved one by one (`experts.py`). A run that was
-interrupted goes on behind the last layers.
+The text goes through the model twice, side by side: rows of the original model, and rows of the model as it
+comes to be stored. Where a linear is met, its solver is given what its observers found in the inputs, both of
+them, and its results follow: the original weight's for the first half of a part of the text, the stored
+weight's for the second. So each weight is solved on the inputs that it will have, and one is held at a time
+beside the text's activations and what was solved. Experts are solved one by one (`experts.py`). A run that
+was interrupted goes on behind the last layers.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ from ..ir.ops.experts import Experts
 from ..ir.printer import print_program
 from ..ir.program import Program, readers
 from ..ir.quant.scheme import Scheme
-from .experts import Stack, halves, run_stored, solve_experts
+from .experts import Stack, halves, joined, run_stored, solve_experts
 from .solver import Solved, Solver, finite
+
+#: Tokens of the text that go from one product to the next together: what that computes is of so many.
+_TOKENS = 1024
 
 #: Seconds between two states that are kept: a state is tens of megabytes.
 _EVERY = 20.0
@@ -44,7 +48,7 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 3
+_VERSION = 4
 
 _ERROR, _CHANNELS = "solver.error", "solver.channels"
 
@@ -87,12 +91,15 @@ class Solving:
         if self._schemes:
             observer = _Solve(self._sites, self._schemes, self._divided, self._solver)
             stream = Stream(self._program, [observer], _EVERY, "solving weights")
-            sample = torch.cat((tokens_BS, tokens_BS)) if self._solver.follows else tokens_BS
-            found = stream.over(sample, self._folder(tokens_BS), tell)
+            found = stream.over(self._parts(tokens_BS), self._folder(tokens_BS), tell)
             for name, scheme in self._schemes.items():
                 labels = scheme.pieces(self._program.weights[name].shape)
                 self._solved[name] = _solved(found[self._sites[name].name], name, labels)
         self._program = None  # lets go of the weights
+
+    def _parts(self, tokens_BS: Tensor) -> list[Tensor]:
+        parts = tokens_BS.split(max(1, _TOKENS // tokens_BS.shape[1]))
+        return [torch.cat((part, part)) if self._solver.follows else part for part in parts]
 
     def _folder(self, tokens_BS: Tensor) -> Path:
         """Where solved weights are kept: its name says which model, text, schemes and solver they are of."""
@@ -126,48 +133,62 @@ class _Solve(Observer):
         self._sites = {sites[name].name: sites[name] for name in schemes}
         self._schemes, self._divided, self._solver = schemes, divided, solver
         self._observers = [OBSERVERS[name]() for name in solver.observes]
+        self._calls: list[tuple[Any, ...]] = []
+        self._follow: Callable[..., Tensor] | None = None
 
     def sites(self, program: Program) -> list[Site]:
         return list(self._sites.values())
 
     def begin(self, site: Site, *values: Any) -> None:
         self._site = site
-        self._x: Tensor = values[0]
-        self._seen: dict[str, Tensor] = {}
+        self._calls.append(values)
 
     def product(self, read: bool, *arguments: Any) -> Tensor:
-        solve = self._experts if _of_experts(self._site) else self._linear
-        return solve(read, *arguments)
+        if self._follow is None:  # all parts were shown
+            self._seen: dict[str, Tensor] = {}
+            self._follow = self._experts() if _of_experts(self._site) else self._linear()
+            self._calls.clear()
+        x: Tensor = arguments[0]
+        return self._follow(*arguments) if read else x.new_empty(0)
 
-    def _linear(self, read: bool, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        x, own = self._x.chunk(2) if self._solver.follows else (self._x, self._x)
-        name, inputs, target = self._site.name, own, weight_NM
-        found, channels = self._observe(own, x), None
+    def end(self) -> Found:
+        self._follow = None
+        return self._seen
+
+    def _linear(self) -> Callable[..., Tensor]:
+        """Solves a linear's weight, and gives what it then computes of a part."""
+        name, follows = self._site.name, self._solver.follows
+        weight_NM: Tensor = self._calls[0][1]
+        inputs: list[Tensor] = [call[0] for call in self._calls]
+        scheme, target, channels = self._schemes[name], weight_NM, None
+        found = self._in_parts(inputs)
         if name in self._divided:
-            scheme = self._schemes[name]
             channels = self._solver.channels(finite(name, weight_NM, scheme), scheme, found)
         if channels is not None:
-            inputs, target = own / channels, weight_NM * channels
-            found = self._observe(inputs, inputs if own is x else x / channels)
+            target = weight_NM * channels
+            found = self._in_parts(x / channels for x in inputs)
         solved = replace(self._solve(name, target, found), channels=channels)
         self._keep(name, solved)
-        if not read:
-            return x.new_empty(0)
-        if own is x:
-            return functional.linear(x, weight_NM, bias_N)
-        stored = self._schemes[name].dequantize(solved.pieces, weight_NM.shape[1])
-        out = x.new_empty((*self._x.shape[:-1], len(weight_NM)))
-        half = len(x)
-        out[:half], out[half:] = (
-            functional.linear(x, weight_NM, bias_N),
-            functional.linear(inputs, stored, bias_N),
-        )
-        return out
+        stored_NM = cache(lambda: scheme.dequantize(solved.pieces, weight_NM.shape[1]))
 
-    def _experts(self, read: bool, *arguments: Any) -> Tensor:
-        layer = Experts(self._x, *arguments)
-        original, own = halves(layer) if self._solver.follows else (layer, layer)
-        weights = (layer.gate_up_ENM, layer.down_EMI)
+        def product(x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
+            if not follows:
+                return functional.linear(x, weight_NM, bias_N)
+            original, own = x.chunk(2)
+            own = own if channels is None else own / channels
+            both = ((original, weight_NM), (own, stored_NM()))
+            return torch.cat([functional.linear(rows, weight, bias_N) for rows, weight in both])
+
+        return product
+
+    def _experts(self) -> Callable[..., Tensor]:
+        """The same of a layer of experts."""
+        calls = [Experts(*arguments) for arguments in self._calls]
+        pairs = [halves(call) if self._solver.follows else (call, call) for call in calls]
+        original = own = joined([pair[0] for pair in pairs])
+        if self._solver.follows:
+            own = joined([pair[1] for pair in pairs])
+        weights = (original.gate_up_ENM, original.down_EMI)
         gate_up, down = (
             Stack(name, weight, self._schemes.get(name))
             for name, weight in zip(_weights(self._site), weights, strict=True)
@@ -176,11 +197,28 @@ class _Solve(Observer):
         for stack in (gate_up, down):
             if stack.name in self._schemes:
                 self._keep(stack.name, stack.solved())
-        if not read:
-            return self._x.new_empty(0)
-        if own is original:
-            return original.run()
-        return torch.cat((original.run(), run_stored(own, gate_up, down)))
+
+        def product(*arguments: Any) -> Tensor:
+            if not self._solver.follows:
+                return Experts(*arguments).run()
+            original, own = halves(Experts(*arguments))
+            return torch.cat((original.run(), run_stored(own, gate_up, down)))
+
+        return product
+
+    def _in_parts(self, inputs: Iterable[Tensor]) -> Found:
+        """What is found in the inputs of all parts: what observers find is a mean over tokens."""
+        mean: dict[str, Tensor] = {}
+        count = 0
+        for x in inputs:
+            original, own = x.chunk(2) if self._solver.follows else (x, x)
+            tokens = own.shape[:-1].numel()
+            count += tokens
+            for label, value in self._observe(own, original).items():
+                known = mean.setdefault(label, value)
+                if known is not value:
+                    known.lerp_(value, tokens / count)
+        return mean
 
     def _observe(self, own: Tensor, x: Tensor) -> Found:
         """What is found in inputs, as the model has them that is solved so far, and as the original has."""

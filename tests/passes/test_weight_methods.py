@@ -16,7 +16,13 @@ from einfold.recipe_text import recipe_text
 from tests import models
 from tests.encoders import common
 
-SOLVED = {"format": "int4", "block": 128, "symmetric": False, "head": "same"}
+SOLVED = {
+    "format": "int4",
+    "block": 128,
+    "symmetric": False,
+    "head": "same",
+    "rotate": "auto",
+}
 ROUNDED = {"format": "int4", "block": 32, "symmetric": True, "head": "int8", "solver": None}
 
 

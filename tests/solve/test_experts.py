@@ -22,7 +22,7 @@ from einfold.compiler.ir.stored import StoredWeight
 from einfold.compiler.ir.weights import Weight
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
 from einfold.compiler.recipe import Recipe
-from einfold.compiler.solve import experts
+from einfold.compiler.solve import experts, solving
 from einfold.compiler.solve.gptq import GPTQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.compiler.solve.solving import Solving
@@ -200,6 +200,19 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 
     check_resumed(all_of_it, stop, monkeypatch)
     assert len(Seen.shown) == 2 * EXPERTS + 2 + again
+
+
+def test_a_text_in_parts_is_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved()
+    whole = [*Seen.shown]
+    monkeypatch.setattr(solving, "_TOKENS", TEXT.shape[1])
+    monkeypatch.setattr(solving, "_VERSION", "in parts")
+    Seen.shown.clear()
+    solved()
+    for one, several in zip(whole, Seen.shown, strict=True):
+        assert one.keys() == several.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(several[name], value, rtol=1e-3, atol=1e-3)
 
 
 def test_what_the_experts_of_a_stack_share_has_no_expert_to_be_solved_for() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.program import Program
@@ -12,6 +15,7 @@ from einfold.compiler.ir.quant.scheme import Scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.lowrank import LowRank
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
+from einfold.compiler.solve import solving
 from einfold.compiler.solve.gptq import GPTQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import ModelError
@@ -111,6 +115,46 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 ) -> None:
     check_resumed(lambda: solved()[1], stop, monkeypatch)
     assert len(Seen.shown) == 3  # nothing was solved twice
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_text_in_parts_is_read_as_one(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same statistics, and a run that was interrupted goes on with all parts."""
+    solved()
+    whole = [*Seen.shown]
+    monkeypatch.setattr(solving, "_TOKENS", TEXT.shape[1])
+    monkeypatch.setattr(solving, "_VERSION", "in parts")
+    assert len(TEXT) > 1
+    check_resumed(lambda: solved()[1], stop, monkeypatch)
+    assert len(Seen.shown) == len(whole)
+    for one, several in zip(whole, Seen.shown, strict=True):
+        assert one.keys() == several.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(several[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_products_of_a_part_alone_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is as large as what a linear gives for all of the text, but the statistics' own."""
+    rows = 40
+    monkeypatch.setattr(solving, "_TOKENS", TEXT.shape[1])
+    text = TEXT[:1].repeat(rows, 1)
+
+    class Largest(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float32:
+                self.numbers = max(self.numbers, out.numel())
+            return out
+
+    with Largest() as largest:
+        solved(text)
+    assert 2 * TEXT.shape[1] * 16 <= largest.numbers < text.numel() * 16 // 4
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -128,6 +128,21 @@ def embedding(context: Context, node: fx.Node) -> ir.Value:
     return context.builder.op("Gather", context.value(table), context.value(ids), axis=0)
 
 
+@lowering(einfold_ops.mix_channels.default)
+def mix_channels(context: Context, node: fx.Node) -> ir.Value:
+    x, outer, inner = node.args
+    builder, (sets, size) = context.builder, (len(_value(outer)), len(_value(inner)))
+    lead = [0] * (_value(x).dim() - 1)
+    rows = builder.reshape(context.value(x), [*lead, sets, size])
+    half = builder.op("MatMul", rows, context.value(inner))
+    return builder.reshape(builder.op("MatMul", context.value(outer), half), [*lead, sets * size])
+
+
+def _value(node: Any) -> torch.Tensor:
+    value: torch.Tensor = node.meta["val"]
+    return value
+
+
 @lowering(einfold_ops.select_rows.default)
 def select_rows(context: Context, node: fx.Node) -> ir.Value:
     x, rows = node.args

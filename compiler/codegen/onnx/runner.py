@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ....runtime.artifact import Artifact
 from ....runtime.buffers import Array
 from ....runtime.cache import Cache
 from ....runtime.runner import Floats, Ints, running
+from ...ir.heap import give_back
 from ...ir.kv.layout import TOKENS
 from ...ir.manifest import BLOCKS, MODEL, WEIGHTS, WHOLE, Part
 from .check import check_onnx
@@ -104,14 +104,6 @@ def session_of(model: str | bytes, options: ort.SessionOptions, name: str) -> or
         raise ArtifactError(
             f"onnxruntime {ort.__version__} cannot load {name}: {first_line(error)}"
         ) from error
-
-
-def give_back() -> None:
-    """Gives back what onnxruntime let go of while it loaded, which the C library keeps otherwise: 270 MB
-    where 100 million 3-bit codes were brought into 4 bits."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # glibc
-        trim(0)
 
 
 class OnnxRunner:

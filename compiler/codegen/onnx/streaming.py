@@ -26,6 +26,7 @@ from ....runtime.cache import Cache
 from ....runtime.memory.direct import Bytes, DirectFile, aligned
 from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, merged, read_spans
 from ....runtime.runner import Floats, Ints, running
+from ...ir.heap import give_back
 from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
 from ...memory.tiers import AHEAD, Fixed, Load, Piece, TierPlan
 from .cut import Extent, SuperOp, cut, divide, handed_on, model_of
@@ -35,7 +36,6 @@ from .runner import (
     bind_array,
     check_names,
     checked_model,
-    give_back,
     session_of,
     session_options,
     two_numbers,

@@ -22,12 +22,12 @@ from torch import Tensor
 
 def rotate(rows: Tensor) -> Tensor:
     """Rows [.., M], rotated; lengths and products are kept."""
-    return hadamard(rows * _signs_of(rows))
+    return hadamard(rows * signs(rows.shape[-1], rows.device))
 
 
 def rotate_back(rows: Tensor) -> Tensor:
     """The inverse of `rotate`."""
-    return hadamard(rows) * _signs_of(rows)
+    return hadamard(rows) * signs(rows.shape[-1], rows.device)
 
 
 def hadamard(rows: Tensor) -> Tensor:
@@ -44,8 +44,9 @@ def hadamard(rows: Tensor) -> Tensor:
     return turned
 
 
-def _signs_of(rows: Tensor) -> Tensor:
-    return torch.tensor(_signs(rows.shape[-1]), device=rows.device)
+def signs(width: int, device: torch.device | None = None) -> Tensor:
+    """-1.0 or 1.0 for each place of a row."""
+    return torch.tensor(_signs(width), device=device)
 
 
 @lru_cache(maxsize=64)

@@ -278,6 +278,11 @@ def test_an_export_is_what_a_compile_would_store(plain: Path, tmp_path: Path) ->
         ({"weights": {"format": "fp16"}}, UnsupportedError, "scheme half"),
         ({"weights": {"format": "fp32", "keep": False}}, RecipeError, "stores no linear"),
         ({"weights": {"format": "int4", "block": 128}}, UnsupportedError, "do not divide"),
+        (
+            {"weights": {"format": "int4", "rotate": True}},
+            UnsupportedError,
+            "own model would read it as it was",
+        ),
     ],
 )
 def test_what_is_not_exported(

@@ -1,0 +1,53 @@
+"""Rows turned by an orthogonal matrix that mixes all of their numbers, for rows of any length.
+
+    turned = A X B,      X [a, b] the numbers x * signs of a row of a b, A and B symmetric and orthogonal
+
+B is the Hadamard matrix of b, the largest power of two that divides a row, up to 64; A that of the other
+powers of two, in the Kronecker product with the Hartley matrix of what is left, cos + sin of 2 pi i j / m
+over the root of m. So two small matrices turn a row: of 9 and 64 numbers for 576, of 32 and 64 for 2,048.
+The signs are those of `hadamard.py`: they follow from the place, and nothing is stored.
+
+Source: QuaRot (Ashkboos et al. 2024, section 4), whose sizes that are no power of two take tables of larger
+Hadamard matrices; a Hartley matrix there is for every size, and mixes as well.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .hadamard import hadamard, signs
+
+#: Numbers of the inner matrix at most.
+_INNER = 64
+
+
+def turned(rows: Tensor) -> Tensor:
+    """Rows [.., M], turned in float64; lengths and products are kept. In the rows' type."""
+    return mixed(rows.double() * signs(rows.shape[-1])).to(rows.dtype)
+
+
+def mixed(rows: Tensor) -> Tensor:
+    """Rows [.., M] without the signs: its own inverse."""
+    outer, inner = (matrix.to(rows.dtype) for matrix in factors(rows.shape[-1]))
+    found: Tensor = (outer @ rows.unflatten(-1, (len(outer), -1)) @ inner).flatten(-2)
+    return found
+
+
+@lru_cache(maxsize=16)
+def factors(width: int) -> tuple[Tensor, Tensor]:
+    """(A [a, a], B [b, b]) of rows of some width, in float64."""
+    power = width & -width
+    inner = min(power, _INNER)
+    rest = width // power
+    place = torch.arange(rest, dtype=torch.float64)
+    angle = place[:, None] * place * (2 * math.pi / rest)
+    hartley = (angle.cos() + angle.sin()) / math.sqrt(rest)
+    return torch.kron(hartley, _of_hadamard(power // inner)), _of_hadamard(inner)
+
+
+def _of_hadamard(size: int) -> Tensor:
+    return hadamard(torch.eye(size, dtype=torch.float64))
