@@ -32,6 +32,7 @@ from einfold.compiler.ir.quant.scheme import PRESETS, read_scheme
 from einfold.compiler.ir.weights import Weight
 from einfold.compiler.ir.weights_file import write_weights
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
+from einfold.compiler.passes.weight_quant.round_activations import RoundActivations
 
 from .report import machine
 
@@ -52,15 +53,22 @@ MORE = (
     "grouped(bits=4,block=128)",
     "grouped(bits=3,block=64)",
     "grouped(bits=2,block=16)",
+    "grouped(bits=8,block=0)",
+    "grouped(bits=8,block=0) x int8",
+    "qserve x int8",
 )
 
 
 def write(text: str, folder: Path) -> float:
-    """Writes the linear in a scheme, or as it comes; bits a weight in the file."""
+    """Writes the linear in a scheme, or as it comes; bits a weight in the file. Behind " x " stands what
+    activations are rounded to."""
+    scheme, _, activations = text.partition(" x ")
     weight = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
     found = parse(GRAPH, lambda name, declared: Weight.of(weight))
     if text != "fp32":
-        QuantizeWeights(read_scheme(text)).run(found)
+        QuantizeWeights(read_scheme(scheme)).run(found)
+    if activations:
+        RoundActivations().run(found)
     copies = {name: found.weights[name].load() for name in found.weights}
     found = parse(print_program(found), lambda name, declared: Weight.of(copies[name]))
     placements, _ = write_weights(found.weights, folder / "w.safetensors")

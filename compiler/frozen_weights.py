@@ -3,6 +3,7 @@
 Before: %y = linear(%x, %weight, %bias)                                     %weight: the graph's attribute
 After:  %y = einfold.stored_linear(%x, [%pieces], %bias, scheme, shape)      on a CPU
         %y = einfold_triton.product(%x, [%pieces], %bias, scheme, shape)     on a GPU, by kernels
+With activations in int8 %x goes through einfold.round_to_int8 first, on a GPU within the product.
 
 In torch 2.13 Dynamo makes parameters attributes of the graph where they are frozen
 (`torch._inductor.config.freezing`, without gradients), and inputs of it otherwise, which a call may change.
@@ -20,7 +21,7 @@ from torch._dynamo.source import AttrSource
 from ..errors import IRError, RecipeError
 from .codegen.triton.device import without_kernels
 from .codegen.triton.linear.decoder import decoder_of
-from .codegen.triton.linear.kinds import type_of
+from .codegen.triton.linear.kinds import no_kernel, type_of
 from .codegen.triton.linear.through import pieces_for_kernels
 from .ir.ops import einfold_ops
 from .ir.quant.scheme import PRESETS, Scheme, find_scheme
@@ -55,9 +56,23 @@ class Frozen:
     reason: str = ""
 
 
-def store_frozen_weights(gm: fx.GraphModule, scheme: Scheme) -> Frozen:
+def activations_for(scheme: Scheme, asked: str | None) -> str:
+    """What linears read, "f32" or "int8": what was asked for, or the scheme's own. Raises RecipeError where
+    it cannot be."""
+    if asked not in (None, "f32", "int8"):
+        raise RecipeError(f"option activations is {str(asked)[:80]!r}; it can be f32 or int8")
+    if asked == "int8" and not scheme.integer_rows:
+        raise RecipeError(
+            "option activations = int8 is for weights that are integers with one scale a row, not for "
+            f"{scheme.describe()}; use the weights grouped(bits=8,block=0) or qserve"
+        )
+    return asked or scheme.activations
+
+
+def store_frozen_weights(gm: fx.GraphModule, scheme: Scheme, activations: str = "f32") -> Frozen:
     """Stores the weights of the graph's linears, rounded to nearest, in place. A weight is stored once.
 
+    With `activations` "int8" linears read theirs in 8 bits, all of them: which one is a head is not known.
     The caller's module keeps its own weights: their memory is freed when the caller lets go of them.
     """
     linears = [node for node in gm.graph.nodes if node.target in _LINEARS]
@@ -69,7 +84,7 @@ def store_frozen_weights(gm: fx.GraphModule, scheme: Scheme) -> Frozen:
     done: dict[str, tuple[list[fx.Node], list[int]]] = {}
     reasons: dict[str, None] = {}
     for node in frozen:
-        reason = _replace(gm, node, scheme, done)
+        reason = _replace(gm, node, scheme, activations, done)
         if reason:
             reasons[reason] = None
     gm.graph.eliminate_dead_code()
@@ -99,17 +114,19 @@ def _replace(
     gm: fx.GraphModule,
     node: fx.Node,
     scheme: Scheme,
+    activations: str,
     done: dict[str, tuple[list[fx.Node], list[int]]],
 ) -> str:
     """Has a linear read its weight as it is stored; gives the reason where it cannot."""
     weight, read = _weight(gm, node), node.args[1]
     assert weight is not None and isinstance(read, fx.Node)
-    kernels = not without_kernels(weight.device.type)
-    if kernels and (decoder_of(scheme) is None or not type_of(weight.dtype)):
-        return f"no kernel multiplies {weight.dtype} by weights in {scheme}"
+    kernels, integers = not without_kernels(weight.device.type), activations == "int8"
+    if kernels and (decoder_of(scheme, integers) is None or not type_of(weight.dtype)):
+        return no_kernel(str(weight.dtype), scheme, integers)
     name = str(read.target)
     if name not in done:
-        done[name] = _stored(gm, read, weight, scheme, kernels), list(weight.shape)
+        ordered = activations if kernels else ""
+        done[name] = _stored(gm, read, weight, scheme, ordered), list(weight.shape)
     pieces, shape = done[name]
     bias = node.args[2] if len(node.args) > 2 else None
     target = (
@@ -122,7 +139,10 @@ def _replace(
         if narrow:
             x = gm.graph.call_method("float", (x,))
             bias = bias if bias is None else gm.graph.call_method("float", (bias,))
-        new = gm.graph.call_function(target, (x, pieces, bias, str(scheme), shape))
+        if integers and not kernels:
+            x = gm.graph.call_function(einfold_ops.round_to_int8.default, (x,))
+        more = (activations,) if kernels else ()
+        new = gm.graph.call_function(target, (x, pieces, bias, str(scheme), shape, *more))
         if narrow:
             new = gm.graph.call_method("to", (new, weight.dtype))
     node.replace_all_uses_with(new)
@@ -141,12 +161,13 @@ def _name_source(gm: fx.GraphModule, weight: str, name: str, at: int) -> None:
 
 
 def _stored(
-    gm: fx.GraphModule, read: fx.Node, weight: Tensor, scheme: Scheme, kernels: bool
+    gm: fx.GraphModule, read: fx.Node, weight: Tensor, scheme: Scheme, ordered: str
 ) -> list[fx.Node]:
+    """Nodes of the pieces; in the order of kernels for such activations where it is not ""."""
     found = RoundToNearest().solve(weight.detach().float(), scheme, {}).pieces
     pieces: Sequence[Tensor] = [found[label] for label in scheme.pieces(tuple(weight.shape))]
-    if kernels:
-        pieces = pieces_for_kernels(scheme, weight.shape, pieces)
+    if ordered:
+        pieces = pieces_for_kernels(scheme, weight.shape, pieces, ordered)
     nodes = []
     with gm.graph.inserting_before(read):
         for at, piece in enumerate(pieces):

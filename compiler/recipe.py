@@ -43,6 +43,7 @@ from .passes.weight_methods import (
 from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .passes.weight_quant.rotate_residual import RotateResidual
+from .passes.weight_quant.round_activations import RoundActivations
 from .solve.round_to_nearest import RoundToNearest
 
 #: Tokens that a model is calibrated on, where weights are solved and where they are not.
@@ -94,6 +95,10 @@ class WeightsSection(_Section):
     decoupleq, or gptq where groups of a format have no scales, for causal language models, through which a
     text can be read, and to nearest for all else; it is what int4 has where nothing but its name is said, and
     then blocks of 128 with zero points, the head too, and what layers add up turned where it can be."""
+    activations: Literal["f32", "int8"] | None = None
+    """What linears read: activations as they are, or in 8 bits with a scale for each token, so that products
+    are of integers; for weights that are integers with one scale a row, as int8 and int4 with block = 0 are.
+    Where it is not given int8 for qserve, f32 for all else. Head and experts read theirs as they are."""
     rotate: bool | Literal["auto"] = False
     """Whether what layers add up is turned by an orthogonal matrix, folded into the weights, before they are
     rounded: numbers that stand out are spread over all channels. Of models with RMS norms; "auto": where it
@@ -150,8 +155,10 @@ class WeightsSection(_Section):
             self.solver if isinstance(self.solver, dict) else {"method": RoundToNearest.name}
         )
         mix = mix_of(self.model_dump(), scheme)
+        ahead: list[Pass] = [RotateResidual()] if self.rotate else []
+        behind: list[Pass] = [RoundActivations()] if self.activations == "int8" else []
         store = QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)
-        return [RotateResidual(), store] if self.rotate else [store]
+        return [*ahead, store, *behind]
 
     def _head(self) -> Scheme | None:
         """The head's own scheme, with those of the options that its format takes: int8 stays in 8 bits."""
@@ -378,8 +385,13 @@ class Recipe(_Section):
 
     def remarks(self) -> list[str]:
         """What the target says of the weights' schemes."""
-        steps = (step for step in self.weight_passes() if isinstance(step, QuantizeWeights))
+        steps = [step for step in self.weight_passes() if isinstance(step, QuantizeWeights)]
         schemes = {scheme: None for step in steps for scheme in step.schemes()}
+        if (
+            self.weights.activations == "int8"
+        ):  # integers are multiplied as they are, but for a head
+            heads = [step.head or step.scheme for step in steps]
+            schemes = {each: None for each in schemes if each in heads or not each.integer_rows}
         return [said for scheme in schemes if (said := self.made_for.remark(scheme))]
 
     @property

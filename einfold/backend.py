@@ -80,20 +80,21 @@ def einfold(
 ) -> Callable[..., Any]:
     """Compiles one graph of Dynamo's.
 
-    Three of `options` are einfold's. "measure": "auto" times each kind of region once and keeps what is
+    Four of `options` are einfold's. "measure": "auto" times each kind of region once and keeps what is
     fastest, "never" takes the first lowering that expresses it. "rest": who compiles what is left,
     "inductor", or "eager" for nobody, to look for faults. "weights": a format ("int4") that the weights of
     linears are stored in, rounded to nearest, where the caller has frozen them; the report says so where
-    not. The others, and `mode`, go to Inductor.
+    not. "activations": with such weights, "int8" for products of integers, or "f32". The others, and `mode`,
+    go to Inductor.
     """
     options = dict(options or {})
-    weights = options.pop("weights", None)
+    weights, activations = options.pop("weights", None), options.pop("activations", None)
     own = {name: options.pop(name, values[0]) for name, values in OPTIONS.items()}
     for name, value in own.items():
         if value not in OPTIONS[name]:
             raise RecipeError(f"option {name} is {value!r}; it can be {' or '.join(OPTIONS[name])}")
     fused, report = rewritten(gm, own["measure"])
-    frozen = _frozen(fused, weights)
+    frozen = _frozen(fused, weights, activations)
     if frozen is not None:
         more = {"weights": frozen.reason} if frozen.reason else {}
         report = replace(report, stored=frozen.stored, skipped={**report.skipped, **more})
@@ -104,13 +105,18 @@ def einfold(
     return _inductor(fused, example_inputs, options, mode)
 
 
-def _frozen(gm: fx.GraphModule, weights: object) -> Frozen | None:
+def _frozen(gm: fx.GraphModule, weights: object, activations: str | None) -> Frozen | None:
     """The graph's weights stored as `weights` says, in place; None where it says nothing."""
     if weights is None:
+        if activations is not None:
+            raise RecipeError(
+                "option activations goes with weights that are integers; give weights too"
+            )
         return None
-    from .compiler.frozen_weights import scheme_named, store_frozen_weights
+    from .compiler.frozen_weights import activations_for, scheme_named, store_frozen_weights
 
-    return store_frozen_weights(gm, scheme_named(str(weights)))
+    scheme = scheme_named(str(weights))
+    return store_frozen_weights(gm, scheme, activations_for(scheme, activations))
 
 
 def rewritten(gm: fx.GraphModule, measure: str = "auto") -> tuple[fx.GraphModule, GraphReport]:

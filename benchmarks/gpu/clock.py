@@ -62,7 +62,12 @@ def copy_bandwidth(clock: Clock) -> float:
 
 
 def matrix_rate(clock: Clock, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product."""
+    """Operations a second of a square matrix product; of int8 with sums in int32."""
     size = 8192
+    if dtype == torch.int8:
+        c, d = (
+            torch.randint(-127, 128, (size, size), device="cuda", dtype=dtype) for _ in range(2)
+        )
+        return 2 * size**3 / clock(lambda: torch._int_mm(c, d.T)) * 1e6
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     return 2 * size**3 / clock(lambda: a @ b) * 1e6

@@ -1,4 +1,4 @@
-"""What products with stored weights are measured beside: cuBLAS over halves, torchao, Marlin.
+"""What products with stored weights are measured beside: cuBLAS over halves, torchao, Marlin, cuBLASLt.
 
 Each peer multiplies by a weight of the same shape in a format of its own, groups of 128 where it has groups.
 Their numbers are not compared, so weights may be anything; a peer that is not installed says so in the table.
@@ -15,9 +15,16 @@ from torch import Tensor, nn
 Run = Callable[[], Any]
 
 
-def peers(shape: tuple[int, int], x: Tensor) -> dict[str, Callable[[], Run]]:
-    """For each peer what makes its call; making it raises where the peer cannot."""
-    return {
+def peers(
+    shape: tuple[int, int], x: Tensor, integers: bool = False
+) -> dict[str, Callable[[], Run]]:
+    """For each peer what makes its call; making it raises where the peer cannot. Those of `integers` round
+    activations to 8 bits too, but for cuBLASLt, which is given integers and leaves scales out."""
+    of_integers = {
+        "torchao int8 x int8": lambda: _torchao(shape, x, "Int8DynamicActivationInt8WeightConfig"),
+        "cuBLASLt int8": lambda: _integers(shape, x),
+    }
+    return (of_integers if integers else {}) | {
         "cuBLAS": lambda: _plain(shape, x),
         "torchao int8": lambda: _torchao(shape, x, "Int8WeightOnlyConfig"),
         "torchao int4": lambda: _torchao(
@@ -39,6 +46,13 @@ def _linear(shape: tuple[int, int], x: Tensor, dtype: torch.dtype) -> nn.Linear:
 def _plain(shape: tuple[int, int], x: Tensor) -> Run:
     made = _linear(shape, x, x.dtype)
     return lambda: made(x)
+
+
+def _integers(shape: tuple[int, int], x: Tensor) -> Run:
+    """It takes more than 16 rows."""
+    weight = torch.randint(-127, 128, shape, device=x.device, dtype=torch.int8)
+    given = torch.randint(-127, 128, x.shape, device=x.device, dtype=torch.int8)
+    return lambda: torch._int_mm(given, weight.T)
 
 
 def _torchao(shape: tuple[int, int], x: Tensor, config: str, **options: Any) -> Run:

@@ -151,6 +151,21 @@ SOLVERS_AND_FORMATS = (
     ),
 )
 
+#: Products of integers, and the same weights with activations as they are; `qserve` stands above.
+ACTIVATIONS = tuple(
+    _text(text)
+    for text in (
+        "int8:block=0",
+        "int8:block=0,activations=int8",
+        "gptq:bits=8,block=0,activations=int8",
+        "int4:block=0,activations=int8",
+        "int4:block=128,symmetric=false",
+        "qserve:activations=f32",
+        "gptq:format=qserve,activations=f32",
+        "gptq:format=qserve",
+    )
+)
+
 #: Every method at its defaults, and those that pack at several bits.
 CACHE = (
     _FLOAT,
@@ -167,4 +182,4 @@ CACHE = (
     _STACK,
 )
 
-SETS = {"quick": QUICK, "weights": (*WEIGHTS, *SOLVERS_AND_FORMATS), "cache": CACHE}
+SETS = {"quick": QUICK, "weights": (*WEIGHTS, *SOLVERS_AND_FORMATS, *ACTIVATIONS), "cache": CACHE}

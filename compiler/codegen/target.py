@@ -111,9 +111,12 @@ class Target(BaseModel):
         where there is nothing to say."""
         return ""
 
-    def exact(self, scheme: Scheme | None) -> bool:
-        """Whether products with weights that are stored so are computed in float32."""
-        return True
+    def exact(self, scheme: Scheme | None, activations: str = "f32") -> bool:
+        """Whether products with weights that are stored so are computed in float32.
+
+        Of activations in 8 bits none is: what is nearly the same ahead of the rounding may be a step apart
+        behind it."""
+        return activations == "f32"
 
     def attention(self) -> Callable[..., Any] | None:
         """Makes lowerings of attention (`compiler/fuse/folded.py`) in operators that `write` takes.

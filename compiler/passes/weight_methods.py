@@ -170,6 +170,7 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
     scheme = scheme_of(name, {key: value for key, value in table.items() if key in known})
     found |= {key: _plain(getattr(scheme, key)) for key in known}
     mix_of(found, scheme)
+    found["activations"] = _activations(found["activations"], name, scheme)
     if found["rotate"] and (scheme is None or scheme.nearly_exact):
         raise ValueError(
             f"weights.rotate spreads what stands out before weights are rounded to few levels, and {name} "
@@ -185,6 +186,18 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"weights.solver: {reason}")
         found["solver"] = {"method": solver.name, **values_of(solver)}
     return found
+
+
+def _activations(asked: Any, name: str, scheme: Scheme | None) -> Any:
+    """What linears read where a recipe asks so, or does not. Raises ValueError for weights whose products
+    would not be of integers."""
+    if asked == "int8" and (scheme is None or not scheme.integer_rows):
+        stored = "as they come" if scheme is None else f"stored in {scheme.describe()}"
+        raise ValueError(
+            "weights.activations = int8 is for products of integers, whose weights have one scale a row, and "
+            f"those of {name} are {stored}; use int8 or int4 with block=0, or qserve"
+        )
+    return asked or ("f32" if scheme is None else scheme.activations)
 
 
 def mix_of(table: Mapping[str, Any], scheme: Scheme | None) -> Mix | None:

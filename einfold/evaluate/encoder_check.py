@@ -116,7 +116,7 @@ class EncoderCheck:
             made_for(artifact.manifest.target, recipe),
             PRESETS.find(recipe["weights"]["format"]),
         )
-        exact = made.exact(preset.scheme)
+        exact = made.exact(preset.scheme, recipe["weights"].get("activations", "f32"))
         caller = made.caller(artifact, lean=True, part=self.part)
         reference = ReferenceCaller(artifact, keep_weights=False, part=self.part)
         beside, away = 0.0, 0.0

@@ -54,7 +54,8 @@ class ModuleCheck:
         session = _session(folder / MODEL)
         scheme = recipe.weights.preset.scheme
         exact = scheme is None
-        tolerance = None if recipe.made_for.exact(scheme) else _INT8_PRODUCTS
+        activations = recipe.weights.activations or "f32"
+        tolerance = None if recipe.made_for.exact(scheme, activations) else _INT8_PRODUCTS
         interpreter = Interpreter(captured.program)
         for example, expected in self._expected:
             inputs = captured.inputs(example)

@@ -89,7 +89,9 @@ def self_check(
     scale = max(1.0, float(np.abs(reference).max()))
     recipe = artifact.manifest.recipe
     kept = _kept(beside.program)
-    approximate = not made.exact(PRESETS.find(recipe["weights"]["format"]).scheme or kept)
+    activations = recipe["weights"].get("activations", "f32")
+    scheme = PRESETS.find(recipe["weights"]["format"]).scheme or kept
+    approximate = not made.exact(scheme, activations)
     if largest > _TOLERANCE * scale and not approximate:
         raise EinfoldError(
             f"the compiled model differs from the reference by {largest:.2e} (logits up to {scale:.1f}); "
@@ -102,9 +104,16 @@ def self_check(
         "largest logit": scale,
         "same likeliest token as the artifact's graph": float(same),
         "tokens": _PROMPT + _STEPS,
-        "arithmetic": "int8 products (accuracy level 4)" if approximate else "float32",
+        "arithmetic": _arithmetic(approximate, activations),
         "compressed cache": compressed,
     }
+
+
+def _arithmetic(approximate: bool, activations: str) -> str:
+    """What the target multiplies in, for the report."""
+    if activations != "f32":
+        return f"{activations} activations"
+    return "int8 products (accuracy level 4)" if approximate else "float32"
 
 
 def _kept(program: Program) -> Scheme | None:

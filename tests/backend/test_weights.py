@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from einfold import backend
 from einfold.compiler import frozen_weights
 from einfold.compiler.frozen_weights import scheme_named, store_frozen_weights
+from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import RecipeError
@@ -117,6 +119,41 @@ def test_a_weight_is_stored_once_and_others_are_told_of() -> None:
     torch.testing.assert_close(third, x @ given.T)
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations"), [(str(Grouped(8, 0)), "int8"), ("qserve", None)]
+)
+def test_activations_are_rounded(weights: str, activations: str | None) -> None:
+    """Of qserve without being asked."""
+    module, x = model(), torch.randn(3, 40)
+    asked = {} if activations is None else {"activations": activations}
+    found = compiled(module, x, True, weights=weights, **asked)
+    for at in (0, 2):
+        linear, scheme = module[at], scheme_named(weights)
+        pieces = RoundToNearest().solve(linear.weight.data, scheme, {}).pieces
+        linear.weight.data = scheme.dequantize(pieces, linear.weight.shape[1])
+        linear.register_forward_pre_hook(lambda _, args: einfold_ops.round_to_int8(*args))
+    torch.testing.assert_close(found, module(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"weights": "int8", "activations": "int8"},
+            "not for 8 bits, block 32, symmetric; use the weights",
+        ),
+        (
+            {"weights": "qserve", "activations": "int4"},
+            "activations is 'int4'; it can be f32 or int8",
+        ),
+        ({"activations": "int8"}, "give weights too"),
+    ],
+)
+def test_activations_that_cannot_be_are_refused(options: dict[str, str], says: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match=says):
+        compiled(model(), torch.randn(3, 40), True, **options)
+
+
 def test_on_a_gpu_kernels_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph calls their operator over pieces in their order; what no kernel reads stays as it is."""
     monkeypatch.setattr(frozen_weights, "without_kernels", lambda kind: "")
@@ -126,11 +163,15 @@ def test_on_a_gpu_kernels_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.target is torch.ops.einfold_triton.product.default
     codes, scales = (getattr(gm, node.target) for node in first.args[1])
     assert codes.shape == (1, 24, 16) and codes.dtype == torch.int32 and scales.shape == (4, 24)
-    assert first.args[3:] == (str(INT4), [24, 40])
+    assert first.args[3:] == (str(INT4), [24, 40], "f32")
     meta = torch.empty(5, 40, device="meta")
     assert torch.ops.einfold_triton.product(
         meta, [codes, scales], None, str(INT4), [24, 40]
     ).shape == (5, 24)
+    gm = graph()
+    assert store_frozen_weights(gm, scheme_named("qserve"), "int8").stored == 1
+    first, *_ = (node for node in gm.graph.nodes if node.op == "call_function")
+    assert getattr(gm, first.args[1][0].target).shape == (1, 24, 64) and first.args[5] == "int8"
     gm = graph()
     found = store_frozen_weights(gm, scheme_named("fp16"))
     assert (

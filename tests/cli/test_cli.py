@@ -274,6 +274,7 @@ def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> No
         "head": "same",
         "embedding": True,
         "bpw": None,
+        "activations": "f32",
         "widths": "2+4+8",
         "solver": None,
         "rotate": False,

@@ -12,6 +12,7 @@ from einfold.compiler.ir.quant.scheme import PRESETS, SCHEMES, Scheme, read_sche
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.k_quants import KQuant
 from einfold.compiler.ir.quant.schemes.qlora import NF4
+from einfold.compiler.ir.quant.schemes.qserve import QServe
 from einfold.compiler.ir.quant.schemes.small_floats import FP6, FP8
 from einfold.compiler.ir.quant.schemes.ternary import Ternary
 from einfold.errors import IRError
@@ -34,6 +35,7 @@ OWN: list[Scheme] = [
     Grouped(6, 32, symmetric=False, scales="f16"),
     Grouped(5, 16),
     FP6(mantissa=2, block=32),
+    QServe(block=16),
     Ternary(block=64),
     *(KQuant(bits) for bits in (2, 3, 5, 6)),
 ]
@@ -83,6 +85,7 @@ def test_recipe(name: str) -> None:
         (Grouped, {"block": 1 << 40}, "not 1099511627776"),  # to which every row would be padded
         (Grouped, {"scales": "f8"}, "in f32, f16, q8, not in 'f8'"),
         (NF4, {"block": 48}, "power of two"),
+        (QServe, {"block": 0}, "the block must be that of groups within a row, such as 128, not 0"),
         (FP8, {"block": -16}, "power of two"),
         (FP6, {"mantissa": 4}, "2 or 3 bits of mantissa, not 4"),
         (KQuant, {"bits": 8}, "2, 3, 4, 5, 6 bits, not 8"),
@@ -100,7 +103,7 @@ def test_blocks_that_no_format_has(name: str, block: int) -> None:
     """0 stands for whole rows, or one scale, where a format has these."""
     scheme = PRESETS[name].scheme
     assert scheme is not None
-    if block == 0 and name != "planes":
+    if block == 0 and name not in ("planes", "qserve"):
         assert scheme.adapted(block=0).nbytes((4, 600)) > 0
         return
     with pytest.raises(IRError, match=f"the block must be .*, not {block}"):

@@ -19,7 +19,8 @@ import onnx_ir as ir
 from ...ir.quant.schemes.grouped import Grouped
 from ...ir.quant.schemes.k_quants import PLANES, SUPERBLOCK, KQuant
 from .nbits import of_planes, spread, times
-from .stored import Stored, kernel_of
+from .stored import kernel_of
+from .stored_weight import Stored
 
 
 @kernel_of(KQuant)

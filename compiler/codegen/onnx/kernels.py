@@ -28,6 +28,7 @@ from ...ir.quant.schemes.grouped import Grouped
 from ...ir.quant.schemes.k_quants import KQuant
 from ...ir.quant.schemes.microscaling import MXFP4, NVFP4
 from ...ir.quant.schemes.qlora import FP4, NF4
+from ...ir.quant.schemes.qserve import QServe
 from ...ir.quant.schemes.small_floats import FP6, FP8
 from ...ir.quant.schemes.ternary import Ternary
 
@@ -75,6 +76,7 @@ _BITS: dict[type[Scheme], Callable[[Any, bool], int]] = {
     Grouped: _grouped,
     KQuant: lambda scheme, exact: _grouped(Grouped(scheme.bits, scheme.block), exact),
     Ternary: lambda scheme, exact: 2,
+    QServe: _whole,
     MXFP4: _whole,
     NVFP4: _whole,
     FP6: lambda scheme, exact: _rounded(scheme, exact and scheme.mantissa == 2),

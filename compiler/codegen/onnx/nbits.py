@@ -2,6 +2,7 @@
 
 3 bits           4-bit codes, q + 4
 5, 6 bits        two products: the high plane in 4 bits, the low one in 2
+QServe           8-bit codes, its integers, where activations are as they are (else `integers.py`)
 E2M1, E2M3       8-bit codes: every level is a whole multiple of the smallest
 ternary          2-bit codes as they are
 NF4, FP4, E4M3   8-bit codes, levels rounded to 1/127 of the largest, where activations are rounded too
@@ -20,25 +21,16 @@ from ...ir.quant.levels import Levels
 from ...ir.quant.schemes.grouped import SUPER, Grouped
 from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
 from ...ir.quant.schemes.qlora import FP4, NF4
+from ...ir.quant.schemes.qserve import QServe
 from ...ir.quant.schemes.small_floats import FP6, FP8
 from ...ir.quant.schemes.ternary import LINE, Ternary
+from .integers import codes_of
 from .kernels import FEWEST_2, short_block
 from .quantized import Codes, matmul_nbits
-from .stored import Stored, kernel_of
+from .stored import kernel_of
+from .stored_weight import Stored, bits_table
 
 _F32 = int(ir.DataType.FLOAT)
-
-
-def _bits_table(bits: int, codes: NDArray[np.int64], wide: int) -> NDArray[np.uint8]:
-    """[256, k]: for each byte of codes of `bits` bits the bytes that hold, in `wide` bits, what `codes` makes
-    of each."""
-    byte = np.arange(256)
-    found = codes[
-        np.stack([byte >> place & (1 << bits) - 1 for place in range(0, 8, bits)], axis=-1)
-    ]
-    parts = found.reshape(256, -1, 8 // wide) << np.arange(0, 8, wide)
-    table: NDArray[np.uint8] = parts.sum(-1).astype(np.uint8)
-    return table
 
 
 def _product(
@@ -128,7 +120,7 @@ def _mapped(
 ) -> Codes:
     """A plane whose codes become others in `wide` bits, and zero points too; without these zero becomes
     2^(wide-1)."""
-    table = _bits_table(bits, codes, wide)
+    table = bits_table(bits, codes, wide)
     found = None
     if not stored.scheme.symmetric:
         found = _rows_looked_up(stored, zeros, table, wide)
@@ -213,7 +205,7 @@ def _whole(scheme: Levels, unit: float) -> NDArray[np.int64]:
 def _of_levels(stored: Stored, unit: float) -> ir.Value:
     """8-bit codes from the levels' codes of 4 or 8 bits in `packed`."""
     scheme: Levels = stored.scheme
-    return stored.looked_up("packed", _bits_table(scheme.bits, _whole(scheme, unit), 8))
+    return stored.looked_up("packed", bits_table(scheme.bits, _whole(scheme, unit), 8))
 
 
 @kernel_of(MXFP4)
@@ -263,3 +255,12 @@ def fp6(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     return _levels(
         stored, x, bias, stored.piece("scales"), stored.gathered(table, index, shape), unit
     )
+
+
+@kernel_of(QServe)
+def qserve(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """Activations as they are: its integers in 8 bits, in blocks that share the scale of their row."""
+    builder, groups = stored.context.builder, stored.size("scales")
+    units = stored.op("Unsqueeze", stored.piece("units"), builder.ints(-1))
+    codes = Codes(codes_of(stored), spread(stored, units, groups, groups), None, 8)
+    return _product(stored, x, bias, stored.scheme.block, codes)

@@ -9,12 +9,10 @@ its meaning in standard operators, which are computed once too: the memory and t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ...ir.ops import einfold_ops
@@ -24,63 +22,11 @@ from ...ir.quant.scheme import Scheme, read_scheme
 from .einfold_ops import product
 from .experts import Project, expert_slice, route
 from .fallback import lower_by_torch
+from .integers import integer_product, of_integers
 from .kernels import WIDE, runtime_bits
 from .lowerings import Context, lowering
+from .stored_weight import Stored
 from .widen import widened
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The pieces of a weight [rows, width], or of one expert of a stack, as ONNX values."""
-
-    context: Context
-    scheme: Any
-    pieces: Mapping[str, fx.Node]
-    rows: int
-    width: int
-    expert: int | None = None
-
-    def piece(
-        self, label: str, shape: tuple[int, ...] | None = None, dtype: ir.DataType | None = None
-    ) -> ir.Value:
-        """A piece, perhaps under another shape or type of as many bytes."""
-        node = self.pieces[label]
-        if self.expert is None or label in self.scheme.shared:
-            name = self.context.weight_name(node)
-            return self.context.builder.weight(name, shape=shape, dtype=dtype)
-        return expert_slice(self.context, node, self.expert, shape, dtype)
-
-    def size(self, label: str) -> int:
-        """The last axis of a piece."""
-        return int(self.pieces[label].meta["val"].shape[-1])
-
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node over weights alone: one for all that read the weight."""
-        return self.context.builder.shared(kind, *inputs, **attributes)
-
-    def looked_up(self, label: str, table: NDArray[Any]) -> ir.Value:
-        """[rows, G, bytes * k]: for each byte of a piece the k numbers of `table` [256, k].
-
-        Two bytes at a time where they come in pairs, since an index takes four bytes while it is computed.
-        """
-        shape = tuple(self.pieces[label].meta["val"].shape)[-3:]
-        if self.expert is not None:
-            shape = (self.rows, *shape[-2:])
-        kind, count = ir.DataType.UINT8, shape[-1]
-        if count % 2 == 0:
-            kind, count = ir.DataType.UINT16, count // 2
-            first, second = np.meshgrid(np.arange(256), np.arange(256))
-            table = np.concatenate((table[first.ravel()], table[second.ravel()]), axis=-1)
-        index = self.op(
-            "Cast", self.piece(label, (*shape[:-1], count), kind), to=int(ir.DataType.INT32)
-        )
-        return self.gathered(table, index, (*shape[:-1], count * table.shape[-1]))
-
-    def gathered(self, table: NDArray[Any], index: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """Rows of a table by index, under a shape."""
-        found = self.op("Gather", self.context.builder.constant(table, table.dtype), index, axis=0)
-        return self.op("Reshape", found, self.context.builder.ints(*shape))
-
 
 Kernel = Callable[[Stored, ir.Value, ir.Value | None], ir.Value]
 
@@ -109,12 +55,15 @@ def matmul(stored: Stored, x: ir.Value, bias: ir.Value | None) -> ir.Value | Non
 
 @lowering(einfold_ops.stored_linear.default)
 def stored_linear(context: Context, node: fx.Node) -> ir.Value:
-    """The scheme's kernel, or a product with the weight that the pieces mean."""
+    """A product of integers, the scheme's kernel, or a product with the weight that the pieces mean."""
     found = context.arguments(node)
     scheme, shape = read_scheme(found["scheme"]), found["shape"]
     bias = context.optional(found["bias"])
     named = scheme.named(found["pieces"], shape)
-    out = matmul(Stored(context, scheme, named, *shape), context.value(found["x"]), bias)
+    stored = Stored(context, scheme, named, *shape)
+    if of_integers(found["x"], scheme):
+        return integer_product(stored, found["x"], bias)
+    out = matmul(stored, context.value(found["x"]), bias)
     if out is not None:
         return out
     weight = _whole(context, node, scheme, named, shape)

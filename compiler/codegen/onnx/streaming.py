@@ -79,6 +79,12 @@ class CutModel:
                     "times their bytes, so that no budget can be promised; compile into another format, "
                     "such as int4"
                 )
+        if weights.get("activations") == "int8":
+            raise UnsupportedError(
+                f"{artifact.folder} multiplies activations in 8 bits by integers, whose weights onnxruntime "
+                "turns while it loads them: all must be resident; leave the memory budget out, or compile "
+                "with weights.activations = f32"
+            )
         proto = ModelProto.FromString(checked_model(artifact))
         with running(str(artifact.folder)):
             divide(proto)

@@ -93,9 +93,9 @@ class Onnx(Target):
 
         return remark(scheme, self.accuracy_level != 4, self.flavour)
 
-    def exact(self, scheme: Scheme | None) -> bool:
-        rounded = scheme is not None and bool(scheme.operators)
-        return self.portable or not rounded or self.accuracy_level != 4
+    def exact(self, scheme: Scheme | None, activations: str = "f32") -> bool:
+        rounded = scheme is not None and bool(scheme.operators) and self.accuracy_level == 4
+        return super().exact(scheme, activations) and (self.portable or not rounded)
 
     def attention(self) -> Callable[..., Any] | None:
         from .fused import ThroughAttention

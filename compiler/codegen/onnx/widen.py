@@ -18,6 +18,7 @@ from ...ir.quant.scheme import Scheme
 from ...ir.quant.schemes.grouped import SUPER, Grouped
 from ...ir.quant.schemes.k_quants import PLANES, SUPERBLOCK, KQuant
 from ...ir.quant.schemes.microscaling import E4M3, MXFP4, NVFP4, POWERS
+from ...ir.quant.schemes.qserve import QServe
 from ...ir.quant.schemes.small_floats import FP6
 from ...ir.quant.schemes.ternary import LINE, Ternary
 from .builder import Builder
@@ -94,6 +95,15 @@ def widened(
     context: Context, scheme: Scheme, values: Mapping[str, ir.Value], lead: int, width: int
 ) -> ir.Value | None:
     """The weight [.., width] in float32; None for a scheme that is not known here."""
+    if isinstance(scheme, QServe):
+        pieces, builder = (
+            _pieces(context, scheme, values, lead, width, scheme.block),
+            context.builder,
+        )
+        zeros = builder.op("Unsqueeze", pieces.of_groups("zeros", 4), builder.ints(-1))
+        codes = builder.op("Sub", pieces.codes("packed", 4), zeros)
+        whole = pieces.times(codes, builder.op("Cast", values["scales"], to=_F32), width)
+        return builder.op("Mul", whole, builder.op("Unsqueeze", values["units"], builder.ints(-1)))
     if isinstance(scheme, Grouped):
         pieces = _pieces(context, scheme, values, lead, width, scheme.block_of(width))
         return pieces.times(_less(pieces, _zeros(pieces)), _grouped_scales(pieces), width)

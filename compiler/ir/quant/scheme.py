@@ -61,6 +61,9 @@ class Scheme:
     nearly_exact: ClassVar[bool] = False
     """Whether every matrix is stored so, whoever reads it, and no error is worth a measurement."""
 
+    activations: ClassVar[str] = "f32"
+    """What linears read where a recipe does not say: activations as they are, or in "int8"."""
+
     def __str__(self) -> str:
         return show(self)
 
@@ -82,6 +85,12 @@ class Scheme:
         """This scheme with those of `options` that it has. Raises IRError where they are none of a format."""
         known = {field.name for field in fields(self)}  # type: ignore[arg-type]
         return replace(self, **{name: v for name, v in options.items() if name in known})  # type: ignore[type-var]
+
+    @property
+    def integer_rows(self) -> bool:
+        """Whether a row is integers of -128 to 127 times one scale, so that its products with activations in
+        8 bits are of integers."""
+        return False
 
     @property
     def fewest_rows(self) -> int:

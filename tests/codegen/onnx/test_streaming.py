@@ -247,15 +247,22 @@ def test_a_model_that_cannot_be_cut_is_told(
         CutModel.of(Artifact.open(wide_head))
 
 
-@pytest.mark.parametrize("key", ["format", "head"])
-def test_formats_that_are_unpacked_by_way_of_more_are_refused(key: str, wide_head: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("format", "spqr", r"holds weights in spqr, .* no budget can be promised"),
+        ("head", "spqr", r"holds weights in spqr, .* no budget can be promised"),
+        ("activations", "int8", r"activations in 8 bits .*: all must be resident"),
+    ],
+)
+def test_formats_that_are_unpacked_by_way_of_more_are_refused(
+    key: str, value: str, says: str, wide_head: Path
+) -> None:
     found = Artifact.open(wide_head)
-    weights = found.manifest.recipe["weights"] | {key: "spqr"}
+    weights = found.manifest.recipe["weights"] | {key: value}
     recipe = found.manifest.recipe | {"weights": weights}
     changed = found.manifest.model_copy(update={"recipe": recipe})
-    with pytest.raises(
-        UnsupportedError, match=r"holds weights in spqr, .* no budget can be promised"
-    ):
+    with pytest.raises(UnsupportedError, match=says):
         CutModel.of(replace(found, manifest=changed))
 
 

@@ -15,10 +15,12 @@ from einfold.compiler.codegen.triton.linear.through import product_call
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.quant.scheme import SCHEMES, Scheme, read_scheme
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
+from einfold.compiler.passes.weight_quant.round_activations import RoundActivations
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 
 from ...programs import program
 from ...quant.common import BODY, INPUTS
+from ...quant.test_activations import LINEARS
 from .levels import LEVELS
 from .worker import difference, serve
 
@@ -41,20 +43,23 @@ def one(request: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     scheme, pieces = pieces_of(request)
     kind, outs, width = request["type"], request["outs"], request["width"]
+    activations = request.get("activations", "f32")
     # The interpreter multiplies bfloat16 by its bits.
-    widened = "fp32" if kind == "bf16" else ""
+    widened = "i8" if activations == "int8" else "fp32" if kind == "bf16" else ""
     bias = torch.randn(outs) if request.get("bias") else None
     kernel = linear_kernel(LinearKind(scheme, kind, "" if bias is None else "fp32", widened))
     layout = kernel.kind.layout(width)
     ready = {name: layout.repacked(name, piece) for name, piece in pieces.items()}
-    weight = LinearWeight(ready["packed"], ready["scales"], ready.get("zeros"))
+    weight = LinearWeight.of_pieces(ready)
     x = torch.randn(*request["rows"], width).to(DTYPES[kind])
     exact = scheme.dequantize(pieces, width).double()
-    expected = x.double() @ exact.T + (0 if bias is None else bias.double())
+    read = x.float()
+    read = read if activations == "f32" else torch.ops.einfold.round_to_int8(read)
+    expected = read.double() @ exact.T + (0 if bias is None else bias.double())
     found = product(kernel, weight, x, bias, request["parts"])
     if request["parts"] == 1 and scheme.name in SCHEMES and "scales" not in request:
         shape = [outs, width]
-        again = product_call(x, list(ready.values()), bias, str(scheme), shape)
+        again = product_call(x, list(ready.values()), bias, str(scheme), shape, activations)
     else:
         again = product(kernel, weight, x, bias, request["parts"])
     return {
@@ -65,9 +70,11 @@ def one(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def graph(request: dict[str, Any]) -> dict[str, Any]:
-    """The errors of a graph with a head that is an embedding too, a linear and experts, by kernels."""
-    found = program(BODY)
+    """The errors of a graph with a head that is an embedding too, and linears or experts, by kernels."""
+    found = program(LINEARS if "activations" in request else BODY)
     QuantizeWeights(read_scheme(request["graph"])).run(found)
+    if "activations" in request:
+        RoundActivations().run(found)
     copies = {name: found.weights[name].load() for name in found.weights}
     expected = Interpreter(found).run(INPUTS)
     kernels = linear_kernels(found)

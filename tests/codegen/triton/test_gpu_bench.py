@@ -12,8 +12,7 @@ from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, inputs_of, w
 from benchmarks.gpu.linear_peers import peers as peers_of_products
 from benchmarks.gpu.peers import flex_function
 from einfold.compiler.codegen.reference.plan import run_plan
-from einfold.compiler.codegen.triton.linear.kernels import linear_kernel, rows_of
-from einfold.compiler.codegen.triton.linear.kinds import LinearKind
+from einfold.compiler.codegen.triton.linear.kernels import rows_of
 from einfold.compiler.ir.quant.scheme import read_scheme
 
 SMALL = [Shape(2, 9, 9), Shape(2, 1, 9)]
@@ -86,21 +85,38 @@ def test_without_a_gpu_it_says_so(
 
 
 def test_products_have_schemes_pieces_and_bytes() -> None:
-    found = linear.schemes()
-    assert {"grouped"} <= {scheme.name for scheme in found} and len(found) > 4
-    for scheme in found:
+    found = linear.forms()
+    assert {"grouped", "qserve"} <= {form.scheme.name for form in found} and len(found) > 7
+    for form in found:
+        scheme = form.scheme
         pieces = linear.random_pieces(scheme, (40, 300), "cpu")
-        kind = LinearKind(scheme, "fp32")
+        kind = form.kind("fp32")
         weight = linear.ready(kind, pieces, 300)
         whole = scheme.dequantize(pieces, 300)
-        assert torch.equal(rows_of(scheme, kind.layout(300), weight), whole)
+        assert weight.rows == 40
+        if form.integers:
+            widest = (
+                whole / (pieces["units"] if "units" in pieces else pieces["scales"][:, 0])[:, None]
+            )
+            assert float(widest.abs().max()) < 128.5, "kernels have int8"
+        else:
+            assert torch.equal(rows_of(scheme, kind.layout(300), weight), whole)
         x = torch.randn(3, 300)
-        expected = x @ whole.T
-        assert linear.error_of(linear_kernel(kind), weight, pieces, x, expected) < 1e-5
-        assert linear.error_of(linear_kernel(kind), weight, pieces, x, expected + 1) > 1e-2
-    assert linear.schemes("grouped(bits=2") == [read_scheme("grouped(bits=2,block=64,symmetric=1)")]
+        expected = (form.read(x) @ whole.double().T).float()
+        assert linear.error_of(form, pieces, x, expected) < 1e-5
+        assert linear.error_of(form, pieces, x, expected + 1) > 1e-2
+    (one,) = linear.forms("grouped(bits=2")
+    assert one.scheme == read_scheme("grouped(bits=2,block=64,symmetric=1)")
     four = linear.moved(read_scheme("grouped(bits=4,block=128,symmetric=1)"), (4096, 4096), 1, 2)
     assert four == 4096 * 4096 // 2 + 4096 * 32 * 4 + 2 * 8192
+
+
+def test_the_roofline_of_a_prompt_is_its_operations() -> None:
+    bench = linear.Bench(None, torch.float16, 2e12, 5e14, 1e15)  # type: ignore[arg-type]
+    form = linear.Form(read_scheme("qserve"), True)
+    nbytes = linear.moved(form.scheme, (4096, 4096), 1, 2)
+    assert bench.least(form, (4096, 4096), 1) == pytest.approx(nbytes / 2e12 * 1e6)
+    assert bench.least(form, (4096, 4096), 2048) == pytest.approx(2 * 2048 * 4096**2 / 1e15 * 1e6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -116,5 +132,10 @@ def test_a_peer_that_is_missing_says_so_where_it_is_made() -> None:
     shape, x = (32, 16), torch.randn(2, 16)
     found = peers_of_products(shape, x)
     assert found["cuBLAS"]()().shape == (2, 32)
+    assert "torchao int8 x int8" not in found
+    of_integers = peers_of_products(shape, torch.randn(32, 16), integers=True)
+    assert (
+        of_integers["cuBLASLt int8"]()().dtype == torch.int32 and found.keys() < of_integers.keys()
+    )
     with pytest.raises(ImportError, match="marlin"):
         found["Marlin"]()

@@ -29,10 +29,10 @@ from einfold.compiler.codegen.triton.linear.kernels import (
     split_count,
 )
 from einfold.compiler.codegen.triton.linear.kinds import LinearKind
-from einfold.compiler.codegen.triton.linear.layout import Layout
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.ir.quant.schemes.plain import Half
+from einfold.compiler.ir.quant.schemes.qserve import QServe
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import UnsupportedError
@@ -47,6 +47,10 @@ Ask = Callable[..., dict[str, Any]]
 #: Against float64, relative to the largest value: sums and results in the type, nothing for the weights,
 #: which are exact operands but for nf4's. The interpreter cuts what it rounds to bfloat16.
 TOLERANCE = {"fp32": 1e-6, "fp16": 6e-4, "bf16": 8e-3}
+
+
+#: Activations in 8 bits.
+INT8 = {"activations": "int8"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,14 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         ("mxfp4", "fp32", ([17], 75, 150), 1, {}),
         ("mxfp4", "fp16", ([], 64, 160), 2, {"bias": True}),
         ("mxfp4", "fp16", ([3], 64, 64), 1, {}),
+        ("grouped(bits=4,block=0)", "fp32", ([3], 75, 150), 1, {}),
+        ("grouped(bits=8,block=0,symmetric=0)", "fp16", ([], 64, 100), 1, {}),
+        ("grouped(bits=8,block=0)", "fp32", ([3], 75, 150), 1, {"bias": True, **INT8}),
+        ("grouped(bits=8,block=0)", "fp16", ([17], 130, 300), 3, {**INT8}),
+        ("grouped(bits=4,block=0,scales=f16)", "bf16", ([], 64, 150), 1, {**INT8}),
+        ("grouped(bits=2,block=0)", "fp32", ([2, 2], 64, 600), 2, {**INT8}),
+        ("qserve", "fp32", ([], 75, 300), 2, {"bias": True, **INT8}),
+        ("qserve(block=64)", "fp16", ([3], 130, 150), 1, {**INT8}),
     ],
 )
 def test_a_product_is_that_of_the_widened_weight(
@@ -108,18 +120,46 @@ def test_a_graph_runs_by_kernels(asked: Ask) -> None:
     assert found["accounted"] and 1 < found["grown"] < 3, "rows of 40 and 24 fill segments of 128"
 
 
+@needs_triton
+def test_a_graph_multiplies_integers(asked: Ask) -> None:
+    """Three linears, whose kernels round what they read; the head reads floats."""
+    found = asked(graph="grouped(bits=8,block=0)", activations="int8")
+    assert found["calls"] == [
+        *["einfold.round_to_int8.default"] * 2,
+        "einfold.stored_embedding.default",
+        *["einfold.stored_linear.default"] * 4,
+    ]
+    assert found["kernels"] == 3, "without a bias, with one, and the head's"
+    assert max(found["errors"].values()) < 1e-6
+    assert found["accounted"]
+
+
 @pytest.mark.parametrize("width", [1, 64, 150, 600])
-@pytest.mark.parametrize(("bits", "block"), [(2, 16), (4, 32), (4, 256), (8, 64)])
-def test_the_order_of_kernels_is_a_permutation(bits: int, block: int, width: int) -> None:
-    scheme, layout = Grouped(bits, block, False), Layout(bits, block, width)
+@pytest.mark.parametrize(
+    ("scheme", "integers"),
+    [
+        (Grouped(2, 16, False), False),
+        (Grouped(4, 32, False), False),
+        (Grouped(4, 256, False), False),
+        (Grouped(8, 64, False), False),
+        (Grouped(4, 0, False), False),
+        (Grouped(8, 0), True),
+        (Grouped(2, 0), True),
+        (QServe(), True),
+    ],
+    ids=str,
+)
+def test_the_order_of_kernels_is_a_permutation(scheme: Any, integers: bool, width: int) -> None:
+    layout = LinearKind(scheme, "fp32", product="i8" if integers else "").layout(width)
     weight = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1))
     pieces = RoundToNearest().solve(weight, scheme, {}).pieces
-    for name, shape in layout.shapes((3,), 5).items():
-        ready = layout.repacked(name, pieces[name])
-        assert tuple(ready.shape) == shape and ready.is_contiguous()
-        assert torch.equal(layout.restored(name, ready), pieces[name])
-        assert ones(ready) == ones(pieces[name]) or name == "scales", "nothing is added but zeros"
-    if width * bits == 600 * 8:
+    shapes = layout.shapes((3,), 5)
+    for name, piece in pieces.items():
+        ready = layout.repacked(name, piece)
+        assert tuple(ready.shape) == shapes[name] and ready.is_contiguous()
+        assert torch.equal(layout.restored(name, ready), piece)
+        assert ones(ready) == ones(piece) or name == "scales", "nothing is added but zeros"
+    if width == 600 and scheme == Grouped(8, 64, False):
         packed = pieces["packed"]
         assert layout.repacked("packed", packed).nbytes == packed.nbytes
 
@@ -134,8 +174,7 @@ def weight_in(scheme: Any, rows: int, width: int) -> tuple[LinearWeight, Tensor]
     pieces = RoundToNearest().solve(torch.randn(rows, width), scheme, {}).pieces
     layout = LinearKind(scheme, "fp32").layout(width)
     ready = {name: layout.repacked(name, piece) for name, piece in pieces.items()}
-    weight = LinearWeight(ready["packed"], ready["scales"], ready.get("zeros"))
-    return weight, scheme.dequantize(pieces, width)
+    return LinearWeight.of_pieces(ready), scheme.dequantize(pieces, width)
 
 
 def test_many_rows_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,17 +244,34 @@ def test_parts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("weights", "stored"),
+    [
+        # The head and the table that is one with it have 8 bits.
+        (
+            "int4:head=int8",
+            [f"grouped_bits_{bits}_block_32_symmetric_1_scales_f32_fp32" for bits in (4, 8)],
+        ),
+        pytest.param(
+            "qserve:block=64",
+            ["grouped_bits_8_block_64_symmetric_1_scales_f32_fp32", "qserve_block_64_fp32_as_i8"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_an_artifact_runs_its_weights_by_kernels(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], tmp_path: Path
+    weights: str,
+    stored: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "llama"
-    einfold.compile(model_folder("llama"), out, target="triton", weights="int4:head=int8")
+    einfold.compile(model_folder("llama"), out, target="triton", weights=weights)
     names = sorted(p.name for p in (out / "kernels").glob("linear*"))
-    # The head and the table that is one with it have 8 bits.
-    assert names == [
-        f"linear_grouped_bits_{bits}_block_32_symmetric_1_scales_f32_fp32.py" for bits in (4, 8)
-    ]
-    assert "def matvec(" in (out / "kernels" / names[0]).read_text()
+    assert names == [f"linear_{name}.py" for name in stored]
+    texts = [(out / "kernels" / name).read_text() for name in names]
+    assert "def matvec(" in texts[0] and ("int8" in texts[1]) == weights.startswith("qserve")
     with asking("tests.codegen.triton.artifact_worker", tmp_path_factory.mktemp("cache")) as ask:
         found = ask(artifact=str(out), prompts=[[5, 6, 7]], new=1)
     assert found["found"] == found["expected"] and not found["warnings"]
@@ -270,6 +326,12 @@ ALL = [
     for kind in ("fp16", "bf16", "fp32")
     for capability in (80, 90, 100)
 ]
+OF_INTEGERS = [
+    (scheme, kind, capability)
+    for scheme in (Grouped(8, 0), Grouped(4, 0), QServe())
+    for kind in ("fp16", "bf16", "fp32")
+    for capability in (80, 90, 100)
+]
 
 
 @needs_triton
@@ -296,3 +358,36 @@ def test_products_compile_within_limits(scheme: Any, kind: str, capability: int)
             assert list(made.matrix) == ([newest] if variant.function == "matmul" else [])
             assert "cp.async.cg" in made.ptx, "codes are loaded by 16 bytes"
             assert ".ftz" not in made.ptx, "subnormal numbers count"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("scheme", "kind", "capability"),
+    [
+        pytest.param(
+            *each,
+            marks=[] if each == (QServe(), "fp16", 90) else [pytest.mark.slow],
+            id=" ".join(map(str, each)),
+        )
+        for each in OF_INTEGERS
+    ],
+)
+def test_products_of_integers_compile_within_limits(
+    scheme: Any, kind: str, capability: int
+) -> None:
+    """Bytes are multiplied by instructions for bytes, of the newest kind that there is; nothing spills."""
+    kernel = linear_kernel(LinearKind(scheme, kind, kind, "i8"))
+    newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+    of_bytes = {80: "s32.s8.s8.s32", 90: "s32.s8.s8", 100: "kind::i8"}[capability]
+    names = ("quantize", "matmul16", "matmul64", "matmul128", "merge")
+    some = {variant.name: variant for variant in variants(kernel)}
+    for name in names if kind == "fp16" else ("quantize", "matmul64_part"):
+        made = compile_variant(kernel, some[name], capability)
+        assert made.spills == 0, name
+        assert made.shared <= DEVICES[capability].shared_bytes
+        assert list(made.matrix) == ([newest] if "matmul" in name else [])
+        assert "trap" not in made.ptx
+        if "matmul" in name:
+            assert of_bytes in made.ptx and "cp.async.cg" in made.ptx
+        if name == "quantize":
+            assert "div.rn.f32" in made.ptx, "as torch divides"

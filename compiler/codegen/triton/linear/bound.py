@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ....ir.ops.activation import gated_activation_reference
@@ -19,6 +18,7 @@ from ....ir.ops.quantized import (
     StoredLinear,
 )
 from ....ir.ops.record import Operator, operator_of
+from ....ir.ops.rounding import RoundToInt8
 from ....ir.program import Program, call_arguments
 from ....ir.quant.scheme import Scheme, read_scheme
 from ....ir.quant.schemes.grouped import Grouped
@@ -26,7 +26,7 @@ from ....ir.weights import Weight
 from ..dtypes import TYPES
 from .decoder import decoder_of
 from .kernels import LinearKernel, LinearWeight, linear_kernel, product, rows_of
-from .kinds import LinearKind, type_of
+from .kinds import INT8, LinearKind, type_of
 from .layout import Layout
 
 
@@ -49,19 +49,28 @@ class Stored:
         return {label: str(node.target) for label, node in self.pieces.items()}
 
     @property
-    def way(self) -> tuple[Scheme, int]:
+    def integers(self) -> bool:
+        """Whether what it multiplies is rounded to 8 bits, and a kernel multiplies integers."""
+        rounded = self.x is not None and operator_of(self.x.target) is RoundToInt8
+        return rounded and decoder_of(self.scheme, integers=True) is not None
+
+    @property
+    def way(self) -> tuple[Scheme, int, bool]:
         """What the order of the pieces depends on."""
-        return self.scheme, self.width
+        return self.scheme, self.width, self.integers
 
     @property
     def kind(self) -> LinearKind:
         """The kind of the product; of an embedding only the order of its pieces is used."""
         x = "fp32" if self.x is None else type_of(self.x.meta["val"].dtype)
         bias = "" if self.bias is None else TYPES[self.bias.meta["val"].dtype]
-        return LinearKind(self.scheme, x, bias)
+        return LinearKind(self.scheme, x, bias, INT8 if self.integers else "")
 
 
 Readers = dict[fx.Node, list[Stored]]
+
+#: What a call reads that is none of these.
+_NOTHING = Stored(Grouped(), 0, {}, None, None)
 
 
 def readers(program: Program) -> Readers:
@@ -100,7 +109,7 @@ def readers(program: Program) -> Readers:
 
 def _readable(stored: Stored) -> bool:
     return (
-        decoder_of(stored.scheme) is not None
+        decoder_of(stored.scheme, stored.integers) is not None
         and all(node.op == "get_attr" for node in stored.pieces.values())
         and (stored.x is None or bool(type_of(stored.x.meta["val"].dtype)))
     )
@@ -122,7 +131,11 @@ def bind(program: Program, kernels: Sequence[LinearKernel]) -> dict[fx.Node, Cal
         kernel.function("merge")  # an absent Triton is told of now, not at the first token
     found: dict[fx.Node, Callable[..., Any]] = {}
     pieces: dict[str, tuple[str, Stored]] = {}
-    for node, of in readers(program).items():
+    reading = readers(program)
+    for node in program.nodes(RoundToInt8.overload()):
+        if all(of.integers for user in node.users for of in reading.get(user, [_NOTHING])):
+            found[node] = RoundToInt8.standing_in(_as_it_is)  # products round what they read
+    for node, of in reading.items():
         operator = operator_of(node.target)
         assert operator is not None
         made = [of_kind[one.kind] for one in of if one.x is not None]
@@ -136,10 +149,14 @@ def bind(program: Program, kernels: Sequence[LinearKernel]) -> dict[fx.Node, Cal
     return found
 
 
+def _as_it_is(call: RoundToInt8) -> Tensor:
+    return call.x
+
+
 def _reordered(label: str, weight: Weight, layout: Layout) -> Weight:
-    axes = 3 if label == "packed" else 2
+    axes = {"packed": 3, "units": 1}.get(label, 2)
     lead, rows = weight.shape[:-axes], weight.shape[-axes]
-    dtype = torch.int32 if label == "packed" else weight.dtype
+    dtype = layout.dtype if label == "packed" else weight.dtype
     shape = layout.shapes(lead, rows)[label]
     return Weight(shape, dtype, lambda: layout.repacked(label, weight.load()))
 
@@ -216,8 +233,7 @@ def _experts(
 def _weight(call: Any, stored: Stored) -> LinearWeight:
     """The pieces that a call is given."""
     if isinstance(call, (StoredLinear, StoredEmbedding)):
-        named = dict(zip(stored.pieces, call.pieces, strict=True))
-        return LinearWeight(named["packed"], named["scales"], named.get("zeros"))
+        return LinearWeight.of_pieces(dict(zip(stored.pieces, call.pieces, strict=True)))
     return LinearWeight(call.packed, call.scales, call.zeros)
 
 

@@ -24,6 +24,8 @@ class Variant:
 
 def variants(kernel: LinearKernel) -> Iterator[Variant]:
     """What is compiled: each tile, for results and for the sums of a part, and the merge of these."""
+    if kernel.kind.integers:
+        yield Variant("quantize", "quantize", MERGED)
     for most, tile in tiles_of(kernel.kind).items():
         function = "matvec" if most == 1 else "matmul"
         for whole in (True, False):
@@ -35,19 +37,24 @@ def variants(kernel: LinearKernel) -> Iterator[Variant]:
 def signature_of(kernel: LinearKernel, variant: Variant) -> Signature:
     """The types of a function's arguments, its constants, and that addresses and rows are multiples of 16."""
     kind = kernel.kind
-    result = kind.type if variant.constants.get("WHOLE", True) else "fp32"
+    sums, codes = ("i32", "u8") if kind.integers else ("fp32", "i32")
+    result = kind.type if variant.constants.get("WHOLE", True) else sums
     pointers = {
+        "units": kind.stored["scales"],
+        **kind.stored,
         "x": kind.type,
-        "codes": "i32",
-        "scales": kind.scales,
-        "zeros": "u8",
+        "inputs": "i8",
+        "sizes": "fp32",
+        "codes": codes,
         "bias": kind.bias,
+        "y": result,
+        "sums": sums,
     }
-    pointers |= {"y": result, "sums": "fp32"}
     names = kernel.arguments(variant.function)
     types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
     constants = {name: value for name, value in variant.constants.items() if name.isupper()}
-    aligned = [at for at, name in enumerate(names) if name in pointers or name == "outs"]
+    known = {*pointers, "outs", "width", "columns"}
+    aligned = [at for at, name in enumerate(names) if name in known]
     attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
     return types | dict.fromkeys(constants, "constexpr"), constants, attributes
 
@@ -95,7 +102,7 @@ def with_compiled(
     """
     found, missing = [], []
     for kernel in kernels:
-        functions = {name: kernel.function(name) for name in ("matvec", "matmul", "merge")}
+        functions = {name: kernel.function(name) for name in kernel.functions}
         wanted = (_wanted(kernel, variant, architecture) for variant in variants(kernel))
         loaded, lacking = dispatched(files, functions, wanted)
         found.append(replace(kernel, _loaded=loaded))

@@ -34,7 +34,7 @@ class Decoder:
         return 4
 
     def block(self, scheme: Any) -> int:
-        """Weights of a row that share a scale."""
+        """Weights of a row that share a scale; 0: all of them."""
         return int(scheme.block)
 
     def values(self, scheme: Any, kind: str, place: str) -> list[str]:
@@ -44,6 +44,14 @@ class Decoder:
         `zero`, the rows' zero points, float32 [.., 1].
         """
         raise NotImplementedError
+
+    def integers(self, scheme: Any, place: str) -> list[str]:
+        """The lines that make int8 `values` of rows of integers, for a product with activations in 8 bits.
+
+        They find `words`, uint8 with a code at bit `place`; and of schemes with groups `scale` and `zero`,
+        int8 [.., 1]. None are given where the scheme's rows are no integers.
+        """
+        return []
 
     def scale(self) -> str:
         """The expression that makes a float32 of `scale` as it is stored."""
@@ -55,28 +63,37 @@ DECODERS: Registry[type[Decoder]] = Registry(
 )
 
 
-def decoder_of(scheme: Scheme) -> Decoder | None:
-    """What decodes a scheme in a kernel; None where no kernel reads it."""
+def decoder_of(scheme: Scheme, integers: bool = False) -> Decoder | None:
+    """What decodes a scheme in a kernel, for a product of `integers` or of floats; None where no kernel reads
+    it."""
     kind = DECODERS.get(scheme.name)
     if kind is None:
         return None
     found = kind()
-    return found if _fits(found, scheme) else None
+    return found if (_fits_integers if integers else _fits)(found, scheme) else None
 
 
 def _fits(decoder: Decoder, scheme: Scheme) -> bool:
     """Whether the pieces are those that kernels read, and groups and segments divide each other."""
     bits, block = decoder.bits(scheme), decoder.block(scheme)
-    if bits not in (2, 4, 8) or block < 16 or block & (block - 1):
+    if bits not in (2, 4, 8) or 0 < block < 16 or block & (block - 1):
         return False
-    pieces: Mapping[str, Piece] = scheme.pieces((1, block))
+    size = block or 32
+    pieces: Mapping[str, Piece] = scheme.pieces((1, size))
     if scheme.shared or not pieces.keys() <= {"packed", "scales", "zeros"}:
         return False
-    known = {"packed": ((1, 1, block * bits // 8), "u8"), "zeros": ((1, 1), "u8")}
+    known = {"packed": ((1, 1, size * bits // 8), "u8"), "zeros": ((1, 1), "u8")}
     scales = [((1, 1), kind) for kind in decoder.scales]
     return pieces["scales"] in scales and all(
         pieces.get(n, piece) == piece for n, piece in known.items()
     )
+
+
+def _fits_integers(decoder: Decoder, scheme: Scheme) -> bool:
+    """Whether rows are integers, in groups of whole planes where there are some."""
+    block = decoder.block(scheme)
+    fits = decoder.bits(scheme) in (2, 4, 8) and not block % 64 and not block & (block - 1)
+    return scheme.integer_rows and fits and bool(decoder.integers(scheme, "0"))
 
 
 def plain_codes(bits: int, place: str) -> str:

@@ -13,11 +13,14 @@ from torch.nn import functional
 
 from ....ir.quant.scheme import Scheme
 from ..kernel import load_source
+from .integer_source import integer_arguments, integer_source
 from .kinds import LinearKind
 from .layout import Layout
-from .source import arguments_beside, source_of
+from .source import arguments_beside, float_source
+from .text import headed
 
-#: The constants of a merge: numbers a program, and how the compiler shares them out.
+#: The constants of a merge, and of rounding rows: numbers a program takes at a time, and how the compiler
+#: shares them out.
 MERGED = {"SIZE": 1024, "num_warps": 4, "num_stages": 1}
 
 
@@ -43,6 +46,8 @@ class Tile:
 
 #: By the most rows of activations that they are for: one takes no matrix instruction.
 TILES = {1: Tile(128, 1), 16: Tile(128, 16), 64: Tile(64, 64)}
+#: The same of products of integers, which have matrix instructions for any number.
+INTEGER_TILES = {16: Tile(128, 16), 64: Tile(128, 64), 128: Tile(128, 128, warps=8)}
 #: Rows of activations above which a weight is widened, some rows of it at a time, and given to torch's
 #: product: so many share what it costs then. An estimate.
 WIDE = 512
@@ -56,6 +61,8 @@ def tiles_of(kind: LinearKind) -> dict[int, Tile]:
     Products in three parts of tf32 keep the small tile: at 64 rows they spill 612 bytes on sm_90, and Triton
     3.9 makes a kernel for sm_100 that does nothing but trap.
     """
+    if kind.integers:
+        return INTEGER_TILES
     if kind.multiplied == "fp32" and not kind.decoder.exact:
         return {most: tile for most, tile in TILES.items() if most < 64}
     return TILES
@@ -69,11 +76,17 @@ def tile_for(kind: LinearKind, rows: int) -> Tile:
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """A weight's pieces as kernels read them, [S, N, 16], [G', N] and [Z', N]; see `layout.py`."""
+    """A weight's pieces as kernels read them, [S, N, words], [G', N], [Z', N] and [N]; see `layout.py`."""
 
     codes: Tensor
     scales: Tensor
-    zeros: Tensor | None
+    zeros: Tensor | None = None
+    units: Tensor | None = None
+
+    @classmethod
+    def of_pieces(cls, pieces: Mapping[str, Tensor]) -> LinearWeight:
+        """From the pieces by their names."""
+        return cls(pieces["packed"], pieces["scales"], pieces.get("zeros"), pieces.get("units"))
 
     @property
     def rows(self) -> int:
@@ -92,7 +105,7 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """The kernels of a kind, "matvec", "matmul" and "merge"."""
+    """The kernels of a kind: "matvec", "matmul" and "merge", or "quantize", "matmul" and "merge"."""
 
     kind: LinearKind
     source: str
@@ -102,22 +115,34 @@ class LinearKernel:
     def name(self) -> str:
         return self.kind.name
 
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The names of its functions."""
+        return ("quantize" if self.kind.integers else "matvec", "matmul", "merge")
+
     def function(self, name: str) -> Any:
         """The Triton function, or what stands for it. Its source is this module's own text."""
         return self._loaded[name] if self._loaded else getattr(load_source(self.source), name)
 
     def arguments(self, name: str) -> list[str]:
         """The names of a function's arguments, without its constants."""
+        integers, bias = self.kind.integers, ["bias"] if self.kind.bias else []
+        if name == "quantize":
+            return ["x", "inputs", "sizes", "width", "columns"]
         if name == "merge":
-            return ["sums", *(["bias"] if self.kind.bias else []), "y", "rows", "outs", "parts"]
+            scales = ["sizes", "units"] if integers else []
+            return ["sums", *scales, *bias, "y", "rows", "outs", "parts"]
         given = ["x", "codes", "scales", *arguments_beside(self.kind)]
+        if integers:
+            given = ["inputs", "sizes", "codes", *integer_arguments(self.kind)]
         return [*given, "y", "rows", "outs", "segments", "run"]
 
 
 @functools.cache
 def linear_kernel(kind: LinearKind) -> LinearKernel:
     """The kernels of a kind. Raises UnsupportedError for a scheme or a type that none reads."""
-    return LinearKernel(kind, source_of(kind))
+    text = integer_source(kind) if kind.integers else float_source(kind)
+    return LinearKernel(kind, headed(kind, text))
 
 
 def product(
@@ -132,27 +157,58 @@ def product(
     layout = kernel.kind.layout(width)
     if rows * outs == 0:
         return x.new_empty((*x.shape[:-1], outs))
-    if rows > WIDE:
+    integers = kernel.kind.integers
+    if rows > WIDE and not integers:
         return _widened(kernel.kind, layout, weight, x, bias)
-    filled = functional.pad(x, (0, layout.segments * layout.columns - width)).reshape(rows, -1)
-    filled = filled.contiguous()
     tile = tile_for(kernel.kind, rows)
     across = (-(-outs // tile.outs), -(-rows // tile.rows))
     parts = parts or split_count(across[0] * across[1], layout.segments, x)
     run = -(-layout.segments // parts)
     parts = -(-layout.segments // run)
     y = x.new_empty((rows, outs))
-    sums = y if parts == 1 else x.new_empty((parts, rows, outs), dtype=torch.float32)
-    given = [weight.codes, weight.scales, weight.zeros, bias]
-    values = [filled, *(piece for piece in given if piece is not None), sums]
-    numbers = (rows, outs, layout.segments, run)
-    function = kernel.function("matvec" if rows == 1 else "matmul")
-    function[(*across, parts)](*values, *numbers, WHOLE=parts == 1, **tile.constants)
+    of_sums = torch.int32 if integers else torch.float32
+    sums = y if parts == 1 else x.new_empty((parts, rows, outs), dtype=of_sums)
+    named = _rounded(kernel, layout, x) if integers else {"x": _filled(layout, x)}
+    named |= {name: piece for name, piece in vars(weight).items() if piece is not None}
+    named |= {"bias": bias, "y": sums, "rows": rows, "outs": outs}
+    if integers and weight.units is None:
+        named["units"] = weight.scales
+    numbers = {"segments": layout.segments, "run": run}
+    _launch(
+        kernel, "matvec" if tile.rows == 1 else "matmul", (*across, parts), named | numbers,
+        WHOLE=parts == 1, **tile.constants,
+    )  # fmt: skip
     if parts > 1:
-        added = [] if bias is None else [bias]
         grid = (-(-(rows * outs) // MERGED["SIZE"]),)
-        kernel.function("merge")[grid](sums, *added, y, rows, outs, parts, **MERGED)
+        _launch(kernel, "merge", grid, named | {"sums": sums, "y": y, "parts": parts}, **MERGED)
     return y.reshape(*x.shape[:-1], outs)
+
+
+def _launch(
+    kernel: LinearKernel,
+    name: str,
+    grid: tuple[int, ...],
+    named: Mapping[str, Any],
+    **constants: Any,
+) -> None:
+    """Launches a function with its arguments, found by their names."""
+    kernel.function(name)[grid](*(named[each] for each in kernel.arguments(name)), **constants)
+
+
+def _filled(layout: Layout, x: Tensor) -> Tensor:
+    """The rows of x up to the end of the last segment."""
+    filled = functional.pad(x, (0, layout.segments * layout.columns - layout.width))
+    return filled.reshape(-1, filled.shape[-1]).contiguous()
+
+
+def _rounded(kernel: LinearKernel, layout: Layout, x: Tensor) -> dict[str, Any]:
+    """The rows of x in 8 bits, up to the end of the last segment, and their sizes."""
+    rows, columns = x.numel() // layout.width, layout.segments * layout.columns
+    named = {"x": x.contiguous(), "width": layout.width, "columns": columns}
+    named["inputs"] = x.new_empty((rows, columns), dtype=torch.int8)
+    named["sizes"] = x.new_empty(rows, dtype=torch.float32)
+    _launch(kernel, "quantize", (rows,), named, **MERGED)
+    return named
 
 
 def split_count(programs: int, segments: int, x: Tensor) -> int:

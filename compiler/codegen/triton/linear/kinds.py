@@ -14,8 +14,8 @@ from ..dtypes import TYPES
 from .decoder import Decoder, decoder_of
 from .layout import Layout
 
-#: Types of activations that kernels read.
-REAL = ("fp32", "fp16", "bf16")
+#: Types of activations that kernels read, and the type of products of integers.
+REAL, INT8 = ("fp32", "fp16", "bf16"), "i8"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class LinearKind:
     """What a product's kernel depends on: the scheme, the type of activations and results, that of a bias.
 
     `bias` is "" where there is none. `product` is the type that matrix instructions multiply in, where it is
-    another than that of the activations: the interpreter multiplies bfloat16 by its bits.
+    another than that of the activations: the interpreter multiplies bfloat16 by its bits. "i8": activations
+    are rounded to 8 bits, as `round_to_int8` does, and products are of integers.
     """
 
     scheme: Scheme
@@ -34,26 +35,34 @@ class LinearKind:
     @cached_property
     def decoder(self) -> Decoder:
         """Raises UnsupportedError for a scheme that no kernel reads, or such activations."""
-        found = decoder_of(self.scheme)
+        found = decoder_of(self.scheme, self.integers)
         if found is None or self.type not in REAL:
-            raise UnsupportedError(f"no kernel multiplies {self.type} by weights in {self.scheme}")
+            raise UnsupportedError(no_kernel(self.type, self.scheme, self.integers))
         return found
+
+    @property
+    def integers(self) -> bool:
+        """Whether its products are of integers."""
+        return self.product == INT8
 
     @property
     def multiplied(self) -> str:
         """The type of operands of matrix instructions."""
         return self.product or self.type
 
-    @property
-    def scales(self) -> str:
-        """The type of scales, as kernels name it."""
-        kind = self.scheme.pieces((1, self.decoder.block(self.scheme)))["scales"][1]
-        return {"f32": "fp32", "f16": "fp16"}.get(kind, kind)
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """The types of the pieces, as kernels name them."""
+        pieces = self.scheme.pieces((1, self.decoder.block(self.scheme) or 1))
+        return {
+            name: {"f32": "fp32", "f16": "fp16"}.get(kind, kind)
+            for name, (_, kind) in pieces.items()
+        }
 
     @property
     def zeros(self) -> bool:
         """Whether groups have zero points of their own."""
-        return "zeros" in self.scheme.pieces((1, self.decoder.block(self.scheme)))
+        return "zeros" in self.stored
 
     @property
     def name(self) -> str:
@@ -65,10 +74,17 @@ class LinearKind:
 
     def layout(self, width: int) -> Layout:
         """Where the codes of weights [.., N, width] lie."""
-        return Layout(self.decoder.bits(self.scheme), self.decoder.block(self.scheme), width)
+        bits, block = self.decoder.bits(self.scheme), self.decoder.block(self.scheme)
+        return Layout(bits, block, width, self.integers)
 
 
 def type_of(dtype: torch.dtype) -> str:
     """A type as kernels name it; "" for one that products are not taken in."""
     found = TYPES.get(dtype, "")
     return found if found in REAL else ""
+
+
+def no_kernel(kind: str, scheme: Scheme, integers: bool = False) -> str:
+    """What is said of a product that no kernel is for."""
+    by = "in 8 bits by integers" if integers else "by weights"
+    return f"no kernel multiplies {kind} {by} in {scheme}"

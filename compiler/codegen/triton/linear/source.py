@@ -14,14 +14,10 @@ values are not exact in tf32, Triton's product in three parts is taken.
 
 from __future__ import annotations
 
-import textwrap
-
 from .decoder import TRITON
 from .kinds import LinearKind
 from .layout import WORDS
-
-#: A line that is left out.
-_NOTHING = "# -"
+from .text import added, filled_in, indented
 
 _TEXT = '''
 @triton.jit(do_not_specialize=["rows", "segments", "run"])
@@ -40,7 +36,7 @@ def matvec(
         at = (segment * outs + n).to(tl.int64) * {words}
         words = tl.load(codes + at[:, None] + word[None, :], mask=live[:, None], other=0)
         for span in tl.static_range({spans}):
-            group = (segment * {columns} + span * {span}) // {block}
+            group = {group}
             scale = tl.load(scales + group * outs + n, mask=live, other=0)
             scale = {scale}
             {zero}
@@ -76,7 +72,7 @@ def matmul(
         at = (segment * outs + n).to(tl.int64) * {words}
         words = tl.load(codes + at[:, None] + word[None, :], mask=live[:, None], other=0)
         for span in tl.static_range({spans}):
-            group = (segment * {columns} + span * {span}) // {block}
+            group = {group}
             scale = tl.load(scales + group * outs + n, mask=live, other=0)
             scale = {scale}
             {zero}
@@ -111,49 +107,38 @@ def merge(sums, {bias}y, rows, outs, parts, SIZE: tl.constexpr):
 '''
 
 
-def source_of(kind: LinearKind) -> str:
-    """The source of a kind's kernels. Raises UnsupportedError for a scheme that none reads."""
+def float_source(kind: LinearKind) -> str:
+    """The source of the kernels of a kind whose products are of floats."""
     layout = kind.layout(1)
-    span = min(layout.block, layout.columns)
+    span = min(layout.block or layout.columns, layout.columns)
     place = f"({layout.bits} * (span * {span // WORDS} + plane))"
-    found = _TEXT.format(
+    group = (
+        f"(segment * {layout.columns} + span * {span}) // {layout.block}" if layout.block else "0"
+    )
+    return filled_in(
+        _TEXT,
         given="".join(f"{name}, " for name in arguments_beside(kind)),
         bias="bias, " if kind.bias else "",
         columns=layout.columns,
         words=WORDS,
         spans=layout.columns // span,
-        span=span,
-        block=layout.block,
+        group=group,
         planes=span // WORDS,
         scale=kind.decoder.scale(),
-        zero=_indented(_zero(kind), 12).lstrip(),
-        single=_indented(kind.decoder.values(kind.scheme, "fp32", place), 16),
-        values=_indented(_values(kind, place), 16),
-        product=_indented(_product(kind), 16),
-        added=_added(kind, "n"),
-        added_rows=_added(kind, "n", "[:, None]"),
-        merged=_added(kind, "n % outs"),
+        zero=indented(_zero(kind), 12).lstrip(),
+        single=indented(kind.decoder.values(kind.scheme, "fp32", place), 16),
+        values=indented(_values(kind, place), 16),
+        product=indented(_product(kind), 16),
+        added=added(kind, "n"),
+        added_rows=added(kind, "n", "[:, None]"),
+        merged=added(kind, "n % outs"),
         cast="" if kind.multiplied == kind.type else f".to({TRITON[kind.multiplied]})",
     )
-    return f"{_head(kind)}\n{_tidy(found)}"
 
 
 def arguments_beside(kind: LinearKind) -> list[str]:
     """What kernels are given of a weight beside codes and scales."""
     return [*(["zeros"] if kind.zeros else []), *(["bias"] if kind.bias else [])]
-
-
-def _head(kind: LinearKind) -> str:
-    return (
-        "# y[b, n] = sum over k of x[b, k] * value[n, k] * scale[n, k's group]"
-        f"{' + bias[n]' if kind.bias else ''}\n"
-        f"# for weights in {kind.scheme}, activations in {kind.type}, products in {kind.multiplied}.\n\n"
-        "import triton\nimport triton.language as tl\n\n"
-    )
-
-
-def _indented(lines: list[str], spaces: int) -> str:
-    return textwrap.indent("\n".join(lines), " " * spaces)
 
 
 def _zero(kind: LinearKind) -> list[str]:
@@ -173,13 +158,6 @@ def _values(kind: LinearKind, place: str) -> list[str]:
     return [*found, f"values = values.to({TRITON['bf16']})"] if kind.multiplied == "bf16" else found
 
 
-def _added(kind: LinearKind, at: str, axes: str = "") -> str:
-    """The line that adds the bias."""
-    if not kind.bias:
-        return _NOTHING
-    return f"found += tl.load(bias + {at}, mask=live, other=0.0).to(tl.float32){axes}"
-
-
 def _product(kind: LinearKind) -> list[str]:
     """The lines that add a plane to the tile's sums, by how exact its operands are."""
     if kind.multiplied != "fp32":
@@ -191,8 +169,3 @@ def _product(kind: LinearKind) -> list[str]:
         'part = tl.dot(values, high, part, input_precision="tf32")',
         'part = tl.dot(values, a - high, part, input_precision="tf32")',
     ]
-
-
-def _tidy(text: str) -> str:
-    """Without the lines that stand for nothing."""
-    return "\n".join(line for line in text.split("\n") if line.strip() != _NOTHING)

@@ -77,6 +77,10 @@ class Grouped(Scheme):
         """Bits of a code that lie in `low`."""
         return self.bits - self.high_bits
 
+    @property
+    def integer_rows(self) -> bool:
+        return not self.block and self.symmetric and self.scales != "q8"
+
     def describe(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
         block = f"block {self.block}" if self.block else "a scale a row"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..decoder import DECODERS, MANTISSA, TRITON, Decoder
+from ..decoder import DECODERS, MANTISSA, TRITON, Decoder, plain_codes
 
 
 @DECODERS.register
@@ -19,6 +19,12 @@ class GroupedDecoder(Decoder):
 
     def bits(self, scheme: Any) -> int:
         return int(scheme.bits)
+
+    def integers(self, scheme: Any, place: str) -> list[str]:
+        bits = self.bits(scheme)
+        if bits == 8:
+            return ["values = (words ^ 128).to(tl.int8, bitcast=True)"]
+        return [plain_codes(bits, place), f"values = q.to(tl.int8) - {1 << (bits - 1)}"]
 
     def values(self, scheme: Any, kind: str, place: str) -> list[str]:
         (mantissa, one), bits = MANTISSA[kind], self.bits(scheme)
