@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from einfold.compiler import driver
 from einfold.compiler.calibrate.snapshot import copied, text_inputs
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.ops import einfold_ops
+from einfold.compiler.ir.ops.channels import MixChannels
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.quant.orthogonal import factors, mixed, turned
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
@@ -212,3 +215,53 @@ def test_an_artifact_gives_what_the_model_gives(target: str, tmp_path: Path) -> 
     want = found(tokens).logits[0].detach().double()
     got = torch.from_numpy(all_logits(loaded, tokens[0].tolist())).double()
     assert float((got - want).norm() / want.norm()) < 0.05
+
+
+class Mixing(torch.nn.Module):
+    """Matrices that are not symmetric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.outer, self.inner = (torch.randn(n, n, generator=generator) for n in (3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = einfold_ops.mix_channels(x, self.outer, self.inner)
+        return found
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("lead", [(4,), (2, 3)])
+def test_onnx_mixes_as_the_operator_does(
+    lead: tuple[int, ...], portable: bool, tmp_path: Path
+) -> None:
+    x = torch.randn(*lead, 24)
+    path = einfold.export_onnx(Mixing(), tmp_path / "m", (x,), portable=portable)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    (found,) = session.run(None, {given.name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), Mixing()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="mix no rows of 10 channels"):
+        MixChannels(torch.zeros(2, 10), torch.eye(3), torch.eye(4)).shapes()
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_step_that_nobody_asks_logits_of_is_run(portable: bool, tmp_path: Path) -> None:
+    """As every part of a long prompt but the last: the head, and what turns its input back, have no rows."""
+    found = models.build("llama", tie_word_embeddings=True, max_position_embeddings=700)
+    found.save_pretrained(tmp_path / "model")
+    recipe = {
+        "weights": "int8:block=16,rotate=true",
+        "target": "onnx",
+        "onnx": {"portable": portable},
+    }
+    einfold.compile(tmp_path / "model", tmp_path / "out", recipe=recipe, check=False)
+    loaded = einfold.load(tmp_path / "out", threads=1)
+    tokens = TOKENS.flatten().repeat(13)[:600]
+    want = found(tokens[None]).logits[0, 590:].detach().double()
+    ((_, logits_SV),) = loaded.logits(tokens.tolist(), 590)
+    got = torch.from_numpy(np.array(logits_SV)).double()
+    assert got.shape == want.shape and float((got - want).norm() / want.norm()) < 0.05

@@ -130,12 +130,15 @@ def embedding(context: Context, node: fx.Node) -> ir.Value:
 
 @lowering(einfold_ops.mix_channels.default)
 def mix_channels(context: Context, node: fx.Node) -> ir.Value:
+    """In products of two axes: of more, onnxruntime takes none without rows, such as a head may have."""
     x, outer, inner = node.args
     builder, (sets, size) = context.builder, (len(_value(outer)), len(_value(inner)))
-    lead = [0] * (_value(x).dim() - 1)
-    rows = builder.reshape(context.value(x), [*lead, sets, size])
-    half = builder.op("MatMul", rows, context.value(inner))
-    return builder.reshape(builder.op("MatMul", context.value(outer), half), [*lead, sets * size])
+    value = context.value(x)
+    rows = builder.op("MatMul", builder.reshape(value, [-1, size]), context.value(inner))
+    rows = builder.transpose(builder.reshape(rows, [-1, sets, size]), 0, 2, 1)
+    rows = builder.op("Gemm", builder.reshape(rows, [-1, sets]), context.value(outer), transB=1)
+    rows = builder.transpose(builder.reshape(rows, [-1, size, sets]), 0, 2, 1)
+    return builder.op("Reshape", rows, builder.op("Shape", value))
 
 
 def _value(node: Any) -> torch.Tensor:
