@@ -132,6 +132,12 @@ SOLVERS_AND_FORMATS = (
         _text(f"decoupleq:bits={bits},block={block},symmetric=false,rotate=true")
         for bits, block in ((4, 32), (3, 64))
     ),
+    # What int4 alone stores for widths such as 576, turned and not.
+    *(
+        _read(text, seed)
+        for text in ("int4", "decoupleq:bits=4,block=64,symmetric=false,head=same")
+        for seed in _SEEDS
+    ),
     # Whole ranges, and half of the tokens.
     *(
         _read(f"{name}:bits={bits},block={block},symmetric=false,fit=false", seed, 8192)
