@@ -18,7 +18,8 @@ class Interpreter:
 
     `instead` names operators, or single nodes, that another function stands in for, such as one that
     writes in place. Tensors that an operator makes from nothing are made on `device`. Interpreters may share
-    the weights that they have `kept`.
+    the weights that they have `kept`. With `gradients` torch follows what is computed, so that a result can be
+    derived by what stands `instead`; operators whose meaning torch cannot see through must be among these.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class Interpreter:
         instead: Mapping[Any, Callable[..., Any]] | None = None,
         device: torch.device | None = None,
         kept: dict[str, Tensor] | None = None,
+        gradients: bool = False,
     ) -> None:
         self.program = program
+        self._gradients = gradients
         self._device = device
         self.instead = dict(instead or {})
         if kept is None:
@@ -58,7 +61,7 @@ class Interpreter:
                     values[node] = known[node.name]
                 if node.name == behind:
                     break
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._gradients):
             for node in nodes:
                 if node.op == "output":
                     results = [values[value] for value in node.args[0]]

@@ -1,0 +1,189 @@
+"""Which KV heads need their whole cache: gates between everything and a window (DuoAttention, section 2.2)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from ...errors import CalibrationError
+from ..ir.interpreter import Interpreter
+from ..ir.ops.attention import Attention, distance_bias, masked_attention
+from ..ir.ops.record import seen_through
+from ..ir.program import Program, attention_nodes, call_arguments
+from .observer import Found
+from .sites import layer as site_of
+from .snapshot import copied, text_inputs
+from .stream import Tell
+
+#: Tokens of a passage that is asked for again, and how many of them are given.
+PASSAGE, GIVEN = 16, 4
+
+#: Passages that are asked for at once, at most.
+_ASKED = 8
+
+#: How far a gate goes towards where its gradient points, and how much of older gradients counts in this.
+_RATE, _MOMENTUM = 0.1, 0.8
+
+
+@dataclass(frozen=True)
+class HeadGates:
+    """Chooses `full` KV heads of `layers`, {layer: KV heads}, that keep all where the others see `sinks` and
+    the newest `recent` tokens.
+
+    A text of at most `tokens` is read whole. Then passages of it come again, out of order, and each layer's
+    attention gives g * (over everything) + (1 - g) * (over what a window keeps), with a gate g a KV head. All
+    gates begin at 1; in each of `steps` they go a tenth of the way to the corner of {0 <= g <= 1, sum = full}
+    where the gradient of the passages' loss points (Frank and Wolfe 1956), and so end in a choice of heads.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    full: int
+    sinks: int
+    recent: int
+    tokens: int = 1024
+    steps: int = 24
+
+    @property
+    def key(self) -> str:
+        said = (self.full, self.sinks, self.recent, self.tokens, self.steps)
+        return "head-gates-" + "-".join(map(str, said))
+
+    def learn(self, program: Program, tokens_BS: Tensor, tell: Tell) -> dict[str, Found]:
+        """The gates of each layer, `layer-N`: `gate` [K]. Raises CalibrationError where the text is too short for
+        anything to leave the window, or the loss is not finite."""
+        context = program.model.context
+        most = max(1, min(_ASKED, context // (4 * PASSAGE)))
+        text = tokens_BS.flatten()[: max(0, min(self.tokens, context - most * PASSAGE))]
+        places = range(self.sinks, len(text) - self.recent - PASSAGE, PASSAGE)
+        if not places:
+            raise CalibrationError(
+                f"heads are chosen by what they find again of passages of {PASSAGE} tokens that stand behind "
+                f"{self.sinks} sinks and before a window of {self.recent}, but of the calibration text only "
+                f"{len(text)} tokens are read: give a longer text, more tokens or a shorter window"
+            )
+        asked = min(most, len(places))
+        reading = GatedReading(program, dict(self.layers), self.sinks, self.recent)
+        reading.read(text)
+        gates, slope = torch.ones(reading.heads), torch.zeros(reading.heads)
+        drawn = random.Random(0)
+        for step in range(self.steps):
+            tell("choosing heads", step / self.steps)
+            passages = [text[at : at + PASSAGE] for at in drawn.sample(places, asked)]
+            leaf = gates.clone().requires_grad_()
+            (now,) = torch.autograd.grad(reading.loss(torch.stack(passages), leaf), leaf)
+            slope = _MOMENTUM * slope + (1 - _MOMENTUM) * now / now.abs().sum().clamp(min=1e-12)
+            corner = torch.zeros_like(gates)
+            corner[slope.topk(self.full, largest=False).indices] = 1
+            gates = gates + _RATE * (corner - gates)
+        return {site_of(layer): {"gate": gates[at]} for layer, at in reading.gates.items()}
+
+
+class GatedReading:
+    """A program over a text that was read whole, whose KV heads are gated for what comes behind it.
+
+    `layers` are those with gates, and their KV heads. A gate of 1 is a head that sees everything, of 0 one
+    that sees `sinks` and the newest `recent` tokens; layers that read another one's cache go by its gates.
+    `gates` says where among all the gates those of a layer are.
+    """
+
+    def __init__(
+        self, program: Program, layers: Mapping[int, int], sinks: int, recent: int
+    ) -> None:
+        self._program, self._sinks, self._recent = copied(program), sinks, recent
+        self.gates: dict[int, slice] = {}
+        self.heads = 0
+        for layer, heads in layers.items():
+            self.gates[layer] = slice(self.heads, self.heads + heads)
+            self.heads += heads
+        nodes = attention_nodes(self._program)
+        reads = [node for node in self._program.graph.nodes if node.op == "get_attr"]
+        names = {str(node.target) for node in reads}
+        self._kept = {name: self._program.weights[name].load().detach() for name in names}
+        self._past: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self._now, self._read_tokens = torch.ones(self.heads), 0
+        owners = _owners(program)
+        reading: dict[Any, Any] = {node: partial(self._read, node) for node in nodes}
+        asking: dict[Any, Any] = {
+            node: partial(self._gated, node, self.gates.get(owners[layer]))
+            for node in nodes
+            for layer in (int(call_arguments(node)["layer"]),)
+        }
+        self._reader = Interpreter(self._program, instead=reading, kept=self._kept)
+        self._asker = Interpreter(
+            self._program, instead=seen_through() | asking, kept=self._kept, gradients=True
+        )
+
+    def read(self, text: Tensor) -> None:
+        """Reads a text [T] whole."""
+        self._read_tokens = len(text)
+        self._reader.run(text_inputs(text[None]) | self._program.beside(text[None]))
+
+    def loss(self, asked: Tensor, gates: Tensor, given: int = GIVEN) -> Tensor:
+        """The mean loss, in nats a token, of passages [n, P] behind the text, but for what is `given` of each.
+
+        It can be derived by the `gates` [heads]. Raises CalibrationError where it is not finite.
+        """
+        place = torch.arange(asked.numel()).reshape(asked.shape)[:, given:].flatten()
+        tokens_BS = asked.reshape(1, -1)
+        inputs = text_inputs(tokens_BS, place - 1) | self._program.beside(tokens_BS)
+        inputs["position_ids"] = inputs["position_ids"] + self._read_tokens
+        self._now = gates
+        (logits,) = self._asker.run(inputs).values()
+        loss = functional.cross_entropy(logits.float(), tokens_BS[0, place])
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError(
+                "the loss is not finite on the calibration text: the model's weights are damaged, or "
+                "overflow in float32"
+            )
+        return loss
+
+    def _read(self, node: fx.Node, *arguments: Any) -> Tensor:
+        call = Attention(*arguments)
+        self._past[node] = call.k_BSKD, call.v_BSKD
+        return call.run()
+
+    def _gated(self, node: fx.Node, gates: slice | None, *arguments: Any) -> Tensor:
+        call, (k_BTKD, v_BTKD) = Attention(*arguments), self._past[node]
+        k_BKTD = torch.cat((k_BTKD, call.k_BSKD), 1).transpose(1, 2)
+        v_BKTD = torch.cat((v_BTKD, call.v_BSKD), 1).transpose(1, 2)
+        kv_heads, total = k_BKTD.shape[1:3]
+        column = torch.arange(total)
+        row = column[k_BTKD.shape[1] :, None]
+        bias_BHST = distance_bias(call.by_distance_HR, row.T, total)
+
+        def attended(visible: Tensor) -> Tensor:
+            return masked_attention(
+                call.q_BSHD,
+                k_BKTD,
+                v_BKTD,
+                visible[None],
+                call.sinks_H,
+                call.scale,
+                call.softcap,
+                bias_BHST=bias_BHST,
+            )
+
+        seen = column <= row
+        if call.window:
+            seen = seen & (row - column < call.window)
+        everything = attended(seen)
+        if gates is None:
+            return everything
+        windowed = attended(seen & ((row - column < self._recent) | (column < self._sinks)))
+        each = call.q_BSHD.shape[2] // kv_heads
+        gate_H1 = self._now[gates].repeat_interleave(each)[:, None]
+        return windowed + gate_H1 * (everything - windowed)
+
+
+def _owners(program: Program) -> dict[int, int]:
+    """The layer whose tokens each layer reads."""
+    assert program.layout is not None
+    owners = {layer.layer: layer.groups[0].owner for layer in program.layout.layers}
+    return {layer: layer if owner is None else owner for layer, owner in owners.items()}
