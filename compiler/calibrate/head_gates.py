@@ -1,9 +1,9 @@
-"""Which KV heads need their whole cache: gates between everything and a window (DuoAttention, section 2.2)."""
+"""Which KV heads need their whole cache: gates between it and a window (DuoAttention, section 2.2)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,8 +56,11 @@ class HeadGates:
         return "head-gates-" + "-".join(map(str, said))
 
     def learn(self, program: Program, tokens_BS: Tensor, tell: Tell) -> dict[str, Found]:
-        """The gates of each layer, `layer-N`: `gate` [K]. Raises CalibrationError where the text is too short for
-        anything to leave the window, or the loss is not finite."""
+        """The gates of each layer, `layer-N`: `gate` [K].
+
+        Raises CalibrationError where the text is too short for a passage to leave the window, or the loss is
+        not finite.
+        """
         context = program.model.context
         most = max(1, min(_ASKED, context // (4 * PASSAGE)))
         text = tokens_BS.flatten()[: max(0, min(self.tokens, context - most * PASSAGE))]
@@ -70,23 +73,41 @@ class HeadGates:
             )
         asked = min(most, len(places))
         reading = GatedReading(program, dict(self.layers), self.sinks, self.recent)
-        reading.read(text)
-        gates, slope = torch.ones(reading.heads), torch.zeros(reading.heads)
-        drawn = random.Random(0)
-        for step in range(self.steps):
+        past, drawn = reading.read(text), random.Random(0)
+
+        def loss(step: int, gates: Tensor) -> Tensor:
             tell("choosing heads", step / self.steps)
             passages = [text[at : at + PASSAGE] for at in drawn.sample(places, asked)]
-            leaf = gates.clone().requires_grad_()
-            (now,) = torch.autograd.grad(reading.loss(torch.stack(passages), leaf), leaf)
-            slope = _MOMENTUM * slope + (1 - _MOMENTUM) * now / now.abs().sum().clamp(min=1e-12)
-            corner = torch.zeros_like(gates)
-            corner[slope.topk(self.full, largest=False).indices] = 1
-            gates = gates + _RATE * (corner - gates)
+            return reading.loss(past, torch.stack(passages), gates)
+
+        gates = descend(loss, reading.heads, self.full, self.steps)
         return {site_of(layer): {"gate": gates[at]} for layer, at in reading.gates.items()}
 
 
+def descend(loss: Callable[[int, Tensor], Tensor], heads: int, full: int, steps: int) -> Tensor:
+    """Gates [heads] after so many steps, from all open to `full` of them; `loss` is of a step and gates."""
+    gates, slope = torch.ones(heads), torch.zeros(heads)
+    for step in range(steps):
+        leaf = gates.clone().requires_grad_()
+        (now,) = torch.autograd.grad(loss(step, leaf), leaf)
+        # Texts differ in how much there is to lose.
+        slope = _MOMENTUM * slope + (1 - _MOMENTUM) * now / now.abs().sum().clamp(min=1e-12)
+        corner = torch.zeros(heads)
+        corner[slope.topk(full, largest=False).indices] = 1
+        gates = gates + _RATE * (corner - gates)
+    return gates
+
+
+@dataclass
+class Past:
+    """A text that was read: its tokens, and each attention's keys and values [1, T, K, D]."""
+
+    tokens: int
+    kept: dict[fx.Node, tuple[Tensor, Tensor]]
+
+
 class GatedReading:
-    """A program over a text that was read whole, whose KV heads are gated for what comes behind it.
+    """A program over texts that were read whole, whose KV heads are gated for what comes behind them.
 
     `layers` are those with gates, and their KV heads. A gate of 1 is a head that sees everything, of 0 one
     that sees `sinks` and the newest `recent` tokens; layers that read another one's cache go by its gates.
@@ -106,8 +127,7 @@ class GatedReading:
         reads = [node for node in self._program.graph.nodes if node.op == "get_attr"]
         names = {str(node.target) for node in reads}
         self._kept = {name: self._program.weights[name].load().detach() for name in names}
-        self._past: dict[fx.Node, tuple[Tensor, Tensor]] = {}
-        self._now, self._read_tokens = torch.ones(self.heads), 0
+        self._past, self._now = Past(0, {}), torch.ones(self.heads)
         owners = _owners(program)
         reading: dict[Any, Any] = {node: partial(self._read, node) for node in nodes}
         asking: dict[Any, Any] = {
@@ -120,23 +140,30 @@ class GatedReading:
             self._program, instead=seen_through() | asking, kept=self._kept, gradients=True
         )
 
-    def read(self, text: Tensor) -> None:
+    def read(self, text: Tensor) -> Past:
         """Reads a text [T] whole."""
-        self._read_tokens = len(text)
+        self._past = Past(len(text), {})
         self._reader.run(text_inputs(text[None]) | self._program.beside(text[None]))
+        return self._past
 
-    def loss(self, asked: Tensor, gates: Tensor, given: int = GIVEN) -> Tensor:
-        """The mean loss, in nats a token, of passages [n, P] behind the text, but for what is `given` of each.
+    def logits(self, past: Past, tokens: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        """The logits [N, V] at `rows` [N] of tokens [S] that stand behind a text. They can be derived by the
+        gates [heads]."""
+        self._past, self._now = past, gates
+        inputs = text_inputs(tokens[None], rows) | self._program.beside(tokens[None])
+        inputs["position_ids"] = inputs["position_ids"] + past.tokens
+        (found,) = self._asker.run(inputs).values()
+        return found.float()
 
-        It can be derived by the `gates` [heads]. Raises CalibrationError where it is not finite.
+    def loss(self, past: Past, asked: Tensor, gates: Tensor, given: int = GIVEN) -> Tensor:
+        """The mean loss, in nats a token, of passages [n, P] behind a text, but for what is `given` of each.
+
+        Raises CalibrationError where it is not finite.
         """
         place = torch.arange(asked.numel()).reshape(asked.shape)[:, given:].flatten()
-        tokens_BS = asked.reshape(1, -1)
-        inputs = text_inputs(tokens_BS, place - 1) | self._program.beside(tokens_BS)
-        inputs["position_ids"] = inputs["position_ids"] + self._read_tokens
-        self._now = gates
-        (logits,) = self._asker.run(inputs).values()
-        loss = functional.cross_entropy(logits.float(), tokens_BS[0, place])
+        tokens = asked.flatten()
+        logits = self.logits(past, tokens, place - 1, gates)
+        loss = functional.cross_entropy(logits, tokens[place])
         if not bool(torch.isfinite(loss)):
             raise CalibrationError(
                 "the loss is not finite on the calibration text: the model's weights are damaged, or "
@@ -146,11 +173,11 @@ class GatedReading:
 
     def _read(self, node: fx.Node, *arguments: Any) -> Tensor:
         call = Attention(*arguments)
-        self._past[node] = call.k_BSKD, call.v_BSKD
+        self._past.kept[node] = call.k_BSKD, call.v_BSKD
         return call.run()
 
     def _gated(self, node: fx.Node, gates: slice | None, *arguments: Any) -> Tensor:
-        call, (k_BTKD, v_BTKD) = Attention(*arguments), self._past[node]
+        call, (k_BTKD, v_BTKD) = Attention(*arguments), self._past.kept[node]
         k_BKTD = torch.cat((k_BTKD, call.k_BSKD), 1).transpose(1, 2)
         v_BKTD = torch.cat((v_BTKD, call.v_BSKD), 1).transpose(1, 2)
         kv_heads, total = k_BKTD.shape[1:3]

@@ -18,8 +18,8 @@ class Interpreter:
 
     `instead` names operators, or single nodes, that another function stands in for, such as one that
     writes in place. Tensors that an operator makes from nothing are made on `device`. Interpreters may share
-    the weights that they have `kept`. With `gradients` torch follows what is computed, so that a result can be
-    derived by what stands `instead`; operators whose meaning torch cannot see through must be among these.
+    the weights that they have `kept`. With `gradients` torch follows what is computed, so that results can be
+    derived by what stands `instead`; what torch cannot see through must be among these.
     """
 
     def __init__(

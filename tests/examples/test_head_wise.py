@@ -27,7 +27,7 @@ def test_recall_needs_the_heads_that_are_kept_whole(method: str) -> None:
     assert found.layout is not None
     reading = GatedReading(found, {x.layer: x.kv_heads for x in found.layout.layers}, 4, 60)
     text = torch.tensor(Tokenizer(MODEL).encode((MODEL / "eval.txt").read_text()[:4000]))
-    reading.read(text[:640])
+    past = reading.read(text[:640])
     drawn = random.Random(1)
     starts = drawn.sample(range(8, 640 - 60 - PASSAGE, PASSAGE), 16)
     asked = torch.stack([text[at : at + PASSAGE] for at in starts])
@@ -36,7 +36,7 @@ def test_recall_needs_the_heads_that_are_kept_whole(method: str) -> None:
         gates = torch.zeros(reading.heads)
         gates[heads] = 1
         with torch.no_grad():
-            return float(reading.loss(asked, gates))
+            return float(reading.loss(past, asked, gates))
 
     kept = [
         reading.gates[layer.layer].start + head

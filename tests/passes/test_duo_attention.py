@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-import einfold
 from einfold.compiler.calibrate.head_gates import GatedReading, HeadGates
 from einfold.compiler.calibrate.observer import Found
 from einfold.compiler.calibrate.statistics import Statistics
@@ -22,7 +18,6 @@ from einfold.compiler.passes.kv_prune.duo_attention import DuoAttention
 from einfold.compiler.recipe import Recipe
 from einfold.errors import CalibrationError, RecipeError
 
-from .. import models
 from ..calibrate.common import BODY
 from ..programs import program, run
 
@@ -70,7 +65,9 @@ def test_without_weights_the_bytes_are_the_same() -> None:
     body = BODY.replace(", 1, 0.5, 5, 3.0)", ", 1, 0.5, 0, 3.0)")
     blind, seeing = planned(body), planned(body)
     seeing.statistics = Known([[1, 1, 0, 1], [0, 0, 0, 0]])
-    notes = [DuoAttention(full=0.375, recent=8, slack=4).run(each).notes for each in (blind, seeing)]
+    notes = [
+        DuoAttention(full=0.375, recent=8, slack=4).run(each).notes for each in (blind, seeing)
+    ]
     assert blind.layout is not None and seeing.layout is not None
     assert blind.layout.lines() != seeing.layout.lines()
     assert blind.layout.account() == seeing.layout.account()
@@ -101,32 +98,34 @@ def whole(found: Program, asked: Tensor, given: int) -> Tensor:
 def test_open_gates_are_the_model_and_a_closed_one_a_window() -> None:
     found = planned()
     reading = GatedReading(found, {0: 4}, sinks=2, recent=7)
-    reading.read(TEXT)
+    past = reading.read(TEXT)
     for given in (1, 4):
-        full = reading.loss(ASKED, torch.ones(4), given)
+        full = reading.loss(past, ASKED, torch.ones(4), given)
         torch.testing.assert_close(full, whole(found, ASKED, given))
-    closed = reading.loss(ASKED, torch.zeros(4), 1)
+    closed = reading.loss(past, ASKED, torch.zeros(4), 1)
     assert (closed - whole(found, ASKED, 1)).abs() > 1e-3
+
+
 def test_a_closed_gate_is_the_window_that_a_model_may_have() -> None:
     """Of one layer, whose keys hang on no attention before it, so that reading with a window changes none."""
     lines = [line for line in BODY.splitlines() if "%k2 =" not in line and "%o2 =" not in line]
     body = "\n".join(lines).replace("(%o2, -2, -1)", "(%o, -2, -1)")
     own = planned(body.replace(", 0, 0.5, 0, 0.0)", ", 0, 0.5, 7, 0.0)"))
     reading = GatedReading(planned(body), {0: 4}, sinks=0, recent=7)
-    reading.read(TEXT)
-    torch.testing.assert_close(reading.loss(ASKED, torch.zeros(4), 1), whole(own, ASKED, 1))
-    assert (reading.loss(ASKED, torch.ones(4), 1) - whole(own, ASKED, 1)).abs() > 1e-3
+    past = reading.read(TEXT)
+    torch.testing.assert_close(reading.loss(past, ASKED, torch.zeros(4), 1), whole(own, ASKED, 1))
+    assert (reading.loss(past, ASKED, torch.ones(4), 1) - whole(own, ASKED, 1)).abs() > 1e-3
 
 
 def test_gates_are_derived() -> None:
     """The gradient against differences of the loss."""
     reading = GatedReading(planned(), {0: 4}, sinks=2, recent=7)
-    reading.read(TEXT)
+    past = reading.read(TEXT)
     gates = torch.tensor([0.9, 0.2, 0.5, 0.7], requires_grad=True)
-    (slope,) = torch.autograd.grad(reading.loss(ASKED, gates, 2), gates)
+    (slope,) = torch.autograd.grad(reading.loss(past, ASKED, gates, 2), gates)
     for head in range(4):
         step = torch.zeros(4)
         step[head] = 0.002
-        up, down = (reading.loss(ASKED, gates.detach() + way * step, 2) for way in (1, -1))
+        up, down = (reading.loss(past, ASKED, gates.detach() + way * step, 2) for way in (1, -1))
         torch.testing.assert_close(slope[head], (up - down) / 0.004, rtol=1e-3, atol=5e-3)
     assert slope.abs().min() > 0.1

@@ -136,7 +136,7 @@ def in_place() -> dict[Any, Callable[..., Any]]:
 
 
 def seen_through() -> dict[Any, Callable[..., Any]]:
-    """What stands for the operators that write nothing, so that torch sees through them to their derivatives."""
+    """What stands for the operators that write nothing, so that torch can derive by their arguments."""
     kinds = [kind for kind in OPERATORS.values() if not kind.writes]
     return {kind.overload(): kind.standing_in(kind.run) for kind in kinds}
 

@@ -25,9 +25,9 @@ class DuoAttention(Pass):
     Before: `cache 0.0 heads=0,1 .. policy=full`
     After:  `cache 0.0 heads=1 .. policy=full` and `cache 0.1 heads=0 .. policy=window(sinks=4,recent=60,..)`
 
-    Options: `full`, the share of KV heads that keep all; `sinks` and `recent`, what the others keep; `slack`,
-    tokens that may gather before a window is moved; `prefill`, `exact` or `streaming`; `tokens`, the length of
-    the text whose passages are asked for again, and `steps`, how often.
+    Options: `full`, the share of KV heads that keep all; `sinks` and `recent`, what the others keep;
+    `slack`, tokens that may gather before a window is moved; `prefill`, `exact` or `streaming`; `tokens`, the
+    length of the text whose passages are asked for again, and `steps`, how often they are.
 
     Differs from the paper: a passage of the calibration text is asked for, not a pass key in long documents,
     and what counts is the loss of its tokens, not how far the last hidden states move. The text is read whole
