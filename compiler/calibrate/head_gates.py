@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor, fx
 from torch.nn import functional
 
@@ -52,8 +53,8 @@ class HeadGates:
 
     @property
     def key(self) -> str:
-        said = (self.full, self.sinks, self.recent, self.tokens, self.steps)
-        return "head-gates-" + "-".join(map(str, said))
+        """Under which the gates are kept: all options count."""
+        return f"head-gates-{blake3(repr(self).encode()).hexdigest()[:16]}"
 
     def learn(self, program: Program, tokens_BS: Tensor, tell: Tell) -> dict[str, Found]:
         """The gates of each layer, `layer-N`: `gate` [K].
