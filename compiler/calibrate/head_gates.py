@@ -56,23 +56,34 @@ class HeadGates:
         """Under which the gates are kept: all options count."""
         return f"head-gates-{blake3(repr(self).encode()).hexdigest()[:16]}"
 
+    def places(self, tokens: int, context: int) -> range:
+        """Where passages begin in a text of so many tokens; a context has room for those asked behind it.
+
+        Raises CalibrationError where none stands between the sinks and the window.
+        """
+        read = self._read(tokens, context)
+        found = range(self.sinks, read - self.recent - PASSAGE, PASSAGE)
+        if not found:
+            raise CalibrationError(
+                f"heads are chosen by what they find again of passages of {PASSAGE} tokens that stand behind "
+                f"{self.sinks} sinks and before a window of {self.recent}, but of a calibration text of "
+                f"{tokens} tokens {read} are read: give a longer text, more tokens or a shorter window"
+            )
+        return found
+
+    def _read(self, tokens: int, context: int) -> int:
+        return max(0, min(tokens, self.tokens, context - _most(context) * PASSAGE))
+
     def learn(self, program: Program, tokens_BS: Tensor, tell: Tell) -> dict[str, Found]:
         """The gates of each layer, `layer-N`: `gate` [K].
 
         Raises CalibrationError where the text is too short for a passage to leave the window, or the loss is
         not finite.
         """
-        context = program.model.context
-        most = max(1, min(_ASKED, context // (4 * PASSAGE)))
-        text = tokens_BS.flatten()[: max(0, min(self.tokens, context - most * PASSAGE))]
-        places = range(self.sinks, len(text) - self.recent - PASSAGE, PASSAGE)
-        if not places:
-            raise CalibrationError(
-                f"heads are chosen by what they find again of passages of {PASSAGE} tokens that stand behind "
-                f"{self.sinks} sinks and before a window of {self.recent}, but of the calibration text only "
-                f"{len(text)} tokens are read: give a longer text, more tokens or a shorter window"
-            )
-        asked = min(most, len(places))
+        flat, context = tokens_BS.flatten(), program.model.context
+        places = self.places(len(flat), context)
+        text = flat[: self._read(len(flat), context)]
+        asked = min(_most(context), len(places))
         reading = GatedReading(program, dict(self.layers), self.sinks, self.recent)
         past, drawn = reading.read(text), random.Random(0)
 
@@ -83,6 +94,11 @@ class HeadGates:
 
         gates = descend(loss, reading.heads, self.full, self.steps)
         return {site_of(layer): {"gate": gates[at]} for layer, at in reading.gates.items()}
+
+
+def _most(context: int) -> int:
+    """Passages that are asked for at once, in a quarter of the context."""
+    return max(1, min(_ASKED, context // (4 * PASSAGE)))
 
 
 def descend(loss: Callable[[int, Tensor], Tensor], heads: int, full: int, steps: int) -> Tensor:

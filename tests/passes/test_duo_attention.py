@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from einfold.compiler.calibrate.head_gates import GatedReading, HeadGates
+from einfold.compiler.calibrate.head_gates import GatedReading, HeadGates, descend
 from einfold.compiler.calibrate.observer import Found
 from einfold.compiler.calibrate.statistics import Statistics
 from einfold.compiler.ir.program import Program
@@ -82,8 +85,53 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             Recipe.build({"cache": {"prune": {"method": "duo_attention", **options}}})
-    with pytest.raises(CalibrationError, match="only 25 tokens are read: give a longer text"):
+    with pytest.raises(CalibrationError, match="text of 25 tokens 25 are read: give a longer text"):
         HeadGates(((0, 4),), 2, 4, 8).learn(planned(), TEXT[None, :25], lambda text, share: None)
+
+
+def test_an_estimate_refuses_what_a_compile_does() -> None:
+    """A context of 64, less a passage, is no more than what a window of 40 and a passage take."""
+    body = BODY.replace(", 1, 0.5, 5, 3.0)", ", 1, 0.5, 0, 3.0)")
+    method = DuoAttention(recent=40, slack=4)
+    for statistics in (None, Known([[1, 0, 0, 0], [1, 0, 0, 0]])):
+        found = planned(body)
+        found.statistics = statistics
+        with pytest.raises(CalibrationError, match="of 1024 tokens 48 are read"):
+            method.run(found)
+
+
+def test_gates_see_that_heads_stand_in_for_each_other() -> None:
+    """Neither of the first two is missed alone, so that with all gates open their gradients are 0."""
+
+    def loss(step: int, gates: Tensor) -> Tensor:
+        shut = 1 - gates
+        return 5 * shut[0] * shut[1] + shut[2] + 0.5 * shut[3]
+
+    slopes = torch.autograd.functional.jacobian(lambda gates: loss(0, gates), torch.ones(4))
+    assert slopes.tolist() == [0, 0, -1, -0.5]  # the best two by these are 2 and 3
+    chosen = descend(loss, 4, 2, 24).topk(2).indices.tolist()
+    assert 2 in chosen and {0, 1} & {*chosen}
+
+
+def test_gates_are_learned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And found again under the model, its graph, the text and the options."""
+    gates = HeadGates(((0, 4),), 2, 2, 7, steps=2)
+    text = TEXT.repeat(2)[None]
+
+    def ask(learner: HeadGates, tokens: Tensor = text) -> dict[str, Found]:
+        statistics = Statistics(lambda: (tokens, "a text"), lambda: "model", tmp_path)
+        return statistics.learned(planned(), learner)
+
+    first = ask(gates)["layer-0"]["gate"]
+    assert first.shape == (4,) and 1.9 < float(first.sum()) < 4
+    with monkeypatch.context() as patched:
+        patched.setattr(HeadGates, "learn", lambda *given: pytest.fail("learned again"))
+        torch.testing.assert_close(ask(gates)["layer-0"]["gate"], first)
+        for other in (replace(gates, steps=3), replace(gates, layers=((1, 4),))):
+            with pytest.raises(pytest.fail.Exception):
+                ask(other)
+        with pytest.raises(pytest.fail.Exception):
+            ask(gates, text.flip(1))
 
 
 def whole(found: Program, asked: Tensor, given: int) -> Tensor:

@@ -86,11 +86,12 @@ class DuoAttention(Pass):
         count = math.ceil(self.full * len(every))
         if count in (0, len(every)):
             return set(every[:count])
+        sizes = tuple((layer.layer, layer.kv_heads) for layer in layers)
+        gates = HeadGates(sizes, count, self.sinks, self.recent, self.tokens, self.steps)
+        gates.places(self.tokens, program.model.context)  # an estimate refuses what a compile does
         if program.statistics is None:
             result.skipped("heads", "without weights they are chosen at will; only sizes count")
             return set(every[-count:])  # as RazorAttention: no other choice has a higher peak
-        sizes = tuple((layer.layer, layer.kv_heads) for layer in layers)
-        gates = HeadGates(sizes, count, self.sinks, self.recent, self.tokens, self.steps)
         found = program.statistics.learned(program, gates)
         by = {head: float(found[site_of(head[0])]["gate"][head[1]]) for head in every}
         return set(sorted(every, key=lambda head: -by[head])[:count])
