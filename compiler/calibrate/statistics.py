@@ -11,15 +11,20 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from ..ir.kept import read_tensors, write_tensors
 from ..ir.printer import print_program
 from ..ir.program import Program
 from ..ir.stored import numbers
 from ..ir.weights import Weight
+from .head_gates import HeadGates
 from .observer import Found, Observer
+from .snapshot import copied
 from .stream import Tell, cut_behind, stream
 
 #: Part of the key under which statistics are kept: to be raised when what they mean changes.
 _VERSION = 2
+
+_LEARNED = "learned.pt"
 
 
 @dataclass
@@ -49,6 +54,20 @@ class Statistics:
             self.read.append(origin)
         return self._found[name]
 
+    def learned(self, program: Program, learner: HeadGates) -> dict[str, Found]:
+        """What is learned of the model on the calibration text; found again as what observers find is."""
+        if learner.key not in self._found:
+            tokens, origin = self._calibration_text()
+            folder = self._folder(learner.key, copied(program), tokens)
+            known = None if folder is None else read_tensors(folder / _LEARNED)
+            if known is None:
+                known = learner.learn(program, tokens, self.tell or (lambda text, share: None))
+                if folder is not None:
+                    write_tensors(folder / _LEARNED, known)
+            self._found[learner.key] = known
+            self.read.append(origin)
+        return self._found[learner.key]
+
     def _calibration_text(self) -> tuple[Tensor, str]:
         tokens, origin = self.text()
         return tokens, f"{tokens.numel()} tokens of {origin}"
@@ -56,12 +75,15 @@ class Statistics:
     def _place(
         self, name: str, program: Program, tokens: Tensor, observers: Sequence[Observer]
     ) -> Path | None:
+        places = [site for observer in observers for site in observer.sites(program)]
+        return self._folder(name, cut_behind(program, places)[0], tokens)
+
+    def _folder(self, name: str, read: Program, tokens: Tensor) -> Path | None:
         """A folder whose name says which model, graph and text were measured."""
         if self.folder is None or self.model is None:
             return None
         digest = hashlib.sha256(f"{_VERSION} {self.model()}\n".encode())
-        places = [site for observer in observers for site in observer.sites(program)]
-        digest.update(print_program(cut_behind(program, places)[0]).encode())
+        digest.update(print_program(read).encode())
         digest.update(tokens.numpy().tobytes())
         return self.folder / f"{name}-{digest.hexdigest()[:24]}"
 

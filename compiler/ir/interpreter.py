@@ -18,7 +18,8 @@ class Interpreter:
 
     `instead` names operators, or single nodes, that another function stands in for, such as one that
     writes in place. Tensors that an operator makes from nothing are made on `device`. Interpreters may share
-    the weights that they have `kept`.
+    the weights that they have `kept`. With `gradients` torch follows what is computed, so that results can be
+    derived by what stands `instead`; what torch cannot see through must be among these.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class Interpreter:
         instead: Mapping[Any, Callable[..., Any]] | None = None,
         device: torch.device | None = None,
         kept: dict[str, Tensor] | None = None,
+        gradients: bool = False,
     ) -> None:
         self.program = program
+        self.gradients = gradients
         self._device = device
         self.instead = dict(instead or {})
         if kept is None:
@@ -92,7 +95,7 @@ class Run:
         """Goes on to a node, which is the next to be run."""
         settle_torch()
         interpreter, values = self._interpreter, self.values
-        with torch.no_grad():
+        with torch.set_grad_enabled(interpreter.gradients):
             while (node := self._nodes[self._next]) is not stop:
                 values[node] = interpreter.evaluate(node, values, self._inputs)
                 for dead in interpreter.dead_after.get(node, ()):

@@ -20,7 +20,7 @@ class CacheStorage(StrEnum):
 
 #: Names for completion, which must not wait for torch to be imported; a test holds them to what there is.
 METHODS = {
-    "prune": ("streaming_llm", "razor_attention", "snapkv", "h2o", "ems"),
+    "prune": ("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
     "quant": ("kivi", "gear", "zipcache", "mikv"),
     "share": ("cross_layer", "minicache", "cskv"),
     "read": ("quest",),

@@ -469,6 +469,7 @@ def test_scored_rows_trim_by_themselves(method: Pass) -> None:
         assert (together[row, prompt:end] - full[0, prompt:end]).abs().max() > 1e-3
 
 
+DUO = {"method": "duo_attention", "sinks": 2, "recent": 8, "slack": 6, "steps": 2}
 RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8, "slack": 6}
 
 
@@ -477,11 +478,12 @@ RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8
     [
         ("llama", RAZOR),
         ("gpt2", RAZOR | {"prefill": "streaming"}),
+        ("llama", DUO),
         ("llama", {"method": "snapkv", "tokens": 16, "observe": 4, "slack": 4}),
         ("gpt2", {"method": "h2o", "tokens": 16, "slack": 4}),
         ("qwen3", {"method": "ems", "tokens": 16, "recent": 4, "slack": 4, "similarity": 0.2}),
     ],
-    ids=["razor_attention", "streaming", "snapkv", "h2o", "ems"],
+    ids=["razor_attention", "streaming", "duo_attention", "snapkv", "h2o", "ems"],
 )
 def test_engines_agree(
     name: str, table: dict[str, Any], model_folder: Callable[[str], Path], tmp_path: Path

@@ -135,6 +135,12 @@ def in_place() -> dict[Any, Callable[..., Any]]:
     return {kind.overload(): kind.standing_in(kind.run) for kind in over_caches()}
 
 
+def seen_through() -> dict[Any, Callable[..., Any]]:
+    """What stands for the operators that write nothing, so that torch can derive by their arguments."""
+    kinds = [kind for kind in OPERATORS.values() if not kind.writes]
+    return {kind.overload(): kind.standing_in(kind.run) for kind in kinds}
+
+
 def over_caches() -> list[type[Operator]]:
     """The operators that write a cache."""
     return [kind for kind in OPERATORS.values() if kind.writes]
