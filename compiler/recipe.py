@@ -99,10 +99,10 @@ class WeightsSection(_Section):
     """What linears read: activations as they are, or in 8 bits with a scale for each token, so that products
     are of integers; for weights that are integers with one scale a row, as int8 and int4 with block = 0 are.
     Where it is not given int8 for qserve, f32 for all else. Head and experts read theirs as they are."""
-    rotate: bool | Literal["auto"] = False
+    rotate: bool | Literal["auto"] | None = None
     """Whether what layers add up is turned by an orthogonal matrix, folded into the weights, before they are
     rounded: numbers that stand out are spread over all channels. Of models with RMS norms; "auto": where it
-    can be."""
+    can be. Where nothing is said it is not, but for int4 by its name alone."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 

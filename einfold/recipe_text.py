@@ -107,6 +107,8 @@ def _choices(name: str, info: FieldInfo) -> str:
     found += [_toml(v) for c in info.metadata if isinstance(c, Choices) for v in c.names()]
     if not found:
         return ""
+    if bool in kinds:
+        found = ["true", "false", *found]
     if get_origin(info.annotation) is tuple:
         return f"A list of: {', '.join(found)}."
     return f"One of {', '.join(found)}."

@@ -22,7 +22,7 @@ from .snapshot import copied
 from .stream import Tell, cut_behind, stream
 
 #: Part of the key under which statistics are kept: to be raised when what they mean changes.
-_VERSION = 2
+_VERSION = 3
 
 _LEARNED = "learned.pt"
 

@@ -186,7 +186,7 @@ class Stream:
         return self._found
 
     def _read(
-        self, parts: Sequence[Tensor], at: fx.Node | None, known: Sequence[Mapping[str, Any]]
+        self, parts: Sequence[Tensor], at: fx.Node | None, known: list[Mapping[str, Any]]
     ) -> None:
         """Goes from site to site, from where a run stood that was interrupted."""
         instead = {
@@ -194,12 +194,13 @@ class Stream:
             for node, name in self._ends.items()
             if (site := self._sites[name]).call is not None
         }
-        weights: dict[str, Tensor] = {}  # of one site after the other, for all parts
-        interpreter = Interpreter(self._program, True, instead, kept=weights)
+        weights: dict[str, Tensor] = {}  # what several parts read between two sites is loaded once
+        interpreter = Interpreter(self._program, len(parts) > 1, instead, kept=weights)
         runs = [
             Run(interpreter, self._inputs(part), at, known[place] if at is not None else None)
             for place, part in enumerate(parts)
         ]
+        known.clear()  # runs let go of it as they go on
         name = None
         for node in [*self._ends, self._program.output]:
             if name is None and at not in (None, node):
@@ -277,7 +278,10 @@ class Stream:
         folder = self._folder
         if folder is None:
             return
-        known = [{node.name: value for node, value in run.values.items()} for run in runs]
+        known = [
+            {node.name: value for node, value in run.values.items() if node.op != "get_attr"}
+            for run in runs
+        ]
         values = [value for each in known for value in each.values()]
         size = sum(value.nbytes for value in values if isinstance(value, Tensor))
         # Where much is needed, what was done since is done again sooner than it is written.
@@ -292,9 +296,7 @@ class Stream:
             if not _write({"at": behind.name, "values": known}, folder / _PROGRESS):
                 self._folder = None
 
-    def _resumed(
-        self, folder: Path, parts: int
-    ) -> tuple[fx.Node | None, Sequence[Mapping[str, Any]]]:
+    def _resumed(self, folder: Path, parts: int) -> tuple[fx.Node | None, list[Mapping[str, Any]]]:
         """The node at which an earlier run stood, and the values of its parts; None where all is to be read,
         or all was found."""
         for name in self._ends.values():
@@ -303,9 +305,9 @@ class Stream:
                 self._found[name] = found
         if len(self._found) == len(self._ends):
             return None, []
-        state = _read(folder / _PROGRESS) or {"at": ""}
+        state = _read(folder / _PROGRESS) or {}
         nodes = [node.name for node in self._ends]
-        done = nodes.index(state["at"]) if state["at"] in nodes else 0
+        done = nodes.index(state["at"]) if state.get("at") in nodes else 0
         before = list(self._ends.values())[:done]
         if not (
             done and all(name in self._found for name in before) and len(state["values"]) == parts

@@ -72,7 +72,8 @@ class Interpreter:
 class Run:
     """One run of a program, as far as it has come: `values` are those that are still needed.
 
-    It can go on where an earlier one stood `at` a node, given that one's values by the names of their nodes.
+    It can go on where an earlier one stood `at` a node, given that one's values by the names of their nodes;
+    weights are read anew.
     """
 
     def __init__(
@@ -88,8 +89,16 @@ class Run:
         self._next = 0
         if at is not None:
             self._next = self._nodes.index(at)
-            before, known = self._nodes[: self._next], known or {}
-            self.values = {node: known[node.name] for node in before if node.name in known}
+            before, after, known = (
+                self._nodes[: self._next],
+                {*self._nodes[self._next :]},
+                known or {},
+            )
+            for node in before:
+                if node.op == "get_attr" and not after.isdisjoint(node.users):
+                    self.values[node] = interpreter.weight(str(node.target))
+                elif node.name in known:
+                    self.values[node] = known[node.name]
 
     def until(self, stop: fx.Node) -> None:
         """Goes on to a node, which is the next to be run."""

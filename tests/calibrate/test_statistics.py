@@ -25,6 +25,7 @@ from einfold.compiler.calibrate.sites import Site, attention
 from einfold.compiler.calibrate.statistics import Statistics, digest_of
 from einfold.compiler.calibrate.stream import attention_weights, stream
 from einfold.compiler.ir import kept
+from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.locks import lock
 from einfold.compiler.ir.program import Program
 from einfold.errors import CalibrationError
@@ -276,6 +277,31 @@ def test_what_was_measured_is_found_again_by_model_graph_and_text(tmp_path: Path
     assert len(one.of(program(BODY), AttentionMass(), KeyValues())) == 2
     one.of(program(BODY), RetrievalHeads(16))
     assert one.read == ["22 tokens of a text", "16 random tokens, 4 times"]
+
+
+def test_weights_are_held_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are read between two sites: no reader keeps any."""
+    shared: list[object] = []
+    real = Interpreter.__init__
+
+    def seen(self: Interpreter, *given: Any, **named: Any) -> None:
+        real(self, *given, **named)
+        shared.append(self._kept)
+
+    monkeypatch.setattr(Interpreter, "__init__", seen)
+    stream(program(BODY), repeated_tokens(6, 11), [KeyValues()])
+    assert shared == [None]
+
+
+def test_a_state_of_an_older_form_is_measured_again(tmp_path: Path) -> None:
+    ids, folder = repeated_tokens(6, 11), tmp_path / "kept"
+    want = stream(program(BODY), ids, [KeyValues()], folder)
+    (folder / "layer-1.pt").unlink()
+    state = {"of": folder.name, "value": {"behind": "attention", "values": {}}}
+    kept.write(folder / "progress.pt", lambda file: torch.save(state, file))
+    got = stream(program(BODY), ids, [KeyValues()], folder)
+    for layer, found in want.items():
+        assert all(torch.equal(got[layer][name], value) for name, value in found.items())
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:

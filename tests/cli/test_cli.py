@@ -277,7 +277,7 @@ def test_recipe_file_and_options_over_it(text_model: Path, tmp_path: Path) -> No
         "activations": "f32",
         "widths": "2+4+8",
         "solver": None,
-        "rotate": False,
+        "rotate": None,
         "keep": False,  # of codes that a checkpoint brings: int8 was asked for
     }
     assert made["manifest"]["model"]["context"] == 64

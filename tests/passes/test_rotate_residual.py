@@ -153,6 +153,8 @@ def test_what_is_best_is_turned_where_it_can_be() -> None:
     for recipe, refuses in ((best, False), (asked, True)):
         assert any(isinstance(step, RotateResidual) for step in recipe.weight_passes())
         assert (RotateResidual.name in recipe.asked()) == refuses
+    told = Recipe.build({"weights": "int4:solver=best,rotate=false"}).settled(True, 64)
+    assert told.weights.rotate is False
     left = Recipe.build({"weights": "int4"}).settled(False, 64)
     assert not any(isinstance(step, RotateResidual) for step in left.weight_passes())
 
@@ -194,12 +196,14 @@ def test_channels_that_are_not_alike_to_a_reader_are_left(reader: str) -> None:
     assert calls(found) == calls(plain)
 
 
-def test_codes_that_a_checkpoint_brings_are_not_turned() -> None:
+@pytest.mark.parametrize("name", ["w.weight", "e"])
+def test_codes_that_a_checkpoint_brings_are_not_turned(name: str) -> None:
     plain = program(BODY.format(last="%t"))
-    scheme, whole = Grouped(4, 16), plain.weights["w.weight"].load()
+    scheme, whole = Grouped(4, 16), plain.weights[name].load()
     codes = RoundToNearest().solve(whole, scheme, {}).pieces
     pieces = {label: Weight.of(piece) for label, piece in codes.items()}
-    plain.weights.restore({"w.weight": StoredWeight.holding(scheme, (16, 16), pieces)})
+    shape = tuple(whole.shape)
+    plain.weights.restore({name: StoredWeight.holding(scheme, shape, pieces)})
     _, result = rotated(plain)
     assert not result.changed and "comes in codes, which turning would lose" in result.notes[0].what
 

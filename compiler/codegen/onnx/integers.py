@@ -5,8 +5,9 @@
 
 Both sides are uint8 about 128. Unsigned by signed is up to twice as fast on processors with VNNI, but wrong
 on others, which add pairs of products in 16 bits with saturation; signed by signed has no fast kernel
-(onnxruntime 1.31). Weights become such codes by operators over weights alone, computed when a model is
-loaded.
+(onnxruntime 1.31). Codes know no NaN: of a row with one it gives numbers, where the operator gives NaN; and
+it multiplies no batch without rows. Weights become such codes by operators over weights alone, computed when
+a model is loaded.
 """
 
 from __future__ import annotations

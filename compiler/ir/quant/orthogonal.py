@@ -21,13 +21,25 @@ from torch import Tensor
 
 from .hadamard import hadamard, signs
 
+#: Numbers that are turned at a time.
+_SLAB = 1 << 21
+
 #: Numbers of the inner matrix at most.
 _INNER = 64
 
 
 def turned(rows: Tensor) -> Tensor:
-    """Rows [.., M], turned in float64; lengths and products are kept. In the rows' type."""
-    return mixed(rows.double() * signs(rows.shape[-1])).to(rows.dtype)
+    """Rows [.., M], turned in float64; lengths and products are kept. In the rows' type.
+
+    A few rows at a time, so that a table of gigabytes takes its own size once more and no multiple of it.
+    """
+    width = rows.shape[-1]
+    flat, found = rows.reshape(-1, width), torch.empty(rows.shape, dtype=rows.dtype)
+    step = max(1, _SLAB // width)
+    for start in range(0, len(flat), step):
+        some = flat[start : start + step].double().mul_(signs(width))
+        found.view(-1, width)[start : start + step] = mixed(some)
+    return found
 
 
 def mixed(rows: Tensor) -> Tensor:

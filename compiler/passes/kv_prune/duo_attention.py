@@ -88,7 +88,7 @@ class DuoAttention(Pass):
             return set(every[:count])
         sizes = tuple((layer.layer, layer.kv_heads) for layer in layers)
         gates = HeadGates(sizes, count, self.sinks, self.recent, self.tokens, self.steps)
-        gates.places(self.tokens, program.model.context)  # an estimate refuses what a compile does
+        gates.places(self.tokens, program.model.context)  # of a text that is long enough
         if program.statistics is None:
             result.skipped("heads", "without weights they are chosen at will; only sizes count")
             return set(every[-count:])  # as RazorAttention: no other choice has a higher peak

@@ -115,6 +115,12 @@ class _Residual:
         if value in self.seen:
             return
         if value.target is _EMBEDDING:
+            read = value.args[1]
+            if (
+                isinstance(read, fx.Node)
+                and len(readers(self.program.graph, str(read.target))) == 1
+            ):
+                self._alone(value, "weight_VM")
             self.tables[value] = None
         elif value.target is _LINEAR or value.target is _EXPERTS:
             self._alone(value, "weight_NM" if value.target is _LINEAR else "down_EMI")
