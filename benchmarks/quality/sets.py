@@ -132,6 +132,15 @@ SOLVERS_AND_FORMATS = (
         _text(f"decoupleq:bits={bits},block={block},symmetric=false,rotate=true")
         for bits, block in ((4, 32), (3, 64))
     ),
+    *(
+        _text(f"{text},rotate=true")
+        for text in (
+            "round_to_nearest:bits=3,block=64,symmetric=false",
+            "int8:block=0,activations=int8",
+            "gptq:bits=8,block=0,activations=int8",
+            "gptq:format=qserve",
+        )
+    ),
     # What int4 alone stores for widths such as 576, turned and not.
     *(
         _read(text, seed)
