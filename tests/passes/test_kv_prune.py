@@ -85,8 +85,8 @@ def test_retrieval_heads_keep_all_and_the_others_a_window() -> None:
         f"cache 1.0 heads=0,1,2,3 {window}",
     ]
     assert [note.what for note in result.notes] == [
-        "3 of 4 KV heads retrieve and keep all; 1 keep 2 sinks, 8 recent tokens and a compensation token",
-        "0 of 4 KV heads retrieve and keep all; 4 keep 2 sinks, 8 recent tokens and a compensation token",
+        "3 of 4 KV heads keep all; 1 keep 2 sinks, 8 recent tokens and a compensation token",
+        "0 of 4 KV heads keep all; 4 keep 2 sinks, 8 recent tokens and a compensation token",
     ]
     AttachCache().run(found)
     verify(found, deep=True)

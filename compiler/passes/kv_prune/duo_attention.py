@@ -13,8 +13,8 @@ from ...ir.kv.layout import LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
+from .heads import Head, heads_of, keep_whole
 from .layers import prunable
-from .razor_attention import Head, split_heads
 
 
 @PRUNE.register
@@ -67,22 +67,12 @@ class DuoAttention(Pass):
         result, window = PassResult(), self.policy()
         layers = list(prunable(program, result, window))
         kept = self._kept(program, layers, result)
-        for layer in layers:
-            heads = tuple(h for h in range(layer.kv_heads) if (layer.layer, h) in kept)
-            split_heads(program, layer, heads, window)
-            where, others = f"layer {layer.layer}", layer.kv_heads - len(heads)
-            if not others:
-                result.skipped(where, "all of its KV heads keep all")
-                continue
-            result.applied(
-                where,
-                f"{len(heads)} of {layer.kv_heads} KV heads keep all; {others} keep {window.says()}",
-            )
+        keep_whole(program, layers, kept, window, result)
         return result
 
     def _kept(self, program: Program, layers: list[LayerCache], result: PassResult) -> set[Head]:
         """The heads that keep all: as many as `full` says, whatever the gates."""
-        every = [(layer.layer, head) for layer in layers for head in range(layer.kv_heads)]
+        every = heads_of(layers)
         count = math.ceil(self.full * len(every))
         if count in (0, len(every)):
             return set(every[:count])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ....errors import RecipeError
 from ...calibrate.observers.retrieval_heads import RetrievalHeads, kv_scores, probe_period
 from ...calibrate.sites import layer as site_of
 from ...ir.kv.keep.window import Window
-from ...ir.kv.layout import HeadGroup, LayerCache
+from ...ir.kv.layout import LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .layers import prunable, with_layer
-
-#: A KV head of the model: (layer, head).
-Head = tuple[int, int]
+from .heads import Head, heads_of, keep_whole
+from .layers import prunable
 
 
 @PRUNE.register
@@ -69,25 +67,14 @@ class RazorAttention(Pass):
         result, window = PassResult(), self.policy(program.model.context)
         layers = list(prunable(program, result, window))
         retrieval = self._retrieval_heads(program, layers, result)
-        for layer in layers:
-            heads = tuple(h for h in range(layer.kv_heads) if (layer.layer, h) in retrieval)
-            split_heads(program, layer, heads, window)
-            where, others = f"layer {layer.layer}", layer.kv_heads - len(heads)
-            if not others:
-                result.skipped(where, "all of its KV heads retrieve and keep all")
-                continue
-            result.applied(
-                where,
-                f"{len(heads)} of {layer.kv_heads} KV heads retrieve and keep all; {others} keep "
-                f"{self.sinks} sinks, {window.recent} recent tokens and a compensation token",
-            )
+        keep_whole(program, layers, retrieval, window, result)
         return result
 
     def _retrieval_heads(
         self, program: Program, layers: list[LayerCache], result: PassResult
     ) -> set[Head]:
         """The heads that keep all: as many as the shares say, whatever the scores."""
-        every = [(layer.layer, head) for layer in layers for head in range(layer.kv_heads)]
+        every = heads_of(layers)
         counts = math.ceil(self.induction * len(every)), math.ceil(self.echo * len(every))
         if not sum(counts):
             return set()
@@ -117,15 +104,3 @@ def choose(
     first = sorted(induction, key=lambda head: -induction[head])[:by_induction]
     rest = [head for head in echo if head not in first]
     return {*first, *sorted(rest, key=lambda head: -echo[head])[:by_echo]}
-
-
-def split_heads(program: Program, layer: LayerCache, full: tuple[int, ...], window: Window) -> None:
-    """Gives the heads that are not in `full` a window, in a group of their own."""
-    (group,) = layer.groups
-    rest = tuple(head for head in range(layer.kv_heads) if head not in full)
-    groups: list[HeadGroup] = []
-    if full:
-        groups.append(replace(group, heads=full))
-    if rest:
-        groups.append(replace(group, heads=rest, policy=window))
-    with_layer(program, replace(layer, groups=tuple(groups)))

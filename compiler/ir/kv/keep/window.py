@@ -75,4 +75,6 @@ class Window(Policy):
         return least(capacity + int(self.compensation), self.lead + self.recent + self.slack)
 
     def says(self) -> str:
+        if self.compensation:
+            return f"{self.sinks} sinks, {self.recent} recent tokens and a compensation token"
         return f"{self.sinks} sinks and {self.recent} recent tokens"
