@@ -87,7 +87,12 @@ def without_scales(solver: str, scheme: Scheme) -> str:
 
 def finite(name: str, weight: Tensor, scheme: Scheme) -> Tensor:
     """The weight, to be stored in a scheme. Raises ModelError where no scale can stand for its numbers."""
-    if not (scheme.nearly_exact or bool(weight.isfinite().all())):
+    return weight if scheme.nearly_exact else numbers_of(name, weight)
+
+
+def numbers_of(name: str, weight: Tensor) -> Tensor:
+    """The weight. Raises ModelError, with its name, where some of it is infinite or none."""
+    if not bool(weight.isfinite().all()):
         raise ModelError(
             f"the weight {name} has numbers that are infinite or none at all (NaN), which no scale can stand "
             "for; get the model anew, or keep weights as they come (format fp32)"

@@ -27,7 +27,7 @@ from einfold.compiler.passes.base import PassResult
 from einfold.compiler.passes.weight_quant.rotate_residual import RotateResidual
 from einfold.compiler.recipe import Recipe
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
-from einfold.errors import RecipeError
+from einfold.errors import ModelError, RecipeError
 
 from .. import models
 from ..greedy import all_logits
@@ -206,6 +206,17 @@ def test_codes_that_a_checkpoint_brings_are_not_turned(name: str) -> None:
     plain.weights.restore({name: StoredWeight.holding(scheme, shape, pieces)})
     _, result = rotated(plain)
     assert not result.changed and "comes in codes, which turning would lose" in result.notes[0].what
+
+
+@pytest.mark.parametrize("name", ["w.weight", "e", "g"])
+def test_numbers_that_are_none_are_named_as_they_came(name: str) -> None:
+    """Turned they would be in a whole row, of a weight whose name nobody knows."""
+    damaged = program(BODY.format(last="%t")).weights[name].load().clone()
+    damaged.view(-1)[3] = float("nan")
+    found, _ = rotated(program(BODY.format(last="%t"), **{name: damaged}))
+    told = f"the weight {name} has numbers that are infinite or none"
+    with pytest.raises(ModelError, match=told):
+        all(found.weights[each].load().numel() for each in found.weights if "turned" in each)
 
 
 @pytest.mark.parametrize("target", ["reference", "onnx"])

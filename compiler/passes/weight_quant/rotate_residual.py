@@ -16,6 +16,7 @@ from ...ir.quant.hadamard import signs
 from ...ir.quant.orthogonal import factors, turned
 from ...ir.stored import StoredWeight, TurnedWeight
 from ...ir.weights import Weight, derive
+from ...solve.solver import numbers_of
 from ..base import Pass, PassResult, place_of
 
 aten = torch.ops.aten
@@ -266,16 +267,22 @@ class _Turn:
         for norm in found.norms:
             self._change(norm, "weight", torch.ones_like)
 
-    def _gain(self, norm: fx.Node) -> Weight:
-        return self._program.weights[str(call_arguments(norm)["weight"].target)]
+    def _gain(self, norm: fx.Node) -> Callable[[], Tensor]:
+        return self._sound(str(call_arguments(norm)["weight"].target))
+
+    def _sound(self, name: str) -> Callable[[], Tensor]:
+        """Loads a weight as it came. It raises ModelError for numbers that turning would spread, and that
+        were found under another name then."""
+        load = self._program.weights[name].load
+        return lambda: numbers_of(name, load())
 
     def _change(self, call: fx.Node, name: str, change: Callable[[Tensor], Tensor]) -> None:
         """Has a call read a changed weight, where it has one of that name."""
         read = call_arguments(call)[name]
         if read is None:
             return
-        weight = self._program.weights[str(read.target)]
-        (changed,) = derive([(weight.shape, weight.dtype)], lambda: [change(weight.load())])
+        weight, load = self._program.weights[str(read.target)], self._sound(str(read.target))
+        (changed,) = derive([(weight.shape, weight.dtype)], lambda: [change(load())])
         stem, dot, last = str(read.target).rpartition(".")
         with self._editor.before(call):
             call.replace_input_with(read, self._editor.weight(f"{stem}{dot}turned.{last}", changed))
@@ -290,14 +297,14 @@ class _Turn:
         for user in later:
             user.replace_input_with(table, new)
 
-    def _turn_back(self, call: fx.Node, gain: Weight | None) -> None:
+    def _turn_back(self, call: fx.Node, gain: Callable[[], Tensor] | None) -> None:
         """Has a call whose weight stays read what is no more turned, times a norm's weights."""
         value = call.args[0]
         assert isinstance(value, fx.Node)
         sign = signs(self._found.width)
         (factor,) = derive(
             [((self._found.width,), torch.float32)],
-            lambda: [sign if gain is None else sign * gain.load()],
+            lambda: [sign if gain is None else sign * gain()],
         )
         back = self._mixed(value)
         with self._editor.before(call):
@@ -315,9 +322,9 @@ class _Turn:
             return editor.make(MixChannels, x=value, **reads)
 
 
-def _read_by(gain: Weight | None) -> Callable[[Tensor], Tensor]:
+def _read_by(gain: Callable[[], Tensor] | None) -> Callable[[Tensor], Tensor]:
     """The weight [.., N, M] of a call that reads turned rows, and rows without a norm's weights."""
-    return lambda weight: turned(weight if gain is None else weight * gain.load())
+    return lambda weight: turned(weight if gain is None else weight * gain())
 
 
 def _written_by(weight: Tensor) -> Tensor:
