@@ -45,7 +45,7 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
         "llama",
         {"prune": "razor_attention:induction=1,echo=0"},
         "razor_attention",
-        "retrieve and keep",
+        "keep all",
     ),
     ("llama", {"share": "cross_layer:threshold=1"}, "cross_layer", "layer 0"),
     ("mistral", {"prune": WINDOW}, "streaming_llm", "has a sliding window of 16 tokens of its own"),
