@@ -387,9 +387,7 @@ class Recipe(_Section):
         """What the target says of the weights' schemes."""
         steps = [step for step in self.weight_passes() if isinstance(step, QuantizeWeights)]
         schemes = {scheme: None for step in steps for scheme in step.schemes()}
-        if (
-            self.weights.activations == "int8"
-        ):  # integers are multiplied as they are, but for a head
+        if self.weights.activations == "int8":  # but for a head integers are multiplied as they are
             heads = [step.head or step.scheme for step in steps]
             schemes = {each: None for each in schemes if each in heads or not each.integer_rows}
         return [said for scheme in schemes if (said := self.made_for.remark(scheme))]

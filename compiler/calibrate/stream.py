@@ -201,10 +201,8 @@ class Stream:
             for place, part in enumerate(parts)
         ]
         known.clear()  # runs let go of it as they go on
-        name = None
-        for node in [*self._ends, self._program.output]:
-            if name is None and at not in (None, node):
-                continue  # what is before it was found
+        name, places = None, [*self._ends, self._program.output]
+        for node in places[0 if at is None else places.index(at) :]:
             for run in runs:
                 run.until(node)
             weights.clear()

@@ -152,6 +152,11 @@ def readers(graph: fx.Graph, name: str) -> list[fx.Node]:
     return [user for read in reads for user in read.users]
 
 
+def reads_alone(read: fx.Node) -> bool:
+    """Whether a node reads a weight that one call takes, and no other."""
+    return read.op == "get_attr" and len(readers(read.graph, str(read.target))) == 1
+
+
 def call_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by the names of its schema, defaults filled in."""
     target = node.target

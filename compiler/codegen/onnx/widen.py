@@ -96,10 +96,8 @@ def widened(
 ) -> ir.Value | None:
     """The weight [.., width] in float32; None for a scheme that is not known here."""
     if isinstance(scheme, QServe):
-        pieces, builder = (
-            _pieces(context, scheme, values, lead, width, scheme.block),
-            context.builder,
-        )
+        builder = context.builder
+        pieces = _pieces(context, scheme, values, lead, width, scheme.block)
         zeros = builder.op("Unsqueeze", pieces.of_groups("zeros", 4), builder.ints(-1))
         codes = builder.op("Sub", pieces.codes("packed", 4), zeros)
         whole = pieces.times(codes, builder.op("Cast", values["scales"], to=_F32), width)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ...analysis.routers import routers
 from ...budget.mix import Mix
 from ...ir.ops import einfold_ops
-from ...ir.program import Editor, Program, call_arguments, readers, remove_dead_nodes
+from ...ir.program import Editor, Program, call_arguments, reads_alone, remove_dead_nodes
 from ...ir.quant.scheme import Scheme
 from ...ir.quant.schemes.grouped import Grouped
 from ...ir.stored import StoredWeight
@@ -123,7 +123,7 @@ class QuantizeWeights(Pass):
         return mixed
 
     def _products(self, program: Program, store: Store, result: PassResult) -> None:
-        head, last = self.head or self.scheme, _head(program)
+        head, last = self.head or self.scheme, head_of(program, einfold_ops.linear.default)
         choosing = routers(program)
         mixed = self._mixed(program, choosing, result)
         for node in program.nodes(einfold_ops.linear.default):
@@ -283,10 +283,7 @@ def norm_in_front(linear: fx.Node) -> fx.Node | None:
     assert isinstance(weight, fx.Node)
     fit = all(read.meta["val"].shape == weight.meta["val"].shape[1:] for read in scales)
     # A head whose table embeds tokens too is not alone, say.
-    alone = all(
-        read.op == "get_attr" and len(readers(read.graph, str(read.target))) == 1
-        for read in (weight, *scales)
-    )
+    alone = all(map(reads_alone, (weight, *scales)))
     return value if fit and alone else None
 
 
@@ -296,7 +293,7 @@ def _weights_of(norm: fx.Node) -> list[fx.Node]:
     return [found[name] for name in ("weight", "bias") if name in found]
 
 
-def _head(program: Program) -> fx.Node | None:
-    """The linear that makes the logits: the last one of the graph."""
-    linears = list(program.nodes(einfold_ops.linear.default))
+def head_of(program: Program, *kinds: Any) -> fx.Node | None:
+    """The linear that makes the logits: the last one of the graph, of these operators."""
+    linears = list(program.nodes(*kinds))
     return linears[-1] if linears and program.is_sequence_model() else None

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ...ir.ops import einfold_ops
 from ...ir.ops.channels import MixChannels
-from ...ir.program import Editor, Program, call_arguments, readers, remove_dead_nodes
+from ...ir.program import Editor, Program, call_arguments, reads_alone, remove_dead_nodes
 from ...ir.quant.hadamard import signs
 from ...ir.quant.orthogonal import factors, turned
 from ...ir.stored import StoredWeight, TurnedWeight
@@ -26,6 +26,13 @@ _LINEAR = einfold_ops.linear.default
 _EXPERTS = einfold_ops.experts.default
 _NORM = einfold_ops.rms_norm.default
 _ADD_NORM = einfold_ops.add_rms_norm.default
+
+#: What reads and writes the stream: the arguments that are its weight, and the bias of what writes.
+_READ: dict[Any, str] = {_LINEAR: "weight_NM", _EXPERTS: "gate_up_ENM"}
+_WRITTEN: dict[Any, tuple[str, str]] = {
+    _LINEAR: ("weight_NM", "bias"),
+    _EXPERTS: ("down_EMI", "down_bias_EM"),
+}
 
 #: A row whose largest power of two is smaller has no matrix that mixes it cheaply.
 _SMALLEST = 8
@@ -82,7 +89,7 @@ class _Residual:
     """The calls that read and write what is added up.
 
     `readers` has for each linear or layer of experts the norms whose weights it takes, at most one; `shared`
-    are readers whose weight is read elsewhere too; `tables` the embeddings.
+    are readers whose weight is read elsewhere too; `tables` the embeddings, and whether theirs is not.
     """
 
     program: Program
@@ -91,7 +98,7 @@ class _Residual:
     writers: dict[fx.Node, None] = field(default_factory=dict)
     readers: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
     shared: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
-    tables: dict[fx.Node, None] = field(default_factory=dict)
+    tables: dict[fx.Node, bool] = field(default_factory=dict)
     norms: dict[fx.Node, None] = field(default_factory=dict)
 
     @staticmethod
@@ -116,15 +123,11 @@ class _Residual:
         if value in self.seen:
             return
         if value.target is _EMBEDDING:
-            read = value.args[1]
-            if (
-                isinstance(read, fx.Node)
-                and len(readers(self.program.graph, str(read.target))) == 1
-            ):
+            self.tables[value] = reads_alone(call_arguments(value)["weight_VM"])
+            if self.tables[value]:
                 self._alone(value, "weight_VM")
-            self.tables[value] = None
-        elif value.target is _LINEAR or value.target is _EXPERTS:
-            self._alone(value, "weight_NM" if value.target is _LINEAR else "down_EMI")
+        elif value.target in _WRITTEN:
+            self._alone(value, *_WRITTEN[value.target])
             self.writers[value] = None
         elif value.target is aten.add.Tensor:
             for part in value.args[:2]:
@@ -178,7 +181,7 @@ class _Residual:
 
     def _normed(self, value: fx.Node, norm: fx.Node) -> None:
         for user in value.users:
-            if user.target in (_LINEAR, _EXPERTS) and user.args[0] is value:
+            if user.target in _READ and user.args[0] is value:
                 self._reads(user, norm)
             elif _carried(user) is value:
                 self._normed(user, norm)
@@ -186,23 +189,18 @@ class _Residual:
                 raise _NotTurnedError(f"{place_of(user)} reads a norm, and is no linear")
 
     def _reads(self, call: fx.Node, norm: fx.Node | None) -> None:
-        name = "weight_NM" if call.target is _LINEAR else "gate_up_ENM"
-        read = call_arguments(call)[name]
-        alone = read.op == "get_attr" and len(readers(self.program.graph, str(read.target))) == 1
-        if alone:
-            self._alone(call, name)
-        (self.readers if alone else self.shared)[call] = norm
-        if not alone and call.target is _EXPERTS:
-            raise _NotTurnedError(f"the weights of {place_of(call)} are read elsewhere too")
+        name = _READ[call.target]
+        if call.target is _LINEAR and not reads_alone(call_arguments(call)[name]):
+            self.shared[call] = norm
+            return
+        self._alone(call, name, *(["bias"] if call.target is _LINEAR else []))
+        self.readers[call] = norm
 
-    def _alone(self, call: fx.Node, name: str) -> None:
-        """Raises where a weight, or its bias, cannot be changed for this call alone."""
+    def _alone(self, call: fx.Node, *names: str) -> None:
+        """Raises where something that a call reads by these names cannot be changed for it alone."""
         found = call_arguments(call)
-        bias = {"weight_NM": "bias", "down_EMI": "down_bias_EM"}.get(name)
-        for read in (found[name], found[bias] if bias else None):
-            if read is None:
-                continue
-            if read.op != "get_attr" or len(readers(self.program.graph, str(read.target))) != 1:
+        for read in filter(None, map(found.get, names)):
+            if not reads_alone(read):
                 raise _NotTurnedError(f"the weights of {place_of(call)} are read elsewhere too")
             weight = self.program.weights[str(read.target)]
             if isinstance(weight, (StoredWeight, TurnedWeight)):
@@ -245,23 +243,19 @@ class _Turn:
 
     def run(self) -> None:
         found = self._found
-        for table in found.tables:
-            read = table.args[1]
-            assert isinstance(read, fx.Node)
-            if len(readers(self._program.graph, str(read.target))) == 1:
+        for table, alone in found.tables.items():
+            if alone:
                 self._change(table, "weight_VM", turned)
             else:
                 self._turn_behind(table)
         gains = {norm: self._gain(norm) for norm in found.norms}
         for call, norm in found.readers.items():
             gain = None if norm is None else gains[norm]
-            self._change(
-                call, "weight_NM" if call.target is _LINEAR else "gate_up_ENM", _read_by(gain)
-            )
+            self._change(call, _READ[call.target], _read_by(gain))
         for call in found.writers:
-            linear = call.target is _LINEAR
-            self._change(call, "weight_NM" if linear else "down_EMI", _written_by)
-            self._change(call, "bias" if linear else "down_bias_EM", turned)
+            weight, bias = _WRITTEN[call.target]
+            self._change(call, weight, _written_by)
+            self._change(call, bias, turned)
         for call, norm in found.shared.items():
             self._turn_back(call, None if norm is None else gains[norm])
         for norm in found.norms:

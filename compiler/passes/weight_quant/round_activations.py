@@ -11,6 +11,7 @@ from ...ir.ops.rounding import RoundToInt8
 from ...ir.program import Editor, Program, call_arguments
 from ...ir.quant.scheme import read_scheme
 from ..base import Pass, PassResult, place_of
+from .quantize_weights import head_of
 
 _LINEARS = tuple(
     getattr(einfold_ops, name).default for name in ("linear", "quantized_linear", "stored_linear")
@@ -37,10 +38,9 @@ class RoundActivations(Pass):
 
     def run(self, program: Program) -> PassResult:
         result, editor = PassResult(), Editor(program)
-        linears = list(program.nodes(*_LINEARS))
-        head = linears[-1] if linears and program.is_sequence_model() else None
+        head = head_of(program, *_LINEARS)
         done: dict[fx.Node, fx.Node] = {}
-        for node in linears:
+        for node in list(program.nodes(*_LINEARS)):
             reason = "the head reads its inputs as they are" if node is head else _reason(node)
             if reason:
                 result.skipped(place_of(node), reason)
