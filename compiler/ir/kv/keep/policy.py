@@ -94,6 +94,11 @@ class Policy(Options):
         """Whether the tokens that stay are chosen once, when the prompt has been read."""
         return False
 
+    @property
+    def fewest(self) -> int:
+        """The smallest budget of tokens that it can be given, where it has one."""
+        return self.lead + self.newest
+
     def buffers(
         self, batch: Size, heads: int, key_size: int, reading: bool
     ) -> Iterator[tuple[str, tuple[Size, ...]]]:
@@ -114,6 +119,10 @@ class Policy(Options):
 
     def watch(self, row: Row, q_SHD: Any) -> None:
         """Learns from the queries of a step, beside what scores add up."""
+
+    def token_scores(self, row: Row, used: int) -> Floats | None:
+        """What tokens are chosen by, [K, used]; None where their places decide, or no longer known."""
+        return None
 
     def staying(self, row: Row, used: int, leaving: int) -> Ints | None:
         """The slots that stay for each head, [K, used - leaving], in order; None where their places decide.
