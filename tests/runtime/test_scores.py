@@ -333,7 +333,7 @@ def test_bad_numbers_are_refused() -> None:
         Voted(4, 0)
     with pytest.raises(IRError, match="include the sinks, 0 or more of them, not 5"):
         Expected(4, 4, sinks=5)
-    with pytest.raises(IRError, match="epsilon is 0 or more, not -1"):
+    with pytest.raises(IRError, match="epsilon is 0 or more and future 1 or more, not -1 and 512"):
         Expected(4, 4, epsilon=-1)
     cache = Cache.allocate(layout(HeavyHitters(4, 4)), 1, 8)
     with pytest.raises(EinfoldError, match=r"the step gave no query\.0\.0"):

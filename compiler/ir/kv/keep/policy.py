@@ -95,6 +95,12 @@ class Policy(Options):
         return False
 
     @property
+    def ahead(self) -> int:
+        """How many positions ahead queries are thought of, where they are: then they are shown as they were
+        before their rotary embedding, with what that does on the mean of so many positions."""
+        return 0
+
+    @property
     def fewest(self) -> int:
         """The smallest budget of tokens that it can be given, where it has one."""
         return self.lead + self.newest
