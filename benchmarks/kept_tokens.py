@@ -1,9 +1,9 @@
-"""Methods that keep a share of a prompt's tokens, on SmolLM2-135M-Instruct: `python -m benchmarks.kept_tokens`.
+"""Methods that keep a share of a prompt, on SmolLM2-135M-Instruct: `python -m benchmarks.kept_tokens`.
 
 Each method keeps 50, 25 and 12 % of every prompt. A row is compiled once; its budgets of tokens are then
 scaled to the length of each prompt, so that shares are what they are called. Recall and KL are as
-`benchmarks/quality` measures them: what is asked comes behind the compressed prompt. "Held" are the bytes that
-are allocated behind 4,000 tokens, of those of a float32 cache that keeps all; slack is a part of them.
+`benchmarks/quality` measures them: what is asked comes behind the compressed prompt. "Held" are the bytes
+that are allocated behind 4,000 tokens, of those of a float32 cache that keeps all; slack is a part of them.
 
 Rows are kept as they are measured, and what is there is not measured again.
 """
@@ -58,7 +58,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any], tuple[float, ...]]]:
     for name, (table_, measured) in BY_HEAD.items():
         for share in measured:
             tokens = round(share * _COMPILED)
-            budget = {"tokens": tokens}
+            budget: dict[str, Any] = {"tokens": tokens}
             if table_["method"] != "pyramid_kv":
                 budget["share"] = share
             yield name, table_ | budget, (share,)
@@ -78,7 +78,8 @@ def scaled(layout: CacheLayout, ratio: float) -> CacheLayout:
             )
         if isinstance(old, ChosenOnce):
             budget = max(old.fewest, round((old.lead + old.newest) * ratio))
-            return replace(old, chosen=budget - old.newest)
+            changed: dict[str, Any] = {"chosen": budget - old.newest}
+            return replace(old, **changed)
         return old
 
     return CacheLayout(
