@@ -23,8 +23,10 @@ import numpy as np
 import torch
 
 import einfold
+from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
-from einfold.compiler.ir.kv.keep.once import ChosenOnce
+from einfold.compiler.ir.kv.keep.policy import Policy
+from einfold.compiler.ir.kv.keep.voted import Voted
 from einfold.compiler.ir.kv.layout import CacheLayout
 
 from .client import ROOT
@@ -34,60 +36,73 @@ from .report import table
 
 OUT = ROOT / "benchmarks" / "results" / "kept-tokens"
 
-SHARES = (0.5, 0.25, 0.12)
+SHARES = (0.25, 0.5, 0.12)
 
 #: The prompt whose budgets a row is compiled for.
 _COMPILED = 1024
 
+#: The smallest budget that a scaled policy has.
+_FEWEST = 8
+
 #: Methods of one budget for all heads, and those whose budgets go by the share; of some only a quarter.
-FLAT = ("snapkv", "h2o", "expected_attention")
+FLAT: dict[str, dict[str, Any]] = {
+    "expected_attention": {"method": "expected_attention"},
+    "snapkv": {"method": "snapkv"},
+    "expected_attention, recent 32": {"method": "expected_attention", "recent": 32},
+}
 BY_HEAD: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "kvzip": ({"method": "kvzip"}, SHARES),
     "kvzip, by snapkv": ({"method": "kvzip", "by": "snapkv"}, (0.25,)),
+    "ada_kv, by expected_attention": ({"method": "ada_kv", "by": "expected_attention"}, (0.25,)),
     "pyramid_kv, by expected_attention": (
         {"method": "pyramid_kv", "by": "expected_attention"},
         (0.25,),
     ),
-    "ada_kv, by expected_attention": ({"method": "ada_kv", "by": "expected_attention"}, (0.25,)),
-    "ada_kv, by snapkv": ({"method": "ada_kv"}, (0.25,)),
 }
 
 
 def rows() -> Iterator[tuple[str, dict[str, Any], tuple[float, ...]]]:
     """(name, `[cache.prune]` for a share of 1,024 tokens, shares that it is measured at)."""
+    for name, table_ in FLAT.items():
+        yield name, table_ | {"tokens": round(SHARES[0] * _COMPILED)}, SHARES
     for name, (table_, measured) in BY_HEAD.items():
         for share in measured:
-            tokens = round(share * _COMPILED)
-            budget: dict[str, Any] = {"tokens": tokens}
+            budget: dict[str, Any] = {"tokens": round(share * _COMPILED)}
             if table_["method"] != "pyramid_kv":
                 budget["share"] = share
             yield name, table_ | budget, (share,)
-    for name in FLAT:
-        yield name, {"method": name, "tokens": round(SHARES[0] * _COMPILED)}, SHARES
 
 
 def scaled(layout: CacheLayout, ratio: float) -> CacheLayout:
-    """The layout with every budget of tokens times a ratio."""
-
-    def policy(old: Any) -> Any:
+    """The layout with every budget of tokens times a ratio; budgets that differ still do."""
+    policies: dict[Policy, Policy] = {}
+    last = 0
+    for old in sorted({g.policy for _, _, g in layout.groups() if g.moves}, key=_budget):
+        last = max(last + 1, _FEWEST, round(_budget(old) * ratio))
+        newest = old.newest
+        if not isinstance(old, Voted) and 2 * newest >= _budget(old) - 1:
+            newest = last // 2
         if isinstance(old, HeavyHitters):
-            return replace(
-                old,
-                heavy=max(1, round(old.heavy * ratio)),
-                recent=max(1, round(old.recent * ratio)),
-            )
-        if isinstance(old, ChosenOnce):
-            budget = max(old.fewest, round((old.lead + old.newest) * ratio))
-            changed: dict[str, Any] = {"chosen": budget - old.newest}
-            return replace(old, **changed)
-        return old
-
+            policies[old] = replace(old, heavy=last - newest, recent=newest)
+        elif isinstance(old, Voted):
+            policies[old] = replace(old, chosen=max(1, last - newest))
+        elif isinstance(old, Expected):
+            policies[old] = replace(old, chosen=max(old.sinks, last - newest), recent=newest)
     return CacheLayout(
         tuple(
-            replace(layer, groups=tuple(replace(g, policy=policy(g.policy)) for g in layer.groups))
+            replace(
+                layer,
+                groups=tuple(
+                    replace(g, policy=policies.get(g.policy, g.policy)) for g in layer.groups
+                ),
+            )
             for layer in layout.layers
         )
     )
+
+
+def _budget(policy: Policy) -> int:
+    return policy.lead + policy.newest
 
 
 def measure(

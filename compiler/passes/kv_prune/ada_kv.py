@@ -14,7 +14,7 @@ from ...ir.options import later
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .budgets import Make, Sizes, by_scores, give, open_layers, scoring, together
+from .budgets import Make, Sizes, by_scores, fewest, give, open_layers, scoring, together
 from .heads import Head
 
 
@@ -73,8 +73,8 @@ class AdaKV(Pass):
 
     def sizes(self, room: int) -> Sizes:
         """The budgets that there are, less than `room`. Raises IRError where there is nothing to share."""
-        fewest = self.make()(self.tokens).fewest
-        return Sizes.of(self.tokens, max(fewest, round(self.floor * self.tokens)), room)
+        least = max(fewest(self.make(), self.tokens), round(self.floor * self.tokens))
+        return Sizes.of(self.tokens, least, room)
 
     def run(self, program: Program) -> PassResult:
         result, make = PassResult(), self.make()

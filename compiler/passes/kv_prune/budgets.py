@@ -6,6 +6,7 @@ was asked for, so that the bytes are those of one budget for all heads, whicheve
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,19 @@ def scoring(text: str, slack: int, tokens: int) -> Make:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     return make
+
+
+def fewest(make: Make, tokens: int) -> int:
+    """The smallest budget of which there is a policy, `tokens` at most."""
+
+    def possible(budget: int) -> bool:
+        try:
+            make(budget)
+        except RecipeError:
+            return False
+        return True
+
+    return bisect_left(range(1, tokens), True, key=possible) + 1
 
 
 @dataclass(frozen=True)

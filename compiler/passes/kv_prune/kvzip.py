@@ -20,8 +20,8 @@ class KVzip(AdaKV):
     a text (Kim et al. 2025, sections 3.2 and 3.4).
 
     Before: `cache 0.0 heads=0,1 .. policy=full`
-    After:  `cache 0.0 heads=0 .. policy=expected(chosen=73,recent=32,..)` and
-            `cache 0.1 heads=1 .. policy=expected(chosen=375,recent=32,..)`
+    After:  `cache 0.0 heads=0 .. policy=expected(chosen=26,recent=26,..)` and
+            `cache 0.1 heads=1 .. policy=expected(chosen=512,recent=512,..)`
 
     Options: as of `ada_kv`.
 
@@ -31,7 +31,6 @@ class KVzip(AdaKV):
     """
 
     by: str = "expected_attention"
-    floor: float = 0.1
     over: str = "model"
 
     name = "kvzip"

@@ -10,7 +10,7 @@ from ...ir.kv.layout import LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .budgets import Make, give, open_layers, scoring
+from .budgets import Make, fewest, give, open_layers, scoring
 from .heads import heads_of
 
 
@@ -59,15 +59,15 @@ class PyramidKV(Pass):
         result, make = PassResult(), self.make()
         layers = open_layers(program, make(self.tokens), result)
         room = program.model.context - self.slack
-        budgets = self.budgets(len(layers), make(self.tokens).fewest, room)
+        budgets = self.budgets(len(layers), fewest(make, self.tokens), room)
         give(program, layers, self._by_head(layers, budgets), make, result)
         return result
 
-    def budgets(self, layers: int, fewest: int, room: int) -> list[int]:
-        """The budget of each layer, `fewest` at least and less than `room`."""
+    def budgets(self, layers: int, least: int, room: int) -> list[int]:
+        """The budget of each layer, `least` at least and less than `room`."""
         if not layers:
             return []
-        last = max(self.tokens / self.steepness, fewest, 2 * self.tokens - room + 1)
+        last = max(self.tokens / self.steepness, least, 2 * self.tokens - room + 1)
         last = min(last, self.tokens)
         sizes = min(self.sizes, layers)
         step = 2 * (self.tokens - last) / max(1, sizes - 1)

@@ -169,6 +169,13 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             "llama",
             {
                 "storage": "int8",
+                "prune": {"method": "expected_attention", "tokens": 9, "recent": 4, "slack": 3},
+            },
+        ),
+        (
+            "llama",
+            {
+                "storage": "int8",
                 "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
             },
         ),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .....errors import IRError
-from ...options import derived, option
+from ...options import derived, later, missing, option, settle
 from ..attention_sums import host
 from ..sizes import Size
 from .once import ChosenOnce
@@ -25,7 +25,7 @@ class Expected(ChosenOnce):
     """Keeps of a prompt what later queries are expected to attend to (Devoto et al. 2025, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full`
-    After:  `cache 0.0 heads=0,1 .. policy=expected(chosen=224,recent=32,sinks=4,future=512,..)`
+    After:  `cache 0.0 heads=0,1 .. policy=expected(chosen=128,recent=128,sinks=4,future=512,..)`
 
     The queries of a head are taken for normal, with the mean m and the covariance C that the prompt's have
     before their rotary embedding, and later ones for these turned by R, its mean over the next `future`
@@ -33,7 +33,8 @@ class Expected(ChosenOnce):
     tokens', times the length of its value: what it adds to the output. Query heads that share a KV head are
     averaged.
 
-    Options: `tokens`, the budget of a head; `recent`, how many of them are the newest; `sinks`, the first
+    Options: `tokens`, the budget of a head; `recent`, how many of them are the newest (half where it is not
+    given); `sinks`, the first
     tokens, which stay and whose queries are left out, for they are unlike all others; `future`; `norm`,
     whether lengths of values count; `epsilon`, what is added to each share before they do; `slack`, tokens
     that may be generated before old ones leave.
@@ -46,7 +47,7 @@ class Expected(ChosenOnce):
     """
 
     chosen: int = derived()
-    recent: int = 32
+    recent: int = later()
     sinks: int = 4
     future: int = 512
     norm: bool = True
@@ -59,6 +60,8 @@ class Expected(ChosenOnce):
     method = "expected_attention"
 
     def __post_init__(self) -> None:
+        if missing(self.recent):
+            settle(self, recent=max(1, self.tokens // 2))
         self.fit("recent")
         if not 0 <= self.sinks <= self.chosen:
             raise IRError(
@@ -78,10 +81,6 @@ class Expected(ChosenOnce):
     @property
     def ahead(self) -> int:
         return self.future
-
-    @property
-    def fewest(self) -> int:
-        return self.recent + max(1, self.sinks)
 
     def buffers(
         self, batch: Size, heads: int, key_size: int, reading: bool

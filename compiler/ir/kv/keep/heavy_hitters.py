@@ -70,10 +70,6 @@ class HeavyHitters(Policy):
         return {"score": 1.0}
 
     @property
-    def fewest(self) -> int:
-        return 2
-
-    @property
     def exact(self) -> bool:
         return self.prefill == "exact"
 

@@ -50,10 +50,6 @@ class ChosenOnce(Policy):
     def once(self) -> bool:
         return True
 
-    @property
-    def fewest(self) -> int:
-        return self.newest + 1
-
     def slots(self, capacity: Size) -> Size:
         return least(capacity, self.tokens + self.slack)
 

@@ -100,11 +100,6 @@ class Policy(Options):
         before their rotary embedding, with what that does on the mean of so many positions."""
         return 0
 
-    @property
-    def fewest(self) -> int:
-        """The smallest budget of tokens that it can be given, where it has one."""
-        return self.lead + self.newest
-
     def buffers(
         self, batch: Size, heads: int, key_size: int, reading: bool
     ) -> Iterator[tuple[str, tuple[Size, ...]]]:
