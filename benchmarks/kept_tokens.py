@@ -52,6 +52,7 @@ FLAT: dict[str, dict[str, Any]] = {
 }
 BY_HEAD: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "kvzip": ({"method": "kvzip"}, SHARES),
+    "kvzip, int8": ({"method": "kvzip"}, (0.25,)),
     "kvzip, by snapkv": ({"method": "kvzip", "by": "snapkv"}, (0.25,)),
     "ada_kv, by expected_attention": ({"method": "ada_kv", "by": "expected_attention"}, (0.25,)),
     "pyramid_kv, by expected_attention": (
@@ -188,7 +189,8 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "artifact"
-            recipe = {"target": "onnx", "cache": {"prune": prune}}
+            storage = "int8" if name.endswith("int8") else "f32"
+            recipe = {"target": "onnx", "cache": {"prune": prune, "storage": storage}}
             einfold.compile(subject.folder, out, recipe=recipe, check=False)
             model = einfold.load(out, threads=given.threads)
             for share in left:

@@ -1,7 +1,7 @@
 """Budgets of tokens by head: policies of several sizes in one layout, and how many tokens each head is given.
 
-A budget is `fewest` tokens and a number of granules. Heads are given granules until the mean of all is what
-was asked for, so that the bytes are those of one budget for all heads, whichever heads get more.
+A budget is a base and a number of steps of so many tokens. Heads are given steps until the mean of all is
+what was asked for, so that the bytes are those of one budget for all heads, whichever heads get more.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..method_text import Method, built, read_method
 from .heads import Head, heads_of
 from .layers import observable, prunable, with_layer
 
-#: Granules that a head of the mean budget holds beside the fewest tokens.
-GRANULES = 8
+#: Steps that a head of the mean budget holds beside the fewest tokens.
+STEPS = 8
 
 #: The policy of a budget of so many tokens.
 Make = Callable[[int], Policy]
@@ -70,7 +70,7 @@ def fewest(make: Make, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """`base` tokens, and granules of `step`: a head of GRANULES of them has the mean budget, and none has
+    """`base` tokens, and steps of `step`: a head of STEPS of them has the mean budget, and none has
     more than `most`."""
 
     base: int
@@ -78,39 +78,39 @@ class Sizes:
     most: int
 
     @staticmethod
-    def of(tokens: int, fewest: int, room: int) -> Sizes:
-        """For a mean of so many tokens, `fewest` of them at least and less than `room`. Raises IRError."""
-        step = (tokens - fewest) // GRANULES
+    def of(tokens: int, least: int, room: int) -> Sizes:
+        """For a mean of so many tokens, `least` of them at least and less than `room`. Raises IRError."""
+        step = (tokens - least) // STEPS
         if step < 1:
             raise IRError(
-                f"a mean budget of {tokens} tokens leaves less than {GRANULES} to share out beside the "
-                f"{fewest} that every head keeps at least; raise tokens, or lower floor or what is recent"
+                f"a mean budget of {tokens} tokens leaves less than {STEPS} to share out beside the "
+                f"{least} that every head keeps at least; raise tokens, or lower floor or what is recent"
             )
-        base = tokens - GRANULES * step
+        base = tokens - STEPS * step
         return Sizes(base, step, (room - 1 - base) // step)
 
-    def tokens(self, granules: int) -> int:
-        return self.base + granules * self.step
+    def tokens(self, steps: int) -> int:
+        return self.base + steps * self.step
 
 
 def shared_out(scores_KT: Tensor, sizes: Sizes, tokens: float) -> Tensor:
-    """Granules of each head, [K]: GRANULES of them a head in all, each to the head that has the token of the
+    """Steps of each head, [K]: STEPS of them a head in all, each to the head that has the token of the
     highest score in that place.
 
-    `scores_KT` are of a text of which a head with the mean budget keeps `tokens`. A granule's score is that
+    `scores_KT` are of a text of which a head with the mean budget keeps `tokens`. A step's score is that
     of the token in its middle, where the tokens of a head are ordered by theirs (Feng et al. 2024,
-    algorithm 1, is the same with granules of one token).
+    algorithm 1, is the same with steps of one token).
     """
     heads, total = scores_KT.shape
-    share = tokens / sizes.tokens(GRANULES)
+    share = tokens / sizes.tokens(STEPS)
     middles = (sizes.base + (torch.arange(sizes.most) + 0.5) * sizes.step) * share
     places = middles.long()
     ordered_KT = scores_KT.float().sort(1, descending=True).values
-    values_KG = torch.full((heads, sizes.most), -1.0)
+    values_KN = torch.full((heads, sizes.most), -1.0)
     inside = places < total
-    values_KG[:, inside] = ordered_KT[:, places[inside]]
-    # Behind the text's last token granules are worth nothing; the first heads take them in turns.
-    order = values_KG.t().flatten().argsort(descending=True, stable=True)[: GRANULES * heads]
+    values_KN[:, inside] = ordered_KT[:, places[inside]]
+    # Behind the text's last token steps are worth nothing; the first heads take them in turns.
+    order = values_KN.t().flatten().argsort(descending=True, stable=True)[: STEPS * heads]
     return torch.bincount(order % heads, minlength=heads)
 
 
@@ -174,7 +174,7 @@ def by_scores(
     if scores is not None:
         shared = shared_out(torch.cat([scores[x.layer] for x in layers]), sizes, tokens).tolist()
     else:
-        left, shared = GRANULES * len(heads), []
+        left, shared = STEPS * len(heads), []
         for layer in layers:
             each = min(sizes.most, left // layer.kv_heads)
             shared += [each] * layer.kv_heads

@@ -34,16 +34,15 @@ class Expected(ChosenOnce):
     averaged.
 
     Options: `tokens`, the budget of a head; `recent`, how many of them are the newest (half where it is not
-    given); `sinks`, the first
-    tokens, which stay and whose queries are left out, for they are unlike all others; `future`; `norm`,
-    whether lengths of values count; `epsilon`, what is added to each share before they do; `slack`, tokens
-    that may be generated before old ones leave.
+    given); `sinks`, the first tokens, which stay and whose queries are left out, for they are unlike all
+    others; `future`; `norm`, whether lengths of values count; `epsilon`, what is added to each share before
+    they do; `slack`, tokens that may be generated before old ones leave.
 
     Differs from the paper: where the rotary embedding is not known (another position embedding, or a cache
     for transformers, which brings queries that are turned already), mean and covariance are of the queries as
-    they are. The newest tokens stay, which the paper chooses among the others. Over int8 the length of a
-    value is that of its codes. As SnapKV here, what is generated is bounded to a window, and a prompt shorter
-    than the budget stays whole.
+    they are. The newest tokens stay, and what is generated passes in a window as long, for the bytes are
+    fixed at compile time; the paper chooses among all of the prompt and keeps all that follows. Over int8 the
+    length of a value is that of its codes. A prompt shorter than the budget stays whole.
     """
 
     chosen: int = derived()
