@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from torch.nn import functional
 
 import einfold
 from einfold.compiler.calibrate.head_gates import GatedReading, HeadGates, Past, descend
-from einfold.compiler.calibrate.observer import Found, Observer
+from einfold.compiler.calibrate.observer import Found
+from einfold.compiler.calibrate.observers.reconstruction import Reconstruction
 from einfold.compiler.calibrate.observers.retrieval_heads import RetrievalHeads, kv_scores
-from einfold.compiler.calibrate.sites import Site
 from einfold.compiler.calibrate.stream import stream
 from einfold.compiler.driver import open_model, plan_cache
 from einfold.compiler.recipe import Recipe
@@ -54,31 +54,13 @@ _LENGTHS = {1000: 1000, 4000: 3600}
 _TEXTS = 4
 
 
-@dataclass
-class Reconstruction(Observer):
-    """KVzip's score of a KV head (Kim et al. 2025): a text stands twice, and a token's score is the most
-    attention that it gets when it is read again. `most` [K] is a head's largest, as in the paper's code;
-    `mean` [K] its mean."""
-
-    text: Tensor
-    kv_heads: int = 1
-    _best: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    name = "reconstruction"
-
-    def begin(self, site: Site, *values: Any) -> None:
-        q_BSHD, k_BSKD, _ = values
-        self.kv_heads = k_BSKD.shape[2]
-        self._best = torch.zeros(q_BSHD.shape[2], len(self.text))
-
-    def block(self, start: int, weights_BHST: Tensor) -> None:
-        again = weights_BHST[0, :, max(0, len(self.text) - start) :, : len(self.text)]
-        if again.shape[1]:
-            self._best = torch.maximum(self._best, again.amax(1))
+class OfHeads(Reconstruction):
+    """KVzip's score of a KV head (Kim et al. 2025) by those of its tokens: `most` [K] is the largest, as in
+    the paper's code; `mean` [K] the mean."""
 
     def end(self) -> Found:
-        best_KT = self._best.reshape(self.kv_heads, -1, len(self.text)).amax(1)
-        return {"most": best_KT.amax(1), "mean": best_KT.mean(1)}
+        score_KT = super().end()["score"]
+        return {"most": score_KT.amax(1), "mean": score_KT.mean(1)}
 
 
 @dataclass
@@ -188,7 +170,7 @@ def choices(model: Ablation) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
     for score in ("induction", "echo"):
         yield f"{score} score, random tokens", partial(_given, model.observed(repeated, score))
     text = torch.tensor(model.encode(corpus_text("alice29.txt")[40_000:45_000])[:1000])
-    again = stream(model.program, text.repeat(2)[None], [Reconstruction(text)])
+    again = stream(model.program, text.repeat(2)[None], [OfHeads()])
     for score in ("most", "mean"):
         yield f"reconstruction, {score}", partial(_given, model.observed(again, score))
     short, long = model.other_lists()

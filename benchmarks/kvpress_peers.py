@@ -44,6 +44,7 @@ def settings(budget: int) -> dict[str, dict[str, Any]]:
         "streaming_llm": {"sinks": 4, "recent": budget - 4},
         "snapkv": {"tokens": budget, "observe": min(32, budget // 2)},
         "h2o": {"tokens": budget},
+        "expected_attention": {"tokens": budget},
         "ems": {"tokens": budget, "recent": min(32, budget // 2)},
         # a quarter of the heads keeps all, as DuoAttention's in the worker
         "razor_attention": {"induction": 0.2, "echo": 0.05, "recent": budget - 4},

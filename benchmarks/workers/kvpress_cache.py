@@ -80,6 +80,10 @@ def presses(job: dict[str, Any]) -> dict[str, tuple[str, Callable[[int, int], An
             "eager",
             lambda prompt, keep: kvpress.ObservedAttentionPress(ratio(prompt, keep)),
         ),
+        "ExpectedAttention": (
+            "sdpa",
+            lambda prompt, keep: kvpress.ExpectedAttentionPress(ratio(prompt, keep)),
+        ),
         "AdaKV(SnapKV)": ("sdpa", lambda prompt, keep: kvpress.AdaKVPress(snapkv(prompt, keep))),
         "DuoAttention": ("sdpa", duo_attention(job)),
     }

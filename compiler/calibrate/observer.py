@@ -30,6 +30,10 @@ class Observer:
         """The tokens [rows, tokens] that it wants to see, and what they are; None: the calibration text."""
         return None
 
+    def reading(self, tokens_BS: Tensor, context: int) -> Tensor:
+        """The calibration text as it wants to see it; an observer of a sample of its own is not asked."""
+        return tokens_BS
+
     def sites(self, program: Program) -> list[Site]:
         """Where it looks: at the attention of every layer, unless it says otherwise."""
         return sites.attention(program)

@@ -48,7 +48,7 @@ class Statistics:
         one's, or on the calibration text."""
         name = "+".join(observer.key for observer in observers)
         if name not in self._found:
-            tokens, origin = observers[0].sample(program) or self._calibration_text()
+            tokens, origin = observers[0].sample(program) or self._as_read(observers[0], program)
             place = self._place(name, program, tokens, observers)
             self._found[name] = stream(program, tokens, observers, place, self.tell)
             self.read.append(origin)
@@ -67,6 +67,11 @@ class Statistics:
             self._found[learner.key] = known
             self.read.append(origin)
         return self._found[learner.key]
+
+    def _as_read(self, observer: Observer, program: Program) -> tuple[Tensor, str]:
+        tokens, origin = self.text()
+        shown = observer.reading(tokens, program.model.context)
+        return shown, f"{shown.numel()} tokens of {origin}"
 
     def _calibration_text(self) -> tuple[Tensor, str]:
         tokens, origin = self.text()

@@ -30,7 +30,10 @@ from .methods import PRUNE, SHARE
 FAMILIES: Mapping[str, Mapping[str, Method]] = {
     "share": Family(("cross_layer", "minicache", "cskv"), SHARE),
     "prune": Family(
-        ("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
+        (
+            *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
+            *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
+        ),
         PRUNE,
         (POLICIES, KeepByPolicy),
     ),

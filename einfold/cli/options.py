@@ -20,7 +20,10 @@ class CacheStorage(StrEnum):
 
 #: Names for completion, which must not wait for torch to be imported; a test holds them to what there is.
 METHODS = {
-    "prune": ("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
+    "prune": (
+        *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
+        *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
+    ),
     "quant": ("kivi", "gear", "zipcache", "mikv"),
     "share": ("cross_layer", "minicache", "cskv"),
     "read": ("quest",),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import head_ablation
-from benchmarks.head_ablation import Asked, Reconstruction, page, recipes
+from benchmarks.head_ablation import Asked, OfHeads, page, recipes
 from benchmarks.quality.subjects import Questions
 from einfold.compiler.calibrate import stream as streaming
 from einfold.compiler.calibrate.head_gates import GatedReading
@@ -45,7 +45,7 @@ def test_reconstruction_is_the_most_attention_when_a_text_is_read_again(
     monkeypatch.setattr(streaming, "_BLOCK", block)  # blocks of 4 rows end within the first reading
     twice, found = TEXT.repeat(2)[None], program(BODY)
     whole = streaming.stream(found, twice, [Whole()])
-    scores = streaming.stream(found, twice, [Reconstruction(TEXT)])
+    scores = streaming.stream(found, twice, [OfHeads()])
     for layer in ("layer-0", "layer-1"):
         best_HT = whole[layer]["weights"][:, 9:, :9].amax(1)
         torch.testing.assert_close(scores[layer]["most"], best_HT.amax(1))

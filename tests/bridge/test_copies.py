@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "compensation": {"prune": "razor_attention:sinks=2,recent=9,slack=5"},
     "scores": {"prune": "h2o:tokens=13,recent=6,slack=4"},
     "votes": {"prune": "snapkv:tokens=16,observe=6,slack=4"},
+    "expected": {"prune": "expected_attention:tokens=16,recent=6,slack=4"},
     "kivi": {"quant": "kivi:bits=4,group=8,residual=8,slack=8,rotate=both"},
     "cskv": {"share": "cskv:recent=8,slack=4"},
 }

@@ -19,6 +19,7 @@ POLICY_OPTIONS = {
     "heavy_hitters": {"tokens": 9, "recent": 4, "slack": 4},
     "merged": {"tokens": 9, "recent": 4, "slack": 4},
     "voted": {"tokens": 9, "observe": 4, "slack": 4, "queries": 2},
+    "expected": {"tokens": 9, "recent": 4, "sinks": 2, "slack": 4, "queries": 2},
 }
 STORAGE_OPTIONS = {
     "plain": {"dtype": "f16"},

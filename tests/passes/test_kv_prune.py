@@ -201,6 +201,9 @@ SCORED = {
     chosen(
         "ems", tokens=24, recent=8, slack=4
     ): "merged(heavy=16,recent=8,slack=4,prefill=exact,local=32,similarity=0.6)",
+    chosen("expected_attention", tokens=24, slack=4): (
+        "expected(chosen=12,recent=12,sinks=4,future=512,norm=1,epsilon=0.0,slack=4,queries=2)"
+    ),
 }
 
 
@@ -264,6 +267,9 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
         chosen("snapkv", tokens=64),
         chosen("h2o", tokens=80),
         chosen("ems", tokens=64),
+        chosen("expected_attention", tokens=64),
+        chosen("kvzip", tokens=64),
+        chosen("pyramid_kv", tokens=64),
         slack_fills_it,
         *longer,
     ):
@@ -437,6 +443,7 @@ def test_with_room_for_everything_nothing_changes() -> None:
         chosen("snapkv", tokens=50, observe=8, slack=4),
         chosen("h2o", tokens=50, slack=4),
         chosen("ems", tokens=50, slack=4),
+        chosen("expected_attention", tokens=50, slack=4),
         RazorAttention(0.25, 0, 4, 50, 4),
     ):
         text = Text(method, 40, [12, 30])
@@ -453,6 +460,8 @@ def test_with_room_for_everything_nothing_changes() -> None:
         chosen("snapkv", tokens=12, observe=4, kernel=3, slack=4),
         chosen("h2o", tokens=12, recent=6, slack=4),
         chosen("ems", tokens=12, recent=4, slack=4, similarity=1),
+        chosen("expected_attention", tokens=12, slack=4),
+        chosen("pyramid_kv", tokens=12, slack=4, by="expected_attention:sinks=2", sizes=2),
     ],
 )
 def test_scored_rows_trim_by_themselves(method: Pass) -> None:
@@ -482,8 +491,9 @@ RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8
         ("llama", {"method": "snapkv", "tokens": 16, "observe": 4, "slack": 4}),
         ("gpt2", {"method": "h2o", "tokens": 16, "slack": 4}),
         ("qwen3", {"method": "ems", "tokens": 16, "recent": 4, "slack": 4, "similarity": 0.2}),
+        ("llama", {"method": "kvzip", "tokens": 18, "slack": 4, "read": 24, "share": 0.4}),
     ],
-    ids=["razor_attention", "streaming", "duo_attention", "snapkv", "h2o", "ems"],
+    ids=["razor_attention", "streaming", "duo_attention", "snapkv", "h2o", "ems", "kvzip"],
 )
 def test_engines_agree(
     name: str, table: dict[str, Any], model_folder: Callable[[str], Path], tmp_path: Path

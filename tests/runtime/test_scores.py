@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from einfold.compiler.ir.kv import attention_sums as sums
+from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
 from einfold.compiler.ir.kv.keep.merged import Merged
 from einfold.compiler.ir.kv.keep.policy import Policy
@@ -207,6 +209,54 @@ def test_the_last_tokens_vote_for_the_rest_of_a_prompt(
             )
 
 
+def expected_shares(q_TD: Floats, k_TD: Floats) -> npt.NDArray[np.float64]:
+    """Of one query head: the mean weight exp(k q) of each key over a normal distribution of queries, as a
+    share; with the moments of the queries as they are defined."""
+    mean, spread = q_TD.mean(0), np.cov(q_TD.T.astype(np.float64), bias=True)
+    weights = np.array([np.exp(k @ mean + k @ spread @ k / 2) for k in k_TD.astype(np.float64)])
+    return weights / weights.sum()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("storage", ["f32", "i8"])
+@pytest.mark.parametrize("options", [{}, {"norm": False}, {"epsilon": 0.1}, {"sinks": 0}])
+@pytest.mark.parametrize("chunk", [1, 7, 30])
+def test_what_later_queries_expect_stays(storage: str, options: dict[str, Any], chunk: int) -> None:
+    """Expected Attention: in chunks shorter than the sinks too, and in rows of unequal lengths."""
+    length = 30
+    q, k, v = text(2, length, seed=4)
+    v *= np.linspace(0.2, 3, length, dtype=np.float32)[
+        np.random.default_rng(0).permutation(length), None, None
+    ]
+    if storage == "i8":
+        k, v = np.round(k * 9), np.round(v * 9)
+        q = q / 9
+    policy = Expected(6, 4, slack=8, queries=EACH, **{"sinks": 2, **options})
+    cache = Cache.allocate(layout(policy, storage), 2, 40, length)
+    lengths = np.array([length, length - 3])
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        sizes = np.clip(lengths - start, 0, end - start)
+        write(cache, tuple(x[:, start:end] for x in (q, k, v)), sizes)
+    cache.settle()
+    assert not {"cache.0.0.moments", "cache.0.0.seen"} & cache.buffers.keys()
+    assert cache.clocks["slots.0"].tolist() == [10, 10]
+    first = policy.sinks
+    for row, count in enumerate(lengths):
+        for head in range(HEADS):
+            of_head = q[row, first:count, head * EACH : (head + 1) * EACH]
+            shares = sum(
+                expected_shares(of_head[:, each], k[row, first:count, head]) for each in range(EACH)
+            )
+            score = shares / EACH + policy.epsilon
+            if policy.norm:
+                score = score * np.linalg.norm(v[row, first:count, head], axis=-1)
+            best = np.argsort(-score[: count - first - 4], kind="stable")[: 6 - first]
+            stay = [*range(first), *np.sort(best + first), *range(count - 4, count)]
+            np.testing.assert_array_equal(
+                cache.buffers["cache.0.0.key"][row, head, :10], k[row, stay, head]
+            )
+
+
 def test_what_was_chosen_stays_while_generated_tokens_pass() -> None:
     q, k, v = text(1, 50)
     cache = Cache.allocate(layout(Voted(6, 4, 1, 5, EACH)), 1, 50, 20)
@@ -277,8 +327,14 @@ def test_bad_numbers_are_refused() -> None:
         Merged(4, 4, similarity=2)
     with pytest.raises(IRError, match="an odd number of tokens, not 4"):
         Voted(4, 4, 4)
-    with pytest.raises(IRError, match="voting takes 1 or more"):
+    with pytest.raises(
+        IRError, match="voted keeps 1 or more chosen tokens, of observe and of slack, not 4, 0"
+    ):
         Voted(4, 0)
+    with pytest.raises(IRError, match="include the sinks, 0 or more of them, not 5"):
+        Expected(4, 4, sinks=5)
+    with pytest.raises(IRError, match="epsilon is 0 or more and future 1 or more, not -1 and 512"):
+        Expected(4, 4, epsilon=-1)
     cache = Cache.allocate(layout(HeavyHitters(4, 4)), 1, 8)
     with pytest.raises(EinfoldError, match=r"the step gave no query\.0\.0"):
         cache.advance(1)

@@ -35,6 +35,7 @@ from ...ir.program import Editor, Program, attention_nodes, call_arguments, remo
 from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
+from .look_ahead import rotary_tables, turns_ahead
 from .rotate_heads import UNTURNED, rotated, rotated_back, turned
 
 aten = torch.ops.aten
@@ -54,9 +55,10 @@ class AttachCache(Pass):
     buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
     cached in several ways gets one call a group, over its heads, and their results are put together again.
     Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
-    heads, D], such that their product with the cached keys is the logits. A rotary embedding in front of q
-    and k moves into the operator, so that a target may turn them while it writes the cache; where a storage
-    asks for heads that are rotated (`rotate_heads.py`), it stays in front of that.
+    heads, D], such that their product with the cached keys is the logits, or as `look_ahead.py` says. A
+    rotary embedding in front of q and k moves into the operator, so that a target may turn them while it
+    writes the cache; where a storage asks for heads that are rotated (`rotate_heads.py`), it stays in front
+    of that.
     A layer that reads another's cache gets
 
         `%o = shared_attention(%q, %kc, %vc, %used, ..)`
@@ -260,13 +262,20 @@ class Attachment:
 
     def _show_query(self, cache: LayerCache, index: int, given: Arguments, keys: fx.Node) -> None:
         """Makes the queries a result: turned, times the softmax's scale and the scales of the keys."""
-        query, factor = turned(self.editor, given, given["q_BSHD"]), given["scale"]
+        group, name = cache.groups[index], query_name(cache.layer, index)
         of_keys = self.program.cache_weights.get(f"{keys.target}_scale")
+        tables = rotary_tables(self.editor, given)
+        if group.policy.ahead and tables is not None:
+            shown = turns_ahead(self.editor, given, tables, group, of_keys, name)
+            self.values.append(shown)
+            self.names.append(name)
+            return
+        query, factor = turned(self.editor, given, given["q_BSHD"]), given["scale"]
         if of_keys is not None:
             heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])
-            each, scale = heads // len(cache.groups[index].heads), float(given["scale"])
+            each, scale = heads // len(group.heads), float(given["scale"])
             factor = self.editor.weight(
-                f"{query_name(cache.layer, index)}_scale",
+                f"{name}_scale",
                 Weight(
                     (heads, size),
                     torch.float32,
@@ -274,7 +283,7 @@ class Attachment:
                 ),
             )
         self.values.append(self.editor.call(aten.mul.Tensor, query, factor))
-        self.names.append(query_name(cache.layer, index))
+        self.names.append(name)
 
     def _scale(self, cache: fx.Node) -> fx.Node | None:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)

@@ -165,6 +165,14 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ("llama", {"storage": "f16", "share": CROSS}),
         ("llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}),
         ("llama", {"prune": {"method": "h2o", "tokens": 8, "slack": 3}}),
+        pytest.param(
+            "llama",
+            {
+                "storage": "int8",
+                "prune": {"method": "expected_attention", "tokens": 9, "recent": 4, "slack": 3},
+            },
+            marks=pytest.mark.slow,
+        ),
         (
             "llama",
             {

@@ -81,7 +81,7 @@ class HeavyHitters(Policy):
 
     def staying(self, row: Row, used: int, leaving: int) -> Ints:
         older = used - self.newest
-        score_KT = self._score(row)[:, :older]
+        score_KT = self.token_scores(row, older)
         staying_KN = best_slots(score_KT, older - leaving, used, self.newest)
         self.take_in(row, score_KT, staying_KN[:, : older - leaving])
         return staying_KN
@@ -89,8 +89,8 @@ class HeavyHitters(Policy):
     def take_in(self, row: Row, score_KT: Floats, best_KC: Ints) -> None:
         """What becomes of the tokens that leave: here nothing."""
 
-    def _score(self, row: Row) -> Floats:
-        """What tokens are chosen by, [K, slots]: of each score its share, in equal parts."""
+    def token_scores(self, row: Row, used: int) -> Floats:
+        """Of each score its share, in equal parts, [K, used]."""
         found = [host(row[name]) for name in self.scores]
         shares = [score / np.maximum(score.sum(1, keepdims=True), 1e-30) for score in found]
-        return np.sum(shares, axis=0)  # type: ignore[no-any-return]
+        return np.sum(shares, axis=0)[:, :used]  # type: ignore[no-any-return]

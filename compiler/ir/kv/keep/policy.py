@@ -94,6 +94,12 @@ class Policy(Options):
         """Whether the tokens that stay are chosen once, when the prompt has been read."""
         return False
 
+    @property
+    def ahead(self) -> int:
+        """How many positions ahead queries are thought of, where they are: then they are shown as they were
+        before their rotary embedding, with what that does on the mean of so many positions."""
+        return 0
+
     def buffers(
         self, batch: Size, heads: int, key_size: int, reading: bool
     ) -> Iterator[tuple[str, tuple[Size, ...]]]:
@@ -114,6 +120,10 @@ class Policy(Options):
 
     def watch(self, row: Row, q_SHD: Any) -> None:
         """Learns from the queries of a step, beside what scores add up."""
+
+    def token_scores(self, row: Row, used: int) -> Floats | None:
+        """What tokens are chosen by, [K, used]; None where their places decide, or no longer known."""
+        return None
 
     def staying(self, row: Row, used: int, leaving: int) -> Ints | None:
         """The slots that stay for each head, [K, used - leaving], in order; None where their places decide.

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from .....errors import IRError
-from ...options import derived, missing, option, settle
+from ...options import derived, option
 from ..attention_sums import attention_sums, host
-from ..sizes import Size, least
-from .policy import POLICIES, Floats, Ints, Policy, Row, best_slots, check_budget
+from ..sizes import Size
+from .once import ChosenOnce
+from .policy import POLICIES, Floats, Row
 
 
 @POLICIES.register
 @dataclass(frozen=True)
-class Voted(Policy):
+class Voted(ChosenOnce):
     """Keeps of a prompt what its last tokens attend to (Li et al. 2024, section 4).
 
     Before: `cache 0.0 heads=0,1 .. policy=full`
@@ -44,40 +45,13 @@ class Voted(Policy):
     method = "snapkv"
 
     def __post_init__(self) -> None:
-        if missing(self.chosen):
-            check_budget(self.method, self.tokens, self.observe, "observe")
-            settle(self, chosen=self.tokens - self.observe)
-        if self.chosen < 1 or self.observe < 1 or self.slack < 1:
-            raise IRError(
-                "voting takes 1 or more chosen tokens, voters and tokens of slack, "
-                f"not {self.chosen}, {self.observe} and {self.slack}"
-            )
+        self.fit("observe")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise IRError(f"votes are pooled over an odd number of tokens, not {self.kernel}")
-        settle(self, tokens=self.chosen + self.observe)
-
-    @property
-    def lead(self) -> int:
-        return self.chosen
 
     @property
     def newest(self) -> int:
         return self.observe
-
-    @property
-    def waiting(self) -> int:
-        return self.slack
-
-    @property
-    def exact(self) -> bool:
-        return True
-
-    @property
-    def once(self) -> bool:
-        return True
-
-    def slots(self, capacity: Size) -> Size:
-        return least(capacity, self.tokens + self.slack)
 
     def buffers(
         self, batch: Size, heads: int, key_size: int, reading: bool
@@ -101,21 +75,21 @@ class Voted(Policy):
             voters_HWD[:, : size - new] = voters_HWD[:, new:] + 0  # a copy: they overlap
         voters_HWD[:, max(0, size - new) :] = q_SHD[-size:].swapaxes(0, 1)
 
-    def staying(self, row: Row, used: int, leaving: int) -> Ints | None:
-        if "voters" not in row:
-            return None  # the prompt was read: what was chosen stays in front
-        older = used - self.observe
-        return best_slots(self._votes(row, used), older - leaving, used, self.observe)
+    def token_scores(self, row: Row, used: int) -> Floats | None:
+        """Attention of the prompt's last tokens to each slot, [K, used], pooled over neighbours.
 
-    def _votes(self, row: Row, used: int) -> Floats:
-        """Attention of the prompt's last tokens to each older slot, [K, older], pooled over neighbours."""
-        voters = min(self.observe, used)
-        q_SHD = host(row["voters"])[:, self.observe - voters :].swapaxes(0, 1)
+        Voters get no votes: they stay.
+        """
+        if "voters" not in row:
+            return None
+        older = used - self.observe
+        if older < 1:
+            return np.zeros((len(row["key"]), used), np.float32)
+        q_SHD = host(row["voters"]).swapaxes(0, 1)
         keys_KND = host(row["key"])[:, :used]
-        ones = np.ones((1, voters), np.float32)
-        votes_KT = attention_sums(q_SHD, keys_KND, used - voters, ones)[:, 0]
-        votes_KT = votes_KT[:, : used - self.observe]
+        ones = np.ones((1, self.observe), np.float32)
+        votes_KT = attention_sums(q_SHD, keys_KND, older, ones)[:, 0, :older]
         half = self.kernel // 2
         padded = np.pad(votes_KT, ((0, 0), (half, half)))
-        around = np.lib.stride_tricks.sliding_window_view(padded, self.kernel, axis=1)
-        return around.max(-1)  # type: ignore[no-any-return]
+        around = np.lib.stride_tricks.sliding_window_view(padded, self.kernel, axis=1).max(-1)
+        return np.pad(around, ((0, 0), (0, used - older)))

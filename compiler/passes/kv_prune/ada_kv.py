@@ -1,0 +1,114 @@
+"""AdaKV: heads share their tokens by the scores of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ....errors import CalibrationError, RecipeError
+from ...calibrate.observer import Observer
+from ...calibrate.observers.token_scores import TokenScores
+from ...calibrate.sites import layer as site_of
+from ...ir.options import later
+from ...ir.program import Program
+from ..base import Pass, PassResult, check_options
+from ..methods import PRUNE
+from .budgets import Make, Sizes, by_scores, fewest, give, open_layers, scoring, together
+from .heads import Head
+
+
+@PRUNE.register
+@dataclass(frozen=True)
+class AdaKV(Pass):
+    """Heads of a layer have unequal budgets, by how many of the layer's best tokens are theirs (Feng et al.
+    2024, section 3).
+
+    Before: `cache 0.0 heads=0,1 .. policy=full`
+    After:  `cache 0.0 heads=0 .. policy=voted(chosen=73,observe=32,..)` and
+            `cache 0.1 heads=1 .. policy=voted(chosen=375,observe=32,..)`
+
+    Options: `tokens`, the mean budget of a head; `by`, the method that chooses tokens, with options of its
+    own where it is given any (`snapkv:observe=16`); `floor`, the share of `tokens` that every head has at
+    least; `share`, the share of a text that `tokens` are, which budgets are right for (of the context where
+    it is not given); `over`, which heads share their tokens, those of a `layer` or of the `model`; `slack`,
+    tokens that may gather between moves; `read`, how many tokens of the calibration text are scored.
+
+    Differs from the paper: a layout has its sizes when it is compiled, so heads are compared on the
+    calibration text, not on each prompt; budgets are `floor` and eighths of the rest, so that memory is as
+    much as with equal budgets, and is really freed.
+    """
+
+    tokens: int = 256
+    by: str = "snapkv"
+    floor: float = 0.2
+    share: float | None = later()
+    over: str = "layer"
+    slack: int = 64
+    read: int = 1024
+
+    name = "ada_kv"
+    requires = frozenset({"cache planned"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < 1:
+            raise RecipeError(f"cache.prune: floor is a share of tokens, 0 to 1, not {self.floor}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise RecipeError(
+                f"cache.prune: share is of a text, more than 0 to 1, not {self.share}"
+            )
+        if self.over not in ("layer", "model"):
+            raise RecipeError(
+                f"cache.prune: heads share over a layer or the model, not {self.over!r}"
+            )
+        if self.read < 16:
+            raise RecipeError(
+                f"cache.prune: heads are compared on 16 tokens or more, not {self.read}"
+            )
+        check_options("cache.prune", lambda: self.sizes(2 * self.tokens))
+
+    def make(self) -> Make:
+        """The policies by budget. Raises RecipeError for options that cannot be."""
+        return scoring(self.by, self.slack, self.tokens)
+
+    def sizes(self, room: int) -> Sizes:
+        """The budgets that there are, less than `room`. Raises IRError where there is nothing to share."""
+        least = max(fewest(self.make(), self.tokens), round(self.floor * self.tokens))
+        return Sizes.of(self.tokens, least, room)
+
+    def run(self, program: Program) -> PassResult:
+        result, make = PassResult(), self.make()
+        policy = make(self.tokens)
+        layers = open_layers(program, policy, result)
+        if not layers:
+            return result
+        context = program.model.context
+        sizes, share = self.sizes(context - self.slack), self.share or self.tokens / context
+        scores = None
+        if program.statistics is None:
+            result.skipped(
+                "budgets", "without weights they are shared out at will; only sizes count"
+            )
+        else:
+            found = program.statistics.of(program, self.observer(make))
+            scores = {x.layer: self.seen(found[site_of(x.layer)]["score"], make) for x in layers}
+        budgets: dict[Head, int] = {}
+        for part in together(layers, self.over == "model"):
+            length = 0 if scores is None else scores[part[0].layer].shape[1]
+            budgets |= by_scores(part, scores, sizes, share * length)
+        give(program, layers, budgets, make, result)
+        return result
+
+    def observer(self, make: Make) -> Observer:
+        """What scores the tokens of the calibration text."""
+        return TokenScores(make(self.tokens), self.read)
+
+    def seen(self, scores_KT: Tensor, make: Make) -> Tensor:
+        """The scores by which heads are compared: not of the newest tokens, which every head keeps."""
+        newest = make(self.tokens).newest
+        if scores_KT.shape[1] <= newest:
+            raise CalibrationError(
+                f"heads are compared on {scores_KT.shape[1]} tokens of the calibration text, of which "
+                f"{self.by} keeps the newest {newest} anyway: give a longer text, or a larger read"
+            )
+        return scores_KT[:, : scores_KT.shape[1] - newest]

@@ -1,0 +1,42 @@
+"""KVzip: heads share their tokens by what it takes to write a text down again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...calibrate.observer import Observer
+from ...calibrate.observers.reconstruction import Reconstruction
+from ..methods import PRUNE
+from .ada_kv import AdaKV
+from .budgets import Make
+
+
+@PRUNE.register
+@dataclass(frozen=True)
+class KVzip(AdaKV):
+    """Heads have unequal budgets, by how many of the tokens are theirs that a model looks at while it repeats
+    a text (Kim et al. 2025, sections 3.2 and 3.4).
+
+    Before: `cache 0.0 heads=0,1 .. policy=full`
+    After:  `cache 0.0 heads=0 .. policy=expected(chosen=26,recent=26,..)` and
+            `cache 0.1 heads=1 .. policy=expected(chosen=512,recent=512,..)`
+
+    Options: as of `ada_kv`.
+
+    Differs from the paper: each prompt is read once, as ever. The calibration text is read twice when the
+    model is compiled, and says how many tokens each head needs, not only which heads need all (the paper's
+    form that knows no context); which tokens these are is for `by` to say.
+    """
+
+    by: str = "expected_attention"
+    over: str = "model"
+
+    name = "kvzip"
+
+    def observer(self, make: Make) -> Observer:
+        return Reconstruction(self.read)
+
+    def seen(self, scores_KT: Tensor, make: Make) -> Tensor:
+        return scores_KT

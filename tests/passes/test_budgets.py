@@ -1,0 +1,245 @@
+"""Budgets of tokens by layer and head: PyramidKV, AdaKV, KVzip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from einfold.compiler.calibrate.observer import Found, Observer
+from einfold.compiler.calibrate.observers.reconstruction import Reconstruction
+from einfold.compiler.calibrate.observers.token_scores import TokenScores
+from einfold.compiler.calibrate.sites import Site
+from einfold.compiler.calibrate.statistics import Statistics
+from einfold.compiler.calibrate.stream import stream
+from einfold.compiler.ir.kv.attention_sums import attention_sums
+from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.verifier import verify
+from einfold.compiler.passes.base import Pass
+from einfold.compiler.passes.cache.attach_cache import AttachCache
+from einfold.compiler.passes.cache.plan_cache import PlanCache
+from einfold.compiler.passes.kv_prune.ada_kv import AdaKV
+from einfold.compiler.passes.kv_prune.budgets import Sizes, shared_out
+from einfold.compiler.passes.kv_prune.kvzip import KVzip
+from einfold.compiler.passes.kv_prune.pyramid_kv import PyramidKV
+from einfold.errors import CalibrationError, IRError, RecipeError
+from einfold.runtime.cache import Cache
+
+from ..calibrate.common import BODY
+from ..programs import program
+
+#: Two layers of four KV heads; the second without the window and the softcap that it has elsewhere.
+OPEN = BODY.replace(", 1, 0.5, 5, 3.0)", ", 1, 0.5, 0, 0.0)")
+TEXT = torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def planned() -> Program:
+    found = program(OPEN)
+    PlanCache().run(found)
+    return found
+
+
+class Known(Statistics):
+    """Statistics with given scores of tokens in place of measured ones."""
+
+    def __init__(self, scores: list[Tensor]) -> None:
+        self.scores = scores
+
+    def of(self, program: Program, *observers: Observer) -> dict[str, Found]:
+        return {f"layer-{layer}": {"score": each} for layer, each in enumerate(self.scores)}
+
+
+def budgets(found: Program) -> list[dict[int, int]]:
+    """Tokens by head, of each layer."""
+    assert found.layout is not None
+    return [
+        {head: group.policy.lead + group.newest for group in x.groups for head in group.heads}
+        for x in found.layout.layers
+    ]
+
+
+def test_early_layers_keep_more() -> None:
+    """An arithmetic sequence of the mean `tokens` that ends at `tokens` over `steepness`."""
+    method = PyramidKV(tokens=60, steepness=6, sizes=11, by="snapkv:observe=4")
+    assert method.budgets(11, 5, 1000) == [110 - 10 * layer for layer in range(11)]
+    few = PyramidKV(tokens=60, steepness=6, sizes=3, by="snapkv:observe=4")
+    assert few.budgets(6, 5, 1000) == [110, 110, 60, 60, 10, 10]
+    assert few.budgets(6, 5, 91) == [90, 90, 60, 60, 30, 30]  # what the context has room for
+    assert few.budgets(6, 20, 1000) == [100, 100, 60, 60, 20, 20]
+    assert PyramidKV(tokens=60, sizes=1).budgets(2, 33, 1000) == [60, 60]
+
+    found = planned()
+    result = PyramidKV(tokens=20, steepness=2, slack=4, by="h2o:recent=3").run(found)
+    assert budgets(found) == [dict.fromkeys(range(4), 30), dict.fromkeys(range(4), 10)]
+    assert [note.what for note in result.notes] == [
+        "4 KV heads by h2o: 4 of 30 tokens",
+        "4 KV heads by h2o: 4 of 10 tokens",
+    ]
+    AttachCache().run(found)
+    verify(found, deep=True)
+
+
+def by_tokens(scores_KT: Tensor, tokens: int, base: int) -> list[int]:
+    """AdaKV's algorithm 1: `base` tokens for each head, the others to the best of all that are left."""
+    heads, total = scores_KT.shape
+    kept = [sorted(range(total), key=lambda t: -scores_KT[h, t])[:base] for h in range(heads)]
+    left = [
+        (float(scores_KT[h, t]), h) for h in range(heads) for t in range(total) if t not in kept[h]
+    ]
+    best = sorted(left, reverse=True)[: heads * (tokens - base)]
+    return [base + sum(1 for _, head in best if head == h) for h in range(heads)]
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.integers(2, 5))
+def test_heads_share_by_the_best_scores(seed: int, heads: int) -> None:
+    """As the paper's, to half a step; in steps of one token the same."""
+    scores_KT = torch.rand(heads, 60, generator=torch.Generator().manual_seed(seed))
+    scores_KT *= torch.linspace(0.5, 3, heads)[:, None]
+    tokens, base = 12, 4
+    sizes = Sizes.of(tokens, base, 100)
+    assert (sizes.base, sizes.step) == (base, 1)
+    shared = shared_out(scores_KT, sizes, tokens)
+    assert [sizes.tokens(int(n)) for n in shared] == by_tokens(scores_KT, tokens, base)
+    rough = Sizes.of(36, base, 100)
+    found = [rough.tokens(int(n)) for n in shared_out(scores_KT, rough, 36)]
+    assert sum(found) == 36 * heads
+    exact = by_tokens(scores_KT, 36, base)
+    assert all(abs(a - b) <= heads * rough.step for a, b in zip(found, exact, strict=True))
+
+
+def test_a_head_has_no_more_than_the_context() -> None:
+    scores_KT = torch.tensor([[9.0] * 40, [1.0] * 40, [0.5] * 40])
+    sizes = Sizes.of(12, 4, 18)
+    assert sizes.tokens(sizes.most) == 17
+    assert shared_out(scores_KT, sizes, 12).tolist() == [13, 11, 0]
+    with pytest.raises(IRError, match="leaves less than 8 to share out beside the 5"):
+        Sizes.of(12, 5, 100)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        AdaKV(tokens=20, slack=4, by="h2o:recent=3", floor=0.2, share=0.5),
+        AdaKV(tokens=20, slack=4, by="snapkv:observe=3", floor=0.2, share=0.5, over="model"),
+        KVzip(tokens=20, slack=4, by="expected_attention:recent=3,sinks=1", share=0.5),
+    ],
+    ids=lambda method: f"{method.name}-{method.over}",
+)
+def test_memory_is_what_equal_budgets_take(method: AdaKV) -> None:
+    """With weights and without: and the peak of an estimate is no lower."""
+    scores = [torch.rand(4, 24, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    scores[1] *= 3
+    scores[0][2] *= 5
+    layouts = []
+    for statistics in (None, Known(scores)):
+        found = planned()
+        found.statistics = statistics
+        result = method.run(found)
+        assert found.layout is not None
+        layouts.append(found.layout)
+        given_to = [sum(layer.values()) for layer in budgets(found)]
+        assert sum(given_to) == 2 * 4 * 20
+        if statistics is not None:
+            assert (given_to[0] == given_to[1]) == (method.over == "layer")
+            assert len(set(budgets(found)[0].values())) > 1
+            assert all(note.action == "applied" for note in result.notes)
+    flat = planned()
+    assert flat.layout is not None
+    context = flat.model.context
+    blind, seeing = layouts
+    assert blind.bytes(1, context) == seeing.bytes(1, context)
+    assert blind.peak_bytes(1, context, context) >= seeing.peak_bytes(1, context, context)
+    cache = Cache.allocate(seeing, 2, context, 30)
+    assert cache.nbytes == seeing.bytes(2, context, 30)
+
+
+def attention(found: Program, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each layer its queries [S, H, D], scaled, and keys [S, K, D], as they go into attention."""
+    seen = {}
+
+    class Look(Observer):
+        name = "look"
+
+        def see(self, site: Site, *values: Tensor) -> Found:
+            seen[site.name] = values[0][0] * 0.5, values[1][0]
+            return {}
+
+    stream(found, tokens, [Look()])
+    return seen
+
+
+def test_reconstruction_is_the_most_attention_of_a_second_reading() -> None:
+    found = planned()
+    observer = Reconstruction(tokens=10)
+    twice = observer.reading(TEXT, found.model.context)
+    assert twice.tolist() == [TEXT.flatten()[:10].tolist() * 2]
+    assert observer.reading(TEXT, 9).shape == (1, 8)
+    scores = stream(found, twice, [observer])
+    for layer, (q_SHD, k_SKD) in attention(found, twice).items():
+        logits_HST = torch.einsum("shd,thd->hst", q_SHD, k_SKD)
+        logits_HST = logits_HST.masked_fill(~torch.ones(20, 20).tril().bool(), -torch.inf)
+        want = logits_HST.softmax(-1)[:, 10:, :10].amax(1)
+        torch.testing.assert_close(scores[layer]["score"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_token_scores_are_what_the_runtime_would_choose_by() -> None:
+    found = planned()
+    policy = HeavyHitters(4, 4)
+    observer = TokenScores(policy, tokens=14)
+    assert observer.key != TokenScores(HeavyHitters(4, 5), tokens=14).key
+    text = observer.reading(TEXT, found.model.context)
+    assert text.shape == (1, 14)
+    scores = stream(found, text, [observer])
+    for layer, (q_SHD, k_SKD) in attention(found, text).items():
+        keys_KTD = k_SKD.transpose(0, 1).numpy()
+        got = attention_sums(q_SHD.numpy(), keys_KTD, 0, np.ones((1, 14), np.float32))[:, 0]
+        want = got / got.sum(1, keepdims=True)
+        np.testing.assert_allclose(scores[layer]["score"].numpy(), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: AdaKV(by="streaming_llm"), "one of snapkv|is one of"),
+        (lambda: AdaKV(by="snapkv:tokens=9"), "tokens is an option of the method itself"),
+        (lambda: AdaKV(by="snapkv:voters=9"), "unknown key 'voters'; snapkv takes"),
+        (lambda: AdaKV(by="snapkv:observe"), "is written NAME:key=value"),
+        (lambda: AdaKV(tokens=32), "a budget of 32 tokens leaves none to choose"),
+        (lambda: AdaKV(tokens=35), "leaves less than 8 to share out beside the 33"),
+        (lambda: AdaKV(floor=1), "floor is a share of tokens, 0 to 1, not 1"),
+        (lambda: AdaKV(share=0), "more than 0 to 1, not 0"),
+        (lambda: KVzip(over="heads"), "over a layer or the model, not 'heads'"),
+        (lambda: AdaKV(read=8), "16 tokens or more, not 8"),
+        (lambda: PyramidKV(steepness=0.5), "steepness is 1 or more"),
+        (lambda: PyramidKV(tokens=30), "a budget of 30 tokens leaves none"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], Pass], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        make()
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    found = planned()
+    found.statistics = Known([torch.rand(4, 6)] * 2)
+    with pytest.raises(CalibrationError, match="of which snapkv:observe=6 keeps the newest 6"):
+        AdaKV(tokens=20, slack=4, by="snapkv:observe=6").run(found)
+
+
+def test_layers_that_attend_otherwise_are_left_alone() -> None:
+    found = program(BODY)
+    PlanCache().run(found)
+    result = KVzip(tokens=20, slack=4, by="expected_attention:recent=3").run(found)
+    assert ("layer 1", "has a sliding window of 5 tokens of its own") in [
+        (note.where, note.what) for note in result.notes if note.action == "skipped"
+    ]
+    assert sum(budgets(found)[0].values()) == 80
+    assert found.layout is not None
+    assert found.layout[1].groups[0].policy.whole
