@@ -97,6 +97,7 @@ class PageAhead:
         for number in range(self._done, done):
             span = self._items[number % len(self._items)]
             with self._changed:
+                self._next = max(self._next, number + 1)  # one that was not begun is not to be
                 kept = [entry for entry in self._todo if entry[0] != number]
                 if number in self._begun:  # those that nobody has taken will not come
                     self._begun[number][1] -= len(self._todo) - len(kept)
@@ -107,7 +108,6 @@ class PageAhead:
             with self._changed:
                 self._held -= self._begun.pop(number, [0])[0]
                 self._done = number + 1
-                self._next = max(self._next, self._done)
                 self._changed.notify_all()
 
     def _wait(self, number: int) -> None:

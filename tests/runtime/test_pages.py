@@ -202,3 +202,12 @@ def test_a_system_that_does_not_bring_pages_is_told(
         PagedFile(file)
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "x", "5.4.0-150", "", "")))
     assert "from 5.14 on" in no_paging()
+
+
+def test_rounds_broken_off_at_once_lose_no_unit(file: Path) -> None:
+    """Items that were not begun, were begun and are being brought are passed over alike."""
+    with walking(file, 5 * UNIT) as (_, ahead):
+        for index in (2, 0, 1, 1, 0, 2, 2, 2, 1, 0) * 8:
+            with ahead.item(index):
+                assert ahead.units <= 5
+        assert ahead._failed is None
