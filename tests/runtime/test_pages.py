@@ -204,10 +204,15 @@ def test_a_system_that_does_not_bring_pages_is_told(
     assert "from 5.14 on" in no_paging()
 
 
-def test_rounds_broken_off_at_once_lose_no_unit(file: Path) -> None:
-    """Items that were not begun, were begun and are being brought are passed over alike."""
-    with walking(file, 5 * UNIT) as (_, ahead):
-        for index in (2, 0, 1, 1, 0, 2, 2, 2, 1, 0) * 8:
+def test_an_item_that_is_passed_over_is_not_begun_meanwhile(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Letting go takes a while, in which a thread could take up what is passed over."""
+    with walking(file, 2 * UNIT) as (pages, ahead):
+        bring, let_go = pages.bring, pages.let_go
+        monkeypatch.setattr(pages, "bring", lambda unit: (time.sleep(0.04), bring(unit)))
+        monkeypatch.setattr(pages, "let_go", lambda *span: (time.sleep(0.02), let_go(*span)))
+        for index in (2, 2, 1, 0, 2, 1):
             with ahead.item(index):
-                assert ahead.units <= 5
+                assert ahead.units <= 2
         assert ahead._failed is None

@@ -23,7 +23,7 @@ from einfold.compiler.codegen.onnx.in_parts import OnnxInParts
 from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.memory.tiers import TierPlan
-from einfold.errors import ArtifactError
+from einfold.errors import ArtifactError, RecipeError
 from einfold.runtime.artifact import Artifact
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
@@ -183,13 +183,21 @@ def test_a_copy_is_made_of_no_damaged_artifact(
 def test_where_there_is_no_room_weights_are_packed_in_every_step(
     wide_head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the public road, and told by the plan; then where the room is gone when the copy is written."""
+    """A plan that streams says so, unless a copy is there already."""
     usage = shutil.disk_usage(wide_head)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
-    model = einfold.load(wide_head, threads=1, memory=160_000_000, context=64, chunk=16)
-    assert type(model.engine.runner) is StreamingRunner
-    assert model.plan is not None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 30))
+    load = CutModel.of(Artifact.open(wide_head)).load(16, 1000)
+    assert not load.paged
+    assert "a packed copy takes 1 MiB on the disk of" in load.remark
+    with pytest.raises(RecipeError) as told:
+        einfold.plan(wide_head, memory=1000, context=64)
+    least = int(str(told.value).split("too small: ")[1].split(" are needed")[0].replace(",", ""))
+    plan = einfold.plan(wide_head, memory=least, context=64)
+    assert plan.way().startswith("packed in every step: a packed copy takes 1 MiB")
+    assert plan.way() in plan.sentence()
     monkeypatch.undo()
+    made = laid_out(wide_head)
+    assert made.paged
 
 
 def test_a_copy_that_cannot_be_written_is_told(
