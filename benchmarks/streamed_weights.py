@@ -1,9 +1,10 @@
 """A model of twice the memory that it may use: `python -m benchmarks.streamed_weights`.
 
 Every run is a process in a memory cgroup of the budget's size, so that the system's page cache cannot hold
-the file in its place. Beside it stand the bandwidth of direct reads and the rate of packing, measured right
-before and behind each run on the same file, what `einfold plan` makes of them, and
-the same tokens from resident weights without a limit.
+the file in its place. A round is a run by pages of a packed copy, one that packs in every step, and, with
+`--peers-python`, llama.cpp over a file that it maps and accelerate with layers on the disk. The bandwidth of
+direct reads and the rate of packing are measured right before and behind each run by pages; beside them
+stand what `einfold plan` makes of these, and the same tokens from resident weights without a limit.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from importlib import metadata
@@ -30,36 +32,55 @@ from .report import machine, slug, table
 #: Where version 1 of memory cgroups is mounted.
 _CGROUPS = Path("/sys/fs/cgroup/memory")
 
-PROMPT = 64
+#: Tokens of the prompt; what is measured is a token behind it.
+PROMPT = 8
 
 
 def child(artifact: Path, memory: int, options: argparse.Namespace) -> dict[str, Any]:
     """Loads within a budget, or without one (0), writes tokens, and tells what it took."""
     import einfold
 
+    if options.packing:
+        from einfold.compiler.codegen.onnx.cut_model import CutModel
+
+        cut: Any = CutModel
+        cut.why_not_paged = lambda _: "asked for"
     started = time.perf_counter()
     within = {"memory": memory, "context": options.context} if memory else {}
     model = einfold.load(artifact, threads=options.threads, chunk=options.chunk, **within)
     loaded = time.perf_counter() - started
     runner: Any = model.engine.runner
-    before = getattr(runner, "fetched", 0)
-    times = os.times()
-    found = model.generate(
-        [5 + n % 100 for n in range(PROMPT)], max_new_tokens=options.tokens, ignore_eos=True
+    prompt = [5 + n % 100 for n in range(PROMPT)]
+    # The prompt is a step of its own, which reads more: what it takes is measured and subtracted.
+    model.generate(prompt, max_new_tokens=2, ignore_eos=True)
+    first = spent(runner, lambda: model.generate(prompt, max_new_tokens=1, ignore_eos=True))
+    found: list[Any] = []
+    both = spent(
+        runner,
+        lambda: found.append(
+            model.generate(prompt, max_new_tokens=options.tokens, ignore_eos=True)
+        ),
     )
-    steps = 1 + model.timings.decode_tokens
-    after = os.times()
-    reader = getattr(runner, "reader", None)
+    steps = model.timings.decode_tokens
     return {
-        "tokens": found.tokens,
+        "tokens": found[0].tokens,
         "load_seconds": loaded,
         "prefill_seconds": model.timings.prefill_seconds,
         "decode_seconds": model.timings.decode_seconds / model.timings.decode_tokens,
-        "fetched_a_step": (getattr(runner, "fetched", 0) - before) / steps,
-        "read_seconds_a_step": reader.counts.read_seconds / steps if reader else 0.0,
-        "processor_seconds_a_step": (after.user + after.system - times.user - times.system) / steps,
+        "fetched_a_step": (both[0] - first[0]) / steps,
+        "processor_seconds_a_step": (both[1] - first[1]) / steps,
+        "paged": bool(model.plan and model.plan.tiers.paged),
         "peak": status_bytes(os.getpid(), "VmHWM"),
     }
+
+
+def spent(runner: Any, run: Callable[[], object]) -> tuple[int, float]:
+    """Bytes from the disk and seconds of the processor that something takes."""
+    bytes_before, before = getattr(runner, "fetched", 0), os.times()
+    run()
+    after = os.times()
+    seconds = after.user + after.system - before.user - before.system
+    return getattr(runner, "fetched", 0) - bytes_before, seconds
 
 
 @contextmanager
@@ -78,7 +99,9 @@ def cgroup(limit: int) -> Iterator[Path]:
             time.sleep(0.1)
 
 
-def run(artifact: Path, memory: int, given: argparse.Namespace, limited: bool) -> dict[str, Any]:
+def run(
+    artifact: Path, memory: int, given: argparse.Namespace, limited: bool, packing: bool = False
+) -> dict[str, Any]:
     """One child, in a cgroup where it is limited; its figures, or how it ended."""
     words = [
         own_python(),
@@ -90,7 +113,25 @@ def run(artifact: Path, memory: int, given: argparse.Namespace, limited: bool) -
     ]
     for name in ("tokens", "context", "chunk", "threads"):
         words += [f"--{name}", str(getattr(given, name))]
-    with cgroup(given.memory) as group:
+    return process(words + ["--packing"] * packing, given, given.memory if limited else 0)
+
+
+def peer(engine: str, model: Path, given: argparse.Namespace, limit: int) -> dict[str, Any]:
+    """A peer in its cgroup; what of its files others left in memory is let go first."""
+    for path in [model] if model.is_file() else model.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    words = [given.peers_python, "-m", "benchmarks.streamed_peers", engine, str(model)]
+    tokens = min(given.tokens, 3) if engine == "accelerate" else given.tokens  # seconds each
+    words += ["--tokens", str(tokens), "--threads", str(given.threads)]
+    return process(words, given, limit)
+
+
+def process(words: list[str], given: argparse.Namespace, limit: int) -> dict[str, Any]:
+    """What a process printed, or how it ended, in a cgroup of so many bytes; 0 is none."""
+    limited = limit > 0
+    with cgroup(limit or given.memory) as group:
 
         def enter() -> None:
             if limited:
@@ -126,7 +167,17 @@ def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
         plan = einfold.plan(
             artifact, memory=given.memory, context=given.context, chunk=given.chunk, device=file
         )
-    return {"run": found, "plan": plan.data() | {"artifact": artifact.name}, "direct": direct}
+    data = plan.data() | {"artifact": artifact.name}
+    return {"run": found, "beside": others(artifact, given), "plan": data, "direct": direct}
+
+
+def others(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """What runs beside it in the same round."""
+    found = {"packing": run(artifact, given.memory, given, limited=True, packing=True)}
+    if given.peers_python:
+        found["llama.cpp"] = peer("llama.cpp", given.gguf, given, given.memory)
+        found["accelerate"] = peer("accelerate", given.checkpoint, given, given.accelerate)
+    return found
 
 
 def line(number: int, found: dict[str, Any]) -> list[str]:
@@ -172,19 +223,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8, help="of one run")
     parser.add_argument("--out", type=Path, help="a folder for the results")
+    parser.add_argument("--peers-python", help="interpreter of `make bench-peers`, with accelerate")
+    parser.add_argument(
+        "--accelerate",
+        type=int,
+        default=0,
+        help="bytes of its cgroup; half of its weights without it",
+    )
+    parser.add_argument("--packing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(child(Path(given.child[0]), int(given.child[1]), given)))
         return
-    kitchen = Kitchen(default_cache(), own_python(), own_python(), given.threads, print)
+    peers = given.peers_python or own_python()
+    kitchen = Kitchen(default_cache(), own_python(), peers, given.threads, print)
     artifact = given.artifact or kitchen.form(given.shape, Form(EINFOLD, ("int4",)))
     size = (artifact / "weights.safetensors").stat().st_size
     given.memory = given.memory or size // 2
+    if given.peers_python:
+        given.gguf = kitchen.form(given.shape, Form("gguf"))
+        given.checkpoint = kitchen.model(given.shape)
+        held = sum(file.stat().st_size for file in given.checkpoint.glob("*.safetensors"))
+        given.accelerate = given.accelerate or held // 2
     resident = run(artifact, 0, given, limited=False)
     alone = run(artifact, 0, given, limited=True)
-    rounds = [measured(artifact, given) for _ in range(given.rounds)]
-    same = all(found["run"].get("tokens") == resident.get("tokens") for found in rounds)
+    rounds = []
+    for _ in range(given.rounds):
+        rounds.append(measured(artifact, given))
+        print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)  # each takes minutes
+    same = all(
+        ran.get("tokens") == resident.get("tokens")
+        for found in rounds
+        for ran in (found["run"], found["beside"]["packing"])
+    )
     report(given, size, resident, alone, rounds, same)
 
 
@@ -211,6 +283,9 @@ def report(
         f"{'are' if same else 'ARE NOT'} those of resident weights. Reads are "
         f"{'direct' if rounds[0]['direct'] else 'through the page cache'}.\n",
         table(list(HEADS), [line(n + 1, found) for n, found in enumerate(rounds)]),
+        "\nThe same rounds beside others, seconds a token; the last column is the median of each round's "
+        "ratio to the run by pages.\n",
+        table(*beside(rounds)),
         f"\nResident, no limit: {_of(resident)}. Resident in the cgroup: {_of(alone)}.",
     ]
     print("\n".join(text))
@@ -225,6 +300,38 @@ def report(
             "rounds": rounds,
         }
         (given.out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def beside(rounds: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The table of what ran in the same rounds."""
+    heads = [
+        "",
+        *(f"round {n + 1}" for n in range(len(rounds))),
+        "MiB a token",
+        "cgroup's MiB",
+        "ratio",
+    ]
+    rows = []
+    for name in ("pages", *rounds[0]["beside"]):
+        runs = [r["run"] if name == "pages" else r["beside"][name] for r in rounds]
+        whole = [r for r in runs if "ended" not in r]
+        ratios = [
+            ran["decode_seconds"] / r["run"]["decode_seconds"]
+            for ran, r in zip(runs, rounds, strict=True)
+            if "ended" not in ran and "ended" not in r["run"]
+        ]
+        mean = [statistics.median(r[k] for r in whole) / 2**20 if whole else 0 for k in (
+            "fetched_a_step", "cgroup_peak",
+        )]  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(r["ended"] if "ended" in r else f"{r['decode_seconds']:.2f}" for r in runs),
+                *(f"{value:.0f}" for value in mean),
+                f"{statistics.median(ratios):.2f}" if ratios else "",
+            ]
+        )
+    return heads, rows
 
 
 def _of(ran: dict[str, Any]) -> str:

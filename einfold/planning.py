@@ -48,6 +48,8 @@ class Plan:
             "buffers": tiers.buffers,
             "pinned": sum(piece.held for piece in tiers.kept),
             "fetched": tiers.fetched,
+            "paged": tiers.paged,
+            "remark": tiers.remark,
             "seconds": step.seconds,
             "tokens_a_second": 1 / step.seconds,
             "bound": step.bound,
@@ -65,6 +67,19 @@ class Plan:
             ],
             "device": asdict(self.device),
         }
+
+    def as_run(self, tiers: TierPlan) -> Plan:
+        """The same by what a runner does, which may find that pages cannot be had as planned."""
+        return replace(self, tiers=tiers, step=step_of(tiers, self.device))
+
+    def way(self) -> str:
+        """How streamed weights come, and why not as pages; "" where there are none."""
+        tiers = self.tiers
+        if not tiers.streamed:
+            return ""
+        if tiers.paged:
+            return "pages of a packed copy"
+        return "packed in every step" + (f": {tiers.remark}" if tiers.remark else "")
 
     def warning(self) -> str:
         """What is wrong with a peak that the device has no memory for; "" where it has."""
@@ -88,7 +103,7 @@ class Plan:
         pinned = human_bytes(sum(piece.nbytes for piece in tiers.kept))
         return (
             f"pinned {len(tiers.kept)} super-ops ({pinned}), streamed {len(tiers.streamed)}: "
-            f"{human_bytes(tiers.fetched)} from the disk in every step, {peak}"
+            f"{human_bytes(tiers.fetched)} from the disk in every step, {self.way()}, {peak}"
         )
 
 

@@ -89,6 +89,25 @@ ALLOWED = {
         "compiler.memory.tiers",
         "runtime",
     },
+    "compiler.codegen.onnx.cut_model": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory.tiers",
+        "runtime",
+    },
+    "compiler.codegen.onnx.in_parts": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory.tiers",
+        "runtime",
+    },
+    "compiler.codegen.onnx.paging": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory.tiers",
+        "runtime",
+    },
+    "compiler.codegen.onnx.packed_copy": {"errors", "compiler.ir", "runtime"},
     "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
     "compiler.codegen.reference": {
         "errors",

@@ -4,6 +4,9 @@
       -> place     which are pinned, which streamed, the bytes of both and of the buffers between
       -> step      seconds of a step: the disk reads ahead while super-ops are packed and computed
 
+Where weights lie packed in a file that the engine reads where it is mapped, those that are streamed are pages
+of it (`paged`): nothing is packed in a step, and what is read ahead are the packed bytes.
+
 Every weight is read once in a step, so of two super-ops the one with more bytes in the file is the better to
 keep, and nothing learned from the past helps. Where all but C bytes of W are fetched, no step is faster than
 (W - C) / bandwidth of the disk, where the cost model of "LLM in a flash" (Alizadeh et al., 2023) starts. Its
@@ -14,7 +17,7 @@ a step of one token reads every weight and the cache once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import RecipeError
 from ..ir.device import Device
@@ -56,6 +59,10 @@ class Load:
     pieces: tuple[Piece, ...]
     """Super-ops in the order in which they run."""
     fixed: Fixed
+    paged: tuple[Piece, ...] = ()
+    """The same where weights are pages of a file that holds them packed; none where that cannot be."""
+    remark: str = ""
+    """Why it cannot be."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class TierPlan:
     pinned: frozenset[str]
     fixed: Fixed
     budget: int
+    paged: bool = False
+    """Streamed weights are pages of a file that holds them packed; else they are packed in every step."""
+    remark: str = ""
+    """Why they are not."""
 
     @property
     def streamed(self) -> tuple[Piece, ...]:
@@ -90,16 +101,21 @@ class TierPlan:
 
     @property
     def buffers(self) -> int:
-        """Bytes of the buffers that are read into."""
-        return buffer_bytes(self.streamed)
+        """Bytes of the buffers that are read into, or of the pages that are read ahead."""
+        return buffer_bytes(self.streamed, self.paged)
 
     @property
     def peak(self) -> int:
         """Bytes of the process at its largest: while it runs, or while it is loaded.
 
         Pinned weights are packed one super-op after the other, the largest first. Then they are there three
-        times: as they were read, as the engine takes them, and packed.
+        times: as they were read, as the engine takes them, and packed. With pages nothing is resident then
+        but the super-op whose session is made, as it lies in the file and packed.
         """
+        if self.paged:
+            held = sum(piece.held for piece in self.kept)
+            loading = max((piece.nbytes + piece.held for piece in self.pieces), default=0)
+            return self.fixed.total + max(held + self.buffers, loading)
         held = loading = 0
         for piece in sorted(self.kept, key=lambda piece: -piece.nbytes):
             held += piece.held
@@ -129,9 +145,10 @@ class Step:
         return "packing" if self.packing > self.compute else "compute"
 
 
-def buffer_bytes(streamed: Sequence[Piece]) -> int:
+def buffer_bytes(streamed: Sequence[Piece], paged: bool = False) -> int:
     """Bytes of the buffers that hold what is read ahead; no more buffers than there is to read."""
-    return min(AHEAD, len(streamed)) * max((piece.nbytes for piece in streamed), default=0)
+    sizes = [piece.held if paged else piece.nbytes for piece in streamed]
+    return min(AHEAD, len(streamed)) * max(sizes, default=0)
 
 
 def step_of(plan: TierPlan, device: Device) -> Step:
@@ -139,7 +156,7 @@ def step_of(plan: TierPlan, device: Device) -> Step:
     held = sum(piece.held for piece in plan.pieces)
     return Step(
         plan.fetched / device.disk_bandwidth,
-        plan.fetched / device.pack_bandwidth,
+        0.0 if plan.paged else plan.fetched / device.pack_bandwidth,
         (held + plan.fixed.cache) / device.ram_bandwidth,
     )
 
@@ -149,14 +166,16 @@ def place(load: Load, budget: int) -> TierPlan:
 
     For each size that the largest streamed super-op may have, what is larger is pinned and the rest of the
     budget goes to the others, the largest first; among equals evenly over the order, so that pinned super-ops
-    run while the next is read. Raises RecipeError, which says the smallest budget that would do.
+    run while the next is read. Pages of a packed file come before packing in every step, unless nothing
+    is streamed. Raises RecipeError, which says the smallest budget that would do.
     """
-    pieces, fixed = load.pieces, load.fixed
-    candidates = [
-        TierPlan(tuple(pieces), names, fixed, budget) for names in _choices(pieces, budget, fixed)
-    ]
-    fitting = [found for found in candidates if found.peak <= budget]
+    plain = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
+    fitting = _fitting(plain)
+    paged = replace(plain, pieces=load.paged, paged=True)
+    if load.paged and all(found.streamed for found in fitting):
+        fitting = _fitting(paged) or fitting
     if not fitting:
+        candidates, fixed = [*_choices(plain), *(_choices(paged) if load.paged else ())], load.fixed
         least = min((found.peak for found in candidates), default=fixed.total)
         raise RecipeError(
             f"a budget of {budget:,} bytes is too small: {least:,} are needed at least, of which the "
@@ -167,26 +186,29 @@ def place(load: Load, budget: int) -> TierPlan:
     return min(fitting, key=lambda found: (found.fetched, found.peak))
 
 
-def _choices(pieces: Sequence[Piece], budget: int, fixed: Fixed) -> Iterator[frozenset[str]]:
-    """Sets of pinned super-ops, for each size of the largest that is streamed."""
+def _fitting(plain: TierPlan) -> list[TierPlan]:
+    return [found for found in _choices(plain) if found.peak <= found.budget]
+
+
+def _choices(plain: TierPlan) -> Iterator[TierPlan]:
+    """Plans with super-ops pinned, for each size of the largest that is streamed."""
+    pieces = plain.pieces
     for limit in sorted({0, *(piece.nbytes for piece in pieces)}):
         pinned = {piece.name for piece in pieces if piece.nbytes > limit}
-        yield frozenset(pinned)
+        yield replace(plain, pinned=frozenset(pinned))
         sizes = sorted({(p.nbytes, p.held) for p in pieces if 0 < p.nbytes <= limit}, reverse=True)
         for size in sizes:
             equal = [p.name for p in pieces if (p.nbytes, p.held) == size and p.name not in pinned]
-            most = _most(pieces, pinned, equal, budget, fixed)
+            most = _most(plain, pinned, equal)
             pinned |= set(_spread(equal, most))
-            yield frozenset(pinned)
+            yield replace(plain, pinned=frozenset(pinned))
 
 
-def _most(
-    pieces: Sequence[Piece], pinned: set[str], equal: Sequence[str], budget: int, fixed: Fixed
-) -> int:
+def _most(plain: TierPlan, pinned: set[str], equal: Sequence[str]) -> int:
     """How many of equal super-ops can be pinned beside others."""
     for count in range(len(equal), 0, -1):
         names = frozenset(pinned | set(equal[:count]))
-        if TierPlan(tuple(pieces), names, fixed, budget).peak <= budget:
+        if replace(plain, pinned=names).peak <= plain.budget:
             return count
     return 0
 

@@ -69,9 +69,14 @@ def show_plan(found: Plan) -> None:
         f"activations, {found.chunk} tokens a step", human_bytes(tiers.fixed.activations)
     )
     totals.add_row("pinned weights", human_bytes(sum(piece.held for piece in tiers.kept)))
-    totals.add_row("buffers that are read ahead", human_bytes(tiers.buffers))
+    totals.add_row(
+        "pages that are read ahead" if tiers.paged else "buffers that are read ahead",
+        human_bytes(tiers.buffers),
+    )
     totals.add_row("peak", f"{human_bytes(tiers.peak)} of {human_bytes(tiers.budget)}")
     totals.add_row("read in every step", human_bytes(tiers.fetched))
+    if found.way():
+        totals.add_row("which are", found.way())
     parts = f"disk {step.disk:.3f} s, packing {step.packing:.3f} s, compute {step.compute:.3f} s"
     totals.add_row("a token", f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second): {parts}")
     totals.add_row("bound by", step.bound)

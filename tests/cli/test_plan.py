@@ -36,7 +36,7 @@ KEYS = {
         "disk_seconds",
         "packing_seconds",
     ),
-    *("compute_seconds", "super_ops", "device"),
+    *("compute_seconds", "super_ops", "device", "paged", "remark"),
 }
 
 

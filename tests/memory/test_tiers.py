@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain, combinations
 
 import pytest
@@ -69,6 +70,30 @@ def test_the_budget_holds_and_equal_super_ops_leave_nothing_better(
         if found is equal:
             best = min(other.fetched for other in plans if other.peak <= budget)
             assert plan.fetched == best
+
+
+def test_pages_come_before_packing_where_something_is_streamed() -> None:
+    """Nothing is packed in a step, and no more is held than pages of those that are read ahead."""
+    found = load(10, 10, 10, 10, packed=3.0)
+    paged = replace(found, paged=tuple(Piece(p.name, p.nbytes, 12) for p in found.pieces))
+    plan = place(paged, 125 + 12 + AHEAD * 12)
+    assert (plan.paged, len(plan.kept), plan.buffers, plan.peak) == (True, 1, 24, 161)
+    device = Device(ram_bandwidth=1e3, disk_bandwidth=10, pack_bandwidth=5)
+    assert (step_of(plan, device).disk, step_of(plan, device).packing) == (3.0, 0.0)
+    assert step_of(place(found, 210), device).packing > 0
+    assert not place(paged, 1000).paged  # nothing is streamed
+    refused = replace(found, remark="no room")
+    assert (place(refused, 210).paged, place(refused, 210).remark) == (False, "no room")
+
+
+def test_packing_comes_where_pages_would_not_fit() -> None:
+    found = load(10, 10, 10)
+    paged = replace(found, paged=tuple(Piece(p.name, p.nbytes, 50) for p in found.pieces))
+    plan = place(paged, 125 + AHEAD * 10 + PACKED * 10)
+    assert not plan.paged
+    assert plan.streamed
+    with pytest.raises(RecipeError, match="too small: 165 are needed"):
+        place(paged, 164)
 
 
 def test_what_is_too_small_says_what_would_do() -> None:

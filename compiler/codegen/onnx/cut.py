@@ -83,6 +83,8 @@ class SuperOp:
     """Tensors that lie in the model itself."""
     held: int
     """Bytes that onnxruntime holds of the weights once they are packed."""
+    packed: tuple[int, ...]
+    """Bytes of each weight as onnxruntime saves it packed; none where it would widen one."""
     widest: int
     """Floats that its nodes make of a token at once."""
 
@@ -121,6 +123,7 @@ def cut(model: Any) -> list[SuperOp]:
                 tuple(extents[n] for n in reads if n in tables),
                 tuple(constants[n] for n in reads if n in constants),
                 sum(_held(extent, nodes) for extent in weights),
+                _packed(weights, nodes),
                 _widest(nodes, extents),
             )
         )
@@ -337,6 +340,19 @@ def _held(extent: Extent, nodes: Sequence[Any]) -> int:
     else:
         total = extent.length
     return total
+
+
+def _packed(weights: Sequence[Extent], nodes: Sequence[Any]) -> tuple[int, ...]:
+    """Bytes of weights that onnxruntime packs: codes with scales and as many sums."""
+    sizes, every = {extent.name: extent.length for extent in weights}, list(_all(nodes))
+    if any(
+        node.op_type not in (*_PLAIN, _PACKED) and sizes.keys() & set(node.input) for node in every
+    ):
+        return ()
+    for node in every:
+        if node.op_type == _PACKED and {*node.input[1:3]} <= sizes.keys():
+            sizes[node.input[1]] += 2 * sizes.pop(node.input[2])
+    return tuple(sizes.values())
 
 
 def _widest(nodes: Sequence[Any], extents: dict[str, Extent]) -> int:

@@ -13,100 +13,38 @@ import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ....errors import OutOfMemoryError, UnsupportedError
-from ....runtime.artifact import Artifact
+from ....errors import OutOfMemoryError
 from ....runtime.buffers import Array
 from ....runtime.cache import Cache
 from ....runtime.memory.direct import Bytes, DirectFile, aligned
+from ....runtime.memory.page_ahead import PageAhead
 from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, merged, read_spans
 from ....runtime.runner import Floats, Ints, running
 from ...ir.heap import give_back
 from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
-from ...memory.tiers import AHEAD, Fixed, Load, Piece, TierPlan
-from .cut import Extent, SuperOp, cut, divide, handed_on, model_of
-from .process import PROCESS
+from ...memory.tiers import AHEAD, TierPlan
+from .cut import Extent, SuperOp, handed_on, model_of
+from .cut_model import CutModel
 from .runner import (
     available_cores,
     bind_array,
     check_names,
-    checked_model,
     session_of,
     session_options,
     two_numbers,
 )
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
-
-
-#: ONNX's numbers of types that NumPy has too: float32, integers of 8 to 64 bits, bool, float16, float64.
-_WHOLE_BYTES = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13))
-
-#: Formats that onnxruntime unpacks, while it loads them, by way of many times their bytes: 287 MB to 3.6 GB
-#: were measured where a plan said 190 to 270 MB. Of trellis nothing was measured.
-_BY_WAY_OF_MORE = frozenset(("bitmod", "fp6", "olive", "planes", "spqr", "trellis"))
 
 #: Tokens of a step that one thread computes.
 _FEW = 8
 
 #: The C library's number of the option of how many heaps there are.
 _ARENA_MAX = -8
-
-
-@dataclass(frozen=True)
-class CutModel:
-    """A model in super-ops, read and checked; no weight is loaded."""
-
-    artifact: Artifact
-    proto: ModelProto
-    ops: tuple[SuperOp, ...]
-
-    @staticmethod
-    def of(artifact: Artifact) -> CutModel:
-        from onnx import ModelProto
-
-        weights = artifact.manifest.recipe["weights"]
-        for name in (weights["format"], weights.get("head")):
-            if name in _BY_WAY_OF_MORE:
-                raise UnsupportedError(
-                    f"{artifact.folder} holds weights in {name}, which onnxruntime unpacks by way of many "
-                    "times their bytes, so that no budget can be promised; compile into another format, "
-                    "such as int4"
-                )
-        if weights.get("activations") == "int8":
-            raise UnsupportedError(
-                f"{artifact.folder} multiplies activations in 8 bits by integers, whose weights onnxruntime "
-                "turns while it loads them: all must be resident; leave the memory budget out, or compile "
-                "with weights.activations = f32"
-            )
-        proto = ModelProto.FromString(checked_model(artifact))
-        with running(str(artifact.folder)):
-            divide(proto)
-            ops = cut(proto)
-        for weight in (weight for op in ops for weight in op.weights):
-            if weight.dtype not in _WHOLE_BYTES:
-                raise UnsupportedError(
-                    f"{artifact.file(WHOLE.model)} holds {weight.name} in a type of less than a byte, as "
-                    "the portable flavour does: all of its weights must be resident; compile without "
-                    "--portable"
-                )
-        return CutModel(artifact, proto, tuple(ops))
-
-    def load(self, chunk: int, cache: int) -> Load:
-        """What it holds: of values within a step of `chunk` tokens, with logits of one, and of a cache."""
-        vocabulary = self.artifact.manifest.model.vocabulary
-        activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
-        pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
-        return Load(pieces, Fixed(PROCESS, cache, activations))
-
-    def runner(self, plan: TierPlan, threads: int | None = None) -> StreamingRunner:
-        return StreamingRunner(self, plan, threads)
 
 
 class StreamingRunner:
@@ -131,15 +69,12 @@ class StreamingRunner:
             kinds = _kinds(whole)
             self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
         del whole
-        path = self._artifact.file(WEIGHTS)
-        self._reader: ReadAhead | None = None
-        self._file = DirectFile(path)
-        self._sessions = self._pin()
-        streamed = [op for op in self._ops if op.weights and op.name not in self._sessions]
+        self._reader: ReadAhead | PageAhead | None = None
+        self._file = DirectFile(self._artifact.file(WEIGHTS))
+        streamed = [op for op in self._ops if op.weights and op.name not in plan.pinned]
         self._turn = {op.name: index for index, op in enumerate(streamed)}
-        spans = [[Span(w.offset, w.length) for w in op.weights] for op in streamed]
-        if spans:
-            self._reader = ReadAhead(DirectFile(path), spans, min(AHEAD, len(spans)))
+        self._sessions = self._made()
+        self._reader = self._reading(streamed) if streamed else None
         give_back()
 
     @property
@@ -152,7 +87,7 @@ class StreamingRunner:
         return self._reader.file.bytes_read if self._reader is not None else 0
 
     @property
-    def reader(self) -> ReadAhead | None:
+    def reader(self) -> ReadAhead | PageAhead | None:
         return self._reader
 
     @property
@@ -212,7 +147,11 @@ class StreamingRunner:
         They are copied: as onnxruntime has them they would keep the session, and with it the weights.
         """
         with ExitStack() as stack:
-            session = self._sessions.get(op.name) or self._streamed(op, threads, stack)
+            session = (
+                self._streamed(op, threads, stack)
+                if op.name in self._turn
+                else self._sessions[op.name]
+            )
             io = session.io_binding()
             for name in op.inputs:
                 bind_array(io.bind_input, name, arrays[name])
@@ -232,16 +171,22 @@ class StreamingRunner:
 
     def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
         """A session over the weights that were read for it; the stack keeps the buffer while it runs."""
-        assert self._reader is not None
+        assert isinstance(self._reader, ReadAhead)
         if resident_bytes() + op.held + self.plan.fixed.activations > self.plan.peak:
             give_back()
         index = self._turn[op.name]
         views = stack.enter_context(self._reader.item(index))
         return self._session(op, views, self._reader.spans(index), threads, alias=True)
 
-    def _pin(self) -> dict[str, Any]:
+    def _reading(self, streamed: Sequence[SuperOp]) -> ReadAhead | PageAhead:
+        """What reads ahead of the step."""
+        spans = [[Span(w.offset, w.length) for w in op.weights] for op in streamed]
+        path = self._artifact.file(WEIGHTS)
+        return ReadAhead(DirectFile(path), spans, min(AHEAD, len(spans)))
+
+    def _made(self) -> dict[str, Any]:
         """Sessions of super-ops that stay: the largest first, when memory is emptiest."""
-        kept = [op for op in self._ops if op.name in self.plan.pinned or not op.weights]
+        kept = [op for op in self._ops if op.name not in self._turn]
         sessions = {}
         for op in sorted(kept, key=lambda op: -op.nbytes):
             spans = merged([Span(w.offset, w.length) for w in op.weights])
@@ -286,7 +231,8 @@ class StreamingRunner:
         whole = f"{WHOLE.model} of {self._name}"
         return session_of(proto.SerializeToString(), options, whole)
 
-    def _options(self, threads: int) -> Any:
+    def _options(self, threads: int, folder: Path | None = None) -> Any:
+        """Of a session whose weights lie in files of a folder, without one the artifact's."""
         options = session_options(threads)
         # There are as many arenas as sessions, and each would keep what a prompt needed.
         options.enable_cpu_mem_arena = False
@@ -294,7 +240,7 @@ class StreamingRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path",
-            str(self._artifact.folder.resolve()),
+            str(folder or self._artifact.folder.resolve()),
         )
         return options
 

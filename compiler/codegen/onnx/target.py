@@ -152,9 +152,9 @@ class Onnx(Target):
         return OnnxRunner(artifact, threads, prepack=not lean)
 
     def in_parts(self, artifact: Artifact) -> InParts:
-        from .streaming import CutModel
+        from .in_parts import OnnxInParts
 
-        return CutModel.of(artifact)
+        return OnnxInParts.of(artifact)
 
     def caller(
         self,

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import einfold
-from einfold.compiler.codegen.onnx.streaming import CutModel, StreamingRunner
+from einfold.compiler.codegen.onnx.cut_model import CutModel
+from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.codegen.target import TARGETS
 from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, DiskError, OutOfMemoryError, RecipeError, UnsupportedError

@@ -1,0 +1,88 @@
+"""An ONNX artifact taken apart into super-ops (cut.py), and what each would hold of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from ....errors import UnsupportedError
+from ....runtime.artifact import Artifact
+from ....runtime.memory.pages import no_paging
+from ....runtime.runner import running
+from ...ir.manifest import WHOLE
+from ...memory.tiers import Fixed, Load, Piece
+from .cut import SuperOp, cut, divide
+from .packed_copy import laid_out, no_copy
+from .process import PROCESS
+from .runner import checked_model
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+#: ONNX's numbers of types that NumPy has too: float32, integers of 8 to 64 bits, bool, float16, float64.
+_WHOLE_BYTES = frozenset((1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13))
+
+#: Formats that onnxruntime unpacks, while it loads them, by way of many times their bytes: 287 MB to 3.6 GB
+#: were measured where a plan said 190 to 270 MB. Of trellis nothing was measured.
+_BY_WAY_OF_MORE = frozenset(("bitmod", "fp6", "olive", "planes", "spqr", "trellis"))
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A model in super-ops, read and checked; no weight is loaded."""
+
+    artifact: Artifact
+    proto: ModelProto
+    ops: tuple[SuperOp, ...]
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        from onnx import ModelProto
+
+        weights = artifact.manifest.recipe["weights"]
+        for name in (weights["format"], weights.get("head")):
+            if name in _BY_WAY_OF_MORE:
+                raise UnsupportedError(
+                    f"{artifact.folder} holds weights in {name}, which onnxruntime unpacks by way of many "
+                    "times their bytes, so that no budget can be promised; compile into another format, "
+                    "such as int4"
+                )
+        if weights.get("activations") == "int8":
+            raise UnsupportedError(
+                f"{artifact.folder} multiplies activations in 8 bits by integers, whose weights onnxruntime "
+                "turns while it loads them: all must be resident; leave the memory budget out, or compile "
+                "with weights.activations = f32"
+            )
+        proto = ModelProto.FromString(checked_model(artifact))
+        with running(str(artifact.folder)):
+            divide(proto)
+            ops = cut(proto)
+        for weight in (weight for op in ops for weight in op.weights):
+            if weight.dtype not in _WHOLE_BYTES:
+                raise UnsupportedError(
+                    f"{artifact.file(WHOLE.model)} holds {weight.name} in a type of less than a byte, as "
+                    "the portable flavour does: all of its weights must be resident; compile without "
+                    "--portable"
+                )
+        return cls(artifact, proto, tuple(ops))
+
+    def load(self, chunk: int, cache: int) -> Load:
+        """What it holds: of values within a step of `chunk` tokens, with logits of one, and of a cache."""
+        vocabulary = self.artifact.manifest.model.vocabulary
+        activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
+        pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+        fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
+        paged = (
+            ()
+            if reason
+            else tuple(Piece(op.name, op.nbytes, laid_out(op.packed)[1]) for op in self.ops)
+        )
+        return Load(pieces, fixed, paged, reason)
+
+    def why_not_paged(self) -> str:
+        """Why streamed weights cannot be pages of a packed copy; "" where they can."""
+        widened = next((op for op in self.ops if op.weights and not op.packed), None)
+        if widened is not None:
+            return f"onnxruntime widens weights of {widened.name} while it loads them"
+        return no_paging() or no_copy(self.artifact, self.ops)

@@ -1,0 +1,26 @@
+"""An ONNX artifact in less memory than its weights take: by paging where it can, else by packing in steps."""
+
+from __future__ import annotations
+
+from ....errors import UnsupportedError
+from ...memory.tiers import Load, Piece, TierPlan, place
+from .cut_model import CutModel
+from .packed_copy import NoCopyError
+from .paging import PagedRunner
+from .streaming import StreamingRunner
+
+
+class OnnxInParts(CutModel):
+    """A model in super-ops that runs as a plan says."""
+
+    def runner(self, plan: TierPlan, threads: int | None = None) -> StreamingRunner:
+        """What runs it as planned; where pages were planned and cannot be had, it packs in every step."""
+        if not plan.paged:
+            return StreamingRunner(self, plan, threads)
+        try:
+            return PagedRunner(self, plan, threads)
+        except (NoCopyError, UnsupportedError) as error:
+            pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+            return StreamingRunner(
+                self, place(Load(pieces, plan.fixed, remark=str(error)), plan.budget), threads
+            )

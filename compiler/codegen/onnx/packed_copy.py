@@ -1,0 +1,430 @@
+"""A second copy of an artifact's weights, as onnxruntime packs them, from which a model runs by paging.
+
+onnxruntime saves what it packed (`session.save_external_prepacked_constant_initializers`), maps that file
+when the saved model is loaded and reads the weights where they are mapped. Each super-op is saved so, and
+what was saved is laid out anew in one file: all that a super-op may read in a step is one stretch of whole
+units, and what is read only while a session is made lies outside of it.
+
+    | packed .. others .. | originals | packed .. others .. | originals | .. | models |
+      super-op 0            at loading   super-op 1
+
+Copies lie in the user's cache folder under a hash of the artifact's model and weights, onnxruntime's version
+and the processor's features. One takes 2.3 times the bytes of the weights; the last two used are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import onnxruntime as ort
+from blake3 import blake3
+
+from ....errors import ArtifactError, pass_on
+from ....runtime.artifact import Artifact
+from ....runtime.memory.direct import PAGE, direct_hash
+from ....runtime.memory.pages import UNIT
+from ...ir.heap import give_back
+from ...ir.kept import cache_home, read_json, write_json
+from ...ir.manifest import WEIGHTS, WHOLE
+from .cut import SuperOp
+from .runner import session_of
+
+#: Changes with the layout of the file.
+_LAYOUT = 2
+
+#: Copies that are kept.
+_KEPT = 2
+
+#: The files of a copy.
+_FILE, _TABLE = "packed.bin", "packed.json"
+
+#: What onnxruntime saves of one super-op, until it is laid out.
+_SAVED = "op.bin"
+
+#: Bytes below which a tensor lies in the model, and in memory.
+_SMALL = 64 << 10
+
+#: Bytes that are left free on the disk.
+_LEFT_FREE = 1 << 30
+
+#: Times the bytes of weights that a copy takes at most: as they are, packed with scales and sums, and gaps.
+_SIZE = 2.5
+
+#: Seconds after which a copy that is half written is nobody's any more.
+_STALE = 3600
+
+_PIECE = 4 << 20
+
+#: Bytes of packed weights from which on they begin at a unit; units beside what is not read would cost more
+#: than they save for smaller ones.
+_ALONE = 4 * UNIT
+
+
+class NoCopyError(Exception):
+    """There is no copy and none can be made, for the reason that it says; weights are read in another way."""
+
+
+@dataclass(frozen=True)
+class PackedOp:
+    """Where in the file a super-op lies."""
+
+    start: int
+    end: int
+    """Of what a step may read, in whole units."""
+    last: int
+    """Where what is read at loading ends too."""
+    packed: tuple[tuple[int, int], ...]
+    """Place and length of what onnxruntime must have mapped, else it has packed it again."""
+    model: tuple[int, int]
+    """Place and length of the saved model."""
+
+
+@dataclass(frozen=True)
+class PackedCopy:
+    """A copy that is whole and was checked."""
+
+    folder: Path
+    ops: Mapping[str, PackedOp]
+
+    @property
+    def file(self) -> Path:
+        return self.folder / _FILE
+
+    def model(self, name: str) -> bytes:
+        place, length = self.ops[name].model
+        with self.file.open("rb") as stream:
+            stream.seek(place)
+            return stream.read(length)
+
+
+def laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Places of packed weights in a super-op's stretch, the largest first, and the bytes of its units.
+
+    Large ones begin at a unit: what a kernel, and thus a step, does not read of one are then whole units.
+    """
+    places, end = [], 0
+    for size in sorted(sizes, reverse=True):
+        step = UNIT if size >= _ALONE else PAGE
+        places.append(-(-end // step) * step)
+        end = places[-1] + size
+    return places, -(-end // UNIT) * UNIT
+
+
+def home() -> Path:
+    return cache_home().resolve() / "packed"
+
+
+def key_of(artifact: Artifact) -> str:
+    """What a copy is right for, as a name."""
+    files = artifact.manifest.files
+    words = (
+        *(files[name].blake3 for name in (WHOLE.model, WEIGHTS)),
+        ort.__version__,
+        _processor(),
+        str(_LAYOUT),
+    )
+    return blake3("\n".join(words).encode()).hexdigest()[:32]
+
+
+def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
+    """Why no copy could be made; "" where one is there or there is room for it."""
+    if (home() / key_of(artifact) / _TABLE).is_file():
+        return ""
+    need = int(_SIZE * sum(op.nbytes for op in ops))
+    free = _free(home())
+    if free < need + _LEFT_FREE:
+        return f"a packed copy takes {need / 2**20:,.0f} MiB on the disk of {home()}, which has not as much"
+    return ""
+
+
+def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
+    """The copy that was made of an artifact, if it is as it was written."""
+    folder = home() / key_of(artifact)
+    table = read_json(folder / _TABLE)
+    if table is None:
+        return None
+    try:
+        found = {
+            name: PackedOp(
+                int(entry["start"]),
+                int(entry["end"]),
+                int(entry["last"]),
+                tuple((int(place), int(length)) for place, length in entry["packed"]),
+                (int(entry["model"][0]), int(entry["model"][1])),
+            )
+            for name, entry in table["ops"].items()
+        }
+        file = folder / _FILE
+        whole = file.stat().st_size == table["bytes"] and direct_hash(file) == table["blake3"]
+    except (
+        Exception
+    ) as error:  # of a table that is none, a file that is not there or cannot be read
+        pass_on(error)
+        return None
+    if not whole or found.keys() != {op.name for op in ops if op.weights}:
+        return None
+    with suppress(OSError):
+        os.utime(folder / _TABLE)
+    return PackedCopy(folder, found)
+
+
+def make(
+    artifact: Artifact, ops: Sequence[SuperOp], models: Mapping[str, bytes], options: Any
+) -> PackedCopy:
+    """Writes a copy; `models` are the super-ops' own, `options()` gives those of a session over them.
+
+    Raises NoCopyError where it cannot be written, ArtifactError where the artifact is damaged: a copy is
+    found by the hashes in its manifest.
+    """
+    folder = home() / key_of(artifact)
+    artifact.check_weights(resident=False)
+    if (
+        blake3(artifact.read(WHOLE.model)).hexdigest()
+        != artifact.manifest.files[WHOLE.model].blake3
+    ):
+        raise ArtifactError(
+            f"{artifact.file(WHOLE.model)} is damaged: it does not match the manifest's hash"
+        )
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        _clear(home(), key_of(artifact))
+        with _scratch(home()) as scratch:
+            with (scratch / _FILE).open("wb") as stream:
+                table = _write_all(stream, scratch, ops, models, options)
+            if not write_json(scratch / _TABLE, table):
+                raise NoCopyError(f"the packed copy could not be written to {home()}")
+            shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
+            with suppress(OSError):  # another process was faster
+                scratch.rename(folder)
+    except OSError as error:
+        raise NoCopyError(
+            f"the packed copy could not be written to {home()}: {error.strerror}"
+        ) from error
+    made = find(artifact, ops)
+    if made is None:
+        raise NoCopyError(f"the packed copy in {home()} is not as it was written")
+    return made
+
+
+def _write_all(
+    stream: IO[bytes],
+    scratch: Path,
+    ops: Sequence[SuperOp],
+    models: Mapping[str, bytes],
+    options: Any,
+) -> dict[str, Any]:
+    """Saves one super-op after the other and copies what it needs behind the others; gives the table."""
+    out, protos, found = _Out(stream), {}, {}
+    tables: dict[str, int] = {}
+    for op in ops:
+        if op.weights:
+            proto = _saved(op, models[op.name], options(), scratch)
+            found[op.name] = _lay_out(proto, op, scratch / _SAVED, out, tables)
+            protos[op.name] = proto.SerializeToString()
+            out.flush()
+            give_back()
+            (scratch / _SAVED).unlink(missing_ok=True)
+    for name, raw in protos.items():
+        found[name]["model"] = (out.place, len(raw))
+        out.write(raw)
+    out.flush()
+    return {"bytes": out.place, "blake3": out.digest.hexdigest(), "ops": found}
+
+
+def _saved(op: SuperOp, model: bytes, options: Any, scratch: Path) -> Any:
+    """The model of a super-op as onnxruntime saves it, with what it packed in a file beside."""
+    from onnx import ModelProto
+
+    path = scratch / "op.onnx"
+    options.optimized_model_filepath = str(path)
+    for name, value in (
+        ("session.optimized_model_external_initializers_file_name", _SAVED),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(name, value)
+    session_of(model, options, op.name)
+    (scratch / _SAVED).touch()  # it leaves none where all lies in the model
+    saved = ModelProto.FromString(path.read_bytes())
+    path.unlink()
+    return saved
+
+
+def _lay_out(
+    proto: Any, op: SuperOp, source: Path, out: _Out, tables: dict[str, int]
+) -> dict[str, Any]:
+    """Copies the tensors of a saved model and has it say where they lie now.
+
+    `tables` are places of what several super-ops look rows up in: it is there once.
+    """
+    found = [_Tensor(tensor) for tensor in proto.graph.initializer if tensor.external_data]
+    shared = {extent.name for extent in op.tables}
+    with source.open("rb") as stream:
+        for tensor in [t for t in found if t.length < _SMALL and not t.blobs]:
+            stream.seek(tensor.place)
+            tensor.embed(stream.read(tensor.length))
+            found.remove(tensor)
+        out.align(UNIT)
+        start = out.place
+        blobs = sorted((blob for tensor in found for blob in tensor.blobs), key=lambda b: -b.length)
+        packed = []
+        for blob, place in zip(blobs, laid_out([blob.length for blob in blobs])[0], strict=True):
+            out.fill(start + place - out.place)
+            packed.append((out.place, blob.length))
+            blob.place = out.copy(stream, blob.place, blob.length)
+        for tensor in [t for t in found if not t.blobs and t.name not in shared]:
+            tensor.place = out.copy(stream, tensor.place, tensor.length)
+        out.align(UNIT)
+        end = out.place
+        for tensor in [t for t in found if t.blobs or t.name in shared]:
+            if tensor.name in shared and tensor.name in tables:
+                tensor.place = tables[tensor.name]
+                continue
+            tensor.place = tables[tensor.name] = out.copy(stream, tensor.place, tensor.length)
+    for tensor in found:
+        tensor.tell()
+    return {"start": start, "end": end, "last": out.place, "packed": packed}
+
+
+@dataclass
+class _Blob:
+    """A piece of what was packed of a tensor."""
+
+    place: int
+    length: int
+    rest: str
+
+
+class _Tensor:
+    """A tensor of a saved model: where it lies, and where what was packed of it.
+
+    The latter stand under `prepacked_N` as `key|place;length;checksum[;..]`.
+    """
+
+    def __init__(self, proto: Any) -> None:
+        self._proto = proto
+        self._entries = {entry.key: entry for entry in proto.external_data}
+        self.name = proto.name
+        self.place, self.length = (int(self._entries[key].value) for key in ("offset", "length"))
+        self._packed = {}
+        for key, entry in self._entries.items():
+            if key.startswith("prepacked_"):
+                kernel, _, rest = entry.value.rpartition("|")
+                words = rest.split(";")
+                self._packed[key] = (
+                    kernel,
+                    [
+                        _Blob(int(words[n]), int(words[n + 1]), words[n + 2])
+                        for n in range(0, len(words) - 2, 3)
+                    ],
+                )
+
+    @property
+    def blobs(self) -> list[_Blob]:
+        return [blob for _, blobs in self._packed.values() for blob in blobs]
+
+    def embed(self, data: bytes) -> None:
+        """Has the model hold it."""
+        self._proto.raw_data = data
+        self._proto.ClearField("external_data")
+        self._proto.ClearField("data_location")
+
+    def tell(self) -> None:
+        """Writes down where it lies now."""
+        self._entries["location"].value = _FILE
+        self._entries["offset"].value = str(self.place)
+        for key, (kernel, blobs) in self._packed.items():
+            places = ";".join(f"{blob.place};{blob.length};{blob.rest}" for blob in blobs)
+            self._entries[key].value = f"{kernel}|{places}"
+
+
+class _Out:
+    """A file that is written from its beginning to its end, and hashed; nothing of it stays in memory."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.digest = blake3()
+        self.place = 0
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self.digest.update(data)
+        self.place += len(data)
+
+    def fill(self, size: int) -> None:
+        self.write(bytes(size))
+
+    def align(self, size: int) -> None:
+        self.fill(-self.place % size)
+
+    def copy(self, source: IO[bytes], place: int, length: int) -> int:
+        """Copies from a place in another file to the next page, whose place it gives."""
+        self.align(PAGE)
+        start = self.place
+        source.seek(place)
+        while length:
+            piece = source.read(min(length, _PIECE))
+            if not piece:
+                raise OSError(0, "what onnxruntime saved ends too early")
+            self.write(piece)
+            length -= len(piece)
+        return start
+
+    def flush(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside the copies, which is gone behind the `with` where it was not renamed."""
+    path = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=".tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _clear(folder: Path, key: str) -> None:
+    """Removes what a killed process left, and copies beyond those that were used last."""
+    for left in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _STALE:
+                shutil.rmtree(left, ignore_errors=True)
+    others = [
+        path for path in folder.iterdir() if path.name != key and not path.name.startswith(".")
+    ]
+    for path in sorted(others, key=_used, reverse=True)[_KEPT - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _used(folder: Path) -> float:
+    with suppress(OSError):
+        return (folder / _TABLE).stat().st_mtime
+    return 0.0
+
+
+def _free(folder: Path) -> int:
+    """Bytes free on the disk that a folder will lie on; 0 where it cannot be."""
+    for path in (folder, *folder.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(path).free
+    return 0
+
+
+def _processor() -> str:
+    """What decides how onnxruntime packs, as far as the system says it."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as stream:
+        for line in stream:
+            if line.startswith(("flags", "Features")):
+                return line
+    return ""

@@ -1,0 +1,263 @@
+"""Weights that are pages of a packed copy: the numbers of resident ones; copies made, kept and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+import einfold
+from einfold.compiler.codegen.onnx import packed_copy
+from einfold.compiler.codegen.onnx.cut import _packed
+from einfold.compiler.codegen.onnx.cut_model import CutModel
+from einfold.compiler.codegen.onnx.in_parts import OnnxInParts
+from einfold.compiler.codegen.onnx.paging import PagedRunner
+from einfold.compiler.codegen.onnx.streaming import StreamingRunner
+from einfold.compiler.memory.tiers import TierPlan
+from einfold.errors import ArtifactError, RecipeError
+from einfold.runtime.artifact import Artifact
+from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
+
+from ...greedy import all_logits
+
+pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
+
+TEXT = list(range(3, 43))
+
+
+@pytest.fixture(autouse=True)
+def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of copies, of each test its own."""
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "packed"
+
+
+def laid_out(path: Path, *pinned: str) -> TierPlan:
+    load = CutModel.of(Artifact.open(path)).load(512, 1 << 30)
+    assert load.paged, load.remark
+    return TierPlan(load.paged, frozenset(pinned), load.fixed, 1 << 40, paged=True)
+
+
+@contextmanager
+def running(path: Path, *pinned: str) -> Iterator[tuple[einfold.Model, StreamingRunner]]:
+    model = einfold.load(path, threads=1, chunk=16)
+    runner = OnnxInParts.of(model.artifact).runner(laid_out(path, *pinned), 1)
+    model.engine.runner = runner
+    assert isinstance(runner, PagedRunner) or runner.plan.remark
+    try:
+        yield model, runner
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("llama", "int4"), ("gemma2", "fp32"), ("gpt2", "int8")]
+)
+def test_logits_and_tokens_are_those_of_resident_weights(
+    name: str, weights: str, artifact: Callable[..., Path]
+) -> None:
+    path = artifact(name, weights)
+    whole = einfold.load(path, threads=1, chunk=16)
+    with running(path, "layer 1") as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        assert np.array_equal(all_logits(model, TEXT), all_logits(whole, TEXT))
+        found, wanted = (
+            m.generate_batch([TEXT[:9], TEXT[:5]], max_new_tokens=6, ignore_eos=True)
+            for m in (model, whole)
+        )
+        assert [row.tokens for row in found] == [row.tokens for row in wanted]
+
+
+def test_a_step_brings_what_it_reads_and_holds_no_more(wide_head: Path) -> None:
+    """Of a streamed super-op the units are read in every step, from the disk; anonymous memory stays."""
+    with running(wide_head, "layer 1") as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True)  # learns both kinds of steps
+        before, own = runner.fetched, anonymous()
+        model.generate(TEXT[:5], max_new_tokens=9, ignore_eos=True)
+        streamed = [runner.copy.ops[p.name] for p in runner.plan.streamed]
+        units = sum((place.end - place.start) // UNIT for place in streamed)
+        assert units >= len(streamed) - 1  # a norm alone lies in the model
+        assert 8 * units * UNIT <= runner.fetched - before <= 11 * units * UNIT
+        assert anonymous() < own + (1 << 20)
+        assert runner.reader is not None
+        assert runner.reader.counts.items > 0
+
+
+def anonymous() -> int:
+    with open("/proc/self/status", encoding="ascii") as stream:
+        return next(int(line.split()[1]) << 10 for line in stream if line.startswith("RssAnon"))
+
+
+def test_a_copy_is_made_once(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(wide_head) as (model, _):
+        wanted = model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
+    assert [path.name for path in copies.iterdir()] == [packed_copy.key_of(model.artifact)]
+    monkeypatch.setattr(packed_copy, "_write_all", None)
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
+
+
+def test_another_version_of_onnxruntime_has_its_own_copy(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(wide_head):
+        pass
+    monkeypatch.setattr(ort, "__version__", "9.9.9")
+    with running(wide_head) as (_, runner):
+        assert isinstance(runner, PagedRunner)
+    assert len(list(copies.iterdir())) == 2
+    monkeypatch.setattr(ort, "__version__", "9.9.10")
+    with running(wide_head):  # no more than two are kept
+        assert len(list(copies.iterdir())) == 2
+
+
+def test_a_copy_that_onnxruntime_does_not_read_is_not_used(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another kernel packs: what it packs is not what was saved, and it holds that in memory."""
+    with running(wide_head):
+        pass
+    monkeypatch.setattr(PagedFile, "is_mapped", lambda *_: False)
+    with running(wide_head) as (model, runner):
+        assert type(runner) is StreamingRunner
+        assert "onnxruntime packed layer 0 anew" in runner.plan.remark
+        model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+
+
+@pytest.mark.parametrize("where", ["packed", "model", "short", "table", "gone"])
+def test_a_damaged_copy_is_made_again(where: str, wide_head: Path, copies: Path) -> None:
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        wanted = model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
+        place = runner.copy.ops["layer 1"]
+        file, table = runner.copy.file, runner.copy.folder / "packed.json"
+    if where in ("packed", "model"):
+        at = place.packed[0][0] + 9 if where == "packed" else place.model[0] + 9
+        with file.open("r+b") as stream:
+            stream.seek(at)
+            byte = stream.read(1)
+            stream.seek(at)
+            stream.write(bytes([byte[0] ^ 1]))
+    elif where == "short":
+        os.truncate(file, file.stat().st_size - 1)
+    elif where == "gone":
+        file.unlink()
+    else:
+        table.write_text(json.dumps({"ops": {}}), encoding="utf-8")
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
+    assert len(list(copies.iterdir())) == 1
+
+
+def test_a_copy_is_made_of_no_damaged_artifact(
+    wide_head: Path, copies: Path, tmp_path: Path
+) -> None:
+    """It would be found again by the hashes in the manifest when the artifact is whole."""
+    path = tmp_path / "a"
+    shutil.copytree(wide_head, path)
+    with (path / "weights.safetensors").open("r+b") as stream:
+        stream.seek(-5, os.SEEK_END)
+        byte = stream.read(1)
+        stream.seek(-5, os.SEEK_END)
+        stream.write(bytes([byte[0] ^ 1]))
+    parts = OnnxInParts.of(Artifact.open(path, verify=False))
+    with pytest.raises(ArtifactError, match="do not match the manifest's hash"):
+        parts.runner(laid_out(wide_head), 1)
+    assert not copies.exists()
+
+
+def test_where_there_is_no_room_weights_are_packed_in_every_step(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that streams says so, unless a copy is there already."""
+    usage = shutil.disk_usage(wide_head)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 30))
+    load = CutModel.of(Artifact.open(wide_head)).load(16, 1000)
+    assert not load.paged
+    assert "a packed copy takes 1 MiB on the disk of" in load.remark
+    with pytest.raises(RecipeError) as told:
+        einfold.plan(wide_head, memory=1000, context=64)
+    least = int(str(told.value).split("too small: ")[1].split(" are needed")[0].replace(",", ""))
+    plan = einfold.plan(wide_head, memory=least, context=64)
+    assert plan.way().startswith("packed in every step: a packed copy takes 1 MiB")
+    assert plan.way() in plan.sentence()
+    monkeypatch.undo()
+    made = laid_out(wide_head)
+    assert made.paged
+
+
+def test_a_copy_that_cannot_be_written_is_told(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> object:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packed_copy, "_write_all", full)
+    with running(wide_head) as (model, runner):
+        assert type(runner) is StreamingRunner
+        assert not runner.plan.paged
+        assert "No space left on device" in runner.plan.remark
+        model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+    assert not list(copies.iterdir())
+
+
+def test_a_copy_that_changed_while_running_is_told(wide_head: Path) -> None:
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+        os.utime(runner.copy.file, ns=(1, 1))
+        with pytest.raises(ArtifactError, match="changed after it was opened"):
+            model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+
+
+def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(wide_head) as (model, runner):
+        wanted = model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
+        run, calls = runner._run, [0]
+
+        def interrupted(*arguments: object) -> object:
+            calls[0] += 1
+            if calls[0] in (3, 8, 12):
+                raise KeyboardInterrupt
+            return run(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(runner, "_run", interrupted)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True)
+        assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
+
+
+def test_a_budget_is_kept_by_the_public_road(wide_head: Path, copies: Path) -> None:
+    """The plan and the run say the same; what is all pinned makes no copy."""
+    whole = einfold.load(wide_head, threads=1, memory=1 << 31)
+    assert whole.plan is not None
+    assert (whole.plan.way(), whole.plan.tiers.paged) == ("", False)
+    assert not copies.exists()
+
+
+def test_weights_that_are_widened_are_packed_in_every_step(wide_head: Path) -> None:
+    model = CutModel.of(Artifact.open(wide_head))
+    cast = helper.make_node("Cast", [model.ops[1].weights[0].name], ["wide"])
+    assert _packed(model.ops[1].weights, model.ops[1].nodes)
+    assert not _packed(model.ops[1].weights, [*model.ops[1].nodes, cast])
+    widened = replace(model, ops=(replace(model.ops[1], packed=()),))
+    load = widened.load(16, 1000)
+    assert not load.paged
+    assert load.remark == "onnxruntime widens weights of layer 0 while it loads them"

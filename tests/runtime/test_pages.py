@@ -1,0 +1,218 @@
+"""Pages that are brought and let go: what is resident is counted, what others touched is learned."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from einfold.errors import ArtifactError, DiskError, UnsupportedError
+from einfold.runtime.memory.page_ahead import PageAhead
+from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
+from einfold.runtime.memory.read_ahead import Span
+
+pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
+
+ITEMS = [Span(0, 2 * UNIT), Span(2 * UNIT, UNIT), Span(3 * UNIT, 2 * UNIT)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five units, each page of which begins with its number."""
+    path = tmp_path_factory.mktemp("pages") / "file"
+    pages = np.zeros((5 * UNIT // 4096, 1024), np.int32)
+    pages[:, 0] = np.arange(len(pages))
+    with path.open("wb") as stream:
+        stream.write(pages.tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())  # pages that are not written yet are not let go
+    return path
+
+
+def resident(path: Path) -> int:
+    """Pages of a file in the page cache."""
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        view = mmap.mmap(stream.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ)
+        found = np.zeros(size // 4096, np.uint8)
+        place = np.frombuffer(view, np.uint8).ctypes.data
+        core = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(place), ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data)
+        )
+    assert core == 0
+    return int((found & 1).sum())
+
+
+@contextmanager
+def theirs(path: Path) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.int32]]]:
+    """The pages as another has them mapped."""
+    with path.open("rb") as stream:
+        view = mmap.mmap(stream.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    yield np.frombuffer(view, np.int32).reshape(-1, 1024)
+
+
+def test_what_is_brought_is_resident_and_what_is_let_go_is_not(file: Path) -> None:
+    pages = PagedFile(file)
+    with theirs(file) as mapped:
+        pages.look()
+        pages.let_go(0, pages.size)
+        assert resident(file) == 0
+        pages.bring(1)
+        assert resident(file) == UNIT // 4096
+        assert pages.bytes_read == UNIT
+        assert mapped[600, 0] == 600
+        pages.let_go(UNIT, 2 * UNIT)
+        assert resident(file) == 0  # their page too: one that is mapped would stay
+        assert mapped[600, 0] == 600  # and is read again when it is asked for
+    pages.close()
+
+
+def test_units_that_others_touched_are_found(file: Path) -> None:
+    pages = PagedFile(file)
+    with theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        pages.let_go(0, pages.size)
+        for unit in range(5):
+            pages.bring(unit)
+        assert pages.touched(0, pages.size) == ()
+        each = UNIT // 4096
+        whole = mapped[each + 300 : 2 * each, 0]  # to the end of its unit, and not into the next
+        assert whole.sum() > 0
+        assert mapped[4 * each + 9, 0] == 4 * each + 9
+        assert pages.touched(0, pages.size) == (1, 4)
+        assert pages.touched(2 * UNIT, 4 * UNIT) == ()
+        assert pages.is_mapped(UNIT, UNIT)
+        assert not pages.is_mapped(4 * UNIT, 2 * UNIT)
+    pages.close()
+
+
+@contextmanager
+def walking(path: Path, window: int) -> Iterator[tuple[PagedFile, PageAhead]]:
+    pages = PagedFile(path)
+    pages.let_go(0, pages.size)
+    ahead = PageAhead(pages, ITEMS, window)
+    try:
+        yield pages, ahead
+    finally:
+        ahead.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(400):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not become true")
+
+
+def test_items_are_there_in_their_turn_and_the_window_holds(file: Path) -> None:
+    with walking(file, 3 * UNIT) as (pages, ahead), theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        for _ in range(3):
+            for index, span in enumerate(ITEMS):
+                with ahead.item(index):
+                    assert ahead.units <= 3
+                    assert span.length <= resident(file) * 4096 <= 3 * UNIT
+                    first, last = span.offset // 4096, (span.offset + span.length) // 4096
+                    assert mapped[first:last, 0].tolist() == list(range(first, last))
+        until(lambda: ahead.units == 3)
+        assert pages.bytes_read <= 3 * 5 * UNIT + 3 * UNIT
+        assert ahead.counts.items >= 9
+
+
+def test_what_nobody_touches_is_not_brought_again(file: Path) -> None:
+    with walking(file, 3 * UNIT) as (pages, ahead):
+        for _ in range(3):
+            for index in range(len(ITEMS)):
+                with ahead.item(index):
+                    pass
+        assert pages.bytes_read <= 5 * UNIT + 3 * UNIT
+
+
+def test_a_kind_of_step_brings_what_it_touched_before(file: Path) -> None:
+    with walking(file, 5 * UNIT) as (pages, ahead), theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        ahead.kind = "few"
+        read = []
+        for _ in range(3):
+            for index, span in enumerate(ITEMS):
+                with ahead.item(index):
+                    first = span.offset // 4096
+                    assert mapped[first + 3, 0] == first + 3  # of each item the first unit
+            until(lambda: ahead.units == 3 and not any(left for _, left in ahead._begun.values()))
+            read.append(pages.bytes_read)
+        assert read[2] - read[1] == 3 * UNIT
+        assert read[0] > 5 * UNIT
+
+
+def test_a_round_that_was_broken_off_is_let_go(file: Path) -> None:
+    with walking(file, 3 * UNIT) as (_, ahead):
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt), ahead.item(0):
+                raise KeyboardInterrupt
+        with ahead.item(1):
+            assert ahead.units <= 3
+        with ahead.item(2):
+            assert resident(file) * 4096 <= 3 * UNIT
+
+
+def test_a_unit_that_cannot_be_read_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = PagedFile(file)
+
+    def fail(*_: object) -> None:
+        raise OSError(14, "Bad address")  # what the kernel says of a page that it cannot read
+
+    monkeypatch.setattr(pages, "_advise", fail)
+    with pytest.raises(DiskError, match="Input/output error"):
+        pages.bring(0)
+    ahead = PageAhead(pages, ITEMS, 5 * UNIT)
+    for _ in range(2):
+        with pytest.raises(DiskError, match="Input/output error"), ahead.item(0):
+            pass
+    ahead.close()
+    with pytest.raises((DiskError, ArtifactError)), ahead.item(0):
+        pass
+
+
+def test_a_file_that_was_cut_short_is_told(file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(file.read_bytes())
+    pages = PagedFile(path)
+    os.truncate(path, UNIT)
+    with pytest.raises(ArtifactError, match="was changed after it was opened"):
+        pages.bring(3)
+    pages.close()
+
+
+def test_a_system_that_does_not_bring_pages_is_told(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(PagedFile, "_advise", fail)
+    with pytest.raises(UnsupportedError, match="does not bring pages of"):
+        PagedFile(file)
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "x", "5.4.0-150", "", "")))
+    assert "from 5.14 on" in no_paging()
+
+
+def test_an_item_that_is_passed_over_is_not_begun_meanwhile(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Letting go takes a while, in which a thread could take up what is passed over."""
+    with walking(file, 2 * UNIT) as (pages, ahead):
+        bring, let_go = pages.bring, pages.let_go
+        monkeypatch.setattr(pages, "bring", lambda unit: (time.sleep(0.04), bring(unit)))
+        monkeypatch.setattr(pages, "let_go", lambda *span: (time.sleep(0.02), let_go(*span)))
+        for index in (2, 2, 1, 0, 2, 1):
+            with ahead.item(index):
+                assert ahead.units <= 2
+        assert ahead._failed is None
