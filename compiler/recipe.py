@@ -396,7 +396,7 @@ class Recipe(_Section):
     def solver(self) -> str:
         """The solver that reads a text, by name; "" where there is none."""
         observing = (s.solver for s in self.weights.passes() if isinstance(s, QuantizeWeights))
-        return next((solver.name for solver in observing if solver.observes), "")
+        return next((solver.name for solver in observing if solver.reads), "")
 
     @property
     def reads_text(self) -> str:

@@ -218,17 +218,11 @@ class Stream:
         rows = torch.arange(tokens_BS.numel())  # the head sees all, where it is a site
         return text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
 
-    def _left(self) -> str:
-        """How long it will take, once that can be said."""
-        done, used = len(self._found) - self._before, time.monotonic() - self._started
-        if done < 5 or used < _TOLD:
-            return ""
-        left = used / done * (len(self._ends) - len(self._found))
-        return f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
-
     def _begin(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
         """Shows a site, in each of the parts: the values that are named, or all that a product is given."""
-        self._tell(self._doing + self._left(), len(self._found) / len(self._ends))
+        found, ends = len(self._found), len(self._ends)
+        done = found - self._before if found - self._before >= 5 else 0  # the first are no measure
+        self._tell(self._doing + time_left(self._started, done, ends - found), found / ends)
         site = self._sites[name]
         for arguments in calls:
             for (what, _), x in zip(site.values, arguments, strict=False):
@@ -287,23 +281,23 @@ class Stream:
         self._narrow = min(self._narrow, size)
         due = due and size <= _NARROW * self._narrow
         # Without room, or the right to write, measuring goes on and keeps nothing.
-        if not _write(self._found[name], folder / f"{name}.pt"):
+        if not keep_found(self._found[name], folder / f"{name}.pt"):
             self._folder = None
         elif due and behind.op != "output":
             self._kept = time.monotonic()
-            if not _write({"at": behind.name, "values": known}, folder / _PROGRESS):
+            if not keep_found({"at": behind.name, "values": known}, folder / _PROGRESS):
                 self._folder = None
 
     def _resumed(self, folder: Path, parts: int) -> tuple[fx.Node | None, list[Mapping[str, Any]]]:
         """The node at which an earlier run stood, and the values of its parts; None where all is to be read,
         or all was found."""
         for name in self._ends.values():
-            found = _read(folder / f"{name}.pt")
+            found = kept_found(folder / f"{name}.pt")
             if found is not None:
                 self._found[name] = found
         if len(self._found) == len(self._ends):
             return None, []
-        state = _read(folder / _PROGRESS) or {}
+        state = kept_found(folder / _PROGRESS) or {}
         nodes = [node.name for node in self._ends]
         done = nodes.index(state["at"]) if state.get("at") in nodes else 0
         before = list(self._ends.values())[:done]
@@ -314,6 +308,15 @@ class Stream:
             return None, []
         self._found = {name: self._found[name] for name in before}
         return [*self._ends][done], state["values"]
+
+
+def time_left(started: float, done: int, left: int) -> str:
+    """How long `left` more will take, once that can be said, where `done` took since then."""
+    used = time.monotonic() - started
+    if not done or used < _TOLD:
+        return ""
+    seconds = used / done * left
+    return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
 
 
 def _nothing(*values: Any) -> None:
@@ -364,13 +367,13 @@ def _weighted(weights_BHST: Tensor, v_BSKD: Tensor) -> Tensor:
     return (weights_BHST @ values_BHTD).transpose(1, 2).contiguous()
 
 
-def _write(value: Any, path: Path) -> bool:
+def keep_found(value: Any, path: Path) -> bool:
     """Whether a value could be kept. A file says what it is of by the name of its folder, which tells model,
     graph and sample apart."""
     return write_tensors(path, {"of": path.parent.name, "value": value})
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def kept_found(path: Path) -> dict[str, Any] | None:
     """The table that was kept; None where there is none, or it is damaged, or of something else."""
     data = read_tensors(path)
     known = isinstance(data, dict) and data.get("of") == path.parent.name

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,16 @@ class Solver:
         """Whether it may want input channels scaled, where a norm in front can divide by the scales."""
         return False
 
+    @property
+    def reads(self) -> bool:
+        """Whether a text has to be read through the model for it."""
+        return bool(self.observes)
+
+    @property
+    def begun(self) -> Solver:
+        """What solves the weights that `tune` goes on from; itself where it has none tuned."""
+        return self
+
     def __str__(self) -> str:
         return show(self)
 
@@ -71,6 +81,38 @@ class Solver:
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
         """Stores a weight [.., N, M]; `statistics` are what the observers found of its inputs."""
         raise NotImplementedError
+
+    def tune(self, layer: Layer) -> dict[str, Solved]:
+        """The weights of a layer, stored by `begun`, as they are to be stored; those that stay may be left
+        out."""
+        return {}
+
+
+class Begun(NamedTuple):
+    """A weight that a layer reads: its scheme, what was solved of it, and what that stands for, which is the
+    original [N, M], its columns times the solved channels."""
+
+    scheme: Scheme
+    solved: Solved
+    target: Tensor
+
+
+class Layer(Protocol):
+    """A layer of a model with the weights in it that can be tuned, and the text before it, in parts.
+
+    Weights are by their names and [N, M], as inputs that nothing divides meet them. What is lost is what the
+    layer's results are off those of the original model that reads the same text, squared, as a share of these
+    squared, token by token; its mean.
+    """
+
+    weights: Mapping[str, Begun]
+    parts: int
+
+    def lost(self, weights: Mapping[str, Tensor]) -> float:
+        """What is lost of all parts."""
+
+    def slopes(self, weights: Mapping[str, Tensor], parts: Sequence[int]) -> dict[str, Tensor]:
+        """What is lost of some parts, derived by the weights."""
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")

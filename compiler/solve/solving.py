@@ -37,6 +37,7 @@ from ..ir.program import Program, readers
 from ..ir.quant.scheme import Scheme
 from .experts import Stack, halves, joined, run_stored, solve_experts
 from .solver import Solved, Solver, finite
+from .tuning import Tuning
 
 #: Tokens of the text that go from one product to the next together: what that computes is of so many.
 _TOKENS = 1024
@@ -62,7 +63,7 @@ class Solving:
 
     def __init__(self, program: Program, solver: Solver) -> None:
         self._program: Program | None = copied(program)
-        self._solver = solver
+        self._solver, self._begun = solver, solver.begun
         self._sites = _sites(self._program)
         self._schemes: dict[str, Scheme] = {}
         self._divided: set[str] = set()
@@ -75,7 +76,7 @@ class Solving:
         if site is None or (scheme.shared and _of_experts(site)):  # what is shared has no expert
             return False
         self._schemes[name] = scheme
-        if divided and self._solver.scales_channels:
+        if divided and self._begun.scales_channels:
             self._divided.add(name)
         return True
 
@@ -89,17 +90,22 @@ class Solving:
         """Reads the text. Raises CalibrationError where it gives no usable numbers, or a solver none."""
         assert self._program is not None
         if self._schemes:
-            observer = _Solve(self._sites, self._schemes, self._divided, self._solver)
+            observer = _Solve(self._sites, self._schemes, self._divided, self._begun)
             stream = Stream(self._program, [observer], _EVERY, "solving weights")
-            found = stream.over(self._parts(tokens_BS), self._folder(tokens_BS), tell)
+            parts, folder = self._parts(tokens_BS), self._folder(tokens_BS)
+            twice = [torch.cat((part, part)) if self._begun.follows else part for part in parts]
+            found = stream.over(twice, folder, tell)
             for name, scheme in self._schemes.items():
                 labels = scheme.pieces(self._program.weights[name].shape)
                 self._solved[name] = _solved(found[self._sites[name].name], name, labels)
+            if self._solver is not self._begun:
+                tuning = Tuning(self._program, self._solver, self._schemes, self._solved)
+                tuning.run(parts, folder / _tuned(self._solver), tell or (lambda text, share: None))
+                self._solved = tuning.solved
         self._program = None  # lets go of the weights
 
     def _parts(self, tokens_BS: Tensor) -> list[Tensor]:
-        parts = tokens_BS.split(max(1, _TOKENS // tokens_BS.shape[1]))
-        return [torch.cat((part, part)) if self._solver.follows else part for part in parts]
+        return [*tokens_BS.split(max(1, _TOKENS // tokens_BS.shape[1]))]
 
     def _folder(self, tokens_BS: Tensor) -> Path:
         """Where solved weights are kept: its name says which model, text, schemes and solver they are of."""
@@ -107,7 +113,7 @@ class Solving:
         said = sorted(
             f"{name} {scheme} {name in self._divided}" for name, scheme in self._schemes.items()
         )
-        text = [str(_VERSION), str(self._solver), *said, print_program(self._program)]
+        text = [str(_VERSION), str(self._begun), *said, print_program(self._program)]
         digest = blake3("\n".join(text).encode())
         digest.update(tokens_BS.numpy().tobytes())
         for name in self._program.weights:
@@ -269,6 +275,11 @@ def _solved(found: Found, name: str, labels: Iterable[str]) -> Solved:
     pieces = {label: found[f"{name}.{label}"] for label in labels}
     channels = found.get(f"{name}.{_CHANNELS}")
     return Solved(pieces, None if error != error else error, channels)
+
+
+def _tuned(solver: Solver) -> str:
+    """The folder, beside what it begins with, of what a solver tunes."""
+    return f"tuned-{blake3(str(solver).encode()).hexdigest()[:16]}"
 
 
 def _make_room(folder: Path) -> None:

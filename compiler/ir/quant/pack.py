@@ -49,8 +49,12 @@ def pack_planes(
     return {names[0]: pack_bits(codes >> low_bits, high_bits), names[1]: low}
 
 
-def unpack_planes(high: Tensor, low: Tensor, high_bits: int, low_bits: int, count: int) -> Tensor:
-    """The inverse of `pack_planes` for codes in two planes."""
+def unpack_planes(
+    high: Tensor, low: Tensor | None, high_bits: int, low_bits: int, count: int
+) -> Tensor:
+    """The inverse of `pack_planes`; `low` is None where all bits are high ones."""
+    if low is None:
+        return unpack_bits(high, high_bits, count)
     shifted = unpack_bits(high, high_bits, count) << low_bits
     return shifted | unpack_bits(low, low_bits, count)
 

@@ -86,7 +86,7 @@ class QuantizeWeights(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         # The original is the model as it is here: no weight is rounded yet.
-        solving = Solving(program, self.solver) if self.solver.observes else None
+        solving = Solving(program, self.solver) if self.solver.reads else None
         if solving is not None:
             program.calibrations.append(solving)
         divide = self.divide and self.solver.scales_channels

@@ -192,25 +192,40 @@ class Grouped(Scheme):
         return found
 
     def dequantize(self, pieces: Mapping[str, Tensor], width: int) -> Tensor:
-        from ..pack import dequantize, unpack_planes
+        from ..pack import dequantize
 
-        block, scales = self.block_of(width), pieces["scales"].float()
-        groups = scales.shape[-1]
-        if self.scales == "q8":
-            units = pieces["units"].repeat_interleave(SUPER, dim=-1)
-            scales = scales * units[..., :groups]
         if not self.low_bits:
+            scales, block = self._scales(pieces), self.block_of(width)
             return dequantize(
                 pieces["packed"], scales, pieces.get("zeros"), self.bits, block, width
             )
-        planes = (self.high_bits, self.low_bits)
-        codes = unpack_planes(pieces["packed"], pieces["low"], *planes, block).float()
-        if self.symmetric:
-            offset: Tensor | float = float(1 << (self.bits - 1))
-        else:
-            zeros = unpack_planes(pieces["zeros"], pieces["low_zeros"], *planes, groups)
-            offset = zeros.float()[..., None]
-        return ((codes - offset) * scales[..., None]).flatten(-2)[..., :width]
+        return self.values(*self.opened(pieces, width)).flatten(-2)[..., :width]
+
+    def opened(self, pieces: Mapping[str, Tensor], width: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The codes [.., G, B] that were packed, and the settled grid [.., G, 1]; of zero points that are all
+        alike one [1, 1, 1]."""
+        import torch
+
+        from ..pack import unpack_planes
+
+        scales, planes = self._scales(pieces)[..., None], (self.high_bits, self.low_bits)
+        codes = unpack_planes(
+            pieces["packed"], pieces.get("low"), *planes, self.block_of(width)
+        ).float()
+        zeros = torch.full((1, 1, 1), float(1 << (self.bits - 1)))
+        if not self.symmetric:
+            groups = scales.shape[-2]
+            zeros = unpack_planes(pieces["zeros"], pieces.get("low_zeros"), *planes, groups)
+            zeros = zeros.float()[..., None]
+        return codes, {"scales": scales, "zeros": zeros}
+
+    def _scales(self, pieces: Mapping[str, Tensor]) -> Tensor:
+        """The scales [.., G] in float32."""
+        scales = pieces["scales"].float()
+        if self.scales == "q8":
+            units = pieces["units"].repeat_interleave(SUPER, dim=-1)
+            scales = scales * units[..., : scales.shape[-1]]
+        return scales
 
 
 # Bounds: SmolLM2-135M, on tokens drawn at random, is off by 0.04 with int8 and by 0.5 with int4; with int2 by
