@@ -14,6 +14,9 @@ from ..ir.quant.scheme import Scheme
 from ..ir.quant.schemes.grouped import Grouped
 from .solver import SOLVERS, Begun, Layer, Solved, Solver
 
+#: Parts on which a layer has to be better.
+_JUDGES = 4
+
 #: What of its distance from its code a number begins with.
 _SHARE = 0.9
 
@@ -24,8 +27,8 @@ class AutoRound(Solver):
     """Begins with what the solver `start` gives. Then codes and scales of all linears of a layer are tuned
     together, in `steps` on `batch` parts of the text each, of about 1,024 tokens: a code, before it is
     rounded, goes by the sign of its gradient, in smaller and smaller steps that add up to `reach` levels, and
-    a scale so too, up to the share `scale` of itself. Where what the layer makes of the whole text is then no
-    nearer to what the original makes of it, the layer stays as it was.
+    a scale so too, up to the share `scale` of itself. Where what the layer makes of four parts is then no
+    nearer to what the original makes of them, the layer stays as it was.
 
     Source: AutoRound (Cheng et al. 2023, algorithm 1). Different from it: it begins with solved codes, where
     the paper has the nearest (`start=round_to_nearest,steps=200,reach=0.5`); it moves scales, where the paper
@@ -34,7 +37,7 @@ class AutoRound(Solver):
 
     start: str = "decoupleq"
     steps: int = 30
-    batch: int = 2
+    batch: int = 1
     reach: float = 0.02
     scale: float = 0.05
 
@@ -76,14 +79,15 @@ class AutoRound(Solver):
     def tune(self, layer: Layer) -> dict[str, Solved]:
         latent = {name: _Latent(begun) for name, begun in layer.weights.items()}
         places = _drawn(layer.parts)
-        before = layer.lost({name: each.weight() for name, each in latent.items()})
+        judges = [next(places) for _ in range(min(_JUDGES, layer.parts))]
+        before = layer.lost({name: each.weight() for name, each in latent.items()}, judges)
         for step in range(self.steps):
             rate = 2 * (1 - step / self.steps) / (self.steps + 1)  # they add up to 1
             parts = [next(places) for _ in range(min(self.batch, layer.parts))]
             weights = {name: each.weight() for name, each in latent.items()}
             for name, slope in layer.slopes(weights, parts).items():
                 latent[name].move(slope, rate * self.reach, rate * self.scale)
-        if layer.lost({name: each.weight() for name, each in latent.items()}) >= before:
+        if layer.lost({name: each.weight() for name, each in latent.items()}, judges) >= before:
             return {}
         return {name: each.solved() for name, each in latent.items()}
 

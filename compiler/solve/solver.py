@@ -108,8 +108,8 @@ class Layer(Protocol):
     weights: Mapping[str, Begun]
     parts: int
 
-    def lost(self, weights: Mapping[str, Tensor]) -> float:
-        """What is lost of all parts."""
+    def lost(self, weights: Mapping[str, Tensor], parts: Sequence[int]) -> float:
+        """What is lost of some parts."""
 
     def slopes(self, weights: Mapping[str, Tensor], parts: Sequence[int]) -> dict[str, Tensor]:
         """What is lost of some parts, derived by the weights."""

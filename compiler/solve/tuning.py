@@ -222,9 +222,9 @@ class _Reading:
         self._tried.clear()
         give_back()
 
-    def lost(self, weights: Mapping[str, Tensor]) -> float:
+    def lost(self, weights: Mapping[str, Tensor], parts: Sequence[int]) -> float:
         tokens = total = 0.0
-        for part in range(self.parts):
+        for part in parts:
             with torch.no_grad():
                 lost = self._lost(self._trial, weights, part)
             count = self._inputs[part]["input_ids"].numel()

@@ -78,7 +78,8 @@ class Shown(AutoRound):
         }
         found = super().tune(layer)
         tuned = {name: _restored(SCHEME, each, 16) for name, each in found.items()}
-        self.lost.append((layer.lost(begun), layer.lost(begun | tuned)))
+        every = range(layer.parts)
+        self.lost.append((layer.lost(begun, every), layer.lost(begun | tuned, every)))
         return found
 
 
