@@ -8,6 +8,7 @@ on what is where (docs/adr/0022).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,9 @@ from .cut_model import CutModel
 from .packed_copy import NoCopyError, PackedCopy, find, make
 from .runner import session_of
 from .streaming import StreamingRunner
+
+#: What is mapped of a copy while this is held is of the runner that holds it.
+_LOADING = threading.Lock()
 
 
 class PagedRunner(StreamingRunner):
@@ -54,6 +58,10 @@ class PagedRunner(StreamingRunner):
             self._pages.close()
 
     def _made(self) -> dict[str, Any]:
+        with _LOADING:
+            return self._over_pages()
+
+    def _over_pages(self) -> dict[str, Any]:
         self._copy = find(self._artifact, self._ops) or make(
             self._artifact, self._ops, self._models, lambda: self._options(1)
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -222,6 +224,18 @@ def test_a_copy_that_changed_while_running_is_told(wide_head: Path) -> None:
         os.utime(runner.copy.file, ns=(1, 1))
         with pytest.raises(ArtifactError, match="changed after it was opened"):
             model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+
+
+def test_an_artifact_that_is_loaded_twice_runs_on_when_the_first_is_gone(wide_head: Path) -> None:
+    first = OnnxInParts.of(Artifact.open(wide_head)).runner(laid_out(wide_head), 1)
+    with running(wide_head) as (model, _):
+        wanted = model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
+        gone = weakref.ref(first)
+        first.close()
+        del first
+        gc.collect()
+        assert gone() is None
+        assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
 
 
 def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(
