@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from ....errors import ArtifactError
 from ....runtime.cache import Cache
 from ....runtime.memory.page_ahead import PageAhead
 from ....runtime.memory.pages import PagedFile
@@ -92,7 +93,12 @@ class PagedRunner(StreamingRunner):
         options.graph_optimization_level = (
             ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         )  # it was saved behind
-        return session_of(self._copy.model(op.name), options, f"{op.name} of {self._name}")
+        try:
+            return session_of(
+                self._copy.model(op.name), options, f"{op.name} of {self._copy.folder}"
+            )
+        except (OSError, ArtifactError) as error:  # of a copy that is gone, or another made of it
+            raise NoCopyError(f"the packed copy could not be loaded: {error}") from error
 
     def _reading(self, streamed: Sequence[SuperOp]) -> PageAhead:
         assert self._pages is not None
