@@ -255,7 +255,7 @@ def _write_all(
 
 def _saved(op: SuperOp, model: bytes, options: Any, scratch: Path) -> Any:
     """The model of a super-op as onnxruntime saves it, with what it packed in a file beside."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnx import ModelProto
 
     path = scratch / "op.onnx"
