@@ -50,7 +50,8 @@ class PagedRunner(StreamingRunner):
             self._pages.check()
         if isinstance(self._reader, PageAhead):
             # onnxruntime reads all that it packed for several rows, and for one it leaves sums out.
-            self._reader.kind = input_ids.size > 1
+            # Of the head none is read behind a prompt's first chunks, and all for rows of a batch.
+            self._reader.kind = input_ids.size > 1, min(len(logit_rows), 2)
         return super().step(cache, input_ids, position_ids, logit_rows)
 
     def close(self) -> None:

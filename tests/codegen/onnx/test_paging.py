@@ -30,6 +30,7 @@ from einfold.compiler.ir.kept import read_json, write_json
 from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, RecipeError
 from einfold.runtime.artifact import Artifact
+from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
 from ...greedy import all_logits
@@ -101,6 +102,25 @@ def test_a_step_brings_what_it_reads_and_holds_no_more(wide_head: Path) -> None:
 def anonymous() -> int:
     with open("/proc/self/status", encoding="ascii") as stream:
         return next(int(line.split()[1]) << 10 for line in stream if line.startswith("RssAnon"))
+
+
+def test_what_is_learned_of_a_head_that_was_not_run_is_of_such_steps_alone(
+    wide_head: Path,
+) -> None:
+    """The first chunks of a long prompt give no logits; a batch has several rows of them."""
+    with running(wide_head) as (model, runner):
+        ahead = runner.reader
+        assert isinstance(ahead, PageAhead)
+        heads = [n for n, piece in enumerate(runner.plan.streamed) if "part" in piece.name]
+        assert heads
+        model.generate(TEXT[:20], max_new_tokens=2, ignore_eos=True)  # 16 tokens are a chunk
+        first = set(ahead._learned)
+        model.generate_batch([TEXT[:5], TEXT[:4]], max_new_tokens=2, ignore_eos=True)
+        for head in heads:
+            kinds = [kind for kind, item in first if item == head]
+            assert sorted(bool(ahead._learned[kind, head]) for kind in kinds) == [False, True, True]
+            later = {kind for kind, item in ahead._learned if item == head} - {*kinds}
+            assert later and all(ahead._learned[kind, head] for kind in later)
 
 
 def test_a_copy_is_made_once(
