@@ -182,6 +182,7 @@ def place(load: Load, budget: int) -> TierPlan:
             f"process takes {fixed.process:,}, the cache {fixed.cache:,} and activations "
             f"{fixed.activations:,}, and the rest is the super-op that runs and those that are read ahead; "
             "give more, or a shorter context or a smaller chunk"
+            + (f" (weights cannot be pages of a file: {load.remark})" if load.remark else "")
         )
     return min(fitting, key=lambda found: (found.fetched, found.peak))
 

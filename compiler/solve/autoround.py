@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -47,7 +48,8 @@ class AutoRound(Solver):
         if self.start == self.name or self.start not in SOLVERS:
             known = ", ".join(name for name in SOLVERS if name != self.name)
             raise IRError(f"autoround starts from one of {known}, not from {self.start[:40]!r}")
-        if self.steps < 1 or self.batch < 1 or min(self.reach, self.scale) < 0 or self.scale >= 1:
+        moves = 0 <= self.reach < math.inf and 0 <= self.scale < 1
+        if self.steps < 1 or self.batch < 1 or not moves:
             raise IRError(
                 "autoround takes 1 or more steps of 1 or more parts, codes that move 0 or more levels and "
                 f"scales that move by a share below 1, not {self.steps}, {self.batch}, {self.reach:g} and "

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,11 @@ class Mapped:
 
 
 class PagedFile:
-    """Brings units of a file into the system's page cache, and lets them go; counts the bytes."""
+    """Brings units of a file into the system's page cache, and lets them go; counts the bytes.
+
+    Mappings that were there before this was made are of others who know nothing of it, as where an artifact
+    is loaded twice: they may end at any time, and what lies at their addresses then must not be let go.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises UnsupportedError where the system cannot bring pages on demand, ArtifactError for what is
@@ -58,11 +63,13 @@ class PagedFile:
         self.path = path
         self.bytes_read = 0
         self.theirs: tuple[Mapped, ...] = ()
-        """What others have mapped, as of the last `look`."""
+        """What others have mapped since this was made, as of the last `look`."""
         self._descriptor = open_regular(path)
         self._found = self._state()
         self.size = self._found[0]
         try:
+            self._before = self._mappings()
+            self._pagemap().close()
             self._map = mmap.mmap(self._descriptor, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
             self._own = Mapped(np.frombuffer(self._map, np.uint8).ctypes.data, 0, self.size)
             self._advise(self._own, mmap.MADV_RANDOM)
@@ -100,14 +107,12 @@ class PagedFile:
 
     def look(self, within: Iterable[tuple[int, int]] = ()) -> None:
         """Finds the mappings of others. Those `within` stretches bring a unit where a page is not there."""
-        found = []
-        with open("/proc/self/maps", "rb") as stream:
-            for line in stream:
-                words = line.rstrip(b"\n").split(None, 5)
-                if len(words) == 6 and words[5] == os.fsencode(self.path):
-                    first, last = (int(word, 16) for word in words[0].split(b"-"))
-                    found.append(Mapped(first, int(words[2], 16), last - first))
-        self.theirs = tuple(part for part in found if part.address != self._own.address)
+        known = (*self._before, self._own)
+        self.theirs = tuple(
+            part
+            for part in self._mappings()
+            if not any(k.address <= part.address < k.address + k.length for k in known)
+        )
         for start, end in within:
             for part in self._overlapping(start, end):
                 self._advise(part, mmap.MADV_RANDOM)
@@ -125,7 +130,7 @@ class PagedFile:
         the next are not taken for read.
         """
         found = np.zeros((end - start) // PAGE, bool)
-        with open("/proc/self/pagemap", "rb", buffering=0) as stream:
+        with self._pagemap() as stream:
             for part in self._overlapping(start, end):
                 stream.seek(part.address // PAGE * 8)
                 entries = np.frombuffer(stream.read(part.length // PAGE * 8), np.uint64)
@@ -145,6 +150,21 @@ class PagedFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
+
+    def _mappings(self) -> list[Mapped]:
+        """Where this process has the file mapped."""
+        found, path = [], os.fsencode(self.path)
+        with open("/proc/self/maps", "rb") as stream:
+            for line in stream:
+                words = line.rstrip(b"\n").split(None, 5)
+                if len(words) == 6 and words[5] == path:
+                    first, last = (int(word, 16) for word in words[0].split(b"-"))
+                    found.append(Mapped(first, int(words[2], 16), last - first))
+        return found
+
+    def _pagemap(self) -> FileIO:
+        """Says of each page of this process whether it is there; a kernel may have been built without."""
+        return FileIO("/proc/self/pagemap")
 
     def _overlapping(self, start: int, end: int) -> Sequence[Mapped]:
         """The parts of others' mappings within a stretch."""

@@ -104,6 +104,8 @@ def test_what_is_too_small_says_what_would_do() -> None:
         RecipeError, match=rf"too small: {least} are needed at least, .* the cache 20"
     ):
         place(found, least - 1)
+    with pytest.raises(RecipeError, match=r"cannot be pages of a file: no room\)$"):
+        place(replace(found, remark="no room"), least - 1)
 
 
 def test_a_step_takes_what_its_slowest_part_takes() -> None:

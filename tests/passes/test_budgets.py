@@ -18,6 +18,7 @@ from einfold.compiler.calibrate.sites import Site
 from einfold.compiler.calibrate.statistics import Statistics
 from einfold.compiler.calibrate.stream import stream
 from einfold.compiler.ir.kv.attention_sums import attention_sums
+from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify
@@ -204,6 +205,12 @@ def test_token_scores_are_what_the_runtime_would_choose_by() -> None:
         np.testing.assert_allclose(scores[layer]["score"].numpy(), want, rtol=1e-4)
 
 
+def test_a_text_of_sinks_alone_has_scores() -> None:
+    found, observer = planned(), TokenScores(Expected(9, 2, sinks=8), tokens=6)
+    scores = stream(found, observer.reading(TEXT, found.model.context), [observer])
+    assert [each["score"].tolist() for each in scores.values()] == 2 * [[[np.inf] * 6] * 4]
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -218,6 +225,7 @@ def test_token_scores_are_what_the_runtime_would_choose_by() -> None:
         (lambda: KVzip(over="heads"), "over a layer or the model, not 'heads'"),
         (lambda: AdaKV(read=8), "16 tokens or more, not 8"),
         (lambda: PyramidKV(steepness=0.5), "steepness is 1 or more"),
+        (lambda: PyramidKV(steepness=float("nan")), "steepness is 1 or more"),
         (lambda: PyramidKV(tokens=30), "a budget of 30 tokens leaves none"),
     ],
 )

@@ -93,6 +93,30 @@ def test_units_that_others_touched_are_found(file: Path) -> None:
     pages.close()
 
 
+def test_mappings_that_were_there_before_are_let_alone(file: Path) -> None:
+    """They may end at any time, and something else may lie at their addresses then."""
+    with theirs(file) as before:
+        pages = PagedFile(file)
+        with theirs(file) as mapped:
+            pages.look([(0, pages.size)])
+            found = [part.address for part in pages.theirs]
+            assert mapped.ctypes.data in found
+            assert before.ctypes.data not in found
+            assert pages.is_mapped(0, pages.size)
+    pages.close()
+
+
+def test_a_system_that_does_not_say_what_was_touched_is_told(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(PagedFile, "_pagemap", none)
+    with pytest.raises(UnsupportedError, match="does not bring pages of"):
+        PagedFile(file)
+
+
 @contextmanager
 def walking(path: Path, window: int) -> Iterator[tuple[PagedFile, PageAhead]]:
     pages = PagedFile(path)

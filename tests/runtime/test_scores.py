@@ -335,6 +335,9 @@ def test_bad_numbers_are_refused() -> None:
         Expected(4, 4, sinks=5)
     with pytest.raises(IRError, match="epsilon is 0 or more and future 1 or more, not -1 and 512"):
         Expected(4, 4, epsilon=-1)
+    for none in (float("nan"), float("inf")):
+        with pytest.raises(IRError, match="epsilon is 0 or more"):
+            Expected(4, 4, epsilon=none)
     cache = Cache.allocate(layout(HeavyHitters(4, 4)), 1, 8)
     with pytest.raises(EinfoldError, match=r"the step gave no query\.0\.0"):
         cache.advance(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -208,6 +209,9 @@ def test_what_it_cannot_do_is_said() -> None:
         AutoRound(start="autoround")
     with pytest.raises(IRError, match="1 or more steps"):
         AutoRound(steps=0)
+    for reach, scale in ((math.nan, 0.05), (math.inf, 0.05), (0.02, math.nan), (-1, 0.05)):
+        with pytest.raises(IRError, match="codes that move 0 or more levels"):
+            AutoRound(reach=reach, scale=scale)
 
 
 def test_a_text_whose_results_are_not_finite_is_refused() -> None:

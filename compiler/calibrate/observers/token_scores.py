@@ -23,7 +23,9 @@ from ..sites import Site
 class TokenScores(Observer):
     """The scores of a policy at the end of the first `tokens` of the text, read as one prompt.
 
-    `score` [K, T]: the policy is shown queries, keys and values as the runtime shows them.
+    `score` [K, T]: the policy is shown queries, keys and values as the runtime shows them. But queries are
+    turned already, as by a cache for transformers: one that thinks of those to come (`Policy.ahead`) takes
+    them as they are.
     """
 
     policy: Policy = field(default_factory=lambda: Voted(chosen=1))

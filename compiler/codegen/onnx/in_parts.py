@@ -20,7 +20,8 @@ class OnnxInParts(CutModel):
         try:
             return PagedRunner(self, plan, threads)
         except (NoCopyError, UnsupportedError) as error:
-            pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
-            return StreamingRunner(
-                self, place(Load(pieces, plan.fixed, remark=str(error)), plan.budget), threads
-            )
+            reason = str(error)
+        # Behind the clause: within it the error would keep the sessions that were made.
+        pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+        load = Load(pieces, plan.fixed, remark=reason)
+        return StreamingRunner(self, place(load, plan.budget), threads)

@@ -27,7 +27,7 @@ from typing import IO, Any
 import onnxruntime as ort
 from blake3 import blake3
 
-from ....errors import ArtifactError, pass_on
+from ....errors import ArtifactError, DiskError, pass_on
 from ....runtime.artifact import Artifact
 from ....runtime.memory.direct import PAGE, direct_hash
 from ....runtime.memory.pages import UNIT
@@ -136,7 +136,7 @@ def key_of(artifact: Artifact) -> str:
 
 def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
     """Why no copy could be made; "" where one is there or there is room for it."""
-    if (home() / key_of(artifact) / _TABLE).is_file():
+    if os.path.isfile(home() / key_of(artifact) / _TABLE):  # False where nobody may look
         return ""
     need = int(_SIZE * sum(op.nbytes for op in ops))
     free = _free(home())
@@ -163,10 +163,12 @@ def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
             for name, entry in table["ops"].items()
         }
         file = folder / _FILE
-        whole = file.stat().st_size == table["bytes"] and direct_hash(file) == table["blake3"]
-    except (
-        Exception
-    ) as error:  # of a table that is none, a file that is not there or cannot be read
+        size = file.stat().st_size
+        whole = size == table["bytes"] and all(_within(place, size) for place in found.values())
+        whole = whole and direct_hash(file) == table["blake3"]
+    except DiskError:  # it is made again, or done without
+        return None
+    except Exception as error:  # of a table that is none, or a file that is not there
         pass_on(error)
         return None
     if not whole or found.keys() != {op.name for op in ops if op.weights}:
@@ -174,6 +176,14 @@ def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
     with suppress(OSError):
         os.utime(folder / _TABLE)
     return PackedCopy(folder, found)
+
+
+def _within(place: PackedOp, size: int) -> bool:
+    """Whether all of a super-op lies where it may in a file of so many bytes: memory is let go by places."""
+    whole = place.start % UNIT == place.end % UNIT == 0
+    ordered = 0 <= place.start <= place.end <= place.last <= place.model[0] <= size
+    packed = all(place.start <= at <= at + length <= place.end for at, length in place.packed)
+    return whole and ordered and packed and 0 <= place.model[1] <= size - place.model[0]
 
 
 def make(
@@ -195,20 +205,24 @@ def make(
         )
     try:
         home().mkdir(parents=True, exist_ok=True)
-        _clear(home(), key_of(artifact))
-        with _scratch(home()) as scratch:
-            with (scratch / _FILE).open("wb") as stream:
-                table = _write_all(stream, scratch, ops, models, options)
-            if not write_json(scratch / _TABLE, table):
-                raise NoCopyError(f"the packed copy could not be written to {home()}")
-            shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
-            with suppress(OSError):  # another process was faster
-                scratch.rename(folder)
+        with _alone(home()):
+            made = find(artifact, ops)  # another process may have made it meanwhile
+            if made is not None:
+                return made
+            _clear(home(), key_of(artifact))
+            with _scratch(home()) as scratch:
+                with (scratch / _FILE).open("wb") as stream:
+                    table = _write_all(stream, scratch, ops, models, options)
+                if not write_json(scratch / _TABLE, table):
+                    raise NoCopyError(f"the packed copy could not be written to {home()}")
+                shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
+                with suppress(OSError):  # another process was faster, where none can be kept out
+                    scratch.rename(folder)
+            made = find(artifact, ops)
     except OSError as error:
         raise NoCopyError(
-            f"the packed copy could not be written to {home()}: {error.strerror}"
+            f"the packed copy could not be written to {home()}: {error.strerror or error}"
         ) from error
-    made = find(artifact, ops)
     if made is None:
         raise NoCopyError(f"the packed copy in {home()} is not as it was written")
     return made
@@ -241,6 +255,7 @@ def _write_all(
 
 def _saved(op: SuperOp, model: bytes, options: Any, scratch: Path) -> Any:
     """The model of a super-op as onnxruntime saves it, with what it packed in a file beside."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from onnx import ModelProto
 
     path = scratch / "op.onnx"
@@ -251,9 +266,14 @@ def _saved(op: SuperOp, model: bytes, options: Any, scratch: Path) -> Any:
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(name, value)
-    session_of(model, options, op.name)
+    try:
+        session_of(model, options, op.name)
+        saved = ModelProto.FromString(path.read_bytes())
+    except (ArtifactError, DecodeError) as error:  # the model itself was loaded before
+        raise NoCopyError(
+            f"onnxruntime could not save {op.name} as it packs it: {error}"
+        ) from error
     (scratch / _SAVED).touch()  # it leaves none where all lies in the model
-    saved = ModelProto.FromString(path.read_bytes())
     path.unlink()
     return saved
 
@@ -265,7 +285,13 @@ def _lay_out(
 
     `tables` are places of what several super-ops look rows up in: it is there once.
     """
-    found = [_Tensor(tensor) for tensor in proto.graph.initializer if tensor.external_data]
+    try:
+        found = [_Tensor(tensor) for tensor in proto.graph.initializer if tensor.external_data]
+    except (LookupError, ValueError) as error:
+        raise NoCopyError(
+            f"onnxruntime {ort.__version__} says in a way that is not known here where it saved what it "
+            f"packed of {op.name}"
+        ) from error
     shared = {extent.name for extent in op.tables}
     with source.open("rb") as stream:
         for tensor in [t for t in found if t.length < _SMALL and not t.blobs]:
@@ -382,6 +408,20 @@ class _Out:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time comes by a folder, where its file system can keep others out."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

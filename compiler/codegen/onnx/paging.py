@@ -8,10 +8,12 @@ on what is where (docs/adr/0022).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from ....errors import ArtifactError
 from ....runtime.cache import Cache
 from ....runtime.memory.page_ahead import PageAhead
 from ....runtime.memory.pages import PagedFile
@@ -24,6 +26,9 @@ from .cut_model import CutModel
 from .packed_copy import NoCopyError, PackedCopy, find, make
 from .runner import session_of
 from .streaming import StreamingRunner
+
+#: What is mapped of a copy while this is held is of the runner that holds it.
+_LOADING = threading.Lock()
 
 
 class PagedRunner(StreamingRunner):
@@ -45,7 +50,8 @@ class PagedRunner(StreamingRunner):
             self._pages.check()
         if isinstance(self._reader, PageAhead):
             # onnxruntime reads all that it packed for several rows, and for one it leaves sums out.
-            self._reader.kind = input_ids.size > 1
+            # Of the head none is read behind a prompt's first chunks, and all for rows of a batch.
+            self._reader.kind = input_ids.size > 1, min(len(logit_rows), 2)
         return super().step(cache, input_ids, position_ids, logit_rows)
 
     def close(self) -> None:
@@ -54,6 +60,10 @@ class PagedRunner(StreamingRunner):
             self._pages.close()
 
     def _made(self) -> dict[str, Any]:
+        with _LOADING:
+            return self._over_pages()
+
+    def _over_pages(self) -> dict[str, Any]:
         self._copy = find(self._artifact, self._ops) or make(
             self._artifact, self._ops, self._models, lambda: self._options(1)
         )
@@ -84,7 +94,12 @@ class PagedRunner(StreamingRunner):
         options.graph_optimization_level = (
             ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         )  # it was saved behind
-        return session_of(self._copy.model(op.name), options, f"{op.name} of {self._name}")
+        try:
+            return session_of(
+                self._copy.model(op.name), options, f"{op.name} of {self._copy.folder}"
+            )
+        except (OSError, ArtifactError) as error:  # of a copy that is gone, or another made of it
+            raise NoCopyError(f"the packed copy could not be loaded: {error}") from error
 
     def _reading(self, streamed: Sequence[SuperOp]) -> PageAhead:
         assert self._pages is not None

@@ -44,7 +44,7 @@ class PyramidKV(Pass):
     requires = frozenset({"cache planned"})
 
     def __post_init__(self) -> None:
-        if self.steepness < 1 or self.sizes < 1:
+        if not self.steepness >= 1 or self.sizes < 1:
             raise RecipeError(
                 "cache.prune: steepness is 1 or more and there are 1 or more sizes, not "
                 f"{self.steepness} and {self.sizes}"

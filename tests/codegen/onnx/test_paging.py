@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,15 +20,17 @@ import pytest
 from onnx import helper
 
 import einfold
-from einfold.compiler.codegen.onnx import packed_copy
+from einfold.compiler.codegen.onnx import packed_copy, paging, streaming
 from einfold.compiler.codegen.onnx.cut import _packed
 from einfold.compiler.codegen.onnx.cut_model import CutModel
 from einfold.compiler.codegen.onnx.in_parts import OnnxInParts
 from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
+from einfold.compiler.ir.kept import read_json, write_json
 from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, RecipeError
 from einfold.runtime.artifact import Artifact
+from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
 from ...greedy import all_logits
@@ -96,6 +102,25 @@ def test_a_step_brings_what_it_reads_and_holds_no_more(wide_head: Path) -> None:
 def anonymous() -> int:
     with open("/proc/self/status", encoding="ascii") as stream:
         return next(int(line.split()[1]) << 10 for line in stream if line.startswith("RssAnon"))
+
+
+def test_what_is_learned_of_a_head_that_was_not_run_is_of_such_steps_alone(
+    wide_head: Path,
+) -> None:
+    """The first chunks of a long prompt give no logits; a batch has several rows of them."""
+    with running(wide_head) as (model, runner):
+        ahead = runner.reader
+        assert isinstance(ahead, PageAhead)
+        heads = [n for n, piece in enumerate(runner.plan.streamed) if "part" in piece.name]
+        assert heads
+        model.generate(TEXT[:20], max_new_tokens=2, ignore_eos=True)  # 16 tokens are a chunk
+        first = set(ahead._learned)
+        model.generate_batch([TEXT[:5], TEXT[:4]], max_new_tokens=2, ignore_eos=True)
+        for head in heads:
+            kinds = [kind for kind, item in first if item == head]
+            assert sorted(bool(ahead._learned[kind, head]) for kind in kinds) == [False, True, True]
+            later = {kind for kind, item in ahead._learned if item == head} - {*kinds}
+            assert later and all(ahead._learned[kind, head] for kind in later)
 
 
 def test_a_copy_is_made_once(
@@ -215,6 +240,110 @@ def test_a_copy_that_cannot_be_written_is_told(
     assert not list(copies.iterdir())
 
 
+@pytest.mark.parametrize("kind", [OSError, ArtifactError])
+def test_a_copy_that_cannot_be_loaded_is_done_without(
+    kind: type[Exception], wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was made of it until then is gone before weights are packed instead."""
+    with running(wide_head):
+        pass
+    alive, session = list[weakref.ref[Any]](), paging.session_of
+
+    def some(*given: Any) -> Any:
+        if len(alive) == 2:
+            raise kind("it is gone")
+        found = session(*given)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(paging, "session_of", some)
+    left: list[int] = []
+    monkeypatch.setattr(
+        streaming, "_one_heap", lambda: left.append(sum(each() is not None for each in alive))
+    )
+    with running(wide_head) as (_, runner):
+        assert type(runner) is StreamingRunner
+        assert runner.plan.remark == "the packed copy could not be loaded: it is gone"
+    assert (len(alive), left) == (2, [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("start", -UNIT),
+        ("start", 4096),
+        ("end", 1 << 40),
+        ("last", 0),
+        ("packed", [[0, 1 << 40]]),
+        ("model", [0, -1]),
+        ("model", [1 << 40, 9]),
+    ],
+)
+def test_a_table_of_places_that_cannot_be_is_none(key: str, value: object, wide_head: Path) -> None:
+    """Memory is let go by them: outside of the file it is somebody else's."""
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        copy, ops, artifact = runner.copy, runner._ops, model.artifact
+    assert packed_copy.find(artifact, ops) == copy
+    table = read_json(copy.folder / "packed.json")
+    assert table is not None
+    table["ops"]["layer 1"][key] = value
+    assert write_json(copy.folder / "packed.json", table)
+    assert packed_copy.find(artifact, ops) is None
+
+
+def test_a_copy_that_another_process_made_meanwhile_is_taken(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        copy, ops, artifact = runner.copy, runner._ops, model.artifact
+    monkeypatch.setattr(packed_copy, "_write_all", None)
+    assert packed_copy.make(artifact, ops, {}, None) == copy
+
+
+def test_copies_are_made_one_after_the_other(tmp_path: Path) -> None:
+    came = threading.Event()
+
+    def other() -> None:
+        with packed_copy._alone(tmp_path):
+            came.set()
+
+    with packed_copy._alone(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not came.wait(0.2)
+    assert came.wait(10)
+    thread.join()
+
+
+def test_what_onnxruntime_saves_in_a_way_that_is_not_known_is_told(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(proto: object) -> object:
+        raise KeyError("offset")
+
+    monkeypatch.setattr(packed_copy, "_Tensor", other)
+    with running(wide_head) as (_, runner):
+        assert type(runner) is StreamingRunner
+        assert "in a way that is not known here" in runner.plan.remark
+    assert not list(copies.iterdir())
+
+
+def test_a_cache_folder_that_may_not_be_looked_into_is_no_error(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def refused(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        if str(path).startswith(str(copies)):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert CutModel.of(Artifact.open(wide_head)).load(16, 1000).paged
+
+
 def test_a_copy_that_changed_while_running_is_told(wide_head: Path) -> None:
     with running(wide_head) as (model, runner):
         assert isinstance(runner, PagedRunner)
@@ -222,6 +351,18 @@ def test_a_copy_that_changed_while_running_is_told(wide_head: Path) -> None:
         os.utime(runner.copy.file, ns=(1, 1))
         with pytest.raises(ArtifactError, match="changed after it was opened"):
             model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
+
+
+def test_an_artifact_that_is_loaded_twice_runs_on_when_the_first_is_gone(wide_head: Path) -> None:
+    first = OnnxInParts.of(Artifact.open(wide_head)).runner(laid_out(wide_head), 1)
+    with running(wide_head) as (model, _):
+        wanted = model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
+        gone = weakref.ref(first)
+        first.close()
+        del first
+        gc.collect()
+        assert gone() is None
+        assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
 
 
 def test_a_step_that_was_broken_off_is_followed_by_a_whole_one(

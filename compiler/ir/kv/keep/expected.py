@@ -67,7 +67,7 @@ class Expected(ChosenOnce):
                 f"{self.name}: the {self.chosen} tokens that are chosen beside the newest include the sinks, "
                 f"0 or more of them, not {self.sinks}; raise tokens or lower sinks"
             )
-        if self.epsilon < 0 or self.future < 1:
+        if not 0 <= self.epsilon < np.inf or self.future < 1:
             raise IRError(
                 f"{self.name}: epsilon is 0 or more and future 1 or more, not {self.epsilon} and "
                 f"{self.future}"
@@ -122,6 +122,8 @@ class Expected(ChosenOnce):
         """What each slot is expected to add to the output, [K, used]; sinks above all others."""
         if "moments" not in row:
             return None
+        if used <= self.sinks:
+            return np.full((len(row["key"]), used), np.inf, np.float32)
         moments_HEE = host(row["moments"])
         count = max(1.0, float(moments_HEE[0, 0, 0]))
         mean_HD = moments_HEE[:, 0, 1:] / count
