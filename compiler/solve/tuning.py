@@ -161,7 +161,10 @@ class Tuning:
                 for n, solved in tuned.items()
                 for label, p in solved.pieces.items()
             }
-            errors = {f"{n}.error": torch.tensor(solved.error) for n, solved in tuned.items()}
+            errors = {
+                f"{n}.error": torch.tensor(solved.error, dtype=torch.float64)
+                for n, solved in tuned.items()
+            }
             keep_found(found | errors, folder / f"layer-{index}.pt")
 
     def _kept(

@@ -8,8 +8,9 @@ units, and what is read only while a session is made lies outside of it.
     | packed .. others .. | originals | packed .. others .. | originals | .. | models |
       super-op 0            at loading   super-op 1
 
-Copies lie in the user's cache folder under a hash of the artifact's model and weights, onnxruntime's version
-and the processor's features. One takes 2.3 times the bytes of the weights; the last two used are kept.
+Copies lie in the user's cache folder under a hash of the artifact's model and weights, of how it is cut, of
+onnxruntime's version and the processor's features. One takes 2.3 times the bytes of the weights; the last two
+used are kept.
 """
 
 from __future__ import annotations
@@ -122,10 +123,11 @@ def home() -> Path:
     return cache_home().resolve() / "packed"
 
 
-def key_of(artifact: Artifact) -> str:
-    """What a copy is right for, as a name."""
+def key_of(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
+    """What a copy is right for, as a name; super-ops may be cut otherwise by another version of einfold."""
     files = artifact.manifest.files
     words = (
+        *(f"{op.name} {op.inputs} {op.outputs} {[n.op_type for n in op.nodes]}" for op in ops),
         *(files[name].blake3 for name in (WHOLE.model, WEIGHTS)),
         ort.__version__,
         _processor(),
@@ -136,7 +138,7 @@ def key_of(artifact: Artifact) -> str:
 
 def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
     """Why no copy could be made; "" where one is there or there is room for it."""
-    if os.path.isfile(home() / key_of(artifact) / _TABLE):  # False where nobody may look
+    if os.path.isfile(home() / key_of(artifact, ops) / _TABLE):  # False where nobody may look
         return ""
     need = int(_SIZE * sum(op.nbytes for op in ops))
     free = _free(home())
@@ -147,7 +149,7 @@ def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
 
 def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
     """The copy that was made of an artifact, if it is as it was written."""
-    folder = home() / key_of(artifact)
+    folder = home() / key_of(artifact, ops)
     table = read_json(folder / _TABLE)
     if table is None:
         return None
@@ -194,7 +196,7 @@ def make(
     Raises NoCopyError where it cannot be written, ArtifactError where the artifact is damaged: a copy is
     found by the hashes in its manifest.
     """
-    folder = home() / key_of(artifact)
+    folder = home() / key_of(artifact, ops)
     artifact.check_weights(resident=False)
     if (
         blake3(artifact.read(WHOLE.model)).hexdigest()
@@ -209,7 +211,7 @@ def make(
             made = find(artifact, ops)  # another process may have made it meanwhile
             if made is not None:
                 return made
-            _clear(home(), key_of(artifact))
+            _clear(home(), key_of(artifact, ops))
             with _scratch(home()) as scratch:
                 with (scratch / _FILE).open("wb") as stream:
                     table = _write_all(stream, scratch, ops, models, options)
