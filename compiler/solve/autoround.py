@@ -38,7 +38,7 @@ class AutoRound(Solver):
 
     start: str = "decoupleq"
     steps: int = 30
-    batch: int = 1
+    batch: int = 2
     reach: float = 0.02
     scale: float = 0.05
 
