@@ -49,6 +49,11 @@ class Artifact:
             WEIGHTS, self.manifest.files[WEIGHTS], True, file_hash if resident else direct_hash
         )
 
+    def check(self, name: str) -> None:
+        """Checks size and hash of a listed file; raises ArtifactError where it is damaged."""
+        self.file(name)
+        self._check(name, self.manifest.files[name], True)
+
     def file(self, name: str) -> Path:
         """The path of a listed file; raises ArtifactError where the artifact has none of that name."""
         if name not in self.manifest.files:

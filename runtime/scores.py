@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.kv.attention_sums import attention_sums, host, like
+from ..compiler.ir.kv.attention_sums import fading_sums, host, like
 from ..compiler.ir.kv.layout import HeadGroup, cache_name, query_name
 from ..errors import EinfoldError
 from .buffers import CacheBuffers
@@ -54,11 +54,9 @@ def _widen(largest_KD: Any, q_SHD: Any) -> None:
 def _add(group: HeadGroup, held: Mapping[str, Any], used: int, q_SHD: Any) -> None:
     """Adds the attention of new queries to each score, in which that of older ones has faded."""
     new = q_SHD.shape[0]
-    age = np.arange(new - 1, -1, -1)
-    weights = np.stack([(fading**age).astype(np.float32) for fading in group.scores.values()])
-    sums_KMT = attention_sums(host(q_SHD), host(held["key"])[:, : used + new], used, weights)
-    for at, (name, fading) in enumerate(group.scores.items()):
-        score_KN = held[name]
+    keys_KTD = host(held["key"])[:, : used + new]
+    for name, sums_KT in fading_sums(host(q_SHD), keys_KTD, used, group.scores).items():
+        score_KN, fading = held[name], group.scores[name]
         if fading != 1:
             score_KN *= fading**new
-        score_KN[:, : used + new] += like(sums_KMT[:, at], score_KN)
+        score_KN[:, : used + new] += like(sums_KT, score_KN)

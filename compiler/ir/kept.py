@@ -11,10 +11,11 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -132,6 +133,14 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:  # of another version of torch, which raises many unrelated classes
         pass_on(error)
         return None
+
+
+def drop_oldest(folders: Iterable[Path], kept: int) -> None:
+    """Removes folders but for the newest so many, where they may be removed."""
+    with suppress(OSError):
+        newest = sorted(folders, key=lambda each: each.stat().st_mtime, reverse=True)
+        for old in newest[kept:]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class _Sealed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import IRError
 from ..ir.quant.scheme import Scheme
 from ..ir.quant.schemes.grouped import Grouped
-from .solver import SOLVERS, Begun, Layer, Solved, Solver
+from .solver import SOLVERS, Begun, Layer, Solved, Solver, relative_error
 
 #: Parts on which a layer has to be better.
 _JUDGES = 4
@@ -80,16 +80,19 @@ class AutoRound(Solver):
 
     def tune(self, layer: Layer) -> dict[str, Solved]:
         latent = {name: _Latent(begun) for name, begun in layer.weights.items()}
+
+        def weights() -> dict[str, Tensor]:
+            return {name: each.weight() for name, each in latent.items()}
+
         places = _drawn(layer.parts)
         judges = [next(places) for _ in range(min(_JUDGES, layer.parts))]
-        before = layer.lost({name: each.weight() for name, each in latent.items()}, judges)
+        before = layer.lost(weights(), judges)
         for step in range(self.steps):
             rate = 2 * (1 - step / self.steps) / (self.steps + 1)  # they add up to 1
             parts = [next(places) for _ in range(min(self.batch, layer.parts))]
-            weights = {name: each.weight() for name, each in latent.items()}
-            for name, slope in layer.slopes(weights, parts).items():
+            for name, slope in layer.slopes(weights(), parts).items():
                 latent[name].move(slope, rate * self.reach, rate * self.scale)
-        if layer.lost({name: each.weight() for name, each in latent.items()}, judges) >= before:
+        if layer.lost(weights(), judges) >= before:
             return {}
         return {name: each.solved() for name, each in latent.items()}
 
@@ -121,13 +124,11 @@ class _Latent:
         """[N, M], as the inputs as they are meet it."""
         codes, grid = self._rounded()
         weight = self._scheme.values(codes, grid).flatten(1)[:, : self._width]
-        channels = self._begun.solved.channels
-        return weight if channels is None else weight / channels
+        return self._begun.solved.met(weight)
 
     def move(self, slope: Tensor, codes: float, scales: float) -> None:
         """Goes against the slope of a weight, codes by so much, and scales by that share of them."""
-        channels = self._begun.solved.channels
-        felt = self._scheme.groups(slope if channels is None else slope / channels)
+        felt = self._scheme.groups(self._begun.solved.met(slope))
         rounded, grid = self._rounded()
         by_scale = (felt * (rounded - self._zeros)).sum(-1, keepdim=True)
         self._codes -= codes * torch.sign(felt * grid["scales"])
@@ -137,12 +138,8 @@ class _Latent:
     def solved(self) -> Solved:
         codes, grid = self._rounded()
         pieces = self._scheme.pack(codes, grid)
-        target = self._begun.target
-        off = self._scheme.dequantize(pieces, self._width) - target
-        size = float(target.norm())
-        return replace(
-            self._begun.solved, pieces=pieces, error=float(off.norm()) / size if size else 0.0
-        )
+        error = relative_error(self._scheme.dequantize(pieces, self._width), self._begun.target)
+        return replace(self._begun.solved, pieces=pieces, error=error)
 
     def _rounded(self) -> tuple[Tensor, dict[str, Tensor]]:
         grid = self._scheme.settle({"scales": self._scales, "zeros": self._zeros})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -34,6 +34,30 @@ class Solved:
     pieces: dict[str, Tensor]
     error: float | None = None
     channels: Tensor | None = None
+
+    def met(self, weight: Tensor) -> Tensor:
+        """A weight of these channels as inputs that nothing divides meet it."""
+        return weight if self.channels is None else weight / self.channels
+
+
+_ERROR, _CHANNELS = "solver.error", "solver.channels"
+
+
+def as_found(name: str, solved: Solved) -> dict[str, Tensor]:
+    """What was solved of a weight as tensors by name, to be kept."""
+    error = float("nan") if solved.error is None else solved.error
+    found = {f"{name}.{label}": piece for label, piece in solved.pieces.items()}
+    found[f"{name}.{_ERROR}"] = torch.tensor(error, dtype=torch.float64)
+    if solved.channels is not None:
+        found[f"{name}.{_CHANNELS}"] = solved.channels
+    return found
+
+
+def from_found(found: Mapping[str, Tensor], name: str, labels: Iterable[str]) -> Solved:
+    """What `as_found` gave of a weight that is stored in pieces of these names."""
+    error = float(found[f"{name}.{_ERROR}"])
+    pieces = {label: found[f"{name}.{label}"] for label in labels}
+    return Solved(pieces, None if error != error else error, found.get(f"{name}.{_CHANNELS}"))
 
 
 class Solver:
@@ -156,9 +180,13 @@ def completed(
     width = target.shape[-1]
     missed = target.float() - scheme.coded.dequantize(solved.pieces, width)
     pieces = solved.pieces | scheme.beside(missed, moment_MM)
-    off = scheme.dequantize(pieces, width) - original.float()
-    size = float(original.float().norm())
-    return Solved(pieces, float(off.norm()) / size if size else 0.0)
+    return Solved(pieces, relative_error(scheme.dequantize(pieces, width), original.float()))
+
+
+def relative_error(restored: Tensor, weight: Tensor) -> float:
+    """|w - restored|_F / |w|_F; 0 of a weight that is 0."""
+    size = float(weight.norm())
+    return float((restored - weight).norm()) / size if size else 0.0
 
 
 def by_rows(

@@ -11,7 +11,6 @@ was interrupted goes on behind the last layers.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -29,14 +28,14 @@ from ..calibrate.observer import OBSERVERS, Found, Observer
 from ..calibrate.sites import Site, expert_products, expert_weights, weight_products
 from ..calibrate.snapshot import copied
 from ..calibrate.stream import Stream, Tell
-from ..ir.kept import cache_home
+from ..ir.kept import cache_home, drop_oldest
 from ..ir.ops import einfold_ops
 from ..ir.ops.experts import Experts
 from ..ir.printer import print_program
 from ..ir.program import Program, readers
 from ..ir.quant.scheme import Scheme
 from .experts import Stack, halves, joined, run_stored, solve_experts
-from .solver import Solved, Solver, finite
+from .solver import Solved, Solver, as_found, finite, from_found
 from .tuning import Tuning
 
 #: Tokens of the text that go from one product to the next together: what that computes is of so many.
@@ -50,8 +49,6 @@ _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
 _VERSION = 4
-
-_ERROR, _CHANNELS = "solver.error", "solver.channels"
 
 
 class Solving:
@@ -97,7 +94,7 @@ class Solving:
             found = stream.over(twice, folder, tell)
             for name, scheme in self._schemes.items():
                 labels = scheme.pieces(self._program.weights[name].shape)
-                self._solved[name] = _solved(found[self._sites[name].name], name, labels)
+                self._solved[name] = from_found(found[self._sites[name].name], name, labels)
             if self._solver is not self._begun:
                 tuning = Tuning(self._program, self._solver, self._schemes, self._solved)
                 tuning.run(parts, folder / _tuned(self._solver), tell or (lambda text, share: None))
@@ -238,12 +235,7 @@ class _Solve(Observer):
         return self._solver.solve(finite(name, weight_NM, scheme), scheme, found)
 
     def _keep(self, name: str, solved: Solved) -> None:
-        error = torch.tensor(float("nan") if solved.error is None else solved.error)
-        told = {_ERROR: error.double()}
-        if solved.channels is not None:
-            told[_CHANNELS] = solved.channels
-        for label, piece in (solved.pieces | told).items():
-            self._seen[f"{name}.{label}"] = piece
+        self._seen |= as_found(name, solved)
 
 
 def _sites(program: Program) -> dict[str, Site]:
@@ -270,13 +262,6 @@ def _read_alike(program: Program, name: str, site: Site) -> bool:
     return all(reader.target in known for reader in readers(program.graph, name))
 
 
-def _solved(found: Found, name: str, labels: Iterable[str]) -> Solved:
-    error = float(found[f"{name}.{_ERROR}"])
-    pieces = {label: found[f"{name}.{label}"] for label in labels}
-    channels = found.get(f"{name}.{_CHANNELS}")
-    return Solved(pieces, None if error != error else error, channels)
-
-
 def _tuned(solver: Solver) -> str:
     """The folder, beside what it begins with, of what a solver tunes."""
     return f"tuned-{blake3(str(solver).encode()).hexdigest()[:16]}"
@@ -287,6 +272,4 @@ def _make_room(folder: Path) -> None:
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
-        others = sorted(folder.parent.iterdir(), key=lambda each: each.stat().st_mtime)
-        for old in others[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        drop_oldest(folder.parent.iterdir(), _KEPT)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from ..ir.interpreter import Interpreter, Run
 from ..ir.ops.record import seen_through
 from ..ir.program import Program, attention_nodes
 from ..ir.quant.scheme import Scheme
-from .solver import Begun, Solved, Solver
+from .solver import Begun, Solved, Solver, as_found, from_found
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class Tuning:
         reading = _Reading(self._program, parts)
         for index, span in enumerate(spans):
             begun = dict(self._begun(span))
-            reading.come_to(span, begun, self._stored_in(span))
+            stored = self._stored_in(span)
+            reading.come_to(span, begun, stored)
             done = self._kept(folder, index, begun)
             if done is None and begun:
                 tell(
@@ -120,7 +121,7 @@ class Tuning:
             elif index == before:
                 before += 1  # what is read once more says nothing of the time that tuning takes
             self.solved |= done or {}
-            reading.go_on(self._stored_in(span))
+            reading.go_on(stored | {name: self._stored(name) for name in done or {}})
 
     def _begun(self, span: Span) -> Iterator[tuple[str, Begun]]:
         """The weights that this layer alone reads, and that can be tuned."""
@@ -152,20 +153,14 @@ class Tuning:
         """As its inputs as they are meet it."""
         solved, shape = self.solved[name], self._program.weights[name].shape
         weight = self._schemes[name].dequantize(solved.pieces, shape[-1])
-        return weight if solved.channels is None else weight / solved.channels
+        return solved.met(weight)
 
     def _keep(self, folder: Path | None, index: int, tuned: Mapping[str, Solved]) -> None:
         if folder is not None:
-            found = {
-                f"{n}.{label}": p
-                for n, solved in tuned.items()
-                for label, p in solved.pieces.items()
-            }
-            errors = {
-                f"{n}.error": torch.tensor(solved.error, dtype=torch.float64)
-                for n, solved in tuned.items()
-            }
-            keep_found(found | errors, folder / f"layer-{index}.pt")
+            found: dict[str, Tensor] = {}
+            for name, solved in tuned.items():
+                found |= as_found(name, solved)
+            keep_found(found, folder / f"layer-{index}.pt")
 
     def _kept(
         self, folder: Path | None, index: int, begun: Mapping[str, Begun]
@@ -174,13 +169,9 @@ class Tuning:
         if found is None:
             return None
         return {
-            name: replace(
-                each.solved,
-                pieces={label: found[f"{name}.{label}"] for label in each.solved.pieces},
-                error=float(found[f"{name}.error"]),
-            )
+            name: from_found(found, name, each.solved.pieces)
             for name, each in begun.items()
-            if f"{name}.error" in found
+            if found.keys() >= as_found(name, each.solved).keys()
         }
 
 

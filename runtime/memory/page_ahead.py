@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ...errors import ArtifactError, EinfoldError, recognise
+from ...errors import ArtifactError, recognise
 from .pages import UNIT, PagedFile
-from .read_ahead import Counts, Span
+from .read_ahead import Counts, Span, told
 
 #: Reads that the disk has at once; one waits for each of its units.
 THREADS = 3
@@ -135,7 +135,9 @@ class PageAhead:
                     self._changed.notify_all()
         except BaseException as error:  # the caller must hear of it: it waits
             with self._changed:
-                self._failed = recognise(error) or self._renamed(error)
+                self._failed = recognise(error) or told(
+                    error, f"the threads that read {self.file.path} failed"
+                )
                 self._changed.notify_all()
 
     def _take(self) -> tuple[int, int] | None:
@@ -157,12 +159,3 @@ class PageAhead:
                 else:
                     self._changed.wait()
             return None
-
-    def _renamed(self, error: BaseException) -> BaseException:
-        if isinstance(error, EinfoldError):
-            return error
-        made = ArtifactError(
-            f"the threads that read {self.file.path} failed: {type(error).__name__}: {error}"
-        )
-        made.__cause__ = error
-        return made

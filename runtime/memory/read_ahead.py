@@ -129,7 +129,9 @@ class ReadAhead:
             while self._may_read():
                 self._read_next()
         except BaseException as error:  # the caller must hear of it: it waits
-            self._failed = recognise(error) or self._renamed(error)
+            self._failed = recognise(error) or told(
+                error, f"the thread that reads {self.file.path} failed"
+            )
             self._told.put(None)
 
     def _may_read(self) -> bool:
@@ -150,14 +152,15 @@ class ReadAhead:
         self._read = number + 1
         self._told.put(None)
 
-    def _renamed(self, error: BaseException) -> BaseException:
-        if isinstance(error, EinfoldError):
-            return error
-        made = ArtifactError(
-            f"the thread that reads {self.file.path} failed: {type(error).__name__}: {error}"
-        )
-        made.__cause__ = error
-        return made
+
+def told(error: BaseException, failed: str) -> BaseException:
+    """What a thread met and nobody recognises, as it is raised in another: an error of einfold's as it is,
+    any other as one that says what `failed`."""
+    if isinstance(error, EinfoldError):
+        return error
+    made = ArtifactError(f"{failed}: {type(error).__name__}: {error}")
+    made.__cause__ = error
+    return made
 
 
 def _drain(wakings: queue.SimpleQueue[None]) -> None:

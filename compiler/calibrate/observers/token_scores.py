@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ir.kv.attention_sums import attention_sums
+from ...ir.kv.attention_sums import fading_sums
 from ...ir.kv.keep.policy import Policy
 from ...ir.kv.keep.voted import Voted
 from ...ir.program import call_arguments
@@ -55,10 +55,7 @@ class TokenScores(Observer):
             row[name] = np.zeros([int(length) for length in shape[1:]], np.float32)
         policy.watch(row, q_SHD)
         if policy.scores:
-            age = np.arange(len(q_SHD) - 1, -1, -1)
-            fading = [(each**age).astype(np.float32) for each in policy.scores.values()]
-            sums_KMT = attention_sums(q_SHD, row["key"], 0, np.stack(fading))
-            row |= {name: sums_KMT[:, at] for at, name in enumerate(policy.scores)}
+            row |= fading_sums(q_SHD, row["key"], 0, policy.scores)
         score_KT = policy.token_scores(row, len(q_SHD))
         assert score_KT is not None
         return {"score": torch.from_numpy(score_KT.astype(np.float32))}

@@ -67,18 +67,22 @@ class CutModel:
                 )
         return cls(artifact, proto, tuple(ops))
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The super-ops as onnxruntime holds them where it packs them itself."""
+        return tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
+
     def load(self, chunk: int, cache: int) -> Load:
         """What it holds: of values within a step of `chunk` tokens, with logits of one, and of a cache."""
         vocabulary = self.artifact.manifest.model.vocabulary
         activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
-        pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
         paged = (
             ()
             if reason
             else tuple(Piece(op.name, op.nbytes, laid_out(op.packed)[1]) for op in self.ops)
         )
-        return Load(pieces, fixed, paged, reason)
+        return Load(self.pieces, fixed, paged, reason)
 
     def why_not_paged(self) -> str:
         """Why streamed weights cannot be pages of a packed copy; "" where they can."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ....errors import UnsupportedError
-from ...memory.tiers import Load, Piece, TierPlan, place
+from ...memory.tiers import Load, TierPlan, place
 from .cut_model import CutModel
 from .packed_copy import NoCopyError
 from .paging import PagedRunner
@@ -22,6 +22,5 @@ class OnnxInParts(CutModel):
         except (NoCopyError, UnsupportedError) as error:
             reason = str(error)
         # Behind the clause: within it the error would keep the sessions that were made.
-        pieces = tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
-        load = Load(pieces, plan.fixed, remark=reason)
+        load = Load(self.pieces, plan.fixed, remark=reason)
         return StreamingRunner(self, place(load, plan.budget), threads)

@@ -33,7 +33,8 @@ from ....runtime.artifact import Artifact
 from ....runtime.memory.direct import PAGE, direct_hash
 from ....runtime.memory.pages import UNIT
 from ...ir.heap import give_back
-from ...ir.kept import cache_home, read_json, write_json
+from ...ir.kept import cache_home, drop_oldest, read_json, write_json
+from ...ir.locks import lock
 from ...ir.manifest import WEIGHTS, WHOLE
 from .cut import SuperOp
 from .runner import session_of
@@ -46,6 +47,9 @@ _KEPT = 2
 
 #: The files of a copy.
 _FILE, _TABLE = "packed.bin", "packed.json"
+
+#: Beside the copies: who makes one is alone.
+_LOCK = ".lock"
 
 #: What onnxruntime saves of one super-op, until it is laid out.
 _SAVED = "op.bin"
@@ -176,7 +180,7 @@ def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
     if not whole or found.keys() != {op.name for op in ops if op.weights}:
         return None
     with suppress(OSError):
-        os.utime(folder / _TABLE)
+        os.utime(folder)
     return PackedCopy(folder, found)
 
 
@@ -198,16 +202,10 @@ def make(
     """
     folder = home() / key_of(artifact, ops)
     artifact.check_weights(resident=False)
-    if (
-        blake3(artifact.read(WHOLE.model)).hexdigest()
-        != artifact.manifest.files[WHOLE.model].blake3
-    ):
-        raise ArtifactError(
-            f"{artifact.file(WHOLE.model)} is damaged: it does not match the manifest's hash"
-        )
+    artifact.check(WHOLE.model)
     try:
         home().mkdir(parents=True, exist_ok=True)
-        with _alone(home()):
+        with lock(home() / _LOCK, wait=True):
             made = find(artifact, ops)  # another process may have made it meanwhile
             if made is not None:
                 return made
@@ -413,20 +411,6 @@ class _Out:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one process at a time comes by a folder, where its file system can keep others out."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder beside the copies, which is gone behind the `with` where it was not renamed."""
     path = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=".tmp"))
@@ -442,17 +426,8 @@ def _clear(folder: Path, key: str) -> None:
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > _STALE:
                 shutil.rmtree(left, ignore_errors=True)
-    others = [
-        path for path in folder.iterdir() if path.name != key and not path.name.startswith(".")
-    ]
-    for path in sorted(others, key=_used, reverse=True)[_KEPT - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _used(folder: Path) -> float:
-    with suppress(OSError):
-        return (folder / _TABLE).stat().st_mtime
-    return 0.0
+    others = [p for p in folder.iterdir() if p.name != key and not p.name.startswith(".")]
+    drop_oldest(others, _KEPT - 1)
 
 
 def _free(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,16 @@ def attention_sums(q_SHD: Floats, keys_KTD: Any, first: int, weights_MS: Floats)
         attention /= attention.sum(-1, keepdims=True)
         found += weights_MS[:, start : start + count] @ attention.sum(1)
     return found
+
+
+def fading_sums(
+    q_SHD: Floats, keys_KTD: Any, first: int, scores: Mapping[str, float]
+) -> dict[str, Floats]:
+    """The sums [K, T] of each score, in which queries fade by its factor with every one behind them."""
+    age = np.arange(len(q_SHD) - 1, -1, -1)
+    weights = np.stack([(fading**age).astype(np.float32) for fading in scores.values()])
+    sums_KMT = attention_sums(q_SHD, keys_KTD, first, weights)
+    return {name: sums_KMT[:, at] for at, name in enumerate(scores)}
 
 
 def host(x: Any) -> Any:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import helper
@@ -27,17 +26,16 @@ from einfold.compiler.codegen.onnx.in_parts import OnnxInParts
 from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.ir.kept import read_json, write_json
+from einfold.compiler.ir.locks import lock
 from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, RecipeError
 from einfold.runtime.artifact import Artifact
 from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
-from ...greedy import all_logits
+from .in_parts import RESIDENT, TEXT, check_as_resident
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
-
-TEXT = list(range(3, 43))
 
 
 @pytest.fixture(autouse=True)
@@ -65,22 +63,14 @@ def running(path: Path, *pinned: str) -> Iterator[tuple[einfold.Model, Streaming
         runner.close()
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [("llama", "int4"), ("gemma2", "fp32"), ("gpt2", "int8")]
-)
+@RESIDENT
 def test_logits_and_tokens_are_those_of_resident_weights(
     name: str, weights: str, artifact: Callable[..., Path]
 ) -> None:
     path = artifact(name, weights)
-    whole = einfold.load(path, threads=1, chunk=16)
     with running(path, "layer 1") as (model, runner):
         assert isinstance(runner, PagedRunner)
-        assert np.array_equal(all_logits(model, TEXT), all_logits(whole, TEXT))
-        found, wanted = (
-            m.generate_batch([TEXT[:9], TEXT[:5]], max_new_tokens=6, ignore_eos=True)
-            for m in (model, whole)
-        )
-        assert [row.tokens for row in found] == [row.tokens for row in wanted]
+        check_as_resident(model, path)
 
 
 def test_a_step_brings_what_it_reads_and_holds_no_more(wide_head: Path) -> None:
@@ -304,14 +294,17 @@ def test_a_copy_that_another_process_made_meanwhile_is_taken(
     assert packed_copy.make(artifact, ops, {}, None) == copy
 
 
-def test_copies_are_made_one_after_the_other(tmp_path: Path) -> None:
+def test_copies_are_made_one_after_the_other(wide_head: Path, copies: Path) -> None:
+    with running(wide_head) as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        ops, artifact = runner._ops, model.artifact
     came = threading.Event()
 
     def other() -> None:
-        with packed_copy._alone(tmp_path):
-            came.set()
+        packed_copy.make(artifact, ops, {}, None)
+        came.set()
 
-    with packed_copy._alone(tmp_path):
+    with lock(copies / ".lock", wait=True):
         thread = threading.Thread(target=other)
         thread.start()
         assert not came.wait(0.2)

@@ -23,8 +23,7 @@ from einfold.runtime.artifact import Artifact
 from einfold.runtime.cache import Cache
 
 from ...greedy import all_logits
-
-TEXT = list(range(3, 43))
+from .in_parts import RESIDENT, TEXT, check_as_resident
 
 
 def laid_out(path: Path, pinned: set[str]) -> TierPlan:
@@ -46,21 +45,13 @@ def streaming(
         runner.close()
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [("llama", "int4"), ("gemma2", "fp32"), ("gpt2", "int8")]
-)
+@RESIDENT
 def test_logits_and_tokens_are_those_of_resident_weights(
     name: str, weights: str, artifact: Callable[..., Path]
 ) -> None:
     path = artifact(name, weights)
-    whole = einfold.load(path, threads=1, chunk=16)
     with streaming(path, "layer 1") as (model, runner):
-        assert np.array_equal(all_logits(model, TEXT), all_logits(whole, TEXT))
-        found, wanted = (
-            m.generate_batch([TEXT[:9], TEXT[:5]], max_new_tokens=6, ignore_eos=True)
-            for m in (model, whole)
-        )
-        assert [row.tokens for row in found] == [row.tokens for row in wanted]
+        check_as_resident(model, path)
         assert runner.reader is not None
         assert runner.reader.counts.items > 0
 
