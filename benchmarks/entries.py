@@ -96,6 +96,12 @@ ENTRIES = (
         "what --weights int4 stores: block 128, zero points, head in 4 bits too; cache in float32",
     ),
     Entry(
+        "einfold int4-128 int8 cache",
+        "einfold_engine",
+        Form(EINFOLD, ("benchmarks/recipes/int4-128-kv8.toml",)),
+        "the same, cache in int8 with a scale a channel",
+    ),
+    Entry(
         "genai int4",
         "genai",
         Form("genai", ("prune_lm_head=true",)),

@@ -41,6 +41,8 @@ _GENAI, _LLAMA = "genai int4", "llama.cpp Q4_0"
 _LLAMAS = f"{_LLAMA}|{_LLAMA} q8 cache"
 _INT8, _QUARTER = "einfold int4 int8 cache", "einfold int4 quarter int8 cache"
 _LONG, _LARGE = "d16384", "llama-3.2-1b"
+_DEFAULT = "einfold int4-128"
+_BEST = f"{_GENAI}|{_LLAMAS}"
 
 TARGETS = (
     Target("genai, same bits", "ratio", "einfold int4 head4", 1.0, "d128", _GENAI),
@@ -62,5 +64,15 @@ TARGETS = (
     Target("own cache of all heads, int8", "ratio", _QUARTER, 2.1, _LONG, _INT8, _LARGE),
     Target("roofline", "roofline", _INT8, 0.25, _LONG),
     Target("roofline (stretch)", "roofline", _QUARTER, 0.45, _LONG, "", _LARGE),
+    *(
+        Target("best peer, what --weights int4 stores", "ratio", entry, 1.15, at, _BEST, shape)
+        for shape in ("qwen2.5-0.5b", _LARGE)
+        for entry, at in (
+            (_DEFAULT, "d128"),
+            (_DEFAULT, "d4096"),
+            (f"{_DEFAULT} int8 cache", "d4096"),
+        )
+    ),
+    Target("llama.cpp", "ratio", _DEFAULT, 1.0, "pp512", _LLAMA),
     Target("seconds to load", "load", "einfold int4", 0.7),
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import IRError
 from ..ir.quant.scheme import Scheme
 from ..ir.quant.schemes.grouped import Grouped
-from .solver import SOLVERS, Begun, Layer, Solved, Solver, relative_error
+from .solver import SOLVERS, Begun, Layer, Solved, Solver, check_start, relative_error
 
 #: Parts on which a layer has to be better.
 _JUDGES = 4
@@ -43,11 +43,10 @@ class AutoRound(Solver):
     scale: float = 0.05
 
     name = "autoround"
+    tunes = "layers"
 
     def __post_init__(self) -> None:
-        if self.start == self.name or self.start not in SOLVERS:
-            known = ", ".join(name for name in SOLVERS if name != self.name)
-            raise IRError(f"autoround starts from one of {known}, not from {self.start[:40]!r}")
+        check_start(self.name, self.start)
         moves = 0 <= self.reach < math.inf and 0 <= self.scale < 1
         if self.steps < 1 or self.batch < 1 or not moves:
             raise IRError(
@@ -84,7 +83,7 @@ class AutoRound(Solver):
         def weights() -> dict[str, Tensor]:
             return {name: each.weight() for name, each in latent.items()}
 
-        places = _drawn(layer.parts)
+        places = drawn(layer.parts)
         judges = [next(places) for _ in range(min(_JUDGES, layer.parts))]
         before = layer.lost(weights(), judges)
         for step in range(self.steps):
@@ -97,8 +96,8 @@ class AutoRound(Solver):
         return {name: each.solved() for name, each in latent.items()}
 
 
-def _drawn(count: int) -> Iterator[int]:
-    """Numbers below `count`, each once in every round; the same ones in every run."""
+def drawn(count: int) -> Iterator[int]:
+    """Numbers below `count` without end, each once in every round; the same ones in every run."""
     order, drawn = [*range(count)], random.Random(0)
     while True:
         drawn.shuffle(order)

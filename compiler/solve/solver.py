@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...errors import ModelError
+from ...errors import IRError, ModelError
 from ..ir.quant.scheme import Scheme
 from ..ir.record_text import show
 from ..ir.registry import Registry
@@ -73,6 +73,9 @@ class Solver:
     """Whether it is given the inputs of the model whose weights were solved before; the original's in both
     places otherwise, which takes half the time."""
 
+    tunes: ClassVar[Literal["", "layers", "model"]] = ""
+    """What it tunes together once weights are solved: nothing, each layer by `tune`, or all by `distill`."""
+
     @property
     def scales_channels(self) -> bool:
         """Whether it may want input channels scaled, where a norm in front can divide by the scales."""
@@ -85,7 +88,7 @@ class Solver:
 
     @property
     def begun(self) -> Solver:
-        """What solves the weights that `tune` goes on from; itself where it has none tuned."""
+        """What solves the weights that it goes on from; itself where it tunes nothing."""
         return self
 
     def __str__(self) -> str:
@@ -109,6 +112,10 @@ class Solver:
     def tune(self, layer: Layer) -> dict[str, Solved]:
         """The weights of a layer, stored by `begun`, as they are to be stored; those that stay may be left
         out."""
+        return {}
+
+    def distill(self, model: Whole) -> dict[str, Solved]:
+        """The same of all weights of a model. Errors need not be told."""
         return {}
 
 
@@ -139,7 +146,47 @@ class Layer(Protocol):
         """What is lost of some parts, derived by the weights."""
 
 
+class Stored(NamedTuple):
+    """A weight of a model as it is stored: its scheme, what was solved of it, and the width of its rows."""
+
+    scheme: Scheme
+    solved: Solved
+    width: int
+
+
+class Whole(Protocol):
+    """A model with the weights in it that can be tuned, and a text, in parts.
+
+    Weights are [N, M], as inputs that nothing divides meet them. They are asked for by name where they are
+    needed, so that those of one layer are held at a time. What is lost is KL(original || model) of the next
+    token, in nats; its mean over tokens.
+    """
+
+    weights: Mapping[str, Stored]
+    parts: int
+
+    def lost(self, weight: Callable[[str], Tensor], parts: Sequence[int]) -> float:
+        """What is lost of some parts."""
+
+    def slopes(self, weight: Callable[[str], Tensor], part: int) -> Iterator[tuple[str, Tensor]]:
+        """What is lost of a part, derived by the weights, from the last layer to the first. A weight that is
+        read in several places comes once for each: they add up."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What an interrupted run kept last; nothing where none did."""
+
+    def keep(self, found: Callable[[], dict[str, Tensor]], done: int, left: int) -> None:
+        """Tells of progress in steps, and keeps what is needed to go on, where some time went by."""
+
+
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
+
+
+def check_start(solver: str, start: str) -> None:
+    """Raises IRError where a solver that tunes cannot begin with what another one gives."""
+    if start not in SOLVERS or SOLVERS[start].tunes:
+        known = ", ".join(name for name, kind in SOLVERS.items() if not kind.tunes)
+        raise IRError(f"{solver} starts from one of {known}, not from {start[:40]!r}")
 
 
 def without_scales(solver: str, scheme: Scheme) -> str:

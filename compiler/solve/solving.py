@@ -34,6 +34,7 @@ from ..ir.ops.experts import Experts
 from ..ir.printer import print_program
 from ..ir.program import Program, readers
 from ..ir.quant.scheme import Scheme
+from .distilling import Distilling
 from .experts import Stack, halves, joined, run_stored, solve_experts
 from .solver import Solved, Solver, as_found, finite, from_found
 from .tuning import Tuning
@@ -95,8 +96,9 @@ class Solving:
             for name, scheme in self._schemes.items():
                 labels = scheme.pieces(self._program.weights[name].shape)
                 self._solved[name] = from_found(found[self._sites[name].name], name, labels)
-            if self._solver is not self._begun:
-                tuning = Tuning(self._program, self._solver, self._schemes, self._solved)
+            if self._solver.tunes:
+                kind = Tuning if self._solver.tunes == "layers" else Distilling
+                tuning = kind(self._program, self._solver, self._schemes, self._solved)
                 tuning.run(parts, folder / _tuned(self._solver), tell or (lambda text, share: None))
                 self._solved = tuning.solved
         self._program = None  # lets go of the weights

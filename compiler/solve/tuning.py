@@ -58,7 +58,7 @@ def layers(program: Program) -> list[Span]:
     ]
 
 
-def _read_where_used(program: Program) -> None:
+def read_where_used(program: Program) -> None:
     """Has each weight read right in front of the first that needs it, so that its layer reads it."""
     place = {node: index for index, node in enumerate(program.graph.nodes)}
     for read in program.graph.find_nodes(op="get_attr"):
@@ -98,7 +98,7 @@ class Tuning:
         solved: Mapping[str, Solved],
     ) -> None:
         self._program, self._solver, self._schemes = copied(program), solver, schemes
-        _read_where_used(self._program)
+        read_where_used(self._program)
         self.solved = dict(solved)
 
     def run(self, parts: Sequence[Tensor], folder: Path | None, tell: Tell) -> None:

@@ -100,6 +100,7 @@ def test_it_is_given_what_its_observer_found() -> None:
 def test_an_unknown_solver_is_said_with_those_that_there_are() -> None:
     with pytest.raises(
         IRError,
-        match="unknown solver 'q'; known: autoround, awq, clip, decoupleq, gptq, hqq, round_to_nearest",
+        match="unknown solver 'q'; known: autoround, awq, clip, decoupleq, distill, gptq, hqq, "
+        "round_to_nearest",
     ):
         SOLVERS.find("q")
