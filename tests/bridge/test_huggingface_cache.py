@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused(model: Any, cache_for: Any) -> None:
         model(ids.expand(2, -1), past_key_values=cache)
 
 
-@pytest.mark.parametrize("backend", ["einfold", "inductor"])
+@pytest.mark.parametrize("backend", ["einfold", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "compensation"])
 def test_under_torch_compile_without_a_graph_break(
     backend: str, name: str, text_model: Path

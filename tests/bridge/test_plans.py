@@ -68,7 +68,7 @@ def test_a_plan_that_is_found_again_gives_the_same_numbers(name: str, plans: lis
     assert len(plans) == 1
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_other_architectures(name: str, plans: list[str]) -> None:
     first = logits(models.build(name))
     assert torch.equal(first, logits(models.build(name)))
@@ -94,15 +94,14 @@ def test_another_process_finds_it(plans: list[str], tmp_path: Path) -> None:
     want = logits(models.build("llama"), cache="int8")
     assert len(plans) == 1
     out, root = tmp_path / "logits.pt", Path(__file__).parents[2]
-    for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, "-c", SECOND.format(out=str(out))],
-            check=True,
-            env=environment,
-            cwd=root,
-        )
-        torch.testing.assert_close(torch.load(out), want, rtol=0, atol=0)
+    environment = os.environ | {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", SECOND.format(out=str(out))],
+        check=True,
+        env=environment,
+        cwd=root,
+    )
+    torch.testing.assert_close(torch.load(out), want, rtol=0, atol=0)
 
 
 def weight(model: Any) -> None:

@@ -96,7 +96,15 @@ def test_codes_go_through_integer_kernels(text: str, products: int, tmp_path: Pa
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(
-    "text", ["grouped(bits=3)", "nvfp4", "nf4", "grouped(bits=4,scales=f16)", "kquant", "planes"]
+    "text",
+    [
+        "grouped(bits=3)",
+        "nvfp4",
+        "nf4",
+        "grouped(bits=4,scales=f16)",
+        "kquant",
+        pytest.param("planes", marks=pytest.mark.slow),  # onnxruntime folds each plane by itself
+    ],
 )
 def test_experts_are_read_one_by_one(flavour: str, text: str, tmp_path: Path) -> None:
     """Where a kernel reads the scheme no stack is widened."""
