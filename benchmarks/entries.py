@@ -102,6 +102,12 @@ ENTRIES = (
         "the same, cache in int8 with a scale a channel",
     ),
     Entry(
+        "einfold int4-128 int8 cache quest",
+        "einfold_engine",
+        Form(EINFOLD, ("benchmarks/recipes/int4-128-kv8-quest.toml",)),
+        "the same, all tokens kept, an eighth of them read in a step",
+    ),
+    Entry(
         "genai int4",
         "genai",
         Form("genai", ("prune_lm_head=true",)),

@@ -42,6 +42,7 @@ _LLAMAS = f"{_LLAMA}|{_LLAMA} q8 cache"
 _INT8, _QUARTER = "einfold int4 int8 cache", "einfold int4 quarter int8 cache"
 _LONG, _LARGE = "d16384", "llama-3.2-1b"
 _DEFAULT = "einfold int4-128"
+_READING = f"{_DEFAULT} int8 cache quest"
 _BEST = f"{_GENAI}|{_LLAMAS}"
 
 TARGETS = (
@@ -74,5 +75,14 @@ TARGETS = (
         )
     ),
     Target("llama.cpp", "ratio", _DEFAULT, 1.0, "pp512", _LLAMA),
+    *(
+        Target("llama.cpp, best cache, all kept", "ratio", _READING, wanted, at, _LLAMAS, shape)
+        for shape, at, wanted in (
+            ("qwen2.5-0.5b", _LONG, 2.5),
+            ("qwen2.5-0.5b", "d32000", 3.5),
+            (_LARGE, _LONG, 2.0),
+            (_LARGE, "d32000", 3.0),
+        )
+    ),
     Target("seconds to load", "load", "einfold int4", 0.7),
 )

@@ -20,7 +20,8 @@ class EinfoldEngine(Engine):
         self._engine = loaded.engine
         layout = self._engine.layout
         self.weight_bytes = self._engine.runner.weight_bytes
-        self.cache_bytes = (int(layout.bytes(1, 1024)) - int(layout.bytes(1, 512))) / 512
+        # Of long contexts, where all layouts grow evenly.
+        self.cache_bytes = (layout.read_bytes(1, 16384) - layout.read_bytes(1, 8192)) / 8192
         self._caches: dict[int, Cache] = {}
         self._cache: Cache | None = None
         self._ids = np.zeros((1, 1), np.int64)
