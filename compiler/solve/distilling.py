@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from ...errors import CalibrationError
 from ..calibrate.snapshot import copied, text_inputs
@@ -181,18 +182,18 @@ class _Model:
 
     def slopes(self, weight: Weights, part: int) -> Iterator[tuple[str, Tensor]]:
         before = self._forward(weight, part)
-        asked: dict[str, Tensor] = {}
+        asked: dict[tuple[str, int], Tensor] = {}
         for segment in reversed(self._segments):
-            known = {name: _leaf(value) for name, value in before.pop().items()}
-            values = {n: v for n, v in known.items() if isinstance(v, Tensor) and v.requires_grad}
+            known = {name: pytree.tree_map(_leaf, value) for name, value in before.pop().items()}
+            values = _derivable(known)
             leaves = self._fill(segment, weight)
             if segment is self._segments[-1]:
                 ends, sizes = [self._off(self._derived, known, part)], [torch.ones(())]
             else:
                 run = Run(self._derived, self._inputs[part], segment.first, known)
                 run.until(segment.stop)
-                made = _values(run)
-                names = [n for n in asked if getattr(made.get(n), "requires_grad", False)]
+                made = _derivable(_values(run))
+                names = [name for name in asked if name in made]
                 ends, sizes = [made[n] for n in names], [asked[n] for n in names]
             if not ends:  # nothing of what comes behind depends on it
                 break
@@ -297,3 +298,13 @@ def _leaf(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype.is_floating_point:
         return value.detach().requires_grad_()
     return value
+
+
+def _derivable(values: Values) -> dict[tuple[str, int], Tensor]:
+    """What can be derived by or from; a value may be several tensors."""
+    return {
+        (name, place): each
+        for name, value in values.items()
+        for place, each in enumerate(pytree.tree_leaves(value))
+        if isinstance(each, Tensor) and each.requires_grad
+    }

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ...errors import CalibrationError
 from ..calibrate.snapshot import copied, text_inputs
@@ -246,12 +247,13 @@ class _Reading:
         wanted = self._original[part].values
         made = {*self._span.nodes}
         lost = [
-            _off(value, wanted[node])
-            for node, value in run.values.items()
+            _off(value, want)
+            for node, values in run.values.items()
             if node in made
-            and isinstance(value, Tensor)
-            and value.dtype.is_floating_point
-            and value.dim() > 1
+            for value, want in zip(
+                pytree.tree_leaves(values), pytree.tree_leaves(wanted[node]), strict=True
+            )
+            if isinstance(value, Tensor) and value.dtype.is_floating_point and value.dim() > 1
         ]
         found = torch.stack(lost).mean()
         if not bool(torch.isfinite(found)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.program import Program
+from einfold.compiler.solve.tuning import Span, layers
 
 from ..calibrate.common import BODY, TEXT
 
@@ -38,11 +41,40 @@ BLOCKS = (
     )
 )
 
+#: The same with a norm in front of the second, in one call with the sum that it is of.
+FUSED = (
+    BLOCKS.replace(
+        "    weight @w.weight",
+        "    weight @g : f32[16]\n    weight @b : f32[16]\n    weight @w.weight",
+    )
+    .replace(
+        "call %h1 = aten.add.Tensor(%h, %y1) : f32[B, S, 16]",
+        """read %g "g" : f32[16]
+    read %b "b" : f32[16]
+    call %t1 = einfold.add_layer_norm(%h, %y1, %g, %b, 1e-05) : (f32[B, S, 16], f32[B, S, 16])
+    call %n1 = builtin.getitem(%t1, 0) : f32[B, S, 16]
+    call %h1 = builtin.getitem(%t1, 1) : f32[B, S, 16]""",
+    )
+    .replace("linear(%h1, %w2", "linear(%n1, %w2")
+)
+
 #: Small, so that attention weighs several tokens, as models do.
 WEIGHTS = {
     f"{name}.weight": torch.randn(16, 16, generator=torch.Generator().manual_seed(place)) / 4
     for place, name in enumerate(("w", "o", "w2", "o2"))
 }
+
+
+def layers_behind(name: str) -> Callable[[Program], list[Span]]:
+    """Finds the two layers, the first of which ends behind a node."""
+
+    def found(program: Program) -> list[Span]:
+        nodes, stop = [*program.graph.nodes], layers(program)[1].stop
+        at = next(place for place, node in enumerate(nodes) if node.name == name) + 1
+        end = nodes.index(stop)
+        return [Span(nodes[0], nodes[at], (*nodes[:at],)), Span(nodes[at], stop, (*nodes[at:end],))]
+
+    return found
 
 
 def inputs_of(text: Tensor) -> dict[str, Tensor]:

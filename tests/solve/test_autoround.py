@@ -14,7 +14,7 @@ from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.quant.scheme import find_scheme
 from einfold.compiler.ir.quant.schemes.grouped import BITS, Grouped
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
-from einfold.compiler.solve import solving
+from einfold.compiler.solve import solving, tuning
 from einfold.compiler.solve.autoround import AutoRound
 from einfold.compiler.solve.decoupleq import DecoupleQ
 from einfold.compiler.solve.solver import Layer, Solved, Solver
@@ -25,7 +25,7 @@ from ..calibrate.common import TEXT
 from ..programs import program
 from ..quant.common import LINEAR
 from . import common
-from .layered import BLOCKS, WEIGHTS, logits
+from .layered import BLOCKS, FUSED, WEIGHTS, layers_behind, logits
 
 SCHEME = Grouped(3, 16, False)
 
@@ -113,6 +113,13 @@ def test_layers_come_nearer_to_the_original(start: str, reach: float) -> None:
         return float((apart.norm(dim=-1) / want.norm(dim=-1)).square().mean())
 
     assert off(pieces) < off(begun)
+
+
+def test_a_layer_may_end_behind_a_call_of_two_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "layers", layers_behind("t1"))
+    solved(Shown(start="round_to_nearest", steps=40, reach=0.25), FUSED)
+    assert len(Shown.lost) == 2
+    assert all(after < 0.9 * before for before, after in Shown.lost)
 
 
 def test_a_layer_that_comes_no_nearer_stays_as_it_was() -> None:

@@ -25,7 +25,7 @@ from einfold.errors import CalibrationError, IRError
 
 from ..programs import program
 from . import common
-from .layered import BLOCKS, WEIGHTS, inputs_of, logits
+from .layered import BLOCKS, FUSED, WEIGHTS, inputs_of, layers_behind, logits
 
 SCHEME = Grouped(3, 16, False)
 HEAD = Grouped(4, 16)
@@ -86,14 +86,21 @@ def test_what_holds_for_every_solver(start: str) -> None:
     common.check_graph(solver, SCHEME)
 
 
-def test_slopes_of_layers_are_those_of_the_whole() -> None:
-    """The table is read twice, by the embedding and by the head: what both ask of it adds up."""
+@pytest.mark.parametrize("behind", ["h1", "t1", "n1"])
+def test_slopes_of_layers_are_those_of_the_whole(
+    behind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is read twice, by the embedding and by the head: what both ask of it adds up. Layers may end
+    behind a call that gives two results."""
+    body = BLOCKS if behind == "h1" else FUSED
+
+    monkeypatch.setattr(distilling, "layers", layers_behind(behind))
     compared: list[int] = []
 
     @dataclass(frozen=True)
     class Compared(Distill):
         def distill(self, model: Whole) -> dict[str, Solved]:
-            whole = program(BLOCKS, **WEIGHTS)
+            whole = program(body, **WEIGHTS)
             leaves = {
                 n: model.weights[n].scheme.dequantize(s.solved.pieces, s.width)
                 for n, s in model.weights.items()
@@ -104,7 +111,7 @@ def test_slopes_of_layers_are_those_of_the_whole() -> None:
             run = Interpreter(whole, instead=seen_through(), kept=dict(leaves), gradients=True)
             with torch.enable_grad():
                 own = run.run(inputs_of(part))["logits"].log_softmax(-1)
-            want = logits(program(BLOCKS, **WEIGHTS), part).log_softmax(-1)
+            want = logits(program(body, **WEIGHTS), part).log_softmax(-1)
             lost = functional.kl_div(own, want, reduction="batchmean", log_target=True)
             slopes = dict(zip(leaves, torch.autograd.grad(lost, [*leaves.values()]), strict=True))
             found: dict[str, Tensor] = {}
@@ -120,7 +127,7 @@ def test_slopes_of_layers_are_those_of_the_whole() -> None:
             compared.append(len(found))
             return {}
 
-    solved(Compared(start="round_to_nearest"))
+    solved(Compared(start="round_to_nearest"), body)
     assert compared == [5]
 
 
