@@ -160,7 +160,10 @@ SOLVERS_AND_FORMATS = (
         for name in SOLVERS
     ),
     *(
-        _text(name)
+        # onnxruntime widens planes one by one, and holds all of them: of the real model more than 24 GB.
+        Row(f"--weights {name}", {"weights": name}, reference=True)
+        if name == "planes"
+        else _text(name)
         for name, preset in PRESETS.items()
         if preset.scheme is not None and not preset.scheme.nearly_exact
     ),
