@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,8 +14,11 @@ from ..errors import PromptError, RecipeError, UnsupportedError
 from .answering import run_encoder_decoder, seconds_of, told_seconds, write_piece
 from .common import err, out, parse_bytes, print_json
 from .encoding import kind_of, run_encoder
-from .options import Artifact, Chunk, Debug, Engine, Json, Memory, Room, Threads, Trust
+from .options import Artifact, Chunk, Debug, Engine, Json, Memory, Threads, Trust
 from .prompts import parse_ids, read_prompt
+
+if TYPE_CHECKING:
+    from ..runtime.tokenizer import Tokenizer
 
 
 def run(
@@ -93,7 +97,16 @@ def run(
     threads: Threads = None,
     chunk: Chunk = 512,
     memory: Memory = None,
-    room: Room = None,
+    room: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=2,
+            help="Tokens of prompt and answer together that --memory leaves room for. [default: those of the "
+            "prompt and --max-new-tokens]",
+            show_default=False,
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
     output: Annotated[
         Path | None,
@@ -174,12 +187,19 @@ def run_artifact(
 ) -> None:
     """`chat` None: the chat template is used where the model has one."""
     from ..model import load
+    from ..runtime.artifact import Artifact as Opened
+    from ..runtime.tokenizer import Tokenizer
 
     text = read_prompt(prompt, file, ids)
     if chat and ids is not None:
         raise PromptError("--chat needs a prompt of text, not --ids")
     if system is not None and not chat:
         raise PromptError("--system needs the chat template; leave out --raw")
+    asked = None
+    if loading.get("memory") is not None and loading["context"] is None:
+        opened = Opened.open(artifact, loading["verify"], weights=False)
+        asked = _tokens(lambda: Tokenizer.of(opened), text, ids, chat, system)
+        loading["context"] = max(2, len(asked[0]) + int(options["max_new_tokens"]))
     started = time.perf_counter()
     model = load(artifact, **loading)
     load_seconds = time.perf_counter() - started
@@ -187,14 +207,9 @@ def run_artifact(
         err.print(model.plan.sentence(), style="dim")
         if model.plan.warning():
             err.print(model.plan.warning(), style="yellow")
-    tokens: Any = text
-    said = ""
-    if ids is not None:
-        tokens = parse_ids(ids)
-    elif chat or (chat is None and model.has_chat_template):
-        messages = [{"role": "system", "content": system}] if system else []
-        tokens = model.chat([*messages, {"role": "user", "content": str(text)}])
-        said = "in the model's chat template (--raw leaves it out); " if chat is None else ""
+    tokens, templated = asked or _tokens(lambda: model.tokenizer, text, ids, chat, system)
+    by_itself = templated and chat is None
+    said = "in the model's chat template (--raw leaves it out); " if by_itself else ""
     show = None if as_json else write_piece
     result = model.generate(tokens, on_text=show, **options)
     times = model.timings
@@ -205,7 +220,7 @@ def run_artifact(
                 "text": result.text,
                 "tokens": result.tokens,
                 "prompt_tokens": result.prompt_tokens,
-                "chat_template": isinstance(tokens, list) and ids is None,
+                "chat_template": templated,
                 "finish_reason": result.finish_reason,
                 "timings": timings,
                 **({"plan": model.plan.data()} if model.plan is not None else {}),
@@ -217,3 +232,20 @@ def run_artifact(
     sys.stdout.write("\n")
     written = f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason})"
     err.print(said + written + told_seconds(times, load_seconds), style="dim")
+
+
+def _tokens(
+    tokenizer: Callable[[], Tokenizer],
+    text: str | None,
+    ids: str | None,
+    chat: bool | None,
+    system: str | None,
+) -> tuple[list[int], bool]:
+    """The prompt as token ids, and whether it was put into the chat template."""
+    if ids is not None:
+        return parse_ids(ids), False
+    found = tokenizer()
+    if not (chat or (chat is None and found.has_template)):
+        return found.encode(str(text)), False
+    messages = [{"role": "system", "content": system}] if system else []
+    return found.chat([*messages, {"role": "user", "content": str(text)}]), True

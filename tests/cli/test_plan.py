@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from einfold.api import compile
 from einfold.compiler.ir.device import Device, device_file, read_device, write_device
 from einfold.errors import RecipeError
 from einfold.planning import plan as planned
 from einfold.runtime.memory import probe
 
+from .. import models
 from .test_cli import as_json, einfold
 
 #: What scripts may rely on.
@@ -60,9 +62,28 @@ def test_a_plan_is_told_and_a_run_within_it_writes_the_same(wide_head: Path) -> 
     assert "layer 1" in shown
     assert "bound by" in shown
     options = ("--ids", "5 6 7", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
-    ran = as_json("run", wide_head, *options, "--memory", str(least))
+    within = (*options, "--memory", str(least))
+    ran = as_json("run", wide_head, *within, "--context", str(plan["tokens"]))
     assert ran["tokens"] == as_json("run", wide_head, *options)["tokens"]
     assert ran["plan"]["fetched"] == plan["fetched"]
+
+
+def test_a_run_leaves_room_for_its_prompt_and_answer(tmp_path: Path) -> None:
+    """So it needs less than a plan that knows of no prompt."""
+    model = models.save("llama", tmp_path / "model", max_position_embeddings=4096)
+    out = tmp_path / "artifact"
+    compile(model, out, recipe="int4", check=False)
+    least = smallest(out)
+    options = ("--ids", "5 6 7", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
+    want = as_json("run", out, *options)["tokens"]
+    ran = as_json("run", out, *options, "--memory", str(least))
+    assert ran["tokens"] == want
+    assert ran["plan"]["tokens"] == 7
+    room = as_json("plan", out, "--memory", str(least))["cache"] - ran["plan"]["cache"]
+    less = str(least - room)
+    assert room > 0 and as_json("run", out, *options, "--memory", less)["tokens"] == want
+    said = einfold("run", out, *options, "--memory", less, "--context", "4096", code=7)
+    assert "too small" in said
 
 
 def test_a_measured_device_decides_the_seconds(wide_head: Path, tmp_path: Path) -> None:
