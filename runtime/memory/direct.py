@@ -157,7 +157,7 @@ def twice(read: Callable[[], T], path: Path, place: int, length: int) -> T:
         number = errno.EIO if error.errno in (errno.EFAULT, None) else error.errno
         raise DiskError(
             f"{path}: {os.strerror(number)}, twice, where {length:,} bytes at {place:,} were to be read; see "
-            "to the disk, or bring the file from elsewhere"
+            "to the disk"
         ) from error
 
 
