@@ -28,18 +28,19 @@ _found: dict[_State, Future[str]] = {}
 def hashed_once(path: Path, hash_of: Callable[[Path], str]) -> str:
     """The hash of a file by `hash_of`, or as it was found before, or by another thread that is at it."""
     state, own = _state(path), Future[str]()
-    known = _found.setdefault(state, own)
-    if known is not own:
-        return known.result()
+    digest, kept = "", False
     try:
+        while (known := _found.setdefault(state, own)) is not own:
+            found = known.result()
+            if found:
+                return found
         digest = hash_of(path)
-    except BaseException as error:
-        _found.pop(state, None)
-        own.set_exception(error)
-        raise
-    if _state(path) != state or time.time_ns() - max(state[3:]) < _BLUR or len(_found) > _MOST:
-        _found.pop(state, None)
-    own.set_result(digest)
+        young = time.time_ns() - max(state[3:]) < _BLUR
+        kept = not young and _state(path) == state and len(_found) <= _MOST
+    finally:
+        if not kept and _found.get(state) is own:
+            del _found[state]
+        own.set_result(digest)  # "" where it failed: who waits tries for himself
     return digest
 
 

@@ -67,7 +67,7 @@ def test_a_file_that_changes_while_it_is_read_is_hashed_again(file: Path, old: N
     assert hashed_once(file, file_hash) == file_hash(file)
 
 
-def test_two_threads_hash_once_and_a_failure_is_tried_again(file: Path, old: None) -> None:
+def test_two_threads_hash_once(file: Path, old: None) -> None:
     begun, go, found = threading.Event(), threading.Event(), list[str]()
 
     def slow(path: Path) -> str:
@@ -86,6 +86,31 @@ def test_two_threads_hash_once_and_a_failure_is_tried_again(file: Path, old: Non
     for thread in threads:
         thread.join(10)
     assert found == [file_hash(file)] * 2
+
+
+def test_a_failure_is_not_kept_and_who_waits_tries_for_himself(file: Path, old: None) -> None:
+    begun, go, found = threading.Event(), threading.Event(), list[str]()
+
+    def failing(path: Path) -> str:
+        begun.set()
+        go.wait(10)
+        raise KeyboardInterrupt
+
+    def first() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            hashed_once(file, failing)
+
+    threads = [
+        threading.Thread(target=first),
+        threading.Thread(target=lambda: found.append(hashed_once(file, file_hash))),
+    ]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert found == [file_hash(file)]
     other = file.with_name("other")
     other.write_bytes(b"other")
     with pytest.raises(AssertionError):

@@ -297,13 +297,13 @@ def _write_all(
             out.flush()
             give_back()
             (scratch / _SAVED).unlink(missing_ok=True)
-    models = out.place
+    behind = out.place
     out.hashed()
     for name, raw in protos.items():
         found[name]["model"] = (out.place, len(raw))
         out.write(raw)
     out.flush()
-    return {"bytes": out.place, "models": models, "blake3": out.hashed(), "ops": found}
+    return {"bytes": out.place, "models": behind, "blake3": out.hashed(), "ops": found}
 
 
 def _saved(op: SuperOp, model: bytes, options: Any, scratch: Path) -> Any:
