@@ -14,6 +14,7 @@ from einfold.errors import RecipeError
 from einfold.planning import plan as planned
 from einfold.runtime.memory import probe
 
+from ..disks import needs_a_disk
 from .test_cli import as_json, einfold
 
 #: What scripts may rely on.
@@ -136,6 +137,7 @@ def test_what_bounds_a_token_is_one_line(
 
 
 def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needs_a_disk(tmp_path)
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "_RAM", 1 << 20)
     monkeypatch.setattr(probe, "_DISK", probe.PIECE)

@@ -18,6 +18,8 @@ from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 from einfold.runtime.memory.read_ahead import Span
 
+from ..disks import needs_a_disk
+
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
 
 ITEMS = [Span(0, 2 * UNIT), Span(2 * UNIT, UNIT), Span(3 * UNIT, 2 * UNIT)]
@@ -27,6 +29,7 @@ ITEMS = [Span(0, 2 * UNIT), Span(2 * UNIT, UNIT), Span(3 * UNIT, 2 * UNIT)]
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five units, each page of which begins with its number."""
     path = tmp_path_factory.mktemp("pages") / "file"
+    needs_a_disk(path.parent)
     pages = np.zeros((5 * UNIT // 4096, 1024), np.int32)
     pages[:, 0] = np.arange(len(pages))
     with path.open("wb") as stream:

@@ -20,6 +20,7 @@ from einfold.runtime.artifact import Artifact
 from einfold.runtime.memory import direct, pages
 from einfold.runtime.memory.pages import PagedFile, no_paging
 
+from ...disks import needs_a_disk
 from .in_parts import TEXT
 
 #: Numbers of what is asked of the kernel where a unit is brought.
@@ -41,8 +42,10 @@ def model(
 ) -> Iterator[einfold.Model]:
     """A model with streamed weights, by each way in which they come."""
     paged = request.param == "pages"
-    if paged and no_paging():
-        pytest.skip(no_paging())
+    if paged:
+        needs_a_disk(tmp_path)
+        if no_paging():
+            pytest.skip(no_paging())
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(direct, "_PAUSE", 0.001)
     found = einfold.load(wide_head, threads=1, chunk=16)

@@ -37,6 +37,7 @@ from einfold.runtime.memory.direct import direct_hash
 from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
+from ...disks import needs_a_disk
 from .in_parts import RESIDENT, TEXT, check_as_resident
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
 @pytest.fixture(autouse=True)
 def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of copies, of each test its own."""
+    needs_a_disk(tmp_path)
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "packed"
 
