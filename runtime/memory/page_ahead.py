@@ -5,7 +5,9 @@
 
 Items are stretches of a file (pages.py), used in an order that never changes. Which of an item's units are
 read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
-those that were touched. What is brought and not yet let go stays within a window of bytes.
+those that were touched; of items that are routed, whose units the tokens choose, those that the last step of
+the kind touched, as what they choose next is often the same. What is brought and not yet let go stays within
+a window of bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ class PageAhead:
     """Make it in a `with`, or `close` it. Items are numbered on from round to round."""
 
     def __init__(
-        self, file: PagedFile, items: Sequence[Span], window: int, threads: int = READERS
+        self,
+        file: PagedFile,
+        items: Sequence[Span],
+        window: int,
+        routed: frozenset[int] = frozenset(),
+        threads: int = READERS,
     ) -> None:
         self.file = file
         self.counts = Counts()
@@ -39,6 +46,7 @@ class PageAhead:
             tuple(range(s.offset // UNIT, -(-(s.offset + s.length) // UNIT))) for s in items
         ]
         self._window = max(window // UNIT, *(len(units) for units in self._all))
+        self._routed = routed
         self._learned: dict[tuple[object, int], tuple[int, ...]] = {}
         self._begun: dict[int, list[int]] = {}
         """Of each item that was begun the units that it has, and how many are not there yet."""
@@ -87,7 +95,7 @@ class PageAhead:
 
     def _learn(self, index: int) -> None:
         span = self._items[index]
-        if (self.kind, index) not in self._learned:
+        if index in self._routed or (self.kind, index) not in self._learned:
             found = self.file.touched(span.offset, span.offset + span.length)
             self._learned[self.kind, index] = found
 

@@ -155,7 +155,8 @@ class PagedRunner(StreamingRunner):
         assert self._pages is not None
         places = [self._copy.ops[op.name] for op in streamed]
         spans = [Span(place.start, place.end - place.start) for place in places]
-        return PageAhead(self._pages, spans, self.plan.buffers)
+        routed = frozenset(index for index, op in enumerate(streamed) if op.routes)
+        return PageAhead(self._pages, spans, self.plan.buffers, routed)
 
     def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
         assert isinstance(self._reader, PageAhead)

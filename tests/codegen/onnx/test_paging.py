@@ -119,6 +119,18 @@ def test_what_is_learned_of_a_head_that_was_not_run_is_of_such_steps_alone(
             assert later and all(ahead._learned[kind, head] for kind in later)
 
 
+def test_layers_with_experts_learn_of_every_step(artifact: Callable[..., Path]) -> None:
+    """Which of their weights are read is chosen by the tokens; the numbers are those of resident weights."""
+    path = artifact("mixtral", "int4")
+    with running(path) as (model, runner):
+        ahead = runner.reader
+        assert isinstance(ahead, PageAhead)
+        names = [piece.name for piece in runner.plan.streamed]
+        assert {names[index] for index in ahead._routed} == {"layer 0", "layer 1"}
+        check_as_resident(model, path)
+    assert not any(op.routes for op in CutModel.of(Artifact.open(artifact("llama", "int4"))).ops)
+
+
 def test_a_copy_is_made_once(
     wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
