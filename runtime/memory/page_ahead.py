@@ -5,9 +5,8 @@
 
 Items are stretches of a file (pages.py), used in an order that never changes. Which of an item's units are
 read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
-those that were touched; of items that are routed, whose units the tokens choose, those that the last step of
-the kind touched, as what they choose next is often the same. What is brought and not yet let go stays within
-a window of bytes.
+those that were touched; of items that are routed, whose units the tokens choose, those that steps of the kind
+touched most, the last ones counting most. What is brought and not yet let go stays within a window of bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ from ...errors import ArtifactError, recognise
 from .direct import READERS
 from .pages import UNIT, PagedFile
 from .read_ahead import Counts, Span, told
+
+#: What is left of how often a unit was touched when the next step is counted.
+_FADES = 0.9
 
 #: Seconds after which a caller looks whether the threads are still there.
 _LOOK = 0.5
@@ -47,6 +49,8 @@ class PageAhead:
         ]
         self._window = max(window // UNIT, *(len(units) for units in self._all))
         self._routed = routed
+        self._often: dict[tuple[object, int], dict[int, float]] = {}
+        """How often units of routed items were touched, by kind and item; what is long ago counts less."""
         self._learned: dict[tuple[object, int], tuple[int, ...]] = {}
         self._begun: dict[int, list[int]] = {}
         """Of each item that was begun the units that it has, and how many are not there yet."""
@@ -94,10 +98,19 @@ class PageAhead:
         self.file.close()
 
     def _learn(self, index: int) -> None:
-        span = self._items[index]
-        if index in self._routed or (self.kind, index) not in self._learned:
-            found = self.file.touched(span.offset, span.offset + span.length)
-            self._learned[self.kind, index] = found
+        span, key = self._items[index], (self.kind, index)
+        if index in self._routed:
+            self._learned[key] = self._likely(key, self.file.touched(span.offset, span.end))
+        elif key not in self._learned:
+            self._learned[key] = self.file.touched(span.offset, span.end)
+
+    def _likely(self, key: tuple[object, int], touched: tuple[int, ...]) -> tuple[int, ...]:
+        """As many units of a routed item as the step touched: those that were touched most, of late."""
+        often = {unit: _FADES * count for unit, count in self._often.get(key, {}).items()}
+        for unit in touched:
+            often[unit] = often.get(unit, 0.0) + 1
+        self._often[key] = often
+        return tuple(sorted(sorted(often, key=lambda unit: -often[unit])[: len(touched)]))
 
     def _let_go(self, done: int) -> None:
         """The caller is done with so many items."""

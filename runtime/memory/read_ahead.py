@@ -30,6 +30,10 @@ class Span:
     offset: int
     length: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
 
 @dataclass
 class Counts:
