@@ -69,18 +69,18 @@ def report_page(data: dict[str, Any]) -> str:
 
 def plan_page(title: str, facts: dict[str, str], timeline: Timeline) -> str:
     """A plan for weights that do not all stay in memory, as one HTML page: `facts`, and a step of a token."""
-    waits = f"the disk waits for room {_seconds(timeline.disk_waits)} of it"
-    if not timeline.disk:
-        waits = "the disk is not asked"
+    disk = "is not asked"
+    if timeline.disk:
+        room = _seconds(timeline.disk_waits)
+        disk = f"reads {_seconds(timeline.spent('read'))} and waits {room} for room"
     packs = f"packs {_seconds(timeline.spent('pack'))}, " if timeline.spent("pack") else ""
     body = [
         f"<h1>{escape(title)}</h1>",
         _pairs(facts),
         "<h2>A token among many: time across, the disk above, the engine below</h2>",
-        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The disk reads "
-        f"{_seconds(timeline.spent('read'))}, and {waits}; the engine {packs}computes "
-        f"{_seconds(timeline.spent('compute'))}, and waits for the disk {_seconds(timeline.spent('wait'))}. "
-        "A super-op has one colour in both lanes; grey is waiting.</p>",
+        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The disk {disk}; the "
+        f"engine {packs}computes {_seconds(timeline.spent('compute'))}, and waits for the disk "
+        f"{_seconds(timeline.spent('wait'))}. A super-op has one colour in both lanes; grey is waiting.</p>",
         timeline_picture(timeline),
     ]
     return _page("einfold plan", "\n".join(body))

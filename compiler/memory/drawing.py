@@ -30,7 +30,7 @@ def picture(plan: Mapping[str, Any]) -> str:
 def timeline_picture(timeline: Timeline) -> str:
     """A step as an SVG element: above what the disk reads, below what the engine packs and computes. A
     super-op has the same colour in both."""
-    lanes = (timeline.disk, 0, "room to read"), (timeline.engine, _NEXT, "pages of")
+    lanes = (timeline.disk, 0, "room to read"), (timeline.engine, _NEXT, "weights of")
     return _svg(
         box for bars, top, what in lanes for bar in bars for box in _bar(bar, top, what, timeline)
     )

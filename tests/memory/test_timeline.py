@@ -119,7 +119,7 @@ def test_a_picture_has_a_box_for_all_that_is_done_and_waited_for() -> None:
     assert len(set(tops[:2])) == len(set(tops[2:])) == 1
     assert tops[0] < min(float(y) for _, y, _, _ in boxes[2:])
     assert "a&lt;b is read: 3,000.00 ms from 0.00 on" in drawn
-    assert "waits for pages of a&lt;b: 1,000.00 ms" in drawn
+    assert "waits for weights of a&lt;b: 1,000.00 ms" in drawn
     assert "waits for room to read c: 1,000.00 ms from 3,000.00 on" in drawn
 
 
@@ -127,7 +127,12 @@ def test_a_page_tells_what_is_drawn() -> None:
     found = plan_page("t<o", {"bound by": "a & b"}, timeline_of(plan(10, 10), DEVICE))
     assert "<h1>t&lt;o</h1>" in found
     assert "a &amp; b" in found
-    assert "The disk reads 20.000 s, and the disk waits for room 0.00 ms of it" in found
+    assert (
+        "The disk reads 20.000 s and waits 0.00 ms for room; the engine computes 2.000 s" in found
+    )
     assert found.count("<svg") == 1
     pinned = plan_page("t", {}, timeline_of(plan(10, pinned=(0,)), DEVICE))
-    assert "and the disk is not asked" in pinned
+    assert (
+        "The disk is not asked; the engine computes 1.000 s, and waits for the disk 0.00 ms"
+        in pinned
+    )
