@@ -78,8 +78,8 @@ def plan_page(title: str, facts: dict[str, str], timeline: Timeline) -> str:
         f"<h1>{escape(title)}</h1>",
         _pairs(facts),
         "<h2>A token among many: time across, the disk above, the engine below</h2>",
-        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The disk {disk}; the "
-        f"engine {packs}computes {_seconds(timeline.spent('compute'))}, and waits for the disk "
+        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The disk {disk}; "
+        f"the engine {packs}computes {_seconds(timeline.spent('compute'))}, and waits for the disk "
         f"{_seconds(timeline.spent('wait'))}. A super-op has one colour in both lanes; grey is waiting.</p>",
         timeline_picture(timeline),
     ]
