@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from .ir.kv.layout import CacheLayout
-from .memory.drawing import picture
+from .memory.drawing import picture, timeline_picture
+from .memory.timeline import Timeline
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
@@ -63,9 +64,35 @@ def report_page(data: dict[str, Any]) -> str:
         *(_cache(manifest) if manifest["cache"] else ()),
         *(_arena(data["memory"]) if data.get("memory") else ()),
     ]
-    body = "\n".join(sections)
-    head = f"<meta charset=utf-8><title>einfold report</title><style>{_STYLE}</style>"
+    return _page("einfold report", "\n".join(sections))
+
+
+def plan_page(title: str, facts: dict[str, str], timeline: Timeline) -> str:
+    """A plan for weights that do not all stay in memory, as one HTML page: `facts`, and a step of a token."""
+    disk = "is not asked"
+    if timeline.disk:
+        room = _seconds(timeline.disk_waits)
+        disk = f"reads {_seconds(timeline.spent('read'))} and waits {room} for room"
+    packs = f"packs {_seconds(timeline.spent('pack'))}, " if timeline.spent("pack") else ""
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _pairs(facts),
+        "<h2>A token among many: time across, the disk above, the engine below</h2>",
+        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The disk {disk}; "
+        f"the engine {packs}computes {_seconds(timeline.spent('compute'))}, and waits for the disk "
+        f"{_seconds(timeline.spent('wait'))}. A super-op has one colour in both lanes; grey is waiting.</p>",
+        timeline_picture(timeline),
+    ]
+    return _page("einfold plan", "\n".join(body))
+
+
+def _page(title: str, body: str) -> str:
+    head = f"<meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}{body}</html>\n"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.2f} ms"
 
 
 def _cache(manifest: dict[str, Any]) -> list[str]:

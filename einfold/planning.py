@@ -10,9 +10,11 @@ from .compiler.codegen.target import TARGETS, InParts, Target
 from .compiler.ir.device import ASSUMED, Device, read_device
 from .compiler.ir.manifest import CAUSAL
 from .compiler.memory.tiers import Step, TierPlan, place, step_of
+from .compiler.memory.timeline import timeline_of
 from .errors import ArtifactError, RecipeError, UnsupportedError
 from .runtime.artifact import Artifact
 from .runtime.engine import CHUNK
+from .runtime.memory.filesystem import held_in_memory
 from .runtime.memory.probe import ram_size
 
 #: Tokens of prompt and answer together that room is left for, where the caller says nothing.
@@ -82,15 +84,61 @@ class Plan:
         return "packed in every step" + (f": {tiers.remark}" if tiers.remark else "")
 
     def warning(self) -> str:
-        """What is wrong with a peak that the device has no memory for; "" where it has."""
+        """What is wrong with a peak that the device has no memory for, or with weights that are streamed from
+        memory; "" where nothing is."""
         from .compiler.report import human_bytes
 
-        if self.tiers.peak <= self.device.ram:
-            return ""
-        return (
-            f"the device has {human_bytes(self.device.ram)} of memory, less than the peak of "
-            f"{human_bytes(self.tiers.peak)}: it would swap or end the process; give a smaller budget"
-        )
+        if self.tiers.peak > self.device.ram:
+            return (
+                f"the device has {human_bytes(self.device.ram)} of memory, less than the peak of "
+                f"{human_bytes(self.tiers.peak)}: it would swap or end the process; give a smaller budget"
+            )
+        memory = held_in_memory(Path(self.artifact)) if self.tiers.streamed else ""
+        if memory:
+            return (
+                f"{self.artifact} is on {memory}, which is held in memory: its weights take theirs there "
+                "beside the budget; bring the artifact to a disk"
+            )
+        return ""
+
+    def bound(self) -> str:
+        """What a token takes most of its time for, and what the other side takes meanwhile."""
+        from .compiler.report import human_bytes
+
+        step = self.step
+        if not self.tiers.streamed:
+            return f"computing: it takes {step.compute:.3f} s, and the disk is not asked"
+        packs = f"packing {step.packing:.3f} s, " if step.packing else ""
+        times = {
+            "disk": f"reading {human_bytes(self.tiers.fetched)} takes {step.disk:.3f} s, {packs}computing "
+            f"{step.compute:.3f} s",
+            "packing": f"it takes {step.packing:.3f} s, computing {step.compute:.3f} s, the disk "
+            f"{step.disk:.3f} s",
+            "compute": f"it takes {step.compute:.3f} s, {packs}the disk {step.disk:.3f} s",
+        }
+        names = {"disk": "the disk", "packing": "packing", "compute": "computing"}
+        told = f"{names[step.bound]}: {times[step.bound]}"
+        found = timeline_of(self.tiers, self.device)
+        if found.seconds > 1.01 * step.seconds:
+            told += f"; with the room that there is to read ahead it is {found.seconds:.3f} s"
+        return told
+
+    def page(self) -> str:
+        """The plan as a page of HTML, with what is read, packed and computed when in a step of one token."""
+        from .compiler.report import human_bytes, plan_page
+
+        step, device = self.step, self.device
+        rates = (device.disk_bandwidth, device.pack_bandwidth, device.ram_bandwidth)
+        disk, packing, memory = (f"{rate / 1e9:.2f} GB/s" for rate in rates)
+        facts = {
+            "weights": self.sentence(),
+            "room": f"a KV cache of {self.tokens:,} tokens, steps of {self.chunk:,}",
+            "a token": f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second)",
+            "bound by": self.bound(),
+            "device": f"disk {disk}, packing {packing}, memory {memory} ({device.source})",
+        }
+        title = f"{Path(self.artifact).name} within {human_bytes(self.tiers.budget)}"
+        return plan_page(title, facts, timeline_of(self.tiers, device))
 
     def sentence(self) -> str:
         """What is pinned, what is streamed, and the bytes of a token."""

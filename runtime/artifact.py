@@ -12,6 +12,7 @@ from ..compiler.ir.file_hash import file_hash
 from ..compiler.ir.manifest import WEIGHTS, FileEntry, Manifest
 from ..compiler.ir.regular import LARGEST, open_regular, read_regular
 from ..errors import ArtifactError
+from .hashed import hashed_once
 from .memory.direct import direct_hash
 
 
@@ -97,5 +98,5 @@ class Artifact:
             raise ArtifactError(
                 f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"
             )
-        if verify and hash_of(path) != entry.blake3:
+        if verify and hashed_once(path.resolve(), hash_of) != entry.blake3:
             raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import IO, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..errors import ArtifactWarning, EinfoldError, RecipeError, recognise
+from ..errors import (
+    ArtifactWarning,
+    EinfoldError,
+    OutputError,
+    RecipeError,
+    pass_on,
+    recognise,
+)
 
 #: Results go to stdout, everything said on the way to stderr.
 #: Neither reads markup: paths and names of models may hold brackets.
@@ -50,6 +59,23 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """What is written to a file that is then there whole, or not at all. Raises OutputError where it cannot
+    be."""
+    staging = path.with_name(f".{path.name}.einfold")
+    try:
+        with staging.open("wb") as stream:
+            yield stream
+        os.replace(staging, path)
+    except OSError as error:
+        pass_on(error)
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
 
 
 def print_json(data: Any) -> None:

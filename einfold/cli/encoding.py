@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import zipfile
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, PromptError, pass_on
-from .common import err, print_json
+from .common import err, print_json, whole_file
 from .prompts import parse_ids, read_prompt
 
 if TYPE_CHECKING:
@@ -129,15 +128,7 @@ def _rows(
 
 
 def _write(output: Path, results: Mapping[str, Any]) -> None:
-    """The whole file or none."""
     import numpy as np
 
-    staging = output.with_name(f".{output.name}.einfold")
-    try:
-        with staging.open("wb") as stream:
-            np.savez(stream, **results)
-        os.replace(staging, output)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        pass_on(error)
-        raise OutputError(f"cannot write {output}: {error.strerror}") from error
+    with whole_file(output) as stream:
+        np.savez(stream, **results)

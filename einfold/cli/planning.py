@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .common import err, out, parse_bytes, print_json, progress
+from .common import err, out, parse_bytes, print_json, progress, whole_file
 from .options import Artifact, Chunk, Debug, Json, Room, Threads
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page there (HTML) that draws what is read and computed when.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -42,6 +49,9 @@ def plan(
     from ..planning import plan as make
 
     found = make(artifact, memory=parse_bytes(memory), context=context, chunk=chunk, device=device)
+    if page is not None:
+        with whole_file(page) as stream:
+            stream.write(found.page().encode())
     if json:
         print_json(found.data())
         return
@@ -79,7 +89,7 @@ def show_plan(found: Plan) -> None:
         totals.add_row("which are", found.way())
     parts = f"disk {step.disk:.3f} s, packing {step.packing:.3f} s, compute {step.compute:.3f} s"
     totals.add_row("a token", f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second): {parts}")
-    totals.add_row("bound by", step.bound)
+    totals.add_row("bound by", found.bound())
     out.print(totals)
     if found.warning():
         err.print(found.warning(), style="yellow")

@@ -9,16 +9,22 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
 from ...compiler.ir.regular import open_regular
-from ...errors import ArtifactError, disk_error
+from ...errors import ArtifactError, DiskError
+
+T = TypeVar("T")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,6 +33,15 @@ PAGE = 4096
 
 #: Bytes of a read when a file is read through once.
 PIECE = 8 << 20
+
+#: Reads that the disk has at once: one alone leaves many disks half idle.
+READERS = 3
+
+#: Bytes of each of them while a file is hashed, in so many buffers.
+_HASHED, _BUFFERS = 2 << 20, READERS + 1
+
+#: Seconds before what could not be read is read once more.
+_PAUSE = 0.05
 
 
 def aligned(size: int) -> Bytes:
@@ -95,15 +110,15 @@ class DirectFile:
         return found.st_size, found.st_mtime_ns
 
     def _read_at(self, view: memoryview, place: int) -> int:
-        try:
-            return os.preadv(self._descriptor, [view], place)
-        except OSError as error:
-            if (
-                error.errno == errno.EINVAL and self.direct
-            ):  # a file system that takes the flag and not the read
-                self._set_direct(False)
-                return self._read_at(view, place)
-            raise disk_error(error.errno or errno.EIO, self.path) from error
+        def read() -> int:
+            try:
+                return os.preadv(self._descriptor, [view], place)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.direct:
+                    self._set_direct(False)  # a file system that takes the flag and not the read
+                raise
+
+        return twice(read, self.path, place, len(view))
 
     def _let_go(self, start: int, length: int) -> None:
         advise: Any = getattr(os, "posix_fadvise", None)
@@ -128,16 +143,63 @@ class DirectFile:
         self.direct = on
 
 
+def twice(read: Callable[[], T], path: Path, place: int, length: int) -> T:
+    """What `read` gives of a place in a file. Where it fails it is tried once more, as some errors pass.
+
+    Raises DiskError where it fails again.
+    """
+    with suppress(OSError):
+        return read()
+    time.sleep(_PAUSE)
+    try:
+        return read()
+    except OSError as error:
+        number = errno.EIO if error.errno in (errno.EFAULT, None) else error.errno
+        raise DiskError(
+            f"{path}: {os.strerror(number)}, twice, where {length:,} bytes at {place:,} were to be read; see "
+            "to the disk"
+        ) from error
+
+
 def direct_hash(path: Path) -> str:
     """The BLAKE3 hash of a file, in hex; what was read is not left in memory."""
-    digest, buffer, file = blake3(max_threads=blake3.AUTO), aligned(PIECE), DirectFile(path)
-    try:
-        for place in range(0, file.size, PIECE):
-            digest.update(file.read(place, min(PIECE, file.size - place), buffer).data)
-    finally:
-        with suppress(OSError):
-            file.close()
-    return digest.hexdigest()
+    with closing(DirectFile(path)) as file:
+        return direct_hashes(file, [(0, file.size)])[0]
+
+
+def direct_hashes(file: DirectFile, stretches: Sequence[tuple[int, int]]) -> list[str]:
+    """The BLAKE3 hashes, in hex, of stretches of a file from a place to another. A few threads read, this one
+    hashes; 8 MiB are held meanwhile."""
+    digests = [blake3() for _ in stretches]
+    parts = [
+        (index, place, min(_HASHED, end - place))
+        for index, (start, end) in enumerate(stretches)
+        for place in range(start, end, _HASHED)
+    ]
+    free = [aligned(_HASHED + PAGE) for _ in range(_BUFFERS)]
+
+    def read(place: int, length: int, buffer: Bytes) -> tuple[Bytes, Bytes]:
+        return buffer, file.read(place, length, buffer)
+
+    with ThreadPoolExecutor(READERS, "einfold-hash") as pool:
+        waiting: deque[tuple[int, Future[tuple[Bytes, Bytes]]]] = deque()
+        for index, place, length in parts:
+            if not free:
+                free.append(_hash_next(waiting, digests))
+            waiting.append((index, pool.submit(read, place, length, free.pop())))
+        while waiting:
+            _hash_next(waiting, digests)
+    return [digest.hexdigest() for digest in digests]
+
+
+def _hash_next(
+    waiting: deque[tuple[int, Future[tuple[Bytes, Bytes]]]], digests: list[Any]
+) -> Bytes:
+    """Hashes what was asked for first, and gives its buffer."""
+    index, read = waiting.popleft()
+    buffer, view = read.result()
+    digests[index].update(view.data)
+    return buffer
 
 
 def _up(size: int) -> int:

@@ -11,27 +11,32 @@ is asked for, whatever it is set to read ahead, and by one folio, for a twentiet
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from ...compiler.ir.regular import open_regular
-from ...errors import ArtifactError, UnsupportedError, disk_error
-from .direct import PAGE
+from ...errors import ArtifactError, UnsupportedError
+from .direct import PAGE, READERS, twice
 
 #: Bytes that are brought at once.
 UNIT = 2 << 20
 
 #: Bytes around a fault that the kernel maps beside, where their pages are there already.
 _AROUND = 64 << 10
+
+#: Bytes of what is there that are hashed at once; they fit a processor's cache.
+_HASHED = 256 << 10
 
 #: The kernel's numbers of advice that Python has no names for.
 _HUGE, _BRING = 14, 22
@@ -86,18 +91,33 @@ class PagedFile:
 
     def bring(self, unit: int) -> None:
         """Reads a unit, and waits for it. Raises ArtifactError where the file changed, DiskError where the
-        disk fails."""
+        disk fails twice."""
         start = unit * UNIT
         part = Mapped(self._own.address + start, start, min(UNIT, self.size - start))
-        try:
-            self._advise(part, _BRING)
-        except OSError as error:
-            self.check()
-            number = errno.EIO if error.errno in (errno.EFAULT, None) else error.errno
-            raise disk_error(number, self.path) from error
+
+        def read() -> None:
+            try:
+                self._advise(part, _BRING)
+            except OSError:
+                self.check()
+                raise
+
+        twice(read, self.path, start, part.length)
         self.bytes_read += part.length
         # Counted twice it would be else, and not be let go: the page cache has it.
         self._advise(part, mmap.MADV_DONTNEED)
+
+    def bring_hashed(self, start: int, end: int) -> str:
+        """Brings a stretch, and gives its BLAKE3 hash in hex. Raises as `bring`."""
+        digest, units = blake3(), range(start // UNIT, -(-end // UNIT))
+        with ThreadPoolExecutor(READERS, "einfold-bring") as pool:
+            for unit, _ in zip(units, pool.map(self.bring, units), strict=True):
+                last = min(end, (unit + 1) * UNIT)
+                for place in range(max(start, unit * UNIT), last, _HASHED):
+                    length = min(_HASHED, last - place)
+                    read = partial(os.pread, self._descriptor, length, place)
+                    digest.update(twice(read, self.path, place, length))
+        return digest.hexdigest()
 
     def let_go(self, start: int, end: int) -> None:
         """Gives the memory of a stretch back, of whole pages."""

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DiskError, disk_error
-from .direct import PIECE, DirectFile, aligned
-from .page_ahead import THREADS
+from .direct import PIECE, READERS, DirectFile, aligned
+from .filesystem import held_in_memory
 
 #: Bytes that are read of memory by each thread, larger than the caches of processors.
 _RAM = 128 << 20
@@ -37,8 +37,15 @@ def ram_bandwidth(cores: int) -> float:
 def disk_bandwidth(folder: Path) -> tuple[float, bool]:
     """Bytes a second of reads past the page cache on the disk of a folder, and whether they were direct.
 
-    Writes a file of 256 MiB there and removes it. Raises DiskError where that cannot be.
+    Writes a file of 256 MiB there and removes it. Raises DiskError where that cannot be, or where the folder
+    lies on no disk.
     """
+    memory = held_in_memory(folder)
+    if memory:
+        raise DiskError(
+            f"{folder} is on {memory}, which is held in memory: give a folder on the disk of your artifacts "
+            "with --at"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".einfold-probe-")
@@ -67,15 +74,15 @@ def file_bandwidth(path: Path) -> tuple[float, bool]:
     """
     file = DirectFile(path)
     size = min(file.size, 1 << 30) // PIECE * PIECE
-    buffers = [aligned(PIECE) for _ in range(THREADS)]
+    buffers = [aligned(PIECE) for _ in range(READERS)]
 
     def read(thread: int) -> None:
-        for place in range(thread * PIECE, size, THREADS * PIECE):
+        for place in range(thread * PIECE, size, READERS * PIECE):
             file.read(place, PIECE, buffers[thread])
 
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            return size / _middle(lambda: list(pool.map(read, range(THREADS))), 3), file.direct
+        with ThreadPoolExecutor(READERS) as pool:
+            return size / _middle(lambda: list(pool.map(read, range(READERS))), 3), file.direct
     finally:
         file.close()
 

@@ -30,6 +30,10 @@ class Span:
     offset: int
     length: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
 
 @dataclass
 class Counts:
@@ -59,7 +63,8 @@ class ReadAhead:
         self._read = self._done = 0
         self._holder: object = None
         self._closed = False
-        self._failed: BaseException | None = None
+        self._unread: dict[int, BaseException] = {}
+        """What was met where an item was to be read, by its number; the reader alone writes here."""
         self._told: queue.SimpleQueue[None] = queue.SimpleQueue()
         """Wakes the caller."""
         self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -72,7 +77,7 @@ class ReadAhead:
         """The bytes of an item's spans (those that touch are one), until the `with` ends.
 
         Items come in order, round after round; those of a round that was broken off are passed over. Raises
-        what the reader met, in this thread.
+        what the reader met, in this thread; the next round reads the item anew.
         """
         started = time.perf_counter()
         own = self._holder = object()
@@ -108,31 +113,27 @@ class ReadAhead:
             self._asked.put(None)
 
     def _wait(self, number: int) -> list[Bytes]:
-        """The views of an item once it is read; raises what the reader met before."""
+        """The views of an item once it is read; raises what the reader met instead."""
         _drain(self._told)
         while self._closed or self._read <= number:
             alive = (
                 self._thread.is_alive()
             )  # looked at first: what it did before it ended is seen then
-            if self._failed is not None:
-                raise self._failed
             if self._closed or (not alive and self._read <= number):
                 raise ArtifactError(
                     f"the thread that reads {self.file.path} has ended; load the artifact again"
                 )
             with suppress(queue.Empty):
                 self._told.get(timeout=_LOOK)
+        failed = self._unread.get(number)
+        if failed is not None:
+            self._give_back(number + 1)
+            raise failed
         return list(self._views[number % len(self._buffers)])
 
     def _run(self) -> None:
-        try:
-            while self._may_read():
-                self._read_next()
-        except BaseException as error:  # the caller must hear of it: it waits
-            self._failed = recognise(error) or told(
-                error, f"the thread that reads {self.file.path} failed"
-            )
-            self._told.put(None)
+        while self._may_read():
+            self._read_next()
 
     def _may_read(self) -> bool:
         """Waits until a buffer is free; False where the thread is to end."""
@@ -145,7 +146,14 @@ class ReadAhead:
         number = self._read
         place, spans = number % len(self._buffers), self._items[number % len(self._items)]
         started = time.perf_counter()
-        views = read_spans(self.file, spans, self._buffers[place])
+        views = list[Bytes]()
+        self._unread.pop(number - len(self._buffers), None)
+        try:
+            views = read_spans(self.file, spans, self._buffers[place])
+        except BaseException as error:  # the caller must hear of it: it waits
+            self._unread[number] = recognise(error) or told(
+                error, f"the thread that reads {self.file.path} failed"
+            )
         self.counts.read_seconds += time.perf_counter() - started
         self.counts.items += 1
         self._views[place] = views

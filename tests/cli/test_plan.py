@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from einfold import planning
 from einfold.api import compile
 from einfold.compiler.ir.device import Device, device_file, read_device, write_device
 from einfold.errors import RecipeError
@@ -14,6 +16,7 @@ from einfold.planning import plan as planned
 from einfold.runtime.memory import probe
 
 from .. import models
+from ..disks import needs_a_disk
 from .test_cli import as_json, einfold
 
 #: What scripts may rely on.
@@ -48,7 +51,9 @@ def smallest(artifact: Path) -> int:
     return int(said.split("too small: ")[1].split(" are needed")[0].replace(",", ""))
 
 
-def test_a_plan_is_told_and_a_run_within_it_writes_the_same(wide_head: Path) -> None:
+def test_a_plan_is_told_and_a_run_within_it_writes_the_same(
+    wide_head: Path, tmp_path: Path
+) -> None:
     least = smallest(wide_head)
     plan = as_json("plan", wide_head, "--memory", str(least))
     assert plan.keys() == KEYS
@@ -61,6 +66,16 @@ def test_a_plan_is_told_and_a_run_within_it_writes_the_same(wide_head: Path) -> 
     shown = einfold("plan", wide_head, "--memory", str(least))
     assert "layer 1" in shown
     assert "bound by" in shown
+    assert planned(wide_head, memory=least).bound() in " ".join(shown.split())
+    page = tmp_path / "plan.html"
+    assert as_json("plan", wide_head, "--memory", str(least), "--page", page) == plan
+    drawn = page.read_text(encoding="utf-8")
+    assert drawn.count("<svg") == 1
+    assert all(f">{op['name']} is read: " in drawn for op in plan["super_ops"] if op["bytes"])
+    missing = tmp_path / "none" / "plan.html"
+    said = einfold("plan", wide_head, "--memory", str(least), "--page", missing, code=6)
+    assert f"cannot write {missing}: No such file or directory" in said
+    assert not [*tmp_path.glob(".*")]
     options = ("--ids", "5 6 7", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
     within = (*options, "--memory", str(least))
     ran = as_json("run", wide_head, *within, "--context", str(plan["tokens"]))
@@ -110,7 +125,41 @@ def test_a_peak_above_the_devices_memory_is_told(wide_head: Path, tmp_path: Path
     assert planned(wide_head, memory=memory).device.ram == probe.ram_size()
 
 
+def test_weights_that_lie_in_memory_are_told(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming them saves nothing; where none are streamed nothing is lost."""
+    monkeypatch.setattr(planning, "held_in_memory", lambda folder: f"tmpfs with {folder}")
+    told = f"{wide_head} is on tmpfs with {wide_head}, which is held in memory"
+    assert told in planned(wide_head, memory=smallest(wide_head)).warning()
+    assert planned(wide_head, memory=1 << 30).warning() == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        (
+            {"disk_bandwidth": 1e3},
+            r"the disk: reading .* KiB takes [\d.]+ s, packing 0\.\d+ s, computing 0",
+        ),
+        ({"pack_bandwidth": 1e3}, r"packing: it takes [\d.]+ s, computing 0\.000 s, the disk 0"),
+        ({"ram_bandwidth": 1e3}, r"computing: it takes [\d.]+ s, packing 0\.\d+ s, the disk 0"),
+    ],
+)
+def test_what_bounds_a_token_is_one_line(
+    device: dict[str, float], told: str, wide_head: Path, tmp_path: Path
+) -> None:
+    write_device(Device(**device), tmp_path / "device.toml")
+    memory = smallest(wide_head)
+    found = planned(wide_head, memory=memory, device=tmp_path / "device.toml").bound()
+    assert re.match(told, found)
+    assert "\n" not in found
+    pinned = planned(wide_head, memory=1 << 30).bound()
+    assert re.fullmatch(r"computing: it takes 0\.\d+ s, and the disk is not asked", pinned)
+
+
 def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needs_a_disk(tmp_path)
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "_RAM", 1 << 20)
     monkeypatch.setattr(probe, "_DISK", probe.PIECE)

@@ -18,6 +18,8 @@ from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 from einfold.runtime.memory.read_ahead import Span
 
+from ..disks import needs_a_disk
+
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
 
 ITEMS = [Span(0, 2 * UNIT), Span(2 * UNIT, UNIT), Span(3 * UNIT, 2 * UNIT)]
@@ -27,6 +29,7 @@ ITEMS = [Span(0, 2 * UNIT), Span(2 * UNIT, UNIT), Span(3 * UNIT, 2 * UNIT)]
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five units, each page of which begins with its number."""
     path = tmp_path_factory.mktemp("pages") / "file"
+    needs_a_disk(path.parent)
     pages = np.zeros((5 * UNIT // 4096, 1024), np.int32)
     pages[:, 0] = np.arange(len(pages))
     with path.open("wb") as stream:
@@ -176,6 +179,24 @@ def test_a_kind_of_step_brings_what_it_touched_before(file: Path) -> None:
         assert read[0] > 5 * UNIT
 
 
+def test_of_a_routed_item_what_was_touched_most_of_late_is_brought(file: Path) -> None:
+    pages = PagedFile(file)
+    pages.let_go(0, pages.size)
+    ahead, each = PageAhead(pages, ITEMS, 5 * UNIT, frozenset({2})), UNIT // 4096
+    with theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        brought = []
+        for unit in (3, 3, 4, 4, 3, 3):
+            for index in range(len(ITEMS)):
+                with ahead.item(index):
+                    if index == 2:
+                        assert mapped[unit * each + 3, 0] == unit * each + 3
+            brought.append(ahead._learned[None, 2])
+            assert ahead._learned[None, 0] == ()
+        assert brought == [(3,), (3,), (3,), (4,), (3,), (3,)]
+    ahead.close()
+
+
 def test_a_round_that_was_broken_off_is_let_go(file: Path) -> None:
     with walking(file, 3 * UNIT) as (_, ahead):
         for _ in range(3):
@@ -239,4 +260,4 @@ def test_an_item_that_is_passed_over_is_not_begun_meanwhile(
         for index in (2, 2, 1, 0, 2, 1):
             with ahead.item(index):
                 assert ahead.units <= 2
-        assert ahead._failed is None
+        assert not ahead._unread

@@ -47,6 +47,9 @@ _PLAIN = (
 )
 
 
+#: What finds the tokens of an expert; a product of no rows reads no weights.
+_CHOOSES = "NonZero"
+
 #: How super-ops of layers are called, and what stands before the number of a part of a product.
 _OF_LAYER, _PART = "layer ", " part "
 
@@ -92,6 +95,11 @@ class SuperOp:
     def nbytes(self) -> int:
         """Bytes of the weights in the file."""
         return sum(extent.length for extent in self.weights)
+
+    @property
+    def routes(self) -> bool:
+        """Whether its tokens decide which of its weights are read, as they do where they choose experts."""
+        return any(node.op_type == _CHOOSES for node in self.nodes)
 
 
 def cut(model: Any) -> list[SuperOp]:

@@ -8,6 +8,8 @@ units, and what is read only while a session is made lies outside of it.
     | packed .. others .. | originals | packed .. others .. | originals | .. | models |
       super-op 0            at loading   super-op 1
 
+Each of these stretches has a hash of its own, so that it can be checked when it is read anyway, or beside.
+
 Copies lie in the user's cache folder under a hash of the artifact's model and weights, of how it is cut, of
 onnxruntime's version and the processor's features. One takes 2.3 times the bytes of the weights; the last two
 used are kept.
@@ -20,8 +22,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +32,8 @@ from blake3 import blake3
 
 from ....errors import ArtifactError, DiskError, pass_on
 from ....runtime.artifact import Artifact
-from ....runtime.memory.direct import PAGE, direct_hash
+from ....runtime.memory.direct import PAGE, DirectFile, direct_hashes
+from ....runtime.memory.filesystem import held_in_memory
 from ....runtime.memory.pages import UNIT
 from ...ir.heap import give_back
 from ...ir.kept import cache_home, drop_oldest, read_json, write_json
@@ -40,7 +43,7 @@ from .cut import SuperOp
 from .runner import session_of
 
 #: Changes with the layout of the file.
-_LAYOUT = 2
+_LAYOUT = 3
 
 #: Copies that are kept.
 _KEPT = 2
@@ -77,6 +80,10 @@ class NoCopyError(Exception):
     """There is no copy and none can be made, for the reason that it says; weights are read in another way."""
 
 
+class DamagedCopyError(NoCopyError):
+    """A copy is not as it was written, or cannot be read."""
+
+
 @dataclass(frozen=True)
 class PackedOp:
     """Where in the file a super-op lies."""
@@ -90,14 +97,23 @@ class PackedOp:
     """Place and length of what onnxruntime must have mapped, else it has packed it again."""
     model: tuple[int, int]
     """Place and length of the saved model."""
+    hashes: tuple[str, str]
+    """BLAKE3 of what was packed, and of what lies behind it, which is read at loading."""
+
+    @property
+    def loaded(self) -> int:
+        """Where what is read at loading begins: others, of which a step may read too, and originals."""
+        return max((at + length for at, length in self.packed), default=self.start)
 
 
 @dataclass(frozen=True)
 class PackedCopy:
-    """A copy that is whole and was checked."""
+    """A copy whose size and saved models were checked; whoever loads it checks the rest."""
 
     folder: Path
     ops: Mapping[str, PackedOp]
+    written: bool = field(default=False, compare=False)
+    """Whether this process wrote it just now, and hashed what it wrote."""
 
     @property
     def file(self) -> Path:
@@ -108,6 +124,26 @@ class PackedCopy:
         with self.file.open("rb") as stream:
             stream.seek(place)
             return stream.read(length)
+
+    def check_packed(self, names: Sequence[str]) -> None:
+        """Reads what was packed of super-ops, past the page cache; raises DamagedCopyError where it is not as
+        it was written."""
+        places = [self.ops[name] for name in names]
+        try:
+            with closing(DirectFile(self.file)) as file:
+                found = direct_hashes(file, [(place.start, place.loaded) for place in places])
+        except (ArtifactError, DiskError) as error:
+            raise DamagedCopyError(str(error)) from error
+        if found != [place.hashes[0] for place in places]:
+            raise self.damaged()
+
+    def damaged(self) -> DamagedCopyError:
+        return DamagedCopyError(f"the packed copy in {self.folder} is not as it was written")
+
+    def discard(self) -> None:
+        """Has it not be found again."""
+        with suppress(OSError):
+            (self.folder / _TABLE).unlink()
 
 
 def laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
@@ -141,7 +177,13 @@ def key_of(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
 
 
 def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
-    """Why no copy could be made; "" where one is there or there is room for it."""
+    """Why there can be no copy; "" where one is there or there is room for it on a disk."""
+    memory = held_in_memory(home())
+    if memory:
+        return (
+            f"a packed copy would lie in memory, since {home()} is on {memory}; set EINFOLD_CACHE to a "
+            "folder on a disk"
+        )
     if os.path.isfile(home() / key_of(artifact, ops) / _TABLE):  # False where nobody may look
         return ""
     need = int(_SIZE * sum(op.nbytes for op in ops))
@@ -152,29 +194,22 @@ def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
 
 
 def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
-    """The copy that was made of an artifact, if it is as it was written."""
+    """The copy that was made of an artifact, if its table, size and models are as they were written."""
     folder = home() / key_of(artifact, ops)
     table = read_json(folder / _TABLE)
     if table is None:
         return None
     try:
-        found = {
-            name: PackedOp(
-                int(entry["start"]),
-                int(entry["end"]),
-                int(entry["last"]),
-                tuple((int(place), int(length)) for place, length in entry["packed"]),
-                (int(entry["model"][0]), int(entry["model"][1])),
-            )
-            for name, entry in table["ops"].items()
-        }
-        file = folder / _FILE
-        size = file.stat().st_size
+        found = _read_table(table)
+        with (folder / _FILE).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            stream.seek(table["models"])
+            models = blake3(stream.read()).hexdigest()
         whole = size == table["bytes"] and all(_within(place, size) for place in found.values())
-        whole = whole and direct_hash(file) == table["blake3"]
-    except DiskError:  # it is made again, or done without
+        whole = whole and models == table["blake3"]
+    except OSError:  # it is made again, or done without
         return None
-    except Exception as error:  # of a table that is none, or a file that is not there
+    except Exception as error:  # of a table that is none
         pass_on(error)
         return None
     if not whole or found.keys() != {op.name for op in ops if op.weights}:
@@ -182,6 +217,20 @@ def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
     with suppress(OSError):
         os.utime(folder)
     return PackedCopy(folder, found)
+
+
+def _read_table(table: Mapping[str, Any]) -> dict[str, PackedOp]:
+    return {
+        name: PackedOp(
+            int(entry["start"]),
+            int(entry["end"]),
+            int(entry["last"]),
+            tuple((int(place), int(length)) for place, length in entry["packed"]),
+            (int(entry["model"][0]), int(entry["model"][1])),
+            (str(entry["hashes"][0]), str(entry["hashes"][1])),
+        )
+        for name, entry in table["ops"].items()
+    }
 
 
 def _within(place: PackedOp, size: int) -> bool:
@@ -216,9 +265,11 @@ def make(
                 if not write_json(scratch / _TABLE, table):
                     raise NoCopyError(f"the packed copy could not be written to {home()}")
                 shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
-                with suppress(OSError):  # another process was faster, where none can be kept out
+                try:
                     scratch.rename(folder)
-            made = find(artifact, ops)
+                    made = PackedCopy(folder, _read_table(table), written=True)
+                except OSError:  # another process was faster, where none can be kept out
+                    made = find(artifact, ops)
     except OSError as error:
         raise NoCopyError(
             f"the packed copy could not be written to {home()}: {error.strerror or error}"
@@ -246,11 +297,13 @@ def _write_all(
             out.flush()
             give_back()
             (scratch / _SAVED).unlink(missing_ok=True)
+    behind = out.place
+    out.hashed()
     for name, raw in protos.items():
         found[name]["model"] = (out.place, len(raw))
         out.write(raw)
     out.flush()
-    return {"bytes": out.place, "blake3": out.digest.hexdigest(), "ops": found}
+    return {"bytes": out.place, "models": behind, "blake3": out.hashed(), "ops": found}
 
 
 def _saved(op: SuperOp, model: bytes, options: Any, scratch: Path) -> Any:
@@ -300,12 +353,14 @@ def _lay_out(
             found.remove(tensor)
         out.align(UNIT)
         start = out.place
+        out.hashed()
         blobs = sorted((blob for tensor in found for blob in tensor.blobs), key=lambda b: -b.length)
         packed = []
         for blob, place in zip(blobs, laid_out([blob.length for blob in blobs])[0], strict=True):
             out.fill(start + place - out.place)
             packed.append((out.place, blob.length))
             blob.place = out.copy(stream, blob.place, blob.length)
+        hashes = [out.hashed()]
         for tensor in [t for t in found if not t.blobs and t.name not in shared]:
             tensor.place = out.copy(stream, tensor.place, tensor.length)
         out.align(UNIT)
@@ -317,7 +372,8 @@ def _lay_out(
             tensor.place = tables[tensor.name] = out.copy(stream, tensor.place, tensor.length)
     for tensor in found:
         tensor.tell()
-    return {"start": start, "end": end, "last": out.place, "packed": packed}
+    hashes.append(out.hashed())
+    return {"start": start, "end": end, "last": out.place, "packed": packed, "hashes": hashes}
 
 
 @dataclass
@@ -377,13 +433,19 @@ class _Out:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self.digest = blake3()
+        self._digest = blake3()
         self.place = 0
 
     def write(self, data: bytes) -> None:
         self._stream.write(data)
-        self.digest.update(data)
+        self._digest.update(data)
         self.place += len(data)
+
+    def hashed(self) -> str:
+        """The hash of what was written since this was last asked, in hex."""
+        found = self._digest.hexdigest()
+        self._digest.reset()
+        return str(found)
 
     def fill(self, size: int) -> None:
         self.write(bytes(size))

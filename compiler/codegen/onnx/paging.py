@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from typing import Any
 
-from ....errors import ArtifactError
+from ....errors import ArtifactError, DiskError
 from ....runtime.cache import Cache
 from ....runtime.memory.page_ahead import PageAhead
-from ....runtime.memory.pages import PagedFile
+from ....runtime.memory.pages import UNIT, PagedFile
 from ....runtime.memory.read_ahead import Span
 from ....runtime.runner import Floats, Ints
 from ...ir.heap import give_back
 from ...memory.tiers import TierPlan
 from .cut import SuperOp
 from .cut_model import CutModel
-from .packed_copy import NoCopyError, PackedCopy, find, make
+from .packed_copy import DamagedCopyError, NoCopyError, PackedCopy, PackedOp, find, make
 from .runner import session_of
 from .streaming import StreamingRunner
+
+#: Bytes of memory that a session takes beside weights, and buffers of what is hashed meanwhile; what is more
+#: are weights that were packed anew.
+_OF_A_SESSION, _BESIDE = 3 << 20, 20 << 20
 
 #: What is mapped of a copy while this is held is of the runner that holds it.
 _LOADING = threading.Lock()
@@ -46,8 +51,6 @@ class PagedRunner(StreamingRunner):
         return self._copy
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        if self._pages is not None:
-            self._pages.check()
         if isinstance(self._reader, PageAhead):
             # onnxruntime reads all that it packed for several rows, and for one it leaves sums out.
             # Of the head none is read behind a prompt's first chunks, and all for rows of a batch.
@@ -59,33 +62,80 @@ class PagedRunner(StreamingRunner):
         if self._pages is not None:
             self._pages.close()
 
+    def _check_files(self) -> None:
+        super()._check_files()
+        if self._pages is not None:
+            self._pages.check()
+
     def _made(self) -> dict[str, Any]:
         with _LOADING:
-            return self._over_pages()
+            found = find(self._artifact, self._ops)
+            if found is not None:
+                with suppress(DamagedCopyError):
+                    return self._over_pages(found)
+                # Behind the clause: within it the error would keep the sessions that were made.
+                found.discard()
+            made = make(self._artifact, self._ops, self._models, lambda: self._options(1))
+            return self._over_pages(made)
 
-    def _over_pages(self) -> dict[str, Any]:
-        self._copy = find(self._artifact, self._ops) or make(
-            self._artifact, self._ops, self._models, lambda: self._options(1)
-        )
-        pages = self._pages = PagedFile(self._copy.file)
-        sessions = {}
+    def _over_pages(self, copy: PackedCopy) -> dict[str, Any]:
+        """Sessions of all super-ops over a copy, which is checked beside. Raises DamagedCopyError where it is
+        not as it was written."""
+        self._copy = copy
+        if self._pages is not None:  # of a copy that is damaged
+            self._pages.close()
+        pages = self._pages = PagedFile(copy.file)
+        streamed = [] if copy.written else [name for name in self._turn if name in copy.ops]
+        with ThreadPoolExecutor(1, "einfold-check") as pool:
+            checked = pool.submit(copy.check_packed, streamed)
+            sessions = self._packed_sessions(copy, pages)
+            for place in (copy.ops[piece.name] for piece in self.plan.kept):
+                _bring(copy, pages, place.start, place.loaded, place.hashes[0])
+            checked.result()
+        pages.look([(place.start, place.end) for place in copy.ops.values()])
+        return sessions
+
+    def _packed_sessions(self, copy: PackedCopy, pages: PagedFile) -> dict[str, Any]:
+        """One session after the other. onnxruntime packs each once more, to look up what it saved; what the
+        next is packed from is read meanwhile, where there is room."""
+        sessions, packed, before = dict[str, Any](), 0, anonymous_bytes()
+        ops = [op for op in self._ops if op.weights]
+        places = [copy.ops[op.name] for op in ops]
+        with ThreadPoolExecutor(1, "einfold-originals") as pool:
+
+            def ask(place: PackedOp) -> Future[None]:
+                return pool.submit(_bring, copy, pages, place.loaded, place.last, place.hashes[1])
+
+            coming = [ask(place) for place in places[:1]]
+            for index, (op, place) in enumerate(zip(ops, places, strict=True)):
+                coming.pop().result()
+                after = index + 1
+                if after < len(ops) and self._has_room_beside(op, ops[after]):
+                    coming.append(ask(places[after]))
+                sessions[op.name] = self._over_copy(op)
+                pages.look()
+                pages.let_go(place.start, -(-place.last // UNIT) * UNIT)
+                give_back()
+                packed += sum(length for _, length in place.packed)
+                usual = len(sessions) * _OF_A_SESSION + _BESIDE
+                anew = anonymous_bytes() - before > max(packed // 2, usual)
+                if anew or not all(pages.is_mapped(*part) for part in place.packed):
+                    raise NoCopyError(
+                        f"onnxruntime packed {op.name} anew, and does not read the packed copy in "
+                        f"{copy.folder}"
+                    )
+                if after < len(ops) and not coming:
+                    coming.append(ask(places[after]))
         for op in self._ops:
             if not op.weights:
                 sessions[op.name] = self._session(op, [], [], self._threads)
-                continue
-            sessions[op.name] = self._over_copy(op)
-            # What was read to pack it once more, which onnxruntime does to look it up.
-            place = self._copy.ops[op.name]
-            pages.look()
-            pages.let_go(place.start, place.last)
-            give_back()
-            if not all(pages.is_mapped(*part) for part in place.packed):
-                raise NoCopyError(
-                    f"onnxruntime packed {op.name} anew, and does not read the packed copy in "
-                    f"{self._copy.folder}"
-                )
-        pages.look([(place.start, place.end) for place in self._copy.ops.values()])
         return sessions
+
+    def _has_room_beside(self, op: SuperOp, after: SuperOp) -> bool:
+        """Whether what a super-op is packed from may be there while another is packed. Neither cache nor
+        activations are there yet."""
+        held = {piece.name: piece.nbytes + piece.held for piece in self.plan.pieces}
+        return self.plan.fixed.process + held[op.name] + after.nbytes <= self.plan.budget
 
     def _over_copy(self, op: SuperOp) -> Any:
         import onnxruntime as ort
@@ -105,9 +155,29 @@ class PagedRunner(StreamingRunner):
         assert self._pages is not None
         places = [self._copy.ops[op.name] for op in streamed]
         spans = [Span(place.start, place.end - place.start) for place in places]
-        return PageAhead(self._pages, spans, self.plan.buffers)
+        routed = frozenset(index for index, op in enumerate(streamed) if op.routes)
+        return PageAhead(self._pages, spans, self.plan.buffers, routed)
 
     def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
         assert isinstance(self._reader, PageAhead)
         stack.enter_context(self._reader.item(self._turn[op.name]))
         return self._sessions[op.name]
+
+
+def anonymous_bytes() -> int:
+    """Bytes of this process in memory that are of no file; 0 where the system does not say."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as stream:
+        for line in stream:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def _bring(copy: PackedCopy, pages: PagedFile, start: int, end: int, wanted: str) -> None:
+    """Brings a stretch of a copy; raises DamagedCopyError where it is not as it was written."""
+    try:
+        found = pages.bring_hashed(start, end)
+    except (ArtifactError, DiskError) as error:
+        raise DamagedCopyError(str(error)) from error
+    if found != wanted:
+        raise copy.damaged()

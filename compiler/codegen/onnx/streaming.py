@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ....errors import OutOfMemoryError
+from ....errors import ArtifactError, DiskError, OutOfMemoryError
 from ....runtime.buffers import Array
 from ....runtime.cache import Cache
 from ....runtime.memory.direct import Bytes, DirectFile, aligned
@@ -70,6 +70,7 @@ class StreamingRunner:
             self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
         del whole
         self._reader: ReadAhead | PageAhead | None = None
+        self._closed = False
         self._file = DirectFile(self._artifact.file(WEIGHTS))
         streamed = [op for op in self._ops if op.weights and op.name not in plan.pinned]
         self._turn = {op.name: index for index, op in enumerate(streamed)}
@@ -98,7 +99,9 @@ class StreamingRunner:
 
     def check_room(self, rows: int, nbytes: int) -> None:
         """Raises OutOfMemoryError where the plan has no room for a cache of so many bytes, or for the logits
-        of so many rows."""
+        of so many rows; ArtifactError where the runner was closed."""
+        if self._closed:
+            raise ArtifactError(f"{self._name} was closed, and with it its weights: load it again")
         budget, allowed = self.plan.budget, self.plan.fixed.cache
         if nbytes > allowed:
             raise OutOfMemoryError(
@@ -113,7 +116,20 @@ class StreamingRunner:
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
         self.check_room(1, cache.nbytes)
-        self._file.check()  # a file that is shorter than what is mapped of it ends the process
+        self._check_files()
+        try:
+            return self._step(cache, input_ids, position_ids, logit_rows)
+        except DiskError as error:
+            raise DiskError(
+                f"{error}; the step gave nothing, and the model can go on: ask for the same again"
+            ) from error
+
+    def _check_files(self) -> None:
+        """Raises ArtifactError where a file was changed; one that is shorter than what is mapped of it would
+        end the process."""
+        self._file.check()
+
+    def _step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
         given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
         counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
         arrays = counters | cache.buffers | dict(cache.given)
@@ -130,7 +146,8 @@ class StreamingRunner:
         return logits
 
     def close(self) -> None:
-        """Ends the thread that reads."""
+        """Ends the thread that reads. No step is taken from then on."""
+        self._closed = True
         if self._reader is not None:
             self._reader.close()
         self._file.close()

@@ -19,20 +19,25 @@ import pytest
 from onnx import helper
 
 import einfold
+from einfold import planning
 from einfold.compiler.codegen.onnx import packed_copy, paging, streaming
 from einfold.compiler.codegen.onnx.cut import _packed
 from einfold.compiler.codegen.onnx.cut_model import CutModel
 from einfold.compiler.codegen.onnx.in_parts import OnnxInParts
+from einfold.compiler.codegen.onnx.packed_copy import PackedCopy
 from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.ir.kept import read_json, write_json
 from einfold.compiler.ir.locks import lock
 from einfold.compiler.memory.tiers import TierPlan
 from einfold.errors import ArtifactError, RecipeError
+from einfold.runtime import artifact as runtime_artifact
 from einfold.runtime.artifact import Artifact
+from einfold.runtime.memory.direct import direct_hash
 from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
+from ...disks import needs_a_disk
 from .in_parts import RESIDENT, TEXT, check_as_resident
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
@@ -41,6 +46,7 @@ pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
 @pytest.fixture(autouse=True)
 def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of copies, of each test its own."""
+    needs_a_disk(tmp_path)
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "packed"
 
@@ -113,6 +119,18 @@ def test_what_is_learned_of_a_head_that_was_not_run_is_of_such_steps_alone(
             assert later and all(ahead._learned[kind, head] for kind in later)
 
 
+def test_layers_with_experts_learn_of_every_step(artifact: Callable[..., Path]) -> None:
+    """Which of their weights are read is chosen by the tokens; the numbers are those of resident weights."""
+    path = artifact("mixtral", "int4")
+    with running(path) as (model, runner):
+        ahead = runner.reader
+        assert isinstance(ahead, PageAhead)
+        names = [piece.name for piece in runner.plan.streamed]
+        assert {names[index] for index in ahead._routed} == {"layer 0", "layer 1"}
+        check_as_resident(model, path)
+    assert not any(op.routes for op in CutModel.of(Artifact.open(artifact("llama", "int4"))).ops)
+
+
 def test_a_copy_is_made_once(
     wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,15 +172,64 @@ def test_a_copy_that_onnxruntime_does_not_read_is_not_used(
         model.generate(TEXT[:5], max_new_tokens=2, ignore_eos=True)
 
 
-@pytest.mark.parametrize("where", ["packed", "model", "short", "table", "gone"])
-def test_a_damaged_copy_is_made_again(where: str, wide_head: Path, copies: Path) -> None:
-    with running(wide_head) as (model, runner):
+def test_weights_that_onnxruntime_holds_beside_the_copy_are_found_by_their_memory(
+    wide_head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It maps what was saved even where it packs anew, so that mappings alone do not tell."""
+    with running(wide_head):
+        pass
+    held = iter(range(0, 1 << 40, 64 << 20))
+    monkeypatch.setattr(paging, "anonymous_bytes", lambda: next(held))
+    with running(wide_head) as (_, runner):
+        assert type(runner) is StreamingRunner
+        assert "onnxruntime packed layer 0 anew" in runner.plan.remark
+
+
+def test_nothing_is_hashed_twice(
+    wide_head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact's weights once a process, though the copy that is made of them asks too, and of a copy
+    that was just written only what is read to load it."""
+    hashed, checked, check = list[Path](), list[list[str]](), PackedCopy.check_packed
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return direct_hash(path)
+
+    def noted(copy: PackedCopy, names: list[str]) -> None:
+        checked.append(names)
+        check(copy, names)
+
+    monkeypatch.setattr(runtime_artifact, "direct_hash", counted)
+    monkeypatch.setattr(PackedCopy, "check_packed", noted)
+    monkeypatch.setattr("einfold.runtime.hashed._BLUR", 0)  # the file was written just now
+    path = tmp_path / "a"
+    shutil.copytree(wide_head, path)
+    plan = laid_out(wide_head)  # a model so small is pinned by any budget
+    monkeypatch.setattr(planning, "place", lambda *_: plan)
+    for _ in range(2):
+        model = einfold.load(path, threads=1, memory=1 << 30)
+        runner = model.engine.runner
+        assert isinstance(runner, PagedRunner)
+        runner.close()
+    assert hashed == [(path / "weights.safetensors").resolve()]
+    assert checked == [[], [piece.name for piece in plan.streamed]]
+
+
+@pytest.mark.parametrize("pinned", [(), ("layer 1",)])
+@pytest.mark.parametrize("where", ["packed", "others", "model", "short", "table", "gone"])
+def test_a_damaged_copy_is_made_again(
+    where: str, pinned: tuple[str, ...], wide_head: Path, copies: Path
+) -> None:
+    with running(wide_head, *pinned) as (model, runner):
         assert isinstance(runner, PagedRunner)
         wanted = model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens
         place = runner.copy.ops["layer 1"]
         file, table = runner.copy.file, runner.copy.folder / "packed.json"
-    if where in ("packed", "model"):
-        at = place.packed[0][0] + 9 if where == "packed" else place.model[0] + 9
+    places = {"packed": place.packed[0][0], "others": place.last - 99, "model": place.model[0]}
+    assert place.packed[0][0] < place.loaded < place.last - 99
+    if where in places:
+        at = places[where] + 9
         with file.open("r+b") as stream:
             stream.seek(at)
             byte = stream.read(1)
@@ -174,7 +241,7 @@ def test_a_damaged_copy_is_made_again(where: str, wide_head: Path, copies: Path)
         file.unlink()
     else:
         table.write_text(json.dumps({"ops": {}}), encoding="utf-8")
-    with running(wide_head) as (model, runner):
+    with running(wide_head, *pinned) as (model, runner):
         assert isinstance(runner, PagedRunner)
         assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
     assert len(list(copies.iterdir())) == 1
@@ -215,6 +282,21 @@ def test_where_there_is_no_room_weights_are_packed_in_every_step(
     monkeypatch.undo()
     made = laid_out(wide_head)
     assert made.paged
+
+
+def test_a_cache_folder_in_memory_has_no_copy(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy there would take the memory that it is to save, also one that was made before."""
+    with running(wide_head):
+        pass
+    monkeypatch.setattr(packed_copy, "held_in_memory", lambda folder: f"tmpfs at {folder}")
+    load = CutModel.of(Artifact.open(wide_head)).load(16, 1000)
+    assert not load.paged
+    assert load.remark == (
+        f"a packed copy would lie in memory, since {copies} is on tmpfs at {copies}; set EINFOLD_CACHE to a "
+        "folder on a disk"
+    )
 
 
 def test_a_copy_that_cannot_be_written_is_told(
