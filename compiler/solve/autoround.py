@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...errors import IRError
-from ..ir.quant.scheme import Scheme
 from ..ir.quant.schemes.grouped import Grouped
-from .solver import SOLVERS, Begun, Layer, Solved, Solver, check_start, relative_error
+from .solver import SOLVERS, Begun, Layer, Solved, relative_error
+from .tuner import Tuner
 
 #: Parts on which a layer has to be better.
 _JUDGES = 4
@@ -24,7 +24,7 @@ _SHARE = 0.9
 
 @SOLVERS.register
 @dataclass(frozen=True)
-class AutoRound(Solver):
+class AutoRound(Tuner):
     """Begins with what the solver `start` gives. Then codes and scales of all linears of a layer are tuned
     together, in `steps` on `batch` parts of the text each, of about 1,024 tokens: a code, before it is
     rounded, goes by the sign of its gradient, in smaller and smaller steps that add up to `reach` levels, and
@@ -36,7 +36,6 @@ class AutoRound(Solver):
     moves what of a group's range is covered; and every token counts alike, however large it is.
     """
 
-    start: str = "decoupleq"
     steps: int = 30
     batch: int = 2
     reach: float = 0.02
@@ -46,7 +45,7 @@ class AutoRound(Solver):
     tunes = "layers"
 
     def __post_init__(self) -> None:
-        check_start(self.name, self.start)
+        super().__post_init__()
         moves = 0 <= self.reach < math.inf and 0 <= self.scale < 1
         if self.steps < 1 or self.batch < 1 or not moves:
             raise IRError(
@@ -54,28 +53,6 @@ class AutoRound(Solver):
                 f"scales that move by a share below 1, not {self.steps}, {self.batch}, {self.reach:g} and "
                 f"{self.scale:g}"
             )
-
-    @property
-    def begun(self) -> Solver:
-        return SOLVERS[self.start]()
-
-    @property
-    def reads(self) -> bool:
-        return True
-
-    @property
-    def scales_channels(self) -> bool:
-        return self.begun.scales_channels
-
-    def refuses(self, scheme: Scheme) -> str:
-        if not isinstance(scheme, Grouped):
-            return (
-                f"autoround tunes integers under scales of groups, and {scheme.name} stores others"
-            )
-        return self.begun.refuses(scheme)
-
-    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        return self.begun.solve(weight, scheme, statistics)
 
     def tune(self, layer: Layer) -> dict[str, Solved]:
         latent = {name: _Latent(begun) for name, begun in layer.weights.items()}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import IRError
-from ..ir.quant.scheme import Scheme
 from ..ir.quant.schemes.grouped import Grouped
 from .autoround import drawn
-from .solver import SOLVERS, Solved, Solver, Stored, Whole, check_start
+from .solver import SOLVERS, Solved, Stored, Whole
+from .tuner import Tuner
 
 #: Of so many parts of the text one is kept to judge by.
 _JUDGED = 8
@@ -28,7 +28,7 @@ _MEAN, _SQUARE = 0.9, 0.95
 
 @SOLVERS.register
 @dataclass(frozen=True)
-class Distill(Solver):
+class Distill(Tuner):
     """Begins with what the solver `start` gives. Then the scales of all weights are tuned together, with the
     codes as they are, so that the probabilities of the next token come nearer to the original's: by Adam, in
     `steps` on one part of the text each, of about 1,024 tokens, by up to the share `rate` of a scale. An
@@ -40,7 +40,6 @@ class Distill(Solver):
     zero points stay; and layers are derived one by one, so that one is held in float32 at a time.
     """
 
-    start: str = "decoupleq"
     steps: int = 96
     rate: float = 0.002
 
@@ -48,32 +47,12 @@ class Distill(Solver):
     tunes = "model"
 
     def __post_init__(self) -> None:
-        check_start(self.name, self.start)
+        super().__post_init__()
         if self.steps < 1 or not 0 < self.rate < 1:
             raise IRError(
                 "distill takes 1 or more steps and a rate that is a share between 0 and 1, not "
                 f"{self.steps} and {self.rate:g}"
             )
-
-    @property
-    def begun(self) -> Solver:
-        return SOLVERS[self.start]()
-
-    @property
-    def reads(self) -> bool:
-        return True
-
-    @property
-    def scales_channels(self) -> bool:
-        return self.begun.scales_channels
-
-    def refuses(self, scheme: Scheme) -> str:
-        if not isinstance(scheme, Grouped):
-            return f"distill tunes scales of groups of integers, and {scheme.name} stores others"
-        return self.begun.refuses(scheme)
-
-    def solve(self, weight: Tensor, scheme: Scheme, statistics: Mapping[str, Tensor]) -> Solved:
-        return self.begun.solve(weight, scheme, statistics)
 
     def distill(self, model: Whole) -> dict[str, Solved]:
         moved = {name: _Moved(stored) for name, stored in model.weights.items()}

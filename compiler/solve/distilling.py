@@ -23,15 +23,14 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ...errors import CalibrationError
-from ..calibrate.snapshot import copied, text_inputs
+from ..calibrate.snapshot import text_inputs
 from ..calibrate.stream import Tell, keep_found, kept_found, time_left
 from ..ir.heap import give_back
 from ..ir.interpreter import Interpreter, Run
 from ..ir.ops.record import seen_through
 from ..ir.program import Program
-from ..ir.quant.scheme import Scheme
-from .solver import Solved, Solver, Stored, as_found, from_found, relative_error
-from .tuning import layers, read_where_used
+from .solver import Solved, Stored, relative_error
+from .tuning import Tuning, layers
 
 #: Numbers of logits that are derived at a time, by each of which some 16 bytes are held.
 _LOGITS = 1 << 26
@@ -48,33 +47,22 @@ Values = Mapping[str, Any]
 Weights = Callable[[str], Tensor]
 
 
-class Distilling:
-    """The weights of a program that are solved, to be tuned by a solver on a text."""
-
-    def __init__(
-        self,
-        program: Program,
-        solver: Solver,
-        schemes: Mapping[str, Scheme],
-        solved: Mapping[str, Solved],
-    ) -> None:
-        self._program, self._solver, self._schemes = copied(program), solver, schemes
-        read_where_used(self._program)
-        self.solved = dict(solved)
+class Distilling(Tuning):
+    """Tunes the weights of all layers, the head's and the table's together."""
 
     def run(self, parts: Sequence[Tensor], folder: Path | None, tell: Tell) -> None:
-        """Reads the text; `solved` are then the tuned ones. Raises CalibrationError where it gives no usable
-        numbers."""
-        tuned = {
-            name: Stored(scheme, self.solved[name], self._program.weights[name].shape[-1])
-            for name, scheme in self._schemes.items()
-            if len(self._program.weights[name].shape) == 2 and not self._solver.refuses(scheme)
-        }
-        done = self._kept(folder, tuned)
+        begun = {name: self.solved[name] for name in self._schemes if self._tunes(name)}
+        path = None if folder is None else folder / _FOUND
+        done = self._kept(path, begun)
         if done is None:
-            model = _Model(self._program, tuned, self._met, self._split(parts), folder, tell)
+            weights = {
+                name: Stored(self._schemes[name], solved, self._program.weights[name].shape[-1])
+                for name, solved in begun.items()
+            }
+            model = _Model(self._program, weights, self._met, self._split(parts), folder, tell)
             done = {n: self._measured(n, s) for n, s in self._solver.distill(model).items()}
-            self._keep(folder, done)
+            if self._keep(path, done):
+                model.forget()
         self.solved |= done
 
     def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -86,36 +74,13 @@ class Distilling:
         return [some for part in parts for some in part.split(rows)]
 
     def _met(self, name: str) -> Tensor | None:
-        """A weight as it is stored, as inputs meet it; None where it stays as it comes."""
-        if name not in self.solved:
-            return None
-        solved, shape = self.solved[name], self._program.weights[name].shape
-        return solved.met(self._schemes[name].dequantize(solved.pieces, shape[-1]))
+        """A weight as it is stored; None where it stays as it comes."""
+        return self._stored(name) if name in self.solved else None
 
     def _measured(self, name: str, solved: Solved) -> Solved:
-        weight = self._program.weights[name].load().float()
-        target = weight if solved.channels is None else weight * solved.channels
-        restored = self._schemes[name].dequantize(solved.pieces, weight.shape[-1])
+        target = self._target(name)
+        restored = self._schemes[name].dequantize(solved.pieces, target.shape[-1])
         return replace(solved, error=relative_error(restored, target))
-
-    def _keep(self, folder: Path | None, done: Mapping[str, Solved]) -> None:
-        if folder is not None:
-            found: dict[str, Tensor] = {}
-            for name, solved in done.items():
-                found |= as_found(name, solved)
-            if keep_found(found, folder / _FOUND):
-                with suppress(OSError):
-                    (folder / _STATE).unlink(missing_ok=True)
-
-    def _kept(self, folder: Path | None, tuned: Mapping[str, Stored]) -> dict[str, Solved] | None:
-        found = None if folder is None else kept_found(folder / _FOUND)
-        if found is None:
-            return None
-        return {
-            name: from_found(found, name, each.solved.pieces)
-            for name, each in tuned.items()
-            if found.keys() >= as_found(name, each.solved).keys()
-        }
 
 
 class _Segment(NamedTuple):
@@ -216,6 +181,12 @@ class _Model:
         if self._folder is not None and time.monotonic() - self._told > _EVERY:
             keep_found(found(), self._folder / _STATE)
             self._told = time.monotonic()
+
+    def forget(self) -> None:
+        """Of what was kept on the way."""
+        if self._folder is not None:
+            with suppress(OSError):
+                (self._folder / _STATE).unlink(missing_ok=True)
 
     def _forward(self, weight: Weights, part: int) -> list[Values]:
         """What is known in front of each segment of a part, as the model has it."""

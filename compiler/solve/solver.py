@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import IRError, ModelError
+from ...errors import ModelError
 from ..ir.quant.scheme import Scheme
 from ..ir.record_text import show
 from ..ir.registry import Registry
@@ -180,13 +180,6 @@ class Whole(Protocol):
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver", "einfold.compiler.solve")
-
-
-def check_start(solver: str, start: str) -> None:
-    """Raises IRError where a solver that tunes cannot begin with what another one gives."""
-    if start not in SOLVERS or SOLVERS[start].tunes:
-        known = ", ".join(name for name, kind in SOLVERS.items() if not kind.tunes)
-        raise IRError(f"{solver} starts from one of {known}, not from {start[:40]!r}")
 
 
 def without_scales(solver: str, scheme: Scheme) -> str:

@@ -37,7 +37,7 @@ from ..ir.quant.scheme import Scheme
 from .distilling import Distilling
 from .experts import Stack, halves, joined, run_stored, solve_experts
 from .solver import Solved, Solver, as_found, finite, from_found
-from .tuning import Tuning
+from .tuning import LayerByLayer
 
 #: Tokens of the text that go from one product to the next together: what that computes is of so many.
 _TOKENS = 1024
@@ -97,7 +97,7 @@ class Solving:
                 labels = scheme.pieces(self._program.weights[name].shape)
                 self._solved[name] = from_found(found[self._sites[name].name], name, labels)
             if self._solver.tunes:
-                kind = Tuning if self._solver.tunes == "layers" else Distilling
+                kind = LayerByLayer if self._solver.tunes == "layers" else Distilling
                 tuning = kind(self._program, self._solver, self._schemes, self._solved)
                 tuning.run(parts, folder / _tuned(self._solver), tell or (lambda text, share: None))
                 self._solved = tuning.solved

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,41 +105,73 @@ class Tuning:
     def run(self, parts: Sequence[Tensor], folder: Path | None, tell: Tell) -> None:
         """Reads the text; `solved` are then the tuned ones. Raises CalibrationError where it gives no usable
         numbers."""
+        raise NotImplementedError
+
+    def _tunes(self, name: str) -> bool:
+        """Whether a weight that is solved can be tuned."""
+        two = len(self._program.weights[name].shape) == 2
+        return two and not self._solver.refuses(self._schemes[name])
+
+    def _target(self, name: str) -> Tensor:
+        """What is stored of a weight, before it is."""
+        weight, channels = self._program.weights[name].load().float(), self.solved[name].channels
+        return weight if channels is None else weight * channels
+
+    def _stored(self, name: str) -> Tensor:
+        """A weight that is solved, as its inputs as they are meet it."""
+        solved, shape = self.solved[name], self._program.weights[name].shape
+        return solved.met(self._schemes[name].dequantize(solved.pieces, shape[-1]))
+
+    def _keep(self, path: Path | None, tuned: Mapping[str, Solved]) -> bool:
+        found: dict[str, Tensor] = {}
+        for name, solved in tuned.items():
+            found |= as_found(name, solved)
+        return path is not None and keep_found(found, path)
+
+    def _kept(self, path: Path | None, begun: Mapping[str, Solved]) -> dict[str, Solved] | None:
+        """Those of some weights that were tuned before, where that was kept."""
+        found = None if path is None else kept_found(path)
+        if found is None:
+            return None
+        return {
+            name: from_found(found, name, each.pieces)
+            for name, each in begun.items()
+            if found.keys() >= as_found(name, each).keys()
+        }
+
+
+class LayerByLayer(Tuning):
+    """Tunes the weights of a layer together, and goes on to the next."""
+
+    def run(self, parts: Sequence[Tensor], folder: Path | None, tell: Tell) -> None:
         spans, started, before = layers(self._program), time.monotonic(), 0
         reading = _Reading(self._program, parts)
         for index, span in enumerate(spans):
-            begun = dict(self._begun(span))
-            stored = self._stored_in(span)
+            begun, stored = self._begun(span), self._stored_in(span)
             reading.come_to(span, begun, stored)
-            done = self._kept(folder, index, begun)
+            path = None if folder is None else folder / f"layer-{index}.pt"
+            done = self._kept(path, {name: each.solved for name, each in begun.items()})
             if done is None and begun:
                 tell(
                     f"tuning layers{time_left(started, index - before, len(spans) - index)}",
                     index / len(spans),
                 )
                 done = self._solver.tune(reading)
-                self._keep(folder, index, done)
+                self._keep(path, done)
             elif index == before:
                 before += 1  # what is read once more says nothing of the time that tuning takes
             self.solved |= done or {}
             reading.go_on(stored | {name: self._stored(name) for name in done or {}})
 
-    def _begun(self, span: Span) -> Iterator[tuple[str, Begun]]:
+    def _begun(self, span: Span) -> dict[str, Begun]:
         """The weights that this layer alone reads, and that can be tuned."""
         within = {*span.nodes}
-        for node in span.nodes:
-            name = str(node.target)
-            if (
-                node.op != "get_attr"
-                or name not in self.solved
-                or self._solver.refuses(self._schemes[name])
-            ):
-                continue
-            if len(self._program.weights[name].shape) == 2 and self._read_by(name) <= within:
-                solved = self.solved[name]
-                weight = self._program.weights[name].load().float()
-                target = weight if solved.channels is None else weight * solved.channels
-                yield name, Begun(self._schemes[name], solved, target)
+        read = dict.fromkeys(str(node.target) for node in span.nodes if node.op == "get_attr")
+        return {
+            name: Begun(self._schemes[name], self.solved[name], self._target(name))
+            for name in read
+            if name in self.solved and self._tunes(name) and self._read_by(name) <= within
+        }
 
     def _read_by(self, name: str) -> set[fx.Node]:
         reads = self._program.graph.find_nodes(op="get_attr", target=name)
@@ -149,31 +181,6 @@ class Tuning:
         """The weights that a layer reads as they are stored."""
         names = {str(node.target) for node in span.nodes if node.op == "get_attr"}
         return {name: self._stored(name) for name in sorted(names & self.solved.keys())}
-
-    def _stored(self, name: str) -> Tensor:
-        """As its inputs as they are meet it."""
-        solved, shape = self.solved[name], self._program.weights[name].shape
-        weight = self._schemes[name].dequantize(solved.pieces, shape[-1])
-        return solved.met(weight)
-
-    def _keep(self, folder: Path | None, index: int, tuned: Mapping[str, Solved]) -> None:
-        if folder is not None:
-            found: dict[str, Tensor] = {}
-            for name, solved in tuned.items():
-                found |= as_found(name, solved)
-            keep_found(found, folder / f"layer-{index}.pt")
-
-    def _kept(
-        self, folder: Path | None, index: int, begun: Mapping[str, Begun]
-    ) -> dict[str, Solved] | None:
-        found = None if folder is None else kept_found(folder / f"layer-{index}.pt")
-        if found is None:
-            return None
-        return {
-            name: from_found(found, name, each.solved.pieces)
-            for name, each in begun.items()
-            if found.keys() >= as_found(name, each.solved).keys()
-        }
 
 
 class _Reading:
