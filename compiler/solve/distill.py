@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ...errors import IRError
+from ...errors import CalibrationError, IRError
 from ..ir.quant.schemes.grouped import Grouped
 from .autoround import drawn
 from .solver import SOLVERS, Solved, Stored, Whole
@@ -60,12 +60,22 @@ class Distill(Tuner):
         def weight(name: str) -> Tensor:
             return moved[name].weight()
 
+        if model.parts < 2:
+            raise CalibrationError(
+                "distill learns from one part of the calibration text and is judged by another, and the text "
+                "is one part; give more tokens (calibration.tokens = 2048 at least)"
+            )
         places = [*islice(drawn(model.parts), model.parts)]
         count = math.ceil(model.parts / _JUDGED)
-        judges, read = places[:count], places[count:] or places
+        judges, read = places[:count], places[count:]
         kept = model.kept()
         done = int(kept["done"]) if kept else 0
         before = float(kept["before"]) if kept else model.lost(weight, judges)
+        if not math.isfinite(before):
+            raise CalibrationError(
+                "the model's logits are not finite on the calibration text: its weights are damaged, or "
+                "overflow in float32"
+            )
         for name, each in moved.items():
             each.go_on(kept, name)
 
@@ -84,7 +94,7 @@ class Distill(Tuner):
             for each in moved.values():
                 each.move(self.rate * share, done)
             model.keep(state, done, self.steps - done)
-        if model.lost(weight, judges) >= before:
+        if not model.lost(weight, judges) < before:  # nor where it is no number
             return {}
         return {name: each.solved() for name, each in moved.items()}
 
@@ -130,7 +140,8 @@ class _Moved:
         self._square = torch.lerp(self._slope.square(), self._square, _SQUARE)
         self._slope.zero_()
         size = (self._square / (1 - _SQUARE**step)).sqrt()
-        by = self._mean / (1 - _MEAN**step) / size.clamp(min=torch.finfo(torch.float32).tiny)
+        by = self._mean / (1 - _MEAN**step) / size
+        by = torch.where(size > 0, by, 0.0).clamp(-1, 1)  # squares of small slopes are lost
         self._scales = self._scales * torch.exp(-rate * by)
 
     def solved(self) -> Solved:

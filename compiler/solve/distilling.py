@@ -154,6 +154,11 @@ class _Model:
             leaves = self._fill(segment, weight)
             if segment is self._segments[-1]:
                 ends, sizes = [self._off(self._derived, known, part)], [torch.ones(())]
+                if not bool(torch.isfinite(ends[0])):
+                    raise CalibrationError(
+                        "the model's logits are not finite any more on the calibration text, since its "
+                        "scales moved: give distill a smaller rate"
+                    )
             else:
                 run = Run(self._derived, self._inputs[part], segment.first, known)
                 run.until(segment.stop)
@@ -223,18 +228,12 @@ class _Model:
         with torch.no_grad():
             wanted = Run(self._original, inputs, first, self._wanted[part]).results()[self._result]
         found = Run(interpreter, inputs, first, known).results()[self._result]
-        lost = functional.kl_div(
+        return functional.kl_div(
             found.flatten(0, -2).log_softmax(-1),
             wanted.flatten(0, -2).log_softmax(-1),
             reduction="batchmean",
             log_target=True,
         )
-        if not bool(torch.isfinite(lost)):
-            raise CalibrationError(
-                "the model's logits are not finite on the calibration text: its weights are damaged, or "
-                "overflow in float32"
-            )
-        return lost
 
 
 def _segments(program: Program) -> list[_Segment]:

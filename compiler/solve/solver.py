@@ -166,7 +166,7 @@ class Whole(Protocol):
     parts: int
 
     def lost(self, weight: Callable[[str], Tensor], parts: Sequence[int]) -> float:
-        """What is lost of some parts."""
+        """What is lost of some parts; no finite number where the logits are none."""
 
     def slopes(self, weight: Callable[[str], Tensor], part: int) -> Iterator[tuple[str, Tensor]]:
         """What is lost of a part, derived by the weights, from the last layer to the first. A weight that is

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,19 +64,34 @@ _UNITS = {
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """What is written to a file that is then there whole, or not at all. Raises OutputError where it cannot
-    be."""
-    staging = path.with_name(f".{path.name}.einfold")
+    """What is written to a file that is then there whole, or not at all; to a pipe or a device as it comes.
+    Raises OutputError where it cannot be."""
     try:
-        with staging.open("wb") as stream:
-            yield stream
-        os.replace(staging, path)
+        target = Path(os.path.realpath(path))  # a link stays one
+        if target.exists() and not target.is_file():
+            with target.open("wb") as stream:
+                yield stream
+            return
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name[:64]}.", suffix=".tmp"
+        )
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                yield stream
+            os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+            os.replace(name, target)
+        finally:
+            with suppress(OSError):
+                os.unlink(name)
     except OSError as error:
         pass_on(error)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            staging.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def print_json(data: Any) -> None:
@@ -158,4 +174,9 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if found is None:
         raise RecipeError(f"{text!r} is no size; write it like 4GB, 4GiB or 800M")
-    return int(float(found.group(1)) * _UNITS[found.group(2) or ""])
+    size = float(found.group(1)) * _UNITS[found.group(2) or ""]
+    if not size < 1 << 63:
+        raise RecipeError(
+            f"{text[:40]!r} is more than a machine can have; write it like 4GB or 4GiB"
+        )
+    return int(size)

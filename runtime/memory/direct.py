@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -167,9 +168,11 @@ def direct_hash(path: Path) -> str:
         return direct_hashes(file, [(0, file.size)])[0]
 
 
-def direct_hashes(file: DirectFile, stretches: Sequence[tuple[int, int]]) -> list[str]:
-    """The BLAKE3 hashes, in hex, of stretches of a file from a place to another. A few threads read, this one
-    hashes; 8 MiB are held meanwhile."""
+def direct_hashes(
+    file: DirectFile, stretches: Sequence[tuple[int, int]], stop: Event | None = None
+) -> list[str]:
+    """The BLAKE3 hashes, in hex, of stretches of a file from a place to another; none where it was told to
+    `stop`. A few threads read, this one hashes; 8 MiB are held meanwhile."""
     digests = [blake3() for _ in stretches]
     parts = [
         (index, place, min(_HASHED, end - place))
@@ -184,6 +187,8 @@ def direct_hashes(file: DirectFile, stretches: Sequence[tuple[int, int]]) -> lis
     with ThreadPoolExecutor(READERS, "einfold-hash") as pool:
         waiting: deque[tuple[int, Future[tuple[Bytes, Bytes]]]] = deque()
         for index, place, length in parts:
+            if stop is not None and stop.is_set():
+                return []
             if not free:
                 free.append(_hash_next(waiting, digests))
             waiting.append((index, pool.submit(read, place, length, free.pop())))

@@ -166,7 +166,7 @@ class PagedFile:
             )
 
     def close(self) -> None:
-        """Gives up the mapping and the file. Theirs stay."""
+        """Gives up the file. What is mapped of it stays as long as this object and theirs."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1

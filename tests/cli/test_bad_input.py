@@ -268,3 +268,6 @@ def test_numbers_out_of_range(text_model: Path, text_artifact: Path) -> None:
 
 def test_sizes(text_model: Path) -> None:
     refused("estimate", text_model, "--budget", "much", code=7, says="is no size")
+    refused(
+        "estimate", text_model, "--budget", "9" * 400, code=7, says="more than a machine can have"
+    )

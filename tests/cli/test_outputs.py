@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from einfold.cli.common import _umask, whole_file
 from einfold.compiler.artifact import clear_leftovers, staged
 from einfold.errors import OutputError
 
@@ -205,3 +208,43 @@ def test_a_bar_is_for_terminals_alone(
     with progress() as tell:
         tell("compiling", 0.5)
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, link = tmp_path / "page.html", tmp_path / "link"
+    path.write_bytes(b"before")
+    path.chmod(0o640)
+    link.symlink_to(path)
+
+    def interrupted() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as stream:
+        stream.writelines(interrupted())
+    assert path.read_bytes() == b"before"
+    with whole_file(link) as one, whole_file(path) as two:  # two at once write two files
+        one.write(b"one")
+        two.write(b"two")
+    assert path.read_bytes() == b"one"
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
+    with whole_file(tmp_path / "new") as stream:
+        stream.write(b"new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "new", "page.html"]
+
+
+def test_a_pipe_stays_one_and_a_folder_is_no_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with whole_file(pipe) as stream:
+            stream.write(b"page")
+        assert os.read(reader, 9) == b"page"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    for folder in (tmp_path, Path("."), Path("/")):
+        with pytest.raises(OutputError, match="Is a directory"), whole_file(folder) as stream:
+            stream.write(b"page")

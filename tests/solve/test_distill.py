@@ -19,8 +19,9 @@ from einfold.compiler.ir.quant.scheme import find_scheme
 from einfold.compiler.ir.quant.schemes.grouped import Grouped
 from einfold.compiler.passes.weight_quant.quantize_weights import QuantizeWeights
 from einfold.compiler.solve import distilling, solving
-from einfold.compiler.solve.distill import Distill
-from einfold.compiler.solve.solver import Solved, Solver, Whole
+from einfold.compiler.solve.distill import Distill, _Moved
+from einfold.compiler.solve.round_to_nearest import RoundToNearest
+from einfold.compiler.solve.solver import Solved, Solver, Stored, Whole
 from einfold.errors import CalibrationError, IRError
 
 from ..programs import program
@@ -79,7 +80,8 @@ def solved(solver: Solver, body: str = BLOCKS, text: Tensor = TEXT) -> dict[str,
 
 
 @pytest.mark.parametrize("start", ["round_to_nearest", "decoupleq"])
-def test_what_holds_for_every_solver(start: str) -> None:
+def test_what_holds_for_every_solver(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solving, "_TOKENS", 1)  # a row is a part
     solver = Distill(start=start, steps=4)
     statistics = {"moment": torch.eye(40)} if start == "decoupleq" else {}
     common.check_pieces(solver, SCHEME, statistics)
@@ -196,6 +198,24 @@ def test_what_it_cannot_do_is_said() -> None:
     for steps, rate in ((0, 0.002), (1, 0.0), (1, 1.0), (1, math.nan), (1, math.inf), (1, -0.1)):
         with pytest.raises(IRError, match="a rate that is a share between 0 and 1"):
             Distill(steps=steps, rate=rate)
+
+
+def test_a_slope_whose_square_is_lost_moves_nothing_far() -> None:
+    weight = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
+    pieces = RoundToNearest().solve(weight, SCHEME, {}).pieces
+    for size in (1e-38, 1e-30, 1e-25, 1e-21, 1e-10, 1.0, 1e18):
+        moved = _Moved(Stored(SCHEME, Solved(pieces), 16))
+        for step in range(1, 4):
+            moved.learn(torch.full((2, 16), size))
+            moved.move(0.01, step)
+        share = moved.weight() / SCHEME.dequantize(pieces, 16)
+        share = share[share.isfinite()]
+        assert bool(((share > math.exp(-0.031)) & (share < math.exp(0.031))).all())
+
+
+def test_a_text_of_one_part_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="judged by another, and the text is one part"):
+        solved(Distill(), text=TEXT[:1])
 
 
 def test_a_text_whose_logits_are_not_finite_is_refused() -> None:

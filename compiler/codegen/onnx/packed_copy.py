@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 import onnxruntime as ort
@@ -32,6 +33,7 @@ from blake3 import blake3
 
 from ....errors import ArtifactError, DiskError, pass_on
 from ....runtime.artifact import Artifact
+from ....runtime.hashed import state_of
 from ....runtime.memory.direct import PAGE, DirectFile, direct_hashes
 from ....runtime.memory.filesystem import held_in_memory
 from ....runtime.memory.pages import UNIT
@@ -125,13 +127,13 @@ class PackedCopy:
             stream.seek(place)
             return stream.read(length)
 
-    def check_packed(self, names: Sequence[str]) -> None:
+    def check_packed(self, names: Sequence[str], stop: Event) -> None:
         """Reads what was packed of super-ops, past the page cache; raises DamagedCopyError where it is not as
-        it was written."""
+        it was written, or where it was told to `stop`."""
         places = [self.ops[name] for name in names]
         try:
             with closing(DirectFile(self.file)) as file:
-                found = direct_hashes(file, [(place.start, place.loaded) for place in places])
+                found = direct_hashes(file, [(place.start, place.loaded) for place in places], stop)
         except (ArtifactError, DiskError) as error:
             raise DamagedCopyError(str(error)) from error
         if found != [place.hashes[0] for place in places]:
@@ -250,6 +252,8 @@ def make(
     found by the hashes in its manifest.
     """
     folder = home() / key_of(artifact, ops)
+    files = [artifact.file(name) for name in (WEIGHTS, WHOLE.model)]
+    before = [state_of(file) for file in files]
     artifact.check_weights(resident=False)
     artifact.check(WHOLE.model)
     try:
@@ -262,6 +266,10 @@ def make(
             with _scratch(home()) as scratch:
                 with (scratch / _FILE).open("wb") as stream:
                     table = _write_all(stream, scratch, ops, models, options)
+                if [state_of(file) for file in files] != before:
+                    raise ArtifactError(
+                        f"{artifact.folder} was changed while its weights were packed: load it again"
+                    )
                 if not write_json(scratch / _TABLE, table):
                     raise NoCopyError(f"the packed copy could not be written to {home()}")
                 shutil.rmtree(folder, ignore_errors=True)  # one that is damaged

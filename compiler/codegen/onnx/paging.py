@@ -86,8 +86,10 @@ class PagedRunner(StreamingRunner):
             self._pages.close()
         pages = self._pages = PagedFile(copy.file)
         streamed = [] if copy.written else [name for name in self._turn if name in copy.ops]
-        with ThreadPoolExecutor(1, "einfold-check") as pool:
-            checked = pool.submit(copy.check_packed, streamed)
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, "einfold-check") as pool, ExitStack() as ending:
+            ending.callback(stop.set)  # what fails or is interrupted does not wait for the rest
+            checked = pool.submit(copy.check_packed, streamed, stop)
             sessions = self._packed_sessions(copy, pages)
             for place in (copy.ops[piece.name] for piece in self.plan.kept):
                 _bring(copy, pages, place.start, place.loaded, place.hashes[0])
@@ -121,8 +123,8 @@ class PagedRunner(StreamingRunner):
                 anew = anonymous_bytes() - before > max(packed // 2, usual)
                 if anew or not all(pages.is_mapped(*part) for part in place.packed):
                     raise NoCopyError(
-                        f"onnxruntime packed {op.name} anew, and does not read the packed copy in "
-                        f"{copy.folder}"
+                        f"onnxruntime packed {op.name} anew, by the memory that this process took, and does "
+                        f"not read the packed copy in {copy.folder}"
                     )
                 if after < len(ops) and not coming:
                     coming.append(ask(places[after]))

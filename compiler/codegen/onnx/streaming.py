@@ -76,6 +76,7 @@ class StreamingRunner:
         self._turn = {op.name: index for index, op in enumerate(streamed)}
         self._sessions = self._made()
         self._reader = self._reading(streamed) if streamed else None
+        self._before = self._reader.file.bytes_read if self._reader is not None else 0
         give_back()
 
     @property
@@ -84,8 +85,8 @@ class StreamingRunner:
 
     @property
     def fetched(self) -> int:
-        """Bytes that were read from the disk since the runner was made, those of pinned weights aside."""
-        return self._reader.file.bytes_read if self._reader is not None else 0
+        """Bytes that were read from the disk since the runner was made."""
+        return self._reader.file.bytes_read - self._before if self._reader is not None else 0
 
     @property
     def reader(self) -> ReadAhead | PageAhead | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import onnxruntime as ort
@@ -196,9 +197,9 @@ def test_nothing_is_hashed_twice(
         hashed.append(path)
         return direct_hash(path)
 
-    def noted(copy: PackedCopy, names: list[str]) -> None:
+    def noted(copy: PackedCopy, names: list[str], stop: Event) -> None:
         checked.append(names)
-        check(copy, names)
+        check(copy, names, stop)
 
     monkeypatch.setattr(runtime_artifact, "direct_hash", counted)
     monkeypatch.setattr(PackedCopy, "check_packed", noted)
@@ -245,6 +246,56 @@ def test_a_damaged_copy_is_made_again(
         assert isinstance(runner, PagedRunner)
         assert model.generate(TEXT[:5], max_new_tokens=3, ignore_eos=True).tokens == wanted
     assert len(list(copies.iterdir())) == 1
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_a_copy_is_made_of_no_artifact_that_changes_meanwhile(
+    how: str, wide_head: Path, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hashes were right before its weights were packed, and its copy would be found by them."""
+    path, write = tmp_path / "a", packed_copy._write_all
+    shutil.copytree(wide_head, path)
+    weights = path / "weights.safetensors"
+
+    def changed(*arguments: Any) -> Any:
+        if how == "written":
+            with weights.open("r+b") as stream:
+                stream.seek(-5, os.SEEK_END)
+                stream.write(b"other")
+        else:
+            other = tmp_path / "other"
+            shutil.copy2(weights, other)
+            other.rename(weights)
+        return write(*arguments)
+
+    monkeypatch.setattr(packed_copy, "_write_all", changed)
+    with (
+        pytest.raises(ArtifactError, match="was changed while its weights were packed"),
+        running(path),
+    ):
+        pass
+    assert not [each for each in copies.iterdir() if each.is_dir()]
+
+
+def test_who_is_interrupted_does_not_wait_for_the_check(
+    wide_head: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(wide_head):
+        pass
+    check, told = PackedCopy.check_packed, list[bool]()
+
+    def slow(copy: PackedCopy, names: list[str], stop: Event) -> None:
+        told.append(stop.wait(60))
+        check(copy, names, stop)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PackedCopy, "check_packed", slow)
+    monkeypatch.setattr(PagedRunner, "_packed_sessions", interrupted)
+    with pytest.raises(KeyboardInterrupt), running(wide_head):
+        pass
+    assert told == [True]
 
 
 def test_a_copy_is_made_of_no_damaged_artifact(
