@@ -14,7 +14,7 @@ from ...ir.options import later
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .budgets import Make, Sizes, by_scores, fewest, give, open_layers, scoring, together
+from .budgets import Chosen, Make, Sizes, by_scores, fewest, give, open_layers, scoring, together
 from .heads import Head
 
 
@@ -83,7 +83,7 @@ class AdaKV(Pass):
         if not layers:
             return result
         context = program.model.context
-        sizes, share = self.sizes(context - self.slack), self.share or self.tokens / context
+        sizes = self.sizes(context - self.slack)
         scores = None
         if program.statistics is None:
             result.skipped(
@@ -95,13 +95,24 @@ class AdaKV(Pass):
         budgets: dict[Head, int] = {}
         for part in together(layers, self.over == "model"):
             length = 0 if scores is None else scores[part[0].layer].shape[1]
-            budgets |= by_scores(part, scores, sizes, share * length)
+            budgets |= by_scores(part, scores, sizes, self.chosen(make, context, length))
         give(program, layers, budgets, make, result)
         return result
 
     def observer(self, make: Make) -> Observer:
         """What scores the tokens of the calibration text."""
         return TokenScores(make(self.tokens), self.read)
+
+    def chosen(self, make: Make, context: int, length: int) -> Chosen:
+        """How many of the `length` tokens that are seen a head chooses, by its budget.
+
+        The newest tokens are a part of a budget and of the text that budgets are right for, but not of what
+        is seen: of a text of L tokens a head of b tokens, n of them the newest, chooses b - n of L - n.
+        """
+        newest = make(self.tokens).newest
+        text = self.tokens / self.share if self.share else context
+        ratio = length / (text - newest)
+        return lambda budget: (budget - make(budget).newest) * ratio
 
     def seen(self, scores_KT: Tensor, make: Make) -> Tensor:
         """The scores by which heads are compared: not of the newest tokens, which every head keeps."""

@@ -10,7 +10,7 @@ from ...calibrate.observer import Observer
 from ...calibrate.observers.reconstruction import Reconstruction
 from ..methods import PRUNE
 from .ada_kv import AdaKV
-from .budgets import Make
+from .budgets import Chosen, Make
 
 
 @PRUNE.register
@@ -37,6 +37,11 @@ class KVzip(AdaKV):
 
     def observer(self, make: Make) -> Observer:
         return Reconstruction(self.read)
+
+    def chosen(self, make: Make, context: int, length: int) -> Chosen:
+        """All of a budget: what repeating a text needs may be its newest tokens."""
+        share = self.share or self.tokens / context
+        return lambda budget: budget * share * length / self.tokens
 
     def seen(self, scores_KT: Tensor, make: Make) -> Tensor:
         return scores_KT
