@@ -133,9 +133,16 @@ def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[
         "questions": sum(len(questions.answers) for questions in subject.questions),
         "weight_bytes": model.engine.runner.weight_bytes,
         "cache_bytes": {str(n): int(layout.bytes(1, n)) for n in (1000, 4000)},
-        "read_bytes": {str(n): layout.read_bytes(1, n) for n in (1000, 4000)},
         "full_cache_bytes": {str(n): n * full_token_bytes(model) for n in (1000, 4000)},
-    }
+    } | _read(model)
+
+
+def _read(model: einfold.Model) -> dict[str, dict[str, int]]:
+    """Bytes of the cache that a step reads, where a reader leaves some of what is held."""
+    layout = model.engine.layout
+    if all(group.reader.whole for _, _, group in layout.groups()):
+        return {}
+    return {"read_bytes": {str(n): layout.read_bytes(1, n) for n in (1000, 4000)}}
 
 
 def _text(found: list[bool]) -> str:
