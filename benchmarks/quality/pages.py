@@ -95,12 +95,13 @@ def _table(name: str, model: str) -> str:
         f"|{'---|' * len(_COLUMNS)}",
     ]
     for label in (row.name for row in SETS[name]):
-        cells = _cells(rows[label]) if label in rows else _whole("not measured yet")
-        lines.append(f"| `{label}` | {cells} |")
+        found = cells(rows[label]) if label in rows else _whole("not measured yet")
+        lines.append(f"| `{label}` | {found} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: dict[str, Any]) -> str:
+def cells(row: Mapping[str, Any]) -> str:
+    """The figures of a row of a table, or why there are none."""
     if "refused" in row:
         return _whole(f"refused: {row['refused']}")
     held = _sizes(row, "cache_bytes")
