@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,22 @@ def test_newest_tokens_are_in_budgets_and_not_in_what_is_compared(seed: int) -> 
     assert budgets(found) == [dict(enumerate(want))] * 2
 
 
+@pytest.mark.parametrize(("share", "mean"), [(None, 16), (0.5, 32)])
+def test_without_tokens_a_budget_is_a_share_of_the_context(share: float | None, mean: int) -> None:
+    given = {} if share is None else {"share": share}
+    for method in (
+        AdaKV(slack=4, by="snapkv:observe=3", **given),
+        KVzip(slack=4, by="expected_attention:recent=3,sinks=1", **given),
+    ):
+        found, told = planned(), planned()
+        method.run(found)
+        replace(method, tokens=mean).run(told)
+        assert found.layout == told.layout and found.model.context == 64
+        assert sum(sum(layer.values()) for layer in budgets(found)) == 2 * 4 * mean
+    with pytest.raises(RecipeError, match="leaves less than 8 to share out"):
+        AdaKV(slack=4, by="snapkv:observe=9").run(planned())
+
+
 def test_newest_tokens_that_grow_with_a_budget_leave_less_to_choose() -> None:
     """Of h2o's budgets half are the newest tokens; a text twice as long has twice as many of each."""
     method = AdaKV(tokens=20, slack=4, by="h2o", share=0.25)
@@ -241,6 +258,7 @@ def test_a_text_of_sinks_alone_has_scores() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: KVzip(tokens=9), "leaves less than 8 to share out"),
         (lambda: AdaKV(by="streaming_llm"), "one of snapkv|is one of"),
         (lambda: AdaKV(by="snapkv:tokens=9"), "tokens is an option of the method itself"),
         (lambda: AdaKV(by="snapkv:voters=9"), "unknown key 'voters'; snapkv takes"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -10,12 +10,18 @@ from ....errors import CalibrationError, RecipeError
 from ...calibrate.observer import Observer
 from ...calibrate.observers.token_scores import TokenScores
 from ...calibrate.sites import layer as site_of
-from ...ir.options import later
+from ...ir.options import later, missing
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
 from .budgets import Chosen, Make, Sizes, by_scores, fewest, give, open_layers, scoring, together
 from .heads import Head
+
+#: The share of the context that a mean budget is where none is given.
+_SHARE = 0.25
+
+#: A budget that every method which chooses tokens can have: by it their options are checked.
+_MANY = 1 << 20
 
 
 @PRUNE.register
@@ -28,18 +34,19 @@ class AdaKV(Pass):
     After:  `cache 0.0 heads=0 .. policy=voted(chosen=73,observe=32,..)` and
             `cache 0.1 heads=1 .. policy=voted(chosen=375,observe=32,..)`
 
-    Options: `tokens`, the mean budget of a head; `by`, the method that chooses tokens, with options of its
-    own where it is given any (`snapkv:observe=16`); `floor`, the share of `tokens` that every head has at
-    least; `share`, the share of a text that `tokens` are, which budgets are right for (of the context where
-    it is not given); `over`, which heads share their tokens, those of a `layer` or of the `model`; `slack`,
-    tokens that may gather between moves; `read`, how many tokens of the calibration text are scored.
+    Options: `tokens`, the mean budget of a head (where it is not given, `share` of the context, or a quarter
+    of it); `by`, the method that chooses tokens, with options of its own where it is given any
+    (`snapkv:observe=16`); `floor`, the share of `tokens` that every head has at least; `share`, the share of
+    a text that `tokens` are, which budgets are right for (of the context where it is not given); `over`,
+    which heads share their tokens, those of a `layer` or of the `model`; `slack`, tokens that may gather
+    between moves; `read`, how many tokens of the calibration text are scored.
 
     Differs from the paper: a layout has its sizes when it is compiled, so heads are compared on the
     calibration text, not on each prompt; budgets are `floor` and eighths of the rest, so that memory is as
     much as with equal budgets, and is really freed.
     """
 
-    tokens: int = 256
+    tokens: int = later()
     by: str = "snapkv"
     floor: float = 0.2
     share: float | None = later()
@@ -65,7 +72,10 @@ class AdaKV(Pass):
             raise RecipeError(
                 f"cache.prune: heads are compared on 16 tokens or more, not {self.read}"
             )
-        check_options("cache.prune", lambda: self.sizes(2 * self.tokens))
+        if missing(self.tokens):
+            scoring(self.by, self.slack, _MANY)
+        else:
+            check_options("cache.prune", lambda: self.sizes(2 * self.tokens))
 
     def make(self) -> Make:
         """The policies by budget. Raises RecipeError for options that cannot be."""
@@ -77,6 +87,9 @@ class AdaKV(Pass):
         return Sizes.of(self.tokens, least, room)
 
     def run(self, program: Program) -> PassResult:
+        if missing(self.tokens):
+            tokens = round((self.share or _SHARE) * program.model.context)
+            return replace(self, tokens=tokens).run(program)
         result, make = PassResult(), self.make()
         policy = make(self.tokens)
         layers = open_layers(program, policy, result)
