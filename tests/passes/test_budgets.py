@@ -153,6 +153,8 @@ def test_newest_tokens_that_grow_with_a_budget_leave_less_to_choose() -> None:
     assert [make(tokens).newest for tokens in (20, 40)] == [10, 20]
     chosen = method.chosen(make, 1000, 35)  # of a text of 80 tokens a head of 20 chooses 10 of 70
     assert [chosen(tokens) for tokens in (20, 40)] == [5, 10]
+    assert method.compared(make, 1000).newest == 125  # a text of 1,000 has a budget of 250
+    assert method.compared(make, 40).newest == 5
     blind = AdaKV(tokens=20, slack=4, by="h2o")
     assert blind.chosen(blind.make(), 45, 35)(20) == 10  # the context is the text
     whole = KVzip(tokens=20, slack=4, share=0.25, by="h2o")

@@ -10,7 +10,8 @@ from ....errors import CalibrationError, RecipeError
 from ...calibrate.observer import Observer
 from ...calibrate.observers.token_scores import TokenScores
 from ...calibrate.sites import layer as site_of
-from ...ir.options import later, missing
+from ...ir.kv.keep.policy import Policy
+from ...ir.options import later
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
@@ -46,7 +47,7 @@ class AdaKV(Pass):
     much as with equal budgets, and is really freed.
     """
 
-    tokens: int = later()
+    tokens: int | None = later()
     by: str = "snapkv"
     floor: float = 0.2
     share: float | None = later()
@@ -72,26 +73,32 @@ class AdaKV(Pass):
             raise RecipeError(
                 f"cache.prune: heads are compared on 16 tokens or more, not {self.read}"
             )
-        if missing(self.tokens):
+        if self.tokens is None:
             scoring(self.by, self.slack, _MANY)
         else:
-            check_options("cache.prune", lambda: self.sizes(2 * self.tokens))
+            check_options("cache.prune", lambda: self.sizes(2 * self.mean))
+
+    @property
+    def mean(self) -> int:
+        """The mean budget of a head, where `tokens` is given or has been settled."""
+        assert self.tokens is not None
+        return self.tokens
 
     def make(self) -> Make:
         """The policies by budget. Raises RecipeError for options that cannot be."""
-        return scoring(self.by, self.slack, self.tokens)
+        return scoring(self.by, self.slack, self.mean)
 
     def sizes(self, room: int) -> Sizes:
         """The budgets that there are, less than `room`. Raises IRError where there is nothing to share."""
-        least = max(fewest(self.make(), self.tokens), round(self.floor * self.tokens))
-        return Sizes.of(self.tokens, least, room)
+        least = max(fewest(self.make(), self.mean), round(self.floor * self.mean))
+        return Sizes.of(self.mean, least, room)
 
     def run(self, program: Program) -> PassResult:
-        if missing(self.tokens):
+        if self.tokens is None:
             tokens = round((self.share or _SHARE) * program.model.context)
             return replace(self, tokens=tokens).run(program)
         result, make = PassResult(), self.make()
-        policy = make(self.tokens)
+        policy = make(self.mean)
         layers = open_layers(program, policy, result)
         if not layers:
             return result
@@ -103,8 +110,11 @@ class AdaKV(Pass):
                 "budgets", "without weights they are shared out at will; only sizes count"
             )
         else:
-            found = program.statistics.of(program, self.observer(make))
-            scores = {x.layer: self.seen(found[site_of(x.layer)]["score"], make) for x in layers}
+            compared = self.compared(make, context)
+            found = program.statistics.of(program, self.observer(compared))
+            scores = {
+                x.layer: self.seen(found[site_of(x.layer)]["score"], compared) for x in layers
+            }
         budgets: dict[Head, int] = {}
         for part in together(layers, self.over == "model"):
             length = 0 if scores is None else scores[part[0].layer].shape[1]
@@ -112,9 +122,19 @@ class AdaKV(Pass):
         give(program, layers, budgets, make, result)
         return result
 
-    def observer(self, make: Make) -> Observer:
+    def right_for(self, context: int) -> float:
+        """Tokens of a text that budgets are right for."""
+        return self.mean / self.share if self.share else context
+
+    def compared(self, make: Make, context: int) -> Policy:
+        """The policy by which the calibration text is scored: of a budget that is to its length as the mean
+        one is to the text that budgets are right for."""
+        budget = round(self.mean * min(self.read, context) / self.right_for(context))
+        return make(max(budget, fewest(make, self.mean)))
+
+    def observer(self, policy: Policy) -> Observer:
         """What scores the tokens of the calibration text."""
-        return TokenScores(make(self.tokens), self.read)
+        return TokenScores(policy, self.read)
 
     def chosen(self, make: Make, context: int, length: int) -> Chosen:
         """How many of the `length` tokens that are seen a head chooses, by its budget.
@@ -122,14 +142,12 @@ class AdaKV(Pass):
         The newest tokens are a part of a budget and of the text that budgets are right for, but not of what
         is seen: of a text of L tokens a head of b tokens, n of them the newest, chooses b - n of L - n.
         """
-        newest = make(self.tokens).newest
-        text = self.tokens / self.share if self.share else context
-        ratio = length / (text - newest)
+        ratio = length / (self.right_for(context) - make(self.mean).newest)
         return lambda budget: (budget - make(budget).newest) * ratio
 
-    def seen(self, scores_KT: Tensor, make: Make) -> Tensor:
+    def seen(self, scores_KT: Tensor, policy: Policy) -> Tensor:
         """The scores by which heads are compared: not of the newest tokens, which every head keeps."""
-        newest = make(self.tokens).newest
+        newest = policy.newest
         if scores_KT.shape[1] <= newest:
             raise CalibrationError(
                 f"heads are compared on {scores_KT.shape[1]} tokens of the calibration text, of which "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...calibrate.observer import Observer
 from ...calibrate.observers.reconstruction import Reconstruction
+from ...ir.kv.keep.policy import Policy
 from ..methods import PRUNE
 from .ada_kv import AdaKV
 from .budgets import Chosen, Make
@@ -35,13 +36,12 @@ class KVzip(AdaKV):
 
     name = "kvzip"
 
-    def observer(self, make: Make) -> Observer:
+    def observer(self, policy: Policy) -> Observer:
         return Reconstruction(self.read)
 
     def chosen(self, make: Make, context: int, length: int) -> Chosen:
         """All of a budget: what repeating a text needs may be its newest tokens."""
-        share = self.share or self.tokens / context
-        return lambda budget: budget * share * length / self.tokens
+        return lambda budget: budget * length / self.right_for(context)
 
-    def seen(self, scores_KT: Tensor, make: Make) -> Tensor:
+    def seen(self, scores_KT: Tensor, policy: Policy) -> Tensor:
         return scores_KT
