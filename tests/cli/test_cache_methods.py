@@ -110,7 +110,11 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = {(row["family"], row["name"]) for row in rows}
     assert listed == {(family, name) for family, known in FAMILIES.items() for name in known}
     assert all(len(row["what"]) > 20 for row in rows)
-    assert "--prune streaming_llm" in einfold_cli("methods")
+    text = einfold_cli("methods")
+    assert "--prune streaming_llm" in text
+    (begin,) = [row for row in rows if "the one to begin with" in row["measured"]]
+    assert begin["name"] == "kvzip" and begin["measured"] in text
+    assert next(row for row in rows if row["name"] == "streaming_llm")["measured"] == ""
 
 
 @pytest.mark.parametrize(
