@@ -96,15 +96,22 @@ def _results(name: str) -> Any:
 def _measured() -> dict[str, list[dict[str, Any]]]:
     """Rows of the real model whose recall the docstring of a method tells."""
     kept, heads = _results("kept-tokens")["rows"], _results("head-ablation")["compiled"]
-    quick = _results("quality-quick-real")["rows"]
-    return {
+    real = methods.on_real_model()
+    found = {
         "kvzip": [kept[share]["kvzip"] for share in ("50%", "25%", "12%")],
-        "razor_attention": [quick["--prune razor_attention"], heads["razor_attention, 25"]],
+        "razor_attention": [heads["razor_attention, 25"]],
         "duo_attention": [heads[f"duo_attention, {count}"] for count in (43, 25)],
         "snapkv": [kept["50%"]["snapkv"]],
         "expected_attention": [kept[share]["expected_attention"] for share in ("50%", "25%")],
-        "cross_layer": [quick["--share cross_layer"]],
-        "kivi": [quick["--quant kivi:bits=4"]],
+        "kivi": [real["--quant kivi:bits=4"]],
+    }
+    for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
+        found[name].append(real[f"--prune {name}"])
+    return found | {
+        "streaming_llm": [real["--prune streaming_llm"]],
+        "h2o": [real["--prune h2o"]],
+        "ems": [real["--prune ems"]],
+        "cross_layer": [real["--share cross_layer"]],
     }
 
 
