@@ -111,6 +111,8 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "streaming_llm": [real["--prune streaming_llm"]],
         "h2o": [real["--prune h2o"]],
         "ems": [real["--prune ems"]],
+        "pyramid_kv": [real["--prune pyramid_kv"]],
+        "ada_kv": [real["--prune ada_kv"]],
         "cross_layer": [real["--share cross_layer"]],
     }
 

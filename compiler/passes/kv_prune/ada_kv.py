@@ -42,6 +42,10 @@ class AdaKV(Pass):
     which heads share their tokens, those of a `layer` or of the `model`; `slack`, tokens that may gather
     between moves; `read`, how many tokens of the calibration text are scored.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.30 and 0.05 by the defaults,
+    which hold 97 % of the bytes behind 1,000, against 0.70 and 0.65 with every token. Heads with even scores,
+    which recall needs, are given the fewest tokens.
+
     Differs from the paper: a layout has its sizes when it is compiled, so heads are compared on the
     calibration text, not on each prompt; budgets are `floor` and eighths of the rest, so that memory is as
     much as with equal budgets, and is really freed.
