@@ -30,7 +30,7 @@ from einfold.compiler.ir.kv.keep.voted import Voted
 from einfold.compiler.ir.kv.layout import CacheLayout
 
 from .client import ROOT
-from .quality.measure import PROMPT, Original, best_behind, figures, full_token_bytes, shares
+from .quality.measure import PROMPT, Original, best_behind, figures, full_token_bytes, hits, shares
 from .quality.subjects import Subject, real
 from .report import table
 
@@ -126,7 +126,7 @@ def measure(
     held = int(engine.layout.bytes(1, 4000)) / (4000 * full_token_bytes(model))
     engine.layout = whole
     return {
-        "recall": {str(label): value for label, value in shares(asked).items()},
+        "recall": {str(label): value for label, value in shares(hits(asked)).items()},
         "kl": found["kl"],
         "kl_p99": found["kl_p99"],
         "same": found["same"],
@@ -183,7 +183,7 @@ def main() -> None:
     original = Original.of(subject)
     path = OUT.with_suffix(".json")
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": {}}
-    data["whole"] = {str(label): value for label, value in original.recalled.items()}
+    data["whole"] = {str(label): value for label, value in shares(original.recalled).items()}
     for name, prune, measured in rows():
         left = [x for x in measured if name not in data["rows"].setdefault(f"{x:.0%}", {})]
         if given.only not in name or not left:

@@ -72,6 +72,7 @@ def _names(here: Path) -> dict[str, Any]:
         "any_module": torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval(),
         "x": torch.randn(2, 8),
         "hf_model": AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(),
+        "tokenizer": tokenizer,
         "inputs": {**tokens, "max_new_tokens": 4, "do_sample": False},
         "function": function,
         "inputs_of_function": (q, q, q),

@@ -54,10 +54,12 @@ def measure_row(row: Row, subject: Subject, original: Original, threads: int) ->
 
 
 def run(name: str, model: str, only: list[str] | None, again: bool, threads: int) -> None:
-    """Measures what lacks of a set on one model."""
+    """Measures what lacks of a set on one model: `only` these rows, in their order. Raises KeyError for a
+    row that the set has not."""
     path = results(name, model)
     data = read(path)
-    wanted = [row for row in SETS[name] if only is None or row.name in only]
+    known = {row.name: row for row in SETS[name]}
+    wanted = [known[name] for name in (known if only is None else only)]
     wanted = [row for row in wanted if again or row.name not in data["rows"]]
     if not wanted:
         return
@@ -83,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("set", choices=sorted(SETS), nargs="?", default="quick", help="[quick]")
     parser.add_argument("--models", nargs="+", choices=sorted(SUBJECTS), help="[by the set]")
-    parser.add_argument("--only", nargs="+", help="rows, by name")
+    parser.add_argument("--only", nargs="+", help="rows by name, measured in this order")
     parser.add_argument(
         "--again",
         action=argparse.BooleanOptionalAction,
@@ -92,6 +94,9 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     given = parser.parse_args()
+    unknown = set(given.only or ()) - {row.name for row in SETS[given.set]}
+    if unknown:
+        parser.error(f"the set {given.set} has no row {' or '.join(sorted(unknown))}")
     again = given.set == "quick" if given.again is None else given.again
     start = time.perf_counter()
     try:

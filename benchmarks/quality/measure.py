@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class Original:
 
     windows: list[Floats]
     """Of each window log-probabilities [WINDOW - PROMPT - 1, V], behind the tokens after the prompt."""
-    recalled: dict[int, float]
-    """Shares of answers by label."""
+    recalled: dict[int, list[bool]]
+    """Whether each answer was recalled, by label."""
 
     @staticmethod
     def of(subject: Subject) -> Original:
@@ -50,7 +50,7 @@ class Original:
         if not all(file.is_file() for file in (*files, *best)):
             _compute(subject, files, best)
         asked = list(zip(subject.questions, map(np.load, best), strict=True))
-        return Original([np.load(file, mmap_mode="r") for file in files], shares(asked))
+        return Original([np.load(file, mmap_mode="r") for file in files], hits(asked))
 
 
 def _compute(subject: Subject, files: list[Path], best: list[Path]) -> None:
@@ -74,54 +74,80 @@ def _save(file: Path, data: npt.NDArray[Any]) -> None:
     beside.rename(file)
 
 
-def shares(asked: list[tuple[Questions, npt.NDArray[np.int64]]]) -> dict[int, float]:
-    """Recall by label. `best` holds the likeliest token behind each from the prompt's last one on."""
-    hits: dict[int, list[bool]] = defaultdict(list)
+def hits(asked: list[tuple[Questions, npt.NDArray[np.int64]]]) -> dict[int, list[bool]]:
+    """Whether each answer was recalled, by label, in the order in which they were asked for.
+
+    The array holds the likeliest token behind each token from the prompt's last one on.
+    """
+    found: dict[int, list[bool]] = defaultdict(list)
     for questions, best in asked:
         first = questions.prompt - 1
-        hits[questions.label] += [
-            all(best[place - 1 - first] == questions.tokens[place] for place in answer)
+        found[questions.label] += [
+            all(bool(best[place - 1 - first] == questions.tokens[place]) for place in answer)
             for answer in questions.answers
         ]
-    return {label: sum(found) / len(found) for label, found in sorted(hits.items())}
+    return dict(sorted(found.items()))
+
+
+def shares(found: Mapping[int, list[bool]]) -> dict[int, float]:
+    """Recall by label."""
+    return {label: sum(each) / len(each) for label, each in found.items()}
 
 
 def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[str, Any]:
     """Quality and bytes. KL(original || compiled) in nats, over the tokens behind the prompts."""
-    kl: list[Floats] = []
+    kl: list[npt.NDArray[np.float64]] = []
+    parts: list[Floats]
     loss = wanted_loss = 0.0
     same = 0
     for tokens, wanted in zip(subject.windows, original.windows, strict=True):
-        at = 0
+        at, parts = 0, []
         target = np.asarray(tokens[PROMPT + 1 :])
         for rows in _rows(model, tokens, PROMPT):
             count = min(len(rows), len(target) - at)  # nothing follows the last token
-            found = torch.log_softmax(torch.from_numpy(rows[:count]), -1)
+            said = torch.log_softmax(torch.from_numpy(rows[:count]), -1)
             expected = torch.from_numpy(np.array(wanted[at : at + count]))
             aim = torch.from_numpy(target[at : at + count])[:, None]
-            kl.append((expected.exp() * (expected - found)).sum(-1).numpy())
-            loss -= float(found.gather(1, aim).double().sum())
+            parts.append((expected.exp() * (expected - said)).sum(-1).numpy())
+            loss -= float(said.gather(1, aim).double().sum())
             wanted_loss -= float(expected.gather(1, aim).double().sum())
-            same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+            same += int((said.argmax(-1) == expected.argmax(-1)).sum())
             at += count
-    each = np.concatenate(kl).astype(np.float64)
-    asked = [(q, best_behind(model, q)) for q in subject.questions]
+        kl.append(np.concatenate(parts).astype(np.float64))
+    each = np.concatenate(kl)
+    found = hits([(q, best_behind(model, q)) for q in subject.questions])
     layout = model.engine.layout
     return {
         "perplexity": math.exp(loss / each.size),
         "reference_perplexity": math.exp(wanted_loss / each.size),
         "tokens": int(each.size),
         "kl": float(each.mean()),
+        "kl_windows": [float(window.mean()) for window in kl],
         "kl_p99": float(np.quantile(each, 0.99)),
         "kl_max": float(each.max()),
         "same": same / each.size,
-        "recall": {str(label): share for label, share in shares(asked).items()},
-        "reference_recall": {str(label): share for label, share in original.recalled.items()},
+        "recall": {str(label): share for label, share in shares(found).items()},
+        "reference_recall": {str(k): share for k, share in shares(original.recalled).items()},
+        "hits": {str(label): _text(each) for label, each in found.items()},
+        "reference_hits": {str(label): _text(each) for label, each in original.recalled.items()},
         "questions": sum(len(questions.answers) for questions in subject.questions),
         "weight_bytes": model.engine.runner.weight_bytes,
         "cache_bytes": {str(n): int(layout.bytes(1, n)) for n in (1000, 4000)},
         "full_cache_bytes": {str(n): n * full_token_bytes(model) for n in (1000, 4000)},
-    }
+    } | _read(model)
+
+
+def _read(model: einfold.Model) -> dict[str, dict[str, int]]:
+    """Bytes of the cache that a step reads, where a reader leaves some of what is held."""
+    layout = model.engine.layout
+    if all(group.reader.whole for _, _, group in layout.groups()):
+        return {}
+    return {"read_bytes": {str(n): layout.read_bytes(1, n) for n in (1000, 4000)}}
+
+
+def _text(found: list[bool]) -> str:
+    """`1` for an answer that was recalled and `0` for one that was not."""
+    return "".join(str(int(each)) for each in found)
 
 
 def full_token_bytes(model: einfold.Model) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .intervals import of_mean, of_share
 from .sets import SETS
 from .subjects import ROOT, SUBJECTS
 
@@ -57,6 +58,26 @@ def recall(row: Mapping[str, Any]) -> str:
     )
 
 
+def sure_recall(row: Mapping[str, Any]) -> str:
+    """Recall by label with its interval, where it is known which answers were recalled."""
+    if "hits" not in row:
+        return recall(row)
+    shown = []
+    for label, hits in row["hits"].items():
+        low, high = of_share(hits.count("1"), len(hits))
+        share, wanted = row["recall"][label], row["reference_recall"][label]
+        shown.append(f"{share:.2f} [{low:.2f}, {high:.2f}] ({wanted:.2f})")
+    return "; ".join(shown)
+
+
+def sure_kl(row: Mapping[str, Any]) -> str:
+    """The mean KL with its interval, where those of the windows are known."""
+    if "kl_windows" not in row:
+        return f"{row['kl']:.1e}"
+    low, high = of_mean(row["kl_windows"])
+    return f"{row['kl']:.1e} [{low:.1e}, {high:.1e}]"
+
+
 def _table(name: str, model: str) -> str:
     data = read(results(name, model))
     rows = data["rows"]
@@ -74,29 +95,37 @@ def _table(name: str, model: str) -> str:
         f"|{'---|' * len(_COLUMNS)}",
     ]
     for label in (row.name for row in SETS[name]):
-        cells = _cells(rows[label]) if label in rows else _whole("not measured yet")
-        lines.append(f"| `{label}` | {cells} |")
+        found = cells(rows[label]) if label in rows else _whole("not measured yet")
+        lines.append(f"| `{label}` | {found} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: dict[str, Any]) -> str:
+def cells(row: Mapping[str, Any]) -> str:
+    """The figures of a row of a table, or why there are none."""
     if "refused" in row:
         return _whole(f"refused: {row['refused']}")
-    held = ", ".join(
-        f"{size / 1e6:.1f} MB ({size / row['full_cache_bytes'][tokens]:.2f})"
-        for tokens, size in row["cache_bytes"].items()
-    )
+    held = _sizes(row, "cache_bytes")
+    if "read_bytes" in row:
+        held += f"; a step reads {_sizes(row, 'read_bytes')}"
     return " | ".join(
         [
             f"{row['weight_bytes'] / 1e6:.1f} MB",
             held,
             change(row),
-            f"{row['kl']:.1e}",
+            sure_kl(row),
             f"{row['kl_p99']:.1e}",
             f"{row['kl_max']:.1e}",
             f"{row['same']:.1%}",
-            recall(row),
+            sure_recall(row),
         ]
+    )
+
+
+def _sizes(row: Mapping[str, Any], key: str) -> str:
+    """Bytes by length, and as shares of a float32 cache's that keeps all."""
+    return ", ".join(
+        f"{size / 1e6:.1f} MB ({size / row['full_cache_bytes'][tokens]:.2f})"
+        for tokens, size in row[key].items()
     )
 
 
@@ -133,6 +162,10 @@ the original's. The real model is asked for the places of things in lists that s
 of 4,000 tokens, the toy for pass keys behind about 1,000; the original's share stands in brackets. Bytes of
 a cache are those allocated for one row, with its share of all tokens in float32 in brackets. Forms whose
 cache onnxruntime has no operator for run by the reference.
+
+Behind a figure stands its 95 % interval in square brackets: of recall Wilson's, of the mean KL that of a
+bootstrap over the windows, which are few. All rows read the same windows and answer the same questions, so
+that a difference between two of them is surer than their intervals say. Rows of older runs have none.
 """
 
 #: Sets of rows, their headings, and what is said above their tables.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,19 +185,55 @@ ACTIVATIONS = tuple(
     )
 )
 
-#: Every method at its defaults, and those that pack at several bits.
+#: Half of 1,024 tokens, a quarter and an eighth.
+_BUDGETS = (512, 256, 128)
+
+
+def _by_head(method: str, tokens: int, **options: Any) -> Row:
+    """A method that compares heads, which are to be right for 1,024 tokens."""
+    return _cache("prune", method, tokens=tokens, share=tokens / 1024, **options)
+
+
+def _budgets() -> Iterator[Row]:
+    """Methods that keep a number of tokens, at three budgets. Those whose defaults are one of these have no
+    row of their own for it."""
+    for tokens in _BUDGETS:
+        for method in ("kvzip", "ada_kv"):
+            yield _by_head(method, tokens)
+    for tokens in (512, 128):
+        for method in ("expected_attention", "snapkv", "pyramid_kv", "h2o", "ems"):
+            yield _cache("prune", method, tokens=tokens)
+        yield _cache("prune", "streaming_llm", recent=tokens - 4)
+
+
+def _stack(*rows: Row, storage: str | None = None) -> Row:
+    """Several forms of a cache at once, over a storage of its slots where one is given."""
+    cache: dict[str, Any] = {} if storage is None else {"storage": storage}
+    for row in rows:
+        cache |= row.recipe["cache"]
+    names = [*([] if storage is None else [f"--cache {storage}"]), *(row.name for row in rows)]
+    return Row(" ".join(names), {"cache": cache}, any(row.reference for row in rows))
+
+
+#: Every method at its defaults, budgets, more bits and channels, and stacks. A row of the real model is two
+#: minutes of one core in onnxruntime, and more by the reference.
 CACHE = (
     _FLOAT,
     _INT8_CACHE,
     *(_cache(family, name) for family, known in FAMILIES.items() for name in known),
-    *(_cache("quant", "kivi", bits=bits) for bits in (8, 4, 3)),
-    _cache("quant", "kivi", bits=4, keys="token"),
-    _cache("quant", "gear", bits=4),
-    _cache("quant", "zipcache", high=4, low=4),
-    _cache("quant", "mikv", high=8, low=4),
-    *(_cache("share", "cskv", keep=keep) for keep in (0.35, 0.5, 0.8)),
-    *(_cache("share", "cross_layer", layers=layers) for layers in (1, 4)),
-    *(_cache("prune", "snapkv", tokens=tokens) for tokens in (128, 512)),
+    *_budgets(),
+    _cache("prune", "razor_attention", recent=256),
+    _cache("prune", "duo_attention", full=0.5),
+    _by_head("ada_kv", 256, by="expected_attention"),
+    _cache("prune", "pyramid_kv", by="expected_attention"),
+    _cache("quant", "kivi", bits=4),
+    _cache("share", "cskv", keep=0.5),
+    _cache("share", "cross_layer", layers=1),
+    *(_stack(_by_head("kvzip", tokens), storage="int8") for tokens in (512, 256)),
+    _stack(_by_head("kvzip", 256), _cache("quant", "kivi", bits=4)),
+    _stack(_cache("prune", "duo_attention"), storage="int8"),
+    _stack(_cache("prune", "duo_attention"), _cache("quant", "kivi", bits=4)),
+    _stack(_cache("read", "quest"), storage="int8"),
     _STACK,
 )
 

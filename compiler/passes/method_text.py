@@ -36,6 +36,11 @@ class Method:
         """What it does, in the words of its docstring."""
         return inspect.getdoc(self.kind) or ""
 
+    def paragraph(self, begins: str) -> str:
+        """The paragraph of the docstring that begins so, on one line; empty where there is none."""
+        parts = self.what.split("\n\n")
+        return next((" ".join(part.split()) for part in parts if part.startswith(begins)), "")
+
     def defaults(self) -> dict[str, Any]:
         """Its options and their defaults; None for one that follows from the others, or from the model."""
         found = {}

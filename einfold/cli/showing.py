@@ -292,6 +292,8 @@ def list_methods(as_json: bool, what: MethodsOf = MethodsOf.cache) -> None:
         out.print(f"   {row['what']}", style="dim")
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
         out.print(f"   {options or 'no options'}", style="dim")
+        if row["measured"]:
+            out.print(f"   {row['measured']}", style="dim")
 
 
 def _of_cache() -> list[dict[str, Any]]:
@@ -321,8 +323,14 @@ def _of_weights() -> list[dict[str, Any]]:
 
 
 def _row(family: str, kind: Method, options: dict[str, Any], shown: str) -> dict[str, Any]:
-    what = _first_lines(kind.what)
-    return {"family": family, "name": kind.name, "what": what, "options": options, "shown": shown}
+    return {
+        "family": family,
+        "name": kind.name,
+        "what": _first_lines(kind.what),
+        "options": options,
+        "measured": kind.paragraph("Measured"),
+        "shown": shown,
+    }
 
 
 def _bits(scheme: Scheme) -> float:

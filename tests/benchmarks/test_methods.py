@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +87,42 @@ def test_settings_are_recipes_that_keep_the_budget(budget: int) -> None:
 def test_a_short_prompt_is_left_whole() -> None:
     assert kvpress_cache.press_of(lambda prompt, keep: (prompt, keep), 64, 64) is None
     assert kvpress_cache.press_of(lambda prompt, keep: (prompt, keep), 65, 64) == (65, 64)
+
+
+def _results(name: str) -> Any:
+    return json.loads((methods.ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def _measured() -> dict[str, list[dict[str, Any]]]:
+    """Rows of the real model whose recall the docstring of a method tells."""
+    kept, heads = _results("kept-tokens")["rows"], _results("head-ablation")["compiled"]
+    real = methods.on_real_model()
+    found = {
+        "kvzip": [kept[share]["kvzip"] for share in ("50%", "25%", "12%")],
+        "razor_attention": [heads["razor_attention, 25"]],
+        "duo_attention": [heads[f"duo_attention, {count}"] for count in (43, 25)],
+        "snapkv": [kept["50%"]["snapkv"]],
+        "expected_attention": [kept[share]["expected_attention"] for share in ("50%", "25%")],
+        "kivi": [real["--quant kivi:bits=4"]],
+    }
+    for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
+        found[name].append(real[f"--prune {name}"])
+    return found | {
+        "streaming_llm": [real["--prune streaming_llm"]],
+        "h2o": [real["--prune h2o"]],
+        "ems": [real["--prune ems"]],
+        "pyramid_kv": [real["--prune pyramid_kv"]],
+        "ada_kv": [real["--prune ada_kv"]],
+        "cross_layer": [real["--share cross_layer"]],
+    }
+
+
+@pytest.mark.parametrize(("family", "name"), NAMES)
+def test_what_a_method_says_was_measured_is_what_was(family: str, name: str) -> None:
+    """Every pair of recalls in its docstring is that of a committed row, and each of these is told."""
+    said = re.findall(r"(0\.\d\d) and (0\.\d\d)", FAMILIES[family][name].paragraph("Measured"))
+    rows = _measured().get(name, [])
+    found = [tuple(f"{row['recall'][label]:.2f}" for label in ("1000", "4000")) for row in rows]
+    whole = _results("kept-tokens")["whole"]
+    every = tuple(f"{whole[label]:.2f}" for label in ("1000", "4000"))
+    assert set(said) == ({*found, every} if rows else set())

@@ -17,7 +17,8 @@ import einfold
 from benchmarks import fetch, methods, real_model
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import measure, pages, sets, subjects
-from benchmarks.quality.measure import Original, figures, shares
+from benchmarks.quality.intervals import of_mean, of_share
+from benchmarks.quality.measure import Original, figures, hits, shares
 from benchmarks.quality.subjects import Questions, Subject, list_of_things
 from einfold.compiler.recipe import Recipe
 from einfold.runtime.tokenizer import Tokenizer
@@ -55,18 +56,39 @@ def test_figures_of_the_model_itself_and_of_a_coarse_one(
 ) -> None:
     monkeypatch.setattr(measure, "PROMPT", 20)
     original = Original.of(subject)
-    assert original.recalled == {1000: 0.5}
+    assert original.recalled == {1000: [True, False]}
     found = figures(einfold.load(text_artifact), subject, original)
     assert found["tokens"] == 2 * 19 and found["questions"] == 2
     assert 0 <= found["kl_max"] < 1e-5 and found["same"] == 1.0
     assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=1e-5)
     assert found["recall"] == found["reference_recall"] == {"1000": 0.5}
-    assert found["cache_bytes"] == found["full_cache_bytes"]
+    assert found["hits"] == found["reference_hits"] == {"1000": "10"}
+    assert found["cache_bytes"] == found["full_cache_bytes"] and "read_bytes" not in found
 
     einfold.compile(subject.folder, tmp_path / "coarse", weights="int2", check=False)
     coarse = figures(einfold.load(tmp_path / "coarse"), subject, original)
     assert coarse["kl_max"] > coarse["kl_p99"] > coarse["kl"] > 1e-3
     assert coarse["weight_bytes"] < found["weight_bytes"]
+    assert len(coarse["kl_windows"]) == 2 and np.mean(coarse["kl_windows"]) == pytest.approx(
+        coarse["kl"]
+    )
+    assert coarse["kl_windows"][0] != coarse["kl_windows"][1]
+
+
+def test_bytes_that_a_step_reads_stand_beside_those_held(
+    subject: Subject, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PROMPT", 20)
+    recipe = {"cache": {"read": {"method": "quest", "tokens": 12, "page": 4, "skip_layers": 0}}}
+    einfold.compile(subject.folder, tmp_path / "read", recipe=recipe, check=False)
+    found = figures(einfold.load(tmp_path / "read"), subject, Original.of(subject))
+    assert found["read_bytes"]["4000"] < found["cache_bytes"]["4000"]
+    row = found | {
+        "cache_bytes": {"1000": 2_000_000},
+        "read_bytes": {"1000": 500_000},
+        "full_cache_bytes": {"1000": 1_000_000},
+    }
+    assert "| 2.0 MB (2.00); a step reads 0.5 MB (0.50) |" in pages.cells(row)
 
 
 def test_what_the_original_says_is_kept_for_one_model_and_one_text(
@@ -88,7 +110,36 @@ def test_shares_by_label() -> None:
         (Questions([5, 6, 7, 8], 2, (range(2, 4),), 1000), np.array([7, 9, 0])),
         (Questions([5, 6, 7, 8], 2, (range(2, 3), range(3, 4)), 4000), np.array([0, 8, 0])),
     ]
-    assert shares(asked) == {1000: 0.5, 4000: 0.5}
+    assert hits(asked) == {1000: [True, False], 4000: [False, True]}
+    assert shares(hits(asked)) == {1000: 0.5, 4000: 0.5}
+
+
+def test_intervals_are_those_of_the_literature() -> None:
+    """Wilson's of 15 of 50 and of none of 10, as Agresti and Coull (1998) and statsmodels give them."""
+    assert of_share(15, 50) == pytest.approx((0.1910, 0.4375), abs=1e-4)
+    assert of_share(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert of_share(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert of_mean([2.0] * 8) == (2.0, 2.0)
+    values = np.random.default_rng(1).normal(5, 2, 400).tolist()
+    low, high = of_mean(values)  # of many values the normal interval
+    half = 1.96 * np.std(values) / 20
+    assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=0.02)
+    assert of_mean([0.0, 1.0]) == (0.0, 1.0)
+
+
+def test_intervals_stand_where_they_are_known() -> None:
+    row = {
+        "recall": {"1000": 0.3, "4000": 1.0},
+        "reference_recall": {"1000": 0.5, "4000": 1.0},
+        "hits": {"1000": "1" * 15 + "0" * 35, "4000": "1" * 10},
+        "kl": 0.02,
+        "kl_windows": [0.02, 0.02],
+    }
+    assert pages.sure_recall(row) == "0.30 [0.19, 0.44] (0.50); 1.00 [0.72, 1.00] (1.00)"
+    assert pages.sure_kl(row) == "2.0e-02 [2.0e-02, 2.0e-02]"
+    old = {key: row[key] for key in ("recall", "reference_recall", "kl")}
+    assert pages.sure_recall(old) == pages.recall(row) == "0.30 (0.50); 1.00 (1.00)"
+    assert pages.sure_kl(old) == "2.0e-02"
 
 
 def test_every_thing_of_the_lists_is_asked_for_behind_them() -> None:
@@ -160,6 +211,36 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert list(rows) == ["float32", "refused"] and rows["float32"]["tokens"] == 1
 
 
+def test_rows_are_measured_in_the_order_in_which_they_are_asked_for(
+    subject: Subject, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PROMPT", 20)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setitem(command.SETS, "quick", tuple(sets.Row(name) for name in "abc"))
+    monkeypatch.setitem(command.SUBJECTS, "toy", lambda: subject)
+    measured = []
+
+    def measure_row(row: sets.Row, *rest: Any) -> dict[str, Any]:
+        measured.append(row.name)
+        return {"refused": "here"}
+
+    monkeypatch.setattr(command, "measure_row", measure_row)
+    command.run("quick", "toy", ["c", "a"], False, 1)
+    assert measured == ["c", "a"]
+    rows = json.loads(pages.results("quick", "toy").read_text())["rows"]
+    assert list(rows) == ["a", "c"]  # on the page as the set has them
+
+
+def test_a_row_that_no_set_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["quality", "quick", "--only", "float32", "nothing"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "the set quick has no row nothing" in capsys.readouterr().err
+
+
 def test_the_page_is_the_committed_results() -> None:
     """`make quality` and its longer forms write it; so does `python -m benchmarks.quality --page`."""
     assert pages.PAGE.read_text(encoding="utf-8") == pages.written()
@@ -173,7 +254,8 @@ def test_committed_rows_are_of_their_sets_and_measured() -> None:
         for model in subjects.SUBJECTS:
             rows = pages.read(pages.results(name, model))["rows"]
             assert set(rows) <= {row.name for row in known}, (name, model)
-            assert all("refused" not in row for row in rows.values())
+            refused = {label for label, row in rows.items() if "refused" in row}
+            assert refused <= {"--prune kvzip:tokens=256,share=0.25 --quant kivi:bits=4"}
     for model in ("toy", "real"):
         assert pages.read(pages.results("quick", model))["rows"]["float32"]["kl_max"] < 1e-5
 

@@ -71,6 +71,22 @@ def test_the_api_takes_the_same(text_model: Path, tmp_path: Path) -> None:
     assert einfold.estimate(text_model, prune=WINDOW).cache < einfold.estimate(text_model).cache
 
 
+@pytest.mark.parametrize("method", ["ada_kv:by=h2o", "kvzip:by=h2o"])
+def test_budgets_by_head_are_a_share_of_the_context(
+    text_model: Path, tmp_path: Path, method: str
+) -> None:
+    """A quarter where nothing is said; the recipe that is kept says what was asked for."""
+    quarter, half = (
+        einfold.estimate(text_model, context=256, prune=f"{method},slack=8{share}").cache
+        for share in ("", ",share=0.5")
+    )
+    whole = einfold.estimate(text_model, context=256).cache
+    assert 0.25 * whole < quarter < 0.35 * whole and 0.5 * whole < half < 0.6 * whole
+    einfold.compile(text_model, tmp_path / "a", prune=f"{method},slack=8", context=256, check=False)
+    assert recipe_of(tmp_path / "a")["prune"]["tokens"] is None
+    assert einfold.load(tmp_path / "a").generate([3, 4, 5], max_new_tokens=2).tokens
+
+
 def test_the_streaming_recipe_is_constant_in_the_context(text_model: Path) -> None:
     found = einfold.estimate(
         text_model, recipe={"cache": {"prune": TABLE | {"prefill": "streaming"}}}
@@ -94,7 +110,11 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = {(row["family"], row["name"]) for row in rows}
     assert listed == {(family, name) for family, known in FAMILIES.items() for name in known}
     assert all(len(row["what"]) > 20 for row in rows)
-    assert "--prune streaming_llm" in einfold_cli("methods")
+    text = einfold_cli("methods")
+    assert "--prune streaming_llm" in text
+    (begin,) = [row for row in rows if "the one to begin with" in row["measured"]]
+    assert begin["name"] == "kvzip" and begin["measured"] in text
+    assert next(row for row in rows if row["name"] == "gear")["measured"] == ""
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,20 +107,65 @@ def test_heads_share_by_the_best_scores(seed: int, heads: int) -> None:
     tokens, base = 12, 4
     sizes = Sizes.of(tokens, base, 100)
     assert (sizes.base, sizes.step) == (base, 1)
-    shared = shared_out(scores_KT, sizes, tokens)
+    shared = shared_out(scores_KT, sizes, float)
     assert [sizes.tokens(int(n)) for n in shared] == by_tokens(scores_KT, tokens, base)
     rough = Sizes.of(36, base, 100)
-    found = [rough.tokens(int(n)) for n in shared_out(scores_KT, rough, 36)]
+    found = [rough.tokens(int(n)) for n in shared_out(scores_KT, rough, float)]
     assert sum(found) == 36 * heads
     exact = by_tokens(scores_KT, 36, base)
     assert all(abs(a - b) <= heads * rough.step for a, b in zip(found, exact, strict=True))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000))
+def test_newest_tokens_are_in_budgets_and_not_in_what_is_compared(seed: int) -> None:
+    """A text as long as the one that is compared on: the newest 3 and the paper's choice of the others."""
+    random = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(4, 40, generator=random) * torch.tensor([[0.5], [1], [2], [3]])] * 2
+    found = planned()
+    found.statistics = Known(scores)
+    AdaKV(tokens=20, slack=4, by="snapkv:observe=3", floor=0.6, share=0.5).run(found)
+    older_KT = scores[0][:, :-3]
+    want = [3 + tokens for tokens in by_tokens(older_KT, 20 - 3, 12 - 3)]
+    assert budgets(found) == [dict(enumerate(want))] * 2
+
+
+@pytest.mark.parametrize(("share", "mean"), [(None, 16), (0.5, 32)])
+def test_without_tokens_a_budget_is_a_share_of_the_context(share: float | None, mean: int) -> None:
+    given = {} if share is None else {"share": share}
+    for method in (
+        AdaKV(slack=4, by="snapkv:observe=3", **given),
+        KVzip(slack=4, by="expected_attention:recent=3,sinks=1", **given),
+    ):
+        found, told = planned(), planned()
+        method.run(found)
+        replace(method, tokens=mean).run(told)
+        assert found.layout == told.layout and found.model.context == 64
+        assert sum(sum(layer.values()) for layer in budgets(found)) == 2 * 4 * mean
+    with pytest.raises(RecipeError, match="leaves less than 8 to share out"):
+        AdaKV(slack=4, by="snapkv:observe=9").run(planned())
+
+
+def test_newest_tokens_that_grow_with_a_budget_leave_less_to_choose() -> None:
+    """Of h2o's budgets half are the newest tokens; a text twice as long has twice as many of each."""
+    method = AdaKV(tokens=20, slack=4, by="h2o", share=0.25)
+    make = method.make()
+    assert [make(tokens).newest for tokens in (20, 40)] == [10, 20]
+    chosen = method.chosen(make, 1000, 35)  # of a text of 80 tokens a head of 20 chooses 10 of 70
+    assert [chosen(tokens) for tokens in (20, 40)] == [5, 10]
+    assert method.compared(make, 1000).newest == 125  # a text of 1,000 has a budget of 250
+    assert method.compared(make, 40).newest == 5
+    blind = AdaKV(tokens=20, slack=4, by="h2o")
+    assert blind.chosen(blind.make(), 45, 35)(20) == 10  # the context is the text
+    whole = KVzip(tokens=20, slack=4, share=0.25, by="h2o")
+    assert whole.chosen(make, 1000, 40)(20) == 10  # a quarter of what is compared
 
 
 def test_a_head_has_no_more_than_the_context() -> None:
     scores_KT = torch.tensor([[9.0] * 40, [1.0] * 40, [0.5] * 40])
     sizes = Sizes.of(12, 4, 18)
     assert sizes.tokens(sizes.most) == 17
-    assert shared_out(scores_KT, sizes, 12).tolist() == [13, 11, 0]
+    assert shared_out(scores_KT, sizes, float).tolist() == [13, 11, 0]
     with pytest.raises(IRError, match="leaves less than 8 to share out beside the 5"):
         Sizes.of(12, 5, 100)
 
@@ -214,6 +260,7 @@ def test_a_text_of_sinks_alone_has_scores() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: KVzip(tokens=9), "leaves less than 8 to share out"),
         (lambda: AdaKV(by="streaming_llm"), "one of snapkv|is one of"),
         (lambda: AdaKV(by="snapkv:tokens=9"), "tokens is an option of the method itself"),
         (lambda: AdaKV(by="snapkv:voters=9"), "unknown key 'voters'; snapkv takes"),

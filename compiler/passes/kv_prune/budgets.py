@@ -28,6 +28,9 @@ STEPS = 8
 #: The policy of a budget of so many tokens.
 Make = Callable[[int], Policy]
 
+#: How many tokens of the calibration text a head chooses by their scores, by its budget.
+Chosen = Callable[[int], float]
+
 
 def scoring(text: str, slack: int, tokens: int) -> Make:
     """What makes policies of the method that `text` names, with its options, for several budgets.
@@ -93,18 +96,17 @@ class Sizes:
         return self.base + steps * self.step
 
 
-def shared_out(scores_KT: Tensor, sizes: Sizes, tokens: float) -> Tensor:
+def shared_out(scores_KT: Tensor, sizes: Sizes, chosen: Chosen) -> Tensor:
     """Steps of each head, [K]: STEPS of them a head in all, each to the head that has the token of the
     highest score in that place.
 
-    `scores_KT` are of a text of which a head with the mean budget keeps `tokens`. A step's score is that
-    of the token in its middle, where the tokens of a head are ordered by theirs (Feng et al. 2024,
-    algorithm 1, is the same with steps of one token).
+    `scores_KT` are of the tokens that a head chooses among, of which it takes `chosen` of its budget. A
+    step's score is that of the token in its middle, where the tokens of a head are ordered by theirs (Feng
+    et al. 2024, algorithm 1, is the same with steps of one token).
     """
     heads, total = scores_KT.shape
-    share = tokens / sizes.tokens(STEPS)
-    middles = (sizes.base + (torch.arange(sizes.most) + 0.5) * sizes.step) * share
-    places = middles.long()
+    ends = torch.tensor([chosen(sizes.tokens(steps)) for steps in range(sizes.most + 1)])
+    places = ((ends[:-1] + ends[1:]) / 2).long()
     ordered_KT = scores_KT.float().sort(1, descending=True).values
     values_KN = torch.full((heads, sizes.most), -1.0)
     inside = places < total
@@ -163,7 +165,10 @@ def together(layers: Sequence[LayerCache], whole: bool) -> list[list[LayerCache]
 
 
 def by_scores(
-    layers: Sequence[LayerCache], scores: Mapping[int, Tensor] | None, sizes: Sizes, tokens: float
+    layers: Sequence[LayerCache],
+    scores: Mapping[int, Tensor] | None,
+    sizes: Sizes,
+    chosen: Chosen,
 ) -> dict[Head, int]:
     """The budget of each of the layers' heads by the scores [K, T] of their tokens, by layer.
 
@@ -172,7 +177,7 @@ def by_scores(
     """
     heads = heads_of(layers)
     if scores is not None:
-        shared = shared_out(torch.cat([scores[x.layer] for x in layers]), sizes, tokens).tolist()
+        shared = shared_out(torch.cat([scores[x.layer] for x in layers]), sizes, chosen).tolist()
     else:
         left, shared = STEPS * len(heads), []
         for layer in layers:

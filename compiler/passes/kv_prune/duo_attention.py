@@ -29,6 +29,10 @@ class DuoAttention(Pass):
     `slack`, tokens that may gather before a window is moved; `prefill`, `exact` or `streaming`; `tokens`, the
     length of the text whose passages are asked for again, and `steps`, how often they are.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.62 and 0.55 by the defaults,
+    which hold 29 % of the bytes behind 4,000, against 0.70 and 0.65 with every token. With a window of 60
+    tokens 0.70 and 0.60 for 48 % of the heads, 0.65 and 0.45 for 28 %.
+
     Differs from the paper: a passage of the calibration text is asked for, not a pass key in long documents,
     and what counts is the loss of its tokens, not how far the last hidden states move. The text is read whole
     once, as a prompt is with `prefill=exact`, and gates act on what is asked behind it, so that a step

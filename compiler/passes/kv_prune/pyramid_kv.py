@@ -29,6 +29,9 @@ class PyramidKV(Pass):
     (`snapkv:observe=16`); `steepness`, beta in the paper; `sizes`, how many budgets there are, so that many
     layers move their tokens at the same time; `slack`, tokens that may gather between moves.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.03 and 0.05 by the defaults,
+    against 0.70 and 0.65 with every token. Depth does not tell which heads recall needs.
+
     Differs from the paper: neighbouring layers have the same budget, for `sizes` of them; the newest tokens
     that `by` keeps are a part of the budget. A first budget that the context has no room for is lowered, and
     the last one raised by as much.

@@ -31,6 +31,11 @@ class RazorAttention(Pass):
     `slack`, tokens that may gather before a window is moved; `prefill`, `exact` (as the paper) or
     `streaming`; `probe`, the random tokens that are repeated to find the heads.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.70 and 0.30 by the defaults,
+    which hold 52 % of the bytes behind 4,000 and all behind 1,000, and 0.15 and 0.60 with 28 % of the heads,
+    against 0.70 and 0.65 with every token. The scores do not find the heads that recall needs; `kvzip` keeps
+    it with fewer bytes.
+
     Differs from the paper: a KV head takes the largest score of its query heads, and shares are of KV
     heads. Heads chosen by echo are the best of those that induction left, so that the number of retrieval
     heads, and with it the bytes, follows from the options. The window has one length (the paper:

@@ -37,6 +37,9 @@ class CrossLayer(Pass):
     cosine similarity of `threshold` with those of the whole model, until `layers` layers share (0: a quarter
     of them). `rows` rows of `tokens` tokens each are read (the paper: 30 of 64).
 
+    Measured on SmolLM2-135M-Instruct, where it fails: a quarter of its 30 layers sharing makes four times the
+    perplexity, and nothing is recalled (0.00 and 0.00 behind 1,000 and 4,000 tokens, against 0.70 and 0.65).
+
     Differs from the paper: an owner never becomes a reader later, so that no chains form. Layers pair only
     where heads, sizes, sliding window and rotary tables are the same. Without weights (`estimate`) the
     deepest layers that may share are taken; they save the same bytes where as many share in the end, and

@@ -26,6 +26,10 @@ class HeavyHitters(Policy):
     given, as in the paper); `slack`, tokens that may gather before each head chooses anew; `prefill`, `exact`
     (all of the prompt is held while it is read) or `streaming` (each head chooses after every chunk).
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.05 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. What prose goes on with stays (the KL is 0.049), what is asked
+    for later does not.
+
     Differs from the paper: heads choose after `slack` tokens, not after each; a KV head adds up the
     attention of its query heads. A token that was let go does not come back.
     """

@@ -26,6 +26,9 @@ class Merged(HeavyHitters):
     `similarity`, the cosine of keys from which on a token is merged into a kept one, below it is in the
     zero class and gone; `prefill`, `exact` or `streaming`.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.05 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. Merging does not keep what is asked for later.
+
     Differs from the paper: local attention fades with age by 1 - 1 / `local` in place of a hard window,
     so that no queries are kept; both scores are shares of a head's attention and count equally; one
     `similarity` holds for every head, where the paper adapts it; centres and merged tokens are averaged

@@ -28,6 +28,10 @@ class Voted(ChosenOnce):
     stay; `kernel`, the neighbours over which votes are max-pooled; `slack`, tokens that may be
     generated before old ones leave.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.05 and 0.00 by the defaults,
+    0.12 and 0.10 with half of a prompt's tokens, against 0.70 and 0.65 with all: what its end does not look
+    at, and is asked for later, is gone. For prompts that end with their question.
+
     Differs from the paper: what is generated is bounded too, to the newest `observe` to `observe` +
     `slack` tokens, for the bytes are fixed at compile time; a prompt that is shorter than the budget
     stays whole, and the first tokens generated fill it up. A KV head adds up the votes of its `queries` query

@@ -25,6 +25,9 @@ class Window(Policy):
     all that left: the mean of their keys and of their values, as they were rotated at their absolute
     positions, enters the softmax with the logarithm of their number added to its logit.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.05 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. It is for endless text whose past no one asks for.
+
     Differs from the paper: positions stay absolute, where the paper numbers the kept tokens anew. So texts
     are bounded by the model's positions, and what is kept is what a full cache would hold of it. Layers with
     a sliding window of their own keep theirs.

@@ -27,6 +27,10 @@ class Kivi(Packed):
     channels before they become codes, and queries and outputs to match (QuaRot, Ashkboos et al. 2024), or
     `none`.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.72 and 0.60 with 4 bits, at a
+    KL of 0.003, against 0.70 and 0.65 of the whole cache. The paper's 2 bits make 15 % more perplexity there,
+    and 3 % with `rotate=both`.
+
     Differs from the paper: group 32 and residual 128 are its figures, but here the newest 128 tokens are
     always whole, where the paper lets the keys' residual fall to nothing each time it is packed. Scale and
     zero are rounded outwards to float16. Groups that keep few tokens, and layers with a sliding window of
