@@ -94,9 +94,11 @@ def _table(name: str, model: str) -> str:
         f"| {' | '.join(_COLUMNS)} |",
         f"|{'---|' * len(_COLUMNS)}",
     ]
-    for label in (row.name for row in SETS[name]):
-        found = cells(rows[label]) if label in rows else _whole("not measured yet")
-        lines.append(f"| `{label}` | {found} |")
+    names = [row.name for row in SETS[name]]
+    lines += [f"| `{label}` | {cells(rows[label])} |" for label in names if label in rows]
+    left = [f"`{label}`" for label in names if label not in rows]
+    if left:
+        lines.append(f"\nNot measured yet, {len(left)} of {len(names)} rows: {'; '.join(left)}.")
     return "\n".join(lines) + "\n"
 
 
