@@ -62,14 +62,14 @@ assert run("compile", FOLDER, "-o", out / "no") == 11
 DONE = {
     "": _NO_ONNX
     + """
-missing("triton", "pytest", "fastapi")
+missing("triton", "pytest")
 assert run("passes", "--json") == 0
 assert run("estimate", FOLDER, "--weights", "int4", "--json") == 0
 assert run("compile", FOLDER, "-o", out / "a", "--target", "reference", "--weights", "int8", "--json") == 0
 assert run("run", out / "a", "--ids", "5 6 7", "--max-new-tokens", "2", "--json") == 0
 """,
     "onnx": """
-missing("triton", "pytest", "fastapi")
+missing("triton", "pytest")
 assert run("compile", FOLDER, "-o", out / "a", "--weights", "int4", "--cache", "int8", "--json") == 0
 assert run("run", out / "a", "--ids", "5 6 7", "--max-new-tokens", "2", "--json") == 0
 import torch
@@ -77,20 +77,16 @@ einfold.export_onnx(torch.nn.Linear(4, 3), out / "module", example_inputs=(torch
 """,
     "gguf": _NO_ONNX
     + """
-missing("triton", "pytest", "fastapi")
+missing("triton", "pytest")
 import gguf
 from einfold.compiler.frontend.checkpoints.gguf import FORMATS
 assert "gguf" in FORMATS
 """,
     "triton": _NO_ONNX
     + """
-missing("pytest", "fastapi")
+missing("pytest")
 assert run("compile", FOLDER, "-o", out / "a", "--target", "triton", "--cubins", "sm_80", "--json") == 0
 assert list((out / "a").rglob("*.cubin"))
-""",
-    "serve": """
-missing("triton", "pytest", "onnx")
-import fastapi, uvicorn
 """,
     "bench": """
 missing("triton", "pytest")
