@@ -160,7 +160,8 @@ def test_int8_weights_cost_half_a_percent_at_most(quality: Callable[..., Quality
         assert found.perplexity == pytest.approx(found.reference_perplexity, rel=0.005)
 
 
-@pytest.mark.parametrize("block", [32, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [32, 128])
 def test_int4_weights(block: int, quality: Callable[..., Quality]) -> None:
     """Rounding costs quality, larger blocks more; int8 products (level 4) add little to that."""
     exact, fast = (quality(format="int4", block=block, accuracy_level=level) for level in (0, 4))
