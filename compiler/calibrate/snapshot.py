@@ -36,3 +36,9 @@ def text_inputs(tokens_BS: Tensor, logit_rows: Tensor | None = None) -> dict[str
         "position_ids": torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
         "logit_rows": torch.zeros(1, dtype=torch.long) if logit_rows is None else logit_rows,
     }
+
+
+def all_inputs(program: Program, tokens_BS: Tensor) -> dict[str, Tensor]:
+    """The inputs of a program for rows of text, with the logits behind every token asked for."""
+    rows = torch.arange(tokens_BS.numel())
+    return text_inputs(tokens_BS, rows) | program.beside(tokens_BS)

@@ -29,7 +29,7 @@ from ..ir.ops.attention import distance_bias
 from ..ir.program import Program, remove_dead_nodes
 from .observer import Found, Observer
 from .sites import Site
-from .snapshot import snapshot, text_inputs
+from .snapshot import all_inputs, snapshot
 
 #: Numbers of attention weights in a block of rows: 64 MB.
 _BLOCK = 1 << 24
@@ -215,8 +215,7 @@ class Stream:
                 self._begin(name, [run.arguments(node) for run in runs])
 
     def _inputs(self, tokens_BS: Tensor) -> dict[str, Tensor]:
-        rows = torch.arange(tokens_BS.numel())  # the head sees all, where it is a site
-        return text_inputs(tokens_BS, rows) | self._program.beside(tokens_BS)
+        return all_inputs(self._program, tokens_BS)  # the head sees all, where it is a site
 
     def _begin(self, name: str, calls: Sequence[tuple[Any, ...]]) -> None:
         """Shows a site, in each of the parts: the values that are named, or all that a product is given."""
@@ -270,10 +269,7 @@ class Stream:
         folder = self._folder
         if folder is None:
             return
-        known = [
-            {node.name: value for node, value in run.values.items() if node.op != "get_attr"}
-            for run in runs
-        ]
+        known = [run.known for run in runs]
         values = [value for each in known for value in each.values()]
         size = sum(value.nbytes for value in values if isinstance(value, Tensor))
         # Where much is needed, what was done since is done again sooner than it is written.

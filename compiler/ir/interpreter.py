@@ -111,6 +111,11 @@ class Run:
                     del values[dead]
                 self._next += 1
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What another run needs to go on from here: values by the names of their nodes, weights apart."""
+        return {node.name: value for node, value in self.values.items() if node.op != "get_attr"}
+
     def arguments(self, node: fx.Node) -> tuple[Any, ...]:
         """What a node is given that is the next to be run."""
         found: tuple[Any, ...] = fx.map_arg(node.args, lambda read: self.values[read])

@@ -55,16 +55,16 @@ class Distill(Tuner):
             )
 
     def distill(self, model: Whole) -> dict[str, Solved]:
-        moved = {name: _Moved(stored) for name, stored in model.weights.items()}
-
-        def weight(name: str) -> Tensor:
-            return moved[name].weight()
-
         if model.parts < 2:
             raise CalibrationError(
                 "distill learns from one part of the calibration text and is judged by another, and the text "
                 "is one part; give more tokens (calibration.tokens = 2048 at least)"
             )
+        moved = {name: _Moved(stored) for name, stored in model.weights.items()}
+
+        def weight(name: str) -> Tensor:
+            return moved[name].weight()
+
         places = [*islice(drawn(model.parts), model.parts)]
         count = math.ceil(model.parts / _JUDGED)
         judges, read = places[:count], places[count:]

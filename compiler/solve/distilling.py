@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ...errors import CalibrationError
-from ..calibrate.snapshot import text_inputs
+from ..calibrate.snapshot import all_inputs
 from ..calibrate.stream import Tell, keep_found, kept_found, time_left
 from ..ir.heap import give_back
 from ..ir.interpreter import Interpreter, Run
@@ -105,9 +105,7 @@ class _Model:
     ) -> None:
         self.weights, self.parts = weights, len(parts)
         self._stored, self._folder, self._tell = stored, folder, tell
-        self._inputs = [
-            text_inputs(part, torch.arange(part.numel())) | program.beside(part) for part in parts
-        ]
+        self._inputs = [all_inputs(program, part) for part in parts]
         self._segments, self._result = _segments(program), _result(program)
         counts = Counter(name for segment in self._segments for name in segment.reads)
         self._shared = [name for name, count in counts.items() if count > 1]
@@ -131,7 +129,7 @@ class _Model:
                 run.until(segment.stop)
             weights.clear()
             give_back()
-        return [_values(run) for run in runs]
+        return [run.known for run in runs]
 
     def lost(self, weight: Weights, parts: Sequence[int]) -> float:
         tokens = total = 0.0
@@ -142,7 +140,7 @@ class _Model:
                 lost = float(self._off(self._plain, values, part))
             count = self._inputs[part]["input_ids"].numel()
             tokens, total = tokens + count, total + lost * count
-            self._let_go()
+            self._held.clear()
         return total / tokens
 
     def slopes(self, weight: Weights, part: int) -> Iterator[tuple[str, Tensor]]:
@@ -162,7 +160,7 @@ class _Model:
             else:
                 run = Run(self._derived, self._inputs[part], segment.first, known)
                 run.until(segment.stop)
-                made = _derivable(_values(run))
+                made = _derivable(run.known)
                 names = [name for name in asked if name in made]
                 ends, sizes = [made[n] for n in names], [asked[n] for n in names]
             if not ends:  # nothing of what comes behind depends on it
@@ -173,7 +171,7 @@ class _Model:
             for name, slope in zip(leaves, found[len(values) :], strict=True):
                 if slope is not None:
                     yield name, slope
-        self._let_go()
+        self._held.clear()
 
     def kept(self) -> dict[str, Tensor]:
         return (None if self._folder is None else kept_found(self._folder / _STATE)) or {}
@@ -201,14 +199,14 @@ class _Model:
         for segment in self._segments[:-1]:
             self._fill(segment, weight)
             run.until(segment.stop)
-            before.append(_values(run))
+            before.append(run.known)
         return before
 
     def _fill(self, segment: _Segment, weight: Weights) -> dict[str, Tensor]:
         """Holds the weights that a segment reads, beside those that several read; gives those that can be
         derived by."""
         shared = {name: self._held[name].detach() for name in self._shared}
-        self._let_go()
+        self._held.clear()
         self._held.update(shared)
         self._held.update({n: self._asked(n, weight) for n in segment.reads if n not in shared})
         return {n: self._held[n].requires_grad_() for n in segment.reads if n in self.weights}
@@ -218,9 +216,6 @@ class _Model:
             return weight(name).detach()
         stored = self._stored(name)
         return self._original.weight(name) if stored is None else stored
-
-    def _let_go(self) -> None:
-        self._held.clear()
 
     def _off(self, interpreter: Interpreter, known: Values, part: int) -> Tensor:
         """KL of the original and the model behind what is known in front of the head, a mean over tokens."""
@@ -258,10 +253,6 @@ def _result(program: Program) -> str:
     """The name of the logits among the outputs."""
     names = program.output_names()
     return "logits" if "logits" in names else names[0]
-
-
-def _values(run: Run) -> dict[str, Any]:
-    return {node.name: value for node, value in run.values.items() if node.op != "get_attr"}
 
 
 def _leaf(value: Any) -> Any:

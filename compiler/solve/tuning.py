@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ...errors import CalibrationError
-from ..calibrate.snapshot import copied, text_inputs
+from ..calibrate.snapshot import all_inputs, copied
 from ..calibrate.stream import Tell, keep_found, kept_found, time_left
 from ..ir.heap import give_back
 from ..ir.interpreter import Interpreter, Run
@@ -189,9 +189,7 @@ class _Reading:
     def __init__(self, program: Program, parts: Sequence[Tensor]) -> None:
         self.weights: Mapping[str, Begun] = {}
         self.parts = len(parts)
-        self._inputs = [
-            text_inputs(part, torch.arange(part.numel())) | program.beside(part) for part in parts
-        ]
+        self._inputs = [all_inputs(program, part) for part in parts]
         self._plain: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
         self._tried: dict[str, Tensor] = {}
@@ -248,8 +246,7 @@ class _Reading:
         self._tried.update(weights)
         own = self._own[part].values
         self._tried.update({str(n.target): v for n, v in own.items() if n.op == "get_attr"})
-        known = {n.name: v for n, v in own.items() if n.op != "get_attr"}
-        run = Run(interpreter, self._inputs[part], self._span.first, known)
+        run = Run(interpreter, self._inputs[part], self._span.first, self._own[part].known)
         run.until(self._span.stop)
         wanted = self._original[part].values
         made = {*self._span.nodes}
