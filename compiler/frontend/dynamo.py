@@ -83,8 +83,10 @@ def trace_function(
 ) -> fx.GraphModule:
     """A pure function of tensors as a graph in the same form, each value computed once."""
     with mode, tracing(None):
+        # A tensor that is given twice would be traced as the last argument that it is.
+        apart = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
         traced: fx.GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(
-            *values
+            *apart
         )
     drop_idle(traced.graph)
     graph = fx_graph_cse(traced.graph)

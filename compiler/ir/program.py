@@ -266,15 +266,21 @@ def infer(program: Program, node: fx.Node) -> None:
     shapes = program.shapes
     if node.op == "get_attr":
         weight = program.weights[str(node.target)]
-        node.meta["val"] = shapes.tensor(weight.shape, weight.dtype)
+        shape, dtype = tuple(weight.shape), weight.dtype
+        node.meta["val"] = shapes.once((shape, dtype), lambda: shapes.tensor(shape, dtype))
         return
     if node.op != "call_function" or not callable(node.target):
         raise IRError(f"node {node.name} ({node.op}) has no type of its own")
+    target = node.target
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    try:
+
+    def compute() -> Any:
         # The dispatcher in Python knows sizes that are symbols where C++ would fix or refuse them.
         with Later(), shapes.mode, enable_python_dispatcher(), torch.no_grad(), _no_log():
-            node.meta["val"] = node.target(*args, **kwargs)
+            return target(*args, **kwargs)
+
+    try:
+        node.meta["val"] = shapes.once((target, args, kwargs), compute)
     except Exception as error:
         pass_on(error)
         inputs = ", ".join(

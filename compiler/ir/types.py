@@ -5,14 +5,15 @@ Shapes are followed with torch's fake tensors; this module owns the named dims a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
 from ...errors import IRError
 
@@ -79,6 +80,7 @@ class Shapes:
         self.mode = FakeTensorMode(shape_env=self.env)
         self._dims: dict[str, torch.SymInt] = {}
         self._names: dict[str, str] = {}
+        self._known: dict[Hashable, Any] = {}
 
     def dim(self, name: str) -> torch.SymInt:
         """The symbolic size called `name`, made on first use."""
@@ -99,6 +101,24 @@ class Shapes:
         sizes = [self.dim(size) if isinstance(size, str) else size for size in shape]
         with self.mode:
             return torch.empty(sizes, dtype=dtype)
+
+    def once(self, of: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """What `compute` gives for the types `of`; computed once for those that are alike.
+
+        Layers of a model are alike, and a symbolic shape takes torch a millisecond. Values are shared:
+        nothing writes to them, or tells two of them apart by which object they are.
+        """
+        try:
+            key = _type_of(of)
+            if key in self._known:
+                return self._known[key]
+        except TypeError:  # of what has no hash nothing is known
+            return compute()
+        value = compute()
+        sized = [x for x in tree_leaves(value) if isinstance(x, (torch.Tensor, torch.SymInt))]
+        if not free_unbacked_symbols(sized):  # each such size is a number of its own
+            self._known[key] = value
+        return value
 
     def describe(self, value: Any) -> str:
         """The printed type of a node's value: `f32[B, S, 64]`, `sym(B*S)`, `(f32[..], f32[..])`."""
@@ -132,3 +152,18 @@ class Shapes:
             raise IRError(f"the size {expression} is known only once the data are")
         names = {symbol: known[str(symbol)] for symbol in expression.free_symbols}
         return str(expression.xreplace({s: type(s)(n) for s, n in names.items()}))
+
+
+def _type_of(value: Any) -> Hashable:
+    """What a result's type may depend on; alike for two values only where it is the same for both."""
+    if isinstance(value, torch.Tensor):
+        places = (*value.shape, *value.stride(), value.storage_offset())
+        constant = getattr(value, "constant", None)
+        return ("tensor", value.dtype, constant, *map(_type_of, places))
+    if isinstance(value, torch.SymInt):
+        return ("size", value.node.expr)
+    if isinstance(value, Mapping):
+        return ("table", *((key, _type_of(each)) for key, each in value.items()))
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_type_of, value))
+    return (type(value), value)  # for 1, 1.0 and True are equal
