@@ -89,6 +89,7 @@ torch.save(test_plans.logits(models.build("llama"), cache="int8"), {out!r})
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_it(plans: list[str], tmp_path: Path) -> None:
     """Its hashes of strings are others, so that sets have another order."""
     want = logits(models.build("llama"), cache="int8")
@@ -260,6 +261,7 @@ def test_a_model_with_a_hook_is_planned_each_time(plans: list[str]) -> None:
     assert len(plans) == 2
 
 
+@pytest.mark.slow
 def test_options_versions_and_tokens_count(
     plans: list[str], text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def _names(form: Any) -> list[str]:
     return list(code.co_varnames[: code.co_argcount])
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_current() -> None:
     table = load("attention_table")
     assert table.TARGET.read_text() == table.render(), "run `make docs`"

@@ -12,6 +12,7 @@ import einfold
 from einfold.compiler.passes.cache_methods import FAMILIES
 from einfold.errors import RecipeError
 
+from ..quick import rarely
 from .test_bad_input import refused
 from .test_cli import as_json
 from .test_cli import einfold as einfold_cli
@@ -45,6 +46,7 @@ def test_every_verb_takes_a_method(text_model: Path, tmp_path: Path) -> None:
     assert pruned["total"] == pruned["weights"] + pruned["cache_peak"] + pruned["activations"]
 
 
+@pytest.mark.slow
 def test_an_estimate_is_for_the_context_that_a_compile_is_for(
     text_model: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +73,7 @@ def test_the_api_takes_the_same(text_model: Path, tmp_path: Path) -> None:
     assert einfold.estimate(text_model, prune=WINDOW).cache < einfold.estimate(text_model).cache
 
 
-@pytest.mark.parametrize("method", ["ada_kv:by=h2o", "kvzip:by=h2o"])
+@pytest.mark.parametrize("method", ["ada_kv:by=h2o", rarely("kvzip:by=h2o")])
 def test_budgets_by_head_are_a_share_of_the_context(
     text_model: Path, tmp_path: Path, method: str
 ) -> None:

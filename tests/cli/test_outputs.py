@@ -19,6 +19,7 @@ from einfold.cli.common import _umask, whole_file
 from einfold.compiler.artifact import clear_leftovers, staged
 from einfold.errors import OutputError
 
+from ..quick import rarely
 from .test_bad_input import compile_refused, refused
 from .test_cli import einfold
 
@@ -181,8 +182,8 @@ def test_a_killed_compile_leaves_only_a_folder_that_the_next_clears(
     ("number", "says"),
     [
         (signal.SIGINT, "interrupted\n"),
-        (signal.SIGTERM, ""),
-        pytest.param(signal.SIGHUP, "", marks=pytest.mark.slow),
+        rarely(signal.SIGTERM, ""),
+        rarely(signal.SIGHUP, ""),
     ],
 )
 def test_an_interrupted_compile_cleans_up(

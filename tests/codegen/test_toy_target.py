@@ -27,6 +27,7 @@ from einfold.runtime.artifact import Artifact
 from einfold.runtime.runner import Floats
 
 from ..hostile import forge
+from ..quick import quick
 
 PROMPT, NEW = [5, 6, 7, 8], 6
 
@@ -179,7 +180,7 @@ def test_a_layout_is_refused_before_weights_are_written(text_model: Path, tmp_pa
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "toy"))
 def test_estimates_and_the_command_line_know_it(name: str, text_model: Path) -> None:
     told = einfold.estimate(text_model, target=name)
     assert told.process > 10_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import einfold
 from einfold.runtime.sampling import Sampling
 
+from ..quick import quick
 from . import common
 
 TOLERANCE, NEW = 1e-4, 24
@@ -46,8 +48,14 @@ def check(name: str, folder: Path, engine: str | None = None) -> None:
         assert len({*tokens[0]}) > 5
 
 
-@pytest.mark.parametrize("engine", ["onnx", "reference"])
-@pytest.mark.parametrize("name", ["t5", "whisper", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    quick(
+        product(["t5", "whisper", "bart"], ["onnx", "reference"]),
+        ("t5", "onnx"),
+        ("whisper", "reference"),
+    ),
+)
 def test_what_transformers_computes_and_writes(name: str, engine: str, compiled_pair: Made) -> None:
     check(name, compiled_pair(name), engine)
 
@@ -97,6 +105,7 @@ def test_a_model_in_memory_with_tied_weights(tmp_path: Path) -> None:
     assert manifest.cache_bytes == "1024*B*C + 1025*B*T"
 
 
+@pytest.mark.slow
 def test_int8_weights_and_cache_stay_near(tmp_path: Path) -> None:
     model = common.build("t5-tied", noise=0.05)
     folder = common.save("t5-tied", tmp_path / "m", noise=0.05)

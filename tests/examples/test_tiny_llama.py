@@ -154,6 +154,7 @@ def test_fp32_loses_nothing(quality: Callable[..., Quality]) -> None:
     assert found.bytes["predicted"] == found.bytes["measured"]
 
 
+@pytest.mark.slow
 def test_int8_weights_cost_half_a_percent_at_most(quality: Callable[..., Quality]) -> None:
     for level in (0, 4):
         found = quality(format="int8", block=32, accuracy_level=level)

@@ -16,6 +16,7 @@ from einfold.errors import IRError
 
 from .. import models
 from ..programs import HEADER, program
+from ..quick import quick
 
 BODY = """
     weight @w : f32[8, 4]
@@ -29,8 +30,18 @@ BODY = """
 
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [(name, "fp32") for name in models.CONFIGS]
-    + [("gemma3", "fp16"), ("mixtral", "int4"), ("gpt2", "int8")],
+    quick(
+        [
+            *((name, "fp32") for name in models.CONFIGS),
+            ("gemma3", "fp16"),
+            ("mixtral", "int4"),
+            ("gpt2", "int8"),
+        ],
+        ("gpt_oss", "fp32"),
+        ("gemma3", "fp16"),
+        ("mixtral", "int4"),
+        ("gpt2", "int8"),
+    ),
 )
 def test_round_trip(name: str, weights: str, model_folder: Callable[[str], Path]) -> None:
     recipe = Recipe.build({"weights": {"format": weights}})

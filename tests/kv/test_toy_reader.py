@@ -29,6 +29,7 @@ from einfold.errors import IRError, RecipeError
 from einfold.runtime.artifact import Artifact
 
 from .. import models
+from ..quick import rarely
 from . import common
 
 TOKENS = [3 + (7 * place) % 90 for place in range(60)]
@@ -148,8 +149,8 @@ def test_a_query_reads_what_was_chosen_and_no_more() -> None:
     "cache",
     [
         {},
-        pytest.param({"storage": "f16"}, marks=pytest.mark.slow),
-        {"share": "cross_layer:layers=1"},
+        rarely({"storage": "f16"}),
+        rarely({"share": "cross_layer:layers=1"}),
     ],
     ids=str,
 )
@@ -170,6 +171,7 @@ def test_by_the_reference_few_pages_are_near_and_all_are_the_same(
     assert {group.reader for _, _, group in layout.groups()} == {Pages(4, 2)}
 
 
+@pytest.mark.slow
 def test_int8_slots_are_read_so_too(tmp_path: Path) -> None:
     folder = models.save("llama", tmp_path / "model")
     cache = {"storage": "int8", "read": {"method": "toy_pages", "count": 99}}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from .. import models
+from ..quick import quick
 from .environment import clean_environment, closure, environment, install
 
 ROOT = Path(__file__).parent.parent.parent
@@ -164,9 +165,7 @@ def test_every_extra_is_tried(wheel: Path) -> None:
     assert {"", *(metadata_of(wheel).metadata.get_all("Provides-Extra") or [])} == set(DONE)
 
 
-@pytest.mark.parametrize(
-    "extra", [pytest.param(x, marks=[pytest.mark.slow] if x == "triton" else []) for x in DONE]
-)
+@pytest.mark.parametrize("extra", quick(DONE, "", "onnx"))
 def test_what_is_installed_runs(extra: str, wheel: Path, tmp_path: Path) -> None:
     try:
         linked = closure(metadata_of(wheel), extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from einfold.errors import IRError, RecipeError
 from .. import models
 from ..methods import chosen
 from ..programs import calls, program
+from ..quick import quick
 
 BODY = """
     input %ids "input_ids" : i64[B, S]
@@ -204,8 +206,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("prefill", ["exact", "streaming"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "prefill"),
+    quick(product(METHODS, ["exact", "streaming"]), ("kivi", "exact"), ("mikv", "streaming")),
+)
 def test_a_model_over_8_bits_says_nearly_the_same(
     method: str,
     prefill: str,

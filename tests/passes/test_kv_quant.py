@@ -20,6 +20,7 @@ from einfold.errors import CalibrationError, EinfoldError, RecipeError
 from .. import models
 from ..greedy import all_logits
 from ..programs import calls, program
+from ..quick import quick
 
 BODY = """
     weight @e : f32[11, 16]
@@ -119,7 +120,7 @@ def test_texts(text_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow), "mistral"]
+    "name", quick(["llama", "gemma2", "gpt2", "gpt_neox", "mistral"], "llama", "gemma2")
 )
 def test_an_int8_cache_changes_little(
     name: str, model_folder: Callable[[str], Path], artifact: Callable[..., Path], tmp_path: Path

@@ -32,6 +32,7 @@ from einfold.errors import ModelError, RecipeError
 from .. import models
 from ..greedy import all_logits
 from ..programs import calls, program
+from ..quick import rarely
 
 TOKENS = torch.randint(models.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -129,8 +130,8 @@ def test_what_stands_out_in_a_channel_is_spread_over_all(name: str) -> None:
     ("name", "reason"),
     [
         ("gpt2", "otherwise than through an RMS norm or a linear"),
-        ("opt", "otherwise than through an RMS norm or a linear"),
-        ("gemma2", "writes it, whose result cannot be turned in a weight"),
+        rarely("opt", "otherwise than through an RMS norm or a linear"),
+        rarely("gemma2", "writes it, whose result cannot be turned in a weight"),
         ("gemma3", "writes it, whose result cannot be turned in a weight"),
     ],
 )

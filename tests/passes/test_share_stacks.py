@@ -12,6 +12,7 @@ import einfold
 
 from .. import models
 from ..greedy import all_logits
+from ..quick import rarely
 
 TOKENS = list(range(3, 93))
 MINICACHE = {"method": "minicache", "group": 8, "residual": 8, "slack": 16}
@@ -49,6 +50,7 @@ def test_pruned_packed_and_merged_layers_are_one_layout(tmp_path: Path) -> None:
     assert cache.nbytes < 4 * 4 * 16 * 4 * cache.capacity
 
 
+@pytest.mark.slow
 def test_a_reader_of_a_packed_layer_is_close_to_one_of_a_whole_layer(tmp_path: Path) -> None:
     quant = KIVI | {"prefill": "streaming", "rotate": "both"}  # the reader's heads are rotated too
     small = compiled(tmp_path / "small", "reference", share=CROSS, quant=quant)
@@ -61,7 +63,7 @@ def test_a_reader_of_a_packed_layer_is_close_to_one_of_a_whole_layer(tmp_path: P
     assert 1e-5 < error < 0.05
 
 
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("portable", [False, rarely(True)])
 def test_a_reader_of_a_pruned_layer_on_onnx(portable: bool, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
     model = models.save("llama", tmp_path / "model", num_hidden_layers=3, **sizes)

@@ -125,6 +125,7 @@ def test_a_language_model_is_solved_and_an_encoder_rounded(tmp_path: Path) -> No
     assert made.manifest.recipe["weights"]["solver"] is None
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_text(tmp_path: Path) -> None:
     folder = models.save("llama", tmp_path / "model")
     made = {}

@@ -57,6 +57,7 @@ def test_a_forked_child_loads_computes_and_estimates(
     ], done.stderr
 
 
+@pytest.mark.slow
 def test_threads_that_compile_estimate_export_and_load(
     text_model: Path, artifact: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ONNX = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 #: What only compiling needs.
 COMPILING = (
@@ -78,6 +80,7 @@ def test_a_cache_is_laid_out_without_what_compiles() -> None:
     assert without(COMPILING, _LAYOUT).strip() == "[True, True, True]"
 
 
+@pytest.mark.slow
 def test_no_onnx_but_for_the_target_onnx(text_model: Path, tmp_path: Path) -> None:
     kernels, graph = tmp_path / "kernels", tmp_path / "graph"
     script = verbs(
