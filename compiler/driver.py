@@ -30,7 +30,6 @@ from .frontend.checkpoint import open_checkpoint, read_config
 from .frontend.encoder_decoders import EncoderDecoder, find_encoder_decoder
 from .frontend.encoders import Encoder, capture_encoder, encoder_of, result_entries
 from .frontend.example import Example
-from .frontend.export import capture_language_model
 from .frontend.folders import read_folder
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
@@ -60,6 +59,7 @@ from .ir.stored import TurnedWeight, scheme_of
 from .ir.together import together
 from .ir.weights import Weight
 from .ir.weights_file import write_weights
+from .kept_trace import trace_language_model
 from .memory.survey import inputs_at, step_dims
 from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
@@ -339,7 +339,7 @@ def captured(
         fusion = [FuseAttention(target.name, target.attention())]
     else:
         context = _context(model, recipe)
-        program = capture_language_model(
+        program = trace_language_model(
             model.source,
             model.config,
             context,
@@ -409,7 +409,7 @@ def plan_cache(model: Input, recipe: Recipe, check: Check | None = None) -> Prog
             "compile it into an artifact instead"
         )
     load_weights(model)
-    program = capture_language_model(
+    program = trace_language_model(
         model.source, model.config, _context(model, recipe), model.state, model.module
     )
     program.statistics = _statistics(model, program, recipe, lambda text, share: None)

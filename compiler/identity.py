@@ -17,6 +17,8 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +54,7 @@ _BY_REPR = (re.Pattern, types.GenericAlias, types.UnionType)
 
 #: Attributes of a module that are said otherwise, or never traced.
 _TOLD = {"_parameters", "_buffers", "_modules", "generation_config", "_compiled_call_impl"}
+_TOLD |= {"name_or_path"}
 
 #: Entries of a class that decide nothing; and keys of a config that say where a model is from, and which of
 #: the implementations that einfold replaces it calls.
@@ -69,27 +72,42 @@ _ORIGIN = {"_name_or_path", "_commit_hash", "transformers_version"}
 _ORIGIN |= {"_attn_implementation", "_experts_implementation"}
 
 
+@functools.cache
+def versions(*folders: Path) -> list[str]:
+    """Versions of what compiles, and a hash of the code in folders, which changes between versions."""
+    digest = blake3()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    told = [metadata.version(name) for name in ("einfold", "torch", "transformers")]
+    return [*told, digest.hexdigest()]
+
+
 class _UnreadableError(Exception):
     """What cannot be told by text."""
 
 
-def identity(model: Any) -> str | None:
-    """The model's name, the same in every process with these versions; None where it has none."""
+def identity(model: Any, numbers: bool = True) -> str | None:
+    """The model's name, the same in every process with these versions; None where it has none.
+
+    Without `numbers` parameters count by their shapes: what is traced of the model is the same for all.
+    """
     if not isinstance(model, nn.Module):
         return None
     hooked = ("_global_forward_hooks", "_global_forward_pre_hooks")
     if any(getattr(nn.modules.module, name, None) for name in hooked):
         return None
     try:
-        return _Reader(model).name()
+        return _Reader(model, numbers).name()
     except Exception as error:  # a config or a tensor of somebody's own may raise anything
         pass_on(error)
         return None
 
 
 class _Reader:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, counts: bool) -> None:
         self.model = model
+        self.counts = counts
         self.parts = {id(part): name for name, part in model.named_modules()}
         self.tensors: dict[int, str] = {}
         self.digest = blake3()
@@ -118,8 +136,12 @@ class _Reader:
         for name, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
             first = self.tensors.setdefault(id(tensor), name)
             self._say("tensor", name, first)
-            if first == name:
+            if first != name:
+                continue
+            if self.counts or not isinstance(tensor, nn.Parameter):
                 found[name] = _checked(tensor)
+            else:
+                self._say(_checked(tensor).dtype, *tensor.shape)
         return found
 
     def _module(self, part: nn.Module) -> None:

@@ -6,10 +6,8 @@ folder, under a name of everything that it depends on.
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from blake3 import blake3
 
 from .compiler.calibrate.text import encoded
 from .compiler.driver import plan_cache, wrap_model
-from .compiler.identity import identity
+from .compiler.identity import identity, versions
 from .compiler.ir.kept import cache_home, read_tensors, write_tensors
 from .compiler.ir.kv.layout import CacheLayout
 from .compiler.ir.program import Program
@@ -96,15 +94,9 @@ def _place(model: Any, tokenizer: Any, recipe: Recipe) -> Path | None:
     return cache_home() / "caches" / f"{blake3(told.encode()).hexdigest()}.pt"
 
 
-@functools.cache
 def _versions() -> list[str]:
-    """Versions of what plans, and a hash of einfold's own code, which changes between its versions too."""
-    digest, here = blake3(), Path(__file__).parent
-    for folder in (here, here / "compiler", here / "runtime"):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
-    versions = [metadata.version(name) for name in ("einfold", "torch", "transformers")]
-    return [*versions, digest.hexdigest()]
+    here = Path(__file__).parent
+    return versions(here, here / "compiler", here / "runtime")
 
 
 def _keep(plan: CachePlan, path: Path, checked: bool) -> None:

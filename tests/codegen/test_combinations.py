@@ -14,11 +14,6 @@ from typing import Any
 import pytest
 
 import einfold
-from einfold.compiler import driver
-from einfold.compiler.ir.parser import parse
-from einfold.compiler.ir.printer import print_program
-from einfold.compiler.ir.program import Program
-from einfold.compiler.ir.weights import Weight
 
 from .. import models
 
@@ -38,24 +33,6 @@ CASES: list[tuple[str, str, bool]] = [
 #: Largest difference of a logit as a share of the largest. Int8 products round activations to 8 bits.
 BOUNDS = {"float32": 1e-4, "int8 products (accuracy level 4)": 0.05}
 
-_captured: dict[str, tuple[str, dict[str, Weight]]] = {}
-
-
-def once(source: Any, config: Any, *more: Any, **options: Any) -> Program:
-    """The captured program, traced for the first compile of an architecture and read again for the others."""
-    key = config.model_type
-    if key not in _captured:
-        program = _capture(source, config, *more, **options)
-        _captured[key] = (
-            print_program(program),
-            {name: program.weights[name] for name in program.weights},
-        )
-    text, weights = _captured[key]
-    return parse(text, lambda name, declared: weights[name])
-
-
-_capture = driver.capture_language_model
-
 
 @pytest.mark.parametrize(
     ("name", "weights", "portable"),
@@ -67,9 +44,7 @@ def test_it_runs(
     portable: bool,
     model_folder: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(driver, "capture_language_model", once)
     chosen: dict[str, Any] = {"recipe": weights} if weights in RECIPES else {"weights": weights}
     report = einfold.compile(model_folder(name), tmp_path / "a", portable=portable, **chosen)
     found = report.check
