@@ -41,6 +41,8 @@ class Function:
     """Reduces an expression over axes (`reduce.reduce`)."""
     shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Neighbours along a rank that share an element of an input, by (input, rank); 1 where not named."""
+    listed: bool = False
+    """Whether streamed coordinates come from a list (`listed.py`), so that neighbours are none in memory."""
     names: Names = field(default_factory=Names)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     extents: dict[str, None] = field(default_factory=dict)

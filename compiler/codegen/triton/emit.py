@@ -15,6 +15,7 @@ from ...ir.cascade.cascade import Statement
 from ...ir.cascade.plan import Reference, State, Step, step_reads
 from .block import Block, Function
 from .gates import Bound, bounds, hiding_place
+from .listed import Listed
 from .memory import masks, shape, store
 from .places import places, stretch
 from .reduce import reduce
@@ -58,8 +59,16 @@ class Generated:
 class Emitter:
     """Emits one function of a division."""
 
-    def __init__(self, name: str, division: Division, kernel: Function, lazy: float | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        division: Division,
+        kernel: Function,
+        lazy: float | None,
+        listed: Listed | None = None,
+    ) -> None:
         self.name, self.division, self.kernel, self.lazy = name, division, kernel, lazy
+        self.listed = listed
         self.plan, self.roles = division.plan, division.roles
         self.head = Block(kernel)
         self.loop = Block(kernel, self.head, self.roles.stream)
@@ -69,25 +78,32 @@ class Emitter:
             if not isinstance(step, State):
                 kernel.held[step.name] = (self.roles.axes(step.ranks), 1)
         self.hidden = hiding_place(self.plan)
-        self.bounds = bounds(self.plan)
+        self.bounds = [] if listed else bounds(self.plan)
         self.outputs: list[str] = []
         self.parts: list[str] = []
+        self.walked: list[str] = []
         self.asks = False
 
     def whole(self) -> Generated:
         """One pass: everything from inputs to outputs."""
-        self.asks = stretch(self.head, self.bounds, False)
+        self._stretch(False)
         self._tiles()
         self._finish()
         return self._assembled("whole", ["ROWS", "STREAM"])
 
     def part(self) -> Generated:
         """The states of one part of the stream."""
-        self.asks = stretch(self.head, self.bounds, True)
+        self._stretch(True)
         self._tiles()
         for step in self.carried:
             self._part_access(step, self.tail, self._variable(step))
         return self._assembled("part", ["PARTS", "ROWS", "STREAM"])
+
+    def _stretch(self, split: bool) -> None:
+        """What of the stream a program walks."""
+        self.walked = self.listed.coordinates(self.head) if self.listed else []
+        end = self.listed.end(self.head) if self.listed else ""
+        self.asks = stretch(self.head, self.bounds, split, end)
 
     def merge(self) -> Generated:
         """The outputs, from the states of all parts."""
@@ -240,16 +256,11 @@ class Emitter:
     def _loop_lines(self, kind: str) -> list[str]:
         if kind == "merge":
             return ["for part in range(0, PARTS):", *(f"    {line}" for line in self.loop.lines)]
-        size = self.kernel.extent(self.roles.stream).text
-        index = self.kernel.index(self.roles.stream).text
-        inside = [f"{index} = first + off_t", f"live_t = {index} < {size}", *self.loop.lines]
+        inside = [*self._coordinates(), *self.loop.lines]
         if not self.kernel.virtual:
             return ["for first in range(start, end, STREAM):", *(f"    {line}" for line in inside)]
+        size = self.kernel.extent(self.roles.stream).text
         last = "(part == PARTS - 1).to(tl.int32)" if kind == "part" else "1"
-        inside[1:2] = [
-            f"real_t = {index} < {size}",
-            f"live_t = {index} < tl.where(virtual, {size} + {self.kernel.virtual}, {size})",
-        ]
         return [
             # One more tile, for the virtual coordinates past the last real one.
             "tiles = tl.cdiv(end - start, STREAM)",
@@ -258,6 +269,18 @@ class Emitter:
             f"    first = tl.where(virtual, {size}, start + tile * STREAM)",
             *(f"    {line}" for line in inside),
         ]
+
+    def _coordinates(self) -> list[str]:
+        """Lines of the loop: the streamed coordinates of a tile, and which of them there are."""
+        if self.walked:
+            return self.walked
+        kernel = self.kernel
+        index, size = (found(self.roles.stream).text for found in (kernel.index, kernel.extent))
+        where = f"{index} = first + off_t"
+        if not kernel.virtual:
+            return [where, f"live_t = {index} < {size}"]
+        end = f"tl.where(virtual, {size} + {kernel.virtual}, {size})"
+        return [where, f"real_t = {index} < {size}", f"live_t = {index} < {end}"]
 
     def _arguments(self) -> tuple[Argument, ...]:
         kernel = self.kernel

@@ -45,13 +45,17 @@ def address(block: Block, tensor: str, ranks: tuple[str, ...]) -> str:
     kernel = block.kernel
     ahead = block.home(0)
     axes = kernel.roles.axes(ranks)
-    parts = [_base(ahead, tensor, ranks).over(axes)]
+    parts = [base(ahead, tensor, ranks).over(axes)]
     stream = kernel.roles.stream
     if stream in ranks:
         stride = kernel.stride(tensor, stream)
         offset = Value("off_t", (STREAM,), "i32", True)
         each = kernel.shared.get((tensor, stream), 1)
-        if each > 1:
+        if kernel.listed:
+            place = kernel.index(stream).over(axes)
+            place = f"({place} // {each})" if each > 1 else place
+            parts.append(f"{place}.to(tl.int64) * {stride}")
+        elif each > 1:
             place = f"(first + {offset.over(axes)}) // {each}"
             parts.append(f"({place}).to(tl.int64) * {stride}")
         else:
@@ -66,7 +70,7 @@ def address(block: Block, tensor: str, ranks: tuple[str, ...]) -> str:
     return " + ".join(parts)
 
 
-def _base(ahead: Block, tensor: str, ranks: tuple[str, ...]) -> Value:
+def base(ahead: Block, tensor: str, ranks: tuple[str, ...]) -> Value:
     """The pointer at the coordinates of the grid and, a vector then, of the rows."""
     kernel = ahead.kernel
     fixed = [rank for rank in ranks if kernel.roles.axis(rank) in (None, ROW)]

@@ -48,12 +48,15 @@ def _rows(kernel: Function, reverse: bool) -> list[str]:
     return lines
 
 
-def stretch(head: Block, found: Sequence[Bound], split: bool) -> bool:
-    """Puts the first and last coordinate of a program; whether it asks if finite masks may be skipped."""
+def stretch(head: Block, found: Sequence[Bound], split: bool, end: str = "") -> bool:
+    """Puts the first and last coordinate of a program; whether it asks if finite masks may be skipped.
+
+    `end` is the source of what stands behind the last one, the size of the stream where it is empty.
+    """
     kernel = head.kernel
     asks = False
     head.put("start = 0")
-    head.put(f"end = {kernel.extent(kernel.roles.stream).text}")
+    head.put(f"end = {end or kernel.extent(kernel.roles.stream).text}")
     for bound in found:
         value = head.value(bound.value)
         text = value.text.removesuffix(".0") if value.type == "const" else value.text

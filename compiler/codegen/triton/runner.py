@@ -19,7 +19,15 @@ from ...ir.kv.layout import Buffer
 from ...ir.ops.record import in_place
 from ...ir.program import Program
 from ...ir.types import DTYPES
-from .attention import AttentionKernel, attention_kernels, bind, differences, kernel_files
+from .attention import (
+    AttentionKernel,
+    ChoosingKernel,
+    attention_kernels,
+    bind,
+    choosing_kernels,
+    differences,
+    kernel_files,
+)
 from .attention.files import FOLDER
 from .device import described, find_device
 from .linear.bound import bind as bind_products
@@ -37,13 +45,14 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
     device = find_device()
     program = read_program(artifact, str(device))
     kernels, products = attention_kernels(program, described(device)), linear_kernels(program)
-    expected = {**kernel_files(kernels), **linear_files(products)}
+    choosing = choosing_kernels(program)
+    expected = {**kernel_files(kernels, choosing), **linear_files(products)}
     for difference in differences(expected, _texts(artifact)):
         _warn(artifact, f"{difference}; it is not used")
     if trust:
-        kernels, products = _with_compiled(artifact, kernels, products, device)
+        kernels, choosing, products = _with_compiled(artifact, kernels, choosing, products, device)
     stored = program.weights.nbytes
-    instead = {**bind(program, kernels), **bind_products(program, products)}
+    instead = {**bind(program, kernels, choosing), **bind_products(program, products)}
     # The order that kernels load fills the ends of rows.
     weight_bytes = artifact.weight_bytes() + program.weights.nbytes - stored
     return KernelRunner(program, instead, device, weight_bytes, str(artifact.folder))
@@ -52,18 +61,22 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
 def _with_compiled(
     artifact: Artifact,
     kernels: list[AttentionKernel],
+    choosing: list[ChoosingKernel],
     products: list[LinearKernel],
     device: torch.device,
-) -> tuple[list[AttentionKernel], list[LinearKernel]]:
+) -> tuple[list[AttentionKernel], list[ChoosingKernel], list[LinearKernel]]:
     if device.type != "cuda":
         _warn(artifact, "compiled kernels need a GPU, so none is used")
-        return kernels, products
+        return kernels, choosing, products
+    from .attention.choosing_cubins import with_compiled as choosing_with_compiled
     from .attention.trusted import with_compiled
     from .linear.cubins import with_compiled as products_with_compiled
 
     architecture = f"sm_{described(device).capability}"
     files = {name: artifact.file(name) for name in artifact.manifest.files}
     kernels, missing = with_compiled(kernels, architecture, files)
+    choosing, others = choosing_with_compiled(choosing, architecture, files)
+    missing += others
     products, others = products_with_compiled(products, architecture, files)
     missing += others
     if missing:
@@ -72,7 +85,7 @@ def _with_compiled(
             f"{len(missing)} compiled kernels for {architecture} and this Triton are missing, "
             f"such as {missing[0]}; these are compiled when they are first needed",
         )
-    return kernels, products
+    return kernels, choosing, products
 
 
 def _warn(artifact: Artifact, text: str) -> None:

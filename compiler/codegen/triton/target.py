@@ -33,8 +33,10 @@ class Triton(Target):
         return "cubins are for the target triton; add --target triton" if self.cubins else ""
 
     def cannot_read(self, reader: Reader) -> str:
+        if reader.whole or reader.name == "quest":
+            return ""
         reads = f"no kernel of the target triton reads what {reader.name} chooses"
-        return "" if reader.whole else f"{reads}; compile for the target reference"
+        return f"{reads}; compile for the target reference"
 
     def no_encoders(self) -> str:
         return (

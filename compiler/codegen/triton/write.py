@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...ir.program import Program
+from .attention.choosing import choosing_kernels
+from .attention.choosing_cubins import compile_cubins as compile_choosing
 from .attention.cubins import compile_cubins
 from .attention.files import FOLDER, kernel_files
 from .attention.kernels import attention_kernels
@@ -24,12 +26,14 @@ def write_kernels(
     Raises UnsupportedError, naming layers, for attention that has no kernel, or without Triton for cubins.
     """
     (folder / FOLDER).mkdir()
-    products = linear_kernels(program)
-    texts = {**kernel_files(attention_kernels(program)), **linear_files(products)}
+    choosing, products = choosing_kernels(program), linear_kernels(program)
+    kernels = attention_kernels(program)
+    texts = {**kernel_files(kernels, choosing), **linear_files(products)}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     for number, architecture in enumerate(architectures):
         progress(f"compiling kernels for {architecture}", number / len(architectures))
         compiled = compile_cubins(program, architecture) | compile_products(products, architecture)
+        compiled |= compile_choosing(choosing, architecture)
         for name, data in compiled.items():
             (folder / name).write_bytes(data)

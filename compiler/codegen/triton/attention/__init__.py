@@ -9,6 +9,7 @@ program -> kinds          each attention that differs from the others in shape o
 """
 
 from .bound import bind
+from .choosing import ChoosingKernel, choosing_kernels
 from .files import differences, kernel_files
 from .kernels import AttentionKernel, attention_kernels
 from .kinds import AttentionKind
@@ -16,8 +17,10 @@ from .kinds import AttentionKind
 __all__ = [
     "AttentionKernel",
     "AttentionKind",
+    "ChoosingKernel",
     "attention_kernels",
     "bind",
+    "choosing_kernels",
     "differences",
     "kernel_files",
 ]

@@ -51,7 +51,7 @@ _OUTPUTS = {"out": "bskgf", "lse": "bskg"}
 def cascade_of(kind: AttentionKind) -> Cascade:
     """The cascade of a kind."""
     sizes = {"k": kind.kv_heads, "g": kind.group, "d": kind.key_size, "f": kind.value_size}
-    found = _cascade(replace(kind, kv_heads=0, group=0, key_size=0, value_size=0))
+    found = _cascade(replace(kind, kv_heads=0, group=0, key_size=0, value_size=0, page=0))
     ranks = {
         name: replace(rank, extent=str(sizes[name])) if name in sizes else rank
         for name, rank in found.ranks.items()

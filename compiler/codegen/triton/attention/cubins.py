@@ -16,6 +16,7 @@ from ..ahead import compile_ahead
 from ..options import DEVICES, Tiles, merge_tiles
 from .files import FOLDER
 from .kernels import SPLITS, AttentionKernel, attention_kernels
+from .kinds import AttentionKind
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,12 @@ class Variant:
 
 
 def variants(made: AttentionKernel) -> Iterator[Variant]:
-    """What is compiled of a kernel: many new tokens at once, and one, in each number of parts."""
-    yield Variant("prefill", "whole", made.kernel.tiles, 1)
+    """What is compiled of a kernel: many new tokens at once, and one, in each number of parts.
+
+    Pages are chosen for one token alone.
+    """
+    if not (isinstance(made.kind, AttentionKind) and made.kind.page):
+        yield Variant("prefill", "whole", made.kernel.tiles, 1)
     yield Variant("decode", "whole", made.decode, 1)
     for parts in SPLITS[1:]:
         yield Variant(f"part{parts}", "part", made.decode, parts)

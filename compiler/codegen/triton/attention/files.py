@@ -6,27 +6,33 @@ from collections.abc import Mapping, Sequence
 
 from .....errors import ArtifactError, IRError
 from ....ir.cascade.plan_text import parse_plan, print_plan
+from .choosing import ChoosingKernel
 from .kernels import AttentionKernel
 
 FOLDER = "kernels"
 
 
-def kernel_files(kernels: Sequence[AttentionKernel]) -> dict[str, str]:
-    """The text of each file by its name in the artifact."""
+def kernel_files(
+    kernels: Sequence[AttentionKernel], choosing: Sequence[ChoosingKernel] = ()
+) -> dict[str, str]:
+    """The text of each file by its name in the artifact. Kernels that choose pages have no plan."""
     found = {}
     for made in kernels:
-        found[f"{FOLDER}/{made.name}.py"] = source_text(made)
+        text = _headed("Cached attention", made.layers, made.kernel.source)
+        found[f"{FOLDER}/{made.name}.py"] = text
         found[f"{FOLDER}/{made.name}.plan"] = print_plan(made.plan)
+    for each in choosing:
+        text = _headed("The choice of pages", each.layers, each.source)
+        found[f"{FOLDER}/{each.name}.py"] = text
     return found
 
 
-def source_text(made: AttentionKernel) -> str:
-    """The generated source, with what it is for on top."""
-    layers = ", ".join(map(str, made.layers))
+def _headed(what: str, layers: Sequence[int], source: str) -> str:
+    """A source, with what it is for on top."""
     return (
-        f"# Cached attention of layer{'s' if len(made.layers) > 1 else ''} {layers}.\n"
+        f"# {what} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}.\n"
         "# This file is to be read: einfold makes the kernel anew from graph.eir, and runs nothing of this.\n"
-        f"#\n{made.kernel.source}"
+        f"#\n{source}"
     )
 
 

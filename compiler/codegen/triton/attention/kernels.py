@@ -15,6 +15,7 @@ from ....analysis.cascade.plans import fold
 from ....ir.cascade.cascade import Cascade
 from ....ir.cascade.plan import Plan
 from ....ir.ops.attention import CachedAttention
+from ....ir.ops.bounded import BoundedAttention
 from ....ir.ops.low_rank import LowRankAttention
 from ....ir.ops.packed import PackedAttention
 from ....ir.ops.record import operator_of
@@ -23,10 +24,12 @@ from ....ir.program import Program, call_arguments
 from ..generate import generate
 from ..kernel import Kernel
 from ..launch import split_count
+from ..listed import Listed
 from ..options import DEVICES, Device, Options, Tiles
 from ..through import PRECISION
 from ..tiles import choose_tiles
 from .cascade import STREAM, cascade_of
+from .choosing import choosing_kind
 from .kinds import AttentionKind, kind_of
 from .low_rank import STREAM as TOKENS
 from .low_rank import LowRankKind, low_rank_cascade, low_rank_kind, low_rank_types
@@ -40,6 +43,7 @@ Kind = AttentionKind | PackedKind | LowRankKind
 _STREAMS: dict[Any, Callable[[fx.Node], Sequence[Kind]]] = {
     CachedAttention: lambda node: (),
     SharedAttention: lambda node: (),
+    BoundedAttention: lambda node: (),
     PackedAttention: lambda node: packed_kinds(node),
     LowRankAttention: lambda node: (low_rank_kind(node),),
 }
@@ -105,9 +109,19 @@ def attentions(program: Program) -> Iterator[fx.Node]:
 def kinds_at(node: fx.Node) -> list[Kind]:
     """What a call over a cache needs kernels for: its slots, then each stream of packed tokens or features.
 
-    Raises UnsupportedError for what no kernel reads.
+    Where pages are chosen it is all slots, then those of pages. Raises UnsupportedError for what no kernel
+    reads.
     """
-    streams = _STREAMS[operator_of(node.target)](node)
+    operator = operator_of(node.target)
+    if operator is BoundedAttention:
+        return [kind_of(node), kind_of(node, page=choosing_kind(node).quest.page)]
+    found = call_arguments(node)
+    if found.get("read"):
+        raise UnsupportedError(
+            f"layer {found['layer']}: no kernel reads what {found['read']} chooses without bounds of pages; "
+            "run it by the reference"
+        )
+    streams = _STREAMS[operator](node)
     return [kind_of(node, merged=bool(streams)), *streams]
 
 
@@ -147,6 +161,7 @@ def attention_kernel(
         name,
         given.shared,
         given.walked,
+        given.listed,
     )
     decode = choose_tiles(kernel.division, kernel.types, {**sizes, "s": 1}, kernel.demand, device)
     return AttentionKernel(kind, name, layers, cascade, folding.plan, kernel, decode)
@@ -162,6 +177,7 @@ class Given:
     sizes: Mapping[str, int]
     shared: Mapping[tuple[str, str], int] = field(default_factory=dict)
     walked: tuple[str, ...] = ()
+    listed: Listed | None = None
 
 
 def given_of(kind: Kind) -> Given:
@@ -173,7 +189,8 @@ def given_of(kind: Kind) -> Given:
     if isinstance(kind, PackedKind):
         types, shared = packed_types(kind), packed_shared(kind)
         return Given(packed_cascade(kind), PACKED_STREAM, types, sizes, shared)
-    return Given(cascade_of(kind), STREAM, types_of(kind), sizes)
+    listed = Listed(kind.page, ("b", "k"), ("b",)) if kind.page else None
+    return Given(cascade_of(kind), STREAM, types_of(kind), sizes, listed=listed)
 
 
 def split_parts(made: AttentionKernel, query: Tensor, length: int) -> int:

@@ -35,6 +35,8 @@ class AttentionKind:
     counted: bool = False
     lse: bool = False
     """Whether the log-sum-exp is a result too, to merge with other parts of the keys by."""
+    page: int = 0
+    """Slots of a page where a table lists the pages that are read; 0 where all slots are."""
 
     @property
     def name(self) -> str:
@@ -46,11 +48,13 @@ class AttentionKind:
         parts += ["sinks"] if self.sinks else []
         parts += ["counted"] if self.counted else []
         parts += ["lse"] if self.lse else []
+        parts += [f"pages{self.page}"] if self.page else []
         return "_".join([*parts, self.cache])
 
 
-def kind_of(node: fx.Node, merged: bool = False) -> AttentionKind:
-    """The kind of a call over its slots; `merged` says that it reads other keys too, to be merged with.
+def kind_of(node: fx.Node, merged: bool = False, page: int = 0) -> AttentionKind:
+    """The kind of a call over its slots; `merged` says that it reads other keys too, to be merged with, `page`
+    that of the slots some pages are read, which a table lists.
 
     Raises UnsupportedError for types that kernels do not read.
     """
@@ -83,6 +87,7 @@ def kind_of(node: fx.Node, merged: bool = False) -> AttentionKind:
         scaled=found.get("key_scale_KD") is not None,
         counted=found.get("count_BK") is not None,
         lse=merged,
+        page=page,
     )
 
 

@@ -1,0 +1,211 @@
+"""Choosing pages by a query, as Triton kernels with one torch operator between them: the largest numbers of a row.
+
+    keys, bounds -> refresh                     where a step writes keys, however many
+    query, bounds -> upper -> order             one token alone
+    orders -> torch.topk -> the table of pages  which `listed.py` walks
+
+No length is known on the host: rows of other lengths read as many entries of the table as `chosen` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .....errors import UnsupportedError
+from ....ir.kv.read.quest.reader import Quest
+from ....ir.kv.read.reader import parse_reader
+from ....ir.ops.bounded import BoundedAttention
+from ....ir.program import Program, call_arguments
+from ..kernel import load_source
+from .choosing_source import LAST, choosing_source
+from .kinds import type_name
+
+#: Numbers of a tile of bounds: two of them are in the registers of four warps.
+_TILE = 4096
+#: Pages that a program of `order` takes, and slots of a page that one of `refresh` has at a time.
+_ORDERED, _SLOTS = 512, 16
+
+
+@dataclass(frozen=True)
+class ChoosingKind:
+    """What the kernels depend on that choose: as in `AttentionKind`; `bounds` is the type of slots and of bounds,
+    `reader` the text of a `Quest`."""
+
+    kv_heads: int
+    group: int
+    key_size: int
+    scale: float
+    query: str
+    bounds: str
+    scaled: bool
+    reader: str
+
+    @cached_property
+    def quest(self) -> Quest:
+        """The reader."""
+        found = parse_reader(self.reader)
+        assert isinstance(found, Quest)
+        return found
+
+    @property
+    def lanes(self) -> int:
+        """The size of a key as a power of two."""
+        return max(16, 1 << (self.key_size - 1).bit_length())
+
+    @property
+    def name(self) -> str:
+        """A name for files; kinds of other options may have the same."""
+        heads = f"h{self.kv_heads * self.group}_kv{self.kv_heads}_d{self.key_size}"
+        return f"choosing_{heads}_pages{self.quest.page}_{self.bounds}"
+
+
+def choosing_kind(node: fx.Node) -> ChoosingKind:
+    """The kind of a `bounded_attention` call. Raises UnsupportedError for what no kernel does."""
+    found = call_arguments(node)
+    layer, reader = int(found["layer"]), parse_reader(str(found["read"]))
+    query, keys, bounds = (
+        found[name].meta["val"] for name in ("q_BSHD", "key_cache_BKCD", "bounds_BKPE")
+    )
+    if not isinstance(reader, Quest):
+        raise UnsupportedError(
+            f"layer {layer}: no kernel reads what {reader.name} chooses; run it by the reference"
+        )
+    if int(found["window"]) or found["count_BK"] is not None:
+        raise UnsupportedError(
+            f"layer {layer}: kernels choose pages among all tokens, each of which has a slot of its own; here "
+            "is a window, or a slot that stands for many; run it by the reference"
+        )
+    if bounds.dtype != keys.dtype:
+        raise UnsupportedError(
+            f"layer {layer} caches keys as {keys.dtype} and their bounds as {bounds.dtype}; kernels read one "
+            "type"
+        )
+    kv_heads = int(keys.shape[1])
+    return ChoosingKind(
+        kv_heads=kv_heads,
+        group=int(query.shape[2]) // kv_heads,
+        key_size=int(keys.shape[3]),
+        scale=float(found["scale"]),
+        query=type_name(query.dtype, layer),
+        bounds=type_name(keys.dtype, layer),
+        scaled=found["key_scale_KD"] is not None,
+        reader=reader.text,
+    )
+
+
+@dataclass(frozen=True)
+class ChoosingKernel:
+    """The kernels of the layers of one kind: "refresh", "upper" and "order"."""
+
+    kind: ChoosingKind
+    name: str
+    layers: tuple[int, ...]
+    source: str
+    _loaded: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    functions = ("refresh", "upper", "order")
+
+    def function(self, name: str) -> Any:
+        """The Triton function, or what stands for it. Its source is this module's own text."""
+        return self._loaded[name] if self._loaded else getattr(load_source(self.source), name)
+
+    def arguments(self, name: str) -> list[str]:
+        """The names of a function's arguments, without its constants."""
+        strides = ["bounds_b", "bounds_k", "bounds_p"]
+        if name == "refresh":
+            known = ["keys", "used", "bounds", "new", "slots", "pages"]
+            return [*known, "keys_b", "keys_k", "keys_c", *strides]
+        if name == "order":
+            return ["uppers", "tops", "totals", "used", "orders", "chosen", "pages", "tiles"]
+        scale = ["key_scale"] if self.kind.scaled else []
+        return ["query", *scale, "bounds", "used", "uppers", "tops", "totals", "pages", *strides]
+
+    def constants(self, name: str) -> dict[str, int]:
+        """What a launch of a function asks for."""
+        shared = {"num_warps": 4, "num_stages": 2}
+        if name == "refresh":
+            return {"SLOTS": min(_SLOTS, self.kind.quest.page), **shared}
+        if name == "order":
+            return {"PAGES": _ORDERED, **shared}
+        return {"PAGES": max(16, min(128, _TILE // self.kind.lanes)), **shared}
+
+    def launch(self, name: str, grid: tuple[int, ...], named: Mapping[str, Any]) -> None:
+        """Launches a function with its arguments, found by their names."""
+        given = (named[each] for each in self.arguments(name))
+        self.function(name)[grid](*given, **self.constants(name))
+
+
+def choosing_kernels(program: Program) -> list[ChoosingKernel]:
+    """What chooses pages for the attentions of a program, a kernel a kind; none where none does.
+
+    Raises UnsupportedError, naming the layer, for what no kernel does.
+    """
+    layers: dict[ChoosingKind, list[int]] = {}
+    for node in program.nodes(BoundedAttention.overload()):
+        layer = int(call_arguments(node)["layer"])
+        of_kind = layers.setdefault(choosing_kind(node), [])
+        if layer not in of_kind:  # groups of a layer's heads may be of one kind
+            of_kind.append(layer)
+    return list(_kernels(layers))
+
+
+def _kernels(layers: Mapping[ChoosingKind, list[int]]) -> Iterator[ChoosingKernel]:
+    names: list[str] = []
+    for kind, of_kind in layers.items():
+        same = names.count(kind.name)
+        names.append(kind.name)
+        name = f"{kind.name}_{same}" if same else kind.name
+        yield ChoosingKernel(kind, name, tuple(of_kind), choosing_source(kind))
+
+
+def refresh(made: ChoosingKernel, call: BoundedAttention) -> None:
+    """The bounds of the pages that new tokens came into, as `choosing.refresh` finds them."""
+    new, page = call.q_BSHD.shape[1], made.kind.quest.page
+    batch, kv_heads, slots, _ = call.key_cache_BKCD.shape
+    grid = ((new + page - 2) // page + 1, batch * kv_heads)
+    if new and batch:
+        made.launch("refresh", grid, _given(call) | {"new": new, "slots": slots})
+
+
+def choose(made: ChoosingKernel, call: BoundedAttention, query_BKGD: Tensor) -> dict[str, Tensor]:
+    """The table of the pages that one new token of each row reads, and how many of its entries each row has.
+
+    `pages` i32 [B, K, T], best first, T as many as a row of all slots would read; `chosen` i32 [B].
+    """
+    kind, (batch, kv_heads, slots, _) = made.kind, call.key_cache_BKCD.shape
+    page = kind.quest.page
+    pages = slots // page
+    tiles = -(-pages // made.constants("upper")["PAGES"])
+    device = query_BKGD.device
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    heads = (batch, kv_heads, kind.group)
+    named: dict[str, Any] = _given(call) | {"query": query_BKGD.contiguous(), "pages": pages}
+    named |= {"uppers": empty(*heads, pages), "tiles": tiles}
+    named |= {"tops": empty(*heads, tiles), "totals": empty(*heads, tiles)}
+    named |= {"orders": empty(batch, kv_heads, pages, dtype=torch.int64)}
+    named |= {"chosen": empty(batch, dtype=torch.int32)}
+    if call.key_scale_KD is not None:
+        named["key_scale"] = call.key_scale_KD.float().contiguous()
+    made.launch("upper", (tiles, batch * kv_heads), named)
+    made.launch("order", (-(-pages // _ORDERED), batch * kv_heads), named)
+    best: Tensor = named["orders"].topk(min(pages, kind.quest.pages(slots)), dim=-1).values
+    return {"pages": (LAST - (best & LAST)).to(torch.int32), "chosen": named["chosen"]}
+
+
+def _given(call: BoundedAttention) -> dict[str, Any]:
+    """What `refresh` and `upper` are given of the cache."""
+    keys, bounds = call.key_cache_BKCD, call.bounds_BKPE
+    found: dict[str, Any] = {"keys": keys, "bounds": bounds, "pages": bounds.shape[2]}
+    found["used"] = call.used_B.to(torch.int32)
+    for name, cache, last in (("keys", keys, "c"), ("bounds", bounds, "p")):
+        found |= {f"{name}_{rank}": cache.stride(at) for at, rank in enumerate(("b", "k", last))}
+    return found

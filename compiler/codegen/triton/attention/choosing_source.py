@@ -1,0 +1,156 @@
+"""Source of the kernels by which a query chooses pages (`ir/kv/read/quest`): bounds, products with them, order.
+
+    bounds[b, k, p]   = max | min of the keys of page p
+    upper[b, k, g, p] = (q / 2 + |q| spread / 2) . max  +  (q / 2 - |q| spread / 2) . min
+    share[b, k, g, p] = upper - log(sum over p of exp(upper))
+    order[b, k, p]    = max over g of share; the first page and the newest come before all others
+
+refresh  the bounds of the pages that new tokens came into, found anew from their slots
+upper    the products, and of each tile of pages its largest one and the sum of its powers
+order    whole numbers that sort as the shares do, of equal ones the older page first; and how many are read
+
+Numbers. Products and shares are float32, whatever the slots are: one token reads each bound once, and so many
+operations are little beside that. A share in the high 32 bits of a number and the page's place from the end in
+the low ones make all numbers of a row different, so that any way to take the largest takes the same. The
+count of pages is made in float64 as `Quest.pages` makes it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .choosing import ChoosingKind
+
+#: A page's place from the end is told from here; its bits are the low half of what `order` gives.
+LAST = 2**31 - 1
+
+_TEXT = '''
+@triton.jit(do_not_specialize=["new", "slots", "pages"])
+def refresh(
+    keys, used, bounds, new, slots, pages, keys_b, keys_k, keys_c, bounds_b, bounds_k, bounds_p,
+    SLOTS: tl.constexpr,
+):
+    """The bounds of the pages from that of slot used[b] on, a page a program, SLOTS slots at a time. Slots
+    behind the newest count as that."""
+    b, k = tl.program_id(1).to(tl.int64) // {kv_heads}, tl.program_id(1).to(tl.int64) % {kv_heads}
+    before = tl.load(used + b)
+    page = before // {page} + tl.program_id(0)
+    d = tl.arange(0, {lanes})
+    live = d < {size}
+    largest = tl.full([{lanes}], float("-inf"), tl.float32)
+    smallest = tl.full([{lanes}], float("inf"), tl.float32)
+    last = tl.minimum(before + new, slots) - 1
+    start = keys + b * keys_b + k * keys_k + d[None, :]
+    for first in range(0, {page}, SLOTS):
+        slot = tl.minimum(page * {page} + first + tl.arange(0, SLOTS), last).to(tl.int64)
+        key = tl.load(start + slot[:, None] * keys_c, mask=live[None, :], other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(key, 0))
+        smallest = tl.minimum(smallest, tl.min(key, 0))
+    to = bounds + b * bounds_b + k * bounds_k + page.to(tl.int64) * bounds_p + d
+    if page < pages:
+        tl.store(to, largest.to(bounds.dtype.element_ty), mask=live)
+        tl.store(to + {size}, smallest.to(bounds.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def upper(
+    query, {given}bounds, used, uppers, tops, totals, pages, bounds_b, bounds_k, bounds_p,
+    PAGES: tl.constexpr,
+):
+    """query [B, K, G, D] -> uppers [B, K, G, pages], -inf where no token is, tops and totals [B, K, G, tiles];
+    PAGES pages a program, of one KV head."""
+    row = tl.program_id(1).to(tl.int64)
+    b, k = row // {kv_heads}, row % {kv_heads}
+    p = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    d = tl.arange(0, {lanes})
+    seen = (tl.load(used + b) + {page}) // {page}
+    live = (p < seen) & (p < pages)
+    there = live[:, None] & (d < {size})[None, :]
+    start = bounds + b * bounds_b + k * bounds_k + p.to(tl.int64)[:, None] * bounds_p + d[None, :]
+    largest = tl.load(start, mask=there, other=0).to(tl.float32)
+    smallest = tl.load(start + {size}, mask=there, other=0).to(tl.float32)
+    {scales}
+    for g in range({group}):
+        at = row * {group} + g
+        q = tl.load(query + at * {size} + d, mask=d < {size}, other=0).to(tl.float32) * {scale}
+        {scaled}
+        half = q * 0.5
+        away = tl.abs(q * {away})
+        found = tl.sum((half + away)[None, :] * largest + (half - away)[None, :] * smallest, 1)
+        found = tl.where(live, found, float("-inf"))
+        tl.store(uppers + at * pages + p, found, mask=p < pages)
+        top = tl.max(found, 0)
+        total = tl.sum(tl.exp(found - tl.where(top > float("-inf"), top, 0.0)), 0)
+        tl.store(tops + at * tl.num_programs(0) + tl.program_id(0), top)
+        tl.store(totals + at * tl.num_programs(0) + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize=["pages", "tiles"])
+def order(uppers, tops, totals, used, orders, chosen, pages, tiles, PAGES: tl.constexpr):
+    """uppers [B, K, G, pages], tops and totals [B, K, G, tiles] -> orders [B, K, pages], chosen [B]; PAGES pages
+    a program, of one KV head."""
+    row = tl.program_id(1).to(tl.int64)
+    b = row // {kv_heads}
+    p = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    tokens = tl.load(used + b) + 1
+    seen = (tokens + {before}) // {page}
+    place = tl.arange(0, 64)
+    score = tl.full([PAGES], float("-inf"), tl.float32)
+    for g in range({group}):
+        at = row * {group} + g
+        top = tl.full([64], float("-inf"), tl.float32)
+        for first in range(0, tiles, 64):
+            tile = first + place
+            top = tl.maximum(top, tl.load(tops + at * tiles + tile, mask=tile < tiles, other=float("-inf")))
+        highest = tl.max(top, 0)
+        total = tl.zeros([64], tl.float32)
+        for first in range(0, tiles, 64):
+            tile = first + place
+            top = tl.load(tops + at * tiles + tile, mask=tile < tiles, other=float("-inf"))
+            total += tl.load(totals + at * tiles + tile, mask=tile < tiles, other=0.0) * tl.exp(top - highest)
+        found = tl.load(uppers + at * pages + p, mask=p < pages, other=float("-inf"))
+        score = tl.maximum(score, (found - highest) - tl.log(tl.sum(total, 0)))
+    score = tl.where((p == 0) | (p >= seen - {newest}), float("inf"), score)
+    score = tl.where((p >= seen) | (score == 0.0), tl.where(p < seen, 0.0, float("-inf")), score)
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ {last}, bits)
+    tl.store(orders + row * pages + p, (bits.to(tl.int64) << 32) + ({last} - p), mask=p < pages)
+    if (tl.program_id(0) == 0) & (row % {kv_heads} == 0):
+        share = tokens.to(tl.float64) * tl.full([], {share}, tl.float64)
+        wanted = tl.ceil(tl.maximum(share, tl.full([], {tokens}, tl.float64)) * tl.full([], {each}, tl.float64))
+        tl.store(chosen + b, tl.minimum(tl.maximum(wanted.to(tl.int32), {always}), seen))
+'''
+
+
+def choosing_source(kind: ChoosingKind) -> str:
+    """The source of the kernels of a kind."""
+    reader, size = kind.quest, kind.key_size
+    scaled = kind.scaled
+    text = _TEXT.format(
+        kv_heads=kind.kv_heads,
+        group=kind.group,
+        size=size,
+        lanes=kind.lanes,
+        page=reader.page,
+        before=reader.page - 1,
+        given="key_scale, " if scaled else "",
+        scales=f"scale = tl.load(key_scale + k * {size} + d, mask=d < {size}, other=0)"
+        if scaled
+        else "# -",
+        scale=repr(kind.scale),
+        scaled="q *= scale" if scaled else "# -",
+        away=repr(reader.spread / 2),
+        newest=reader.always - 1,
+        always=reader.always,
+        last=LAST,
+        share=repr(float(reader.share)),
+        tokens=repr(float(reader.tokens)),
+        each=repr(1 / reader.page),
+    )
+    text = "\n".join(line for line in text.split("\n") if line.strip() != "# -")
+    return (
+        f"# Which pages a query reads: {reader.text}, of {kind.kv_heads} KV heads for {kind.group} query heads\n"
+        f"# each, over bounds in {kind.bounds}.\n\n"
+        f"import triton\nimport triton.language as tl\n\n{text}"
+    )
