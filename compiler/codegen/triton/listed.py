@@ -27,8 +27,8 @@ ENTRY = "n"
 class Listed:
     """A list of pages, as an argument of `generate`: two more inputs of the kernel, in int32.
 
-    `table` [`ranks`, entries] holds numbers of pages of `page` neighbours in the stream; `count` [`counted`] how
-    many of its entries are read. Both are over ranks of the grid.
+    `table` [`ranks`, entries] holds numbers of pages of `page` neighbours in the stream; `count` [`counted`]
+    how many of its entries are read. Both are over ranks of the grid.
     """
 
     page: int

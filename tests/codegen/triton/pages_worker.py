@@ -1,4 +1,4 @@
-"""Attention over pages that a query chooses, in Triton's interpreter; started as `tests.codegen.triton.worker` is."""
+"""Attention over pages that a query chooses, in Triton's interpreter; started as `worker` is."""
 
 from __future__ import annotations
 

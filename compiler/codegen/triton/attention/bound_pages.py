@@ -1,4 +1,4 @@
-"""Kernels in the place of `bounded_attention`: one token reads the pages that are chosen, several everything."""
+"""Kernels in the place of `bounded_attention`: one token reads what is chosen, several read everything."""
 
 from __future__ import annotations
 

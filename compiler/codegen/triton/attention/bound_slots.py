@@ -28,7 +28,7 @@ def over_plain_slots(
     parts: int | None,
     table: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The same for queries that are turned, and so many slots at most; `table` lists the pages that are read."""
+    """The same for turned queries, and so many slots at most; `table` lists the pages that are read."""
     kind, (key_scale_KD, value_scale_KD) = made.kind, call.scales
     assert isinstance(kind, AttentionKind)
     inputs = slot_inputs(query_BSKGD, call) | dict(table or {})

@@ -1,4 +1,4 @@
-"""Choosing pages by a query, as Triton kernels with one torch operator between them: the largest numbers of a row.
+"""Choosing pages by a query: Triton kernels, and one operator of torch, which takes the best of a row.
 
     keys, bounds -> refresh                     where a step writes keys, however many
     query, bounds -> upper -> order             one token alone
@@ -34,8 +34,8 @@ _ORDERED, _SLOTS = 512, 16
 
 @dataclass(frozen=True)
 class ChoosingKind:
-    """What the kernels depend on that choose: as in `AttentionKind`; `bounds` is the type of slots and of bounds,
-    `reader` the text of a `Quest`."""
+    """What the kernels depend on that choose: as in `AttentionKind`. `bounds` is the type of slots and of
+    bounds, `reader` the text of a `Quest`."""
 
     kv_heads: int
     group: int
@@ -78,8 +78,8 @@ def choosing_kind(node: fx.Node) -> ChoosingKind:
         )
     if int(found["window"]) or found["count_BK"] is not None:
         raise UnsupportedError(
-            f"layer {layer}: kernels choose pages among all tokens, each of which has a slot of its own; here "
-            "is a window, or a slot that stands for many; run it by the reference"
+            f"layer {layer}: kernels choose pages among all tokens, each of which has a slot of its own; "
+            "here is a window, or a slot that stands for many; run it by the reference"
         )
     if bounds.dtype != keys.dtype:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Source of the kernels by which a query chooses pages (`ir/kv/read/quest`): bounds, products with them, order.
+"""Source of the kernels by which a query chooses pages (`ir/kv/read/quest`): bounds, products, order.
 
     bounds[b, k, p]   = max | min of the keys of page p
     upper[b, k, g, p] = (q / 2 + |q| spread / 2) . max  +  (q / 2 - |q| spread / 2) . min
@@ -7,12 +7,12 @@
 
 refresh  the bounds of the pages that new tokens came into, found anew from their slots
 upper    the products, and of each tile of pages its largest one and the sum of its powers
-order    whole numbers that sort as the shares do, of equal ones the older page first; and how many are read
+order    whole numbers that sort as shares do, of equal ones the older page first; how many are read
 
-Numbers. Products and shares are float32, whatever the slots are: one token reads each bound once, and so many
-operations are little beside that. A share in the high 32 bits of a number and the page's place from the end in
-the low ones make all numbers of a row different, so that any way to take the largest takes the same. The
-count of pages is made in float64 as `Quest.pages` makes it.
+Numbers. Products and shares are float32, whatever the slots are: one token reads each bound once, and so
+many operations are little beside that. A share in the high 32 bits of a number and the page's place from the
+end in the low ones make all numbers of a row different, so that any way to take the largest takes the same.
+The count of pages is made in float64, as `Quest.pages` makes it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def upper(
     query, {given}bounds, used, uppers, tops, totals, pages, bounds_b, bounds_k, bounds_p,
     PAGES: tl.constexpr,
 ):
-    """query [B, K, G, D] -> uppers [B, K, G, pages], -inf where no token is, tops and totals [B, K, G, tiles];
-    PAGES pages a program, of one KV head."""
+    """query [B, K, G, D] -> uppers [B, K, G, pages], -inf where no token is, tops and totals [B, K, G,
+    tiles]; PAGES pages a program, of one KV head."""
     row = tl.program_id(1).to(tl.int64)
     b, k = row // {kv_heads}, row % {kv_heads}
     p = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
@@ -88,8 +88,8 @@ def upper(
 
 @triton.jit(do_not_specialize=["pages", "tiles"])
 def order(uppers, tops, totals, used, orders, chosen, pages, tiles, PAGES: tl.constexpr):
-    """uppers [B, K, G, pages], tops and totals [B, K, G, tiles] -> orders [B, K, pages], chosen [B]; PAGES pages
-    a program, of one KV head."""
+    """uppers [B, K, G, pages], tops and totals [B, K, G, tiles] -> orders [B, K, pages], chosen [B]; PAGES
+    pages a program, of one KV head."""
     row = tl.program_id(1).to(tl.int64)
     b = row // {kv_heads}
     p = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
@@ -118,7 +118,8 @@ def order(uppers, tops, totals, used, orders, chosen, pages, tiles, PAGES: tl.co
     tl.store(orders + row * pages + p, (bits.to(tl.int64) << 32) + ({last} - p), mask=p < pages)
     if (tl.program_id(0) == 0) & (row % {kv_heads} == 0):
         share = tokens.to(tl.float64) * tl.full([], {share}, tl.float64)
-        wanted = tl.ceil(tl.maximum(share, tl.full([], {tokens}, tl.float64)) * tl.full([], {each}, tl.float64))
+        wanted = tl.maximum(share, tl.full([], {tokens}, tl.float64))
+        wanted = tl.ceil(wanted * tl.full([], {each}, tl.float64))
         tl.store(chosen + b, tl.minimum(tl.maximum(wanted.to(tl.int32), {always}), seen))
 '''
 
@@ -150,7 +151,7 @@ def choosing_source(kind: ChoosingKind) -> str:
     )
     text = "\n".join(line for line in text.split("\n") if line.strip() != "# -")
     return (
-        f"# Which pages a query reads: {reader.text}, of {kind.kv_heads} KV heads for {kind.group} query heads\n"
-        f"# each, over bounds in {kind.bounds}.\n\n"
+        f"# Which pages a query reads: {reader.text},\n"
+        f"# of {kind.kv_heads} KV heads for {kind.group} query heads each, by bounds in {kind.bounds}.\n\n"
         f"import triton\nimport triton.language as tl\n\n{text}"
     )

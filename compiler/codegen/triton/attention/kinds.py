@@ -53,8 +53,8 @@ class AttentionKind:
 
 
 def kind_of(node: fx.Node, merged: bool = False, page: int = 0) -> AttentionKind:
-    """The kind of a call over its slots; `merged` says that it reads other keys too, to be merged with, `page`
-    that of the slots some pages are read, which a table lists.
+    """The kind of a call over its slots. `merged` says that it reads other keys too, to be merged with;
+    `page` that it reads pages of so many slots, which a table lists.
 
     Raises UnsupportedError for types that kernels do not read.
     """

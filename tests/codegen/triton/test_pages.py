@@ -1,0 +1,160 @@
+"""Pages that a query chooses, in Triton: the choice, the bounds and the attention over what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import fx
+
+from einfold.compiler.codegen.triton.ahead import compile_ahead
+from einfold.compiler.codegen.triton.attention.choosing import (
+    ChoosingKernel,
+    ChoosingKind,
+    choosing_kind,
+)
+from einfold.compiler.codegen.triton.attention.choosing_cubins import (
+    compile_cubins,
+    compile_function,
+    with_compiled,
+)
+from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
+from einfold.compiler.codegen.triton.attention.cubins import variants
+from einfold.compiler.codegen.triton.attention.kernels import attention_kernel, kinds_at
+from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
+from einfold.compiler.codegen.triton.limits import exceeded, limits_of
+from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.codegen.triton.shipped import triton_version
+from einfold.compiler.ir.kv.read.quest.reader import Quest
+from einfold.compiler.ir.ops import einfold_ops
+from einfold.errors import UnsupportedError
+
+from ..onnx.test_page_attention import layer
+from .conftest import asking, needs_triton
+
+Ask = Callable[..., dict[str, Any]]
+
+PLAIN = AttentionKind(1, 2, 16, 16, 0.25, 0, 0.0, False, "fp32", "fp32", False)
+FEW = {"slots": 64, "new": 1, "parts": 1, "read": Quest(4, 0.25, 12).text}
+
+#: A kind, and what is asked of it beside `FEW`.
+CASES: dict[str, tuple[AttentionKind, dict[str, Any]]] = {
+    "rows of many lengths": (PLAIN, {"used": [0, 11, 62], "parts": 3}),
+    "int8": (
+        replace(PLAIN, kv_heads=2, group=3, key_size=24, value_size=8, cache="i8", scaled=True),
+        {"used": [47]},
+    ),
+    "float16, sinks, capped": (
+        replace(PLAIN, cache="fp16", sinks=True, softcap=3.0),
+        {"used": [48, 63], "parts": 3, "read": Quest(4, 0.25, 12, spread=1.0).text},
+    ),
+    "pages of equal scores": (PLAIN, {"used": [44, 63], "ties": True}),
+    "tiles of pages": (
+        replace(PLAIN, group=1, key_size=130),
+        {"used": [157], "slots": 160, "read": Quest(2, 0.1, 8).text},
+    ),
+    "long pages": (PLAIN, {"used": [150], "slots": 160, "read": Quest(32, 0.2, 0).text}),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    with asking("tests.codegen.triton.pages_worker", tmp_path_factory.mktemp("cache")) as ask:
+        yield ask
+
+
+@needs_triton
+@pytest.mark.parametrize(("kind", "asked"), CASES.values(), ids=CASES)
+def test_one_token_reads_what_the_reference_chooses(
+    interpreter: Ask, kind: AttentionKind, asked: dict[str, Any]
+) -> None:
+    """The same pages, numbers, slots and bounds; of the longest row few pages are read, of short ones all."""
+    found = interpreter(kind=asdict(kind), **FEW | asked)
+    assert found["error"] < 2e-5
+    assert found["same caches"] and found["same choice"]
+    longest, shortest = max(asked["used"]), min(asked["used"])
+    assert max(found["read"]) < 0.75 * longest
+    assert shortest > 11 or min(found["read"]) == shortest + 1
+
+
+@needs_triton
+def test_several_tokens_read_everything_and_their_bounds_are_kept(interpreter: Ask) -> None:
+    """From inside a page over several into another, behind no token too."""
+    asked = {"new": 7, "used": [30, 0], "read": Quest(4, 1.0, 0).text}
+    found = interpreter(kind=asdict(PLAIN), **FEW | asked)
+    assert found["error"] < 2e-5 and found["same caches"]
+
+
+KIND = ChoosingKind(2, 4, 128, 0.09, "fp32", "i8", True, Quest().text)
+MADE = ChoosingKernel(KIND, "choosing", (0,), choosing_source(KIND))
+
+
+@needs_triton
+def test_compiled_choices_are_found_again(tmp_path: Path) -> None:
+    """For one GPU as files of an artifact, read for what they were made for alone."""
+    files = {}
+    for name, data in compile_cubins([MADE], "sm_90").items():
+        files[name] = tmp_path / name.replace("/", "_")
+        files[name].write_bytes(data)
+    (found,), missing = with_compiled([MADE], "sm_90", files)
+    assert not missing
+    for name in MADE.functions:
+        (one,) = found.function(name).compiled
+        assert one.handle.metadata.name == name
+        assert found.arguments(name)[min(one.aligned)] in ("keys", "query", "uppers")
+    other = replace(MADE, source=f"{MADE.source}\n")
+    for made, architecture in ((MADE, "sm_80"), (other, "sm_90")):
+        _, missing = with_compiled([made], architecture, files)
+        assert len(missing) == 3
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 100])
+def test_choices_compile_for_other_gpus(capability: int) -> None:
+    assert compile_function(MADE, "upper", capability).spills == 0
+
+
+@needs_triton
+def test_a_kernel_over_pages_fits_its_gpu(plan_cache: Path) -> None:
+    """With matrix instructions; of a prompt nothing is compiled, for which nothing is chosen."""
+    kind = AttentionKind(2, 4, 128, 128, 0.09, 0, 0.0, False, "fp32", "i8", True, page=4)
+    made = attention_kernel(kind, "tested", (0,), 8192, DEVICES[90], plan_cache)
+    names = [variant.name for variant in variants(made)]
+    assert names == ["decode", "part8", "merge8", "part32", "merge32"]
+    found = compile_ahead(made.kernel, 90, "part", made.decode)
+    assert sum(found.matrix.values()) > 0
+    assert exceeded(made.kernel, found, limits_of(triton_version(), 90)) == []
+
+
+def test_a_loop_over_pages_ends_where_their_list_does(plan_cache: Path) -> None:
+    made = attention_kernel(replace(PLAIN, page=4), "tested", (0,), 64, cache=plan_cache)
+    text = made.kernel.functions["part"].text
+    assert "end = tl.load(chosen_at) * 4" in text and "n_c" not in text
+    assert "# It walks pages of 4 along c: the first chosen of pages." in made.kernel.source
+    assert made.name == "tested" and made.kind.name == "attention_h2_kv1_d16_pages4_fp32"
+
+
+def node_of(**options: Any) -> fx.Node:
+    """A call over bounds with some of its arguments changed."""
+    (node,) = layer().nodes(einfold_ops.bounded_attention.default)
+    names = [argument.name for argument in node.target._schema.arguments]
+    node.args = tuple(
+        options.get(name, value) for name, value in zip(names, node.args, strict=True)
+    )
+    return node
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"window": 9}, "layer 0: kernels choose pages among all tokens"),
+        ({"read": ""}, "layer 0: no kernel reads what everything chooses"),
+    ],
+)
+def test_what_no_kernel_chooses_is_refused(options: dict[str, Any], reason: str) -> None:
+    assert [kind.page for kind in kinds_at(node_of())] == [0, 4]
+    with pytest.raises(UnsupportedError, match=reason):
+        choosing_kind(node_of(**options))
