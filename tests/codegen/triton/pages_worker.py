@@ -13,13 +13,15 @@ from einfold.compiler.codegen.triton.attention.choosing import (
     ChoosingKernel,
     ChoosingKind,
     choose,
+    ranked,
 )
-from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
+from einfold.compiler.codegen.triton.attention.choosing_source import LAST, choosing_source
 from einfold.compiler.codegen.triton.attention.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.kv.read.reader import parse_reader
+from einfold.compiler.ir.ops.attention import stored
 from einfold.compiler.ir.ops.bounded import BoundedAttention
 
 from . import artifact_worker
@@ -27,17 +29,17 @@ from .worker import compared, serve
 
 
 def arguments(kind: AttentionKind, request: dict[str, Any]) -> dict[str, Any]:
-    """Random arguments of `bounded_attention`, or of small whole numbers, so that many pages score alike.
+    """Random arguments of `bounded_attention`; with `ties` every third page has the same keys.
 
-    Bounds are right for the pages in use, but for the one that the next token comes into, and anything else
-    elsewhere.
+    New keys are `loud` times as large, so that their page has most of a head's share. Bounds are those of
+    whole pages, and anything elsewhere.
     """
     reader, used, slots = parse_reader(request["read"]), request["used"], request["slots"]
     given = artifact_worker.arguments(kind, request["new"], slots, used)
     if request.get("ties"):
-        given["q_BSHD"], given["k_BSKD"] = (given[name].round() for name in ("q_BSHD", "k_BSKD"))
-        given["key_cache_BKCD"] = given["key_cache_BKCD"].round()
-        given |= {"positions_BS": None, "cos_PR": None, "sin_PR": None, "scale": 0.25}
+        repeated = torch.arange(slots) % (3 * reader.bounded)
+        given["key_cache_BKCD"] = given["key_cache_BKCD"][:, :, repeated]
+    given["k_BSKD"] = given["k_BSKD"] * request.get("loud", 1.0)
     keys, page = given["key_cache_BKCD"], reader.bounded
     bounds = torch.full((len(used), kind.kv_heads, slots // page + 1, 2 * kind.key_size), 50.0)
     for row, length in enumerate(used):
@@ -66,7 +68,7 @@ def kernels(
 
 def chosen(made: ChoosingKernel, call: BoundedAttention) -> tuple[Tensor, Tensor]:
     """Which slots [B, K, C] the newest token reads by the kernels and by the reader; its keys are written."""
-    query = call.turned_query().unflatten(2, (made.kind.kv_heads, made.kind.group))
+    query = query_of(made, call)
     table, page = choose(made, call, query[:, 0]), made.kind.quest.page
     entry = torch.arange(table["pages"].shape[2])
     listed = (entry < table["chosen"][:, None])[:, None].expand(table["pages"].shape)
@@ -78,6 +80,30 @@ def chosen(made: ChoosingKernel, call: BoundedAttention) -> tuple[Tensor, Tensor
     return pages.repeat_interleave(page, 2) & visible, wanted
 
 
+def score_error(made: ChoosingKernel, call: BoundedAttention) -> float:
+    """The largest error of the scores of pages in use that are not always read, against float64."""
+    orders, _ = ranked(made, call, query_of(made, call)[:, 0])
+    bits = orders >> 32
+    found = torch.where(bits < 0, bits ^ LAST, bits).to(torch.int32).view(torch.float32)
+    query = query_of(made, call)[:, 0].double() * call.scale
+    keys = call.bounds_BKPE[:, :, : orders.shape[2]].unflatten(3, (2, -1)).transpose(2, 3)
+    both = stored(keys.flatten(2, 3), call.key_scale_KD).double().unflatten(2, (2, -1))
+    largest, smallest = both.mT.unbind(2)  # [B, K, D, P]
+    middle, half = (largest + smallest) / 2, (largest - smallest) / 2
+    upper = query @ middle + made.kind.quest.spread * (query.abs() @ half)
+    pages = (call.used_B[:, None] + made.kind.quest.page) // made.kind.quest.page
+    place = torch.arange(orders.shape[2])
+    upper = upper.masked_fill((place >= pages)[:, None, None], -torch.inf)
+    error = (upper.log_softmax(-1).amax(2) - found).abs()
+    counts = (place > 0) & (place < pages - 2)
+    return float(error.masked_fill(~counts[:, None], 0).max())
+
+
+def query_of(made: ChoosingKernel, call: BoundedAttention) -> Tensor:
+    """Turned queries [B, S, K, G, D]."""
+    return call.turned_query().unflatten(2, (made.kind.kv_heads, made.kind.group))
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The error against the operator, whether both wrote the same slots and bounds, and chose the same."""
     kind = AttentionKind(**request["kind"])
@@ -86,7 +112,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     error, same = compared(BoundedAttention, attend_bounded(*made, parts=request["parts"]), given)
     told = {"error": error, "same caches": same}
     if request["new"] == 1:
-        found, wanted = chosen(made[2], BoundedAttention(**given))  # as `compared` left them
+        call = BoundedAttention(**given)  # with the caches as `compared` left them
+        found, wanted = chosen(made[2], call)
+        told["score error"] = score_error(made[2], call)
         told |= {"same choice": torch.equal(found, wanted), "read": wanted.sum(2)[:, 0].tolist()}
     return told
 

@@ -64,6 +64,8 @@ WAITING = {"residual": 8, "slack": 4}
 KIVI = {"method": "kivi", "group": 8} | WAITING
 CSKV = {"method": "cskv", "keep": 0.6, "recent": 5, "slack": 3}
 CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
+#: Chooses behind 20 tokens, so that a prompt of so many means the same where prompts read everything.
+QUEST = {"method": "quest", "page": 4, "share": 0.25, "tokens": 20, "skip_layers": 0}
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,8 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             marks=pytest.mark.slow,
         ),
         rarely("gpt2", {"share": CSKV}),
+        ("llama", {"read": QUEST | {"skip_layers": 1}}),
+        ("llama", {"storage": "int8", "read": QUEST}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
@@ -277,6 +281,25 @@ def test_a_changed_byte_is_refused(compiled: Callable[..., Path], tmp_path: Path
     path.write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=r"d16_fp32\.py is damaged"):
         einfold.load(out)
+
+
+def test_layers_that_read_pages_have_kernels_of_their_own(compiled: Callable[..., Path]) -> None:
+    """The first layer reads everything, and its kernel reads prompts for the second too."""
+    folder = compiled("llama", read=QUEST | {"skip_layers": 1})
+    manifest = Manifest.read(folder)
+    assert [name for name in manifest.files if name.startswith("kernels/")] == [
+        *(f"{NAME_OF}.{kind}" for kind in ("plan", "py")),
+        *(f"kernels/attention_h4_kv2_d16_pages4_fp32.{kind}" for kind in ("plan", "py")),
+        "kernels/choosing_h4_kv2_d16_pages4_fp32.py",
+    ]
+    source = (folder / "kernels/choosing_h4_kv2_d16_pages4_fp32.py").read_text()
+    assert source.startswith("# The choice of pages of layer 1.\n")
+    assert "# Which pages a query reads: quest(page=4,share=0.25,tokens=20,spread=0.5),\n" in source
+    layout = manifest.layout()
+    assert layout is not None
+    # Keys, values and bounds in float32: 2 heads of 16 numbers, 25 pages and one more.
+    assert layout.bytes(1, 100) == 4 * 2 * 16 * (2 * 2 * 100 + 2 * 26)
+    assert [made.layers for made in kernels_of(folder)] == [(0, 1), (1,)]
 
 
 @needs_triton

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu import attention, linear
+from benchmarks.gpu import attention, linear, pages
 from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, inputs_of, work
 from benchmarks.gpu.linear_peers import peers as peers_of_products
 from benchmarks.gpu.peers import flex_function
 from einfold.compiler.codegen.reference.plan import run_plan
 from einfold.compiler.codegen.triton.linear.kernels import rows_of
+from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.quant.scheme import read_scheme
 
 SMALL = [Shape(2, 9, 9), Shape(2, 1, 9)]
@@ -139,3 +140,34 @@ def test_a_peer_that_is_missing_says_so_where_it_is_made() -> None:
     )
     with pytest.raises(ImportError, match="marlin"):
         found["Marlin"]()
+
+
+@pytest.mark.parametrize("cache", ["fp16", "i8"])
+def test_pages_are_checked_against_the_operator(cache: str) -> None:
+    """The slots of a table of its pages are those that it reads, and what is expected of these its result."""
+    torch.manual_seed(0)
+    step = pages.Step(Model("small", 4, 2, 16), cache, 2, 61, Quest(4, 0.25, 12))
+    call = pages.call_of(step, "cpu")
+    out = call.run()  # writes the new token
+    wanted = pages.reference_slots(step, call)
+    held = wanted.unflatten(2, (-1, 4)).any(3)
+    table = {"pages": held.nonzero()[:, 2].view(2, 2, -1), "chosen": held[:, 0].sum(1)}
+    assert table["chosen"].tolist() == [4, 4]
+    found = pages.read_slots(step, table, call.slots)
+    assert torch.equal(found & call._visible(), wanted)
+    torch.testing.assert_close(pages.exact(call, found).float(), out, rtol=1e-4, atol=1e-5)
+    made = pages.kernels(step, torch.device("cpu"))
+    assert made.listed.kind.page == 4 and made.choosing.kind.scaled == (cache == "i8")
+    size = {"fp16": 2, "i8": 1}[cache]
+    assert step.moved() == (2 * 2 * 2 * 16 * size * 16, 2 * 2 * 2 * 16 * size * 16)
+    assert {"all slots"} <= set(pages.peers(made, call))
+    assert [each.cache for each in pages.steps(cache, 4)] == [cache] * len(pages.LENGTHS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_pages_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pages"])
+    assert pages.main() == 1
+    assert "No CUDA device" in capsys.readouterr().err

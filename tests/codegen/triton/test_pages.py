@@ -32,6 +32,7 @@ from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.errors import UnsupportedError
 
+from ...programs import program
 from ..onnx.test_page_attention import layer
 from .conftest import asking, needs_triton
 
@@ -45,15 +46,15 @@ CASES: dict[str, tuple[AttentionKind, dict[str, Any]]] = {
     "rows of many lengths": (PLAIN, {"used": [0, 11, 62], "parts": 3}),
     "int8": (
         replace(PLAIN, kv_heads=2, group=3, key_size=24, value_size=8, cache="i8", scaled=True),
-        {"used": [47]},
+        {"used": [47, 63, 30]},
     ),
     "float16, sinks, capped": (
         replace(PLAIN, cache="fp16", sinks=True, softcap=3.0),
-        {"used": [48, 63], "parts": 3, "read": Quest(4, 0.25, 12, spread=1.0).text},
+        {"used": [48, 63], "parts": 3, "read": Quest(4, 0.1, 20, spread=1.0).text, "loud": 4.0},
     ),
-    "pages of equal scores": (PLAIN, {"used": [44, 63], "ties": True}),
+    "pages of equal scores": (PLAIN, {"used": [44, 60, 63], "ties": True}),
     "tiles of pages": (
-        replace(PLAIN, group=1, key_size=130),
+        replace(PLAIN, group=4, key_size=130, scale=0.3),
         {"used": [157], "slots": 160, "read": Quest(2, 0.1, 8).text},
     ),
     "long pages": (PLAIN, {"used": [150], "slots": 160, "read": Quest(32, 0.2, 0).text}),
@@ -75,6 +76,7 @@ def test_one_token_reads_what_the_reference_chooses(
     found = interpreter(kind=asdict(kind), **FEW | asked)
     assert found["error"] < 2e-5
     assert found["same caches"] and found["same choice"]
+    assert found["score error"] < 1e-5
     longest, shortest = max(asked["used"]), min(asked["used"])
     assert max(found["read"]) < 0.75 * longest
     assert shortest > 11 or min(found["read"]) == shortest + 1
@@ -158,3 +160,22 @@ def test_what_no_kernel_chooses_is_refused(options: dict[str, Any], reason: str)
     assert [kind.page for kind in kinds_at(node_of())] == [0, 4]
     with pytest.raises(UnsupportedError, match=reason):
         choosing_kind(node_of(**options))
+
+
+def test_a_reader_without_bounds_is_not_passed_over() -> None:
+    """A graph may say so, whatever a compile refuses; all slots would be read as if there were no reader."""
+    found = program(f"""
+        input %ids "input_ids" : i64[B, S]
+        input %q "q" : f32[B, S, 4, 8]
+        input %k "k" : f32[B, S, 2, 8]
+        input %kc "kc" : f32[B, 2, C, 8]
+        input %vc "vc" : f32[B, 2, C, 8]
+        input %past "lengths" : i64[B]
+        call %a = einfold.cached_attention(%q, %k, %k, %kc, %vc, %past, {"none, " * 7}3, 0.25, 0, \
+0.0, false, "{Quest().text}") : (f32[B, S, 4, 8], f32[B, 2, C, 8], f32[B, 2, C, 8])
+        call %o = builtin.getitem(%a, 0) : f32[B, S, 4, 8]
+        output "o" = %o
+    """)
+    (node,) = found.nodes(einfold_ops.cached_attention.default)
+    with pytest.raises(UnsupportedError, match=r"layer 3: no kernel reads what quest\(page=4"):
+        kinds_at(node)

@@ -178,6 +178,16 @@ def choose(made: ChoosingKernel, call: BoundedAttention, query_BKGD: Tensor) -> 
 
     `pages` i32 [B, K, T], best first, T as many as a row of all slots would read; `chosen` i32 [B].
     """
+    orders, chosen = ranked(made, call, query_BKGD)
+    most = min(orders.shape[2], made.kind.quest.pages(call.slots))
+    best = orders.topk(most, dim=-1).values
+    return {"pages": (LAST - (best & LAST)).to(torch.int32), "chosen": chosen}
+
+
+def ranked(
+    made: ChoosingKernel, call: BoundedAttention, query_BKGD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A number of each page i64 [B, K, P], the larger the sooner it is read; and how many are, i32 [B]."""
     kind, (batch, kv_heads, slots, _) = made.kind, call.key_cache_BKCD.shape
     page = kind.quest.page
     pages = slots // page
@@ -197,8 +207,7 @@ def choose(made: ChoosingKernel, call: BoundedAttention, query_BKGD: Tensor) -> 
         named["key_scale"] = call.key_scale_KD.float().contiguous()
     made.launch("upper", (tiles, batch * kv_heads), named)
     made.launch("order", (-(-pages // _ORDERED), batch * kv_heads), named)
-    best: Tensor = named["orders"].topk(min(pages, kind.quest.pages(slots)), dim=-1).values
-    return {"pages": (LAST - (best & LAST)).to(torch.int32), "chosen": named["chosen"]}
+    return named["orders"], named["chosen"]
 
 
 def _given(call: BoundedAttention) -> dict[str, Any]:
