@@ -22,11 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from einfold.compiler.codegen.triton.attention.bound_pages import attend_bounded
 from einfold.compiler.codegen.triton.attention.bound_slots import over_all_slots
-from einfold.compiler.codegen.triton.attention.choosing import (
-    ChoosingKernel,
-    ChoosingKind,
-    choose,
-)
+from einfold.compiler.codegen.triton.attention.choosing import ChoosingKernel, choose
+from einfold.compiler.codegen.triton.attention.choosing_kinds import ChoosingKind
 from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
 from einfold.compiler.codegen.triton.attention.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind

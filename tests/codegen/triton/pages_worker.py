@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.codegen.triton.attention.bound_pages import attend_bounded
-from einfold.compiler.codegen.triton.attention.choosing import (
-    ChoosingKernel,
-    ChoosingKind,
-    choose,
-    ranked,
-)
+from einfold.compiler.codegen.triton.attention.choosing import ChoosingKernel, choose, ranked
+from einfold.compiler.codegen.triton.attention.choosing_kinds import ChoosingKind
 from einfold.compiler.codegen.triton.attention.choosing_source import LAST, choosing_source
 from einfold.compiler.codegen.triton.attention.kernels import AttentionKernel, attention_kernel
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind

@@ -11,16 +11,13 @@ import pytest
 from torch import fx
 
 from einfold.compiler.codegen.triton.ahead import compile_ahead
-from einfold.compiler.codegen.triton.attention.choosing import (
-    ChoosingKernel,
-    ChoosingKind,
-    choosing_kind,
-)
+from einfold.compiler.codegen.triton.attention.choosing import ChoosingKernel
 from einfold.compiler.codegen.triton.attention.choosing_cubins import (
     compile_cubins,
     compile_function,
     with_compiled,
 )
+from einfold.compiler.codegen.triton.attention.choosing_kinds import ChoosingKind, choosing_kind
 from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
 from einfold.compiler.codegen.triton.attention.cubins import variants
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel, kinds_at

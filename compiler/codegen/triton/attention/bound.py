@@ -21,7 +21,8 @@ from .bound_low_rank import attend_low_rank
 from .bound_packed import attend_packed
 from .bound_pages import attend_bounded
 from .bound_slots import over_all_slots
-from .choosing import ChoosingKernel, choosing_kind
+from .choosing import ChoosingKernel
+from .choosing_kinds import choosing_kind
 from .kernels import AttentionKernel, attentions, kinds_at
 
 

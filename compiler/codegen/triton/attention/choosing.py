@@ -11,92 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from .....errors import UnsupportedError
-from ....ir.kv.read.quest.reader import Quest
-from ....ir.kv.read.reader import parse_reader
 from ....ir.ops.bounded import BoundedAttention
 from ....ir.program import Program, call_arguments
 from ..kernel import load_source
+from .choosing_kinds import ChoosingKind, choosing_kind
 from .choosing_source import LAST, choosing_source
-from .kinds import type_name
 
 #: Numbers of a tile of bounds: two of them are in the registers of four warps.
 _TILE = 4096
 #: Pages that a program of `order` takes, and slots of a page that one of `refresh` has at a time.
 _ORDERED, _SLOTS = 512, 16
-
-
-@dataclass(frozen=True)
-class ChoosingKind:
-    """What the kernels depend on that choose: as in `AttentionKind`. `bounds` is the type of slots and of
-    bounds, `reader` the text of a `Quest`."""
-
-    kv_heads: int
-    group: int
-    key_size: int
-    scale: float
-    query: str
-    bounds: str
-    scaled: bool
-    reader: str
-
-    @cached_property
-    def quest(self) -> Quest:
-        """The reader."""
-        found = parse_reader(self.reader)
-        assert isinstance(found, Quest)
-        return found
-
-    @property
-    def lanes(self) -> int:
-        """The size of a key as a power of two."""
-        return max(16, 1 << (self.key_size - 1).bit_length())
-
-    @property
-    def name(self) -> str:
-        """A name for files; kinds of other options may have the same."""
-        heads = f"h{self.kv_heads * self.group}_kv{self.kv_heads}_d{self.key_size}"
-        return f"choosing_{heads}_pages{self.quest.page}_{self.bounds}"
-
-
-def choosing_kind(node: fx.Node) -> ChoosingKind:
-    """The kind of a `bounded_attention` call. Raises UnsupportedError for what no kernel does."""
-    found = call_arguments(node)
-    layer, reader = int(found["layer"]), parse_reader(str(found["read"]))
-    query, keys, bounds = (
-        found[name].meta["val"] for name in ("q_BSHD", "key_cache_BKCD", "bounds_BKPE")
-    )
-    if not isinstance(reader, Quest):
-        raise UnsupportedError(
-            f"layer {layer}: no kernel reads what {reader.name} chooses; run it by the reference"
-        )
-    if int(found["window"]) or found["count_BK"] is not None:
-        raise UnsupportedError(
-            f"layer {layer}: kernels choose pages among all tokens, each of which has a slot of its own; "
-            "here is a window, or a slot that stands for many; run it by the reference"
-        )
-    if bounds.dtype != keys.dtype:
-        raise UnsupportedError(
-            f"layer {layer} caches keys as {keys.dtype} and their bounds as {bounds.dtype}; kernels read one "
-            "type"
-        )
-    kv_heads = int(keys.shape[1])
-    return ChoosingKind(
-        kv_heads=kv_heads,
-        group=int(query.shape[2]) // kv_heads,
-        key_size=int(keys.shape[3]),
-        scale=float(found["scale"]),
-        query=type_name(query.dtype, layer),
-        bounds=type_name(keys.dtype, layer),
-        scaled=found["key_scale_KD"] is not None,
-        reader=reader.text,
-    )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,7 @@ The count of pages is made in float64, as `Quest.pages` makes it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .choosing import ChoosingKind
+from .choosing_kinds import ChoosingKind
 
 #: A page's place from the end is told from here; its bits are the low half of what `order` gives.
 LAST = 2**31 - 1

@@ -29,7 +29,7 @@ from ..options import DEVICES, Device, Options, Tiles
 from ..through import PRECISION
 from ..tiles import choose_tiles
 from .cascade import STREAM, cascade_of
-from .choosing import choosing_kind
+from .choosing_kinds import choosing_kind
 from .kinds import AttentionKind, kind_of
 from .low_rank import STREAM as TOKENS
 from .low_rank import LowRankKind, low_rank_cascade, low_rank_kind, low_rank_types
