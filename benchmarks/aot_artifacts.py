@@ -52,6 +52,8 @@ def kinds_of(head: int) -> dict[str, Kind]:
         "sinks in a window": replace(plain, sinks=True, window=128),
         "compensation count": replace(plain, counted=True),
         "slots beside packed tokens": replace(plain, lse=True),
+        "chosen pages": replace(plain, page=4),
+        "chosen pages, int8": replace(plain, cache="i8", scaled=True, page=4),
     }
     for name, storage in STORAGES.items():
         for part in storage.streams(GroupShape(2, head, head)):

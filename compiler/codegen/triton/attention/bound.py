@@ -32,7 +32,8 @@ def bind(
     choosing: Sequence[ChoosingKernel] = (),
 ) -> dict[fx.Node, Callable[..., Any]]:
     """For each attention of the program, the function to call with its arguments instead."""
-    of_kind: dict[Any, Any] = {made.kind: made for made in (*kernels, *choosing)}
+    of_kind: dict[Any, Any] = {made.kind: made for made in kernels}
+    of_kind |= {made.kind: made for made in choosing}
     for made in kernels:
         made.kernel.function("whole")  # an absent Triton is told of now, not at the first token
     found = {}

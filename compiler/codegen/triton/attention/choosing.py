@@ -134,8 +134,9 @@ def ranked(
     named |= {"chosen": empty(batch, dtype=torch.int32)}
     if call.key_scale_KD is not None:
         named["key_scale"] = call.key_scale_KD.float().contiguous()
-    made.launch("upper", (tiles, batch * kv_heads), named)
-    made.launch("order", (-(-pages // _ORDERED), batch * kv_heads), named)
+    if batch:
+        made.launch("upper", (tiles, batch * kv_heads), named)
+        made.launch("order", (-(-pages // _ORDERED), batch * kv_heads), named)
     return named["orders"], named["chosen"]
 
 
