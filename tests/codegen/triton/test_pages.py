@@ -159,8 +159,15 @@ def test_what_no_kernel_chooses_is_refused(options: dict[str, Any], reason: str)
         choosing_kind(node_of(**options))
 
 
-def test_a_reader_without_bounds_is_not_passed_over() -> None:
-    """A graph may say so, whatever a compile refuses; all slots would be read as if there were no reader."""
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (f'"{Quest().text}", none', "layer 3: no kernel has a reader where no bounds of pages are"),
+        ('"", %bias', "layer 3: no kernel has numbers that are added to logits by distance"),
+    ],
+)
+def test_what_a_graph_says_is_not_passed_over(options: str, reason: str) -> None:
+    """Whatever a compile refuses: all slots would be read as if it did not stand there."""
     found = program(f"""
         input %ids "input_ids" : i64[B, S]
         input %q "q" : f32[B, S, 4, 8]
@@ -168,11 +175,12 @@ def test_a_reader_without_bounds_is_not_passed_over() -> None:
         input %kc "kc" : f32[B, 2, C, 8]
         input %vc "vc" : f32[B, 2, C, 8]
         input %past "lengths" : i64[B]
+        input %bias "bias" : f32[4, 9]
         call %a = einfold.cached_attention(%q, %k, %k, %kc, %vc, %past, {"none, " * 7}3, 0.25, 0, \
-0.0, false, "{Quest().text}") : (f32[B, S, 4, 8], f32[B, 2, C, 8], f32[B, 2, C, 8])
+0.0, false, {options}) : (f32[B, S, 4, 8], f32[B, 2, C, 8], f32[B, 2, C, 8])
         call %o = builtin.getitem(%a, 0) : f32[B, S, 4, 8]
         output "o" = %o
     """)
     (node,) = found.nodes(einfold_ops.cached_attention.default)
-    with pytest.raises(UnsupportedError, match=r"layer 3: no kernel reads what quest\(page=4"):
+    with pytest.raises(UnsupportedError, match=reason):
         kinds_at(node)

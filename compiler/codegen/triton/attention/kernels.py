@@ -48,6 +48,12 @@ _STREAMS: dict[Any, Callable[[fx.Node], Sequence[Kind]]] = {
     LowRankAttention: lambda node: (low_rank_kind(node),),
 }
 
+#: Arguments that no kernel has, and what they say: they are refused, not passed over.
+_WITHOUT_KERNELS = {
+    "read": "a reader where no bounds of pages are kept",
+    "by_distance_HR": "numbers that are added to logits by distance",
+}
+
 #: New tokens of the prefill step that tiles are chosen for.
 _PREFILL = 512
 
@@ -116,11 +122,11 @@ def kinds_at(node: fx.Node) -> list[Kind]:
     if operator is BoundedAttention:
         return [kind_of(node), kind_of(node, page=choosing_kind(node).quest.page)]
     found = call_arguments(node)
-    if found.get("read"):
-        raise UnsupportedError(
-            f"layer {found['layer']}: no kernel reads what {found['read']} chooses without bounds of pages; "
-            "run it by the reference"
-        )
+    for name, what in _WITHOUT_KERNELS.items():
+        if found.get(name):
+            raise UnsupportedError(
+                f"layer {found['layer']}: no kernel has {what}; run it by the reference"
+            )
     streams = _STREAMS[operator](node)
     return [kind_of(node, merged=bool(streams)), *streams]
 
