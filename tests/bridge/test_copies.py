@@ -19,6 +19,7 @@ import einfold
 from einfold.errors import UnsupportedError
 
 from .. import models
+from ..quick import quick
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -61,7 +62,7 @@ def answer(model: Any, cache: Any, question: torch.Tensor) -> list[int]:
     return out[0, text.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, *list(METHODS)[::4]))
 def test_a_prefix_that_prompts_share(name: str, model: Any) -> None:
     """transformers' own recipe: the prefix is read once, and each prompt goes on from a copy."""
     with einfold.cache_for(model, **METHODS[name]) as cache, torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from einfold.runtime.program import read_program
 
 from .. import models
 from ..greedy import all_logits, check_tokens, greedy_batch
+from ..quick import quick
 
 NEW = 64
 #: Short, longer than a chunk, and past the sliding window; together past several chunks.
@@ -37,8 +39,13 @@ def reference(name: str, folder: Path) -> tuple[Any, list[list[int]], list[list[
     return _references[name]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("portable", [False, True], ids=["ort", "portable"])
-@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "portable"),
+    quick(
+        product(models.CONFIGS, [False, True]),
+        *((name, bool(at % 2)) for at, name in enumerate(models.CONFIGS)),
+    ),
+)
 def test_greedy_tokens_and_logits(
     name: str, portable: bool, model_folder: Callable[[str], Path], artifact: Callable[..., Path]
 ) -> None:

@@ -21,6 +21,7 @@ from einfold.compiler.recipe import Recipe
 from einfold.errors import UnsupportedError
 
 from .. import models
+from ..quick import quick
 
 CAUSAL = masking_utils.causal_mask_function
 WINDOW = masking_utils.sliding_window_causal_mask_function
@@ -91,7 +92,7 @@ IN_MASK: dict[str, tuple[str, dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=IN_MASK)
+@pytest.fixture(scope="module", params=quick(IN_MASK, "phimoe", "qwen2_moe"))
 def in_mask(request: pytest.FixtureRequest) -> tuple[Any, list[int]]:
     kind, changes, windows = IN_MASK[request.param]
     torch.manual_seed(0)

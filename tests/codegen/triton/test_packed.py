@@ -88,6 +88,7 @@ def test_a_kernel_reads_no_more_than_the_codes(plan_cache: Any) -> None:
     assert shared["key_right0", "t"] == 128 and shared["value_codes", "f"] == 2
 
 
+@pytest.mark.slow
 def test_more_retained_rows_than_a_kernel_takes_are_refused() -> None:
     sizes = "minicache(slack=8,residual=8,group=16,rows={})"
     assert len(packed_kinds(node_of(read(sizes.format(RETAINED)), {}))) == 1
