@@ -56,7 +56,7 @@ def _add(group: HeadGroup, held: Mapping[str, Any], used: int, q_SHD: Any) -> No
     new = q_SHD.shape[0]
     keys_KTD = host(held["key"])[:, : used + new]
     for name, sums_KT in fading_sums(host(q_SHD), keys_KTD, used, group.scores).items():
-        score_KN, fading = held[name], group.scores[name]
+        score_KN, fading = held[name], group.scores[name].fading
         if fading != 1:
             score_KN *= fading**new
         score_KN[:, : used + new] += like(sums_KT, score_KN)

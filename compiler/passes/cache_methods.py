@@ -32,7 +32,15 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
     "prune": Family(
         (
             *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
-            *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
+            *(
+                "scissorhands",
+                "d2o",
+                "kvmerger",
+                "expected_attention",
+                "pyramid_kv",
+                "ada_kv",
+                "kvzip",
+            ),
         ),
         PRUNE,
         (POLICIES, KeepByPolicy),

@@ -22,6 +22,7 @@ class CacheStorage(StrEnum):
 METHODS = {
     "prune": (
         *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
+        *("scissorhands", "d2o", "kvmerger"),
         *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
     ),
     "quant": ("kivi", "gear", "zipcache", "mikv"),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ....errors import IRError
 from ..item_bytes import ITEM_BYTES
 from ..record_text import count_of, read, show
+from .attention_sums import Score
 from .keep.full import Full
 from .keep.policy import POLICIES, Policy
 from .read.everything import Everything
@@ -110,10 +111,9 @@ class HeadGroup:
         return self.storage.waiting > 0
 
     @property
-    def scores(self) -> Mapping[str, float]:
-        """The buffers in which the attention that tokens got is added up, which go along with them, and how
-        much each fades with a query."""
-        return self.policy.scores or ({"score": 1.0} if self.storage.scored else {})
+    def scores(self) -> Mapping[str, Score]:
+        """The buffers in which what tokens got of queries is added up, which go along with them."""
+        return self.policy.scores or ({"score": Score()} if self.storage.scored else {})
 
     @property
     def by_slot(self) -> tuple[str, ...]:

@@ -170,19 +170,43 @@ def by_scores(
     sizes: Sizes,
     chosen: Chosen,
 ) -> dict[Head, int]:
-    """The budget of each of the layers' heads by the scores [K, T] of their tokens, by layer.
+    """The budget of each of the layers' heads by the scores [K, T] of their tokens, by layer; without them
+    `at_will`."""
+    if scores is None:
+        return at_will(layers, sizes)
+    shared = shared_out(torch.cat([scores[x.layer] for x in layers]), sizes, chosen).tolist()
+    return {head: sizes.tokens(n) for head, n in zip(heads_of(layers), shared, strict=True)}
 
-    Without scores the first heads take what they can: no other choice has a higher peak, for the first layer
-    to be compressed then has the most to take beside what is still whole.
+
+def by_weights(
+    layers: Sequence[LayerCache], weights: Mapping[int, float], sizes: Sizes
+) -> dict[Head, int]:
+    """Budgets of layers with as many heads each, as near to proportional to their weights as steps can be."""
+    mean = sum(weights[x.layer] for x in layers) / len(layers)
+    wanted = [
+        (sizes.tokens(STEPS) * weights[x.layer] / mean - sizes.base) / sizes.step for x in layers
+    ]
+    given = [0] * len(layers)
+    for _ in range(STEPS * len(layers)):
+        open_ = [place for place, steps in enumerate(given) if steps < sizes.most]
+        given[max(open_, key=lambda place: wanted[place] - given[place])] += 1
+    return {
+        (layer.layer, head): sizes.tokens(steps)
+        for layer, steps in zip(layers, given, strict=True)
+        for head in range(layer.kv_heads)
+    }
+
+
+def at_will(layers: Sequence[LayerCache], sizes: Sizes) -> dict[Head, int]:
+    """Budgets where nothing is known: the first heads take what they can.
+
+    No other choice has a higher peak, for the first layer to be compressed then has the most to take beside
+    what is still whole.
     """
-    heads = heads_of(layers)
-    if scores is not None:
-        shared = shared_out(torch.cat([scores[x.layer] for x in layers]), sizes, chosen).tolist()
-    else:
-        left, shared = STEPS * len(heads), []
-        for layer in layers:
-            each = min(sizes.most, left // layer.kv_heads)
-            shared += [each] * layer.kv_heads
-            left -= each * layer.kv_heads
-        shared[-1] += left
-    return {head: sizes.tokens(n) for head, n in zip(heads, shared, strict=True)}
+    left, shared = STEPS * len(heads_of(layers)), []
+    for layer in layers:
+        each = min(sizes.most, left // layer.kv_heads)
+        shared += [each] * layer.kv_heads
+        left -= each * layer.kv_heads
+    shared[-1] += left
+    return {head: sizes.tokens(n) for head, n in zip(heads_of(layers), shared, strict=True)}

@@ -9,7 +9,7 @@ import numpy as np
 
 from .....errors import IRError
 from ...options import derived, later, missing, option, settle
-from ..attention_sums import host
+from ..attention_sums import Score, host
 from ..sizes import Size, least
 from .policy import POLICIES, Floats, Ints, Policy, Row, best_slots, check_budget, check_prefill
 
@@ -70,8 +70,8 @@ class HeavyHitters(Policy):
         return self.slack
 
     @property
-    def scores(self) -> Mapping[str, float]:
-        return {"score": 1.0}
+    def scores(self) -> Mapping[str, Score]:
+        return {"score": Score()}
 
     @property
     def exact(self) -> bool:
@@ -87,11 +87,11 @@ class HeavyHitters(Policy):
         older = used - self.newest
         score_KT = self.token_scores(row, older)
         staying_KN = best_slots(score_KT, older - leaving, used, self.newest)
-        self.take_in(row, score_KT, staying_KN[:, : older - leaving])
+        self.take_in(row, score_KT, staying_KN)
         return staying_KN
 
-    def take_in(self, row: Row, score_KT: Floats, best_KC: Ints) -> None:
-        """What becomes of the tokens that leave: here nothing."""
+    def take_in(self, row: Row, score_KT: Floats, staying_KN: Ints) -> None:
+        """What becomes of the tokens that leave, by the scores of those before the newest: here nothing."""
 
     def token_scores(self, row: Row, used: int) -> Floats:
         """Of each score its share, in equal parts, [K, used]."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .....errors import IRError
-from ..attention_sums import host, like
+from ..attention_sums import Score
 from .heavy_hitters import HeavyHitters
+from .merging import add_scores, average, directions, nearest
 from .policy import POLICIES, Floats, Ints, Row
 
 
@@ -51,8 +52,8 @@ class Merged(HeavyHitters):
             )
 
     @property
-    def scores(self) -> Mapping[str, float]:
-        return {"score": 1.0, "local": 1 - 1 / self.local}
+    def scores(self) -> Mapping[str, Score]:
+        return {"score": Score(), "local": Score(1 - 1 / self.local)}
 
     @property
     def mixes(self) -> bool:
@@ -61,28 +62,18 @@ class Merged(HeavyHitters):
     def says(self) -> str:
         return f"{self.heavy} centres, which others merge into, and {self.recent} recent tokens"
 
-    def take_in(self, row: Row, score_KT: Floats, best_KC: Ints) -> None:
-        """Averages each token that leaves into the kept one whose key resembles it most, by their scores.
+    def take_in(self, row: Row, score_KT: Floats, staying_KN: Ints) -> None:
+        """Averages each token that leaves into the centre whose key resembles it most, by their scores.
 
         Those that resemble none belong to the zero class: they are averaged into nothing.
         """
-        keys_KTD = host(row["key"])[:, : score_KT.shape[1]].astype(np.float32, copy=False)
-        for head, best_C in enumerate(best_KC):
-            leaving_L = np.setdiff1d(np.arange(score_KT.shape[1]), best_C)
-            keys_TD = keys_KTD[head] / np.maximum(
-                np.linalg.norm(keys_KTD[head], axis=1, keepdims=True), 1e-30
-            )
-            cosine_LC = keys_TD[leaving_L] @ keys_TD[best_C].T
-            nearest_L = cosine_LC.argmax(1)
-            alike = cosine_LC.max(1) >= self.similarity
-            weights_CL = np.zeros((len(best_C), len(leaving_L)), np.float32)
-            weights_CL[nearest_L[alike], np.flatnonzero(alike)] = score_KT[head, leaving_L[alike]]
-            own_C = np.maximum(score_KT[head, best_C], 1e-30)
-            total_C = own_C + weights_CL.sum(1)
-            for slots_KND in (row["key"], row["value"]):
-                x_TD = host(slots_KND[head])
-                mixed_CD = own_C[:, None] * x_TD[best_C] + weights_CL @ x_TD[leaving_L]
-                slots_KND[head, best_C] = like(mixed_CD / total_C[:, None], slots_KND)
-            taken_CL = (weights_CL > 0).astype(np.float32)
-            for score_KN in (row[name] for name in self.scores):
-                score_KN[head, best_C] += like(taken_CL @ host(score_KN[head])[leaving_L], score_KN)
+        older = score_KT.shape[1]
+        for head, staying_N in enumerate(staying_KN):
+            centres_C = staying_N[staying_N < older]
+            leaving_L = np.setdiff1d(np.arange(older), centres_C)
+            into_L, cosine_L = nearest(directions(row, head, older), leaving_L, centres_C)
+            alike = cosine_L >= self.similarity
+            leaving_L, into_L = leaving_L[alike], into_L[alike]
+            own_C = np.maximum(score_KT[head, centres_C], 1e-30)
+            average(row, head, centres_C, own_C, leaving_L, into_L, score_KT[head, leaving_L])
+            add_scores(row, self.scores, head, centres_C, leaving_L, into_L)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .....errors import IRError
 from ...options import Options
 from ...registry import Registry
+from ..attention_sums import Score
 from ..sizes import Size
 
 Floats = npt.NDArray[np.float32]
@@ -74,9 +75,8 @@ class Policy(Options):
         return False
 
     @property
-    def scores(self) -> Mapping[str, float]:
-        """Buffers [batch, heads, slots] in which the attention that each token got is added up, and by how
-        much what they hold fades with every query."""
+    def scores(self) -> Mapping[str, Score]:
+        """Buffers [batch, heads, slots] in which what tokens got of queries is added up, and what it is."""
         return {}
 
     @property
