@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.matched import Matched
 from einfold.compiler.ir.kv.keep.merged import Merged
 from einfold.compiler.ir.kv.keep.policy import Policy
 from einfold.compiler.ir.kv.keep.voted import Voted
@@ -52,6 +53,7 @@ def policies(draw: st.DrawFn) -> Policy:
                 Window(kept - 1, newest, slack, draw(st.booleans()), prefill),
                 HeavyHitters(kept, newest, slack, prefill),
                 Merged(kept, newest, slack, prefill, similarity=0.5),
+                Matched(kept, newest, slack, prefill),
                 Voted(kept, newest, 3, slack, queries=2),
             ]
         )

@@ -18,6 +18,9 @@ POLICY_OPTIONS = {
     "window": {"sinks": 2, "recent": 5, "slack": 4},
     "heavy_hitters": {"tokens": 9, "recent": 4, "slack": 4},
     "merged": {"tokens": 9, "recent": 4, "slack": 4},
+    "pivotal": {"tokens": 9, "recent": 4, "slack": 4, "queries": 2},
+    "matched": {"tokens": 9, "recent": 4, "slack": 4},
+    "runs": {"tokens": 9, "recent": 4, "slack": 4, "apart": 1},
     "voted": {"tokens": 9, "observe": 4, "slack": 4, "queries": 2},
     "expected": {"tokens": 9, "recent": 4, "sinks": 2, "slack": 4, "queries": 2},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from einfold.compiler.calibrate.stream import stream
 from einfold.compiler.ir.kv.attention_sums import attention_sums
 from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.matched import Matched
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.passes.base import Pass
 from einfold.compiler.passes.cache.attach_cache import AttachCache
 from einfold.compiler.passes.cache.plan_cache import PlanCache
 from einfold.compiler.passes.kv_prune.ada_kv import AdaKV
-from einfold.compiler.passes.kv_prune.budgets import Sizes, shared_out
+from einfold.compiler.passes.kv_prune.budgets import Sizes, by_weights, shared_out
+from einfold.compiler.passes.kv_prune.d2o import D2O
 from einfold.compiler.passes.kv_prune.kvzip import KVzip
 from einfold.compiler.passes.kv_prune.pyramid_kv import PyramidKV
 from einfold.errors import CalibrationError, IRError, RecipeError
@@ -85,6 +88,63 @@ def test_early_layers_keep_more() -> None:
     ]
     AttachCache().run(found)
     verify(found, deep=True)
+
+
+def test_flatter_layers_keep_more() -> None:
+    """D2O: in proportion to exp(-variance), which is 0 in the flattest layer and 1 in the sharpest; half of
+    them are recent."""
+    flat, sharp = torch.full((4, 16), 1 / 16), torch.eye(16)[:4]
+    for scores, spread, first in (
+        ([flat, sharp], 1.0, 1 / (1 + np.exp(-1))),
+        ([sharp, flat], 0.5, 1 / (1 + np.exp(0.5))),
+    ):
+        found = planned()
+        found.statistics = Known(scores)
+        result = D2O(Matched(tokens=24, slack=4), spread).run(found)
+        (of_first, *others), (of_second, *_) = (list(x.values()) for x in budgets(found))
+        assert others == [of_first] * 3 and of_first + of_second == 48
+        assert abs(of_first - 48 * first) <= 22 / 8 / 2
+        policy = found.layout.layers[0].groups[0].policy
+        assert abs(policy.newest - of_first / 2) <= 0.5
+        assert result.notes[0].what == f"4 KV heads by matched: 4 of {of_first} tokens"
+        AttachCache().run(found)
+        verify(found, deep=True)
+
+
+def test_layers_are_alike_without_spread_and_at_will_without_weights() -> None:
+    found = planned()
+    D2O(Matched(tokens=24, slack=4), spread=0).run(found)
+    assert budgets(found) == [dict.fromkeys(range(4), 24)] * 2
+    found = planned()
+    result = D2O(Matched(tokens=24, slack=4)).run(found)
+    assert sum(tokens for layer in budgets(found) for tokens in layer.values()) == 8 * 24
+    assert result.notes[0].what.startswith("without weights they are shared out at will")
+
+
+def test_weights_of_any_size_share_out_all_steps() -> None:
+    """No layer is given more than there is room for, and the mean stays."""
+    layers = planned().layout.layers
+    sizes = Sizes.of(24, 8, 36)
+    for weights, first in (({0: 1.0, 1: 0.0}, 34), ({0: 1.0, 1: 1.0}, 24), ({0: 1.0, 1: 3.0}, 14)):
+        found = by_weights(layers, weights, sizes)
+        assert (found[0, 0], found[1, 3]) == (first, 48 - first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spread": -1}, "spread is 0 or more, not -1"),
+        ({"spread": float("inf")}, "spread is 0 or more, not inf"),
+        ({"read": 15}, "layers are compared on 16 tokens or more, not 15"),
+        (
+            {"policy": Matched(tokens=9)},
+            "a mean budget of 9 tokens leaves less than 8 to share out",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_compared(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        D2O(**options)
 
 
 def by_tokens(scores_KT: Tensor, tokens: int, base: int) -> list[int]:

@@ -209,6 +209,12 @@ SCORED = {
     chosen(
         "ems", tokens=24, recent=8, slack=4
     ): "merged(heavy=16,recent=8,slack=4,prefill=exact,local=32,similarity=0.6)",
+    chosen("scissorhands", tokens=24, recent=8, slack=4): (
+        "pivotal(heavy=16,recent=8,slack=4,prefill=exact,history=64,queries=2)"
+    ),
+    chosen("kvmerger", tokens=24, slack=4, apart=3): (
+        "runs(heavy=12,recent=12,slack=4,prefill=exact,apart=3,similarity=0.9)"
+    ),
     chosen("expected_attention", tokens=24, slack=4): (
         "expected(chosen=12,recent=12,sinks=4,future=512,norm=1,epsilon=0.0,slack=4,queries=2)"
     ),
@@ -245,6 +251,23 @@ def test_layers_whose_attention_cannot_be_followed_are_skipped(method: Pass) -> 
         ({"method": "snapkv", "tokens": 32}, "snapkv: a budget of 32 tokens leaves none to choose"),
         ({"method": "h2o", "tokens": 64, "recent": 64}, "beside the 64 of recent; raise tokens"),
         ({"method": "ems", "tokens": 8}, "beside the 32 of recent"),
+        (
+            {"method": "scissorhands", "tokens": 32},
+            "scissorhands: a budget of 32 tokens leaves none",
+        ),
+        (
+            {"method": "kvmerger", "tokens": 32},
+            "of the 16 tokens beside the newest 0 or more stay apart",
+        ),
+        (
+            {"method": "kvmerger", "similarity": 1.5},
+            "a cosine of 0 to 1, or more than that, not 1.5",
+        ),
+        ({"method": "d2o", "recent": 300}, "cache.prune: matched: a budget of 256 tokens leaves"),
+        (
+            {"method": "d2o", "newer": 2},
+            "newer is a share of the threshold, more than 0 to 1, not 2",
+        ),
         ({"method": "razor_attention", "echo": -0.5}, "must each be 0 or more"),
         (
             {"method": "razor_attention", "recent": 0},
@@ -275,6 +298,9 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
         chosen("snapkv", tokens=64),
         chosen("h2o", tokens=80),
         chosen("ems", tokens=64),
+        chosen("scissorhands", tokens=64),
+        chosen("d2o", tokens=64),
+        chosen("kvmerger", tokens=80),
         chosen("expected_attention", tokens=64),
         chosen("kvzip", tokens=64),
         chosen("pyramid_kv", tokens=64),
@@ -285,11 +311,12 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
             method.run(planned())
 
 
-def test_merging_is_refused_where_tokens_are_integers() -> None:
+@pytest.mark.parametrize("name", ["ems", "d2o", "kvmerger"])
+def test_merging_is_refused_where_tokens_are_integers(name: str) -> None:
     from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 
     found = planned()
-    chosen("ems", tokens=40, slack=4).run(found)
+    chosen(name, tokens=40, slack=4, **{"apart": 3} if name == "kvmerger" else {}).run(found)
     StaticInt8().run(found)
     with pytest.raises(RecipeError, match="layer 0: tokens that are merged are averaged"):
         AttachCache().run(found)
@@ -451,6 +478,9 @@ def test_with_room_for_everything_nothing_changes() -> None:
         chosen("snapkv", tokens=50, observe=8, slack=4),
         chosen("h2o", tokens=50, slack=4),
         chosen("ems", tokens=50, slack=4),
+        chosen("scissorhands", tokens=50, slack=4),
+        chosen("d2o", tokens=50, slack=4, spread=0),
+        chosen("kvmerger", tokens=50, slack=4, apart=3),
         chosen("expected_attention", tokens=50, slack=4),
         RazorAttention(0.25, 0, 4, 50, 4),
     ):
@@ -468,6 +498,9 @@ def test_with_room_for_everything_nothing_changes() -> None:
         chosen("snapkv", tokens=12, observe=4, kernel=3, slack=4),
         chosen("h2o", tokens=12, recent=6, slack=4),
         chosen("ems", tokens=12, recent=4, slack=4, similarity=1),
+        chosen("scissorhands", tokens=12, recent=4, slack=4),
+        chosen("d2o", tokens=12, slack=4, spread=0),
+        chosen("kvmerger", tokens=12, slack=4, apart=1, similarity=0.2),
         chosen("expected_attention", tokens=12, slack=4),
         chosen("pyramid_kv", tokens=12, slack=4, by="expected_attention:sinks=2", sizes=2),
     ],
@@ -498,10 +531,18 @@ RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8
         rarely("llama", DUO),
         ("llama", {"method": "snapkv", "tokens": 16, "observe": 4, "slack": 4}),
         rarely("gpt2", {"method": "h2o", "tokens": 16, "slack": 4}),
-        ("qwen3", {"method": "ems", "tokens": 16, "recent": 4, "slack": 4, "similarity": 0.2}),
+        rarely("gpt2", {"method": "scissorhands", "tokens": 16, "recent": 4, "slack": 4}),
+        rarely(
+            "qwen3", {"method": "ems", "tokens": 16, "recent": 4, "slack": 4, "similarity": 0.2}
+        ),
+        ("llama", {"method": "d2o", "tokens": 18, "slack": 4, "read": 24}),
+        rarely(
+            "qwen3",
+            {"method": "kvmerger", "tokens": 16, "slack": 4, "apart": 2, "similarity": 0.2},
+        ),
         rarely("llama", {"method": "kvzip", "tokens": 18, "slack": 4, "read": 24, "share": 0.4}),
     ],
-    ids=["razor_attention", "streaming", "duo_attention", "snapkv", "h2o", "ems", "kvzip"],
+    ids=lambda given: given if isinstance(given, str) else given["method"],
 )
 def test_engines_agree(
     name: str, table: dict[str, Any], model_folder: Callable[[str], Path], tmp_path: Path

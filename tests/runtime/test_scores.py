@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from einfold.compiler.ir.kv import attention_sums as sums
 from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.matched import Matched
 from einfold.compiler.ir.kv.keep.merged import Merged
+from einfold.compiler.ir.kv.keep.pivotal import Pivotal
 from einfold.compiler.ir.kv.keep.policy import Policy
+from einfold.compiler.ir.kv.keep.runs import Runs
 from einfold.compiler.ir.kv.keep.voted import Voted
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
@@ -303,6 +307,144 @@ def test_what_leaves_is_merged_into_what_it_resembles(similarity: float) -> None
         np.testing.assert_allclose(cache.buffers["cache.0.0.score"][0, head, :5], sums, rtol=1e-3)
 
 
+def test_tokens_leave_that_recent_queries_gave_little_most_often() -> None:
+    """Scissorhands: by the queries that gave a token less than the mean of what they saw, in chunks too."""
+    q, k, v = text(1, 30, seed=6)
+    policy = Pivotal(6, 4, 2, history=8, queries=EACH)
+    cache = Cache.allocate(layout(policy), 1, 40, 30)
+    read(cache, (q, k, v), 30, [11, 19])
+    weights = attention(q[0], k[0])
+    below = weights < 1 / np.arange(1, 31)[:, None]
+    for head in range(HEADS):
+        counts = [
+            sum((7 / 8) ** (29 - s) * below[head, :, s, t].sum() for s in range(t, 30))
+            for t in range(30)
+        ]
+        stay = [*np.sort(np.argsort(counts[:26], kind="stable")[:6]), 26, 27, 28, 29]
+        for part, x in (("key", k), ("value", v)):
+            np.testing.assert_array_equal(
+                cache.buffers[f"cache.0.0.{part}"][0, head, :10], x[0, stay, head]
+            )
+        kept = cache.buffers["cache.0.0.seldom"][0, head, :10]
+        np.testing.assert_allclose(kept, np.array(counts)[stay], rtol=1e-4)
+
+
+def unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return x / np.linalg.norm(x)  # type: ignore[no-any-return]
+
+
+def merged_by_definition(
+    q_TD: Floats, k_TD: Floats, v_TD: Floats, policy: Matched, prompt: int
+) -> tuple[list[int], npt.NDArray[np.float64]]:
+    """D2O for one head and one query head a token at a time: which tokens are kept, and their keys and values
+    [2, T, D]."""
+    total = len(q_TD)
+    kv = np.stack((k_TD, v_TD)).astype(np.float64)
+    alive: list[int] = []
+    score, threshold = np.zeros(total), None
+    most = policy.heavy + policy.recent + policy.slack
+    for t in range(total):
+        alive.append(t)
+        weights = np.exp(kv[0, alive] @ q_TD[t])
+        score[alive] += weights / weights.sum()
+        full = len(alive) > most if t + 1 == prompt else t >= prompt and len(alive) == most
+        if not full or t + 1 == total:
+            continue
+        stay = evicted(alive, score, policy)
+        likes = {
+            gone: max((float(unit(kv[0, x]) @ unit(kv[0, gone])), x) for x in stay)
+            for gone in alive
+            if gone not in stay
+        }
+        mean = float(np.mean([cosine for cosine, _ in likes.values()]))
+        threshold = (
+            mean if threshold is None else policy.newer * mean + (1 - policy.newer) * threshold
+        )
+        before = kv.copy()
+        for kept in stay:
+            taken = {g: c for g, (c, x) in likes.items() if x == kept and c >= threshold}
+            total_weight = np.e + sum(np.exp(c) for c in taken.values())
+            mixed = np.e * before[:, kept] + sum(np.exp(c) * before[:, g] for g, c in taken.items())
+            kv[:, kept] = mixed / total_weight
+        alive = stay
+    return alive, kv
+
+
+@pytest.mark.parametrize("newer", [0.7, 1.0])
+def test_what_leaves_is_merged_above_a_moving_threshold(newer: float) -> None:
+    """D2O: behind the prompt and again as tokens are generated."""
+    q, k, v = text(1, 44, seed=7)
+    q[:, :, 1::EACH] = q[:, :, ::EACH]  # one query head would do
+    policy = Matched(5, 3, 4, newer=newer)
+    cache = Cache.allocate(layout(policy), 1, 44, 20)
+    read(cache, (q, k, v), 20, [20])
+    used = int(cache.clocks["slots.0"][0])
+    for head in range(HEADS):
+        stay, kv = merged_by_definition(
+            q[0, :, head * EACH], k[0, :, head], v[0, :, head], policy, 20
+        )
+        assert len(stay) == used
+        for part, x in zip(("key", "value"), kv, strict=True):
+            slots = cache.buffers[f"cache.0.0.{part}"][0, head, :used]
+            np.testing.assert_allclose(slots, x[stay], rtol=1e-4, atol=1e-5)
+        assert np.abs(kv[0, stay] - k[0, stay, head]).max() > 0.1
+
+
+@pytest.mark.parametrize(("similarity", "apart"), [(0.0, 0), (0.5, 2), (0.99, 0)])
+def test_runs_of_similar_neighbours_become_one(similarity: float, apart: int) -> None:
+    """KVMerger: the most similar neighbours until what is left fits; where too few are similar, the runs with
+    the least attention leave."""
+    q, k, v = text(1, 26, seed=8)
+    k[0, 5], k[0, 6] = 2 * k[0, 4], k[0, 4]  # three in one direction
+    policy = Runs(6, 4, 2, apart=apart, similarity=similarity)
+    cache = Cache.allocate(layout(policy), 1, 30, 26)
+    read(cache, (q, k, v), 26, [10, 16])
+    score = attention(q[0], k[0]).sum((1, 2))
+    for head in range(HEADS):
+        x, by = k[0, :22, head].astype(float), score[head, :22]
+        alone = set(np.argsort(-by, kind="stable")[:apart])
+        pairs = sorted((-float(unit(x[t]) @ unit(x[t + 1])), t) for t in range(21))
+        able = [t for c, t in pairs if -c >= similarity - 1e-6 and not {t, t + 1} & alone]
+        runs: list[list[int]] = []
+        for t in range(22):
+            if t and t - 1 in able[:16]:
+                runs[-1].append(t)
+            else:
+                runs.append([t])
+        runs = sorted(sorted(runs, key=lambda run: -by[run].sum())[:6])
+        for slot, run in enumerate(runs):
+            pivot = max(run, key=lambda t: by[t])
+            apart_by = {t: np.linalg.norm(x[t] - x[pivot]) for t in run if t != pivot}
+            sigma = np.mean([*apart_by.values()]) / np.sqrt(2) if apart_by else 1
+            shares = {t: np.exp(-(d**2) / (2 * sigma**2)) for t, d in apart_by.items()} | {pivot: 1}
+            for part, whole in (("key", k), ("value", v)):
+                mixed = sum(g * whole[0, t, head] for t, g in shares.items()) / sum(shares.values())
+                got = cache.buffers[f"cache.0.0.{part}"][0, head, slot]
+                np.testing.assert_allclose(got, mixed, rtol=1e-3, atol=1e-5)
+            got = cache.buffers["cache.0.0.score"][0, head, slot]
+            np.testing.assert_allclose(got, by[run].sum(), rtol=1e-3)
+        assert max(map(len, runs)) > 1
+        newest = cache.buffers["cache.0.0.key"][0, head, 6:10]
+        np.testing.assert_array_equal(newest, k[0, 22:, head])
+
+
+@pytest.mark.parametrize(
+    "policy", [Pivotal(5, 3), Merged(5, 3), Matched(5, 3), Runs(5, 3, apart=1)]
+)
+def test_rows_of_torch_are_those_of_numpy(policy: Policy) -> None:
+    """What stays, what is merged, and what is remembered."""
+    random = np.random.default_rng(9)
+    shapes = {"key": (2, 20, 4), "value": (2, 20, 4), "threshold": (2, 2)}
+    shapes |= dict.fromkeys(policy.scores, (2, 20))
+    row = {name: random.random(shape).astype(np.float32) for name, shape in shapes.items()}
+    other = {name: torch.from_numpy(x.copy()) for name, x in row.items()}
+    for used, leaving in ((20, 8), (12, 4)):
+        stay = policy.staying(row, used, leaving)
+        np.testing.assert_array_equal(policy.staying(other, used, leaving), stay)
+    for name, x in row.items():
+        np.testing.assert_allclose(other[name].numpy(), x, rtol=1e-6)
+
+
 def test_a_window_moves_the_scores_of_its_tokens() -> None:
     """Scores of a storage go along with the tokens, whatever decides which stay."""
 
@@ -325,6 +467,18 @@ def test_bad_numbers_are_refused() -> None:
         HeavyHitters(0, 4)
     with pytest.raises(IRError, match="a cosine between -1 and 1, not 32 and 2"):
         Merged(4, 4, similarity=2)
+    with pytest.raises(IRError, match="pivotal counts over 1 or more queries, not 0"):
+        Pivotal(4, 4, history=0)
+    for newer in (0, 1.5, float("nan")):
+        with pytest.raises(IRError, match="newer is a share of the threshold, more than 0 to 1"):
+            Matched(4, 4, newer=newer)
+    with pytest.raises(IRError, match="of the 4 tokens beside the newest 0 or more stay apart"):
+        Runs(4, 4, apart=4)
+    for similarity in (-0.1, 1.1, float("nan")):
+        with pytest.raises(
+            IRError, match="runs are of neighbours whose keys have a cosine of 0 to 1"
+        ):
+            Runs(4, 4, apart=1, similarity=similarity)
     with pytest.raises(IRError, match="an odd number of tokens, not 4"):
         Voted(4, 4, 4)
     with pytest.raises(

@@ -139,12 +139,13 @@ def give(
             for tokens, heads in of_tokens.items()
         )
         with_layer(program, replace(layer, groups=groups))
+        policy = groups[0].policy
         said = ", ".join(
             f"{len(heads)} of {tokens} tokens" for tokens, heads in sorted(of_tokens.items())
         )
         result.applied(
             f"layer {layer.layer}",
-            f"{layer.kv_heads} KV heads by {groups[0].policy.method}: {said}",
+            f"{layer.kv_heads} KV heads by {policy.method or policy.name}: {said}",
         )
 
 

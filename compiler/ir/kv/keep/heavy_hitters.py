@@ -47,7 +47,7 @@ class HeavyHitters(Policy):
         if missing(self.recent):
             settle(self, recent=max(1, self.tokens // 2))
         if missing(self.heavy):
-            check_budget(self.method, self.tokens, self.recent, "recent")
+            check_budget(self.method or self.name, self.tokens, self.recent, "recent")
             settle(self, heavy=self.tokens - self.recent)
         if self.heavy < 1 or self.recent < 1 or self.slack < 1:
             raise IRError(

@@ -28,6 +28,7 @@ class Matched(HeavyHitters):
     newer: float = 0.7
 
     name = "matched"
+    method = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

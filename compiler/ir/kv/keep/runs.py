@@ -34,7 +34,7 @@ class Runs(HeavyHitters):
     """
 
     apart: int = 32
-    similarity: float = 0.75
+    similarity: float = 0.9
 
     name = "runs"
     method = "kvmerger"
@@ -48,7 +48,8 @@ class Runs(HeavyHitters):
             )
         if not 0 <= self.similarity <= 1:
             raise IRError(
-                f"{self.name}: runs are of keys with a cosine of 0 to 1 or more, not {self.similarity}"
+                f"{self.name} are of neighbours whose keys have a cosine of 0 to 1, or more than that, not "
+                f"{self.similarity}"
             )
 
     @property
