@@ -14,6 +14,7 @@ import einfold
 from einfold.compiler.ir.interpreter import Run
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
+from einfold.compiler.ir.kv.keep.matched import Matched
 from einfold.compiler.ir.kv.keep.policy import Policy
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
@@ -35,6 +36,7 @@ LAYOUTS: dict[str, tuple[Policy, Storage]] = {
     "f16": (Full(), Plain("f16")),
     "window": (Window(2, 30, 8, True, "streaming"), Plain()),
     "scores": (HeavyHitters(20, 30, 8, "streaming"), Plain()),
+    "threshold": (Matched(20, 30, 8, "streaming"), Plain()),
     "packed": (Full(), Kivi(8, 8, "streaming", 2, 2, 8)),
     "features": (Window(2, 30, 8, False, "streaming"), LowRank(4, 4)),
 }

@@ -64,7 +64,7 @@ def fading_sums(
 ) -> dict[str, Floats]:
     """The sums [K, T] of each score, in which queries fade by its factor with every one behind them."""
     age = np.arange(len(q_SHD) - 1, -1, -1)
-    found = {}
+    found: dict[str, Floats] = {}
     for counted in {score.counted for score in scores.values()}:
         named = {name: each.fading for name, each in scores.items() if each.counted == counted}
         weights = np.stack([(fading**age).astype(np.float32) for fading in named.values()])

@@ -37,6 +37,10 @@ class D2O(Pass):
     moving mean of cosines from which on a token is merged; `spread`, how unequal budgets are (0: all alike);
     `read`, how many tokens of the calibration text a layer's attention is seen on.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.00 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. The KL is 0.087, and 0.049 with `h2o` and as many bytes: both
+    unequal layers (`spread`) and merging cost there, where the authors find that they help.
+
     Differs from the paper: a layout has its sizes when it is compiled, so layers are compared on the
     calibration text, not on each prompt, by the variance of what tokens get in all, which is set to 0 in the
     flattest layer and to 1 in the sharpest; budgets are in eighths of the mean one. Tokens leave `slack` at a

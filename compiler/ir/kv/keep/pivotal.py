@@ -28,6 +28,10 @@ class Pivotal(HeavyHitters):
     of the prompt is held while it is read) or `streaming` (each head chooses after every chunk); `history`,
     the queries over which it is counted.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.03 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. The KL is 0.069, and 0.049 by the sums of `h2o`: a count does not
+    tell much attention from a little more than the mean.
+
     Differs from the paper: a query counts 1 - 1 / `history` of what it did before when the next one comes, in
     place of a hard window, so that no attention is kept; a KV head adds up the counts of its `queries` query
     heads; every layer has the same budget, where the paper gives later ones more.

@@ -80,7 +80,7 @@ class Runs(HeavyHitters):
         merged[pivot_R] = False
         leaving_L = np.flatnonzero(merged)
         into_L = np.searchsorted(best_C, run_T[leaving_L])
-        kept_C = pivot_R[best_C]
+        kept_C: Ints = pivot_R[best_C]
         weights_L = self._weights(row, head, kept_C, leaving_L, into_L)
         average(row, head, kept_C, np.ones(len(kept_C), np.float32), leaving_L, into_L, weights_L)
         add_scores(row, self.scores, head, kept_C, leaving_L, into_L)
