@@ -27,6 +27,10 @@ class Runs(HeavyHitters):
     most attention are never merged; `similarity`, the cosine of neighbouring keys from which on they may be
     in one run; `prefill`, `exact` (all of the prompt is held while it is read) or `streaming`.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.05 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. The KL is 0.052, and 0.049 with `h2o`; with the paper's
+    `similarity` of 0.75, which merges more, it is higher.
+
     Differs from the paper: bytes are fixed when it is compiled, so each head merges the most similar
     neighbours until what is left fits, and no more than that; where too few are similar enough, the runs with
     the least attention leave. Neighbours are those in the slots, tokens that stand for runs among them. A
