@@ -30,6 +30,7 @@ from .ir.weights import Weight, WeightStore, derive
 from .ir.weights_file import write_weights
 from .passes.base import Pass
 from .passes.cleanup.simplify import Simplify
+from .passes.weight_methods import AUTO
 from .passes.weight_quant.quantize_weights import QuantizeWeights
 from .pipeline import PassManager, raising_passes
 from .recipe import Recipe
@@ -113,10 +114,10 @@ def _check_recipe(model: Input, recipe: Recipe, linears: Mapping[str, int]) -> N
             f"weights in the scheme {scheme} are not written: pack-quantized holds integers in groups, and "
             "2, 4 and 8 bits with scales in float32 are written"
         )
-    if recipe.weights.rotate is True:
+    if recipe.weights.rotate not in (None, False, AUTO):
         raise UnsupportedError(
-            "weights.rotate turns what layers add up, and a checkpoint's own model would read it as it was; "
-            "leave it out"
+            "weights.rotate turns what weights read and write, and a checkpoint's own model would read it as "
+            "it was; leave it out"
         )
     block = scheme.block if isinstance(scheme, Grouped) else 1
     for module, width in linears.items():
@@ -134,8 +135,7 @@ def _check_recipe(model: Input, recipe: Recipe, linears: Mapping[str, int]) -> N
 
 def _for_others(recipe: Recipe) -> Recipe:
     """Other readers have no embedding in codes, and add up in layers what they always did."""
-    rotate = recipe.weights.rotate is True  # refused, where it was asked for
-    weights = recipe.weights.model_copy(update={"embedding": False, "rotate": rotate})
+    weights = recipe.weights.model_copy(update={"embedding": False, "rotate": False})
     return recipe.model_copy(update={"weights": weights})
 
 

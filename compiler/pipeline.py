@@ -31,6 +31,7 @@ from .passes.raising.raise_norms import RaiseNorms
 from .passes.raising.raise_patches import RaisePatches
 from .passes.raising.raise_rotary import RaiseRotary
 from .passes.raising.raise_windows import RaiseWindows
+from .passes.weight_quant.rotate_values import RotateValues
 
 
 def raising_passes() -> list[Pass]:
@@ -46,12 +47,15 @@ def raising_passes() -> list[Pass]:
 
 
 def planning_passes(
-    cache: Sequence[Pass] = (), compare: Sequence[Pass] = (), fusion: Sequence[Pass] = ()
+    cache: Sequence[Pass] = (),
+    compare: Sequence[Pass] = (),
+    fusion: Sequence[Pass] = (),
+    values: Sequence[Pass] = (),
 ) -> list[Pass]:
     """The pipeline of a causal language model up to where its cache layout is decided.
 
     `cache` are the passes that refine the layout, `compare` what compares the graph with the model, `fusion`
-    what fuses attention beside that over the cache.
+    what fuses attention beside that over the cache, `values` what changes the values that are cached.
     """
     return [
         *raising_passes(),
@@ -60,6 +64,7 @@ def planning_passes(
         *fusion,  # behind what is raised, as in a plain module
         SelectLogitRows(),
         *compare,  # before anything that may lose something: here the graph is the model
+        *values,  # before the cache is planned: what methods measure, and scales hold, are these values
         PlanCache(),
         *cache,  # before the weights: what is measured is the model as it was, not as it is rounded
     ]
@@ -77,10 +82,11 @@ def language_model_passes(
     `compare` what compares the graph with the model, `fusion` what fuses attention to an
     encoder.
     """
+    values = [step for step in weights if isinstance(step, RotateValues)]
     return [
-        *planning_passes(cache, compare, fusion),
+        *planning_passes(cache, compare, fusion, values),
         OrderHeads(),  # before the weights are packed: it permutes their rows and columns
-        *weights,
+        *(step for step in weights if step not in values),
         AttachCache(),  # near the end: earlier passes see attention without its cache
         Simplify(),
         OrderCalls(),  # last: it counts the bytes of what will run

@@ -30,10 +30,12 @@ from .passes.kv_quant.half_slots import HalfSlots
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.method_text import read_method
 from .passes.weight_methods import (
+    AUTO,
     BEST,
     WIDTHS,
     format_options,
     mix_of,
+    places_of,
     read_weights,
     scheme_of,
     settled,
@@ -42,7 +44,9 @@ from .passes.weight_methods import (
 )
 from .passes.weight_quant.keep_codes import KeepCodes
 from .passes.weight_quant.quantize_weights import QuantizeWeights
+from .passes.weight_quant.rotate_down import RotateDown
 from .passes.weight_quant.rotate_residual import RotateResidual
+from .passes.weight_quant.rotate_values import RotateValues
 from .passes.weight_quant.round_activations import RoundActivations
 from .solve.round_to_nearest import RoundToNearest
 
@@ -69,6 +73,14 @@ def _for_heads() -> list[str]:
     return [
         name for name, p in PRESETS.items() if p.scheme is not None and not p.scheme.nearly_exact
     ]
+
+
+#: The passes that turn places, by what `rotate` calls these.
+_TURNS: dict[str, Callable[[], Pass]] = {
+    "residual": RotateResidual,
+    "values": RotateValues,
+    "down": RotateDown,
+}
 
 
 class WeightsSection(_Section):
@@ -99,10 +111,12 @@ class WeightsSection(_Section):
     """What linears read: activations as they are, or in 8 bits with a scale for each token, so that products
     are of integers; for weights that are integers with one scale a row, as int8 and int4 with block = 0 are.
     Where it is not given int8 for qserve, f32 for all else. Head and experts read theirs as they are."""
-    rotate: bool | Literal["auto"] | None = None
-    """Whether what layers add up is turned by an orthogonal matrix, folded into the weights, before they are
-    rounded: numbers that stand out are spread over all channels. Of models with RMS norms; "auto": where it
-    can be. Where nothing is said it is not, but for int4 by its name alone."""
+    rotate: bool | str | None = None
+    """What is turned by orthogonal matrices before weights are rounded, so that numbers that stand out are
+    spread over all channels; places joined by +. residual, or true: what layers add up, of models with RMS
+    norms, folded into the weights. values: those of each head, and what the output projection reads, folded
+    too. down: what the down projection of an MLP reads, as the model runs. "auto": the first where it can be.
+    Where nothing is said none is, but for int4 by its name alone."""
     keep: bool = True
     """Whether weights that a checkpoint brings in codes keep them where a scheme holds them, in fp32."""
 
@@ -155,7 +169,7 @@ class WeightsSection(_Section):
             self.solver if isinstance(self.solver, dict) else {"method": RoundToNearest.name}
         )
         mix = mix_of(self.model_dump(), scheme)
-        ahead: list[Pass] = [RotateResidual()] if self.rotate else []
+        ahead = [_TURNS[place]() for place in places_of(self.rotate)]
         behind: list[Pass] = [RoundActivations()] if self.activations == "int8" else []
         store = QuantizeWeights(scheme, self._head(), solver, self.embedding, mix=mix)
         return [*ahead, store, *behind]
@@ -295,6 +309,21 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _values_turned_once(self) -> Recipe:
+        """Twice by a matrix that is its own inverse would be not at all."""
+        if "values" not in places_of(self.weights.rotate):
+            return self
+        for step in self.cache_passes():
+            parts = getattr(getattr(step, "storage", None), "rotated", ())
+            if "value" in parts:
+                left = "keys" if "key" in parts else "none"
+                raise ValueError(
+                    f"{self._place(step.name)} turns values as the model runs, and weights.rotate has them "
+                    f"turned already, for nothing; take rotate={left} there"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _target_takes_the_cache(self) -> Recipe:
         """What a method stores or reads is refused here already, before a model is read."""
         for step in self.cache_passes():
@@ -416,7 +445,7 @@ class Recipe(_Section):
     def asked(self) -> frozenset[str]:
         """Names of the passes that a person chose, which must find something to do."""
         of_itself = (NativeWindow, *map(type, self._for_target()))
-        if self.weights.rotate == "auto":
-            of_itself = (*of_itself, RotateResidual)
+        if self.weights.rotate == AUTO:
+            of_itself = (*of_itself, RotateResidual, RotateValues, RotateDown)
         passes = (*self.weight_passes(), *self.cache_passes())
         return frozenset(step.name for step in passes if not isinstance(step, of_itself))

@@ -46,6 +46,13 @@ _SOLVED: Mapping[str, Mapping[str, Any]] = {
     "int4": {"block": 128, "symmetric": False, "head": "same", "rotate": "auto"},
 }
 
+#: The word for whatever can be turned, and what that is.
+AUTO = "auto"
+_AUTO = ("residual",)
+
+#: What may be turned before weights are rounded, in the words of `rotate`.
+PLACES = ("residual", "values", "down")
+
 #: Keys that leave it at the name.
 _BARE = {"format", "embedding", "keep"}
 
@@ -171,6 +178,7 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
     found |= {key: _plain(getattr(scheme, key)) for key in known}
     mix_of(found, scheme)
     found["activations"] = _activations(found["activations"], name, scheme)
+    found["rotate"] = _rotate(found["rotate"])
     if found["rotate"] and (scheme is None or scheme.nearly_exact):
         raise ValueError(
             f"weights.rotate spreads what stands out before weights are rounded to few levels, and {name} "
@@ -186,6 +194,31 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
             raise ValueError(f"weights.solver: {reason}")
         found["solver"] = {"method": solver.name, **values_of(solver)}
     return found
+
+
+def _rotate(asked: Any) -> bool | str | None:
+    """What is to be turned, as a recipe has it: a truth value, "auto", or places. Raises ValueError."""
+    if asked is None or asked == AUTO:
+        return asked
+    try:
+        return TypeAdapter(bool).validate_python(asked)
+    except ValidationError:
+        places = str(asked).split("+")
+    if unknown := [place for place in places if place not in PLACES]:
+        raise ValueError(
+            f"weights.rotate is true, false, {AUTO}, or names places joined by +, of {', '.join(PLACES)}; "
+            f"it has none that is called {unknown[0][:200]!r}"
+        )
+    return "+".join(place for place in PLACES if place in places)
+
+
+def places_of(rotate: bool | str | None) -> tuple[str, ...]:
+    """The places that are to be turned, in their order."""
+    if rotate == AUTO:
+        return _AUTO
+    if isinstance(rotate, str):
+        return tuple(rotate.split("+"))
+    return ("residual",) if rotate else ()
 
 
 def _activations(asked: Any, name: str, scheme: Scheme | None) -> Any:

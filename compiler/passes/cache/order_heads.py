@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ...analysis.head_rows import HeadRows, LostHeadsError, head_rows, output_projection
 from ...ir.kv.layout import CacheLayout, LayerCache
 from ...ir.ops import einfold_ops
 from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
@@ -18,20 +17,6 @@ from ...ir.weights import derive
 from ..base import Pass, PassResult
 
 aten = torch.ops.aten
-
-#: The named sizes while heads are followed: all that matters is the last axes.
-_ONE = {"B": 1, "S": 1, "N": 1, "C": 1}
-
-#: Operators that only rearrange numbers: what they do to rows of a weight is seen by running them.
-_MOVES = (
-    aten.reshape.default,
-    aten.split_with_sizes.default,
-    aten.slice.Tensor,
-    aten.transpose.int,
-    aten.permute.default,
-    operator.getitem,
-)
-_NORMS = (einfold_ops.rms_norm.default, einfold_ops.layer_norm.default)
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class OrderHeads(Pass):
             elif len(cache.groups) > 1:
                 try:
                     packed = _order(program, nodes[cache.layer], cache)
-                except _FixedOrderError as reason:
+                except LostHeadsError as reason:
                     result.skipped(where, f"heads keep their order: {reason}")
                 else:
                     order = ",".join(map(str, _order_of(cache)))
@@ -78,25 +63,6 @@ class OrderHeads(Pass):
         program.layout = CacheLayout(tuple(layers))
         remove_dead_nodes(program)
         return result
-
-
-class _FixedOrderError(Exception):
-    """Why the heads of a layer cannot change places."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Where the heads of q, k or v come from."""
-
-    linear: fx.Node
-    rows_HD: Tensor
-    """The row of the linear's weight that gives each number of each head."""
-    path: frozenset[fx.Node]
-    direct: bool
-    """Whether nothing but a rotary embedding touches the numbers on their way."""
-
-    def moved(self, heads: Sequence[int]) -> Tensor:
-        return self.rows_HD[list(heads)]
 
 
 def _order_of(cache: LayerCache) -> list[int]:
@@ -113,14 +79,15 @@ def _renumbered(cache: LayerCache) -> LayerCache:
 
 
 def _order(program: Program, node: fx.Node, cache: LayerCache) -> bool:
-    """Orders the heads of one layer; gives whether each group has a packed part. Raises _FixedOrderError."""
+    """Orders the heads of one layer; gives whether each group has a packed part. Raises LostHeadsError."""
     found = call_arguments(node)
-    parts = [_follow(program, found[name]) for name in ("q_BSHD", "k_BSKD", "v_BSKD")]
+    parts = [head_rows(program, found[name]) for name in ("q_BSHD", "k_BSKD", "v_BSKD")]
     _check_users(node, parts)
     each = parts[0].rows_HD.shape[0] // cache.kv_heads
     new = _order_of(cache)
     heads = [[head * each + i for head in new for i in range(each)], new, new]
-    columns, output = _output_columns(node, heads[0], parts[2].rows_HD.shape[1])
+    output, size = output_projection(node), parts[2].rows_HD.shape[1]
+    columns = torch.arange(len(heads[0]) * size).reshape(-1, size)[heads[0]].flatten()
     linears = {part.linear: None for part in parts}
     _check_weights(program, [*linears, output], found["sinks_H"])
     # Nothing was changed so far, and nothing can go wrong from here on.
@@ -135,60 +102,17 @@ def _order(program: Program, node: fx.Node, cache: LayerCache) -> bool:
         source = torch.arange(linear.meta["val"].shape[-1])
         for part, order in zip(parts, heads, strict=True):
             if part.linear is linear:
-                source[part.rows_HD] = part.moved(order)
+                source[part.rows_HD] = part.rows_HD[order]
         _permute_rows(program, editor, linear, source)
     return False
 
 
-def _follow(program: Program, node: fx.Node) -> _Rows:
-    """Follows q, k or v back to the linear that makes it, moving row numbers as the graph moves numbers."""
-    path, direct = [node], True
-    while node.target is not einfold_ops.linear.default:
-        if node.target in _NORMS:
-            if node.meta["val"].dim() != 4:
-                raise _FixedOrderError("a norm runs over all heads at once")
-            direct = False
-        elif node.target is aten.mul.Tensor and not isinstance(node.args[1], fx.Node):
-            direct = False
-        elif node.target is not einfold_ops.rotary.default and node.target not in _MOVES:
-            raise _FixedOrderError(f"%{node.name} stands between projection and attention")
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-        path.append(node)
-    found: Any = torch.arange(int(node.meta["val"].shape[-1])).expand(1, 1, -1)
-    for step in reversed(path[:-1]):
-        if step.target is aten.reshape.default:
-            sizes = [program.shapes.evaluate(size, _ONE) for size in step.meta["val"].shape]
-            found = found.reshape(sizes)
-        elif step.target in _MOVES:
-            move: Any = step.target
-            found = move(found, *step.args[1:])
-    assert isinstance(found, Tensor)
-    return _Rows(node, found[0, 0], frozenset(path), direct)
-
-
-def _check_users(node: fx.Node, parts: Sequence[_Rows]) -> None:
+def _check_users(node: fx.Node, parts: Sequence[HeadRows]) -> None:
     path = frozenset[fx.Node]().union(*(part.path for part in parts))
     for step in path:
         for user in step.users:
             if user is not node and user not in path:
-                raise _FixedOrderError(f"%{user.name} reads heads of %{step.name} too")
-
-
-def _output_columns(node: fx.Node, heads: Sequence[int], size: int) -> tuple[Tensor, fx.Node]:
-    """(columns in their new order, the output projection): attention may only be flattened before it."""
-    step = node
-    while step.target is not einfold_ops.linear.default:
-        if len(step.users) != 1 or step.target not in (node.target, aten.reshape.default):
-            raise _FixedOrderError(
-                f"%{step.name} stands between attention and its output projection"
-            )
-        step = next(iter(step.users))
-    width = len(heads) * size
-    if step.args[0].meta["val"].shape[-1] != width:  # type: ignore[union-attr]
-        raise _FixedOrderError("the output projection does not read all heads at once")
-    return torch.arange(width).reshape(-1, size)[list(heads)].flatten(), step
+                raise LostHeadsError(f"%{user.name} reads heads of %{step.name} too")
 
 
 def _check_weights(program: Program, linears: Sequence[fx.Node], sinks: fx.Node | None) -> None:
@@ -196,10 +120,10 @@ def _check_weights(program: Program, linears: Sequence[fx.Node], sinks: fx.Node 
     reads = [a["weight_NM"] for a in arguments] + [a["bias"] for a in arguments] + [sinks]
     for read in reads:
         if read is not None and program.weight_of(read) is None:
-            raise _FixedOrderError(f"%{read.name} is computed, not a weight")
+            raise LostHeadsError(f"%{read.name} is computed, not a weight")
 
 
-def _packable(parts: Sequence[_Rows]) -> bool:
+def _packable(parts: Sequence[HeadRows]) -> bool:
     """Whether q, k and v are all of one linear, as they come out of it."""
     linear = parts[0].linear
     rows = sum(part.rows_HD.numel() for part in parts)
@@ -214,7 +138,7 @@ def _pack(
     program: Program,
     editor: Editor,
     node: fx.Node,
-    parts: Sequence[_Rows],
+    parts: Sequence[HeadRows],
     cache: LayerCache,
     each: int,
 ) -> None:
@@ -223,7 +147,7 @@ def _pack(
     for group in cache.groups:
         queries = [head * each + i for head in group.heads for i in range(each)]
         orders = (queries, group.heads, group.heads)
-        blocks.append([p.moved(o) for p, o in zip(parts, orders, strict=True)])
+        blocks.append([p.rows_HD[list(o)] for p, o in zip(parts, orders, strict=True)])
     linear = parts[0].linear
     source = torch.cat([rows.flatten() for block in blocks for rows in block])
     _permute_rows(program, editor, linear, source)

@@ -14,10 +14,9 @@ from ...ir.ops.channels import MixChannels
 from ...ir.program import Editor, Program, call_arguments, reads_alone, remove_dead_nodes
 from ...ir.quant.hadamard import signs
 from ...ir.quant.orthogonal import factors, turned
-from ...ir.stored import StoredWeight, TurnedWeight
 from ...ir.weights import Weight, derive
-from ...solve.solver import numbers_of
 from ..base import Pass, PassResult, place_of
+from .turning import NotTurnedError, change_weight, check_alone, check_width, sound
 
 aten = torch.ops.aten
 
@@ -33,13 +32,6 @@ _WRITTEN: dict[Any, tuple[str, str]] = {
     _LINEAR: ("weight_NM", "bias"),
     _EXPERTS: ("down_EMI", "down_bias_EM"),
 }
-
-#: A row whose largest power of two is smaller has no matrix that mixes it cheaply.
-_SMALLEST = 8
-
-
-class _NotTurnedError(Exception):
-    """Why the residual stream cannot be turned, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,9 @@ class RotateResidual(Pass):
     Numbers that stand out in a few channels are spread over all, so that those that share a scale are alike,
     of weights and of what multiplies them.
 
-    Source: QuaRot (Ashkboos et al. 2024, section 4, stages 1a and 1b), after SliceGPT (Ashkboos et al. 2024,
-    section 3). Different from it: what a down or output projection reads is not turned as the model runs,
-    and shared tables stay shared.
+    Source: QuaRot (Ashkboos et al. 2024, section 4, stage 1a), after SliceGPT (Ashkboos et al. 2024,
+    section 3). Different from it: what a down projection and attention's output projection read is turned by
+    passes of their own (`rotate_down`, `rotate_values`), and shared tables stay shared.
     """
 
     name = "rotate_residual"
@@ -69,7 +61,7 @@ class RotateResidual(Pass):
         result = PassResult()
         try:
             found = _Residual.of(program)
-        except _NotTurnedError as reason:
+        except NotTurnedError as reason:
             result.skipped("residual stream", str(reason))
             return result
         _Turn(program, found).run()
@@ -105,17 +97,14 @@ class _Residual:
     def of(program: Program) -> _Residual:
         tables = list(program.nodes(_EMBEDDING))
         if not tables:
-            raise _NotTurnedError("no embedding begins it")
+            raise NotTurnedError("no embedding begins it")
         width = int(tables[0].meta["val"].shape[-1])
-        if width & -width < _SMALLEST:
-            raise _NotTurnedError(
-                f"{width} channels have no power of two that a matrix could mix them by"
-            )
+        check_width(width)
         found = _Residual(program, width)
         found.written(tables[0])
         found.summed(tables[0])
         if not found.norms:
-            raise _NotTurnedError("no RMS norm reads it")
+            raise NotTurnedError("no RMS norm reads it")
         return found
 
     def written(self, value: fx.Node) -> None:
@@ -125,9 +114,9 @@ class _Residual:
         if value.target is _EMBEDDING:
             self.tables[value] = reads_alone(call_arguments(value)["weight_VM"])
             if self.tables[value]:
-                self._alone(value, "weight_VM")
+                check_alone(self.program, value, "weight_VM")
         elif value.target in _WRITTEN:
-            self._alone(value, *_WRITTEN[value.target])
+            check_alone(self.program, value, *_WRITTEN[value.target])
             self.writers[value] = None
         elif value.target is aten.add.Tensor:
             for part in value.args[:2]:
@@ -135,7 +124,7 @@ class _Residual:
         elif (carried := _carried(value)) is not None:
             self._added(value, carried)
         else:
-            raise _NotTurnedError(
+            raise NotTurnedError(
                 f"{place_of(value)} writes it, whose result cannot be turned in a weight"
             )
         self.seen.add(value)
@@ -143,7 +132,7 @@ class _Residual:
 
     def _added(self, total: fx.Node, part: Any) -> None:
         if _channels(part) != self.width:
-            raise _NotTurnedError(f"{place_of(total)} adds something that all channels share")
+            raise NotTurnedError(f"{place_of(total)} adds something that all channels share")
         if part not in self.seen:
             self.written(part)
 
@@ -175,7 +164,7 @@ class _Residual:
             elif _carried(user) is value:
                 self.summed(user)
             else:
-                raise _NotTurnedError(
+                raise NotTurnedError(
                     f"{place_of(user)} reads it otherwise than through an RMS norm or a linear"
                 )
 
@@ -186,27 +175,15 @@ class _Residual:
             elif _carried(user) is value:
                 self._normed(user, norm)
             else:
-                raise _NotTurnedError(f"{place_of(user)} reads a norm, and is no linear")
+                raise NotTurnedError(f"{place_of(user)} reads a norm, and is no linear")
 
     def _reads(self, call: fx.Node, norm: fx.Node | None) -> None:
         name = _READ[call.target]
         if call.target is _LINEAR and not reads_alone(call_arguments(call)[name]):
             self.shared[call] = norm
             return
-        self._alone(call, name, *(["bias"] if call.target is _LINEAR else []))
+        check_alone(self.program, call, name, *(["bias"] if call.target is _LINEAR else []))
         self.readers[call] = norm
-
-    def _alone(self, call: fx.Node, *names: str) -> None:
-        """Raises where something that a call reads by these names cannot be changed for it alone."""
-        found = call_arguments(call)
-        for read in filter(None, map(found.get, names)):
-            if not reads_alone(read):
-                raise _NotTurnedError(f"the weights of {place_of(call)} are read elsewhere too")
-            weight = self.program.weights[str(read.target)]
-            if isinstance(weight, (StoredWeight, TurnedWeight)):
-                raise _NotTurnedError(
-                    f"the weight of {place_of(call)} comes in codes, which turning would lose"
-                )
 
 
 def _carried(node: fx.Node) -> fx.Node | None:
@@ -245,41 +222,24 @@ class _Turn:
         found = self._found
         for table, alone in found.tables.items():
             if alone:
-                self._change(table, "weight_VM", turned)
+                change_weight(self._editor, table, "weight_VM", turned)
             else:
                 self._turn_behind(table)
         gains = {norm: self._gain(norm) for norm in found.norms}
         for call, norm in found.readers.items():
             gain = None if norm is None else gains[norm]
-            self._change(call, _READ[call.target], _read_by(gain))
+            change_weight(self._editor, call, _READ[call.target], _read_by(gain))
         for call in found.writers:
             weight, bias = _WRITTEN[call.target]
-            self._change(call, weight, _written_by)
-            self._change(call, bias, turned)
+            change_weight(self._editor, call, weight, _written_by)
+            change_weight(self._editor, call, bias, turned)
         for call, norm in found.shared.items():
             self._turn_back(call, None if norm is None else gains[norm])
         for norm in found.norms:
-            self._change(norm, "weight", torch.ones_like)
+            change_weight(self._editor, norm, "weight", torch.ones_like)
 
     def _gain(self, norm: fx.Node) -> Callable[[], Tensor]:
-        return self._sound(str(call_arguments(norm)["weight"].target))
-
-    def _sound(self, name: str) -> Callable[[], Tensor]:
-        """Loads a weight as it came. It raises ModelError for numbers that turning would spread, and that
-        were found under another name then."""
-        load = self._program.weights[name].load
-        return lambda: numbers_of(name, load())
-
-    def _change(self, call: fx.Node, name: str, change: Callable[[Tensor], Tensor]) -> None:
-        """Has a call read a changed weight, where it has one of that name."""
-        read = call_arguments(call)[name]
-        if read is None:
-            return
-        weight, load = self._program.weights[str(read.target)], self._sound(str(read.target))
-        (changed,) = derive([(weight.shape, weight.dtype)], lambda: [change(load())])
-        stem, dot, last = str(read.target).rpartition(".")
-        with self._editor.before(call):
-            call.replace_input_with(read, self._editor.weight(f"{stem}{dot}turned.{last}", changed))
+        return sound(self._program, str(call_arguments(norm)["weight"].target))
 
     def _turn_behind(self, table: fx.Node) -> None:
         later = [*table.users]
