@@ -142,6 +142,16 @@ SOLVERS_AND_FORMATS = (
             "gptq:format=qserve",
         )
     ),
+    # Places that are turned beside the residual stream.
+    *(
+        _text(f"{text},rotate={places}")
+        for text, places in (
+            ("int8:block=0,activations=int8", "residual+values"),
+            ("int8:block=0,activations=int8", "residual+down"),
+            ("gptq:format=qserve", "residual+down"),
+            ("decoupleq:bits=3,block=64,symmetric=false", "residual+values"),
+        )
+    ),
     # What int4 alone stores for widths such as 576, turned and not.
     *(
         _read(text, seed)

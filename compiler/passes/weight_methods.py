@@ -198,8 +198,10 @@ def spelled_out(table: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
 
 def _rotate(asked: Any) -> bool | str | None:
     """What is to be turned, as a recipe has it: a truth value, "auto", or places. Raises ValueError."""
-    if asked is None or asked == AUTO:
-        return asked
+    if asked is None:
+        return None
+    if asked == AUTO:
+        return AUTO
     try:
         return TypeAdapter(bool).validate_python(asked)
     except ValidationError:
