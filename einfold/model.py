@@ -23,6 +23,7 @@ from .runtime.buffers import Make, empty
 from .runtime.embeddings import table_of
 from .runtime.encoding import EncoderEngine
 from .runtime.engine import CHUNK, Engine, Timings
+from .runtime.memory.experts import Hits
 from .runtime.runner import Floats, Runner
 from .runtime.sampling import Sampling
 from .runtime.tokenizer import Tokenizer
@@ -52,6 +53,13 @@ class Model:
     def timings(self) -> Timings:
         """Times of the last generation."""
         return self.engine.timings
+
+    @property
+    def held_experts(self) -> Hits | None:
+        """What of its experts tokens found in memory since it was loaded; None where none are streamed under
+        a memory budget."""
+        found: Hits | None = getattr(self.engine.runner, "experts", None)
+        return found
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids go through as they are."""

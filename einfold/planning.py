@@ -50,6 +50,8 @@ class Plan:
             "buffers": tiers.buffers,
             "pinned": sum(piece.held for piece in tiers.kept),
             "fetched": tiers.fetched,
+            "prompt_fetched": tiers.prompt,
+            "experts": self._experts(),
             "paged": tiers.paged,
             "remark": tiers.remark,
             "seconds": step.seconds,
@@ -69,6 +71,32 @@ class Plan:
             ],
             "device": asdict(self.device),
         }
+
+    def _experts(self) -> dict[str, Any] | None:
+        """Of streamed experts what stays from token to token; None where there are none."""
+        tiers = self.tiers
+        if not tiers.routed:
+            return None
+        return {
+            "bytes": tiers.experts,
+            "held": tiers.cached,
+            "hit_rate": tiers.hits,
+            "measured": tiers.skew.measured,
+        }
+
+    def held(self) -> str:
+        """What of experts stays from token to token, and how much of what a token asks for that is expected to
+        be; "" where none are streamed."""
+        from .compiler.report import human_bytes
+
+        tiers = self.tiers
+        if not tiers.routed:
+            return ""
+        known = "as the last run here found" if tiers.skew.measured else "as if chosen at random"
+        return (
+            f"{human_bytes(tiers.cached)} of {human_bytes(tiers.experts)} of experts, "
+            f"{100 * tiers.hits:.0f} % of those that a token asks for ({known})"
+        )
 
     def as_run(self, tiers: TierPlan) -> Plan:
         """The same by what a runner does, which may find that pages cannot be had as planned."""
@@ -149,9 +177,11 @@ class Plan:
         if not tiers.streamed:
             return f"all weights are pinned, {peak}"
         pinned = human_bytes(sum(piece.nbytes for piece in tiers.kept))
+        step = "for every token" if tiers.routed else "in every step"
+        held = f"held between tokens {self.held()}, " if tiers.routed else ""
         return (
             f"pinned {len(tiers.kept)} super-ops ({pinned}), streamed {len(tiers.streamed)}: "
-            f"{human_bytes(tiers.fetched)} from the disk in every step, {self.way()}, {peak}"
+            f"{human_bytes(tiers.fetched)} from the disk {step}, {held}{self.way()}, {peak}"
         )
 
 

@@ -12,11 +12,16 @@ keep, and nothing learned from the past helps. Where all but C bytes of W are fe
 (W - C) / bandwidth of the disk, where the cost model of "LLM in a flash" (Alizadeh et al., 2023) starts. Its
 windowing needs sparse activations and is not here. Compute is a roofline as LLM-Viewer's (Yuan et al., 2024):
 a step of one token reads every weight and the cache once.
+
+Of experts a token reads those alone that it chose, and which others chose before tells something of what comes:
+of these, units stay from token to token in what room there is. It competes with pinning, by the bytes that a
+token is expected to read: `TierPlan.hits`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import RecipeError
@@ -29,6 +34,19 @@ AHEAD = 2
 #: given back of those before (measured: up to half of the largest).
 PACKED = 2
 
+#: Exponents that a run may say; what lies outside is chance.
+_EVEN = (0.05, 2.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one token reads of a super-op whose tokens choose experts."""
+
+    nbytes: int
+    """Bytes in the file, on average."""
+    held: int
+    """Bytes in memory at most."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -37,6 +55,40 @@ class Piece:
     name: str
     nbytes: int
     held: int
+    choice: Choice | None = None
+    """None where a token reads all."""
+
+    @property
+    def most(self) -> int:
+        """Bytes in memory of what one token reads at most."""
+        return self.held if self.choice is None else self.choice.held
+
+    @property
+    def computed(self) -> int:
+        """Bytes of what one token computes with."""
+        return self.held if self.choice is None else self.choice.nbytes
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How unevenly experts are chosen: where a part of them is held, it is chosen `part ** exponent` of the
+    times. At random the exponent is 1, below it the same are chosen often."""
+
+    exponent: float = 1.0
+    measured: bool = False
+    """By runs; else nothing is known, and they count as chosen at random."""
+
+    @classmethod
+    def of(cls, part: float, hits: float) -> Skew:
+        """What a run with a part of the experts held says that found so much of what tokens asked for."""
+        if not (0 < part < 1 and 0 < hits < 1):
+            return cls()
+        exponent = math.log(hits) / math.log(part)
+        return cls(min(max(exponent, _EVEN[0]), _EVEN[1]), measured=True)
+
+    def hits(self, part: float) -> float:
+        """The part of what tokens ask for that is held."""
+        return min(part, 1.0) ** self.exponent if part > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +115,7 @@ class Load:
     """The same where weights are pages of a file that holds them packed; none where that cannot be."""
     remark: str = ""
     """Why it cannot be."""
+    skew: Skew = Skew()
 
 
 @dataclass(frozen=True)
@@ -78,6 +131,9 @@ class TierPlan:
     """Streamed weights are pages of a file that holds them packed; else they are packed in every step."""
     remark: str = ""
     """Why they are not."""
+    room: int = 0
+    """Bytes for experts that stay from token to token, beside what is read ahead."""
+    skew: Skew = Skew()
 
     @property
     def streamed(self) -> tuple[Piece, ...]:
@@ -95,14 +151,57 @@ class TierPlan:
         )
 
     @property
+    def routed(self) -> tuple[Piece, ...]:
+        """Streamed ones whose tokens choose experts."""
+        return tuple(piece for piece in self.streamed if piece.choice is not None)
+
+    def reads(self, piece: Piece) -> int:
+        """Bytes of a streamed super-op that a step of one token reads from the disk; of experts those that are
+        not expected to be held."""
+        if piece.choice is None:
+            return piece.nbytes
+        return round(piece.choice.nbytes * (1 - self.hits))
+
+    @property
     def fetched(self) -> int:
-        """Bytes that a step reads from the disk."""
+        """Bytes that a step of one token reads from the disk."""
+        return sum(self.reads(piece) for piece in self.streamed)
+
+    @property
+    def prompt(self) -> int:
+        """Bytes that a step of many tokens reads from the disk at most: they choose every expert."""
         return sum(piece.nbytes for piece in self.streamed)
 
     @property
     def buffers(self) -> int:
         """Bytes of the buffers that are read into, or of the pages that are read ahead."""
         return buffer_bytes(self.streamed, self.paged)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of the pages that are read ahead in a step of one token, beside what it chose of a layer's
+        experts; they leave room for a prompt's."""
+        most = max((piece.most for piece in self.streamed), default=0)
+        grows = max((piece.held - piece.most for piece in self.streamed), default=0)
+        experts = max((piece.most for piece in self.routed), default=0)
+        ahead = ahead_bytes(piece.held for piece in self.streamed if piece.choice is None)
+        return max(min(ahead + experts, self.buffers - grows), most)
+
+    @property
+    def experts(self) -> int:
+        """Bytes of streamed experts in memory."""
+        return sum(piece.held for piece in self.routed)
+
+    @property
+    def cached(self) -> int:
+        """Bytes of experts that are held from token to token: their room, and what of the pages that are read
+        ahead a step of one token does not need."""
+        return min(self.room + self.buffers - self.ahead, self.experts) if self.routed else 0
+
+    @property
+    def hits(self) -> float:
+        """The part of the experts that a token asks for which is expected to be held."""
+        return self.skew.hits(self.cached / self.experts) if self.routed else 0.0
 
     @property
     def peak(self) -> int:
@@ -115,7 +214,7 @@ class TierPlan:
         if self.paged:
             held = sum(piece.held for piece in self.kept)
             loading = max((piece.nbytes + piece.held for piece in self.pieces), default=0)
-            return self.fixed.total + max(held + self.buffers, loading)
+            return self.fixed.total + max(held + self.buffers + self.room, loading)
         held = loading = 0
         for piece in sorted(self.kept, key=lambda piece: -piece.nbytes):
             held += piece.held
@@ -131,11 +230,13 @@ class Step:
     disk: float
     packing: float
     compute: float
+    chosen: float = 0.0
+    """Of the disk's seconds those for experts, which are read when they are chosen and not ahead."""
 
     @property
     def seconds(self) -> float:
-        """One thread reads ahead while the others pack and compute."""
-        return max(self.disk, self.packing + self.compute)
+        """One thread reads ahead while the others pack and compute, and wait for experts."""
+        return self.chosen + max(self.disk - self.chosen, self.packing + self.compute)
 
     @property
     def bound(self) -> str:
@@ -147,17 +248,24 @@ class Step:
 
 def buffer_bytes(streamed: Sequence[Piece], paged: bool = False) -> int:
     """Bytes of the buffers that hold what is read ahead; no more buffers than there is to read."""
-    sizes = [piece.held if paged else piece.nbytes for piece in streamed]
-    return min(AHEAD, len(streamed)) * max(sizes, default=0)
+    return ahead_bytes(piece.held if paged else piece.nbytes for piece in streamed)
+
+
+def ahead_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of as many of the largest as are read ahead."""
+    every = list(sizes)
+    return min(AHEAD, len(every)) * max(every, default=0)
 
 
 def step_of(plan: TierPlan, device: Device) -> Step:
     """What a step of one token costs."""
-    held = sum(piece.held for piece in plan.pieces)
+    computed = sum(piece.computed for piece in plan.pieces)
+    chosen = sum(plan.reads(piece) for piece in plan.routed)
     return Step(
         plan.fetched / device.disk_bandwidth,
         0.0 if plan.paged else plan.fetched / device.pack_bandwidth,
-        (held + plan.fixed.cache) / device.ram_bandwidth,
+        (computed + plan.fixed.cache) / device.ram_bandwidth,
+        chosen / device.disk_bandwidth,
     )
 
 
@@ -167,11 +275,12 @@ def place(load: Load, budget: int) -> TierPlan:
     For each size that the largest streamed super-op may have, what is larger is pinned and the rest of the
     budget goes to the others, the largest first; among equals evenly over the order, so that pinned super-ops
     run while the next is read. Pages of a packed file come before packing in every step, unless nothing
-    is streamed. Raises RecipeError, which says the smallest budget that would do.
+    is streamed. What every token reads comes before experts; of these as many layers are pinned, and the rest of
+    the budget holds as much of the others, as together read least. Raises RecipeError, which says the smallest budget that would do.
     """
     plain = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
     fitting = _fitting(plain)
-    paged = replace(plain, pieces=load.paged, paged=True)
+    paged = replace(plain, pieces=load.paged, paged=True, skew=load.skew)
     if load.paged and all(found.streamed for found in fitting):
         fitting = _fitting(paged) or fitting
     if not fitting:
@@ -188,7 +297,13 @@ def place(load: Load, budget: int) -> TierPlan:
 
 
 def _fitting(plain: TierPlan) -> list[TierPlan]:
-    return [found for found in _choices(plain) if found.peak <= found.budget]
+    return [_filled(found) for found in _choices(plain) if found.peak <= found.budget]
+
+
+def _filled(plan: TierPlan) -> TierPlan:
+    """The same with what is left of the budget for experts that stay."""
+    lacking = plan.experts - plan.cached
+    return replace(plan, room=min(lacking, plan.budget - plan.peak)) if lacking else plan
 
 
 def _choices(plain: TierPlan) -> Iterator[TierPlan]:
@@ -197,12 +312,20 @@ def _choices(plain: TierPlan) -> Iterator[TierPlan]:
     for limit in sorted({0, *(piece.nbytes for piece in pieces)}):
         pinned = {piece.name for piece in pieces if piece.nbytes > limit}
         yield replace(plain, pinned=frozenset(pinned))
-        sizes = sorted({(p.nbytes, p.held) for p in pieces if 0 < p.nbytes <= limit}, reverse=True)
-        for size in sizes:
-            equal = [p.name for p in pieces if (p.nbytes, p.held) == size and p.name not in pinned]
-            most = _most(plain, pinned, equal)
-            pinned |= set(_spread(equal, most))
-            yield replace(plain, pinned=frozenset(pinned))
+        kinds = {
+            (p.choice is not None, -p.nbytes, -p.held) for p in pieces if 0 < p.nbytes <= limit
+        }
+        for routed, nbytes, held in sorted(kinds):
+            kind = (routed, -nbytes, -held)
+            equal = [
+                p.name
+                for p in pieces
+                if (p.choice is not None, p.nbytes, p.held) == kind and p.name not in pinned
+            ]
+            most, before = _most(plain, pinned, equal), frozenset(pinned)
+            for count in range(1 if routed else most, most + 1):
+                pinned = {*before, *_spread(equal, count)}
+                yield replace(plain, pinned=frozenset(pinned))
 
 
 def _most(plain: TierPlan, pinned: set[str], equal: Sequence[str]) -> int:

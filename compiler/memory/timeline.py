@@ -5,7 +5,7 @@
 
 Steps follow each other without a pause, so that the end of one reads for the next. Nothing is measured here:
 each read takes its bytes by the disk's bandwidth, each run its weights, with its share of the cache, by that
-of memory. Waits come of the order and of the room alone.
+of memory. Experts are read when they are chosen, behind what runs before them. Waits come of the order and of the room alone.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class _Runs:
     def __init__(self, plan: TierPlan, device: Device) -> None:
         self._plan, self._device = plan, device
         self._streamed = list(plan.streamed)
-        held = sum(piece.held for piece in plan.pieces)
-        self._pace = step_of(plan, device).compute / held if held else 0.0
+        computed = sum(piece.computed for piece in plan.pieces)
+        self._pace = step_of(plan, device).compute / computed if computed else 0.0
         self._ends: list[float] = []
         """When each streamed super-op that was read has run, step after step."""
         self.reads: list[Bar] = []
@@ -96,7 +96,7 @@ class _Runs:
                 self._now = max(self._now, self._read(index, piece))
                 if not self._plan.paged:
                     self._run("pack", index, piece, piece.nbytes / self._device.pack_bandwidth)
-            self._run("compute", index, piece, piece.held * self._pace)
+            self._run("compute", index, piece, piece.computed * self._pace)
             if streamed:
                 self._ends.append(self._now)
         self.ends.append(self._now)
@@ -106,7 +106,9 @@ class _Runs:
         free = self.reads[-1].end if self.reads else 0.0
         blocker = self._blocker(len(self._ends))
         start = max(free, self._ends[blocker] if blocker >= 0 else 0.0)
-        end = start + piece.nbytes / self._device.disk_bandwidth
+        if piece.choice is not None:
+            start = max(start, self._now)
+        end = start + self._plan.reads(piece) / self._device.disk_bandwidth
         self.reads.append(Bar("read", piece.name, start, end, index))
         return end
 
@@ -116,10 +118,10 @@ class _Runs:
         each = self._streamed
         if not self._plan.paged:
             return number - min(AHEAD, len(each))
-        first, held = number, each[number % len(each)].held
+        first, held = number, each[number % len(each)].most
         while first > max(0, number - len(each) + 1):
-            held += each[(first - 1) % len(each)].held
-            if held > self._plan.buffers:
+            held += each[(first - 1) % len(each)].most
+            if held > self._plan.ahead:
                 break
             first -= 1
         return first - 1

@@ -83,8 +83,13 @@ def show_plan(found: Plan) -> None:
         "pages that are read ahead" if tiers.paged else "buffers that are read ahead",
         human_bytes(tiers.buffers),
     )
+    if found.held():
+        totals.add_row("held between tokens", found.held())
     totals.add_row("peak", f"{human_bytes(tiers.peak)} of {human_bytes(tiers.budget)}")
-    totals.add_row("read in every step", human_bytes(tiers.fetched))
+    token = "read for a token" if tiers.routed else "read in every step"
+    totals.add_row(token, human_bytes(tiers.fetched))
+    if tiers.routed:
+        totals.add_row("for a step of a prompt", f"up to {human_bytes(tiers.prompt)}")
     if found.way():
         totals.add_row("which are", found.way())
     parts = f"disk {step.disk:.3f} s, packing {step.packing:.3f} s, compute {step.compute:.3f} s"

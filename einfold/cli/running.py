@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -214,6 +215,7 @@ def run_artifact(
     result = model.generate(tokens, on_text=show, **options)
     times = model.timings
     timings = seconds_of(times, load_seconds)
+    held = model.held_experts
     if as_json:
         print_json(
             {
@@ -224,6 +226,7 @@ def run_artifact(
                 "finish_reason": result.finish_reason,
                 "timings": timings,
                 **({"plan": model.plan.data()} if model.plan is not None else {}),
+                **({"experts": asdict(held)} if held is not None else {}),
             }
         )
         return
@@ -232,6 +235,8 @@ def run_artifact(
     sys.stdout.write("\n")
     written = f"{result.prompt_tokens} + {len(result.tokens)} tokens ({result.finish_reason})"
     err.print(said + written + told_seconds(times, load_seconds), style="dim")
+    if held is not None:
+        err.print(held.sentence(), style="dim")
 
 
 def _tokens(

@@ -5,27 +5,42 @@
 
 Items are stretches of a file (pages.py), used in an order that never changes. Which of an item's units are
 read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
-those that were touched; of items that are routed, whose units the tokens choose, those that steps of the kind
-touched most, the last ones counting most. What is brought and not yet let go stays within a window of bytes.
+those that were touched. What is brought and not yet let go stays within a window of bytes.
+
+Of items that are routed the caller says what its tokens chose; what is not there is brought then. Units that an
+eviction policy takes for likely stay when the others are let go (experts.py), in what the window leaves of all
+the room: it is smaller in a step of one token, which reads few experts of a layer, than in one of many.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from ...errors import ArtifactError, recognise
 from .direct import READERS
+from .experts import Frequent, Recent, Routed, best
 from .pages import UNIT, PagedFile
 from .read_ahead import Counts, Span, told
 
-#: What is left of how often a unit was touched when the next step is counted.
-_FADES = 0.9
-
 #: Seconds after which a caller looks whether the threads are still there.
 _LOOK = 0.5
+
+
+@dataclass
+class _Begun:
+    """An item whose units come or have come."""
+
+    units: set[int]
+    """Units that were asked for; others of it may be there because they stayed."""
+    left: int
+    """How many of these are not there yet."""
 
 
 class PageAhead:
@@ -35,10 +50,15 @@ class PageAhead:
         self,
         file: PagedFile,
         items: Sequence[Span],
-        window: int,
-        routed: frozenset[int] = frozenset(),
+        window: tuple[int, int],
+        routed: Mapping[int, Routed] | None = None,
+        room: int = 0,
         threads: int = READERS,
+        policy: Callable[[int], Frequent | Recent] = Frequent,
     ) -> None:
+        """`window` are the bytes that are brought and not let go, and those of them in a step of one token, which
+        leave room for one item of many; with `room` beside them, what stays of the `routed` items, by their
+        index, takes the rest."""
         self.file = file
         self.counts = Counts()
         self.kind: object = None
@@ -47,13 +67,26 @@ class PageAhead:
         self._all = [
             tuple(range(s.offset // UNIT, -(-(s.offset + s.length) // UNIT))) for s in items
         ]
-        self._window = max(window // UNIT, *(len(units) for units in self._all))
-        self._routed = routed
-        self._often: dict[tuple[object, int], dict[int, float]] = {}
-        """How often units of routed items were touched, by kind and item; what is long ago counts less."""
+        self._routed = dict(routed or {})
+        self._of_one = dict(self._routed)
+        """The same as a step of one token was found to read it, which leaves sums out."""
+        self._found: set[tuple[int, int]] = set()
+        """Items and experts of which that was found."""
+        most = [
+            self._routed[n].most if n in self._routed else len(u) for n, u in enumerate(self._all)
+        ]
+        self._many = max(window[0] // UNIT, *(len(units) for units in self._all))
+        self._few = max(window[1] // UNIT, *most)
+        self._total = self._many + room // UNIT
+        self._tokens = 0
+        """Of the step that runs, or comes; 0 where that is not known yet, and may be many."""
+        self._policy = policy(-(-file.size // UNIT))
+        self._stay: set[int] = set()
+        """Units of routed items that are there beside what was begun."""
         self._learned: dict[tuple[object, int], tuple[int, ...]] = {}
-        self._begun: dict[int, list[int]] = {}
-        """Of each item that was begun the units that it has, and how many are not there yet."""
+        self._chosen: dict[int, set[int]] = {}
+        """Of routed items that come the units that their tokens read, once these have chosen."""
+        self._begun: dict[int, _Begun] = {}
         self._todo: list[tuple[int, int]] = []
         self._next = self._done = self._held = 0
         self._closed = False
@@ -72,18 +105,34 @@ class PageAhead:
         """Units that were brought, or are being brought, and not let go."""
         return self._held
 
+    @property
+    def staying(self) -> int:
+        """Units of experts that stayed."""
+        return len(self._stay)
+
+    def step(self, kind: object, tokens: int) -> None:
+        """A step of a kind begins, of so many tokens; what stayed is let go where it needs a larger window."""
+        with self._changed:
+            self.kind, self._tokens = kind, tokens
+            self._policy.step(tokens)
+            gone = self._evict(self._stay, 0)
+        self._give_up(gone)
+
     @contextmanager
-    def item(self, index: int) -> Iterator[None]:
-        """The pages of an item are there until the `with` ends; others of a round that was broken off are let
-        go. Raises what a thread met, in this one; the next round brings the item anew."""
+    def item(self, index: int, chosen: npt.NDArray[np.int64] | None = None) -> Iterator[None]:
+        """The pages of an item are there until the `with` ends, of one that is routed those of the experts that
+        were `chosen`, [T, choices]; others of a round that was broken off are let go. Raises what a thread
+        met, in this one; the next round brings the item anew."""
         started = time.perf_counter()
         number = self._done + (index - self._done) % len(self._items)
         self._let_go(number)
+        if chosen is not None:
+            self._choose(number, index, chosen)
         self._wait(number)
         self.counts.waited_seconds += time.perf_counter() - started
         try:
             yield
-            self._learn(index)
+            self._learn(index, chosen)
         finally:
             self._let_go(number + 1)
 
@@ -97,38 +146,100 @@ class PageAhead:
                 thread.join(timeout=10)
         self.file.close()
 
-    def _learn(self, index: int) -> None:
+    def _learn(self, index: int, chosen: npt.NDArray[np.int64] | None) -> None:
         span, key = self._items[index], (self.kind, index)
-        if index in self._routed:
-            self._learned[key] = self._likely(key, self.file.touched(span.offset, span.end))
-        elif key not in self._learned:
-            self._learned[key] = self.file.touched(span.offset, span.end)
+        if chosen is None:
+            if key not in self._learned:
+                self._learned[key] = self.file.touched(span.offset, span.end)
+        elif self._tokens == 1 and (new := self._not_found(index, chosen)):
+            touched = set(self.file.touched(span.offset, span.end))
+            routed = self._of_one[index]
+            every, experts = routed.always, dict(routed.experts)
+            if routed is self._routed[index]:  # the first time
+                every = tuple(unit for unit in every if unit in touched)
+            for expert in new:
+                experts[expert] = tuple(unit for unit in experts[expert] if unit in touched)
+            self._of_one[index] = replace(routed, always=every, experts=experts)
+            self._found |= {(index, expert) for expert in new}
 
-    def _likely(self, key: tuple[object, int], touched: tuple[int, ...]) -> tuple[int, ...]:
-        """As many units of a routed item as the step touched: those that were touched most, of late."""
-        often = {unit: _FADES * count for unit, count in self._often.get(key, {}).items()}
-        for unit in touched:
-            often[unit] = often.get(unit, 0.0) + 1
-        self._often[key] = often
-        return tuple(sorted(sorted(often, key=lambda unit: -often[unit])[: len(touched)]))
+    def _not_found(self, index: int, chosen: npt.NDArray[np.int64]) -> list[int]:
+        """Experts of which is not known yet what one token reads."""
+        experts = self._routed[index].chosen(chosen)
+        return [expert for expert in experts if (index, expert) not in self._found]
+
+    def _choose(self, number: int, index: int, chosen: npt.NDArray[np.int64]) -> None:
+        """Says what an item is read for, and those behind it of the same layer; what is missing comes first."""
+        few, layer = self._tokens == 1, self._routed[index].layer
+        known = self._of_one if few else self._routed
+        with self._changed:
+            for later in range(index, len(self._items)):
+                if later not in known or known[later].layer != layer:
+                    break
+                self._chosen[number + later - index] = known[later].asked(chosen)
+            asked = self._chosen[number]
+            held = asked & self._stay
+            begun = self._begun.get(number)
+            if begun is not None:
+                missing = asked - held - begun.units
+                begun.units |= missing
+                begun.left += len(missing)
+                self._held += len(missing)
+                self._todo = [*((number, unit) for unit in sorted(missing)), *self._todo]
+            self._policy.chose(self._of_one[index], chosen)
+            self._changed.notify_all()
+        if few:
+            always = set(known[index].always)
+            self.counts.asked += len(asked - always)
+            self.counts.held += len(held - always)
+            if self._not_found(index, chosen):  # what is mapped of other steps would count as read
+                self._each(self.file.unmap, held)
+
+    def _evict(self, units: Iterable[int], own: int) -> set[int]:
+        """Of units that may stay the others: within the room that the window of the step leaves, and what was
+        begun beside `own` units that are done with. The caller has the lock, and lets them go."""
+        window = self._few if self._tokens == 1 else self._many
+        room = self._total - max(window, self._held - own)
+        every = set(units)
+        self._stay = best(list(every), self._policy.scores, room)
+        return every - self._stay
+
+    def _give_up(self, units: Iterable[int]) -> None:
+        if not self._closed:  # else the file is gone
+            self._each(self.file.let_go, units)
+
+    def _each(self, act: Callable[[int, int], None], units: Iterable[int]) -> None:
+        """Does something with stretches of units that follow each other."""
+        ordered = sorted(units)
+        first = 0
+        for place, unit in enumerate(ordered):
+            if place + 1 == len(ordered) or ordered[place + 1] != unit + 1:
+                act(ordered[first] * UNIT, (unit + 1) * UNIT)
+                first = place + 1
 
     def _let_go(self, done: int) -> None:
         """The caller is done with so many items."""
         for number in range(self._done, done):
-            span = self._items[number % len(self._items)]
+            index = number % len(self._items)
             with self._changed:
                 self._next = max(self._next, number + 1)  # one that was not begun is not to be
                 kept = [entry for entry in self._todo if entry[0] != number]
-                if number in self._begun:  # those that nobody has taken will not come
-                    self._begun[number][1] -= len(self._todo) - len(kept)
+                begun = self._begun.get(number) or _Begun(set(), 0)
+                # Those that nobody has taken will not come.
+                never = {unit for at, unit in self._todo if at == number}
+                begun.left -= len(never)
                 self._todo = kept
-                while self._begun.get(number, [0, 0])[1] and self._reading():
+                while begun.left and self._reading():
                     self._changed.wait(_LOOK)
-                self._unread.pop(number, None)
-            if not self._closed:  # else the file is gone
-                self.file.let_go(span.offset, span.offset + span.length)
+                failed = self._unread.pop(number, None) is not None
+                gone = set(self._all[index])
+                if index in self._routed:
+                    there = set() if failed else begun.units - never
+                    gone = (gone | self._evict(self._stay | there, len(begun.units))) - self._stay
+            self._give_up(gone)
             with self._changed:
-                self._held -= self._begun.pop(number, [0])[0]
+                self._held -= len(begun.units)
+                self._begun.pop(number, None)
+                self._chosen.pop(number, None)
                 self._done = number + 1
                 self._changed.notify_all()
 
@@ -138,7 +249,7 @@ class PageAhead:
     def _wait(self, number: int) -> None:
         """Until the units of an item are there; raises what a thread met where one cannot be brought."""
         with self._changed:
-            while self._closed or number not in self._begun or self._begun[number][1]:
+            while self._closed or number not in self._begun or self._begun[number].left:
                 if not self._reading():
                     raise ArtifactError(
                         f"the threads that read {self.file.path} have ended; load the artifact again"
@@ -161,8 +272,8 @@ class PageAhead:
                 )
             with self._changed:
                 self.counts.read_seconds += (time.perf_counter() - started) / len(self._threads)
-                self._begun[number][1] -= 1
-                self.counts.items += not self._begun[number][1]
+                self._begun[number].left -= 1
+                self.counts.items += not self._begun[number].left
                 if failed is not None:
                     self._unread.setdefault(number, failed)
                 self._changed.notify_all()
@@ -173,16 +284,26 @@ class PageAhead:
             while not self._closed:
                 if self._todo:
                     return self._todo.pop(0)
-                index = self._next % len(self._items)
-                units = self._learned.get((self.kind, index), self._all[index])
-                room = self._held == 0 or self._held + len(units) <= self._window
-                if room and self._next < self._done + len(self._items):
-                    self._begun[self._next] = [len(units), len(units)]
+                units = self._coming(self._next)
+                window = self._few if self._tokens == 1 else self._many
+                room = self._held == 0 or self._held + len(units or ()) <= window
+                if units is not None and room and self._next < self._done + len(self._items):
+                    self._begun[self._next] = _Begun(set(units), len(units))
                     self._held += len(units)
                     self._todo = [(self._next, unit) for unit in units]
                     self._next += 1
-                    if not units:
-                        self._changed.notify_all()
+                    self._changed.notify_all()
                 else:
                     self._changed.wait()
             return None
+
+    def _coming(self, number: int) -> list[int] | None:
+        """The units to bring of an item; None where that is not known before its tokens have chosen."""
+        index = number % len(self._items)
+        every, routed = self._all[index], self._routed.get(index)
+        if routed is None:
+            return list(self._learned.get((self.kind, index), every))
+        asked: Iterable[int] | None = self._chosen.get(number)
+        if asked is None and self._tokens * routed.choices >= 2 * len(routed.experts):
+            asked = every  # of many tokens some will choose each
+        return None if asked is None else [unit for unit in sorted(asked) if unit not in self._stay]

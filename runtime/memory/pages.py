@@ -119,10 +119,14 @@ class PagedFile:
                     digest.update(twice(read, self.path, place, length))
         return digest.hexdigest()
 
-    def let_go(self, start: int, end: int) -> None:
-        """Gives the memory of a stretch back, of whole pages."""
+    def unmap(self, start: int, end: int) -> None:
+        """Has others find the pages of a stretch anew, so that `touched` tells which they read from now on."""
         for part in self._overlapping(start, end):
             self._advise(part, mmap.MADV_DONTNEED)
+
+    def let_go(self, start: int, end: int) -> None:
+        """Gives the memory of a stretch back, of whole pages."""
+        self.unmap(start, end)
         os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def look(self, within: Iterable[tuple[int, int]] = ()) -> None:

@@ -42,6 +42,10 @@ class Counts:
     items: int = 0
     read_seconds: float = 0.0
     waited_seconds: float = 0.0
+    asked: int = 0
+    """Units of experts that steps of one token asked for."""
+    held: int = 0
+    """Those of them that had stayed."""
 
 
 class ReadAhead:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from einfold.errors import ArtifactError, DiskError, UnsupportedError
+from einfold.runtime.memory.experts import Frequent, Recent, Routed, best
 from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 from einfold.runtime.memory.read_ahead import Span
@@ -124,7 +125,7 @@ def test_a_system_that_does_not_say_what_was_touched_is_told(
 def walking(path: Path, window: int) -> Iterator[tuple[PagedFile, PageAhead]]:
     pages = PagedFile(path)
     pages.let_go(0, pages.size)
-    ahead = PageAhead(pages, ITEMS, window)
+    ahead = PageAhead(pages, ITEMS, (window, window))
     try:
         yield pages, ahead
     finally:
@@ -173,28 +174,67 @@ def test_a_kind_of_step_brings_what_it_touched_before(file: Path) -> None:
                 with ahead.item(index):
                     first = span.offset // 4096
                     assert mapped[first + 3, 0] == first + 3  # of each item the first unit
-            until(lambda: ahead.units == 3 and not any(left for _, left in ahead._begun.values()))
+            until(lambda: ahead.units == 3 and not any(b.left for b in ahead._begun.values()))
             read.append(pages.bytes_read)
         assert read[2] - read[1] == 3 * UNIT
         assert read[0] > 5 * UNIT
 
 
-def test_of_a_routed_item_what_was_touched_most_of_late_is_brought(file: Path) -> None:
+def test_of_routed_items_what_the_policy_takes_for_likely_stays(file: Path) -> None:
+    """Of experts that tokens choose the missing ones are brought, and the rest is held within the room."""
     pages = PagedFile(file)
     pages.let_go(0, pages.size)
-    ahead, each = PageAhead(pages, ITEMS, 5 * UNIT, frozenset({2})), UNIT // 4096
+    routed = {0: Routed((), {0: (0,), 1: (1,)}, 1, 0), 2: Routed((), {0: (3,), 1: (4,)}, 1, 1)}
+    ahead = PageAhead(pages, ITEMS, (4 * UNIT, 2 * UNIT), routed, policy=Recent)
+    each, read = UNIT // 4096, []
     with theirs(file) as mapped:
         pages.look([(0, pages.size)])
-        brought = []
-        for unit in (3, 3, 4, 4, 3, 3):
+
+        def take(tokens: int, *chosen: list[int]) -> None:
+            ahead.step(tokens > 1, tokens)
             for index in range(len(ITEMS)):
-                with ahead.item(index):
-                    if index == 2:
-                        assert mapped[unit * each + 3, 0] == unit * each + 3
-            brought.append(ahead._learned[None, 2])
-            assert ahead._learned[None, 0] == ()
-        assert brought == [(3,), (3,), (3,), (4,), (3,), (3,)]
+                index_TJ = np.array(chosen[index // 2])[:, None] if index != 1 else None
+                with ahead.item(index, index_TJ):
+                    units = [2] if index_TJ is None else [(index // 2 * 3) + e for e in set(index_TJ[:, 0])]
+                    assert all(mapped[unit * each + 3, 0] == unit * each + 3 for unit in units)
+                    assert ahead.units + ahead.staying <= 4
+                    assert resident(file) <= 4 * each
+            read.append(pages.bytes_read // UNIT)
+
+        take(2, [0, 1], [0, 1])
+        assert ahead.staying == 0  # a prompt's window is all the room
+        for expert in (0, 0, 1, 0, 1):
+            take(1, [expert], [0])
+            assert ahead.staying <= 2
+        assert ahead.counts.asked == 10
+        # Of item 2 one expert stays, and of item 0 the other unit is that of the last token.
+        assert ahead._stay == {1, 3}
+        assert ahead.counts.held == 1 + 4
+        take(1, [1], [0])
+        assert ahead.counts.held == 7
+        assert read[-1] - read[-2] <= 1  # the item between
+        take(2, [0, 1], [0, 1])
+        assert ahead.staying == 0
     ahead.close()
+
+
+@pytest.mark.parametrize("policy", [Recent, Frequent])
+def test_policies_hold_what_was_asked_for_last_or_most(policy: type[Recent] | type[Frequent]) -> None:
+    found, routed = policy(6), Routed((5,), {0: (0, 1), 1: (2,), 2: (3, 4)}, 1, 0)
+    for expert in (0, 0, 0, 2, 1):
+        found.step(1)
+        found.chose(routed, np.array([[expert]]))
+    most = {Recent: [5, 2, 3], Frequent: [5, 0, 1]}[policy]
+    assert best(range(6), found.scores, 3) == set(most)
+    # A prompt counts as its tokens would have, one behind the other.
+    whole, index_TJ = policy(6), np.array([[0], [0], [0], [2], [1]])
+    whole.step(5)
+    whole.chose(routed, index_TJ)
+    if policy is Frequent:
+        assert whole.scores == pytest.approx(found.scores)
+    assert best(range(6), whole.scores, 2) <= {5, most[1], 3}
+    assert routed.most == 3
+    assert routed.asked(index_TJ[:4]) == {0, 1, 3, 4, 5}
 
 
 def test_a_round_that_was_broken_off_is_let_go(file: Path) -> None:
@@ -217,7 +257,7 @@ def test_a_unit_that_cannot_be_read_is_told(file: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pages, "_advise", fail)
     with pytest.raises(DiskError, match="Input/output error"):
         pages.bring(0)
-    ahead = PageAhead(pages, ITEMS, 5 * UNIT)
+    ahead = PageAhead(pages, ITEMS, (5 * UNIT, 5 * UNIT))
     for _ in range(2):
         with pytest.raises(DiskError, match="Input/output error"), ahead.item(0):
             pass

@@ -3,6 +3,8 @@
     nodes, in order   Gather    | norm, MatMulNBits, GroupQueryAttention, .. | norm, .. | Gather, MatMulNBits
     super-op          embedding | layer 0                                    | layer 1  | head
 
+A layer with experts is two: `layer 0`, at the end of which its tokens have chosen, and `layer 0 experts`, which
+is taken apart where it is a large part of all.
 A node belongs to the layer whose number stands in the names of its weights, and never to one before that of
 the node in front of it: whatever the names say, the super-ops are runs of the order and compute what the
 whole does. What a later super-op reads is a result of the one that makes it. Needs onnx and no torch.
@@ -15,6 +17,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from .routing import Routing, beginnings, routing_of
 
 #: The number of a layer in a weight's name, such as `model.layers.7.mlp.gate_up.packed`.
 _LAYER = re.compile(r"\.(\d{1,5})\.")
@@ -47,11 +51,13 @@ _PLAIN = (
 )
 
 
-#: What finds the tokens of an expert; a product of no rows reads no weights.
-_CHOOSES = "NonZero"
+#: How super-ops of layers are called, what stands behind where they are its experts, and what stands before
+#: the number of a part of a product.
+_OF_LAYER, _EXPERTS, _PART = "layer ", " experts", " part "
 
-#: How super-ops of layers are called, and what stands before the number of a part of a product.
-_OF_LAYER, _PART = "layer ", " part "
+#: Experts that run together are at most this part of all weights, or so many bytes: what a prompt reads ahead
+#: and what is loaded at once are multiples of that.
+_PARTS, _LEAST = 32, 16 << 20
 
 #: Rows of a part are a multiple of this: kernels take so many at once.
 _ROWS_OF_A_PART = 64
@@ -86,10 +92,13 @@ class SuperOp:
     """Tensors that lie in the model itself."""
     held: int
     """Bytes that onnxruntime holds of the weights once they are packed."""
-    packed: tuple[int, ...]
-    """Bytes of each weight as onnxruntime saves it packed; none where it would widen one."""
+    packed: tuple[tuple[int, ...], ...]
+    """Bytes of each weight as onnxruntime saves it packed: those that every token reads, then those of each
+    expert; nothing where it would widen one."""
     widest: int
     """Floats that its nodes make of a token at once."""
+    routing: Routing | None = None
+    """Whose weights are whose, where its tokens have chosen experts."""
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +106,13 @@ class SuperOp:
         return sum(extent.length for extent in self.weights)
 
     @property
-    def routes(self) -> bool:
-        """Whether its tokens decide which of its weights are read, as they do where they choose experts."""
-        return any(node.op_type == _CHOOSES for node in self.nodes)
+    def chosen(self) -> int:
+        """Bytes in the file of what one token reads, on average where it chooses experts."""
+        if self.routing is None:
+            return self.nbytes
+        names = {name for each in self.routing.experts.values() for name in each}
+        experts = sum(extent.length for extent in self.weights if extent.name in names)
+        return self.nbytes - experts + experts * self.routing.choices // self.routing.of
 
 
 def cut(model: Any) -> list[SuperOp]:
@@ -107,7 +120,7 @@ def cut(model: Any) -> list[SuperOp]:
     graph = model.graph
     extents = {t.name: _extent(t) for t in graph.initializer if t.external_data}
     constants = {t.name: t for t in graph.initializer if not t.external_data}
-    runs = _runs(graph.node, extents)
+    runs = _runs(graph.node, extents, constants)
     read_by = [_reads(nodes) for _, nodes in runs]
     made: dict[str, int] = {}
     for index, (_, nodes) in enumerate(runs):
@@ -121,6 +134,8 @@ def cut(model: Any) -> list[SuperOp]:
         reads = sorted(read_by[index])
         tables = _tables(nodes, extents, constants)
         weights = [extents[n] for n in reads if n in extents and n not in tables]
+        stored = [extent.name for extent in weights]
+        routing = routing_of(nodes, graph.node, stored, constants)
         found.append(
             SuperOp(
                 name,
@@ -131,8 +146,9 @@ def cut(model: Any) -> list[SuperOp]:
                 tuple(extents[n] for n in reads if n in tables),
                 tuple(constants[n] for n in reads if n in constants),
                 sum(_held(extent, nodes) for extent in weights),
-                _packed(weights, nodes),
+                _packed(weights, nodes, routing),
                 _widest(nodes, extents),
+                routing,
             )
         )
     return found
@@ -250,16 +266,23 @@ def handed_on(model: Any, ops: Iterable[SuperOp]) -> list[str]:
     return [name for op in ops for name in op.outputs if name not in results]
 
 
-def _runs(nodes: Iterable[Any], extents: dict[str, Extent]) -> list[tuple[str, list[Any]]]:
+def _runs(
+    nodes: Iterable[Any], extents: dict[str, Extent], constants: dict[str, Any]
+) -> list[tuple[str, list[Any]]]:
     """Names of super-ops and their nodes, in order."""
     ordered = list(nodes)
     layers = [_layer_of(node, extents) for node in ordered]
     last = max((layer for layer in layers if layer is not None), default=-1)
-    at, runs = -1, [("embedding", list[Any]())]
+    sizes = {extent.name: extent.length for extent in extents.values()}
+    most = max(_LEAST, sum(sizes.values()) // _PARTS)
+    at, runs, experts = -1, [("embedding", list[Any]())], beginnings(ordered, sizes, most, constants)
     for node, layer in zip(ordered, layers, strict=True):
         if layer is not None and layer > at:
             at = layer
             runs.append((f"{_OF_LAYER}{layer}", []))
+        elif (first := experts.get(node.output[0])) is not None:
+            name = f"{_OF_LAYER}{at}{_EXPERTS}"
+            runs.append((f"{name} from {first}" if runs[-1][0].startswith(name) else name, []))
         elif (
             layer is None
             and at == last
@@ -350,7 +373,9 @@ def _held(extent: Extent, nodes: Sequence[Any]) -> int:
     return total
 
 
-def _packed(weights: Sequence[Extent], nodes: Sequence[Any]) -> tuple[int, ...]:
+def _packed(
+    weights: Sequence[Extent], nodes: Sequence[Any], routing: Routing | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Bytes of weights that onnxruntime packs: codes with scales and as many sums."""
     sizes, every = {extent.name: extent.length for extent in weights}, list(_all(nodes))
     if any(
@@ -360,7 +385,9 @@ def _packed(weights: Sequence[Extent], nodes: Sequence[Any]) -> tuple[int, ...]:
     for node in every:
         if node.op_type == _PACKED and {*node.input[1:3]} <= sizes.keys():
             sizes[node.input[1]] += 2 * sizes.pop(node.input[2])
-    return tuple(sizes.values())
+    experts = routing.experts.values() if routing is not None else ()
+    of_experts = [tuple(sizes.pop(name) for name in names if name in sizes) for names in experts]
+    return (tuple(sizes.values()), *of_experts)
 
 
 def _widest(nodes: Sequence[Any], extents: dict[str, Extent]) -> int:

@@ -10,9 +10,9 @@ from ....runtime.artifact import Artifact
 from ....runtime.memory.pages import no_paging
 from ....runtime.runner import running
 from ...ir.manifest import WHOLE
-from ...memory.tiers import Fixed, Load, Piece
+from ...memory.tiers import Choice, Fixed, Load, Piece
 from .cut import SuperOp, cut, divide
-from .packed_copy import laid_out, no_copy
+from .packed_copy import laid_out, no_copy, skew_of
 from .process import PROCESS
 from .runner import checked_model
 
@@ -80,9 +80,9 @@ class CutModel:
         paged = (
             ()
             if reason
-            else tuple(Piece(op.name, op.nbytes, laid_out(op.packed)[1]) for op in self.ops)
+            else tuple(_paged(op) for op in self.ops)
         )
-        return Load(self.pieces, fixed, paged, reason)
+        return Load(self.pieces, fixed, paged, reason, skew_of(self.artifact, self.ops))
 
     def why_not_paged(self) -> str:
         """Why streamed weights cannot be pages of a packed copy; "" where they can."""
@@ -90,3 +90,13 @@ class CutModel:
         if widened is not None:
             return f"onnxruntime widens weights of {widened.name} while it loads them"
         return no_paging() or no_copy(self.artifact, self.ops)
+
+
+def _paged(op: SuperOp) -> Piece:
+    """A super-op as it lies in a packed copy."""
+    layout = laid_out(op.packed)
+    if op.routing is None:
+        return Piece(op.name, op.nbytes, layout.nbytes)
+    return Piece(
+        op.name, op.nbytes, layout.nbytes, Choice(op.chosen, layout.most(op.routing.most))
+    )

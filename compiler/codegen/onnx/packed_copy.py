@@ -8,6 +8,8 @@ units, and what is read only while a session is made lies outside of it.
     | packed .. others .. | originals | packed .. others .. | originals | .. | models |
       super-op 0            at loading   super-op 1
 
+What was packed of an expert lies together, so that a token reads as few units as its experts take.
+
 Each of these stretches has a hash of its own, so that it can be checked when it is read anyway, or beside.
 
 Copies lie in the user's cache folder under a hash of the artifact's model and weights, of how it is cut, of
@@ -41,17 +43,21 @@ from ...ir.heap import give_back
 from ...ir.kept import cache_home, drop_oldest, read_json, write_json
 from ...ir.locks import lock
 from ...ir.manifest import WEIGHTS, WHOLE
+from ...memory.tiers import Skew
 from .cut import SuperOp
 from .runner import session_of
 
 #: Changes with the layout of the file.
-_LAYOUT = 3
+_LAYOUT = 4
 
 #: Copies that are kept.
 _KEPT = 2
 
 #: The files of a copy.
 _FILE, _TABLE = "packed.bin", "packed.json"
+
+#: Beside a copy: how experts were chosen.
+_CHOSEN = "experts.json"
 
 #: Beside the copies: who makes one is alone.
 _LOCK = ".lock"
@@ -77,6 +83,9 @@ _PIECE = 4 << 20
 #: than they save for smaller ones.
 _ALONE = 4 * UNIT
 
+#: Part of an expert's bytes that may be lost for it to begin at a unit.
+_LOST = 1 / 8
+
 
 class NoCopyError(Exception):
     """There is no copy and none can be made, for the reason that it says; weights are read in another way."""
@@ -101,6 +110,8 @@ class PackedOp:
     """Place and length of the saved model."""
     hashes: tuple[str, str]
     """BLAKE3 of what was packed, and of what lies behind it, which is read at loading."""
+    experts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Places and lengths of what is read of each expert, where tokens choose them."""
 
     @property
     def loaded(self) -> int:
@@ -142,23 +153,62 @@ class PackedCopy:
     def damaged(self) -> DamagedCopyError:
         return DamagedCopyError(f"the packed copy in {self.folder} is not as it was written")
 
+    def tell_chosen(self, part: float, hits: float) -> None:
+        """Keeps what a run found of experts for later plans: a part of them was held, and so much of what
+        tokens asked for."""
+        write_json(self.folder / _CHOSEN, {"part": part, "hits": hits})
+
     def discard(self) -> None:
         """Has it not be found again."""
         with suppress(OSError):
             (self.folder / _TABLE).unlink()
 
 
-def laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Places of packed weights in a super-op's stretch, the largest first, and the bytes of its units.
+@dataclass(frozen=True)
+class Layout:
+    """Where what was packed of a super-op lies, from the start of its stretch."""
 
-    Large ones begin at a unit: what a kernel, and thus a step, does not read of one are then whole units.
+    places: tuple[tuple[int, ...], ...]
+    """Of each piece of each group."""
+    units: tuple[tuple[int, ...], ...]
+    """Units that pieces of each group lie in."""
+    nbytes: int
+    """Of whole units."""
+
+    def most(self, choices: int) -> int:
+        """Bytes of the units that a token may read which chooses so many groups beside the first."""
+        most = choices * max((len(units) for units in self.units[1:]), default=0)
+        return min((len(self.units[0]) + most) * UNIT, self.nbytes)
+
+
+def laid_out(groups: Sequence[Sequence[int]]) -> Layout:
+    """Places of packed weights by their sizes: those of every token, then those of each expert.
+
+    Of the first the largest come first, and large ones begin at a unit: what a kernel, and thus a step, does
+    not read of one are then whole units. What is of one expert lies together, and begins at a unit where that
+    loses little.
     """
-    places, end = [], 0
-    for size in sorted(sizes, reverse=True):
-        step = UNIT if size >= _ALONE else PAGE
-        places.append(-(-end // step) * step)
-        end = places[-1] + size
-    return places, -(-end // UNIT) * UNIT
+    places, units, end = [], [], 0
+    for number, sizes in enumerate(groups):
+        order = range(len(sizes)) if number else sorted(range(len(sizes)), key=lambda n: -sizes[n])
+        total = sum(-(-size // PAGE) * PAGE for size in sizes)
+        if number and -total % UNIT <= _LOST * total:
+            end = -(-end // UNIT) * UNIT
+        found = [0] * len(sizes)
+        for n in order:
+            step = UNIT if not number and sizes[n] >= _ALONE else PAGE
+            found[n] = -(-end // step) * step
+            end = found[n] + sizes[n]
+        spans = [(place, place + size) for place, size in zip(found, sizes, strict=True) if size]
+        places.append(tuple(found))
+        units.append(units_of(spans))
+    return Layout(tuple(places), tuple(units), -(-end // UNIT) * UNIT)
+
+
+def units_of(spans: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """The units that stretches lie in, from a place to another."""
+    found = {unit for start, end in spans for unit in range(start // UNIT, -(-end // UNIT))}
+    return tuple(sorted(found))
 
 
 def home() -> Path:
@@ -193,6 +243,19 @@ def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
     if free < need + _LEFT_FREE:
         return f"a packed copy takes {need / 2**20:,.0f} MiB on the disk of {home()}, which has not as much"
     return ""
+
+
+def skew_of(artifact: Artifact, ops: Sequence[SuperOp]) -> Skew:
+    """How unevenly experts were chosen when the artifact last ran from its copy, if it did."""
+    return _read_skew(home() / key_of(artifact, ops))
+
+
+def _read_skew(folder: Path) -> Skew:
+    try:
+        found = read_json(folder / _CHOSEN) or {}
+        return Skew.of(float(found["part"]), float(found["hits"]))
+    except (LookupError, TypeError, ValueError):  # of a file that is none
+        return Skew()
 
 
 def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:
@@ -230,6 +293,7 @@ def _read_table(table: Mapping[str, Any]) -> dict[str, PackedOp]:
             tuple((int(place), int(length)) for place, length in entry["packed"]),
             (int(entry["model"][0]), int(entry["model"][1])),
             (str(entry["hashes"][0]), str(entry["hashes"][1])),
+            tuple(tuple((int(at), int(size)) for at, size in each) for each in entry["experts"]),
         )
         for name, entry in table["ops"].items()
     }
@@ -240,7 +304,11 @@ def _within(place: PackedOp, size: int) -> bool:
     whole = place.start % UNIT == place.end % UNIT == 0
     ordered = 0 <= place.start <= place.end <= place.last <= place.model[0] <= size
     packed = all(place.start <= at <= at + length <= place.end for at, length in place.packed)
-    return whole and ordered and packed and 0 <= place.model[1] <= size - place.model[0]
+    experts = all(
+        place.start <= at <= at + length <= place.end for each in place.experts for at, length in each
+    )
+    model = 0 <= place.model[1] <= size - place.model[0]
+    return whole and ordered and packed and experts and model
 
 
 def make(
@@ -362,9 +430,11 @@ def _lay_out(
         out.align(UNIT)
         start = out.place
         out.hashed()
-        blobs = sorted((blob for tensor in found for blob in tensor.blobs), key=lambda b: -b.length)
+        groups = [[blob for tensor in group for blob in tensor.blobs] for group in _grouped(found, op)]
+        layout = laid_out([[blob.length for blob in blobs] for blobs in groups])
         packed = []
-        for blob, place in zip(blobs, laid_out([blob.length for blob in blobs])[0], strict=True):
+        placed = zip(sum(layout.places, ()), sum(groups, []), strict=True)
+        for place, blob in sorted(placed, key=lambda pair: pair[0]):
             out.fill(start + place - out.place)
             packed.append((out.place, blob.length))
             blob.place = out.copy(stream, blob.place, blob.length)
@@ -381,7 +451,27 @@ def _lay_out(
     for tensor in found:
         tensor.tell()
     hashes.append(out.hashed())
-    return {"start": start, "end": end, "last": out.place, "packed": packed, "hashes": hashes}
+    return {
+        "start": start,
+        "end": end,
+        "last": out.place,
+        "packed": packed,
+        "hashes": hashes,
+        "experts": [
+            [part for tensor in group for part in tensor.read(end)]
+            for group in _grouped(found, op)[1:]
+        ],
+    }
+
+
+def _grouped(tensors: Sequence[_Tensor], op: SuperOp) -> list[list[_Tensor]]:
+    """Those that every token reads, then those of each expert."""
+    experts = op.routing.experts.values() if op.routing is not None else ()
+    number = {name: place for place, names in enumerate(experts, 1) for name in names}
+    groups: list[list[_Tensor]] = [[] for _ in range(1 + len(experts))]
+    for tensor in tensors:
+        groups[number.get(tensor.name, 0)].append(tensor)
+    return groups
 
 
 @dataclass
@@ -420,6 +510,12 @@ class _Tensor:
     @property
     def blobs(self) -> list[_Blob]:
         return [blob for _, blobs in self._packed.values() for blob in blobs]
+
+    def read(self, end: int) -> list[tuple[int, int]]:
+        """Places and lengths of what a step reads of it, all of which lie before the `end`."""
+        if self.blobs:
+            return [(blob.place, blob.length) for blob in self.blobs]
+        return [(self.place, self.length)] if self.place < end else []
 
     def embed(self, data: bytes) -> None:
         """Has the model hold it."""

@@ -9,13 +9,14 @@ on what is where (docs/adr/0022).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 from ....errors import ArtifactError, DiskError
 from ....runtime.cache import Cache
+from ....runtime.memory.experts import Frequent, Hits, Recent, Routed
 from ....runtime.memory.page_ahead import PageAhead
 from ....runtime.memory.pages import UNIT, PagedFile
 from ....runtime.memory.read_ahead import Span
@@ -24,7 +25,8 @@ from ...ir.heap import give_back
 from ...memory.tiers import TierPlan
 from .cut import SuperOp
 from .cut_model import CutModel
-from .packed_copy import DamagedCopyError, NoCopyError, PackedCopy, PackedOp, find, make
+from .packed_copy import DamagedCopyError, NoCopyError, PackedCopy, PackedOp, find, make, units_of
+from .routing import Routing
 from .runner import session_of
 from .streaming import StreamingRunner
 
@@ -32,12 +34,18 @@ from .streaming import StreamingRunner
 #: are weights that were packed anew.
 _OF_A_SESSION, _BESIDE = 3 << 20, 20 << 20
 
+#: Units of experts that tokens asked for, from which on it says something how many were held.
+_ENOUGH = 1000
+
 #: What is mapped of a copy while this is held is of the runner that holds it.
 _LOADING = threading.Lock()
 
 
 class PagedRunner(StreamingRunner):
     """Sessions of every super-op, and threads that bring the pages of streamed ones."""
+
+    policy: ClassVar[type[Frequent] | type[Recent]] = Frequent
+    """What says which experts stay from token to token."""
 
     def __init__(self, model: CutModel, plan: TierPlan, threads: int | None = None) -> None:
         """Raises NoCopyError where there is no copy and none can be made, or onnxruntime does not read it,
@@ -54,10 +62,21 @@ class PagedRunner(StreamingRunner):
         if isinstance(self._reader, PageAhead):
             # onnxruntime reads all that it packed for several rows, and for one it leaves sums out.
             # Of the head none is read behind a prompt's first chunks, and all for rows of a batch.
-            self._reader.kind = input_ids.size > 1, min(len(logit_rows), 2)
+            self._reader.step((input_ids.size > 1, min(len(logit_rows), 2)), input_ids.size)
         return super().step(cache, input_ids, position_ids, logit_rows)
 
+    @property
+    def experts(self) -> Hits | None:
+        """What of experts was found in memory; None where none are streamed."""
+        if self._reader is None or not self.plan.routed:
+            return None
+        counts = self._reader.counts
+        return Hits(counts.asked, counts.held, counts.held / max(counts.asked, 1))
+
     def close(self) -> None:
+        hits = None if self._closed else self.experts
+        if hits is not None and hits.asked >= _ENOUGH:
+            self._copy.tell_chosen(self.plan.cached / self.plan.experts, hits.rate)
         super().close()
         if self._pages is not None:
             self._pages.close()
@@ -157,13 +176,35 @@ class PagedRunner(StreamingRunner):
         assert self._pages is not None
         places = [self._copy.ops[op.name] for op in streamed]
         spans = [Span(place.start, place.end - place.start) for place in places]
-        routed = frozenset(index for index, op in enumerate(streamed) if op.routes)
-        return PageAhead(self._pages, spans, self.plan.buffers, routed)
+        layers = sorted({op.routing.index for op in streamed if op.routing is not None})
+        routed = {
+            index: _routed(op.routing, place, layers.index(op.routing.index))
+            for index, (op, place) in enumerate(zip(streamed, places, strict=True))
+            if op.routing is not None
+        }
+        plan, policy = self.plan, self.policy
+        window = plan.buffers, plan.ahead
+        return PageAhead(self._pages, spans, window, routed, plan.room, policy=policy)
 
-    def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
+    def _streamed(
+        self, op: SuperOp, arrays: Mapping[str, Any], threads: int, stack: ExitStack
+    ) -> Any:
         assert isinstance(self._reader, PageAhead)
-        stack.enter_context(self._reader.item(self._turn[op.name]))
+        chosen = None
+        if op.routing is not None:
+            index = arrays[op.routing.index]
+            chosen = index.reshape(-1, index.shape[-1])
+        stack.enter_context(self._reader.item(self._turn[op.name], chosen))
         return self._sessions[op.name]
+
+
+def _routed(routing: Routing, place: PackedOp, layer: int) -> Routed:
+    """The units of a super-op's experts."""
+    units = [units_of((at, at + size) for at, size in each) for each in place.experts]
+    every = units_of([(place.start, place.end)])
+    always = {*every}.difference(*units)
+    experts = dict(zip(routing.experts, units, strict=True))
+    return Routed(tuple(sorted(always)), experts, routing.most, layer)
 
 
 def anonymous_bytes() -> int:

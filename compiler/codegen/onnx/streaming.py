@@ -166,7 +166,7 @@ class StreamingRunner:
         """
         with ExitStack() as stack:
             session = (
-                self._streamed(op, threads, stack)
+                self._streamed(op, arrays, threads, stack)
                 if op.name in self._turn
                 else self._sessions[op.name]
             )
@@ -187,7 +187,9 @@ class StreamingRunner:
             made = zip(op.outputs, io.get_outputs(), strict=True)
             return {name: np.array(value.numpy()) for name, value in made if name in free}
 
-    def _streamed(self, op: SuperOp, threads: int, stack: ExitStack) -> Any:
+    def _streamed(
+        self, op: SuperOp, arrays: Mapping[str, Any], threads: int, stack: ExitStack
+    ) -> Any:
         """A session over the weights that were read for it; the stack keeps the buffer while it runs."""
         assert isinstance(self._reader, ReadAhead)
         if resident_bytes() + op.held + self.plan.fixed.activations > self.plan.peak:

@@ -52,16 +52,18 @@ def copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache" / "packed"
 
 
-def laid_out(path: Path, *pinned: str) -> TierPlan:
+def laid_out(path: Path, *pinned: str, room: int = 0) -> TierPlan:
     load = CutModel.of(Artifact.open(path)).load(512, 1 << 30)
     assert load.paged, load.remark
-    return TierPlan(load.paged, frozenset(pinned), load.fixed, 1 << 40, paged=True)
+    return TierPlan(load.paged, frozenset(pinned), load.fixed, 1 << 40, paged=True, room=room)
 
 
 @contextmanager
-def running(path: Path, *pinned: str) -> Iterator[tuple[einfold.Model, StreamingRunner]]:
+def running(
+    path: Path, *pinned: str, room: int = 0
+) -> Iterator[tuple[einfold.Model, StreamingRunner]]:
     model = einfold.load(path, threads=1, chunk=16)
-    runner = OnnxInParts.of(model.artifact).runner(laid_out(path, *pinned), 1)
+    runner = OnnxInParts.of(model.artifact).runner(laid_out(path, *pinned, room=room), 1)
     model.engine.runner = runner
     assert isinstance(runner, PagedRunner) or runner.plan.remark
     try:
@@ -120,16 +122,30 @@ def test_what_is_learned_of_a_head_that_was_not_run_is_of_such_steps_alone(
             assert later and all(ahead._learned[kind, head] for kind in later)
 
 
-def test_layers_with_experts_learn_of_every_step(artifact: Callable[..., Path]) -> None:
-    """Which of their weights are read is chosen by the tokens; the numbers are those of resident weights."""
-    path = artifact("mixtral", "int4")
-    with running(path) as (model, runner):
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])  # one with an expert that all tokens share
+def test_experts_that_stay_are_those_of_resident_weights(
+    name: str, artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tokens chose is brought and some of it stays, whatever comes between."""
+    path = artifact(name, "int4")
+    monkeypatch.setattr(paging, "_ENOUGH", 10)
+    assert not CutModel.of(Artifact.open(path)).load(16, 1000).skew.measured
+    with running(path, room=UNIT) as (model, runner):
         ahead = runner.reader
-        assert isinstance(ahead, PageAhead)
+        assert isinstance(ahead, PageAhead) and isinstance(runner, PagedRunner)
         names = [piece.name for piece in runner.plan.streamed]
-        assert {names[index] for index in ahead._routed} == {"layer 0", "layer 1"}
+        assert {names[index] for index in ahead._routed} == {"layer 0 experts", "layer 1 experts"}
         check_as_resident(model, path)
-    assert not any(op.routes for op in CutModel.of(Artifact.open(artifact("llama", "int4"))).ops)
+        for _ in range(2):
+            model.generate(TEXT, max_new_tokens=12, ignore_eos=True)
+            assert ahead.staying == 1
+        hits = runner.experts
+        assert hits is not None
+        assert 0.3 <= hits.rate <= 0.7 and hits.asked >= 2 * 22  # each layer's experts are one unit
+        assert runner.plan.cached == UNIT
+    skew = CutModel.of(Artifact.open(path)).load(16, 1000).skew
+    assert skew.measured
+    assert skew.hits(0.5) == pytest.approx(hits.rate)
 
 
 def test_a_copy_is_made_once(

@@ -1,0 +1,124 @@
+"""Experts that stay from token to token, beside an LRU and another version of einfold.
+
+    python -m benchmarks.streamed_experts ARTIFACT [--parts 0.25 0.5] [--rounds 3] [--other TREE]
+
+Every run is a process in a memory cgroup of its budget: what the process takes beside weights, and a part of the
+weights' bytes. A round is a run of each: `own` policy, an LRU in its place, and `other`, the same from another
+checkout. Bytes from the disk are the system's count for the process. Tokens are sampled, with one seed, behind a
+prompt of held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .client import ROOT
+from .expert_models import held_out
+from .prepare import own_python
+from .report import table
+from .streamed_weights import cgroup
+
+#: Tokens of the prompt.
+PROMPT = 64
+
+_WORKER = Path(__file__).parent / "workers" / "experts.py"
+
+
+def run(artifact: Path, memory: int, given: argparse.Namespace, tree: Path, policy: str) -> dict[str, Any]:
+    """One process in its cgroup; what it printed, or how it ended."""
+    prompt = " ".join(str(byte) for byte in held_out()[:PROMPT])
+    with cgroup(memory) as group:
+
+        def enter() -> None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        done = subprocess.run(
+            [own_python(), str(_WORKER), str(artifact), str(memory), str(given.tokens), policy],
+            capture_output=True, text=True, input=prompt, cwd=tree, preexec_fn=enter, check=False,
+            env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, timeout=900,
+        )  # fmt: skip
+        peak = int((group / "memory.max_usage_in_bytes").read_text())
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["killed"]
+        return {"ended": f"exit {done.returncode}: {last[0][:160]}"}
+    return {**json.loads(done.stdout.splitlines()[-1]), "cgroup_peak": peak}
+
+
+def line(name: str, part: float, runs: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[str]:
+    """The medians of a variant's runs, and of the ratios to the run of the same round."""
+    whole = [found for found in runs if "ended" not in found]
+    if not whole:
+        return [f"{part:g}", name, runs[0]["ended"], *[""] * 7]
+
+    def middle(key: str) -> float:
+        return statistics.median(found[key] for found in whole)
+
+    pairs = zip(runs, own, strict=True)
+    ratios = [a["seconds"] / b["seconds"] for a, b in pairs if "ended" not in a and "ended" not in b]
+    plan = whole[0]["plan"]
+    told = plan.get("experts")
+    return [
+        f"{part:g}",
+        name,
+        f"{middle('disk_bytes') / 2**20:.1f}",
+        f"{plan['fetched'] / 2**20:.1f}",
+        "" if whole[0]["hit_rate"] is None else f"{middle('hit_rate'):.3f}",
+        "" if told is None else f"{told['hit_rate']:.3f}{'' if told['measured'] else ' (at random)'}",
+        f"{middle('seconds'):.3f}",
+        f"{statistics.median(ratios):.2f}" if ratios else "",
+        f"{middle('prompt_bytes') / 2**20:.0f}",
+        f"{max(f['cgroup_peak'] for f in whole) / 2**20:.0f} of {plan['budget'] / 2**20:.0f}",
+    ]
+
+
+HEADS = (
+    "weights held", "", "MiB a token", "by the plan", "hit rate", "by the plan", "s a token", "ratio to own",
+    "MiB of the prompt", "cgroup's MiB",
+)  # fmt: skip
+
+
+def main() -> None:
+    import einfold
+
+    parser = argparse.ArgumentParser(prog="benchmarks.streamed_experts", description=__doc__)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--other", type=Path, help="a checkout of another version")
+    given = parser.parse_args()
+    room = {"context": PROMPT + given.tokens, "chunk": 64}
+    fixed = einfold.plan(given.artifact, memory=1 << 40, **room).tiers.fixed.total
+    size = (given.artifact / "weights.safetensors").stat().st_size
+    variants = [("own", ROOT, "own"), ("LRU", ROOT, "lru")]
+    if given.other:
+        variants.append(("other", given.other, "own"))
+    lines, every = [], []
+    for part in given.parts:
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in variants}
+        for number in range(given.rounds):
+            order = variants[number % len(variants) :] + variants[: number % len(variants)]
+            for name, tree, policy in order:
+                memory = fixed + round(part * size)
+                found[name].append(run(given.artifact, memory, given, tree, policy))
+                print(part, name, json.dumps(found[name][-1]), file=sys.stderr, flush=True)
+        lines += [line(name, part, runs, found["own"]) for name, runs in found.items()]
+        every += [r["tokens"] for runs in found.values() for r in runs if "ended" not in r]
+    same = all(tokens == every[0] for tokens in every)
+    print(
+        f"{given.artifact.name}: {size / 2**20:.0f} MiB of weights, {fixed / 2**20:.0f} MiB beside them; "
+        f"{PROMPT} + {given.tokens} tokens, {given.rounds} rounds; tokens {'are' if same else 'ARE NOT'} the "
+        "same in every run\n"
+    )
+    print(table(list(HEADS), lines))
+
+
+if __name__ == "__main__":
+    main()
