@@ -7,7 +7,7 @@ Units are places in a file (pages.py). One may have parts of several experts; it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +110,7 @@ class Frequent:
         self.scores[list(routed.always)] += weights.sum()
 
 
-def best(units: Sequence[int], scores: npt.NDArray[np.float64], room: int) -> set[int]:
+def best(units: Iterable[int], scores: npt.NDArray[np.float64], room: int) -> set[int]:
     """As many of the units as there is room for, those of the highest scores."""
     ordered = sorted(units, key=lambda unit: (-scores[unit], unit))
     return set(ordered[: max(room, 0)])

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,13 @@ class _Begun:
 
     units: set[int]
     """Units that were asked for; others of it may be there because they stayed."""
-    left: int
-    """How many of these are not there yet."""
+    there: set[int] = field(default_factory=set)
+    """Those of them that were brought, or could not be."""
+
+    @property
+    def left(self) -> int:
+        """How many are to come."""
+        return len(self.units - self.there)
 
 
 class PageAhead:
@@ -88,7 +93,7 @@ class PageAhead:
         """Of routed items that come the units that their tokens read, once these have chosen."""
         self._begun: dict[int, _Begun] = {}
         self._todo: list[tuple[int, int]] = []
-        self._next = self._done = self._held = 0
+        self._next = self._done = 0
         self._closed = False
         self._unread: dict[int, BaseException] = {}
         """What was met where the units of an item were to be brought; the next of its turns tries again."""
@@ -103,7 +108,7 @@ class PageAhead:
     @property
     def units(self) -> int:
         """Units that were brought, or are being brought, and not let go."""
-        return self._held
+        return sum(len(begun.units) for begun in self._begun.values())
 
     @property
     def staying(self) -> int:
@@ -179,14 +184,18 @@ class PageAhead:
             asked = self._chosen[number]
             held = asked & self._stay
             begun = self._begun.get(number)
+            gone = set[int]()
             if begun is not None:
                 missing = asked - held - begun.units
-                begun.units |= missing
-                begun.left += len(missing)
-                self._held += len(missing)
                 self._todo = [*((number, unit) for unit in sorted(missing)), *self._todo]
+                begun.units |= missing
+                over = self.units + len(self._stay) - self._total
+                others = best(self._stay - held, self._policy.scores, len(self._stay - held) - over)
+                gone = self._stay - held - others
+                self._stay -= gone
             self._policy.chose(self._of_one[index], chosen)
             self._changed.notify_all()
+        self._give_up(gone)
         if few:
             always = set(known[index].always)
             self.counts.asked += len(asked - always)
@@ -194,14 +203,12 @@ class PageAhead:
             if self._not_found(index, chosen):  # what is mapped of other steps would count as read
                 self._each(self.file.unmap, held)
 
-    def _evict(self, units: Iterable[int], own: int) -> set[int]:
+    def _evict(self, units: set[int], own: int) -> set[int]:
         """Of units that may stay the others: within the room that the window of the step leaves, and what was
         begun beside `own` units that are done with. The caller has the lock, and lets them go."""
         window = self._few if self._tokens == 1 else self._many
-        room = self._total - max(window, self._held - own)
-        every = set(units)
-        self._stay = best(list(every), self._policy.scores, room)
-        return every - self._stay
+        self._stay = best(units, self._policy.scores, self._total - max(window, self.units - own))
+        return units - self._stay
 
     def _give_up(self, units: Iterable[int]) -> None:
         if not self._closed:  # else the file is gone
@@ -223,21 +230,19 @@ class PageAhead:
             with self._changed:
                 self._next = max(self._next, number + 1)  # one that was not begun is not to be
                 kept = [entry for entry in self._todo if entry[0] != number]
-                begun = self._begun.get(number) or _Begun(set(), 0)
+                begun = self._begun.get(number) or _Begun(set())
                 # Those that nobody has taken will not come.
-                never = {unit for at, unit in self._todo if at == number}
-                begun.left -= len(never)
+                begun.units -= {unit for at, unit in self._todo if at == number}
                 self._todo = kept
                 while begun.left and self._reading():
                     self._changed.wait(_LOOK)
                 failed = self._unread.pop(number, None) is not None
                 gone = set(self._all[index])
                 if index in self._routed:
-                    there = set() if failed else begun.units - never
+                    there = set() if failed else begun.units
                     gone = (gone | self._evict(self._stay | there, len(begun.units))) - self._stay
             self._give_up(gone)
             with self._changed:
-                self._held -= len(begun.units)
                 self._begun.pop(number, None)
                 self._chosen.pop(number, None)
                 self._done = number + 1
@@ -272,7 +277,7 @@ class PageAhead:
                 )
             with self._changed:
                 self.counts.read_seconds += (time.perf_counter() - started) / len(self._threads)
-                self._begun[number].left -= 1
+                self._begun[number].there.add(place)
                 self.counts.items += not self._begun[number].left
                 if failed is not None:
                     self._unread.setdefault(number, failed)
@@ -286,10 +291,9 @@ class PageAhead:
                     return self._todo.pop(0)
                 units = self._coming(self._next)
                 window = self._few if self._tokens == 1 else self._many
-                room = self._held == 0 or self._held + len(units or ()) <= window
+                room = self.units == 0 or self.units + len(units or ()) <= window
                 if units is not None and room and self._next < self._done + len(self._items):
-                    self._begun[self._next] = _Begun(set(units), len(units))
-                    self._held += len(units)
+                    self._begun[self._next] = _Begun(set(units))
                     self._todo = [(self._next, unit) for unit in units]
                     self._next += 1
                     self._changed.notify_all()

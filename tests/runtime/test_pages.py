@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,6 +217,65 @@ def test_of_routed_items_what_the_policy_takes_for_likely_stays(file: Path) -> N
         assert read[-1] - read[-2] <= 1  # the item between
         take(2, [0, 1], [0, 1])
         assert ahead.staying == 0
+    ahead.close()
+
+
+class Counted:
+    """In place of a file: what is there is a set, and no more than `room` units of it may be."""
+
+    path, bytes_read, size = Path("counted"), 0, 40 * UNIT
+
+    def __init__(self, room: int) -> None:
+        self.room, self.there = room, set[int]()
+        self._lock = threading.Lock()
+
+    def bring(self, unit: int) -> None:
+        with self._lock:
+            assert unit not in self.there
+            self.there.add(unit)
+            assert len(self.there) <= self.room
+
+    def let_go(self, start: int, end: int) -> None:
+        with self._lock:
+            self.there -= {*range(start // UNIT, end // UNIT)}
+
+    def unmap(self, start: int, end: int) -> None: ...
+
+    def touched(self, start: int, end: int) -> tuple[int, ...]:
+        return tuple(range(start // UNIT, end // UNIT))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("room", [0, 3, 9])
+def test_the_room_holds_whatever_is_chosen(room: int) -> None:
+    """Two layers of a dense item and two items of four experts, of two units each that they share in part; steps
+    of one token and of many, and rounds that are broken off."""
+    spans, routed, at = list[Span](), dict[int, Routed](), 0
+    for layer in range(2):
+        spans.append(Span(at * UNIT, 2 * UNIT))
+        at += 2
+        for half in range(2):
+            experts = {4 * half + n: (at + n, at + n + 1) for n in range(4)}
+            routed[len(spans)] = Routed((at + 5,), experts, 2, layer)
+            spans.append(Span(at * UNIT, 6 * UNIT))
+            at += 6
+    file: Any = Counted(12 + room)
+    ahead = PageAhead(file, spans, (12 * UNIT, 9 * UNIT), routed, room * UNIT)
+    draws = np.random.default_rng(room)
+    for _ in range(60):
+        tokens = int(draws.choice([1, 1, 1, 1, 2, 9]))
+        ahead.step(tokens > 1, tokens)
+        chosen = [draws.permuted(np.tile(np.arange(8), (tokens, 1)), axis=1)[:, :2] for _ in spans]
+        for index in range(len(spans) - int(draws.choice([0, 0, 0, 3]))):
+            index_TJ = chosen[routed[index].layer] if index in routed else None
+            with ahead.item(index, index_TJ):
+                want = {*range(2 * 14)} if index_TJ is None else routed[index].asked(index_TJ)
+                first = spans[index].offset // UNIT
+                whole = {*range(first, first + spans[index].length // UNIT)}
+                assert want & whole <= file.there
+                assert ahead.units + ahead.staying <= file.room
+    assert ahead.counts.held > 0 or not room
     ahead.close()
 
 
