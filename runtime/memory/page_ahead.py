@@ -152,30 +152,38 @@ class PageAhead:
         self.file.close()
 
     def _learn(self, index: int, chosen: npt.NDArray[np.int64] | None) -> None:
-        span, key = self._items[index], (self.kind, index)
-        if chosen is None:
-            if key not in self._learned:
-                self._learned[key] = self.file.touched(span.offset, span.end)
-        elif self._tokens == 1 and (new := self._not_found(index, chosen)):
-            touched = set(self.file.touched(span.offset, span.end))
-            routed = self._of_one[index]
-            every, experts = routed.always, dict(routed.experts)
-            if routed is self._routed[index]:  # the first time
-                every = tuple(unit for unit in every if unit in touched)
+        """Looks which units were touched, where that is not known yet: of a kind of step, and of experts that one
+        token chose, which leaves sums out."""
+        key = self.kind, index
+        new = [] if chosen is None else self._not_found(index, chosen)
+        if key in self._learned and not new:
+            return
+        span = self._items[index]
+        self._learned[key] = touched = self.file.touched(span.offset, span.end)
+        if chosen is not None:
+            known = self._known()
+            experts, found = dict(known[index].experts), set(touched)
             for expert in new:
-                experts[expert] = tuple(unit for unit in experts[expert] if unit in touched)
-            self._of_one[index] = replace(routed, always=every, experts=experts)
+                experts[expert] = tuple(unit for unit in experts[expert] if unit in found)
+            # What every token reads is known by the first.
+            every = tuple(unit for unit in known[index].always if unit in found)
+            known[index] = replace(known[index], always=every, experts=experts)
             self._found |= {(index, expert) for expert in new}
 
+    def _known(self) -> dict[int, Routed]:
+        """What routed items read in a step as it runs."""
+        return self._of_one if self._tokens == 1 else self._routed
+
     def _not_found(self, index: int, chosen: npt.NDArray[np.int64]) -> list[int]:
-        """Experts of which is not known yet what one token reads."""
-        experts = self._routed[index].chosen(chosen)
+        """Experts of which is not known yet what one token reads, where it is one that reads."""
+        if self._tokens != 1:
+            return []
+        experts = self._of_one[index].chosen(chosen)
         return [expert for expert in experts if (index, expert) not in self._found]
 
     def _choose(self, number: int, index: int, chosen: npt.NDArray[np.int64]) -> None:
         """Says what an item is read for, and those behind it of the same layer; what is missing comes first."""
-        few, layer = self._tokens == 1, self._routed[index].layer
-        known = self._of_one if few else self._routed
+        known, layer = self._known(), self._routed[index].layer
         with self._changed:
             for later in range(index, len(self._items)):
                 if later not in known or known[later].layer != layer:
@@ -196,12 +204,12 @@ class PageAhead:
             self._policy.chose(self._of_one[index], chosen)
             self._changed.notify_all()
         self._give_up(gone)
-        if few:
+        if self._not_found(index, chosen):  # what is mapped of other steps would count as read
+            self._each(self.file.unmap, held)
+        if self._tokens == 1:
             always = set(known[index].always)
             self.counts.asked += len(asked - always)
             self.counts.held += len(held - always)
-            if self._not_found(index, chosen):  # what is mapped of other steps would count as read
-                self._each(self.file.unmap, held)
 
     def _evict(self, units: set[int], own: int) -> set[int]:
         """Of units that may stay the others: within the room that the window of the step leaves, and what was

@@ -48,7 +48,7 @@ from .cut import SuperOp
 from .runner import session_of
 
 #: Changes with the layout of the file.
-_LAYOUT = 4
+_LAYOUT = 5
 
 #: Copies that are kept.
 _KEPT = 2
@@ -457,11 +457,15 @@ def _lay_out(
         "last": out.place,
         "packed": packed,
         "hashes": hashes,
-        "experts": [
-            [part for tensor in group for part in tensor.read(end)]
-            for group in _grouped(found, op)[1:]
-        ],
+        "experts": [_read(group, end) for group in _grouped(found, op)[1:]],
     }
+
+
+def _read(tensors: Sequence[_Tensor], end: int) -> list[tuple[int, int]]:
+    """Places and lengths of what a step reads of an expert, before the `end`: what was packed of it, and the
+    tensors themselves where nothing was."""
+    packed = [(blob.place, blob.length) for tensor in tensors for blob in tensor.blobs]
+    return packed or [(t.place, t.length) for t in tensors if t.place < end]
 
 
 def _grouped(tensors: Sequence[_Tensor], op: SuperOp) -> list[list[_Tensor]]:
@@ -510,12 +514,6 @@ class _Tensor:
     @property
     def blobs(self) -> list[_Blob]:
         return [blob for _, blobs in self._packed.values() for blob in blobs]
-
-    def read(self, end: int) -> list[tuple[int, int]]:
-        """Places and lengths of what a step reads of it, all of which lie before the `end`."""
-        if self.blobs:
-            return [(blob.place, blob.length) for blob in self.blobs]
-        return [(self.place, self.length)] if self.place < end else []
 
     def embed(self, data: bytes) -> None:
         """Has the model hold it."""
