@@ -2,10 +2,10 @@
 
     python -m benchmarks.expert_traces FOLDER [--texts 6] [--tokens 500]
 
-FOLDER has a Mixtral, such as benchmarks/expert_models.py makes. Each policy holds a part of all experts of all
-layers in one pool, token after token and layer after layer, as `einfold run --memory` does; the runtime's own
-classes score them (runtime/memory/experts.py). Beside them stand Belady's choice, which knows what comes, and
-how often the next layer's router says right what it will choose from what this layer gives.
+FOLDER has a Mixtral, such as benchmarks/expert_models.py makes. Each policy holds a part of all experts of
+all layers in one pool, token after token and layer after layer, as `einfold run --memory` does; the runtime's
+own classes score them (runtime/memory/experts.py). Beside them stand Belady's choice, which knows what comes,
+and how often the next layer's router says right what it will choose from what this layer gives.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Likely(Frequent):
 
 
 def trace(model: Any, texts: list[np.ndarray[Any, Any]]) -> tuple[Any, Any, list[float]]:
-    """Probabilities [T, L, E] and choices [T, L, K] of every token, and of each layer but the first the part of
-    its choices that its router makes of what the layer before gives."""
+    """Probabilities [T, L, E] and choices [T, L, K] of every token, and of each layer but the first the part
+    of its choices that its router makes of what the layer before gives."""
     layers = model.model.layers
     choices = model.config.num_experts_per_tok
     chances, right = [], [[] for _ in layers[1:]]
@@ -150,9 +150,13 @@ def main() -> None:
         [name, *(f"{found(count, round(part * total)):.3f}" for part in PARTS)]
         for name, found in policies(chances, chosen)
     ]
-    print(f"{len(chosen)} tokens, {chosen.shape[1]} layers of {count} experts, {chosen.shape[2]} each\n")
+    print(
+        f"{len(chosen)} tokens, {chosen.shape[1]} layers of {count} experts, {chosen.shape[2]} each\n"
+    )
     print(table(["held", *(f"{part:.3f}" for part in PARTS)], lines))
-    print(f"\nThe next layer's choice from this layer's result: {', '.join(f'{r:.2f}' for r in right)}")
+    print(
+        f"\nThe next layer's choice from this layer's result: {', '.join(f'{r:.2f}' for r in right)}"
+    )
 
 
 if __name__ == "__main__":

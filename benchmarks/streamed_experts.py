@@ -2,10 +2,10 @@
 
     python -m benchmarks.streamed_experts ARTIFACT [--parts 0.25 0.5] [--rounds 3] [--other TREE]
 
-Every run is a process in a memory cgroup of its budget: what the process takes beside weights, and a part of the
-weights' bytes. A round is a run of each: `own` policy, an LRU in its place, and `other`, the same from another
-checkout. Bytes from the disk are the system's count for the process. Tokens are sampled, with one seed, behind a
-prompt of held-out text.
+Every run is a process in a memory cgroup of its budget: what the process takes beside weights, and a part of
+the weights' bytes. A round is a run of each: `own` policy, an LRU in its place, and `other`, the same from
+another checkout. Bytes from the disk are the system's count for the process. Tokens are sampled, with one
+seed, behind a prompt of held-out text, or with `--read` those of that text, read one by one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ PROMPT = 64
 _WORKER = Path(__file__).parent / "workers" / "experts.py"
 
 
-def run(artifact: Path, memory: int, given: argparse.Namespace, tree: Path, policy: str) -> dict[str, Any]:
+def run(
+    artifact: Path, memory: int, given: argparse.Namespace, tree: Path, policy: str
+) -> dict[str, Any]:
     """One process in its cgroup; what it printed, or how it ended."""
-    prompt = " ".join(str(byte) for byte in held_out()[:PROMPT])
+    way = "read" if given.read else "write"
+    count = PROMPT + given.tokens if given.read else PROMPT
+    ids = " ".join(str(byte) for byte in held_out()[:count])
     for kept in home().glob("*/experts.json"):  # what the run before found would be planned with
         kept.unlink()
     with cgroup(memory) as group:
@@ -44,8 +48,8 @@ def run(artifact: Path, memory: int, given: argparse.Namespace, tree: Path, poli
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
         done = subprocess.run(
-            [own_python(), str(_WORKER), str(artifact), str(memory), str(given.tokens), policy],
-            capture_output=True, text=True, input=prompt, cwd=tree, preexec_fn=enter, check=False,
+            [own_python(), str(_WORKER), str(artifact), str(memory), str(given.tokens), policy, way],
+            capture_output=True, text=True, input=ids, cwd=tree, preexec_fn=enter, check=False,
             env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, timeout=900,
         )  # fmt: skip
         peak = int((group / "memory.max_usage_in_bytes").read_text())
@@ -55,7 +59,9 @@ def run(artifact: Path, memory: int, given: argparse.Namespace, tree: Path, poli
     return {**json.loads(done.stdout.splitlines()[-1]), "cgroup_peak": peak}
 
 
-def line(name: str, part: float, runs: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[str]:
+def line(
+    name: str, part: float, runs: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> list[str]:
     """The medians of a variant's runs, and of the ratios to the run of the same round."""
     whole = [found for found in runs if "ended" not in found]
     if not whole:
@@ -65,7 +71,9 @@ def line(name: str, part: float, runs: list[dict[str, Any]], own: list[dict[str,
         return statistics.median(found[key] for found in whole)
 
     pairs = zip(runs, own, strict=True)
-    ratios = [a["seconds"] / b["seconds"] for a, b in pairs if "ended" not in a and "ended" not in b]
+    ratios = [
+        a["seconds"] / b["seconds"] for a, b in pairs if "ended" not in a and "ended" not in b
+    ]
     plan = whole[0]["plan"]
     told = plan.get("experts")
     return [
@@ -74,7 +82,9 @@ def line(name: str, part: float, runs: list[dict[str, Any]], own: list[dict[str,
         f"{middle('disk_bytes') / 2**20:.1f}",
         f"{plan['fetched'] / 2**20:.1f}",
         "" if whole[0]["hit_rate"] is None else f"{middle('hit_rate'):.3f}",
-        "" if told is None else f"{told['hit_rate']:.3f}{'' if told['measured'] else ' (at random)'}",
+        ""
+        if told is None
+        else f"{told['hit_rate']:.3f}{'' if told['measured'] else ' (assumed)'}",
         f"{middle('seconds'):.3f}",
         f"{statistics.median(ratios):.2f}" if ratios else "",
         f"{middle('prompt_bytes') / 2**20:.0f}",
@@ -96,9 +106,11 @@ def main() -> None:
     parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--read", action="store_true", help="a text, in place of writing one")
     parser.add_argument("--other", type=Path, help="a checkout of another version")
     given = parser.parse_args()
-    room = {"context": PROMPT + given.tokens, "chunk": 64}
+    context = PROMPT + given.tokens * (2 if given.read else 1)
+    room = {"context": context, "chunk": 1 if given.read else 64}
     fixed = einfold.plan(given.artifact, memory=1 << 40, **room).tiers.fixed.total
     size = (given.artifact / "weights.safetensors").stat().st_size
     variants = [("own", ROOT, "own"), ("LRU", ROOT, "lru")]
@@ -118,7 +130,8 @@ def main() -> None:
     same = all(tokens == every[0] for tokens in every)
     print(
         f"{given.artifact.name}: {size / 2**20:.0f} MiB of weights, {fixed / 2**20:.0f} MiB beside them; "
-        f"{PROMPT} + {given.tokens} tokens, {given.rounds} rounds; tokens {'are' if same else 'ARE NOT'} the "
+        f"{PROMPT} + {given.tokens} tokens {'read' if given.read else 'written'}, {given.rounds} rounds; "
+        f"tokens {'are' if same else 'ARE NOT'} the "
         "same in every run\n"
     )
     print(table(list(HEADS), lines))

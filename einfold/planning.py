@@ -85,14 +85,14 @@ class Plan:
         }
 
     def held(self) -> str:
-        """What of experts stays from token to token, and how much of what a token asks for that is expected to
-        be; "" where none are streamed."""
+        """What of experts stays from token to token, and how much of what a token asks for that is expected
+        to be; "" where none are streamed."""
         from .compiler.report import human_bytes
 
         tiers = self.tiers
         if not tiers.routed:
             return ""
-        known = "as the last run here found" if tiers.skew.measured else "as if chosen at random"
+        known = "by the last run here" if tiers.skew.measured else "assumed"
         return (
             f"{human_bytes(tiers.cached)} of {human_bytes(tiers.experts)} of experts, "
             f"{100 * tiers.hits:.0f} % of those that a token asks for ({known})"

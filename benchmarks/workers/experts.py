@@ -1,14 +1,14 @@
-"""Writes tokens with a model of experts within a budget, in a process of its own, of any version of einfold.
+"""Takes steps of one token with a model of experts within a budget, in a process of its own, of any version.
 
-    python experts.py ARTIFACT MEMORY TOKENS POLICY < prompt's ids
+    python experts.py ARTIFACT MEMORY TOKENS POLICY WAY < ids
 
-MEMORY is in bytes, POLICY `own`, or `lru` where einfold has the choice. Prints what it took as JSON.
+MEMORY is in bytes, POLICY `own`, or `lru` where einfold has the choice. WAY is `write` for so many sampled
+tokens behind the ids, or `read` for the last of the ids, read one by one. Prints what a token took as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -16,35 +16,47 @@ from typing import Any
 def main() -> None:
     import einfold
 
-    folder, memory, tokens, policy = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    folder, memory, tokens, policy, way = sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:6]
     if policy == "lru":
         from einfold.compiler.codegen.onnx.paging import PagedRunner
         from einfold.runtime.memory.experts import Recent
 
         PagedRunner.policy = Recent
-    prompt = [int(word) for word in sys.stdin.read().split()]
+    ids = [int(word) for word in sys.stdin.read().split()]
     model: Any = einfold.load(
-        folder, memory=memory, context=len(prompt) + tokens, chunk=64, threads=1
+        folder,
+        memory=memory,
+        context=len(ids) + tokens,
+        chunk=1 if way == "read" else 64,
+        threads=1,
     )
-    options = {"ignore_eos": True, "temperature": 1.0}
-    model.generate(prompt, max_new_tokens=2, seed=1, **options)  # what is learned of each kind
-    before, fetched = disk_bytes(), model.engine.runner.fetched
-    model.generate(prompt, max_new_tokens=1, seed=1, **options)
-    middle, between = disk_bytes(), model.engine.runner.fetched
-    counts = model.engine.runner.reader.counts
-    asked, held = getattr(counts, "asked", 0), getattr(counts, "held", 0)
-    found = model.generate(prompt, max_new_tokens=tokens, seed=0, **options)
-    steps = model.timings.decode_tokens
-    prompt_bytes = middle - before
+
+    def taken(ids: list[int], count: int) -> tuple[list[int], int, int, int]:
+        """Tokens, bytes from the disk, units asked for and held, of a text and tokens behind it."""
+        before, counts = disk_bytes(), model.engine.runner.reader.counts
+        asked, held = getattr(counts, "asked", 0), getattr(counts, "held", 0)
+        found = model.generate(
+            ids, max_new_tokens=count, ignore_eos=True, temperature=1.0, seed=0
+        ).tokens
+        now = getattr(counts, "asked", 0) - asked, getattr(counts, "held", 0) - held
+        return found, disk_bytes() - before, *now
+
+    if way == "read":
+        taken(ids[:-tokens], 1)  # what each kind of step reads is learned
+        found, size, asked, held = taken(ids[-tokens:], 1)
+        seconds, beside = model.timings.prefill_seconds / tokens, 0
+    else:
+        taken(ids, 2)
+        beside = taken(ids, 1)[1]  # of the prompt
+        found, size, asked, held = taken(ids, tokens)
+        seconds = model.timings.decode_seconds / model.timings.decode_tokens
+        tokens -= 1
     result = {
-        "tokens": found.tokens,
-        "seconds": model.timings.decode_seconds / steps,
-        "disk_bytes": (disk_bytes() - middle - prompt_bytes) / steps,
-        "brought": (model.engine.runner.fetched - between - (between - fetched)) / steps,
-        "prompt_bytes": prompt_bytes,
-        "prompt_seconds": model.timings.prefill_seconds,
-        "hit_rate": (counts.held - held) / max(counts.asked - asked, 1) if asked else None,
-        "peak": resident_peak(),
+        "tokens": found,
+        "seconds": seconds,
+        "disk_bytes": (size - beside) / tokens,
+        "prompt_bytes": beside,
+        "hit_rate": held / asked if asked else None,
         "plan": model.plan.data(),
     }
     print(json.dumps(result))
@@ -55,12 +67,6 @@ def disk_bytes() -> int:
     """Bytes that this process had the disk read."""
     with open("/proc/self/io", encoding="ascii") as stream:
         return next(int(line.split()[1]) for line in stream if line.startswith("read_bytes"))
-
-
-def resident_peak() -> int:
-    """Bytes of this process in memory at its largest."""
-    with open(f"/proc/{os.getpid()}/status", encoding="ascii") as stream:
-        return next(int(line.split()[1]) << 10 for line in stream if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

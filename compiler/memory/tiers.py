@@ -13,9 +13,9 @@ keep, and nothing learned from the past helps. Where all but C bytes of W are fe
 windowing needs sparse activations and is not here. Compute is a roofline as LLM-Viewer's (Yuan et al., 2024):
 a step of one token reads every weight and the cache once.
 
-Of experts a token reads those alone that it chose, and which others chose before tells something of what comes:
-of these, units stay from token to token in what room there is. It competes with pinning, by the bytes that a
-token is expected to read: `TierPlan.hits`.
+Of experts a token reads those alone that it chose, and which others chose before tells something of what
+comes: of these, units stay from token to token in what room there is. It competes with pinning, by the bytes
+that a token is expected to read: `TierPlan.hits`.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Skew:
     """How unevenly experts are chosen: where a part of them is held, it is chosen `part ** exponent` of the
     times. At random the exponent is 1, below it the same are chosen often."""
 
-    exponent: float = 1.0
+    exponent: float = 0.5
     measured: bool = False
-    """By runs; else nothing is known, and they count as chosen at random."""
+    """By runs; else it is assumed, and more than the models gave that were measured (docs/memory.md)."""
 
     @classmethod
     def of(cls, part: float, hits: float) -> Skew:
@@ -156,8 +156,8 @@ class TierPlan:
         return tuple(piece for piece in self.streamed if piece.choice is not None)
 
     def reads(self, piece: Piece) -> int:
-        """Bytes of a streamed super-op that a step of one token reads from the disk; of experts those that are
-        not expected to be held."""
+        """Bytes of a streamed super-op that a step of one token reads from the disk; of experts those that
+        are not expected to be held."""
         if piece.choice is None:
             return piece.nbytes
         return round(piece.choice.nbytes * (1 - self.hits))
@@ -275,8 +275,9 @@ def place(load: Load, budget: int) -> TierPlan:
     For each size that the largest streamed super-op may have, what is larger is pinned and the rest of the
     budget goes to the others, the largest first; among equals evenly over the order, so that pinned super-ops
     run while the next is read. Pages of a packed file come before packing in every step, unless nothing
-    is streamed. What every token reads comes before experts; of these as many layers are pinned, and the rest of
-    the budget holds as much of the others, as together read least. Raises RecipeError, which says the smallest budget that would do.
+    is streamed. What every token reads comes before experts; of these as many layers are pinned, and the rest
+    of the budget holds as much of the others, as together read least. Raises RecipeError, which says the
+    smallest budget that would do.
     """
     plain = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
     fitting = _fitting(plain)
@@ -312,20 +313,19 @@ def _choices(plain: TierPlan) -> Iterator[TierPlan]:
     for limit in sorted({0, *(piece.nbytes for piece in pieces)}):
         pinned = {piece.name for piece in pieces if piece.nbytes > limit}
         yield replace(plain, pinned=frozenset(pinned))
-        kinds = {
-            (p.choice is not None, -p.nbytes, -p.held) for p in pieces if 0 < p.nbytes <= limit
-        }
-        for routed, nbytes, held in sorted(kinds):
-            kind = (routed, -nbytes, -held)
-            equal = [
-                p.name
-                for p in pieces
-                if (p.choice is not None, p.nbytes, p.held) == kind and p.name not in pinned
-            ]
+        kinds = {_kind(piece) for piece in pieces if 0 < piece.nbytes <= limit}
+        for kind in sorted(kinds):
+            equal = [p.name for p in pieces if _kind(p) == kind and p.name not in pinned]
+            routed = kind[0]
             most, before = _most(plain, pinned, equal), frozenset(pinned)
             for count in range(1 if routed else most, most + 1):
                 pinned = {*before, *_spread(equal, count)}
                 yield replace(plain, pinned=frozenset(pinned))
+
+
+def _kind(piece: Piece) -> tuple[bool, int, int]:
+    """What is pinned one behind the other, in this order: experts last, the largest first."""
+    return piece.choice is not None, -piece.nbytes, -piece.held
 
 
 def _most(plain: TierPlan, pinned: set[str], equal: Sequence[str]) -> int:

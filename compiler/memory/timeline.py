@@ -5,7 +5,8 @@
 
 Steps follow each other without a pause, so that the end of one reads for the next. Nothing is measured here:
 each read takes its bytes by the disk's bandwidth, each run its weights, with its share of the cache, by that
-of memory. Experts are read when they are chosen, behind what runs before them. Waits come of the order and of the room alone.
+of memory. Experts are read when they are chosen, behind what runs before them. Waits come of the order and of
+the room alone.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ Items are stretches of a file (pages.py), used in an order that never changes. W
 read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
 those that were touched. What is brought and not yet let go stays within a window of bytes.
 
-Of items that are routed the caller says what its tokens chose; what is not there is brought then. Units that an
-eviction policy takes for likely stay when the others are let go (experts.py), in what the window leaves of all
-the room: it is smaller in a step of one token, which reads few experts of a layer, than in one of many.
+Of items that are routed the caller says what its tokens chose; what is not there is brought then. Units that
+an eviction policy takes for likely stay when the others are let go (experts.py), in what the window leaves of
+all the room: it is smaller in a step of one token, which reads few experts of a layer, than in one of many.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class PageAhead:
         threads: int = READERS,
         policy: Callable[[int], Frequent | Recent] = Frequent,
     ) -> None:
-        """`window` are the bytes that are brought and not let go, and those of them in a step of one token, which
-        leave room for one item of many; with `room` beside them, what stays of the `routed` items, by their
-        index, takes the rest."""
+        """`window` are the bytes that are brought and not let go, and those of them in a step of one token,
+        which leave room for one item of many; with `room` beside them, what stays of the `routed` items, by
+        their index, takes the rest."""
         self.file = file
         self.counts = Counts()
         self.kind: object = None
@@ -116,7 +116,8 @@ class PageAhead:
         return len(self._stay)
 
     def step(self, kind: object, tokens: int) -> None:
-        """A step of a kind begins, of so many tokens; what stayed is let go where it needs a larger window."""
+        """A step of a kind begins, of so many tokens; what stayed is let go where it needs a larger
+        window."""
         with self._changed:
             self.kind, self._tokens = kind, tokens
             self._policy.step(tokens)
@@ -125,9 +126,9 @@ class PageAhead:
 
     @contextmanager
     def item(self, index: int, chosen: npt.NDArray[np.int64] | None = None) -> Iterator[None]:
-        """The pages of an item are there until the `with` ends, of one that is routed those of the experts that
-        were `chosen`, [T, choices]; others of a round that was broken off are let go. Raises what a thread
-        met, in this one; the next round brings the item anew."""
+        """The pages of an item are there until the `with` ends, of one that is routed those of the experts
+        that were `chosen`, [T, choices]; others of a round that was broken off are let go. Raises what a
+        thread met, in this one; the next round brings the item anew."""
         started = time.perf_counter()
         number = self._done + (index - self._done) % len(self._items)
         self._let_go(number)
@@ -152,8 +153,8 @@ class PageAhead:
         self.file.close()
 
     def _learn(self, index: int, chosen: npt.NDArray[np.int64] | None) -> None:
-        """Looks which units were touched, where that is not known yet: of a kind of step, and of experts that one
-        token chose, which leaves sums out."""
+        """Looks which units were touched, where that is not known yet: of a kind of step, and of experts that
+        one token chose, which leaves sums out."""
         key = self.kind, index
         new = [] if chosen is None else self._not_found(index, chosen)
         if key in self._learned and not new:
@@ -182,7 +183,8 @@ class PageAhead:
         return [expert for expert in experts if (index, expert) not in self._found]
 
     def _choose(self, number: int, index: int, chosen: npt.NDArray[np.int64]) -> None:
-        """Says what an item is read for, and those behind it of the same layer; what is missing comes first."""
+        """Says what an item is read for, and those behind it of the same layer; what is missing comes
+        first."""
         known, layer = self._known(), self._routed[index].layer
         with self._changed:
             for later in range(index, len(self._items)):

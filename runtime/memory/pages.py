@@ -120,7 +120,8 @@ class PagedFile:
         return digest.hexdigest()
 
     def unmap(self, start: int, end: int) -> None:
-        """Has others find the pages of a stretch anew, so that `touched` tells which they read from now on."""
+        """Has others find the pages of a stretch anew, so that `touched` tells which they read from now
+        on."""
         for part in self._overlapping(start, end):
             self._advise(part, mmap.MADV_DONTNEED)
 

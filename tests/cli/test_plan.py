@@ -10,10 +10,13 @@ import pytest
 
 from einfold import planning
 from einfold.api import compile
+from einfold.cli import running
 from einfold.compiler.ir.device import Device, device_file, read_device, write_device
+from einfold.compiler.memory.tiers import Load, TierPlan
 from einfold.errors import RecipeError
 from einfold.planning import plan as planned
 from einfold.runtime.memory import probe
+from einfold.runtime.memory.pages import UNIT, no_paging
 
 from .. import models
 from ..disks import needs_a_disk
@@ -41,7 +44,7 @@ KEYS = {
         "disk_seconds",
         "packing_seconds",
     ),
-    *("compute_seconds", "super_ops", "device", "paged", "remark"),
+    *("compute_seconds", "super_ops", "device", "paged", "remark", "prompt_fetched", "experts"),
 }
 
 
@@ -99,6 +102,41 @@ def test_a_run_leaves_room_for_its_prompt_and_answer(tmp_path: Path) -> None:
     assert room > 0 and as_json("run", out, *options, "--memory", less)["tokens"] == want
     said = einfold("run", out, *options, "--memory", less, "--context", "4096", code=7)
     assert "too small" in said
+
+
+@pytest.mark.skipif(bool(no_paging()), reason=no_paging())
+def test_a_run_says_how_many_experts_were_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the plan how many it expects, and by what."""
+    needs_a_disk(tmp_path)
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "artifact"
+    compile(models.save("mixtral", tmp_path / "model"), out, recipe="int4", check=False)
+
+    def streams(load: Load, budget: int) -> TierPlan:  # a model so small is pinned by any budget
+        pinned = frozenset(piece.name for piece in load.paged if piece.choice is None)
+        return TierPlan(load.paged, pinned, load.fixed, budget, True, room=UNIT, skew=load.skew)
+
+    monkeypatch.setattr(planning, "place", streams)
+    memory = ("--memory", "1GiB")
+    plan = as_json("plan", out, *memory)
+    assert plan["experts"].keys() == {"bytes", "held", "hit_rate", "measured"}
+    assert (plan["experts"]["bytes"], plan["experts"]["measured"]) == (2 * UNIT, False)
+    assert plan["fetched"] < plan["prompt_fetched"]
+    told = " ".join(einfold("plan", out, *memory).split())
+    assert "% of those that a token asks for (assumed)" in told
+    options = ("--ids", "5 6 7", "--max-new-tokens", "4", "--ignore-eos", "--threads", "1")
+    ran = as_json("run", out, *options, *memory)
+    assert ran["tokens"] == as_json("run", out, *options)["tokens"]
+    hits = ran["experts"]
+    assert hits["asked"] == 2 * 3  # a unit a layer, of three steps of one token
+    assert hits["rate"] == hits["held"] / hits["asked"]
+    said = list[str]()
+    monkeypatch.setattr(running.err, "print", lambda text, **_: said.append(text))
+    einfold("run", out, *options, *memory)
+    assert said[-1].startswith("50 % of the experts that tokens asked for were held: 3 of 6 units")
+    assert "experts" not in as_json("run", out, *options)
 
 
 def test_a_measured_device_decides_the_seconds(wide_head: Path, tmp_path: Path) -> None:

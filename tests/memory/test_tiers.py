@@ -13,9 +13,11 @@ from einfold.compiler.ir.device import Device
 from einfold.compiler.memory.tiers import (
     AHEAD,
     PACKED,
+    Choice,
     Fixed,
     Load,
     Piece,
+    Skew,
     TierPlan,
     place,
     step_of,
@@ -118,3 +120,63 @@ def test_a_step_takes_what_its_slowest_part_takes() -> None:
     assert step_of(plan, slow_packing).seconds == pytest.approx(3.0 + 0.5)
     slow_memory = Device(ram_bandwidth=10.0, disk_bandwidth=20.0, pack_bandwidth=10.0)
     assert step_of(plan, slow_memory).bound == "compute"
+
+
+def with_experts(layers: int, skew: Skew | None = None) -> Load:
+    """Layers of 2 bytes that every token reads and experts of 16, of which a token reads 4."""
+    pieces = list[Piece]()
+    for layer in range(layers):
+        pieces.append(Piece(f"layer {layer}", 2, 2))
+        pieces.append(Piece(f"layer {layer} experts", 16, 16, Choice(4, 4)))
+    whole = tuple(replace(piece, choice=None) for piece in pieces)
+    return Load(whole, FIXED, tuple(pieces), skew=skew or Skew())
+
+
+def test_what_every_token_reads_is_pinned_and_of_experts_some_stay() -> None:
+    plan = place(with_experts(4), 125 + 8 + 32 + 8)
+    assert [piece.name for piece in plan.kept] == [f"layer {n}" for n in range(4)]
+    assert (plan.room, plan.buffers, plan.ahead) == (8, 32, 4)
+    # A step of one token needs 4 of the 32 bytes that a prompt reads ahead: the others hold experts.
+    assert plan.cached == 8 + 32 - 4
+    assert plan.hits == pytest.approx((36 / 64) ** 0.5)
+    assert plan.fetched == 4 * round(4 * (1 - 6 / 8))
+    assert (plan.prompt, plan.peak) == (64, 125 + 48)
+
+
+@given(st.integers(1, 5), st.integers(0, 90), st.sampled_from([0.3, 1.0, 1.6]))
+def test_experts_and_pinned_layers_share_the_budget_as_reads_least(
+    layers: int, more: int, exponent: float
+) -> None:
+    found = with_experts(layers, Skew(exponent, measured=True))
+    plain = TierPlan(found.paged, frozenset(), FIXED, 0, paged=True, skew=found.skew)
+    budget = plain.peak + more
+    plan = place(found, budget)
+    assert plan.peak <= budget
+    others = [replace(plan, pinned=other.pinned, room=0) for other in every_plan(found, budget)]
+    for other in others:
+        if other.peak <= budget:
+            lacking = max(other.experts - other.cached, 0)
+            filled = replace(other, room=min(lacking, budget - other.peak))
+            # Kinds are pinned one behind the other, what every token reads first.
+            first = all(f"layer {n}" in filled.pinned for n in range(layers))
+            assert not first or plan.fetched <= filled.fetched
+
+
+def test_what_a_run_found_of_experts_is_what_a_plan_expects() -> None:
+    assert Skew().hits(0.25) == 0.5
+    found = Skew.of(0.5, 0.5**0.25)
+    assert (found.exponent, found.measured) == (pytest.approx(0.25), True)
+    assert found.hits(0.0625) == pytest.approx(0.5)
+    assert (found.hits(0.0), found.hits(1.0)) == (0.0, 1.0)
+    for part, hits in ((0.0, 0.5), (0.5, 0.0), (1.0, 1.0), (float("nan"), 0.5)):
+        assert Skew.of(part, hits) == Skew()
+    assert Skew.of(0.5, 1e-9).exponent == 2.0  # what chance found
+
+
+def test_experts_are_read_when_they_are_chosen_and_not_ahead() -> None:
+    plan = place(with_experts(4), 125 + 8 + 32 + 8)
+    step = step_of(plan, Device(ram_bandwidth=40.0, disk_bandwidth=4.0, pack_bandwidth=1.0))
+    assert step.chosen == step.disk == plan.fetched / 4.0
+    assert step.compute == (8 + 4 * 4 + 20) / 40.0
+    assert step.seconds == step.chosen + step.compute
+    assert place(load(10, 10, 10), 165).routed == ()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.device import Device
 from einfold.compiler.memory.drawing import WIDTH, timeline_picture
-from einfold.compiler.memory.tiers import AHEAD, Fixed, Piece, TierPlan, step_of
+from einfold.compiler.memory.tiers import AHEAD, Choice, Fixed, Piece, TierPlan, step_of
 from einfold.compiler.memory.timeline import Bar, Timeline, timeline_of
 from einfold.compiler.report import plan_page
 
@@ -47,6 +47,22 @@ def test_where_the_disk_bounds_the_engine_waits_for_each_read() -> None:
         ("compute", "layer 2", 19, 20),
     ]
     assert (found.spent("read"), found.spent("wait"), found.disk_waits) == (20, 17, 0)
+
+
+def test_experts_are_read_when_those_before_them_have_run() -> None:
+    layer = (Piece("layer", 10, 10), Piece("experts", 20, 20, Choice(10, 10)))
+    made = replace(
+        plan(), pieces=tuple(replace(p, name=f"{p.name} {n}") for n in (0, 1) for p in layer)
+    )
+    assert (made.hits, made.reads(made.pieces[1])) == (0.5, 5)
+    found = timeline_of(made, DEVICE)
+    reads = {bar.name: bar for bar in found.disk if bar.kind == "read"}
+    runs = {bar.name: bar for bar in found.engine if bar.kind == "compute"}
+    for number in (0, 1):
+        assert reads[f"experts {number}"].start == runs[f"layer {number}"].end
+        assert runs[f"experts {number}"].start == reads[f"experts {number}"].end
+    assert found.seconds == pytest.approx(32)
+    assert step_of(made, DEVICE).seconds <= found.seconds
 
 
 def test_where_packing_bounds_the_disk_waits_for_a_buffer() -> None:

@@ -197,7 +197,11 @@ def test_of_routed_items_what_the_policy_takes_for_likely_stays(file: Path) -> N
             for index in range(len(ITEMS)):
                 index_TJ = np.array(chosen[index // 2])[:, None] if index != 1 else None
                 with ahead.item(index, index_TJ):
-                    units = [2] if index_TJ is None else [(index // 2 * 3) + e for e in set(index_TJ[:, 0])]
+                    units = (
+                        [2]
+                        if index_TJ is None
+                        else [(index // 2 * 3) + e for e in set(index_TJ[:, 0])]
+                    )
                     assert all(mapped[unit * each + 3, 0] == unit * each + 3 for unit in units)
                     assert ahead.units + ahead.staying <= 4
                     assert resident(file) <= 4 * each
@@ -249,8 +253,8 @@ class Counted:
 
 @pytest.mark.parametrize("room", [0, 3, 9])
 def test_the_room_holds_whatever_is_chosen(room: int) -> None:
-    """Two layers of a dense item and two items of four experts, of two units each that they share in part; steps
-    of one token and of many, and rounds that are broken off."""
+    """Two layers of a dense item and two items of four experts, of two units each that they share in part;
+    steps of one token and of many, and rounds that are broken off."""
     spans, routed, at = list[Span](), dict[int, Routed](), 0
     for layer in range(2):
         spans.append(Span(at * UNIT, 2 * UNIT))
@@ -280,7 +284,9 @@ def test_the_room_holds_whatever_is_chosen(room: int) -> None:
 
 
 @pytest.mark.parametrize("policy", [Recent, Frequent])
-def test_policies_hold_what_was_asked_for_last_or_most(policy: type[Recent] | type[Frequent]) -> None:
+def test_policies_hold_what_was_asked_for_last_or_most(
+    policy: type[Recent] | type[Frequent],
+) -> None:
     found, routed = policy(6), Routed((5,), {0: (0, 1), 1: (2,), 2: (3, 4)}, 1, 0)
     for expert in (0, 0, 0, 2, 1):
         found.step(1)

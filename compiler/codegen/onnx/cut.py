@@ -3,11 +3,11 @@
     nodes, in order   Gather    | norm, MatMulNBits, GroupQueryAttention, .. | norm, .. | Gather, MatMulNBits
     super-op          embedding | layer 0                                    | layer 1  | head
 
-A layer with experts is two: `layer 0`, at the end of which its tokens have chosen, and `layer 0 experts`, which
-is taken apart where it is a large part of all.
-A node belongs to the layer whose number stands in the names of its weights, and never to one before that of
-the node in front of it: whatever the names say, the super-ops are runs of the order and compute what the
-whole does. What a later super-op reads is a result of the one that makes it. Needs onnx and no torch.
+A layer with experts is two: `layer 0`, at the end of which its tokens have chosen, and `layer 0 experts`,
+which is taken apart where it is a large part of all. A node belongs to the layer whose number stands in the
+names of its weights, and never to one before that of the node in front of it: whatever the names say, the
+super-ops are runs of the order and compute what the whole does. What a later super-op reads is a result of
+the one that makes it. Needs onnx and no torch.
 """
 
 from __future__ import annotations
@@ -275,7 +275,11 @@ def _runs(
     last = max((layer for layer in layers if layer is not None), default=-1)
     sizes = {extent.name: extent.length for extent in extents.values()}
     most = max(_LEAST, sum(sizes.values()) // _PARTS)
-    at, runs, experts = -1, [("embedding", list[Any]())], beginnings(ordered, sizes, most, constants)
+    at, runs, experts = (
+        -1,
+        [("embedding", list[Any]())],
+        beginnings(ordered, sizes, most, constants),
+    )
     for node, layer in zip(ordered, layers, strict=True):
         if layer is not None and layer > at:
             at = layer

@@ -77,11 +77,7 @@ class CutModel:
         vocabulary = self.artifact.manifest.model.vocabulary
         activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
-        paged = (
-            ()
-            if reason
-            else tuple(_paged(op) for op in self.ops)
-        )
+        paged = () if reason else tuple(_paged(op) for op in self.ops)
         return Load(self.pieces, fixed, paged, reason, skew_of(self.artifact, self.ops))
 
     def why_not_paged(self) -> str:
@@ -97,6 +93,4 @@ def _paged(op: SuperOp) -> Piece:
     layout = laid_out(op.packed)
     if op.routing is None:
         return Piece(op.name, op.nbytes, layout.nbytes)
-    return Piece(
-        op.name, op.nbytes, layout.nbytes, Choice(op.chosen, layout.most(op.routing.most))
-    )
+    return Piece(op.name, op.nbytes, layout.nbytes, Choice(op.chosen, layout.most(op.routing.most)))

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import IO, Any
@@ -305,7 +306,9 @@ def _within(place: PackedOp, size: int) -> bool:
     ordered = 0 <= place.start <= place.end <= place.last <= place.model[0] <= size
     packed = all(place.start <= at <= at + length <= place.end for at, length in place.packed)
     experts = all(
-        place.start <= at <= at + length <= place.end for each in place.experts for at, length in each
+        place.start <= at <= at + length <= place.end
+        for each in place.experts
+        for at, length in each
     )
     model = 0 <= place.model[1] <= size - place.model[0]
     return whole and ordered and packed and experts and model
@@ -430,10 +433,12 @@ def _lay_out(
         out.align(UNIT)
         start = out.place
         out.hashed()
-        groups = [[blob for tensor in group for blob in tensor.blobs] for group in _grouped(found, op)]
+        groups = [
+            [blob for tensor in group for blob in tensor.blobs] for group in _grouped(found, op)
+        ]
         layout = laid_out([[blob.length for blob in blobs] for blobs in groups])
         packed = []
-        placed = zip(sum(layout.places, ()), sum(groups, []), strict=True)
+        placed = zip(chain(*layout.places), chain(*groups), strict=True)
         for place, blob in sorted(placed, key=lambda pair: pair[0]):
             out.fill(start + place - out.place)
             packed.append((out.place, blob.length))

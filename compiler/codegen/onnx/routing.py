@@ -2,8 +2,8 @@
 
     Equal(index, 3) -> Cast -> NonZero -> Gather -> MatMulNBits(x, W3) -> .. -> ScatterElements(sum, ..)
 
-An expert's nodes are those between what finds its tokens and what adds its result to the sum (experts.py writes
-them so). A product of no rows reads no weights: of experts that nobody chose nothing is read.
+An expert's nodes are those between what finds its tokens and what adds its result to the sum (experts.py
+writes them so). A product of no rows reads no weights: of experts that nobody chose nothing is read.
 """
 
 from __future__ import annotations
