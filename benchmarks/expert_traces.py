@@ -45,7 +45,8 @@ def trace(model: Any, texts: list[np.ndarray[Any, Any]]) -> tuple[Any, Any, list
     of its choices that its router makes of what the layer before gives."""
     layers = model.model.layers
     choices = model.config.num_experts_per_tok
-    chances, right = [], [[] for _ in layers[1:]]
+    chances = []
+    right: list[list[float]] = [[] for _ in layers[1:]]
     for text in texts:
         ids = torch.from_numpy(text.astype(np.int64))[None]
         with torch.no_grad():
@@ -78,7 +79,7 @@ def hits(policy: Any, chosen: Any, given: Any, count: int, room: int) -> float:
             found += len(asked & held)
             scored.chose(routed[layer], given[token, layer][None])
             held = best([*held | asked], scored.scores, room)
-    return found / chosen.size
+    return float(found / chosen.size)
 
 
 def of_each_layer(chosen: Any, count: int, room: int) -> float:

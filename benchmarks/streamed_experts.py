@@ -68,7 +68,7 @@ def line(
         return [f"{part:g}", name, runs[0]["ended"], *[""] * 7]
 
     def middle(key: str) -> float:
-        return statistics.median(found[key] for found in whole)
+        return float(statistics.median(found[key] for found in whole))
 
     pairs = zip(runs, own, strict=True)
     ratios = [
@@ -82,9 +82,7 @@ def line(
         f"{middle('disk_bytes') / 2**20:.1f}",
         f"{plan['fetched'] / 2**20:.1f}",
         "" if whole[0]["hit_rate"] is None else f"{middle('hit_rate'):.3f}",
-        ""
-        if told is None
-        else f"{told['hit_rate']:.3f}{'' if told['measured'] else ' (assumed)'}",
+        "" if told is None else f"{told['hit_rate']:.3f}{'' if told['measured'] else ' (assumed)'}",
         f"{middle('seconds'):.3f}",
         f"{statistics.median(ratios):.2f}" if ratios else "",
         f"{middle('prompt_bytes') / 2**20:.0f}",

@@ -16,7 +16,8 @@ from typing import Any
 def main() -> None:
     import einfold
 
-    folder, memory, tokens, policy, way = sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:6]
+    folder, policy, way = sys.argv[1], *sys.argv[4:6]
+    memory, tokens = int(sys.argv[2]), int(sys.argv[3])
     if policy == "lru":
         from einfold.compiler.codegen.onnx.paging import PagedRunner
         from einfold.runtime.memory.experts import Recent

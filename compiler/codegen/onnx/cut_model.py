@@ -10,9 +10,9 @@ from ....runtime.artifact import Artifact
 from ....runtime.memory.pages import no_paging
 from ....runtime.runner import running
 from ...ir.manifest import WHOLE
-from ...memory.tiers import Choice, Fixed, Load, Piece
+from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
 from .cut import SuperOp, cut, divide
-from .packed_copy import laid_out, no_copy, skew_of
+from .packed_copy import laid_out, no_copy, told_of_experts
 from .process import PROCESS
 from .runner import checked_model
 
@@ -78,7 +78,8 @@ class CutModel:
         activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
         paged = () if reason else tuple(_paged(op) for op in self.ops)
-        return Load(self.pieces, fixed, paged, reason, skew_of(self.artifact, self.ops))
+        skew = Skew.of(*told_of_experts(self.artifact, self.ops))
+        return Load(self.pieces, fixed, paged, reason, skew)
 
     def why_not_paged(self) -> str:
         """Why streamed weights cannot be pages of a packed copy; "" where they can."""

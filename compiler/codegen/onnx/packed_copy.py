@@ -44,7 +44,6 @@ from ...ir.heap import give_back
 from ...ir.kept import cache_home, drop_oldest, read_json, write_json
 from ...ir.locks import lock
 from ...ir.manifest import WEIGHTS, WHOLE
-from ...memory.tiers import Skew
 from .cut import SuperOp
 from .runner import session_of
 
@@ -58,7 +57,7 @@ _KEPT = 2
 _FILE, _TABLE = "packed.bin", "packed.json"
 
 #: Beside a copy: how experts were chosen.
-_CHOSEN = "experts.json"
+_EXPERTS = "experts.json"
 
 #: Beside the copies: who makes one is alone.
 _LOCK = ".lock"
@@ -154,10 +153,10 @@ class PackedCopy:
     def damaged(self) -> DamagedCopyError:
         return DamagedCopyError(f"the packed copy in {self.folder} is not as it was written")
 
-    def tell_chosen(self, part: float, hits: float) -> None:
-        """Keeps what a run found of experts for later plans: a part of them was held, and so much of what
-        tokens asked for."""
-        write_json(self.folder / _CHOSEN, {"part": part, "hits": hits})
+    def tell_of_experts(self, part: float, hits: float) -> None:
+        """Keeps for later plans what a run found: a part of the experts was held, and so much of what tokens
+        asked for."""
+        write_json(self.folder / _EXPERTS, {"part": part, "hits": hits})
 
     def discard(self) -> None:
         """Has it not be found again."""
@@ -246,17 +245,14 @@ def no_copy(artifact: Artifact, ops: Sequence[SuperOp]) -> str:
     return ""
 
 
-def skew_of(artifact: Artifact, ops: Sequence[SuperOp]) -> Skew:
-    """How unevenly experts were chosen when the artifact last ran from its copy, if it did."""
-    return _read_skew(home() / key_of(artifact, ops))
-
-
-def _read_skew(folder: Path) -> Skew:
+def told_of_experts(artifact: Artifact, ops: Sequence[SuperOp]) -> tuple[float, float]:
+    """What the last run from an artifact's copy told of experts: which part of them was held, and how much
+    that was of what tokens asked for; zeros where none did."""
     try:
-        found = read_json(folder / _CHOSEN) or {}
-        return Skew.of(float(found["part"]), float(found["hits"]))
+        found = read_json(home() / key_of(artifact, ops) / _EXPERTS) or {}
+        return float(found["part"]), float(found["hits"])
     except (LookupError, TypeError, ValueError):  # of a file that is none
-        return Skew()
+        return 0.0, 0.0
 
 
 def find(artifact: Artifact, ops: Sequence[SuperOp]) -> PackedCopy | None:

@@ -76,7 +76,7 @@ class PagedRunner(StreamingRunner):
     def close(self) -> None:
         hits = None if self._closed else self.experts
         if hits is not None and hits.asked >= _ENOUGH:
-            self._copy.tell_chosen(self.plan.cached / self.plan.experts, hits.rate)
+            self._copy.tell_of_experts(self.plan.cached / self.plan.experts, hits.rate)
         super().close()
         if self._pages is not None:
             self._pages.close()
