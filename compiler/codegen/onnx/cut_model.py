@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from ....errors import UnsupportedError
 from ....runtime.artifact import Artifact
-from ....runtime.memory.pages import no_paging
+from ....runtime.memory.pages import UNIT, no_paging
 from ....runtime.runner import running
 from ...ir.manifest import WHOLE
 from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
@@ -90,8 +90,10 @@ class CutModel:
 
 
 def _paged(op: SuperOp) -> Piece:
-    """A super-op as it lies in a packed copy."""
+    """A super-op as it lies in a packed copy, of which whole units are read."""
     layout = laid_out(op.packed)
-    if op.routing is None:
-        return Piece(op.name, op.nbytes, layout.nbytes)
-    return Piece(op.name, op.nbytes, layout.nbytes, Choice(op.chosen, layout.most(op.routing.most)))
+    nbytes = min(-(-op.nbytes // UNIT) * UNIT, layout.nbytes)
+    if op.routing is None or not op.nbytes:
+        return Piece(op.name, nbytes, layout.nbytes)
+    chosen = op.chosen * layout.nbytes // op.nbytes
+    return Piece(op.name, nbytes, layout.nbytes, Choice(chosen, layout.most(op.routing.most)))
