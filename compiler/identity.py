@@ -1,14 +1,16 @@
 """A name for what a model in memory computes, under which another process finds what was made of it.
 
 It goes by the weights, by every module with its plain attributes, and by the code that a `forward` can
-reach: functions with their constants, defaults and closures, and the globals that they name. torch, numpy and
-Python's own library are as their versions say; of transformers the files of its models are read, for people
-replace functions there. Where something counts that cannot be read (a hook, a `forward` of one instance's
-own, an object of an unknown kind) the model has no name.
+reach: functions with their constants, defaults and closures, and the globals that they name, through modules
+as well. torch, numpy and Python's own library are as their versions say, but for functions that somebody put
+in the place of theirs and the model's own code calls; of transformers the files of its models are read, for
+people replace functions there. Where something counts that cannot be read (a hook, a `forward` of one
+instance's own, an import within a function, an object of an unknown kind) the model has no name.
 """
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import logging
@@ -232,14 +234,30 @@ class _Reader:
         given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         given += [_content(cell) for cell in function.__closure__ or ()]
         self._say([self._maybe(value, lenient) for value in given])
-        if package not in _KNOWN:
-            names = sorted(set(_names(function.__code__)))
-            scope = function.__globals__
-            for value in [scope[name] for name in names if name in scope]:
-                self._say(self._maybe(value, lenient))
-                if isinstance(value, types.ModuleType) and _package(value.__name__) not in _LENIENT:
-                    inside = vars(value)
-                    self._say([self._value(inside[name]) for name in names if name in inside])
+        if package in _KNOWN:
+            return
+        if not lenient and _imports(function.__code__):
+            raise _UnreadableError  # what comes of it is in no scope
+        names, scope = sorted(set(_names(function.__code__))), function.__globals__
+        seen: set[str] = set()
+        for value in [scope[name] for name in names if name in scope]:
+            self._say(self._maybe(value, lenient))
+            if isinstance(value, types.ModuleType):
+                self._inside(value, names, seen)
+
+    def _inside(self, module: types.ModuleType, names: list[str], seen: set[str]) -> None:
+        """What a function that looks these names up may reach through a module; of known packages what
+        somebody put in the place of theirs."""
+        if module.__name__ in seen:
+            return
+        seen.add(module.__name__)
+        lenient, held = _package(module.__name__) in _LENIENT, vars(module)
+        for name in names:
+            value = held.get(name)
+            if isinstance(value, types.ModuleType):
+                self._inside(value, names, seen)
+            elif name in held and (not lenient or _is_foreign(value)):
+                self._say(module.__name__, name, self._value(value))
 
     def _class(self, value: type) -> str:
         return self._number(value, self._say_class)
@@ -259,6 +277,25 @@ class _Reader:
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a function is of none of the packages whose code is as their versions say."""
+    if not isinstance(value, types.FunctionType):
+        return False
+    return _package(str(value.__globals__.get("__name__", ""))) not in _LENIENT
+
+
+def _imports(code: types.CodeType) -> bool:
+    """Whether a function, or one that it makes, imports something that is of no known package."""
+    steps = list(dis.get_instructions(code))
+    for at, step in enumerate(steps):
+        if step.opname != "IMPORT_NAME":
+            continue
+        level = steps[at - 2].argval  # behind it the names that are taken of the module
+        if level != 0 or _package(step.argval) not in _LENIENT:
+            return True
+    return any(_imports(value) for value in code.co_consts if isinstance(value, types.CodeType))
 
 
 def _checked(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ module and on code alone, never on weights, so a trace is found again by the mod
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,5 +105,7 @@ def _read(path: Path, context: int, state: State | None) -> Program | None:
     except Exception as error:  # of another form, or weights that are not the module's
         pass_on(error)
         return None
+    with suppress(OSError):
+        os.utime(path.parent)  # the last to be dropped now
     program.model = replace(program.model, context=context)
     return program

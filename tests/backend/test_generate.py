@@ -21,6 +21,7 @@ from einfold import backend
 
 from .. import models
 from ..greedy import check_tokens
+from ..quick import quick
 from .conftest import QUICK
 
 PROMPT, ROWS = 5, 2
@@ -100,17 +101,14 @@ def graphs_without_einfold(name: str, cache: str, new: int) -> Graphs:
     return graphs
 
 
-#: Windows under a dynamic cache take a second model each; the windows that are full have a test of their own.
-_LONG = {(name, "dynamic") for name in WINDOWED}
-
-
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [
-        pytest.param(name, cache, marks=[pytest.mark.slow] if (name, cache) in _LONG else [])
-        for name in models.CONFIGS
-        for cache in CACHES
-    ],
+    # Windows under a dynamic cache take a second model each; full ones have a test of their own.
+    quick(
+        [(name, cache) for name in models.CONFIGS for cache in CACHES],
+        *((name, CACHES[at % 2]) for at, name in enumerate(models.CONFIGS) if name not in WINDOWED),
+        ("gemma2", "static"),
+    ),
 )
 def test_same_tokens_as_eager_and_few_graphs(name: str, cache: str) -> None:
     reports, graphs = compare(name, cache, 64, QUICK)

@@ -108,6 +108,7 @@ def test_a_copy_does_not_keep_the_attention_function_and_can_be_attached(model: 
         kept.attach(models.build("llama", num_hidden_layers=3))
 
 
+@pytest.mark.slow
 def test_a_pickle_is_read_by_another_process(model: Any, tmp_path: Path) -> None:
     with einfold.cache_for(model, **METHODS["int8"]) as cache, torch.no_grad():
         model(PREFIX, past_key_values=cache)

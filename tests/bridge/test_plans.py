@@ -25,6 +25,7 @@ from einfold.errors import EinfoldError, RecipeError
 
 from .. import models
 from ..frontend import test_given_model as given
+from ..quick import quick
 from .test_huggingface_cache import METHODS, PACKED
 
 IDS = torch.arange(60)[None] % 90 + 3
@@ -60,7 +61,7 @@ def logits(model: Any, **options: Any) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", quick(OPTIONS, "compensation", "int8"))
 def test_a_plan_that_is_found_again_gives_the_same_numbers(name: str, plans: list[str]) -> None:
     first = logits(models.build("llama"), **OPTIONS[name])
     again = logits(models.build("llama"), **OPTIONS[name])

@@ -96,6 +96,6 @@ def test_a_run_within_a_budget_holds_no_more_than_its_plan(folder: Path, tmp_pat
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     held, fetched = map(int, done.stdout.split())
     assert held <= plan.tiers.peak <= least
-    # A prompt in one step, and three tokens: of these a unit that was let go of and is there still is not read
-    # again, and the reader may have begun the next.
+    # A prompt in one step, and three tokens. A unit that was let go of and is there still is not read again,
+    # and the reader may have begun a step more.
     assert 2 * plan.tiers.fetched < fetched < 5 * plan.tiers.fetched

@@ -97,6 +97,7 @@ def test_what_would_be_done_to_a_text_is_noted(tmp_path: Path) -> None:
     assert ["lower case" in notes[0], "prompt 'query'" in notes[1]] == [True, True]
 
 
+@pytest.mark.slow
 def test_an_original_that_cannot_be_run_here_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

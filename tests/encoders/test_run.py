@@ -124,6 +124,7 @@ def test_inputs_that_do_not_fit(inputs: Any, said: str, compiled_encoder: Made) 
         model.run(inputs)
 
 
+@pytest.mark.slow
 def test_estimates_are_those_of_the_artifact(compiled_encoder: Made, tmp_path: Path) -> None:
     folder = common.save("bert", tmp_path / "m")
     found = einfold.estimate(folder, weights="int8", batch=4, budget=10**9)

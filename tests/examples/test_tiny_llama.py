@@ -119,6 +119,7 @@ def step_by_step(artifact: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
     return torch.tensor(np.stack(found)).double().log_softmax(-1).numpy()
 
 
+@pytest.mark.slow
 def test_decoding_in_integers_costs_far_less_than_int8(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -156,7 +156,7 @@ def test_everything_is_raised(name: str, model_folder: Callable[[str], Path]) ->
 
 @pytest.mark.parametrize(
     ("head", "width"),
-    [(24, None), (20, None), (12, None), (40, 16)],
+    quick([(24, None), (20, None), (12, None), (40, 16)], (20, None), (40, 16)),
     ids=["24", "20", "12", "partial 16 of 40"],
 )
 def test_odd_head_sizes(head: int, width: int | None, tmp_path: Path) -> None:

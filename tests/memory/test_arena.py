@@ -29,6 +29,7 @@ from einfold.compiler.recipe import Recipe
 from .. import models
 from ..greedy import all_logits
 from ..programs import program
+from ..quick import quick
 
 ARCHITECTURES = [*models.CONFIGS, *models.SHARING]
 
@@ -52,7 +53,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return traced(folder)
 
 
-every_architecture = pytest.mark.parametrize("compiled", ARCHITECTURES, indirect=True)
+every_architecture = pytest.mark.parametrize(
+    "compiled", quick(ARCHITECTURES, *ARCHITECTURES[::2]), indirect=True
+)
 
 
 def shapes(found: Program, rows: int, new: int, logits: int, slots: int = 64) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ def test_names_that_there_are_not() -> None:
     assert "oldest: not run" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_failed_there_is_told(
     environments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from einfold.errors import ModelError, RecipeError
 from .. import models
 from ..greedy import all_logits
 from ..programs import calls, program
-from ..quick import rarely
+from ..quick import quick, rarely
 
 TOKENS = torch.randint(models.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -92,7 +92,13 @@ NAMES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "tied"), [*((name, True) for name in NAMES), ("llama", False), ("mixtral", False)]
+    ("name", "tied"),
+    quick(
+        [*((name, True) for name in NAMES), ("llama", False), ("mixtral", False)],
+        ("qwen2", True),
+        ("qwen3", True),
+        ("mixtral", False),
+    ),
 )
 def test_the_logits_are_what_they_were(name: str, tied: bool) -> None:
     plain = planned(name, tie_word_embeddings=tied)

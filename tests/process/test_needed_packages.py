@@ -96,6 +96,7 @@ def test_no_onnx_but_for_the_target_onnx(text_model: Path, tmp_path: Path) -> No
     assert (kernels / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_target_onnx_names_its_extra(text_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     script = verbs(["compile", text_model, "-o", out, "--json"], code=11)

@@ -116,7 +116,7 @@ def order(uppers, tops, totals, used, orders, chosen, pages, tiles, PAGES: tl.co
     if (tl.program_id(0) == 0) & (row % {kv_heads} == 0):
         share = tokens.to(tl.float64) * tl.full([], {share}, tl.float64)
         wanted = tl.maximum(share, tl.full([], {tokens}, tl.float64))
-        wanted = tl.ceil(wanted * tl.full([], {each}, tl.float64))
+        wanted = tl.minimum(tl.ceil(wanted * tl.full([], {each}, tl.float64)), seen.to(tl.float64))
         tl.store(chosen + b, tl.minimum(tl.maximum(wanted.to(tl.int32), {always}), seen))
 '''
 
