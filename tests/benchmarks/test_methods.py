@@ -117,6 +117,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "pyramid_kv": [real["--prune pyramid_kv"]],
         "ada_kv": [real["--prune ada_kv"]],
         "cross_layer": [real["--share cross_layer"]],
+        "quest": [real["--read quest"]],
     }
 
 

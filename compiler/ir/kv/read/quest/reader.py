@@ -34,6 +34,9 @@ class Quest(Reader):
     far from the middle between largest and smallest to either of them a score counts (1: the bound); the
     first `skip_layers` attention layers read everything, as in the paper.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.70 and 0.65 by the defaults, as
+    with every token, at a KL of 0.0007; a step reads 78 % and 42 % of the bytes that it reads of all.
+
     Differs from the paper: the first page and the newest two are read whatever their score, and count among
     the chosen. With a spread below 1 a score estimates the largest product in place of bounding it, for in 64
     channels the bound is far above every product; the paper's is `spread=1`, and its budget a number of
