@@ -52,8 +52,7 @@ def check(name: str, folder: Path, engine: str | None = None) -> None:
     ("name", "engine"),
     quick(
         product(["t5", "whisper", "bart"], ["onnx", "reference"]),
-        ("t5", "onnx"),
-        ("whisper", "reference"),
+        ("whisper", "onnx"),
     ),
 )
 def test_what_transformers_computes_and_writes(name: str, engine: str, compiled_pair: Made) -> None:

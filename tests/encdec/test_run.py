@@ -140,6 +140,7 @@ def test_other_verbs_know_encoder_decoders(compiled_pair: Made) -> None:
         assert "is an encoder-decoder" in cli(*verb, code=7)
 
 
+@pytest.mark.slow
 def test_an_estimate_is_what_is_held(compiled_pair: Made) -> None:
     """Weights to the byte; and what the encoder gives, of a text as long as the context, or of a sound."""
     folder = compiled_pair("t5")

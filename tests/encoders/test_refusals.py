@@ -138,6 +138,7 @@ def test_a_graph_that_is_not_the_model_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_other_heads_are_noted_and_missing_ones_refused(tmp_path: Path) -> None:
     """A masked language model's checkpoint has no pooler, and a head that BERT alone does not read."""
     torch.manual_seed(0)

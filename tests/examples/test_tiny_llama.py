@@ -188,6 +188,7 @@ def test_flavours_differ_by_the_int8_products_alone(
     assert exact.kl < fast.kl < 0.02
 
 
+@pytest.mark.slow
 def test_a_pass_key_is_recalled(compiled: Callable[..., Path]) -> None:
     prompt = (MODEL.parent / "pass_key.txt").read_text(encoding="utf-8").rstrip("\n")
     model = einfold.load(compiled(format="int4"), threads=1)

@@ -141,6 +141,7 @@ def model_of(model: Any) -> Any:
     return structure(model.source, model.config)
 
 
+@pytest.mark.slow
 def test_what_is_damaged_or_does_not_fit_is_traced_anew(tmp_path: Path, traced: list[str]) -> None:
     model = folder(tmp_path / "model")
     text = print_program(trace(model))
@@ -251,6 +252,7 @@ def test_another_process_finds_it(tmp_path: Path, traced: list[str]) -> None:
     assert done.stdout == text and len(traced) == 1
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept(
     tmp_path: Path, traced: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ IN_MASK: dict[str, tuple[str, dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=quick(IN_MASK, "phimoe", "qwen2_moe"))
+@pytest.fixture(scope="module", params=quick(IN_MASK, "qwen2_moe"))
 def in_mask(request: pytest.FixtureRequest) -> tuple[Any, list[int]]:
     kind, changes, windows = IN_MASK[request.param]
     torch.manual_seed(0)

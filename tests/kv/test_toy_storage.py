@@ -92,6 +92,7 @@ def test_it_runs_by_the_reference_and_onnx_refuses_it(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_read_it(tmp_path: Path) -> None:
     """This file is the process with the interpreter, so that the toy is registered there too."""
     with asking("tests.kv.test_toy_storage", tmp_path) as ask:

@@ -33,6 +33,7 @@ def compiled(folder: Path, target: str, **cache: Any) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_pruned_packed_and_merged_layers_are_one_layout(tmp_path: Path) -> None:
     out = compiled(tmp_path, "reference", share=MINICACHE, prune=RAZOR, quant=KIVI)
     model = einfold.load(out, engine="reference", chunk=16)

@@ -113,6 +113,7 @@ def test_it_is_written_and_read_again() -> None:
         assert again.weights == recipe.weights and told(again, True).items() >= SOLVED.items()
 
 
+@pytest.mark.slow
 def test_a_language_model_is_solved_and_an_encoder_rounded(tmp_path: Path) -> None:
     folder = models.save("llama", tmp_path / "model")
     made = einfold.compile(
