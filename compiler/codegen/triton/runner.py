@@ -28,12 +28,12 @@ from .attention import (
     differences,
     kernel_files,
 )
-from .attention.files import FOLDER
 from .device import described, find_device
 from .linear.bound import bind as bind_products
 from .linear.bound import linear_kernels
 from .linear.files import kernel_files as linear_files
 from .linear.kernels import LinearKernel
+from .shipped import FOLDER
 
 
 def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
@@ -68,16 +68,16 @@ def _with_compiled(
     if device.type != "cuda":
         _warn(artifact, "compiled kernels need a GPU, so none is used")
         return kernels, choosing, products
-    from .attention.choosing_cubins import with_compiled as choosing_with_compiled
+    from .attention.choosing_cubins import CHOICES
     from .attention.trusted import with_compiled
-    from .linear.cubins import with_compiled as products_with_compiled
+    from .linear.cubins import PRODUCTS
 
     architecture = f"sm_{described(device).capability}"
     files = {name: artifact.file(name) for name in artifact.manifest.files}
     kernels, missing = with_compiled(kernels, architecture, files)
-    choosing, others = choosing_with_compiled(choosing, architecture, files)
+    choosing, others = CHOICES.given(choosing, architecture, files)
     missing += others
-    products, others = products_with_compiled(products, architecture, files)
+    products, others = PRODUCTS.given(products, architecture, files)
     missing += others
     if missing:
         _warn(

@@ -20,6 +20,9 @@ from torch import Tensor
 from ....errors import ArtifactError, pass_on
 from .ahead import Assembled, Signature
 
+#: Where an artifact has its kernels.
+FOLDER = "kernels"
+
 #: The entry of a function's metadata that is not Triton's.
 OWN = "einfold"
 
@@ -85,6 +88,15 @@ def triton_version() -> str:
     from .kernel import triton_module
 
     return str(triton_module().__version__)
+
+
+def text_of(title: str, source: str) -> str:
+    """The text of a kernel's source as a file."""
+    return (
+        f"# {title}.\n"
+        "# This file is to be read: einfold makes the kernel anew from graph.eir, and runs nothing of this.\n"
+        f"#\n{source}"
+    )
 
 
 def files_of(stem: str, made: Assembled, key: Mapping[str, Any]) -> dict[str, bytes]:

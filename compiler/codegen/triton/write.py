@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ...ir.program import Program
 from .attention.choosing import choosing_kernels
-from .attention.choosing_cubins import compile_cubins as compile_choosing
+from .attention.choosing_cubins import CHOICES
 from .attention.cubins import compile_cubins
-from .attention.files import FOLDER, kernel_files
+from .attention.files import kernel_files
 from .attention.kernels import attention_kernels
 from .linear.bound import linear_kernels
-from .linear.cubins import compile_cubins as compile_products
+from .linear.cubins import PRODUCTS
 from .linear.files import kernel_files as linear_files
+from .shipped import FOLDER
 
 Progress = Callable[[str, float], None]
 
@@ -33,7 +34,7 @@ def write_kernels(
         (folder / name).write_text(text, encoding="utf-8")
     for number, architecture in enumerate(architectures):
         progress(f"compiling kernels for {architecture}", number / len(architectures))
-        compiled = compile_cubins(program, architecture) | compile_products(products, architecture)
-        compiled |= compile_choosing(choosing, architecture)
+        compiled = compile_cubins(program, architecture) | PRODUCTS.files(products, architecture)
+        compiled |= CHOICES.files(choosing, architecture)
         for name, data in compiled.items():
             (folder / name).write_bytes(data)

@@ -170,13 +170,12 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             "llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}
         ),
         ("llama", {"prune": {"method": "h2o", "tokens": 8, "slack": 3}}),
-        pytest.param(
+        rarely(
             "llama",
             {
                 "storage": "int8",
                 "prune": {"method": "expected_attention", "tokens": 9, "recent": 4, "slack": 3},
             },
-            marks=pytest.mark.slow,
         ),
         (
             "llama",
@@ -189,10 +188,9 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ("llama", {"quant": KIVI | {"rotate": "both"}, "share": CROSS}),
         rarely("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
         ("llama", {"share": CSKV}),
-        pytest.param(
+        rarely(
             "gpt_neox",
             {"share": CSKV | {"sinks": 1, "prefill": "streaming", "dtype": "f16"}},
-            marks=pytest.mark.slow,
         ),
         rarely("gpt2", {"share": CSKV}),
         rarely("llama", {"read": QUEST}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,7 @@ from torch import Tensor
 import einfold
 from einfold.compiler.codegen.triton.linear import kernels as module
 from einfold.compiler.codegen.triton.linear.bound import readers
-from einfold.compiler.codegen.triton.linear.cubins import (
-    compile_cubins,
-    compile_variant,
-    variants,
-    with_compiled,
-)
+from einfold.compiler.codegen.triton.linear.cubins import PRODUCTS, variants
 from einfold.compiler.codegen.triton.linear.decoder import decoder_of
 from einfold.compiler.codegen.triton.linear.kernels import (
     TILES,
@@ -39,6 +35,7 @@ from einfold.errors import UnsupportedError
 
 from ...programs import program
 from ...quant.common import LINEAR
+from ...quick import rarely
 from .conftest import asking, needs_triton
 from .levels import Mxfp4, Nf4
 
@@ -252,10 +249,9 @@ def test_parts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             "int4:head=int8",
             [f"grouped_bits_{bits}_block_32_symmetric_1_scales_f32_fp32" for bits in (4, 8)],
         ),
-        pytest.param(
+        rarely(
             "qserve:block=64",
             ["grouped_bits_8_block_64_symmetric_1_scales_f32_fp32", "qserve_block_64_fp32_as_i8"],
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -278,18 +274,16 @@ def test_an_artifact_runs_its_weights_by_kernels(
 
 
 @needs_triton
-def test_compiled_products_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_products_are_read_again(tmp_path: Path) -> None:
     kernel = linear_kernel(LinearKind(Grouped(), "fp16"))
     few = [v for v in variants(kernel) if v.name in ("matvec", "merge")]
-    monkeypatch.setattr(
-        "einfold.compiler.codegen.triton.linear.cubins.variants", lambda kernel: few
-    )
+    cubins = replace(PRODUCTS, variants=lambda kernel: few)
     files = {}
-    for name, data in compile_cubins([kernel], "sm_90").items():
+    for name, data in cubins.files([kernel], "sm_90").items():
         files[name] = tmp_path / Path(name).name
         files[name].write_bytes(data)
     assert len(files) == 4
-    (found,), missing = with_compiled([kernel], "sm_90", files)
+    (found,), missing = cubins.given([kernel], "sm_90", files)
     assert not missing
     (one,) = found.function("matvec").compiled
     assert one.handle.metadata.name == "matvec" and one.handle.metadata.target.arch == 90
@@ -299,11 +293,11 @@ def test_compiled_products_are_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert one.serves(values, {**tile.constants, "WHOLE": True})
     assert not one.serves(values, {**tile.constants, "WHOLE": False})
     assert not one.serves([*values[:5], 4095, 32, 8], {**tile.constants, "WHOLE": True})
-    _, missing = with_compiled([kernel], "sm_80", files)
+    _, missing = cubins.given([kernel], "sm_80", files)
     assert missing == [f"kernels/{kernel.name}.sm_80.{name}.cubin" for name in ("matvec", "merge")]
     other = linear_kernel(LinearKind(Grouped(4, 64), "fp16"))
     renamed = {name.replace(kernel.name, other.name): path for name, path in files.items()}
-    _, missing = with_compiled([other], "sm_90", renamed)
+    _, missing = cubins.given([other], "sm_90", renamed)
     assert len(missing) == 2, "they are of another source"
     assert (
         json.loads(files[f"kernels/{kernel.name}.sm_90.merge.json"].read_text())["einfold"]["kind"]
@@ -352,7 +346,7 @@ def test_products_compile_within_limits(scheme: Any, kind: str, capability: int)
     newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
     for variant in variants(kernel):
         if variant.name in ("matvec", "matmul16", "matmul64_part"):
-            made = compile_variant(kernel, variant, capability)
+            made = PRODUCTS.compiled(kernel, variant, capability)
             assert made.spills <= SPILLS, variant.name
             assert made.shared <= DEVICES[capability].shared_bytes
             assert list(made.matrix) == ([newest] if variant.function == "matmul" else [])
@@ -382,7 +376,7 @@ def test_products_of_integers_compile_within_limits(
     names = ("quantize", "matmul16", "matmul64", "matmul128", "merge")
     some = {variant.name: variant for variant in variants(kernel)}
     for name in names if kind == "fp16" else ("quantize", "matmul64_part"):
-        made = compile_variant(kernel, some[name], capability)
+        made = PRODUCTS.compiled(kernel, some[name], capability)
         assert made.spills == 0, name
         assert made.shared <= DEVICES[capability].shared_bytes
         assert list(made.matrix) == ([newest] if "matmul" in name else [])

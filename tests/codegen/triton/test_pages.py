@@ -12,11 +12,8 @@ from torch import fx
 
 from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.attention.choosing import ChoosingKernel
-from einfold.compiler.codegen.triton.attention.choosing_cubins import (
-    compile_cubins,
-    compile_function,
-    with_compiled,
-)
+from einfold.compiler.codegen.triton.attention.choosing_cubins import CHOICES
+from einfold.compiler.codegen.triton.attention.choosing_cubins import variants as choices_of
 from einfold.compiler.codegen.triton.attention.choosing_kinds import ChoosingKind, choosing_kind
 from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
 from einfold.compiler.codegen.triton.attention.cubins import variants
@@ -95,10 +92,10 @@ MADE = ChoosingKernel(KIND, "choosing", (0,), choosing_source(KIND))
 def test_compiled_choices_are_found_again(tmp_path: Path) -> None:
     """For one GPU as files of an artifact, read for what they were made for alone."""
     files = {}
-    for name, data in compile_cubins([MADE], "sm_90").items():
+    for name, data in CHOICES.files([MADE], "sm_90").items():
         files[name] = tmp_path / name.replace("/", "_")
         files[name].write_bytes(data)
-    (found,), missing = with_compiled([MADE], "sm_90", files)
+    (found,), missing = CHOICES.given([MADE], "sm_90", files)
     assert not missing
     for name in MADE.functions:
         (one,) = found.function(name).compiled
@@ -106,14 +103,15 @@ def test_compiled_choices_are_found_again(tmp_path: Path) -> None:
         assert found.arguments(name)[min(one.aligned)] in ("keys", "query", "uppers")
     other = replace(MADE, source=f"{MADE.source}\n")
     for made, architecture in ((MADE, "sm_80"), (other, "sm_90")):
-        _, missing = with_compiled([made], architecture, files)
+        _, missing = CHOICES.given([made], architecture, files)
         assert len(missing) == 3
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 100])
 def test_choices_compile_for_other_gpus(capability: int) -> None:
-    assert compile_function(MADE, "upper", capability).spills == 0
+    (upper,) = (variant for variant in choices_of(MADE) if variant.function == "upper")
+    assert CHOICES.compiled(MADE, upper, capability).spills == 0
 
 
 @needs_triton

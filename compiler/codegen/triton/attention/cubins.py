@@ -14,7 +14,6 @@ from ....ir.program import Program
 from .. import shipped
 from ..ahead import compile_ahead
 from ..options import DEVICES, Tiles, merge_tiles
-from .files import FOLDER
 from .kernels import SPLITS, AttentionKernel, attention_kernels
 from .kinds import AttentionKind
 
@@ -70,7 +69,7 @@ def compile_cubins(program: Program, architecture: str) -> dict[str, bytes]:
 
 def stem_of(made: AttentionKernel, variant: Variant, architecture: str) -> str:
     """The name of its two files in the artifact, without ending."""
-    return f"{FOLDER}/{made.name}.{architecture}.{variant.name}"
+    return f"{shipped.FOLDER}/{made.name}.{architecture}.{variant.name}"
 
 
 def key_of(made: AttentionKernel, variant: Variant) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from .....errors import ArtifactError, IRError
 from ....ir.cascade.plan_text import parse_plan, print_plan
+from ..shipped import FOLDER, text_of
 from .choosing import ChoosingKernel
 from .kernels import AttentionKernel
-
-FOLDER = "kernels"
 
 
 def kernel_files(
@@ -29,10 +28,8 @@ def kernel_files(
 
 def _headed(what: str, layers: Sequence[int], source: str) -> str:
     """A source, with what it is for on top."""
-    return (
-        f"# {what} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}.\n"
-        "# This file is to be read: einfold makes the kernel anew from graph.eir, and runs nothing of this.\n"
-        f"#\n{source}"
+    return text_of(
+        f"{what} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}", source
     )
 
 

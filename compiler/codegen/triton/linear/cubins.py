@@ -1,25 +1,12 @@
-"""Kernels of products compiled ahead of time as files of an artifact, as `attention/cubins.py` does."""
+"""Kernels of products compiled ahead of time as files of an artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from ..ahead import Assembled, Signature, assemble
-from ..shipped import Wanted, dispatched, files_of, key_of
-from .files import FOLDER
+from ..ahead import Signature
+from ..cubins import Cubins, Variant, signature
 from .kernels import MERGED, LinearKernel, tiles_of
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One compiled function: its name as a file, the function, and the constants that a launch asks for."""
-
-    name: str
-    function: str
-    constants: Mapping[str, Any]
 
 
 def variants(kernel: LinearKernel) -> Iterator[Variant]:
@@ -51,60 +38,8 @@ def signature_of(kernel: LinearKernel, variant: Variant) -> Signature:
         "sums": sums,
     }
     names = kernel.arguments(variant.function)
-    types = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in names}
-    constants = {name: value for name, value in variant.constants.items() if name.isupper()}
-    known = {*pointers, "outs", "width", "columns"}
-    aligned = [at for at, name in enumerate(names) if name in known]
-    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned}
-    return types | dict.fromkeys(constants, "constexpr"), constants, attributes
+    return signature(names, pointers, variant.constants, ("outs", "width", "columns"))
 
 
-def compile_variant(kernel: LinearKernel, variant: Variant, capability: int) -> Assembled:
-    """One function compiled with no GPU. Raises UnsupportedError without Triton, or where it refuses."""
-    return assemble(
-        kernel.function(variant.function),
-        f"{kernel.name}.{variant.name}",
-        signature_of(kernel, variant),
-        capability,
-        variant.constants["num_warps"],
-        variant.constants["num_stages"],
-    )
-
-
-def compile_cubins(kernels: Sequence[LinearKernel], architecture: str) -> dict[str, bytes]:
-    """The files of kernels for a GPU such as "sm_90". Raises as `compile_variant`."""
-    capability = int(architecture.removeprefix("sm_"))
-    found: dict[str, bytes] = {}
-    for kernel in kernels:
-        for variant in variants(kernel):
-            made = compile_variant(kernel, variant, capability)
-            wanted = _wanted(kernel, variant, architecture)
-            found |= files_of(wanted.stem, made, wanted.key)
-    return found
-
-
-def _wanted(kernel: LinearKernel, variant: Variant, architecture: str) -> Wanted:
-    return Wanted(
-        f"{FOLDER}/{kernel.name}.{architecture}.{variant.name}",
-        variant.function,
-        key_of(kernel.source, variant.name, variant.constants),
-        signature_of(kernel, variant),
-        kernel.arguments(variant.function),
-    )
-
-
-def with_compiled(
-    kernels: Sequence[LinearKernel], architecture: str, files: Mapping[str, Path]
-) -> tuple[list[LinearKernel], list[str]]:
-    """The kernels with what `files` has compiled for this GPU, and what it lacks.
-
-    Raises ArtifactError for a file that does not read.
-    """
-    found, missing = [], []
-    for kernel in kernels:
-        functions = {name: kernel.function(name) for name in kernel.functions}
-        wanted = (_wanted(kernel, variant, architecture) for variant in variants(kernel))
-        loaded, lacking = dispatched(files, functions, wanted)
-        found.append(replace(kernel, _loaded=loaded))
-        missing += lacking
-    return found, missing
+#: What is compiled of products.
+PRODUCTS = Cubins(variants, signature_of)
