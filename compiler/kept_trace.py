@@ -18,7 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ..errors import pass_on
-from .frontend.export import capture_language_model
+from .frontend.export import capture_language_model, weights_from
 from .frontend.huggingface import ModelSource
 from .frontend.structure import structure
 from .identity import identity, versions
@@ -26,7 +26,6 @@ from .ir.kept import cache_home, drop_oldest, read_tensors, write_tensors
 from .ir.parser import parse
 from .ir.printer import print_program
 from .ir.program import Program
-from .ir.stored import cast
 from .ir.weights import Weight
 
 #: Traces that are kept, and the most bytes of numbers that are kept with one, such as rotary frequencies.
@@ -53,10 +52,10 @@ def trace_language_model(
         return capture_language_model(*given)
     name = blake3(repr((versions(Path(__file__).parent), named)).encode()).hexdigest()[:32]
     path = cache_home() / "traces" / name / "trace.pt"
-    found = _read(path, context, state)
+    found = _read(path, context, source, state)
     if found is None:
         parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-        found = capture_language_model(*given)
+        found = capture_language_model(*given, skeleton)
         _keep(path, found, parameters)
     return found
 
@@ -78,29 +77,23 @@ def _keep(path: Path, program: Program, parameters: set[str]) -> None:
         drop_oldest(path.parent.parent.iterdir(), _KEPT)
 
 
-def _read(path: Path, context: int, state: State | None) -> Program | None:
+def _read(path: Path, context: int, source: ModelSource, state: State | None) -> Program | None:
     """The program for these weights; None where there is none, or not as it was written."""
     data = read_tensors(path)
     if data is None:
         return None
 
-    def load(name: str, declared: Weight) -> Weight:
-        if state is not None and name in state:
-            found = state[name]
-            if tuple(found.shape) != declared.shape:
-                raise ValueError
-            if isinstance(found, Weight):
-                return cast(found, declared.dtype)
-            return Weight.of(found, declared.dtype)
-        if name in data["numbers"]:
-            return Weight.of(data["numbers"][name], declared.dtype)
-        if state is not None:
-            raise KeyError(name)  # tracing says what is missing
-        return Weight.absent(declared.shape, declared.dtype, name)
-
     try:
         if data["of"] != path.parent.name:
             return None
+        weight = weights_from(source, state, data["numbers"])
+
+        def load(name: str, declared: Weight) -> Weight:
+            found = weight(name, declared.shape, declared.dtype)
+            if found.shape != declared.shape:
+                raise ValueError
+            return found
+
         program = parse(data["program"], load, any_operator=True)
     except Exception as error:  # of another form, or weights that are not the module's
         pass_on(error)

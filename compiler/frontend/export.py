@@ -56,16 +56,19 @@ def capture_language_model(
     state: Mapping[str, Tensor | Weight] | None = None,
     module: Any = None,
     embeds: bool = False,
+    skeleton: Any = None,
 ) -> Program:
     """The model as a program of (input_ids [B, S], position_ids [B, S]) -> logits [B, S, V], in float32.
 
     With `embeds` it takes a table of embeddings too, [B, T, hidden] (`vision.Embedded`).
-    What is traced is a copy of `module`, or else what the config describes. `state` gives the weights' data,
-    and without it the weights are known by shape only. Raises UnsupportedError, naming the layer, for
-    what the hooks or the trace cannot express.
+    What is traced is a copy of `module`, or else what the config describes; a `skeleton` that `structure`
+    made of these is used up. `state` gives the weights' data, and without it the weights are known by shape
+    only. Raises UnsupportedError, naming the layer, for what the hooks or the trace cannot express.
     """
     try:
-        program = _capture(source, config, context, state, module, embeds)
+        if skeleton is None:
+            skeleton = structure(source, config, state, module)
+        program = _capture(source, config, context, state, skeleton, embeds)
     except UnsupportedError as error:
         if huggingface.routes_attention(config):
             raise
@@ -80,10 +83,9 @@ def _capture(
     config: Any,
     context: int,
     state: Mapping[str, Tensor | Weight] | None,
-    module: Any,
+    skeleton: Any,
     embeds: bool,
 ) -> Program:
-    skeleton = structure(source, config, state, module)
     hooks.install(skeleton)
     batch, length = torch.export.Dim("B"), torch.export.Dim("S")
     ids = torch.zeros(2, 7, dtype=torch.long)
@@ -132,7 +134,18 @@ def named_weights(
     """The data of weights from `state`, else from the skeleton's buffers and the trace's own constants.
 
     Without a state weights have shapes alone."""
-    buffers = dict(skeleton.named_buffers())
+    traced = {name: x for name, x in exported.constants.items() if isinstance(x, Tensor)}
+    # What the model reads and has not registered, and its buffers, such as frequencies.
+    own = {name.removeprefix("model."): x for name, x in traced.items()} | traced
+    return weights_from(source, state, own | dict(skeleton.named_buffers()))
+
+
+def weights_from(
+    source: ModelSource,
+    state: Mapping[str, Tensor | Weight] | None,
+    own: Mapping[str, Tensor],
+) -> WeightSource:
+    """The data of weights from `state`, else those of the module's `own` numbers by name."""
 
     def weight(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
         if state is not None and name in state:
@@ -140,12 +153,8 @@ def named_weights(
             return (
                 cast_weight(found, dtype) if isinstance(found, Weight) else Weight.of(found, dtype)
             )
-        if name in buffers:  # computed when the model was built, such as rotary frequencies
-            return Weight.of(buffers[name], dtype)
-        # what the model reads and has not registered
-        known = exported.constants.get(name, exported.constants.get(f"model.{name}"))
-        if isinstance(known, Tensor):
-            return Weight.of(known, dtype)
+        if name in own:
+            return Weight.of(own[name], dtype)
         if state is not None:
             raise ModelError(
                 f"{source.location}: nothing gives the numbers of weight {name}, which the model reads"
