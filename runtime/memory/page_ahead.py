@@ -27,7 +27,7 @@ from ...errors import ArtifactError, recognise
 from .direct import READERS
 from .experts import Frequent, Recent, Routed, best
 from .pages import UNIT, PagedFile
-from .read_ahead import Counts, Span, told
+from .read_ahead import Counts, Span, merged, told
 
 #: Seconds after which a caller looks whether the threads are still there.
 _LOOK = 0.5
@@ -226,12 +226,8 @@ class PageAhead:
 
     def _each(self, act: Callable[[int, int], None], units: Iterable[int]) -> None:
         """Does something with stretches of units that follow each other."""
-        ordered = sorted(units)
-        first = 0
-        for place, unit in enumerate(ordered):
-            if place + 1 == len(ordered) or ordered[place + 1] != unit + 1:
-                act(ordered[first] * UNIT, (unit + 1) * UNIT)
-                first = place + 1
+        for span in merged([Span(unit * UNIT, UNIT) for unit in units]):
+            act(span.offset, span.end)
 
     def _let_go(self, done: int) -> None:
         """The caller is done with so many items."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .routing import Routing, beginnings, routing_of
+from .routing import Routing, beginnings, choices_of, routing_of
 
 #: The number of a layer in a weight's name, such as `model.layers.7.mlp.gate_up.packed`.
 _LAYER = re.compile(r"\.(\d{1,5})\.")
@@ -121,6 +121,7 @@ def cut(model: Any) -> list[SuperOp]:
     extents = {t.name: _extent(t) for t in graph.initializer if t.external_data}
     constants = {t.name: t for t in graph.initializer if not t.external_data}
     runs = _runs(graph.node, extents, constants)
+    choices = choices_of(graph.node, constants)
     read_by = [_reads(nodes) for _, nodes in runs]
     made: dict[str, int] = {}
     for index, (_, nodes) in enumerate(runs):
@@ -135,7 +136,7 @@ def cut(model: Any) -> list[SuperOp]:
         tables = _tables(nodes, extents, constants)
         weights = [extents[n] for n in reads if n in extents and n not in tables]
         stored = [extent.name for extent in weights]
-        routing = routing_of(nodes, graph.node, stored, constants)
+        routing = routing_of(nodes, choices, stored, constants)
         found.append(
             SuperOp(
                 name,
@@ -275,11 +276,8 @@ def _runs(
     last = max((layer for layer in layers if layer is not None), default=-1)
     sizes = {extent.name: extent.length for extent in extents.values()}
     most = max(_LEAST, sum(sizes.values()) // _PARTS)
-    at, runs, experts = (
-        -1,
-        [("embedding", list[Any]())],
-        beginnings(ordered, sizes, most, constants),
-    )
+    experts = beginnings(ordered, sizes, most, constants)
+    at, runs = -1, [("embedding", list[Any]())]
     for node, layer in zip(ordered, layers, strict=True):
         if layer is not None and layer > at:
             at = layer

@@ -8,6 +8,7 @@ writes them so). A product of no rows reads no weights: of experts that nobody c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,12 +59,23 @@ def beginnings(
     return found
 
 
+def choices_of(nodes: Sequence[Any], constants: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Of each value in a model that says which experts its tokens chose: how many a token chooses, and from
+    how many."""
+    makes = {name: node for node in nodes for name in node.output if name}
+    asked = Counter(node.input[0] for node in _questions(nodes))
+    return {index: (min(_choices(index, makes, constants), of), of) for index, of in asked.items()}
+
+
 def routing_of(
-    nodes: Sequence[Any], whole: Sequence[Any], weights: Iterable[str], constants: Mapping[str, Any]
+    nodes: Sequence[Any],
+    choices: Mapping[str, tuple[int, int]],
+    weights: Iterable[str],
+    constants: Mapping[str, Any],
 ) -> Routing | None:
     """The experts among nodes of one layer; None where there are none, or they are asked for in another way.
-    `whole` are the nodes of the model, `weights` names of weights that lie in a file, `constants` tensors
-    that lie in the model."""
+    `choices` are the model's, `weights` names of weights that lie in a file, `constants` tensors that lie in
+    the model."""
     questions = {node.output[0]: node for node in _questions(nodes)}
     owner = {name: _number(node.input[1], constants) for name, node in questions.items()}
     stored = frozenset(weights)
@@ -78,9 +90,7 @@ def routing_of(
             owner.update(dict.fromkeys((name for name in node.output if name), expert))
             names[expert] += [name for name in node.input if name in stored]
     index = indices.pop()
-    of = sum(node.input[0] == index for node in _questions(whole))
-    choices = min(_choices(index, whole, constants), of)
-    return Routing(index, choices, of, {n: tuple(each) for n, each in names.items()})
+    return Routing(index, *choices[index], {n: tuple(each) for n, each in names.items()})
 
 
 def _questions(nodes: Sequence[Any]) -> list[Any]:
@@ -95,9 +105,9 @@ def _questions(nodes: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _choices(index: str, every: Iterable[Any], constants: Mapping[str, Any]) -> int:
-    """How many experts a token chooses: what the TopK behind `index` gives; a large number without one."""
-    makes = {name: node for node in every for name in node.output if name}
+def _choices(index: str, makes: Mapping[str, Any], constants: Mapping[str, Any]) -> int:
+    """How many experts a token chooses: what the TopK behind `index` gives, by the node that makes each
+    value; a large number without one."""
     while (node := makes.get(index)) is not None and node.input:
         if node.op_type == "TopK":
             found = _number(node.input[1], constants)
