@@ -123,7 +123,7 @@ def test_same_tokens_as_eager_and_few_graphs(name: str, cache: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=[] if x == "gpt_oss" else [pytest.mark.slow]) for x in WINDOWED],
+    quick(WINDOWED, "gpt_oss"),
 )
 def test_few_graphs_behind_a_full_window(name: str) -> None:
     """A prompt longer than the window, as long texts have it: the dynamic cache too."""

@@ -19,6 +19,7 @@ from einfold.compiler.codegen.triton.tiles import choose_tiles
 
 from ..cascade.conftest import load
 from ..codegen.triton.conftest import asking, needs_triton
+from ..quick import quick, rarely
 
 pytestmark = needs_triton
 
@@ -55,7 +56,7 @@ QUICKLY = {
 
 @pytest.mark.parametrize(
     "form",
-    [pytest.param(x, marks=[] if x in QUICKLY else [pytest.mark.slow]) for x in FORMS],
+    quick(FORMS, *QUICKLY),
 )
 def test_every_form_is_what_eager_gives(asked: Ask, form: str) -> None:
     found = asked(what="form", name=form)
@@ -68,9 +69,7 @@ def test_every_form_is_what_eager_gives(asked: Ask, form: str) -> None:
         assert lowerings == {"kernel"}
 
 
-@pytest.mark.parametrize(
-    "form", ["sinks by concatenation", pytest.param("entropy by p log p", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("form", ["sinks by concatenation", rarely("entropy by p log p")])
 def test_within_what_inductor_compiles(asked: Ask, form: str) -> None:
     found = asked(what="form", name=form, rest="inductor")
     assert found["lowerings"] == [KERNEL]
@@ -112,9 +111,9 @@ def test_updates_keep_their_order(asked: Ask) -> None:
     ("model", "cache"),
     [
         ("llama", "static"),
-        pytest.param("gemma2", "dynamic", marks=pytest.mark.slow),
-        pytest.param("gpt_oss", "static", marks=pytest.mark.slow),
-        pytest.param("gpt2", "dynamic", marks=pytest.mark.slow),
+        rarely("gemma2", "dynamic"),
+        rarely("gpt_oss", "static"),
+        rarely("gpt2", "dynamic"),
     ],
 )
 def test_the_tokens_of_eager(asked: Ask, model: str, cache: str) -> None:
@@ -163,11 +162,7 @@ SPILLS = {"mean and variance under the attention"}
 
 @pytest.mark.parametrize(
     "form",
-    [
-        pytest.param(name, marks=[] if name == "softmax" else [pytest.mark.slow])
-        for name in FORMS
-        if name not in LEFT
-    ],
+    quick((name for name in FORMS if name not in LEFT), "softmax"),
 )
 def test_every_function_compiles_ahead_of_time(
     form: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

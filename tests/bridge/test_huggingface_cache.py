@@ -15,7 +15,7 @@ import einfold
 from einfold.errors import PromptError, UnsupportedError
 
 from .. import models
-from ..quick import quick
+from ..quick import quick, rarely
 
 NEW = 14
 PROMPTS = (41, 23, 30)
@@ -223,8 +223,8 @@ def test_what_does_not_fit_is_refused(model: Any, cache_for: Any) -> None:
         model(ids.expand(2, -1), past_key_values=cache)
 
 
-@pytest.mark.parametrize("backend", ["einfold", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "compensation"])
+@pytest.mark.parametrize("backend", ["einfold", rarely("inductor")])
+@pytest.mark.parametrize("name", [rarely("full"), "compensation"])
 def test_under_torch_compile_without_a_graph_break(
     backend: str, name: str, text_model: Path
 ) -> None:

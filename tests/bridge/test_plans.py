@@ -25,7 +25,7 @@ from einfold.errors import EinfoldError, RecipeError
 
 from .. import models
 from ..frontend import test_given_model as given
-from ..quick import quick
+from ..quick import quick, rarely
 from .test_huggingface_cache import METHODS, PACKED
 
 IDS = torch.arange(60)[None] % 90 + 3
@@ -69,7 +69,7 @@ def test_a_plan_that_is_found_again_gives_the_same_numbers(name: str, plans: lis
     assert len(plans) == 1
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gemma3", rarely("gpt_oss")])
 def test_other_architectures(name: str, plans: list[str]) -> None:
     first = logits(models.build(name))
     assert torch.equal(first, logits(models.build(name)))

@@ -13,6 +13,7 @@ import einfold
 from einfold.errors import RecipeError
 
 from .. import models
+from ..quick import rarely
 
 TOKENS = 500
 
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"weights": "int4"},
         *(
-            pytest.param(options, marks=pytest.mark.slow)
+            rarely(options)
             for options in (
                 {},
                 {"weights": "int8", "cache": "int8"},

@@ -16,6 +16,7 @@ from einfold.errors import ArtifactError, ModelError, RecipeError, UnsupportedEr
 from einfold.evaluate import encoder_decoder_check
 
 from ..hostile import forge
+from ..quick import rarely
 from . import common
 
 Made = Callable[[str], Path]
@@ -42,12 +43,11 @@ _TRANSLATES = _SMALL | {"src_vocab_size": 50, "tgt_vocab_size": 50, "langs": ["a
         ("VisionEncoderDecoder", "VisionEncoderDecoderModel", {}, "none whose encoder .* images"),
         ("EncoderDecoder", "EncoderDecoderModel", {}, "put together of two models"),
         ("Speech2Text", "Speech2TextForConditionalGeneration", {}, "spectrograms of one length"),
-        pytest.param(
+        rarely(
             "M2M100",
             "M2M100ForConditionalGeneration",
             _SMALL,
             "numbers the tokens that it writes",
-            marks=pytest.mark.slow,
         ),
         ("FSMT", "FSMTForConditionalGeneration", _TRANSLATES, "'fsmt' cannot be compiled"),
     ],

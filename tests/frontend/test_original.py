@@ -24,6 +24,7 @@ from einfold.evaluate import original
 from einfold.evaluate.original import OriginalCheck
 
 from .. import models
+from ..quick import quick
 
 _KEPT: dict[str, Any] = {}
 
@@ -182,7 +183,7 @@ def test_the_report_tells_of_both_comparisons(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "weights",
-    ["int4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fp32", "fp16", "int8"))],
+    quick(["int4", "fp32", "fp16", "int8"], "int4"),
 )
 def test_a_finished_artifact_of_another_model_is_refused(weights: str, tmp_path: Path) -> None:
     """Behind the graph, each form of weights has a bound of its own."""

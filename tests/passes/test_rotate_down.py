@@ -28,6 +28,7 @@ from einfold.errors import RecipeError
 
 from ..encoders import common
 from ..programs import calls, program, run
+from ..quick import rarely
 from .test_rotate_residual import TOKENS, logits, model
 
 PASSES = (RotateValues(), RotateResidual(), RotateDown())
@@ -69,7 +70,7 @@ def test_signs_in_the_matrices_leave_them_orthogonal(width: int) -> None:
         ("llama", 2, 1, 2),
         ("gemma3", 2, 0, 2),
         ("gpt2", 2, 0, 2),
-        pytest.param("deepseek_v3", 0, 1, 2, marks=pytest.mark.slow),
+        rarely("deepseek_v3", 0, 1, 2),
     ],
 )
 def test_the_logits_are_what_they_were(name: str, values: int, residual: int, down: int) -> None:

@@ -15,6 +15,8 @@ import einfold
 from einfold.compiler.ir.manifest import Manifest
 from einfold.errors import ModelError, PromptError, UnsupportedError
 
+from ..quick import rarely
+
 WIDTH, WORDS = 32, 99
 TEXT = {
     "vocab_size": WORDS,
@@ -97,9 +99,9 @@ def compare(model: Any, loaded: Any, tolerance: float = 1e-4) -> None:
     ("make", "target"),
     [
         (llava, "onnx"),
-        pytest.param(llava, "reference", marks=pytest.mark.slow),
-        pytest.param(smolvlm, "reference", marks=pytest.mark.slow),
-        pytest.param(internvl, "reference", marks=pytest.mark.slow),
+        rarely(llava, "reference"),
+        rarely(smolvlm, "reference"),
+        rarely(internvl, "reference"),
     ],
 )
 def test_what_transformers_computes_and_writes(

@@ -19,6 +19,7 @@ from einfold.compiler.recipe import Recipe
 
 from ...programs import program
 from ...quant.common import BODY, INPUTS
+from ...quick import rarely
 from .test_onnx import FLAVOURS, build
 
 WIDTH = """
@@ -103,7 +104,7 @@ def test_codes_go_through_integer_kernels(text: str, products: int, tmp_path: Pa
         "nf4",
         "grouped(bits=4,scales=f16)",
         "kquant",
-        pytest.param("planes", marks=pytest.mark.slow),  # onnxruntime folds each plane by itself
+        rarely("planes"),  # onnxruntime folds each plane by itself
     ],
 )
 def test_experts_are_read_one_by_one(flavour: str, text: str, tmp_path: Path) -> None:
