@@ -21,6 +21,7 @@ from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
 from einfold.compiler.ir.kv.store.storage import GroupShape
+from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 from einfold.compiler.passes.kv_share.cskv import features_of
 
@@ -31,6 +32,7 @@ HEADS = (64, 128, 256)
 STORAGES = {
     "KIVI, 4 bits": Kivi(residual=128, bits=4),
     "KIVI, 2 bits": Kivi(residual=128),
+    "TurboQuant, 4 bits": TurboQuant(),
     "GEAR": Gear(residual=128, bits=4),
     "ZipCache": ZipCache(residual=0),
     "MiKV": MiKV(residual=32),

@@ -23,7 +23,7 @@ class Cache(CacheBuffers):
         """The most tokens that one step may bring, however full the cache is."""
         rooms = [
             self.slots_of(name)
-            - group.policy.lead
+            - group.lead
             - group.newest
             - (group.storage.granule - 1)  # what is left of a granule stays
             for name, group in self.groups.items()

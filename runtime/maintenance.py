@@ -70,7 +70,7 @@ def settle(cache: CacheBuffers) -> None:
 
 def _leaving(group: HeadGroup, used: int) -> int:
     """How many tokens leave a row that uses so many slots."""
-    movable = used - group.policy.lead - group.newest
+    movable = used - group.lead - group.newest
     return max(0, movable // group.storage.granule * group.storage.granule)
 
 
@@ -118,7 +118,7 @@ def _move(
             held[part][:, :stay] = held[part][heads, staying_KN]
         _clear(group, held, stay)
         return
-    first, last = group.policy.lead, group.policy.lead + leaving
+    first, last = group.lead, group.lead + leaving
     if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
     if group.packed and group.partner is None:  # the partner's move packed both

@@ -25,7 +25,7 @@ def pack(
     Granules know nothing of each other, so a long prompt is encoded some of them at a time.
     """
     group = layer.groups[index]
-    storage, lead = _packed(layer, index), group.policy.lead
+    storage, lead = _packed(layer, index), group.lead
     packed = int(cache.packed[packed_of(cache.layout.clock(group))][row])
     tile = max(1, TILE // storage.granule) * storage.granule
     for start in range(0, leaving, tile):

@@ -237,6 +237,7 @@ CACHE = (
     _by_head("ada_kv", 256, by="expected_attention"),
     _cache("prune", "pyramid_kv", by="expected_attention"),
     _cache("quant", "kivi", bits=4),
+    _cache("quant", "turboquant", bits=3),
     _cache("share", "cskv", keep=0.5),
     _cache("share", "cross_layer", layers=1),
     *(_stack(_by_head("kvzip", tokens), storage="int8") for tokens in (512, 256)),

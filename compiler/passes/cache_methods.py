@@ -45,7 +45,9 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
         PRUNE,
         (POLICIES, KeepByPolicy),
     ),
-    "quant": Family(("kivi", "gear", "zipcache", "mikv"), None, (STORAGES, PackByStorage)),
+    "quant": Family(
+        ("kivi", "turboquant", "gear", "zipcache", "mikv"), None, (STORAGES, PackByStorage)
+    ),
     "read": Family((), None, (READERS, ReadByReader)),
 }
 

@@ -25,7 +25,7 @@ METHODS = {
         *("scissorhands", "d2o", "kvmerger"),
         *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
     ),
-    "quant": ("kivi", "gear", "zipcache", "mikv"),
+    "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv"),
     "share": ("cross_layer", "minicache", "cskv"),
     "read": ("quest",),
 }
@@ -149,7 +149,7 @@ QuantOption = Annotated[
         "--quant",
         metavar="METHOD[:KEY=VALUE,..]",
         autocompletion=starting((*METHODS["quant"], "none")),
-        help="Pack the tokens of the KV cache into few bits, the newest left as they are. "
+        help="Pack the tokens of the KV cache into few bits, the first and the newest left as they are. "
         f"{_WRITTEN}. [default: packed into nothing, see --cache]",
         show_default=False,
     ),

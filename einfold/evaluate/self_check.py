@@ -182,7 +182,7 @@ def _finite(logits: Floats) -> Floats:
 def _lets_go(layout: CacheLayout) -> bool:
     """Whether tokens may leave the slots within the few that are read here."""
     return any(
-        group.policy.lead + group.newest + group.storage.granule <= _PROMPT + _STEPS
+        group.lead + group.newest + group.storage.granule <= _PROMPT + _STEPS
         for group in layout.clocks().values()
     )
 

@@ -104,6 +104,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "snapkv": [kept["50%"]["snapkv"]],
         "expected_attention": [kept[share]["expected_attention"] for share in ("50%", "25%")],
         "kivi": [real["--quant kivi:bits=4"]],
+        "turboquant": [real["--quant turboquant"]],
     }
     for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
         found[name].append(real[f"--prune {name}"])

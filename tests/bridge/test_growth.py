@@ -37,7 +37,7 @@ LAYOUTS: dict[str, tuple[Policy, Storage]] = {
     "window": (Window(2, 30, 8, True, "streaming"), Plain()),
     "scores": (HeavyHitters(20, 30, 8, "streaming"), Plain()),
     "threshold": (Matched(20, 30, 8, "streaming"), Plain()),
-    "packed": (Full(), Kivi(8, 8, "streaming", 2, 2, 8)),
+    "packed": (Full(), Kivi(8, 8, "streaming", 4, 2, 2, 8)),
     "features": (Window(2, 30, 8, False, "streaming"), LowRank(4, 4)),
 }
 

@@ -36,6 +36,7 @@ from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
 from einfold.compiler.ir.kv.store.packed import BITS, Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
+from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 from einfold.errors import IRError
 from einfold.runtime.buffers import empty
@@ -67,9 +68,17 @@ def packed(draw: st.DrawFn) -> Packed:
     waiting: dict[str, Any] = {
         "slack": draw(st.integers(1, 9)),
         "prefill": draw(st.sampled_from(["exact", "streaming"])),
+        "sinks": draw(st.integers(0, 5)),
     }
-    kind = draw(st.sampled_from([Kivi, Gear, ZipCache, MiKV]))
-    if kind in (Kivi, Gear):
+    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV]))
+    if kind is TurboQuant:
+        options = {
+            "key_bits": draw(width),
+            "value_bits": draw(width),
+            "group": draw(st.integers(1, 12)),
+            "residual": draw(st.integers(0, 20)),
+        }
+    elif kind in (Kivi, Gear):
         options = {
             "key_bits": draw(width),
             "value_bits": draw(width),
@@ -109,6 +118,7 @@ def pairs(draw: st.DrawFn, layer: int) -> list[LayerCache]:
         draw(st.integers(0, 9)),
         draw(st.integers(1, 8)),
         draw(st.sampled_from(["exact", "streaming"])),
+        draw(st.integers(0, 3)),
         draw(st.integers(2, 8)),
         draw(st.integers(0, 2)),
     )
@@ -261,6 +271,7 @@ def test_a_row_shares_the_memory() -> None:
         ("kivi(group=64,residual=32)", "residual of 32 tokens is smaller than a group of 64"),
         ("kivi(keys=head)", "by channel or token, not 'head'"),
         ("kivi(slack=0)", "1 or more of slack"),
+        ("kivi(sinks=-1)", "0 or more first and newest tokens as they are .* not -1, 128 and 64"),
         ("kivi(prefill=later)", "exact or streaming"),
         ("gear(tokens=48)", "a group of 32 does not divide the granule 48"),
         ("gear(tokens=512)", "up to 256 tokens"),
@@ -269,6 +280,8 @@ def test_a_row_shares_the_memory() -> None:
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
         ("kivi(bits=4)", "unknown or repeated field"),
+        ("turboquant(value_bits=1)", "codes of 2, 3, 4, 8 bits, not 1"),
+        ("turboquant(group=0)", "1 or more tokens are packed together, not 0"),
     ],
 )
 def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:

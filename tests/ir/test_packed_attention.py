@@ -13,6 +13,7 @@ from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.ops.attention import masked_attention
@@ -21,6 +22,7 @@ from einfold.compiler.ir.ops.packed import PackedAttention, Partial, partial_att
 STORAGES = [
     Kivi(key_bits=2, value_bits=3, group=8, residual=8),
     Kivi(key_bits=4, value_bits=8, group=8, residual=8, keys="token"),
+    TurboQuant(group=8, residual=8, bits=3),
     Gear(group=8, residual=8, tokens=16),
     ZipCache(residual=128, salient=8, tokens=16),
     MiKV(residual=128, salient=8, tokens=16, group=8),

@@ -27,6 +27,7 @@ POLICY_OPTIONS = {
 STORAGE_OPTIONS = {
     "plain": {"dtype": "f16"},
     "kivi": {"group": 8, "residual": 8, "slack": 4},
+    "turboquant": {"group": 8, "residual": 8, "slack": 4, "sinks": 2},
     "gear": {"group": 8, "residual": 8, "slack": 4, "tokens": 16},
     "zipcache": {"tokens": 16, "slack": 4},
     "mikv": {"tokens": 16, "slack": 4, "group": 8, "residual": 4, "share": 0.5},

@@ -39,27 +39,33 @@ BODY = """
 PASSES = [
     (
         chosen("kivi", group=8, residual=8, slack=4),
-        "kivi(residual=8,slack=4,prefill=exact,key_bits=2,value_bits=2,group=8,keys=channel,"
+        "kivi(residual=8,slack=4,prefill=exact,sinks=4,key_bits=2,value_bits=2,group=8,keys=channel,"
         "rotate=none)",
         # codes of both, then scale and zero of a channel (8 tokens) and of a token
         2 * (8 * 2 / 8 + 8 * 4 / 8 + 8 * 2 / 8 + 4),
     ),
     (
+        chosen("turboquant", value_bits=2, group=16, residual=8, slack=4),
+        "turboquant(residual=8,slack=4,prefill=exact,sinks=4,key_bits=4,value_bits=2,group=16)",
+        # codes of both, a scale a token of each, the mean of 16 tokens' keys
+        2 * (8 * 4 / 8 + 8 * 2 / 8 + 2 + 2 + 8 * 2 / 16),
+    ),
+    (
         chosen("gear", bits=4, group=8, residual=8, slack=4, tokens=16, rank=1, share=0.2),
-        "gear(residual=8,slack=4,prefill=exact,key_bits=4,value_bits=4,group=8,keys=channel,"
+        "gear(residual=8,slack=4,prefill=exact,sinks=4,key_bits=4,value_bits=4,group=8,keys=channel,"
         "rotate=none,tokens=16,rank=1,share=0.2)",
         # KIVI's, then left and right of both, then outliers: 4 of a channel's 16, 2 of a token's 8
         2 * (4 + 4 + 4 + 4 + 2 * (2 + 8 * 2 / 16) + (4 * 8 / 16 + 2) * 3),
     ),
     (
         chosen("zipcache", share=0.5, tokens=16, slack=4),
-        "zipcache(residual=0,slack=4,prefill=exact,high=4,low=2,salient=8,tokens=16)",
+        "zipcache(residual=0,slack=4,prefill=exact,sinks=4,high=4,low=2,salient=8,tokens=16)",
         # 3 bits each in the mean, two scales and zeros a channel, one a token, and the norms
         2 * (6 + 2 * 8 * 4 / 16 + 4 + 8 * 2 / 16),
     ),
     (
         chosen("mikv", share=0.5, group=8, tokens=16, slack=4),
-        "mikv(residual=32,slack=4,prefill=exact,high=8,low=2,salient=8,tokens=16,group=8)",
+        "mikv(residual=32,slack=4,prefill=exact,sinks=4,high=8,low=2,salient=8,tokens=16,group=8)",
         2 * (10 + 2 * 4 + 8 * 2 / 16),
     ),
 ]
@@ -84,8 +90,9 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
     (call,) = [c for c in calls(found) if "attention" in c]
     bulk = [b.name for b in found.layout.buffers(1, 64) if b.role == "read"]
     listed = ", ".join(f"%{name}" for name in bulk)
+    given = "%1, %2, %3" if step.storage.rotated else "%q, %k, %k"
     assert call == (
-        "einfold.packed_attention(%q, %k, %k, %cache.3.0.key, %cache.3.0.value, %slots.0, %packed.0, "
+        f"einfold.packed_attention({given}, %cache.3.0.key, %cache.3.0.value, %slots.0, %packed.0, "
         f'[{listed}], none, none, none, none, 3, 0.25, 0.0, false, "{storage}")'
     )
     queries = ["query.3.0"] if step.name in ("zipcache", "mikv") else []
@@ -95,7 +102,7 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
 
 
 def test_every_method_is_listed() -> None:
-    assert list(FAMILIES["quant"]) == ["kivi", "gear", "zipcache", "mikv"]
+    assert list(FAMILIES["quant"]) == ["kivi", "turboquant", "gear", "zipcache", "mikv"]
     assert [step.name for step, _, _ in PASSES] == list(FAMILIES["quant"])
 
 
@@ -159,7 +166,7 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
         (lambda: chosen("kivi", group=8, residual=60).run(planned()), "the context has 64"),
         (
             lambda: chosen("kivi", group=8, residual=8, slack=49).run(planned()),
-            "8 tokens and up to 56 that wait",
+            "12 tokens and up to 56 that wait",
         ),
     ],
 )
@@ -189,8 +196,8 @@ def test_a_bulk_of_another_storage_is_refused() -> None:
     with pytest.raises(IRError, match="does not hold the pieces"):
         parse(
             text.replace(
-                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=4,prefill=exact,key_bits=2',
-                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=4,prefill=exact,key_bits=4',
+                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=4,prefill=exact,sinks=4,key_bits=2',
+                'none, 3, 0.25, 0.0, false, "kivi(residual=8,slack=4,prefill=exact,sinks=4,key_bits=4',
             )
         )
     other = parse(text.replace('false, "kivi(residual=8', 'false, "kivi(residual=9'))
@@ -200,6 +207,7 @@ def test_a_bulk_of_another_storage_is_refused() -> None:
 
 METHODS: dict[str, dict[str, Any]] = {
     "kivi": {"bits": 8, "group": 8, "residual": 8, "slack": 8},
+    "turboquant": {"bits": 8, "group": 16, "residual": 8, "slack": 8},
     "gear": {"bits": 8, "group": 8, "residual": 8, "slack": 8, "tokens": 8},
     "zipcache": {"high": 8, "low": 8, "tokens": 16, "slack": 8},
     "mikv": {"low": 8, "tokens": 16, "group": 8, "residual": 0, "slack": 8, "share": 0.5},

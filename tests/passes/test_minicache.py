@@ -94,14 +94,15 @@ def test_retained_tokens_that_float16_has_no_room_for_are_cut() -> None:
     assert float(first["key_kept"].max()) == torch.finfo(torch.float16).max
 
 
-SMALL = {"group": 2, "residual": 3, "slack": 2, "retained": 0.5, "start": 0}
+SMALL = {"group": 2, "sinks": 0, "residual": 3, "slack": 2, "retained": 0.5, "start": 0}
 
 
 def test_adjacent_layers_are_paired() -> None:
     found = planned(0, 0, 0, 0, 0)
     result = chosen("minicache", group=8, residual=8, slack=8).run(found)
     storage = (
-        "minicache(residual=8,slack=8,prefill=exact,group=8,rows=1,slerp=0.6,gamma=0.05,dtype=f32)"
+        "minicache(residual=8,slack=8,prefill=exact,sinks=4,group=8,rows=1,slerp=0.6,gamma=0.05,"
+        "dtype=f32)"
     )
     assert list(found.layout.lines())[2:] == [
         "cache 2.0 heads=0 of=1 key=8 value=8 policy=full storage=f32",
@@ -126,7 +127,7 @@ def test_windows_and_lone_layers_are_skipped_and_a_short_context_refused() -> No
     assert reasons["layer 2"] == "layer 2 has a sliding window of 4 tokens of its own"
     assert [layer.groups[0].partner for layer in found.layout.layers] == [None] * 4 + [3]
     with pytest.raises(
-        RecipeError, match=r"8 tokens and up to 56 that wait .* nothing would be merged"
+        RecipeError, match=r"12 tokens and up to 56 that wait .* nothing would be merged"
     ):
         chosen("minicache", group=8, residual=8, slack=49).run(planned(0, 0))
     small = {"group": 8, "residual": 8, "slack": 8}
@@ -149,6 +150,7 @@ def test_windows_and_lone_layers_are_skipped_and_a_short_context_refused() -> No
     st.integers(1, 3),
     st.sampled_from([0.0, 0.5]),
     st.sampled_from(["exact", "streaming"]),
+    st.integers(0, 3),
     st.sampled_from(["f32", "f16"]),
     st.data(),
 )
@@ -158,11 +160,14 @@ def test_both_layers_of_a_pair_are_merged_together(
     slack: int,
     retained: float,
     prefill: str,
+    sinks: int,
     dtype: str,
     data: st.DataObject,
 ) -> None:
     """Whatever the steps: bulk and slots hold each token once, merged as the whole text would be."""
-    storage = Storage(residual, slack, prefill, group, int(retained * group), 0.6, 0.05, dtype)
+    storage = Storage(
+        residual, slack, prefill, sinks, group, int(retained * group), 0.6, 0.05, dtype
+    )
     layers = tuple(
         LayerCache(i, 2, 4, 4, (HeadGroup((0, 1), storage=storage, partner=p),))
         for i, p in ((0, None), (1, 0))
@@ -192,9 +197,10 @@ def test_both_layers_of_a_pair_are_merged_together(
         cache.settle()
     packed, used = int(cache.packed["packed.0"][0]), int(cache.clocks["slots.0"][0])
     assert packed + used == total and packed % group == 0
+    first, behind = min(sinks, total), sinks + packed
     cut = [
         tuple(
-            torch.from_numpy(text[layer, i, :, :packed]).unflatten(1, (-1, group))
+            torch.from_numpy(text[layer, i, :, sinks:behind]).unflatten(1, (-1, group))
             for layer in (0, 1)
         )
         for i in (0, 1)
@@ -202,7 +208,8 @@ def test_both_layers_of_a_pair_are_merged_together(
     for layer in (0, 1):
         for index, part in enumerate(("key", "value")):
             slots = cache.buffers[f"cache.{layer}.0.{part}"][0]
-            np.testing.assert_array_equal(slots[:, :used], text[layer, index, :, packed:])
+            np.testing.assert_array_equal(slots[:, :first], text[layer, index, :, :first])
+            np.testing.assert_array_equal(slots[:, first:used], text[layer, index, :, behind:])
     if packed:
         for layer, want in enumerate(encode_pair(storage, cut[0], cut[1])):
             for name, piece in want.items():

@@ -131,6 +131,11 @@ class HeadGroup:
         return self.packed or not self.policy.whole
 
     @property
+    def lead(self) -> int:
+        """Slots that stay beside the newest when others leave: as policies have them, or first tokens."""
+        return self.storage.lead if self.packed else self.policy.lead
+
+    @property
     def newest(self) -> int:
         """The newest tokens, which stay in the slots when others leave."""
         return self.storage.newest if self.packed else self.policy.newest
@@ -144,7 +149,7 @@ class HeadGroup:
             return divided_up(kept, self.reader.bounded) * self.reader.bounded  # whole pages
         if not self.packed:
             return kept
-        return least(kept, self.policy.lead + self.storage.newest + self.storage.waiting)
+        return least(kept, self.lead + self.newest + self.storage.waiting)
 
     def describe(self) -> str:
         """`window(sinks=4,..) f32`, in one word each."""

@@ -232,7 +232,7 @@ class Attachment:
                 "key_basis_RM": bases[0],
                 "value_basis_RM": bases[1],
                 "lengths_B": self._counters[TOKENS],
-                "first": group.policy.lead,
+                "first": group.lead,
             }
         return BoundedAttention if group.reader.bounded else CachedAttention, {
             "bounds_BKPE": inputs.get(BOUNDS),

@@ -36,7 +36,7 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
         result.skipped("graph", "no attention in the graph")
         return result
     who = f"cache.quant: {storage.name}"
-    check_lets_go(program, who, storage.newest, storage.waiting, "packed")
+    check_lets_go(program, who, storage.lead + storage.newest, storage.waiting, "packed")
     windows = own_windows(program)
     layers = [
         _packed(layer, storage, windows[layer.layer], result) for layer in program.layout.layers
@@ -67,7 +67,7 @@ def _packed(layer: LayerCache, storage: Packed, window: int, result: PassResult)
         result.applied(
             where,
             f"{heads}: {each:g} bytes a packed token, from {before}; "
-            f"the newest {storage.residual} tokens and up to {storage.waiting} more stay as they are",
+            f"{storage.apart} stay as they are",
         )
         groups.append(replace(group, storage=storage))
     return replace(layer, groups=tuple(groups))

@@ -31,7 +31,7 @@ class CSKV(Pass):
     """Stores `keep` of the channels of keys and values, for every token (Wang et al. 2024, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
-    After:  `cache 0.0 heads=0,1 .. policy=window(sinks=0,recent=32,..) storage=low_rank(..)`, and the weights
+    After:  `cache 0.0 heads=0,1 .. policy=window(sinks=4,recent=32,..) storage=low_rank(..)`, and the weights
     `cache.0.0.key_basis` and `cache.0.0.value_basis` [features, channels].
 
     The newest `recent` tokens, and the `sinks` first, stay whole in slots (up to `slack` more of them); of
@@ -50,7 +50,7 @@ class CSKV(Pass):
     key_keep: float | None = None
     value_keep: float | None = None
     recent: int = 32
-    sinks: int = 0
+    sinks: int = 4
     slack: int = 64
     dtype: str = "f32"
     prefill: str = "exact"

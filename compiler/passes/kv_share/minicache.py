@@ -58,7 +58,7 @@ class MiniCache(Pass):
             result.skipped("graph", "no attention in the graph")
             return result
         who = f"cache.share: {self.name}"
-        check_lets_go(program, who, storage.newest, storage.waiting, "merged")
+        check_lets_go(program, who, storage.lead + storage.newest, storage.waiting, "merged")
         layers = list(program.layout.layers)
         first = math.ceil(self.start * len(layers))
         for layer in layers[:first]:
@@ -120,6 +120,5 @@ def _saving(layer: LayerCache, storage: Storage) -> str:
     each = shape.heads * of_pair / storage.group
     before = 2 * shape.heads * (shape.key_size + shape.value_size) * ITEM_BYTES["f32"]
     return (
-        f"{each:g} bytes a merged token for both, from {before}; the newest {storage.residual} tokens and up "
-        f"to {storage.waiting} more stay as they are"
+        f"{each:g} bytes a merged token for both, from {before}; {storage.apart} stay as they are"
     )

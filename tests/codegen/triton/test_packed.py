@@ -42,6 +42,8 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         ),
         ("kivi(slack=8,residual=16,group=16,key_bits=3,value_bits=8)", {}),
         ("kivi(slack=8,residual=8,group=8,key_bits=8,value_bits=3,keys=token)", {}),
+        ("turboquant(slack=8,residual=8,group=8,key_bits=4,value_bits=3)", {}),
+        ("turboquant(slack=8,residual=8,group=6,key_bits=2,value_bits=8)", PRESSED),
         ("gear(slack=8,residual=8,group=8,tokens=16,rank=2,share=0.13)", {}),
         ("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
         ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),

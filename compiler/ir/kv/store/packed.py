@@ -58,13 +58,15 @@ class Codec(Protocol):
 class Packed(Storage):
     """A storage whose older tokens leave the slots for bulk buffers.
 
-    The newest `residual` tokens stay in full precision in slots, and up to `slack` more (and what is left
-    of a granule) wait there. `prefill` is as for policies: `exact` packs once the prompt has been read.
+    The first `sinks` tokens, which most attention goes to, and the newest `residual` stay in full precision
+    in slots, and up to `slack` more (and what is left of a granule) wait there. `prefill` is as for
+    policies: `exact` packs once the prompt has been read.
     """
 
     residual: int = 128
     slack: int = 64
     prefill: str = "exact"
+    sinks: int = 4
 
     @property
     def codec(self) -> Codec:
@@ -83,12 +85,22 @@ class Packed(Storage):
         return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{name}")
 
     @property
+    def lead(self) -> int:
+        return self.sinks
+
+    @property
     def newest(self) -> int:
         return self.residual
 
     @property
     def waiting(self) -> int:
         return self.slack + self.granule - 1
+
+    @property
+    def apart(self) -> str:
+        """What is not packed, for reports."""
+        first = f"the first {self.sinks}, " if self.sinks else ""
+        return f"{first}the newest {self.residual} tokens and up to {self.waiting} more"
 
     @property
     def exact(self) -> bool:
@@ -109,7 +121,7 @@ class Packed(Storage):
                 )
 
     def granules(self, tokens: Size) -> Size:
-        return divided_down(most(tokens - self.residual, 0), self.granule)
+        return divided_down(most(tokens - self.sinks - self.residual, 0), self.granule)
 
     def bulk(
         self, shape: GroupShape, batch: Size, tokens: Size
@@ -126,11 +138,11 @@ class Packed(Storage):
         return shape.heads * sum(piece.nbytes for piece in self.pieces(shape))
 
     def check_waiting(self) -> None:
-        """Raises IRError for a residual, slack or prefill that there cannot be."""
-        if self.residual < 0 or self.slack < 1:
+        """Raises IRError for sinks, a residual, slack or prefill that there cannot be."""
+        if self.sinks < 0 or self.residual < 0 or self.slack < 1:
             raise IRError(
-                f"{self.name} keeps 0 or more newest tokens as they are and 1 or more of slack, "
-                f"not {self.residual} and {self.slack}"
+                f"{self.name} keeps 0 or more first and newest tokens as they are and 1 or more of slack, "
+                f"not {self.sinks}, {self.residual} and {self.slack}"
             )
         check_prefill(self.prefill)
 

@@ -1,8 +1,8 @@
 """What a storage is: how the tokens that a group keeps are stored.
 
 Every group appends new tokens to plain slots. A plain storage has nothing else. A packed one keeps the
-newest tokens there, and the runtime packs older ones, `granule` at a time, into *bulk* buffers,
-which a step only reads.
+newest tokens there, and the first few, and the runtime packs the others, `granule` at a time, into *bulk*
+buffers, which a step only reads.
 
 A storage is a folder here: `storage.py` says what it takes of memory, without torch; `codec.py` packs and
 unpacks it in torch, `stream.py` says how a kernel reads it, where it packs anything. Its fields are the
@@ -74,6 +74,11 @@ class Storage(Options):
     def slot_dtype(self) -> str:
         """Type of the slots."""
         return "f32"
+
+    @property
+    def lead(self) -> int:
+        """Oldest tokens that are never packed."""
+        return 0
 
     @property
     def newest(self) -> int:

@@ -1,0 +1,44 @@
+"""TurboQuant (Zandieh et al. 2025): a scale a token, and levels that are the same for all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...codes.affine import narrowed
+from ...codes.bits import pack, unpack
+from ...codes.grouped import in_granules
+from ...codes.normal import levels, nearest
+from ...codes.salient import Seen
+from ..packed import Pieces, planes
+from .storage import TurboQuant
+
+
+def encode(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
+    keys_KGTD, values_KGTD = (in_granules(storage, x) for x in (keys_KTD, values_KTD))
+    mean = narrowed(keys_KGTD.mean(2, keepdim=True), torch.float16)
+    pieces = {"key_mean": mean}
+    pieces |= _encoded("key", keys_KGTD - mean.float(), storage.key_bits)
+    return pieces | _encoded("value", values_KGTD, storage.value_bits)
+
+
+def decode(storage: TurboQuant, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    keys = _decoded("key", pieces, storage.key_bits) + pieces["key_mean"].float()
+    return keys, _decoded("value", pieces, storage.value_bits)
+
+
+def _encoded(part: str, x: Tensor, bits: int) -> Pieces:
+    """Codes of numbers over their token's root mean square, and the scale that is best for these codes."""
+    root = x.square().mean(-1, keepdim=True).sqrt()
+    codes = nearest(x / root.clamp(min=torch.finfo(torch.float32).tiny), bits)
+    level = levels(bits).to(x.device)[codes.long()]
+    scale = (x * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)
+    names = [name for name, _ in planes(part, bits)]
+    found: Pieces = dict(zip(names, pack(codes, bits), strict=True))
+    return found | {f"{part}_scale": narrowed(scale, torch.float16)}
+
+
+def _decoded(part: str, pieces: Pieces, bits: int) -> Tensor:
+    codes = unpack([pieces[name] for name, _ in planes(part, bits)], bits)
+    scale: Tensor = pieces[f"{part}_scale"].float()
+    return levels(bits).to(codes.device)[codes.long()] * scale

@@ -1,0 +1,70 @@
+"""TurboQuant: codes of one fixed table for all tokens, behind a rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ......errors import IRError
+from ....options import later, missing, option, settle
+from ..packed import ROTATED, Packed, check_bits, planes
+from ..storage import STORAGES, GroupShape, Piece
+
+
+@STORAGES.register
+@dataclass(frozen=True)
+class TurboQuant(Packed):
+    """Packs older tokens into `bits` bits a number and one scale a token (Zandieh et al. 2025, section 3.1).
+
+    Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
+    After:  `cache 0.0 heads=0,1 .. policy=full storage=turboquant(..,key_bits=4,value_bits=4,group=64)`
+
+    The graph rotates the channels of keys and values, which spreads what stands out over all of them: then
+    the numbers of any token, over their length, are spread as a normal distribution, and the levels that
+    lose the least of one serve all. From keys the mean of each `group` of tokens is taken away before,
+    which is most of many a channel.
+
+    Options: `key_bits` and `value_bits` where they differ from `bits`; `group`, tokens that are packed
+    together and share the mean of their keys; `sinks` and `residual`, the first and the newest tokens, which
+    stay as they are; `slack`, how many more may gather before the oldest are packed; `prefill`, `exact`
+    (attend to the prompt in full precision, then pack it) or `streaming` (pack after every chunk).
+
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.70 and 0.65 by the defaults, as
+    of the whole cache, at a KL of 0.0012 and a fifth of the bytes behind 4,000.
+
+    Differs from the paper: the rotation is a Hadamard matrix, not a random one; a token's scale is the one
+    that loses the least for its codes, not its length; the mean of keys and the first tokens are kept apart;
+    keys have all of their bits from levels, where the paper's for products spend one on the signs of a
+    random projection of what the others lose.
+    """
+
+    key_bits: int = later()
+    value_bits: int = later()
+    group: int = 64
+    bits: int = option(4)
+
+    name = method = "turboquant"
+
+    def __post_init__(self) -> None:
+        for part in ("key_bits", "value_bits"):
+            if missing(getattr(self, part)):
+                settle(self, **{part: self.bits})
+        self.check_waiting()
+        check_bits(self.name, self.key_bits, self.value_bits)
+        if self.group < 1:
+            raise IRError(f"{self.name}: 1 or more tokens are packed together, not {self.group}")
+
+    @property
+    def rotated(self) -> tuple[str, ...]:
+        return ROTATED["both"]
+
+    @property
+    def granule(self) -> int:
+        return self.group
+
+    def pieces(self, shape: GroupShape) -> Iterator[Piece]:
+        yield Piece("key_mean", 1, shape.key_size, "f16")
+        for part, bits in (("key", self.key_bits), ("value", self.value_bits)):
+            for name, width in planes(part, bits):
+                yield Piece(name, self.group, shape.size(part) * width // 8, "u8")
+            yield Piece(f"{part}_scale", self.group, 1, "f16")
