@@ -67,6 +67,7 @@ QUICK = (
     _INT8_CACHE,
     _RAZOR,
     _cache("quant", "kivi", bits=4),
+    _cache("quant", "turboquant"),
     _cache("share", "cross_layer"),
     _STACK,
 )

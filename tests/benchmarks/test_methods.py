@@ -103,7 +103,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "duo_attention": [heads[f"duo_attention, {count}"] for count in (43, 25)],
         "snapkv": [kept["50%"]["snapkv"]],
         "expected_attention": [kept[share]["expected_attention"] for share in ("50%", "25%")],
-        "kivi": [real["--quant kivi:bits=4"]],
+        "kivi": [real["--quant kivi:bits=4"], real["--quant kivi"]],
         "turboquant": [real["--quant turboquant"]],
     }
     for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):

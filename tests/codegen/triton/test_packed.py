@@ -15,6 +15,7 @@ from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.minicache.stream import RETAINED
 from einfold.compiler.ir.kv.store.packed import Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
+from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.errors import UnsupportedError
 
 from .conftest import asking, needs_triton
@@ -68,12 +69,11 @@ def test_kernels_do_what_the_operator_does(
 
 
 @needs_triton
-@pytest.mark.parametrize("bits", [4, 2])
-def test_a_decode_kernel_compiles_for_a_gpu(bits: int, plan_cache: Any) -> None:
+@pytest.mark.parametrize("storage", [Kivi(bits=4), Kivi(), TurboQuant()], ids=str)
+def test_a_decode_kernel_compiles_for_a_gpu(storage: Packed, plan_cache: Any) -> None:
     """The products go to matrix instructions, and nothing is spilled."""
-    storage = Kivi(key_bits=bits, value_bits=bits, group=32, residual=128).text
-    kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage)
-    made = attention_kernel(kind, f"kivi{bits}", (0,), 4096, cache=plan_cache)
+    kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage.text)
+    made = attention_kernel(kind, "packed", (0,), 4096, cache=plan_cache)
     compiled = compile_ahead(made.kernel, 90, "part", made.decode)
     assert sum(compiled.matrix.values()) > 0
     assert compiled.spills == 0
