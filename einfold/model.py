@@ -24,6 +24,7 @@ from .runtime.embeddings import table_of
 from .runtime.encoding import EncoderEngine
 from .runtime.engine import CHUNK, Engine, Timings
 from .runtime.memory.experts import Hits
+from .runtime.memory.slots_ahead import Spilled
 from .runtime.runner import Floats, Runner
 from .runtime.sampling import Sampling
 from .runtime.tokenizer import Tokenizer
@@ -59,6 +60,13 @@ class Model:
         """What of its experts tokens found in memory since it was loaded; None where none are streamed under
         a memory budget."""
         found: Hits | None = getattr(self.engine.runner, "experts", None)
+        return found
+
+    @property
+    def spilled(self) -> Spilled | None:
+        """What of its cache went to the disk and came from it since it was loaded; None where none is spilled
+        under a memory budget."""
+        found: Spilled | None = getattr(self.engine.runner, "spilled", None)
         return found
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -202,8 +210,9 @@ def load(
 
     With `memory`, a number of bytes, a language model of the target onnx runs within so much, whatever its
     weights take: some stay, the rest is read from the disk in every step (`einfold.plan` says which), with
-    room for a cache of `context` tokens, 4,096 without it. The first time a copy with packed weights, of 2.3
-    times their bytes, is written to einfold's cache folder, where there is room.
+    room for a cache of `context` tokens, 4,096 without it, of which some layers lie in a file where it does
+    not fit. The first time a copy with packed weights, of 2.3 times their bytes, is written to einfold's
+    cache folder, where there is room.
 
     Raises ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option,
     UnsupportedError where this machine cannot run it.

@@ -1,4 +1,4 @@
-"""What lies where when an artifact runs in less memory than its weights take, before anything is loaded."""
+"""What lies where when an artifact runs in less memory than it takes, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiers of an artifact's weights, and what a step over them takes on a device."""
+    """The tiers of an artifact's weights and cache, and what a step over them takes on a device."""
 
     artifact: str
     tokens: int
@@ -52,6 +52,7 @@ class Plan:
             "fetched": tiers.fetched,
             "prompt_fetched": tiers.prompt,
             "experts": self._experts(),
+            "spilled": self._spilled(),
             "paged": tiers.paged,
             "remark": tiers.remark,
             "seconds": step.seconds,
@@ -83,6 +84,32 @@ class Plan:
             "hit_rate": tiers.hits,
             "measured": tiers.skew.measured,
         }
+
+    def _spilled(self) -> dict[str, Any] | None:
+        """Of the cache what lies in a file; None where all is in memory."""
+        spill = self.tiers.spill
+        if spill is None:
+            return None
+        return {
+            "layers": list(spill.layers),
+            "bytes": spill.nbytes,
+            "held": spill.tails + spill.stages,
+            "fetched": spill.nbytes,
+            "written": spill.written,
+        }
+
+    def spilled(self) -> str:
+        """What of the cache lies in a file, and what a token moves of it; "" where all is in memory."""
+        from .compiler.report import human_bytes
+
+        tiers, spill = self.tiers, self.tiers.spill
+        if spill is None:
+            return ""
+        layers = f"{len(spill.layers)} layers" if len(spill.layers) > 1 else "1 layer"
+        return (
+            f"{layers} of the cache, {human_bytes(spill.nbytes)} of {human_bytes(tiers.cache)}: a token "
+            f"reads as much at the end of {self.tokens:,} tokens, and writes {human_bytes(spill.written)}"
+        )
 
     def held(self) -> str:
         """What of experts stays from token to token, and how much of what a token asks for that is expected
@@ -133,12 +160,13 @@ class Plan:
         """What a token takes most of its time for, and what the other side takes meanwhile."""
         from .compiler.report import human_bytes
 
-        step = self.step
-        if not self.tiers.streamed:
+        step, spill = self.step, self.tiers.spill
+        if not self.tiers.streamed and spill is None:
             return f"computing: it takes {step.compute:.3f} s, and the disk is not asked"
+        read = self.tiers.fetched + (spill.nbytes if spill is not None else 0)
         packs = f"packing {step.packing:.3f} s, " if step.packing else ""
         times = {
-            "disk": f"reading {human_bytes(self.tiers.fetched)} takes {step.disk:.3f} s, {packs}computing "
+            "disk": f"reading {human_bytes(read)} takes {step.disk:.3f} s, {packs}computing "
             f"{step.compute:.3f} s",
             "packing": f"it takes {step.packing:.3f} s, computing {step.compute:.3f} s, the disk "
             f"{step.disk:.3f} s",
@@ -174,6 +202,8 @@ class Plan:
 
         tiers = self.tiers
         peak = f"peak {human_bytes(tiers.peak)} of {human_bytes(tiers.budget)}"
+        if tiers.spill is not None:
+            peak = f"spilled {self.spilled()}, {peak}"
         if not tiers.streamed:
             return f"all weights are pinned, {peak}"
         pinned = human_bytes(sum(piece.nbytes for piece in tiers.kept))
@@ -197,10 +227,11 @@ def plan(
     how fast that is.
 
     `memory` is all that the process holds, with room for a cache of `context` tokens (4,096, or the
-    artifact's context where that is less) and steps of `chunk` tokens. `device` is a description that
-    `einfold device probe` wrote; without it that of this machine is used, or where it was not measured what
-    is assumed. No hash is checked and no weight read. Raises RecipeError for a budget that cannot do,
-    UnsupportedError for a target that holds all weights.
+    artifact's context where that is less) and steps of `chunk` tokens. Where that cache does not fit beside
+    the rest, slots of some layers are spilled: they lie in a file, and are read in every step too. `device`
+    is a description that `einfold device probe` wrote; without it that of this machine is used, or where it
+    was not measured what is assumed. No hash is checked and no weight read. Raises RecipeError for a budget
+    that cannot do, UnsupportedError for a target that holds all weights.
     """
     artifact = Artifact.open(folder, verify=False)
     target = artifact.manifest.target
@@ -234,8 +265,9 @@ def plan_of(
         )
     limit = artifact.manifest.model.context
     tokens = min(context or TOKENS, limit)
-    cache = _cache_bytes(artifact, min(-(-tokens // _BLOCK) * _BLOCK, limit))
-    found = place(parts.load(chunk, cache), memory)
+    capacity = min(-(-tokens // _BLOCK) * _BLOCK, limit)
+    load = parts.load(chunk, _cache_bytes(artifact, capacity))
+    found = place(parts.spilling(load, capacity), memory)
     known = read_device(None if device is None else Path(device)) or replace(
         ASSUMED, ram=ram_size()
     )

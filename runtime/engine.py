@@ -127,10 +127,7 @@ class Engine:
             capacity = whole
         check = getattr(self.runner, "check_room", None)
         if check is not None:
-            peak = self.layout.bytes(batch, capacity)
-            if prompt is not None:
-                peak = self.layout.peak_bytes(batch, capacity, prompt)
-            check(batch, peak)
+            check(batch, capacity, prompt)
         return Cache.allocate(self.layout, batch, capacity, prompt, self.make, given)
 
     def check_prompt(self, prompt: Sequence[int] | Ints, below: int = 0) -> Ints:

@@ -35,9 +35,9 @@ class Runner(Protocol):
 
     One may have `make`, which makes the cache's buffers where it wants them, and `blocks`, (slots, tokens):
     it is faster over a cache for so many tokens or more whose slots are a multiple of the first. One that
-    keeps to a budget has `check_room(rows, nbytes)`, which raises OutOfMemoryError before a cache is made
-    for which there is no room, `most_logits`, the rows of logits that a step may give, and `plan`, what lies
-    where as it runs.
+    keeps to a budget has `check_room(rows, capacity, prompt)`, which raises OutOfMemoryError before a cache
+    is made for which there is no room, `most_logits`, the rows of logits that a step may give, and `plan`,
+    what lies where as it runs.
     """
 
     @property

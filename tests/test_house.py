@@ -86,12 +86,14 @@ ALLOWED = {
     "compiler.codegen.onnx.streaming": {
         "errors",
         "compiler.ir",
+        "compiler.memory.spill",
         "compiler.memory.tiers",
         "runtime",
     },
     "compiler.codegen.onnx.cut_model": {
         "errors",
         "compiler.ir",
+        "compiler.memory.spill",
         "compiler.memory.tiers",
         "runtime",
     },

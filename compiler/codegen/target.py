@@ -59,6 +59,9 @@ class InParts(Protocol):
     def load(self, chunk: int, cache: int) -> Load:
         """What it holds in memory with `cache` bytes and steps of `chunk` tokens."""
 
+    def spilling(self, load: Load, capacity: int) -> Load:
+        """The same with the layers whose slots of a cache for `capacity` tokens may be spilled."""
+
     def runner(self, plan: TierPlan, threads: int | None = None) -> Runner:
         """What runs it with weights where a plan of its `load` says."""
 

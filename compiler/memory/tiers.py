@@ -16,6 +16,9 @@ a step of one token reads every weight and the cache once.
 Of experts a token reads those alone that it chose, and which others chose before tells something of what
 comes: of these, units stay from token to token in what room there is. It competes with pinning, by the bytes
 that a token is expected to read: `TierPlan.hits`.
+
+Where the cache itself is larger than what is left of the budget, slots of some layers are read in every step
+too (spill.py).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import RecipeError
 from ..ir.device import Device
+from .spill import Slots, Spill, spills
 
 #: Super-ops that are read ahead of the one that runs.
 AHEAD = 2
@@ -97,6 +101,7 @@ class Fixed:
 
     process: int
     cache: int
+    """Of the cache what is in memory."""
     activations: int
 
     @property
@@ -116,6 +121,12 @@ class Load:
     remark: str = ""
     """Why it cannot be."""
     skew: Skew = Skew()
+    slots: tuple[Slots, ...] = ()
+    """Layers whose slots of the cache may be spilled, in order."""
+    unspilled: str = ""
+    """Why none may be."""
+    spill: Spill | None = None
+    """Those that are; `fixed` is without them."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,8 @@ class TierPlan:
     room: int = 0
     """Bytes for experts that stay from token to token, beside what is read ahead."""
     skew: Skew = Skew()
+    spill: Spill | None = None
+    """Layers whose slots of the cache lie in a file between their turns; None where all are in memory."""
 
     @property
     def streamed(self) -> tuple[Piece, ...]:
@@ -164,12 +177,25 @@ class TierPlan:
 
     @property
     def fetched(self) -> int:
-        """Bytes that a step of one token reads from the disk."""
+        """Bytes of weights that a step of one token reads from the disk."""
         return sum(self.reads(piece) for piece in self.streamed)
 
     @property
+    def cache(self) -> int:
+        """Bytes of the whole cache."""
+        return self.fixed.cache + (self.spill.freed() if self.spill is not None else 0)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a step of one token reads from the disk and writes there: weights, and slots of the
+        cache where the context is full."""
+        spilled = self.spill.nbytes + self.spill.written if self.spill is not None else 0
+        return self.fetched + spilled
+
+    @property
     def prompt(self) -> int:
-        """Bytes that a step of many tokens reads from the disk at most: they choose every expert."""
+        """Bytes of weights that a step of many tokens reads from the disk at most: they choose every
+        expert."""
         return sum(piece.nbytes for piece in self.streamed)
 
     @property
@@ -262,39 +288,77 @@ def step_of(plan: TierPlan, device: Device) -> Step:
     computed = sum(piece.computed for piece in plan.pieces)
     chosen = sum(plan.reads(piece) for piece in plan.routed)
     return Step(
-        plan.fetched / device.disk_bandwidth,
+        plan.moved / device.disk_bandwidth,
         0.0 if plan.paged else plan.fetched / device.pack_bandwidth,
-        (computed + plan.fixed.cache) / device.ram_bandwidth,
+        (computed + plan.cache) / device.ram_bandwidth,
         chosen / device.disk_bandwidth,
     )
 
 
 def place(load: Load, budget: int) -> TierPlan:
-    """The placement of the fewest fetched bytes whose peak is within the budget.
+    """The placement of the fewest bytes that a token moves whose peak is within the budget.
 
     For each size that the largest streamed super-op may have, what is larger is pinned and the rest of the
     budget goes to the others, the largest first; among equals evenly over the order, so that pinned super-ops
     run while the next is read. Pages of a packed file come before packing in every step, unless nothing
     is streamed. What every token reads comes before experts; of these as many layers are pinned, and the rest
-    of the budget holds as much of the others, as together read least. Raises RecipeError, which says the
-    smallest budget that would do.
+    of the budget holds as much of the others, as together read least. Slots of the cache are spilled where
+    nothing fits else. Raises RecipeError, which says the smallest budget that would do.
     """
-    plain = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
-    fitting = _fitting(plain)
-    paged = replace(plain, pieces=load.paged, paged=True, skew=load.skew)
-    if load.paged and all(found.streamed for found in fitting):
-        fitting = _fitting(paged) or fitting
+    fitting = _placed(load, budget)
+    spilling = [_spilling(load, spill) for spill in spills(load.slots)]
     if not fitting:
-        candidates, fixed = [*_choices(plain), *(_choices(paged) if load.paged else ())], load.fixed
-        least = min((found.peak for found in candidates), default=fixed.total)
-        raise RecipeError(
-            f"a budget of {budget:,} bytes is too small: {least:,} are needed at least, of which the "
-            f"process takes {fixed.process:,}, the cache {fixed.cache:,} and activations "
-            f"{fixed.activations:,}, and the rest is the super-op that runs and those that are read ahead; "
-            "give more, or a shorter context or a smaller chunk"
-            + (f" (weights cannot be pages of a file: {load.remark})" if load.remark else "")
+        fitting = [found for each in spilling for found in _placed(each, budget)]
+    if not fitting:
+        raise _too_small([load, *spilling], budget)
+    return min(fitting, key=lambda found: (found.moved, found.peak))
+
+
+def _spilling(load: Load, spill: Spill) -> Load:
+    """The same with slots spilled."""
+    fixed = replace(load.fixed, cache=load.fixed.cache - spill.freed())
+    return replace(load, fixed=fixed, spill=spill)
+
+
+def _plain(load: Load, budget: int) -> TierPlan:
+    """Nothing pinned."""
+    plan = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
+    return replace(plan, spill=load.spill)
+
+
+def _paged(load: Load, budget: int) -> TierPlan:
+    return replace(_plain(load, budget), pieces=load.paged, paged=True, skew=load.skew)
+
+
+def _placed(load: Load, budget: int) -> list[TierPlan]:
+    """Placements of the weights that fit."""
+    fitting = _fitting(_plain(load, budget))
+    if load.paged and all(found.streamed for found in fitting):
+        fitting = _fitting(_paged(load, budget)) or fitting
+    return fitting
+
+
+def _too_small(loads: Sequence[Load], budget: int) -> RecipeError:
+    """Says the least budget of several loads, and what it goes to."""
+    found = [
+        plan
+        for load in loads
+        for plan in (
+            *_choices(_plain(load, budget)),
+            *(_choices(_paged(load, budget)) if load.paged else ()),
         )
-    return min(fitting, key=lambda found: (found.fetched, found.peak))
+    ]
+    least = min(found, key=lambda plan: plan.peak, default=_plain(loads[0], budget))
+    fixed, first = least.fixed, loads[0]
+    spilled = f" (of {least.cache:,}, the rest spilled)" if least.spill is not None else ""
+    return RecipeError(
+        f"a budget of {budget:,} bytes is too small: {least.peak:,} are needed at least, of which the "
+        f"process takes {fixed.process:,}, the cache {fixed.cache:,}{spilled} and activations "
+        f"{fixed.activations:,}, and the rest is the super-op that runs and those that are read ahead; "
+        "give more, or a shorter context or a smaller chunk"
+        + (f" (weights cannot be pages of a file: {first.remark})" if first.remark else "")
+        + (f" (the cache cannot be spilled: {first.unspilled})" if first.unspilled else "")
+    )
 
 
 def _fitting(plain: TierPlan) -> list[TierPlan]:

@@ -5,8 +5,8 @@
 
 Steps follow each other without a pause, so that the end of one reads for the next. Nothing is measured here:
 each read takes its bytes by the disk's bandwidth, each run its weights, with its share of the cache, by that
-of memory. Experts are read when they are chosen, behind what runs before them. Waits come of the order and of
-the room alone.
+of memory. Experts are read when they are chosen, behind what runs before them. Spilled slots of the cache
+have stages of their own. Waits come of the order and of the room alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..ir.device import Device
+from ..ir.kv.spill import STAGES
+from .spill import Slots
 from .tiers import AHEAD, Piece, TierPlan, step_of
 
 #: Steps before the one that is told: by then what is read ahead has found its place.
@@ -84,6 +86,8 @@ class _Runs:
         self._pace = step_of(plan, device).compute / computed if computed else 0.0
         self._ends: list[float] = []
         """When each streamed super-op that was read has run, step after step."""
+        self._turns: list[float] = []
+        """When each spilled layer of the cache has run, step after step."""
         self.reads: list[Bar] = []
         self.engine: list[Bar] = []
         self.ends: list[float] = []
@@ -91,16 +95,35 @@ class _Runs:
         self._now = 0.0
 
     def step(self) -> None:
+        turn = None
         for index, piece in enumerate(self._plan.pieces):
             streamed = self._plan.tier_of(piece) == "streamed"
             if streamed:
                 self._now = max(self._now, self._read(index, piece))
                 if not self._plan.paged:
                     self._run("pack", index, piece, piece.nbytes / self._device.pack_bandwidth)
+            if self._plan.spill is not None and turn is None:
+                turn = self._plan.spill.before(piece.name)
+                if turn is not None:
+                    self._now = max(self._now, self._read_slots(index, turn))
             self._run("compute", index, piece, piece.computed * self._pace)
             if streamed:
                 self._ends.append(self._now)
+            if turn is not None and turn.last == piece.name:
+                self._turns.append(self._now)
+                turn = None
         self.ends.append(self._now)
+
+    def _read_slots(self, index: int, turn: Slots) -> float:
+        """Reads a layer's slots as soon as the disk is free and there is a stage; gives when they are there.
+        What a token writes is charged here too."""
+        assert self._plan.spill is not None
+        number = len(self._turns) - min(STAGES, len(self._plan.spill.slots))
+        free = self.reads[-1].end if self.reads else 0.0
+        start = max(free, self._turns[number] if number >= 0 else 0.0)
+        end = start + (turn.nbytes + turn.token) / self._device.disk_bandwidth
+        self.reads.append(Bar("read", f"cache of layer {turn.layer}", start, end, index))
+        return end
 
     def _read(self, index: int, piece: Piece) -> float:
         """Reads a super-op as soon as the disk is free and there is room; gives when it is there."""

@@ -44,8 +44,8 @@ def plan(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tell, before anything is loaded, which weights stay in memory and which are read from the disk in every
-    step, the peak of memory, and the tokens a second."""
+    """Tell, before anything is loaded, which weights and layers of the cache stay in memory and which are
+    read from the disk in every step, the peak of memory, and the tokens a second."""
     from ..planning import plan as make
 
     found = make(artifact, memory=parse_bytes(memory), context=context, chunk=chunk, device=device)
@@ -74,7 +74,8 @@ def show_plan(found: Plan) -> None:
     out.print(table)
     totals = Table(show_header=False, box=None)
     totals.add_row("the process itself", human_bytes(tiers.fixed.process))
-    totals.add_row(f"KV cache, {found.tokens:,} tokens", human_bytes(tiers.fixed.cache))
+    kept = f"KV cache, {found.tokens:,} tokens" + (", in memory" if tiers.spill else "")
+    totals.add_row(kept, human_bytes(tiers.fixed.cache))
     totals.add_row(
         f"activations, {found.chunk} tokens a step", human_bytes(tiers.fixed.activations)
     )
@@ -90,6 +91,8 @@ def show_plan(found: Plan) -> None:
     totals.add_row(token, human_bytes(tiers.fetched))
     if tiers.routed:
         totals.add_row("for a step of a prompt", f"up to {human_bytes(tiers.prompt)}")
+    if found.spilled():
+        totals.add_row("spilled to the disk", found.spilled())
     if found.way():
         totals.add_row("which are", found.way())
     parts = f"disk {step.disk:.3f} s, packing {step.packing:.3f} s, compute {step.compute:.3f} s"

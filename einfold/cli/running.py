@@ -215,7 +215,7 @@ def run_artifact(
     result = model.generate(tokens, on_text=show, **options)
     times = model.timings
     timings = seconds_of(times, load_seconds)
-    held = model.held_experts
+    held, spilled = model.held_experts, model.spilled
     if as_json:
         print_json(
             {
@@ -227,6 +227,7 @@ def run_artifact(
                 "timings": timings,
                 **({"plan": model.plan.data()} if model.plan is not None else {}),
                 **({"experts": asdict(held)} if held is not None else {}),
+                **({"spilled": asdict(spilled)} if spilled is not None else {}),
             }
         )
         return
@@ -237,6 +238,8 @@ def run_artifact(
     err.print(said + written + told_seconds(times, load_seconds), style="dim")
     if held is not None:
         err.print(held.sentence(), style="dim")
+    if spilled is not None:
+        err.print(spilled.sentence(), style="dim")
 
 
 def _tokens(

@@ -62,10 +62,13 @@ class DirectFile:
         """Without `direct`, or where the system has no such reads, pages are given back behind each read."""
         self.path = path
         self.bytes_read = 0
-        self._descriptor = open_regular(path.resolve())
+        self._descriptor = self._open()
         self._found = self._state()
         self.size = self._found[0]
         self.direct = direct and self._try_direct()
+
+    def _open(self) -> int:
+        return open_regular(self.path.resolve())
 
     def read(self, offset: int, length: int, buffer: Bytes) -> Bytes:
         """The bytes at a place, as a view of the buffer, which has `room` for them.

@@ -261,6 +261,12 @@ def model_of(
     return bytes(made.SerializeToString())
 
 
+def buffer_of(name: str) -> str:
+    """The cache's buffer that a value of the graph lies in, `cache.3.0.key` of `present.cache.3.0.key@5`; of
+    any other value its own name."""
+    return name.removeprefix("present.").partition("@")[0] if name.startswith("present.") else name
+
+
 def handed_on(model: Any, ops: Iterable[SuperOp]) -> list[str]:
     """Values that one super-op makes and another reads."""
     results = {output.name for output in model.graph.output}

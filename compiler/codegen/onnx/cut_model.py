@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from ....errors import UnsupportedError
 from ....runtime.artifact import Artifact
 from ....runtime.memory.pages import UNIT, no_paging
+from ....runtime.memory.spill_file import no_spilling
 from ....runtime.runner import running
+from ...ir.kept import cache_home
+from ...ir.kv.layout import CacheLayout
+from ...ir.kv.spill import file_bytes, spillable, spilled_buffers, stage_bytes, tail_bytes
 from ...ir.manifest import WHOLE
+from ...memory.spill import Slots
 from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
-from .cut import SuperOp, cut, divide
+from .cut import SuperOp, buffer_of, cut, divide
 from .packed_copy import laid_out, no_copy, told_of_experts
 from .process import PROCESS
 from .runner import checked_model
@@ -81,12 +87,41 @@ class CutModel:
         skew = Skew.of(*told_of_experts(self.artifact, self.ops))
         return Load(self.pieces, fixed, paged, reason, skew)
 
+    def spilling(self, load: Load, capacity: int) -> Load:
+        """The same with the layers whose slots of a cache for `capacity` tokens may be spilled: those that
+        have their turn by themselves."""
+        layout = self.artifact.manifest.layout()
+        found, needed = list[Slots](), 0
+        for layer, (first, last) in turns_of(layout, self.ops).items():
+            buffers = list(spilled_buffers(layout[layer], 1, capacity))
+            nbytes = sum(int(buffer.bytes()) for buffer in buffers)
+            needed += file_bytes(buffers)
+            sizes = (nbytes, tail_bytes(buffers), stage_bytes(buffers), nbytes // capacity)
+            found.append(Slots(layer, self.ops[first].name, self.ops[last].name, *sizes))
+        reason = no_spilling(cache_home(), needed)
+        return replace(load, slots=() if reason else tuple(found), unspilled=reason)
+
     def why_not_paged(self) -> str:
         """Why streamed weights cannot be pages of a packed copy; "" where they can."""
         widened = next((op for op in self.ops if op.weights and not op.packed), None)
         if widened is not None:
             return f"onnxruntime widens weights of {widened.name} while it loads them"
         return no_paging() or no_copy(self.artifact, self.ops)
+
+
+def turns_of(layout: CacheLayout, ops: Sequence[SuperOp]) -> dict[int, tuple[int, int]]:
+    """Of each layer of a cache that may be spilled the first and the last super-op that read its slots.
+    Layers whose slots others read so late that a turn lies across another are left out, the longest first."""
+    found = dict[int, tuple[int, int]]()
+    for entry in spillable(layout):
+        names = {buffer.name for buffer in spilled_buffers(entry, 1, 1)}
+        readers = [i for i, op in enumerate(ops) if names & set(map(buffer_of, op.inputs))]
+        found[entry.layer] = readers[0], readers[-1]
+    for layer, (first, last) in sorted(found.items(), key=lambda item: item[1][0] - item[1][1]):
+        others = [turn for other, turn in found.items() if other != layer]
+        if any(first <= end and begin <= last for begin, end in others):
+            del found[layer]
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _paged(op: SuperOp) -> Piece:

@@ -22,5 +22,5 @@ class OnnxInParts(CutModel):
         except (NoCopyError, UnsupportedError) as error:
             reason = str(error)
         # Behind the clause: within it the error would keep the sessions that were made.
-        load = Load(self.pieces, plan.fixed, remark=reason)
+        load = Load(self.pieces, plan.fixed, remark=reason, spill=plan.spill)
         return StreamingRunner(self, place(load, plan.budget), threads)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ import numpy as np
 import onnxruntime as ort
 
 from ....errors import ArtifactError, DiskError, OutOfMemoryError
-from ....runtime.buffers import Array
+from ....runtime.buffers import Array, Make, empty
 from ....runtime.cache import Cache
 from ....runtime.memory.direct import Bytes, DirectFile, aligned
 from ....runtime.memory.page_ahead import PageAhead
 from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, merged, read_spans
+from ....runtime.memory.slots_ahead import Spilled
+from ....runtime.memory.spilled_cache import SpilledCache
 from ....runtime.runner import Floats, Ints, running
 from ...ir.heap import give_back
+from ...ir.kept import cache_home
+from ...ir.kv.spill import resident_bytes as resident_cache
 from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
+from ...memory.spill import Spill
 from ...memory.tiers import AHEAD, TierPlan
-from .cut import Extent, SuperOp, handed_on, model_of
+from .cut import Extent, SuperOp, buffer_of, handed_on, model_of
 from .cut_model import CutModel
 from .runner import (
     available_cores,
@@ -64,13 +69,17 @@ class StreamingRunner:
         whole = self._weightless(model)
         check_names(self._artifact, whole, handed_on(model.proto, self._ops))
         self.blocks = two_numbers(whole.get_modelmeta().custom_metadata_map.get(BLOCKS, ""))
-        self._last = _last_uses(self._ops)
+        self._turns = _turns(self._ops, plan.spill)
         with running(self._name):
             kinds = _kinds(whole)
             self._models = {op.name: model_of(model.proto, op, kinds, WEIGHTS) for op in self._ops}
         del whole
         self._reader: ReadAhead | PageAhead | None = None
         self._closed = False
+        self._layout = model.artifact.manifest.layout()
+        spilled = plan.spill.layers if plan.spill is not None else ()
+        self._spilled = SpilledCache(cache_home(), self._layout, spilled) if spilled else None
+        self.make: Make = empty if self._spilled is None else self._spilled.make
         self._file = DirectFile(self._artifact.file(WEIGHTS))
         streamed = [op for op in self._ops if op.weights and op.name not in plan.pinned]
         self._turn = {op.name: index for index, op in enumerate(streamed)}
@@ -98,9 +107,23 @@ class StreamingRunner:
         of the activations' room."""
         return max(1, self.plan.fixed.activations // (16 * self._vocabulary))
 
-    def check_room(self, rows: int, nbytes: int) -> None:
-        """Raises OutOfMemoryError where the plan has no room for a cache of so many bytes, or for the logits
-        of so many rows; ArtifactError where the runner was closed."""
+    @property
+    def spilled(self) -> Spilled | None:
+        """What of the cache went to the disk and came from it; None where none is spilled."""
+        return None if self._spilled is None else self._spilled.ahead.counts
+
+    def check_room(self, rows: int, capacity: int, prompt: int | None = None) -> None:
+        """Raises OutOfMemoryError where the plan has no room for a cache of so many rows and tokens, or for
+        the logits of so many rows; ArtifactError where the runner was closed."""
+        layers = self.plan.spill.layers if self.plan.spill is not None else ()
+        self._check_cache(resident_cache(self._layout, layers, rows, capacity, prompt))
+        if rows > self.most_logits:
+            raise OutOfMemoryError(
+                f"the plan for {self.plan.budget:,} bytes has room for the logits of {self.most_logits} rows "
+                f"at once, not of {rows}; continue fewer prompts together, or load with a larger chunk"
+            )
+
+    def _check_cache(self, nbytes: int) -> None:
         if self._closed:
             raise ArtifactError(f"{self._name} was closed, and with it its weights: load it again")
         budget, allowed = self.plan.budget, self.plan.fixed.cache
@@ -109,14 +132,10 @@ class StreamingRunner:
                 f"the cache takes {nbytes:,} bytes, and the plan for {budget:,} left {allowed:,} for it; "
                 "load for a larger context, and with more memory if need be"
             )
-        if rows > self.most_logits:
-            raise OutOfMemoryError(
-                f"the plan for {budget:,} bytes has room for the logits of {self.most_logits} rows at once, "
-                f"not of {rows}; continue fewer prompts together, or load with a larger chunk"
-            )
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        self.check_room(1, cache.nbytes)
+        stages = self._spilled.ahead.nbytes if self._spilled is not None else 0
+        self._check_cache(cache.nbytes + stages)
         self._check_files()
         try:
             return self._step(cache, input_ids, position_ids, logit_rows)
@@ -133,16 +152,21 @@ class StreamingRunner:
     def _step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
         given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
         counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
-        arrays = counters | cache.buffers | dict(cache.given)
+        given = counters | dict(cache.given)
+        if self._spilled is not None:
+            self._spilled.step(cache)
         logits = np.empty((len(logit_rows), self._vocabulary), np.float32)
         # Products of few rows are short, and threads of their own would be made for every session.
         threads = 1 if input_ids.size <= _FEW else self._threads
+        given["logits"] = logits
         handed: dict[str, Array] = {}
         with running(self._name):
-            for op, last in zip(self._ops, self._last, strict=True):
-                handed |= self._run(op, arrays | handed | {"logits": logits}, cache, threads)
-                for name in last:
-                    del handed[name]
+            for spilled, turn in self._turns:
+                with self._buffers(cache, spilled, input_ids.shape[1]) as buffers:
+                    for op, last in turn:
+                        handed |= self._run(op, given | buffers | handed, buffers, threads)
+                        for name in last:
+                            del handed[name]
         self.observed = handed
         return logits
 
@@ -151,14 +175,25 @@ class StreamingRunner:
         self._closed = True
         if self._reader is not None:
             self._reader.close()
+        if self._spilled is not None:
+            self._spilled.close()
         self._file.close()
 
     def __del__(self) -> None:
         with suppress(Exception):  # half made, or the interpreter ends
             self.close()
 
+    @contextmanager
+    def _buffers(self, cache: Cache, spilled: bool, size: int) -> Iterator[dict[str, Any]]:
+        """The cache's buffers, of a spilled layer as they are in memory until the `with` ends."""
+        if not spilled or self._spilled is None:
+            yield cache.buffers
+            return
+        with self._spilled.ahead.turn(cache.lengths, size) as slots:
+            yield cache.buffers | slots
+
     def _run(
-        self, op: SuperOp, arrays: Mapping[str, Any], cache: Cache, threads: int
+        self, op: SuperOp, arrays: Mapping[str, Any], buffers: Mapping[str, Any], threads: int
     ) -> dict[str, Array]:
         """Runs a super-op; gives the values that others read, and what scored groups learn from.
 
@@ -172,14 +207,11 @@ class StreamingRunner:
             )
             io = session.io_binding()
             for name in op.inputs:
-                bind_array(io.bind_input, name, arrays[name])
+                bind_array(io.bind_input, name, arrays[buffer_of(name)])
             free = []
             for name in op.outputs:
-                cached = name.removeprefix("present.").partition("@")[0]
-                if name == "logits":
-                    bind_array(io.bind_output, name, arrays[name])
-                elif name.startswith("present.") and cached in cache.buffers:
-                    bind_array(io.bind_output, name, cache.buffers[cached])
+                if name == "logits" or buffer_of(name) in buffers:
+                    bind_array(io.bind_output, name, arrays[buffer_of(name)])
                 else:
                     io.bind_output(name, "cpu")
                     free.append(name)
@@ -281,9 +313,26 @@ def resident_bytes() -> int:
         return 1 << 62
 
 
+def _turns(
+    ops: Sequence[SuperOp], spill: Spill | None
+) -> list[tuple[bool, list[tuple[SuperOp, list[str]]]]]:
+    """Super-ops in order, those together that a spilled layer of the cache has its turn in, and whether it
+    has; each with the values of others that nobody reads behind it."""
+    found = list[tuple[bool, list[tuple[SuperOp, list[str]]]]]([(False, [])])
+    slots = None
+    for op, last in zip(ops, _last_uses(ops), strict=True):
+        if spill is not None and slots is None and (slots := spill.before(op.name)) is not None:
+            found.append((True, []))
+        found[-1][1].append((op, last))
+        if slots is not None and slots.last == op.name:
+            found.append((False, []))
+            slots = None
+    return found
+
+
 def _last_uses(ops: Sequence[SuperOp]) -> list[list[str]]:
     """For each super-op the values of others that nobody reads behind it."""
-    made = {name for op in ops for name in op.outputs}
+    made = {name for op in ops for name in op.outputs if name == buffer_of(name)}
     seen, found = set[str](), list[list[str]]()
     for op in reversed(ops):
         found.append([name for name in op.inputs if name in made and name not in seen])
