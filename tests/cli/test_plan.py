@@ -45,6 +45,7 @@ KEYS = {
         "packing_seconds",
     ),
     *("compute_seconds", "super_ops", "device", "paged", "remark", "prompt_fetched", "experts"),
+    "spilled",
 }
 
 
@@ -102,6 +103,49 @@ def test_a_run_leaves_room_for_its_prompt_and_answer(tmp_path: Path) -> None:
     assert room > 0 and as_json("run", out, *options, "--memory", less)["tokens"] == want
     said = einfold("run", out, *options, "--memory", less, "--context", "4096", code=7)
     assert "too small" in said
+
+
+def test_a_run_spills_a_cache_that_has_no_room_and_says_what_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_a_disk(tmp_path)
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
+    model = models.save(
+        "llama", tmp_path / "model", num_hidden_layers=6, max_position_embeddings=4096
+    )
+    out = tmp_path / "artifact"
+    compile(model, out, recipe="int4", check=False)
+    whole = as_json("plan", out, "--memory", "1GiB")
+    assert whole["spilled"] is None
+    memory = str(whole["process"] + whole["cache"] + whole["activations"] - 1_000_000)
+    plan = as_json("plan", out, "--memory", memory)
+    assert plan["peak"] <= plan["budget"] < whole["peak"]
+    spilled = plan["spilled"]
+    assert spilled.keys() == {"layers", "bytes", "held", "fetched", "written"}
+    assert plan["cache"] == whole["cache"] - spilled["bytes"] + spilled["held"]
+    assert spilled["bytes"] == len(spilled["layers"]) * whole["cache"] // 6
+    assert spilled["written"] == spilled["bytes"] // 4096
+    disk = plan["fetched"] + spilled["fetched"] + spilled["written"]
+    assert plan["disk_seconds"] == pytest.approx(disk / plan["device"]["disk_bandwidth"])
+    told = " ".join(einfold("plan", out, "--memory", memory).split())
+    assert f"spilled to the disk {len(spilled['layers'])} layers of the cache, " in told
+    assert "KV cache, 4,096 tokens, in memory" in told
+    page = tmp_path / "plan.html"
+    einfold("plan", out, "--memory", memory, "--page", page)
+    drawn = page.read_text(encoding="utf-8")
+    assert all(f">cache of layer {layer} is read: " in drawn for layer in spilled["layers"])
+    options = ("--ids", " ".join(map(str, range(3, 103))), "--max-new-tokens", "4", "--ignore-eos")
+    within = (*options, "--memory", memory, "--context", "4096")
+    ran = as_json("run", out, *within)
+    assert ran["tokens"] == as_json("run", out, *options)["tokens"]
+    assert ran["plan"]["spilled"] == spilled
+    assert min(ran["spilled"]["read"], ran["spilled"]["written"]) > 0
+    said = list[str]()
+    monkeypatch.setattr(running.err, "print", lambda text, **_: said.append(text))
+    einfold("run", out, *within)
+    assert "spilled " in said[0]
+    assert said[-1].startswith("of spilled layers of the cache ")
+    assert "spilled" not in as_json("run", out, *options)
 
 
 @pytest.mark.skipif(bool(no_paging()), reason=no_paging())

@@ -22,6 +22,7 @@ from einfold.errors import ArtifactError, DiskError, OutOfMemoryError, RecipeErr
 from einfold.runtime.artifact import Artifact
 from einfold.runtime.cache import Cache
 
+from ... import models
 from ...greedy import all_logits
 from .in_parts import RESIDENT, TEXT, check_as_resident
 
@@ -54,6 +55,15 @@ def test_logits_and_tokens_are_those_of_resident_weights(
         check_as_resident(model, path)
         assert runner.reader is not None
         assert runner.reader.counts.items > 0
+
+
+@pytest.mark.parametrize("cache", ["f32", "int8"])
+def test_layers_that_read_the_cache_of_another_find_it(cache: str, tmp_path: Path) -> None:
+    """What one super-op wrote there, another reads."""
+    path = tmp_path / "artifact"
+    einfold.compile(models.save("gemma4", tmp_path / "model"), path, cache=cache, check=False)
+    with streaming(path, "layer 1") as (model, _):
+        check_as_resident(model, path)
 
 
 def test_a_wide_head_is_taken_apart(wide_head: Path) -> None:
