@@ -130,7 +130,7 @@ def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
         file = Path(folder) / "device.toml"
         write_device(Device(given.threads, ram_size(), ram, disk, source="benchmark"), file)
         sizes = {"memory": given.memory, "context": given.context, "chunk": given.chunk}
-        plan = einfold.plan(artifact, device=file, **sizes)  # type: ignore[arg-type]
+        plan = einfold.plan(artifact, device=file, **sizes)
     return {"run": found, "plan": plan.data() | {"artifact": artifact.name}}
 
 

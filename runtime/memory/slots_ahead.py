@@ -104,10 +104,11 @@ class SlotsAhead:
         """The buffers of the layer whose turn it is, by name, behind `before` tokens of each row; when the
         `with` ends, the `size` tokens that were written there are kept.
 
-        Raises what a thread met, in this one, and what the disk says to what is written. Then nothing of the
-        turn is kept, and the step may be asked for again.
+        Raises what a thread met, in this one, and what the disk says to what is written. The step
+        may then be asked for again.
         """
         layer, number = self._layers[self._done % len(self._layers)], self._done
+        kept = False
         try:
             self._wait(number)
             stages = self._parts_of(number)
@@ -118,9 +119,10 @@ class SlotsAhead:
                 self.counts.written += slots.keep(stage, before, size)
             self._done = number + 1
             self._begin()
-        except BaseException:
-            self.forget()
-            raise
+            kept = True
+        finally:
+            if not kept:
+                self.forget()
 
     def forget(self) -> None:
         """Lets go of the layers, and of what was read for them, once no thread writes into a stage."""

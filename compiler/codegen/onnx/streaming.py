@@ -150,9 +150,9 @@ class StreamingRunner:
         self._file.check()
 
     def _step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        given = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
-        counters = {name: np.ascontiguousarray(a) for name, a in (given | cache.counters).items()}
-        given = counters | dict(cache.given)
+        asked = {"input_ids": input_ids, "position_ids": position_ids, "logit_rows": logit_rows}
+        counters = {name: np.ascontiguousarray(a) for name, a in (asked | cache.counters).items()}
+        given: dict[str, Any] = counters | dict(cache.given)
         if self._spilled is not None:
             self._spilled.step(cache)
         logits = np.empty((len(logit_rows), self._vocabulary), np.float32)

@@ -14,6 +14,7 @@ import pytest
 
 import einfold
 from einfold.compiler.codegen.onnx.cut_model import CutModel, turns_of
+from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.spill import TAIL, resident_bytes
@@ -23,6 +24,7 @@ from einfold.errors import ArtifactError, DiskError, EinfoldError, OutOfMemoryEr
 from einfold.runtime.artifact import Artifact
 from einfold.runtime.memory import direct, slots_ahead
 from einfold.runtime.memory.filesystem import held_in_memory
+from einfold.runtime.memory.pages import no_paging
 from einfold.runtime.memory.slots_ahead import SlotsAhead
 from einfold.runtime.memory.spill_file import SpillFile
 
@@ -44,20 +46,25 @@ def on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def spilling(path: Path, chunk: int = 16) -> Iterator[tuple[einfold.Model, StreamingRunner]]:
-    """A model all of whose weights are in memory, and of its cache nothing that may lie in a file."""
+def spilling(
+    path: Path, chunk: int = 16, streamed: str = ""
+) -> Iterator[tuple[einfold.Model, StreamingRunner]]:
+    """A model of whose cache nothing is in memory that may lie in a file. Its weights are, but where they are
+    `streamed`, as "pages" or "packed" in every step."""
     model = einfold.load(path, threads=1, chunk=chunk)
     parts = CutModel.of(model.artifact)
     load = parts.spilling(parts.load(512, 1 << 30), CONTEXT)
     assert not load.unspilled
+    paged = streamed == "pages"
     plan = TierPlan(
-        load.pieces,
-        frozenset(piece.name for piece in load.pieces),
+        load.paged if paged else load.pieces,
+        frozenset() if streamed else frozenset(piece.name for piece in load.pieces),
         load.fixed,
         1 << 40,
+        paged=paged,
         spill=Spill(load.slots),
     )
-    runner = StreamingRunner(parts, plan, 1)
+    runner = (PagedRunner if paged else StreamingRunner)(parts, plan, 1)
     model.engine.runner, model.engine.make = runner, runner.make
     try:
         yield model, runner
@@ -135,6 +142,18 @@ def _check_as_in_memory(path: Path) -> None:
             assert generated(model, PROMPTS[:1]) == generated(whole, PROMPTS[:1])
             assert runner.spilled is not None
             assert runner.spilled.read > 0
+
+
+@pytest.mark.parametrize("streamed", ["pages", "packed"])
+def test_weights_may_be_streamed_beside(streamed: str, llama: Path) -> None:
+    if streamed == "pages" and no_paging():
+        pytest.skip(no_paging())
+    wanted = generated(einfold.load(llama, threads=1, chunk=16))
+    with spilling(llama, streamed=streamed) as (model, runner):
+        assert generated(model) == wanted
+        assert runner.fetched > 0
+        assert runner.spilled is not None
+        assert runner.spilled.read > 0
 
 
 def test_each_slot_is_written_once_and_read_in_every_step(llama: Path) -> None:
