@@ -69,13 +69,14 @@ class Spill:
         return next((entry for entry in self.slots if entry.first == name), None)
 
 
-def spills(slots: Sequence[Slots]) -> Iterator[Spill]:
-    """What may be spilled: so many layers, of all that are no larger than one of them."""
+def spills(slots: Sequence[Slots]) -> Iterator[list[Spill]]:
+    """What may be spilled, for each size that the largest spilled layer may have: more and more of the layers
+    that are no larger, evenly spread, by the memory that this frees."""
     for limit in sorted({entry.stage for entry in slots}):
         equal = [entry for entry in slots if entry.stage <= limit]
+        found = []
         for count in range(1, len(equal) + 1):
             # The last of each stretch, so that something runs before the first is needed.
             chosen = [equal[(index + 1) * len(equal) // count - 1] for index in range(count)]
-            found = Spill(tuple(chosen))
-            if found.freed() > 0:
-                yield found
+            found.append(Spill(tuple(chosen)))
+        yield sorted((spill for spill in found if spill.freed() > 0), key=Spill.freed)

@@ -24,6 +24,7 @@ too (spill.py).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,9 @@ AHEAD = 2
 #: Packed super-ops that the process holds while one runs: that one, and as much that the C library has not
 #: given back of those before (measured: up to half of the largest).
 PACKED = 2
+
+#: Spills that are looked at where so much must be spilled for a plan to fit.
+_MORE = 4
 
 #: Exponents that a run may say; what lies outside is chance.
 _EVEN = (0.05, 2.0)
@@ -306,11 +310,11 @@ def place(load: Load, budget: int) -> TierPlan:
     nothing fits else. Raises RecipeError, which says the smallest budget that would do.
     """
     fitting = _placed(load, budget)
-    spilling = [_spilling(load, spill) for spill in spills(load.slots)]
     if not fitting:
-        fitting = [found for each in spilling for found in _placed(each, budget)]
+        spilling = [[_spilling(load, spill) for spill in found] for found in spills(load.slots)]
+        fitting = [plan for found in spilling for plan in _least_spilled(found, budget)]
     if not fitting:
-        raise _too_small([load, *spilling], budget)
+        raise _too_small([load, *(found[-1] for found in spilling if found)], budget)
     return min(fitting, key=lambda found: (found.moved, found.peak))
 
 
@@ -318,6 +322,18 @@ def _spilling(load: Load, spill: Spill) -> Load:
     """The same with slots spilled."""
     fixed = replace(load.fixed, cache=load.fixed.cache - spill.freed())
     return replace(load, fixed=fixed, spill=spill)
+
+
+def _least_spilled(loads: Sequence[Load], budget: int) -> list[TierPlan]:
+    """Placements of the first of these loads that fits, each of which holds less than the one before, and of
+    a few behind it: there another super-op may stay whose bytes are more than those of a layer's slots."""
+    first = bisect_left(loads, True, key=lambda load: _fits(load, budget))
+    return [plan for load in loads[first : first + _MORE] for plan in _placed(load, budget)]
+
+
+def _fits(load: Load, budget: int) -> bool:
+    plans = [_plain(load, budget), *([_paged(load, budget)] if load.paged else ())]
+    return any(found.peak <= budget for plan in plans for found in _choices(plan))
 
 
 def _plain(load: Load, budget: int) -> TierPlan:

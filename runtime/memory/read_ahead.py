@@ -200,11 +200,12 @@ def located(views: Sequence[Bytes], spans: Sequence[Span], offset: int, length: 
     raise ValueError(f"no span has {length} bytes at {offset}")
 
 
-def merged(spans: Sequence[Span]) -> list[Span]:
-    """Spans by place, those that lie within a page of each other as one: fewer and larger reads."""
+def merged(spans: Sequence[Span], apart: int = PAGE) -> list[Span]:
+    """Spans by place, those that lie less than `apart` bytes from each other as one: fewer and larger
+    reads."""
     found: list[Span] = []
     for span in sorted(spans, key=lambda span: span.offset):
-        if found and span.offset - (found[-1].offset + found[-1].length) < PAGE:
+        if found and span.offset - (found[-1].offset + found[-1].length) < apart:
             end = max(found[-1].offset + found[-1].length, span.offset + span.length)
             found[-1] = Span(found[-1].offset, end - found[-1].offset)
         else:

@@ -24,7 +24,7 @@ from .read_ahead import told
 from .spilled import SpilledSlots
 
 #: Bytes of one read.
-_PIECE = 2 << 20
+_PIECE = 4 << 20
 
 #: Seconds after which a caller looks whether the threads are still there.
 _LOOK = 0.5
@@ -72,7 +72,11 @@ class SlotsAhead:
         """What was met where a part of a turn was to be read."""
         self._reading = 0
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._asked = threading.Condition(self._lock)
+        """Wakes a thread that reads."""
+        self._come = threading.Condition(self._lock)
+        """Wakes the caller: a turn is there, or nothing is being read."""
         self._threads = [
             threading.Thread(target=self._run, name=f"einfold-slots-ahead-{n}", daemon=True)
             for n in range(threads)
@@ -126,10 +130,10 @@ class SlotsAhead:
 
     def forget(self) -> None:
         """Lets go of the layers, and of what was read for them, once no thread writes into a stage."""
-        with self._changed:
+        with self._lock:
             self._todo.clear()
             while self._reading and self._alive():
-                self._changed.wait(_LOOK)
+                self._come.wait(_LOOK)
             self._left.clear()
             self._unread.clear()
             self._next = self._done = 0
@@ -137,9 +141,10 @@ class SlotsAhead:
 
     def close(self) -> None:
         """Ends the threads and lets the stages go."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._asked.notify_all()
+            self._come.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
@@ -164,7 +169,7 @@ class SlotsAhead:
 
     def _begin(self) -> None:
         """Has those be read that come next, as many as there are stages."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise self._ended()
             while self._next < self._done + len(self._stages):
@@ -172,7 +177,7 @@ class SlotsAhead:
                 self._left[self._next] = len(parts)
                 self._todo += parts
                 self._next += 1
-            self._changed.notify_all()
+            self._asked.notify_all()
 
     def _to_read(self, number: int) -> Iterator[_Part]:
         layer = self._layers[number % len(self._layers)]
@@ -185,11 +190,11 @@ class SlotsAhead:
     def _wait(self, number: int) -> None:
         """Until a turn's slots are there; raises what a thread met where they cannot be."""
         started = time.perf_counter()
-        with self._changed:
+        with self._lock:
             while self._left[number]:
                 if self._closed or not self._alive():
                     raise self._ended()
-                self._changed.wait(_LOOK)
+                self._come.wait(_LOOK)
             del self._left[number]
             failed = self._unread.pop(number, None)
         self.counts.waited_seconds += time.perf_counter() - started
@@ -218,22 +223,23 @@ class SlotsAhead:
             failed = recognise(error) or told(
                 error, f"the threads that read {part.slots.file.path} failed"
             )
-        with self._changed:
+        with self._lock:
             self._reading -= 1
             self.counts.read += len(part.view)
             if part.number in self._left:  # else another thread ended, and the turn was given up
                 self._left[part.number] -= 1
             if failed is not None:
                 self._unread.setdefault(part.number, failed)
-            self._changed.notify_all()
+            if not self._reading or not self._left.get(part.number):
+                self._come.notify_all()
         return True
 
     def _take(self) -> _Part | None:
         """The next part to read; None at the end."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 if self._todo:
                     self._reading += 1
                     return self._todo.popleft()
-                self._changed.wait()
+                self._asked.wait()
             return None

@@ -19,6 +19,9 @@ from .direct import PAGE, Bytes, room
 from .read_ahead import Span, merged
 from .spill_file import SpillFile
 
+#: Bytes between two reads that take no longer than a read does to begin: they are read as one.
+_APART = 64 << 10
+
 
 @dataclass(frozen=True)
 class SpilledSlots:
@@ -106,7 +109,7 @@ class SpilledSlots:
         if self.some:
             last = self.start + self.room
             spans += [Span(self.start, PAGE), Span(last - PAGE, PAGE)]
-        return merged(spans)
+        return merged(spans, _APART)
 
     def complete(self, stage: Bytes, before: Counts) -> None:
         """Puts the newest slots into a stage that holds the stored ones, for a step behind `before` of each

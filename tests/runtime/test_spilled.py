@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,23 @@ def test_what_is_written_is_read_again(folder: Path) -> None:
             file.read(4 * PAGE, PAGE, aligned(PAGE))
         assert [*folder.iterdir()] == []
         file.close()
+
+
+def test_a_file_system_that_takes_the_flag_and_not_the_write_gives_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write = SpillFile(folder), os.pwritev
+    if not file.direct:
+        pytest.skip("there are no direct writes here")
+    data, place = aligned(PAGE), file.take(PAGE)
+    data[:] = 7
+
+    def picky(*arguments: Any) -> int:
+        if file.direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", picky)
+    file.write(place, data)
+    assert not file.direct
+    assert (file.read(place, PAGE, aligned(PAGE)) == 7).all()
