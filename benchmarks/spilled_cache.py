@@ -136,7 +136,7 @@ def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 HEADS_OF_TABLE = (
     "round", "s a token", "by the plan", "processor's s", "waited s", "MiB read a token", "MiB written",
-    "GB/s", "disk GB/s", "of the disk", "prompt s", "peak MiB", "cgroup's MiB",
+    "GB/s", "disk GB/s", "of the disk", "prompt s", "cgroup's MiB",
 )  # fmt: skip
 
 
@@ -158,7 +158,6 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
         f"{disk / 1e9:.2f}",
         f"{100 * read / seconds / disk:.0f} %",
         f"{ran['prefill_seconds']:.1f}",
-        f"{ran['peak'] / 2**20:.0f}",
         f"{ran['cgroup_peak'] / 2**20:.0f}",
     ]
 

@@ -219,7 +219,8 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         help="Run within so much memory, such as 2GiB: weights that do not fit are read from the disk in "
-        "every step. `einfold plan` tells which and how fast. [default: all weights stay in memory]",
+        "every step, and so are layers of the cache. `einfold plan` tells which and how fast. [default: all "
+        "stay in memory]",
         show_default=False,
     ),
 ]
