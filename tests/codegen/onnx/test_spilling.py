@@ -31,6 +31,7 @@ from einfold.runtime.memory.spill_file import SpillFile
 from ... import head_groups, models
 from ...disks import needs_a_disk
 from ...greedy import all_logits
+from ...quick import quick, rarely
 
 #: Longer than what stays in memory of it.
 TEXT = [3 + (7 * n) % 101 for n in range(2 * TAIL + 22)]
@@ -110,7 +111,15 @@ CACHES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "options", "layers"), CACHES.values(), ids=CACHES)
+#: One of each road; the others are slow.
+FEW = ("float32", "int8", "int8, layers that read another's", "few tokens kept")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layers"),
+    quick(CACHES.values(), *(CACHES[name] for name in FEW)),
+    ids=CACHES,
+)
 def test_logits_and_tokens_are_those_of_a_cache_in_memory(
     name: str, options: dict[str, Any], layers: list[int], tmp_path: Path
 ) -> None:
@@ -122,7 +131,7 @@ def test_logits_and_tokens_are_those_of_a_cache_in_memory(
         _check_as_in_memory(out)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [rarely(False), True])
 def test_heads_that_keep_a_window_stay_in_memory(
     int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
