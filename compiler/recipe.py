@@ -27,6 +27,7 @@ from .passes.base import Pass, check_options
 from .passes.cache_methods import FAMILIES, method_pass, resolved
 from .passes.kv_prune.native_window import NativeWindow
 from .passes.kv_quant.half_slots import HalfSlots
+from .passes.kv_quant.static_int4 import StaticInt4
 from .passes.kv_quant.static_int8 import StaticInt8
 from .passes.method_text import read_method
 from .passes.weight_methods import (
@@ -189,8 +190,8 @@ class WeightsSection(_Section):
 class CacheSection(_Section):
     """How the KV cache is stored."""
 
-    storage: Literal["f32", "f16", "int8"] = "f32"
-    """Of tokens that are not packed. int8: a fixed scale a channel, from the calibration text."""
+    storage: Literal["f32", "f16", "int8", "int4"] = "f32"
+    """Of tokens that are not packed. int8 and int4: a fixed scale a channel, from the calibration text."""
     window_slack: int = Field(default=512, ge=0)
     """Layers with a sliding window of their own keep it and so many tokens more; 0: they keep everything."""
     share: dict[str, Any] | None = None
@@ -215,7 +216,12 @@ class CacheSection(_Section):
         """The passes that these choices stand for: what costs nothing, then the families in their order."""
         chosen = [(family, getattr(self, family)) for family in FAMILIES]
         found = [method_pass(family, table) for family, table in chosen if table is not None]
-        stored: dict[str, list[Pass]] = {"f32": [], "f16": [HalfSlots()], "int8": [StaticInt8()]}
+        stored: dict[str, list[Pass]] = {
+            "f32": [],
+            "f16": [HalfSlots()],
+            "int8": [StaticInt8()],
+            "int4": [StaticInt4()],
+        }
         return [NativeWindow(self.window_slack), *found, *stored[self.storage]]
 
 
@@ -301,10 +307,22 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _one_storage(self) -> Recipe:
-        if self.cache.quant is not None and self.cache.storage == "int8":
+        if self.cache.quant is not None and self.cache.storage in ("int8", "int4"):
             raise ValueError(
                 f"cache.storage {self.cache.storage} and cache.quant {self.cache.quant['method']} both say "
                 "how tokens are stored; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_fit_the_slots(self) -> Recipe:
+        """Bounds of pages are numbers of the type of the slots, which holds no half of a byte."""
+        steps = self.cache_passes()
+        bounded = [s for s in steps if getattr(getattr(s, "reader", None), "bounded", 0)]
+        if bounded and self.cache.storage == "int4":
+            raise ValueError(
+                f"cache.read {bounded[0].name} keeps bounds of pages in the type of the slots, and those of "
+                "cache.storage int4 hold two numbers in a byte; take int8, or leave one of them out"
             )
         return self
 

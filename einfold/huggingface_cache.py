@@ -42,7 +42,7 @@ def cache_for(
 
     The options are those of `einfold.compile`; of a recipe `[cache]`, `[calibration]` and `context` count.
     Keys and values are kept in float16 where the model computes in float16 or bfloat16, or where a method
-    changes its answers anyway, in float32 otherwise; `cache="f32"`, "f16" or "int8" says how.
+    changes its answers anyway, in float32 otherwise; `cache="f32"`, "f16", "int8" or "int4" says how.
 
     `context` is the most tokens of a row, prompt and answer; methods that calibrate read their text with
     `tokenizer`, or random tokens without one. Memory is taken by the first forward pass, which must hold the

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..compiler.ir.kv.codes.half_bytes import as_slots, numbers
 from ..compiler.ir.kv.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
 from .buffers import CacheBuffers
@@ -146,21 +147,10 @@ def _compensate(cache: CacheBuffers, prefix: str, row: int, first: int, last: in
         for part in PARTS:
             left_KTD = cache.buffers[f"{prefix}.{part}"][row][:, start:end]
             mean_KD = cache.buffers[f"{prefix}.mean_{part}"][row]
-            if _holds_integers(left_KTD):
-                left_KTD = left_KTD * np.float32(1)
-            mean_KD += (left_KTD - mean_KD[:, None]).sum(1) / count_K[:, None]
+            mean_KD += (numbers(left_KTD) - mean_KD[:, None]).sum(1) / count_K[:, None]
     for part in PARTS:
         slots_KND = cache.buffers[f"{prefix}.{part}"][row]
-        slots_KND[:, 0] = _rounded(cache.buffers[f"{prefix}.mean_{part}"][row], slots_KND)
-
-
-def _rounded(values: Any, like: Any) -> Any:
-    """Values as they can be stored: integers where the slots hold integers."""
-    return values.round().clip(-128, 127) if _holds_integers(like) else values
-
-
-def _holds_integers(slots: Any) -> bool:
-    return str(slots.dtype) in ("int8", "torch.int8")
+        slots_KND[:, 0] = as_slots(cache.buffers[f"{prefix}.mean_{part}"][row], slots_KND)
 
 
 def _shrink(cache: CacheBuffers, prefix: str, final: dict[str, Any]) -> None:

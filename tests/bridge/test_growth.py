@@ -33,6 +33,7 @@ CONTEXT = 640
 LAYOUTS: dict[str, tuple[Policy, Storage]] = {
     "full": (Full(), Plain()),
     "int8": (Full(), Plain("i8", "channel")),
+    "int4": (Full(), Plain("i4", "channel")),
     "f16": (Full(), Plain("f16")),
     "window": (Window(2, 30, 8, True, "streaming"), Plain()),
     "scores": (HeavyHitters(20, 30, 8, "streaming"), Plain()),

@@ -25,9 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "f16": {"cache": "f16", "target": "reference"},
     "int8": {"cache": "int8"},
+    "int4": {"cache": "int4"},
     "window": {"prune": "streaming_llm:sinks=2,recent=9,slack=5"},
     "window, streaming": {"prune": "streaming_llm:sinks=2,recent=9,slack=5,prefill=streaming"},
     "window, int8": {"cache": "int8", "prune": "streaming_llm:sinks=2,recent=9,slack=5"},
+    "compensation, int4": {"cache": "int4", "prune": "razor_attention:sinks=2,recent=9,slack=5"},
+    "scores, int4": {"cache": "int4", "prune": "h2o:tokens=13,recent=6,slack=4"},
     "compensation": {"prune": "razor_attention:sinks=2,recent=9,slack=5"},
     "compensation, streaming": {
         "prune": "razor_attention:sinks=2,recent=9,slack=5,prefill=streaming"

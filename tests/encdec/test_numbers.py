@@ -119,3 +119,16 @@ def test_int8_weights_and_cache_stay_near(tmp_path: Path) -> None:
     assert 1e-4 < off < 0.05
     assert report.check["same likeliest token as the artifact's graph"] == 1.0
     assert len(written(found, given)[1]) == NEW
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_onnxruntime_reads_an_int4_cache_as_the_reference_does(name: str, tmp_path: Path) -> None:
+    """Beside numbers by distance, and without."""
+    einfold.compile(common.save(name, tmp_path / "m"), tmp_path / "out", cache="int4")
+    given = common.arrays(common.inputs(name))
+    fast, slow = (
+        einfold.load(tmp_path / "out", engine=engine, threads=1).logits(given, answers(2))
+        for engine in ("onnx", "reference")
+    )
+    assert common.share(fast, slow) < TOLERANCE

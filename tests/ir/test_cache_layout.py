@@ -107,7 +107,7 @@ def packed(draw: st.DrawFn) -> Packed:
 def groups_of(draw: st.DrawFn, heads: tuple[int, ...]) -> HeadGroup:
     if draw(st.booleans()):
         return HeadGroup(heads, Full(), draw(packed()))
-    storage = read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel"])))
+    storage = read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel", "i4/channel"])))
     return HeadGroup(heads, draw(policies()), storage)
 
 
@@ -165,7 +165,8 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
         cuts = sorted(draw(st.sets(st.integers(1, heads - 1), max_size=2))) if heads > 1 else []
         edges = [0, *cuts, heads]
         groups = tuple(draw(groups_of(tuple(order[a:b]))) for a, b in itertools.pairwise(edges))
-        unit = 8 if any(group.packed for group in groups) else 1
+        halved = any(group.storage.slot_width(2) == 1 for group in groups)
+        unit = 8 if any(group.packed for group in groups) else 1 + halved
         sizes = [unit * draw(st.integers(1, 64 // unit)) for _ in PARTS]
         layers.append(LayerCache(layer, heads, sizes[0], sizes[1], groups))
     return CacheLayout(tuple(layers))

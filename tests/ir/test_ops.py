@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from einfold.compiler.ir.ops import einfold_ops as ops
+from einfold.compiler.ir.ops.attention import CachedAttention
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -173,6 +174,38 @@ def test_an_int8_cache_is_attended_as_it_is_stored() -> None:
         stored.append(want * scale)
     exact = ops.attention(q, *stored, None, 0, 0.5, 0, 0.0)
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_slots_of_two_codes_a_byte_are_attended_as_they_are_stored() -> None:
+    """The even channel stands in the low bits; codes stop at -8 and 7."""
+    q, k, v = randn(1, 5, 2, 4), randn(1, 5, 2, 4, seed=1), randn(1, 5, 2, 4, seed=2)
+    scales = [torch.linspace(0.05, 0.4, 8).reshape(2, 4) for _ in range(2)]
+    caches = [torch.zeros(1, 2, 8, 2, dtype=torch.uint8) for _ in range(2)]
+    lengths = torch.zeros(1, dtype=torch.long)
+    out, keys, values = ops.cached_attention(
+        q, k, v, *caches, lengths, *[None] * 5, *scales, 0, 0.5, 0, 0.0, False
+    )
+    stored = []
+    for new, pairs, scale in ((k, keys, scales[0]), (v, values, scales[1])):
+        want = torch.clamp(torch.round(new / scale), -8, 7)
+        assert {-8.0, 7.0} <= set(want.flatten().tolist())  # some were cut
+        held = pairs[:, :, :5].transpose(1, 2)
+        assert torch.equal((held & 15).float() - 8, want[..., 0::2])
+        assert torch.equal((held >> 4).float() - 8, want[..., 1::2])
+        stored.append(want * scale)
+    exact = ops.attention(q, *stored, None, 0, 0.5, 0, 0.0)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_slots_of_two_codes_a_byte_without_scales_are_refused() -> None:
+    slots = [torch.zeros(1, 2, 8, 2, dtype=torch.uint8) for _ in range(2)]
+    x, lengths = torch.zeros(1, 1, 2, 4), torch.zeros(1, dtype=torch.long)
+    given = (x, x, x, *slots, lengths, *[None] * 5)
+    call = CachedAttention(*given, None, None, 0, 0.5, 0, 0.0, False)
+    with pytest.raises(ValueError, match="have scales"):
+        call.shapes()
+    scale = torch.ones(2, 4)
+    assert CachedAttention(*given, scale, scale, 0, 0.5, 0, 0.0, False).shapes().shape == x.shape
 
 
 @pytest.mark.parametrize("width", [8, 4])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from einfold.compiler.ir.kv.codes.affine import LARGEST, dequantize, quantize
 from einfold.compiler.ir.kv.codes.bits import pack, unpack
 from einfold.compiler.ir.kv.codes.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.codes.half_bytes import OFFSET, as_slots, numbers
 from einfold.compiler.ir.kv.codes.normal import levels, nearest
 from einfold.compiler.ir.kv.codes.salient import chosen_first
 from einfold.compiler.ir.kv.store.gear.codec import low_rank
@@ -44,6 +49,24 @@ def test_codes_come_back_and_fill_every_bit(width: int, eights: int, seed: int) 
     assert all(plane.dtype == torch.uint8 for plane in packed)
     assert sum(plane.shape[-1] for plane in packed) == eights * width
     assert torch.equal(unpack(packed, width), codes)
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, torch.from_numpy], ids=["NumPy", "torch"])
+def test_slots_as_numbers_and_back(convert: Callable[[Any], Any]) -> None:
+    """Of arrays as of tensors; codes of 4 bits as `pack` lays them out, numbers rounded and cut."""
+    codes = torch.randint(-8, 8, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    (pairs,) = pack(codes + OFFSET, 4)
+    slots = convert(pairs.numpy())
+    assert np.array_equal(np.asarray(numbers(slots)), codes)
+    written = convert(np.zeros((2, 3, 3), np.uint8))
+    written[:] = as_slots(convert(codes.numpy() + np.float32(0.4)), written)
+    assert np.array_equal(np.asarray(written), np.asarray(slots))
+    written[:] = as_slots(convert(np.full((2, 3, 6), 99.0, np.float32)), written)
+    assert (np.asarray(written) == 0xFF).all()
+    plain = convert(np.array([[-7, 3]], np.int8))
+    assert np.asarray(numbers(plain)).tolist() == [[-7.0, 3.0]]
+    plain[:] = as_slots(convert(np.array([[-300.0, 2.6]], np.float32)), plain)
+    assert np.asarray(plain).tolist() == [[-128, 3]]
 
 
 def test_eight_codes_of_three_bits_are_three_bytes() -> None:

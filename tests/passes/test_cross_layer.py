@@ -240,12 +240,12 @@ def test_onnx_agrees_with_the_reference(name: str, portable: bool, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_an_int8_cache_is_read_by_three(tmp_path: Path) -> None:
+def test_a_cache_of_codes_is_read_by_three(tmp_path: Path) -> None:
     folder = models.save("llama", tmp_path / "model", num_hidden_layers=3)
     share = {"method": "cross_layer", "layers": 2, "threshold": -1}
     tokens = np.random.default_rng(0).integers(3, models.VOCABULARY, 50).tolist()
     logits = {}
-    for storage in ("f32", "int8"):
+    for storage in ("f32", "int8", "int4"):
         out = tmp_path / storage
         einfold.compile(folder, out, recipe={"cache": {"share": share, "storage": storage}})
         for engine in ("onnx", "reference"):
@@ -255,8 +255,9 @@ def test_an_int8_cache_is_read_by_three(tmp_path: Path) -> None:
     for engine in ("onnx", "reference"):
         error = np.square(logits["int8", engine] - want).mean() / np.square(want).mean()
         assert 1e-4 < np.sqrt(error) < 0.02
-    small = einfold.load(tmp_path / "int8", threads=1)
-    names = small.engine.runner.session.get_outputs()
-    assert sum("@" in node.name for node in names) == 4
-    cached = small.artifact.manifest.layout().bytes(1, 50)
-    assert cached == 50 * 2 * 2 * 16
+    np.testing.assert_allclose(logits["int4", "onnx"], logits["int4", "reference"], atol=2e-3)
+    for storage, token in (("int8", 2 * 2 * 16), ("int4", 2 * 2 * 8)):
+        small = einfold.load(tmp_path / storage, threads=1)
+        names = small.engine.runner.session.get_outputs()
+        assert sum("@" in node.name for node in names) == 4
+        assert small.artifact.manifest.layout().bytes(1, 50) == 50 * token

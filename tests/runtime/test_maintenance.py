@@ -14,18 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from einfold.compiler.ir.kv.codes.half_bytes import as_slots, numbers
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup, LayerCache
-from einfold.compiler.ir.kv.store.plain.storage import Plain
+from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.types import DTYPES as TORCH_TYPES
 from einfold.errors import EinfoldError
 from einfold.runtime.cache import Cache
 
-HEADS, SIZE = 2, 3
+HEADS, SIZE = 2, 4
 
 
 def layout(window: Window, storage: str = "f32") -> CacheLayout:
-    group = HeadGroup((0, 1), window, Plain(storage))
+    group = HeadGroup((0, 1), window, read_storage(storage))
     return CacheLayout((LayerCache(0, HEADS, SIZE, SIZE, (group,)),))
 
 
@@ -36,7 +37,7 @@ def write(cache: Cache, tokens: Any) -> None:
     for row, used in enumerate(cache.clocks["slots.0"]):
         for part, sign in (("key", 1), ("value", -1)):
             slots = cache.buffers[f"cache.0.0.{part}"][row]
-            slots[:, used : used + new] = sign * tokens[row].swapaxes(0, 1)
+            slots[:, used : used + new] = as_slots(sign * tokens[row].swapaxes(0, 1), slots)
     cache.advance(new)
 
 
@@ -112,11 +113,22 @@ def test_the_mean_of_integers_is_rounded_only_where_it_is_stored() -> None:
     assert cache.buffers["cache.0.0.value"].dtype == np.int8
 
 
-@pytest.mark.parametrize("storage", ["f32", "i8"])
+def test_the_mean_of_codes_of_four_bits_goes_into_half_bytes() -> None:
+    cache = Cache.allocate(layout(Window(0, 1, 1, compensation=True), "i4/channel"), 1, 20)
+    for step in range(8):
+        write(cache, np.full((1, 1, HEADS, SIZE), step, np.float32))
+    assert cache.buffers["cache.0.0.key"].shape[3] == SIZE // 2
+    gone = np.arange(int(cache.buffers["cache.0.0.count"][0, 0]))
+    np.testing.assert_allclose(cache.buffers["cache.0.0.mean_value"][0], -gone.mean())
+    for part, mean in (("key", gone.mean()), ("value", -gone.mean())):
+        assert numbers(cache.buffers[f"cache.0.0.{part}"])[0, 0, 0].tolist() == [round(mean)] * SIZE
+
+
+@pytest.mark.parametrize("storage", ["f32", "i8", "i4/channel"])
 def test_a_device_s_tensors_are_kept_as_arrays_are(storage: str) -> None:
     """Torch and NumPy beside each other through moves, means and the end of the prompt."""
     text = np.random.default_rng(0).standard_normal((2, 20, HEADS, SIZE)).astype(np.float32) * 20
-    text = text.round() if storage == "i8" else text
+    text = text if storage == "f32" else text.round()
 
     def tensors(spec: Buffer) -> torch.Tensor:
         return torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype])

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from einfold.compiler.ir.kv import attention_sums as sums
+from einfold.compiler.ir.kv.codes.half_bytes import as_slots, numbers
 from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
 from einfold.compiler.ir.kv.keep.matched import Matched
@@ -24,6 +25,7 @@ from einfold.compiler.ir.kv.keep.voted import Voted
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from einfold.compiler.ir.kv.store.plain.storage import Plain
+from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.errors import EinfoldError, IRError
 from einfold.runtime.cache import Cache
 
@@ -32,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def layout(policy: Policy, storage: str = "f32") -> CacheLayout:
-    group = HeadGroup((0, 1), policy, Plain(storage))
+    group = HeadGroup((0, 1), policy, read_storage(storage))
     return CacheLayout((LayerCache(0, HEADS, SIZE, SIZE, (group,)),))
 
 
@@ -50,7 +52,7 @@ def write(cache: Cache, words: tuple[Floats, ...], sizes: npt.NDArray[np.int64] 
     for row, used in enumerate(cache.clocks["slots.0"]):
         for part, x in (("key", words[1]), ("value", words[2])):
             slots = cache.buffers[f"cache.0.0.{part}"][row]
-            slots[:, used : used + new] = x[row].transpose(1, 0, 2)
+            slots[:, used : used + new] = as_slots(x[row].transpose(1, 0, 2), slots)
     cache.advance(sizes, {"query.0.0": queries})
 
 
@@ -103,13 +105,24 @@ def test_blocks_of_queries_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(sums.attention_sums(q[0], keys, 0, weights), whole, rtol=1e-4)
 
 
-@pytest.mark.parametrize("storage", ["f32", "i8"])
+#: What numbers are multiplied by where a storage rounds them to codes.
+STEPS = {"f32": 0, "i8": 9, "i4/channel": 2}
+
+
+def in_codes(storage: str, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
+    """Keys and values that the storage holds exactly, and queries with as large products."""
+    steps = STEPS[storage]
+    if not steps:
+        return q, k, v
+    most = 7 if storage == "i4/channel" else 127
+    k, v = (np.round(x * steps).clip(-most, most) for x in (k, v))
+    return q / steps, k, v
+
+
+@pytest.mark.parametrize("storage", STEPS)
 def test_heavy_hitters_of_a_prompt_stay(storage: str) -> None:
     """H2O: of the tokens before the recent ones, each head keeps those with the most attention."""
-    q, k, v = text(2, 30)
-    if storage == "i8":
-        k, v = np.round(k * 9), np.round(v * 9)
-        q = q / 9
+    q, k, v = in_codes(storage, *text(2, 30))
     policy = HeavyHitters(6, 4, 2)
     cache = Cache.allocate(layout(policy, storage), 2, 40, 30)
     read(cache, (q, k, v), 30, [11, 19])
@@ -121,7 +134,7 @@ def test_heavy_hitters_of_a_prompt_stay(storage: str) -> None:
             stay = [*heavy, 26, 27, 28, 29]
             for part, x in (("key", k), ("value", v)):
                 slots = cache.buffers[f"cache.0.0.{part}"][row, head, :10]
-                np.testing.assert_array_equal(slots, x[row, stay, head])
+                np.testing.assert_array_equal(numbers(slots), x[row, stay, head])
             kept = cache.buffers["cache.0.0.score"][row, head]
             np.testing.assert_allclose(kept[:10], got[head, stay], rtol=1e-4)
             assert not kept[10:].any()
@@ -209,7 +222,7 @@ def test_the_last_tokens_vote_for_the_rest_of_a_prompt(
             chosen = np.sort(np.argsort(-np.array(pooled), kind="stable")[:6])
             stay = [*chosen, *range(count - 4, count)]
             np.testing.assert_array_equal(
-                cache.buffers["cache.0.0.key"][row, head, :10], k[row, stay, head]
+                numbers(cache.buffers["cache.0.0.key"][row, head, :10]), k[row, stay, head]
             )
 
 
@@ -221,7 +234,7 @@ def expected_shares(q_TD: Floats, k_TD: Floats) -> npt.NDArray[np.float64]:
     return weights / weights.sum()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("storage", ["f32", "i8"])
+@pytest.mark.parametrize("storage", STEPS)
 @pytest.mark.parametrize("options", [{}, {"norm": False}, {"epsilon": 0.1}, {"sinks": 0}])
 @pytest.mark.parametrize("chunk", [1, 7, 30])
 def test_what_later_queries_expect_stays(storage: str, options: dict[str, Any], chunk: int) -> None:
@@ -231,9 +244,7 @@ def test_what_later_queries_expect_stays(storage: str, options: dict[str, Any], 
     v *= np.linspace(0.2, 3, length, dtype=np.float32)[
         np.random.default_rng(0).permutation(length), None, None
     ]
-    if storage == "i8":
-        k, v = np.round(k * 9), np.round(v * 9)
-        q = q / 9
+    q, k, v = in_codes(storage, q, k, v)
     policy = Expected(6, 4, slack=8, queries=EACH, **{"sinks": 2, **options})
     cache = Cache.allocate(layout(policy, storage), 2, 40, length)
     lengths = np.array([length, length - 3])
@@ -257,7 +268,7 @@ def test_what_later_queries_expect_stays(storage: str, options: dict[str, Any], 
             best = np.argsort(-score[: count - first - 4], kind="stable")[: 6 - first]
             stay = [*range(first), *np.sort(best + first), *range(count - 4, count)]
             np.testing.assert_array_equal(
-                cache.buffers["cache.0.0.key"][row, head, :10], k[row, stay, head]
+                numbers(cache.buffers["cache.0.0.key"][row, head, :10]), k[row, stay, head]
             )
 
 

@@ -94,7 +94,7 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     slots = program.shapes.evaluate(cache.shape[2], dims)
     kv_heads, size = cache.shape[1], cache.shape[3]
     plain = not spelled_out and not found["window"] and found["count_BK"] is None
-    own = node.target is einfold_ops.cached_attention.default and found["key_scale_KD"] is not None
+    own = node.target is einfold_ops.cached_attention.default and cache.dtype == torch.int8
     if own and plain and new == 1 and heads >= SMALLEST_GROUP * kv_heads:
         # Two copies of the keys, or one and the products with both planes, or the weights with what their
         # planes are made of; and an eighth for gaps.

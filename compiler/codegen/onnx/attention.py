@@ -26,6 +26,7 @@ from ...ir.kv.read.quest.reader import Quest
 from ...ir.kv.read.reader import parse_reader
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
+from ...ir.ops.attention import halved, numbers_of
 from .account import SMALLEST_GROUP
 from .builder import CONTRIB
 from .einfold_ops import rotate
@@ -57,16 +58,21 @@ class _Call:
 
     @property
     def key_size(self) -> int:
-        return int(self.found["key_cache_BKCD"].meta["val"].shape[3])
+        return numbers_of(self.found["key_cache_BKCD"].meta["val"])
 
     @property
     def value_size(self) -> int:
-        return int(self.found["value_cache_BKCD"].meta["val"].shape[3])
+        return numbers_of(self.found["value_cache_BKCD"].meta["val"])
 
     @property
     def quantized(self) -> bool:
-        """Whether the cache holds int8."""
+        """Whether the cache holds codes: int8, or two of 4 bits a byte."""
         return self.found["key_scale_KD"] is not None
+
+    @property
+    def halved(self) -> bool:
+        """Whether a byte of the cache holds two codes."""
+        return halved(self.found["key_cache_BKCD"].meta["val"])
 
     @property
     def rotary_width(self) -> int:
@@ -256,7 +262,7 @@ def _operator(
         context.optional(found["key_scale_KD"]),
         context.optional(found["value_scale_KD"]),
         domain=CONTRIB,
-        kv_cache_bit_width=8 if call.quantized else None,
+        kv_cache_bit_width=(4 if call.halved else 8) if call.quantized else None,
         k_quant_type="PER_CHANNEL" if call.quantized else None,
         v_quant_type="PER_CHANNEL" if call.quantized else None,
         num_heads=call.heads,
@@ -275,7 +281,8 @@ def _takes_integers(call: _Call) -> bool:
     plain = not found["window"] and not found["softcap"]
     plain = plain and found["sinks_H"] is None and found["count_BK"] is None
     plain = plain and found.get("by_distance_HR") is None
-    return call.quantized and plain and call.heads >= SMALLEST_GROUP * call.kv_heads
+    of_int8 = call.quantized and not call.halved
+    return of_int8 and plain and call.heads >= SMALLEST_GROUP * call.kv_heads
 
 
 def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
@@ -469,8 +476,8 @@ def _shared_standard(call: _Call) -> ir.Value:
 def _refuse_int8(call: _Call) -> None:
     if call.quantized:
         raise UnsupportedError(
-            f"layer {call.found['layer']}: an int8 cache is read by GroupQueryAttention alone, which wants "
-            "the default flavour and one head size for keys and values, a multiple of 8 (here "
+            f"layer {call.found['layer']}: a cache of codes is read by GroupQueryAttention alone, which "
+            "wants the default flavour and one head size for keys and values, a multiple of 8 (here "
             f"{call.key_size} and {call.value_size}); use cache.storage f32"
         )
 

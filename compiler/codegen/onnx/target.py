@@ -47,12 +47,13 @@ class Onnx(Target):
 
     def refuses(self, storage: Storage) -> str:
         stored = storage.slot_dtype if storage.plain else storage.name
-        if stored == "f32" or (stored == "i8" and not self.portable):
+        codes = {"i8": "int8", "u8": "int4"}.get(stored, "")
+        if stored == "f32" or (codes and not self.portable):
             return ""
-        if stored == "i8":
+        if codes:
             return (
-                "the portable flavour has no operator that reads an int8 cache, it could only widen all of "
-                "it at every step; use cache.storage f32, or the default flavour"
+                f"the portable flavour has no operator that reads an {codes} cache, it could only widen all "
+                "of it at every step; use cache.storage f32, or the default flavour"
             )
         if stored == "f16":
             return (

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .codes.half_bytes import numbers
+
 Floats = npt.NDArray[np.float32]
 
 #: Numbers of attention weights that are held at a time: 4 MB, little beside the caches that are chosen from.
@@ -74,8 +76,9 @@ def fading_sums(
 
 
 def host(x: Any) -> Any:
-    """As a NumPy array."""
-    return x if isinstance(x, np.ndarray) else x.detach().cpu().numpy()
+    """As a NumPy array; slots that hold two codes a byte as what they hold."""
+    array = x if isinstance(x, np.ndarray) else x.detach().cpu().numpy()
+    return numbers(array) if array.dtype == np.uint8 else array
 
 
 def like(x: Floats, other: Any) -> Any:

@@ -84,6 +84,11 @@ class HeadGroup:
                 f"heads {self.heads}: {self.reader.name} chooses among tokens in plain slots, and "
                 f"{self.storage.name} is read whole"
             )
+        if self.reader.bounded and self.storage.slot_width(2) != 2:
+            raise IRError(
+                f"heads {self.heads}: {self.reader.name} keeps bounds of pages as numbers are stored, one an "
+                f"element, and {self.storage.text} has two in a byte; take i8/channel"
+            )
         if self.reader.bounded and (self.moves or self.owner is not None):
             raise IRError(
                 f"heads {self.heads}: {self.reader.name} keeps bounds of pages of slots, so tokens must stay "
@@ -196,7 +201,8 @@ class LayerCache:
             return
         slots = group.slots(capacity, prompt)
         for part in PARTS:
-            slot = (batch, shape.heads, slots, shape.size(part))
+            width = group.storage.slot_width(shape.size(part))
+            slot = (batch, shape.heads, slots, width)
             yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
         if group.reader.bounded:
             pages = pages_of(group.reader.bounded, capacity)

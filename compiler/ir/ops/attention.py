@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kv.codes.affine import narrowed
+from ..kv.codes.bits import pack, unpack
+from ..kv.codes.half_bytes import OFFSET
 from ..kv.read.reader import Reader, parse_reader
 from .record import OPERATORS, Operator
 from .rotary import Rotary, turned
@@ -155,6 +157,11 @@ class OverSlots(Operator):
     def slots(self) -> int:
         return self.key_cache_BKCD.shape[2]
 
+    @property
+    def value_size(self) -> int:
+        """Numbers of a value."""
+        return numbers_of(self.value_cache_BKCD)
+
     def turned_query(self) -> Tensor:
         return turned(self.q_BSHD, *self.rotary)
 
@@ -171,8 +178,15 @@ class OverSlots(Operator):
             write_slots(self.key_cache_BKCD, turned(k_BSKD, *self.rotary), slot_BS, scales_KD[0])
             write_slots(self.value_cache_BKCD, v_BSKD, slot_BS, scales_KD[1])
 
+    @property
+    def scales(self) -> Scales:
+        """Those of the slots, where they hold codes."""
+        return None, None
+
     def shapes(self) -> Tensor:
-        return self.q_BSHD.new_empty((*self.q_BSHD.shape[:-1], self.value_cache_BKCD.shape[-1]))
+        if any(halved(cache) for cache in self.caches) and any(s is None for s in self.scales):
+            raise ValueError("slots of two codes a byte have scales of keys and of values")
+        return self.q_BSHD.new_empty((*self.q_BSHD.shape[:-1], self.value_size))
 
 
 class OverPlainSlots(OverSlots):
@@ -266,7 +280,8 @@ class CachedAttention(OverOwnSlots):
     Caches of float16 hold rounded numbers, cut to its largest; they are attended to in the queries' type.
 
     With scales the caches hold int8: x is stored as clamp(round(x / scale), -128, 127), and what is
-    attended to, the new tokens too, is what is stored times its scale.
+    attended to, the new tokens too, is what is stored times its scale. Or they hold uint8 [B, K, C, D / 2]:
+    clamp(round(x / scale), -8, 7) + 8, two channels a byte, the even one in its low bits.
 
     `read` is the text of a reader, which chooses among the slots that a query sees; "" reads all of them.
 
@@ -335,7 +350,21 @@ def distance_bias(by_distance_HR: Tensor | None, slot_BS: Tensor, slots: int) ->
 
 def stored(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:
     """What the slots stand for."""
-    return cache_BKCD if scale_KD is None else cache_BKCD * scale_KD[:, None]
+    if scale_KD is None:
+        return cache_BKCD
+    if halved(cache_BKCD):
+        cache_BKCD = unpack([cache_BKCD], 4).to(torch.int8) - OFFSET
+    return cache_BKCD * scale_KD[:, None]
+
+
+def halved(cache_BKCD: Tensor) -> bool:
+    """Whether a byte of the slots holds the codes of two channels."""
+    return cache_BKCD.dtype == torch.uint8
+
+
+def numbers_of(cache_BKCD: Tensor) -> int:
+    """Numbers of a key or a value in the slots."""
+    return int(cache_BKCD.shape[-1]) * (2 if halved(cache_BKCD) else 1)
 
 
 def write_slots(
@@ -344,5 +373,9 @@ def write_slots(
     """Writes new tokens into their slots, in place."""
     slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
     if scale_KD is not None:
-        new_BSKD = (new_BSKD / scale_KD).round().clamp(-128, 127).to(cache_BKCD.dtype)
+        codes = (new_BSKD / scale_KD).round()
+        if halved(cache_BKCD):
+            (new_BSKD,) = pack(codes.clamp(-OFFSET, OFFSET - 1) + OFFSET, 4)
+        else:
+            new_BSKD = codes.clamp(-128, 127).to(cache_BKCD.dtype)
     cache_BKCD.scatter_(2, slots, narrowed(new_BSKD, cache_BKCD.dtype).transpose(1, 2))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kv.read.reader import Reader, parse_reader
-from .attention import OverOwnSlots, Scales, stored
+from .attention import OverOwnSlots, Scales, halved, stored
 from .record import OPERATORS
 
 
@@ -69,6 +69,8 @@ class BoundedAttention(OverOwnSlots):
         return read
 
     def shapes(self) -> Tensor:
+        if halved(self.key_cache_BKCD):
+            raise ValueError("bounds are of keys whose numbers are an element each")
         if int(self.bounds_BKPE.shape[3]) != 2 * int(self.key_cache_BKCD.shape[3]):
             raise ValueError("bounds are the largest and the smallest numbers of a key")
         return super().shapes()

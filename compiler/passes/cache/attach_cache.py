@@ -194,12 +194,13 @@ class Attachment:
         The buffers that it writes become the program's outputs.
         """
         group = cache.groups[index]
-        if group.policy.mixes and group.storage.slot_dtype == "i8":
+        if group.policy.mixes and group.storage.slot_dtype in ("i8", "u8"):
             raise RecipeError(
-                f"layer {cache.layer}: tokens that are merged are averaged, which int8 would round each "
-                "time; keep them in f32, or choose a method that evicts"
+                f"layer {cache.layer}: tokens that are merged are averaged, which {group.storage.text} would "
+                "round each time; keep them in f32, or choose a method that evicts"
             )
         given = rotated(self.editor, given, group.storage.rotated)
+        given = self._centred(given, inputs["key"])
         if group.observed:
             self._show_query(cache, index, given, inputs["key"])
         kind, special = self._special(cache, index, given, inputs)
@@ -289,6 +290,17 @@ class Attachment:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)
         return None if scale is None else self.editor.weight(f"{cache.target}_scale", scale)
 
+    def _centred(self, given: Arguments, keys: fx.Node) -> Arguments:
+        """The arguments less what the pass that chose the storage has taken out of every key."""
+        name = f"{keys.target}_centre"
+        centre = self.program.cache_weights.pop(name, None)
+        if centre is None:
+            return given
+        key = turned(self.editor, given, given["k_BSKD"])
+        query = turned(self.editor, given, given["q_BSHD"])
+        less = self.editor.call(aten.sub.Tensor, key, self.editor.weight(name, centre))
+        return given | UNTURNED | {"q_BSHD": query, "k_BSKD": less}
+
     def _of_heads(self, given: Arguments, cache: LayerCache, group: HeadGroup) -> Arguments:
         """The arguments with q, k, v and sinks of a group's heads alone."""
         if len(cache.groups) == 1:
@@ -345,7 +357,7 @@ def _check_distances(given: Arguments, cache: LayerCache) -> None:
         raise RecipeError(
             f"layer {cache.layer} adds relative positions to its attention, which only a cache tells "
             "apart that keeps every token of every head in plain slots: leave out cache.prune, "
-            "cache.quant, cache.share and cache.read (cache.storage may be f32, f16 or int8)"
+            "cache.quant, cache.share and cache.read (any cache.storage will do)"
         )
 
 

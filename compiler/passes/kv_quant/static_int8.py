@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...calibrate.observers.kv_ranges import KVRanges
-from ...calibrate.sites import layer as site_of
-from ...calibrate.stream import Later
-from ...ir.kv.layout import PARTS, CacheLayout, cache_name
+from ...ir.kv.layout import PARTS
 from ...ir.kv.store.plain.storage import Plain
 from ...ir.program import Program
-from ...ir.weights import Weight
-from ..base import Pass, PassResult
+from .static_slots import Made, StaticSlots
 
 #: Smallest scale: a channel that is zero throughout is stored as zeros.
 _SMALLEST = 1e-8
 
 
 @dataclass(frozen=True)
-class StaticInt8(Pass):
+class StaticInt8(StaticSlots):
     """Stores the whole cache as int8, a quarter of the bytes of float32.
 
     Before: `cache 0.0 heads=0,1 .. storage=f32`
@@ -36,60 +31,17 @@ class StaticInt8(Pass):
     """
 
     name = "static_int8"
-    requires = frozenset({"cache planned"})
 
     @property
     def storage(self) -> Plain:
-        """What every plain storage becomes."""
         return Plain("i8", "channel")
 
-    def run(self, program: Program) -> PassResult:
-        result = PassResult()
-        if program.layout is None:
-            result.skipped("graph", "no attention in the graph")
-            return result
-        ranges = Later(program, [KVRanges()])
-        layers = []
-        for layer in program.layout.layers:
-            owner = layer.groups[0].owner
-            if owner is not None:
-                layers.append(layer)
-                result.skipped(f"layer {layer.layer}", f"reads the cache of layer {owner}")
-                continue
-            groups = []
-            for index, group in enumerate(layer.groups):
-                if not group.storage.plain:
-                    groups.append(group)
-                    continue
-                groups.append(replace(group, storage=self.storage))
-                for part in PARTS:
-                    program.cache_weights[f"{cache_name(layer.layer, index)}.{part}_scale"] = (
-                        Weight(
-                            (len(group.heads), layer.size(part)),
-                            torch.float32,
-                            _scales(ranges, layer.layer, part, group.heads),
-                        )
-                    )
-            layers.append(replace(layer, groups=tuple(groups)))
-            if tuple(groups) == layer.groups:
-                result.skipped(
-                    f"layer {layer.layer}", f"is stored by {groups[0].storage.name} already"
-                )
-                continue
-            per_token = layer.kv_heads * (layer.key_size + layer.value_size)
-            result.applied(
-                f"layer {layer.layer}", f"{per_token} bytes a token, from {4 * per_token}"
-            )
-        program.layout = CacheLayout(tuple(layers))
-        program.calibrations.append(ranges)
-        return result
+    def observer(self) -> KVRanges:
+        return KVRanges()
+
+    def weights(self, program: Program) -> dict[str, Made]:
+        return {f"{part}_scale": ("range", _scale) for part in PARTS}
 
 
-def _scales(ranges: Later, layer: int, part: str, heads: Sequence[int]) -> Callable[[], Tensor]:
-    """Gives the int8 scales [heads, size] of one cache once the text was read."""
-
-    def load() -> Tensor:
-        range_KD = ranges.at(f"{site_of(layer)}.{part}")["range"]
-        return (range_KD[list(heads)] / 127).clamp(min=_SMALLEST)
-
-    return load
+def _scale(range_KD: Tensor) -> Tensor:
+    return (range_KD / 127).clamp(min=_SMALLEST)

@@ -260,8 +260,8 @@ CACHED = """
     input %v "v" : f32[B, S, {kv}, {value}]
     weight @ks : f32[{kv}, {size}]
     weight @vs : f32[{kv}, {value}]
-    input %kc "cache.0.0.key" : {cache}[B, {kv}, C, {size}]
-    input %vc "cache.0.0.value" : {cache}[B, {kv}, C, {value}]
+    input %kc "cache.0.0.key" : {cache}[B, {kv}, C, {key_width}]
+    input %vc "cache.0.0.value" : {cache}[B, {kv}, C, {value_width}]
     input %past "lengths" : i64[B]
     input %count "count" : f32[B, {kv}]
     read %cos "cos" : f32[64, {half}]
@@ -271,14 +271,15 @@ CACHED = """
     read %vs "vs" : f32[{kv}, {value}]
     call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, {count}, {arguments}) : ({types})
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {value}]
-    call %k2 = builtin.getitem(%a, 1) : {cache}[B, {kv}, C, {size}]
-    call %v2 = builtin.getitem(%a, 2) : {cache}[B, {kv}, C, {value}]
+    call %k2 = builtin.getitem(%a, 1) : {cache}[B, {kv}, C, {key_width}]
+    call %v2 = builtin.getitem(%a, 2) : {cache}[B, {kv}, C, {value_width}]
     output "o" = %o
     output "cache.0.0.key" = %k2
     output "cache.0.0.value" = %v2
 """
 
 INT8 = {"cache": "i8", "scales": "%ks, %vs"}
+INT4 = {"cache": "u8", "scales": "%ks, %vs"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -304,12 +305,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "half": 4,
     },
     "int8, all of it": {**INT8, "window": 4, "softcap": 2.0, "sinks": "%sinks"},
+    "int4": INT4,
+    "int4, rotary": {**INT4, "rotary": "%pos, %cos, %sin"},
+    "int4, head of 24": {**INT4, "size": 24, "value": 24},
+    "int4, all of it": {**INT4, "window": 4, "softcap": 2.0, "sinks": "%sinks"},
     "count": {"count": "%count"},
     "count, rotary": {"count": "%count", "rotary": "%pos, %cos, %sin"},
     "count, all of it": {"count": "%count", "softcap": 2.0, "sinks": "%sinks"},
     "count, head of 12": {"count": "%count", "size": 12, "value": 12},
     "int8, count": {**INT8, "count": "%count", "rotary": "%pos, %cos, %sin"},
     "int8, count, all of it": {**INT8, "count": "%count", "softcap": 2.0, "sinks": "%sinks"},
+    "int4, count, all of it": {**INT4, "count": "%count", "softcap": 2.0, "sinks": "%sinks"},
 }
 
 
@@ -333,11 +339,13 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         "count": "none",
     }
     options |= VARIANTS[variant]
+    halves = 1 + (options["cache"] == "u8")
+    options |= {"key_width": options["size"] // halves, "value_width": options["value"] // halves}
     arguments = "{sinks}, {rotary}, {scales}, 0, 0.3, {window}, {softcap}, {pairing}".format(
         **options
     )
     types = (
-        "f32[B, S, {heads}, {value}], {cache}[B, {kv}, C, {size}], {cache}[B, {kv}, C, {value}]"
+        "f32[B, S, {heads}, {value}], {cache}[B, {kv}, C, {key_width}], {cache}[B, {kv}, C, {value_width}]"
     ).format(**options)
     scales = {
         # Powers of two: a code must not hang on how a target divides.
@@ -345,8 +353,8 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         for name, part in (("ks", "size"), ("vs", "value"))
     }
     found = program(CACHED.format(**options, arguments=arguments, types=types), **scales)
-    if options["cache"] == "i8" and flavour == "portable":
-        with pytest.raises(UnsupportedError, match=r"layer 0: .* int8"):
+    if options["cache"] != "f32" and flavour == "portable":
+        with pytest.raises(UnsupportedError, match=r"layer 0: .* of codes"):
             build(found, flavour, tmp_path)
         return
     session, _ = build(found, flavour, tmp_path)
@@ -378,7 +386,7 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         named = dict(zip(want, got, strict=True))
         # An output is a mean of values, so its rounding goes by the largest of them, not by itself.
         largest = max(1.0, float(want["cache.0.0.value"].abs().max()))
-        if stored is torch.int8:
+        if stored is not torch.float32:
             largest = 1.0
         np.testing.assert_allclose(named["o"], want["o"].numpy(), rtol=2e-5, atol=2e-6 * largest)
         for row, length in enumerate(lengths):
@@ -393,15 +401,16 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
         want.pop("o")
         return want
 
-    stored = torch.int8 if options["cache"] == "i8" else torch.float32
+    stored = {"f32": torch.float32, "i8": torch.int8, "u8": torch.uint8}[options["cache"]]
+    lowest, highest = (0, 256) if stored is torch.uint8 else (-9, 9)
     empty = {
-        "cache.0.0.key": torch.zeros(2, kv, 24, size, dtype=stored),
-        "cache.0.0.value": torch.zeros(2, kv, 24, value, dtype=stored),
+        f"cache.0.0.{part}": torch.zeros(2, kv, 24, options[f"{part}_width"], dtype=stored)
+        for part in ("key", "value")
     }
     first = int(options["count"] != "none")  # slot 0 is taken from the start
     for tensor in empty.values():
         lead = tensor[:, :, :first]
-        lead.copy_(torch.randint(-9, 9, lead.shape, generator=generator))
+        lead.copy_(torch.randint(lowest, highest, lead.shape, generator=generator))
     one = {name: tensor[:1].clone() for name, tensor in empty.items()}
     one = step(1, [first], 7, one)
     one = step(1, [first + 7], 5, one)
@@ -409,7 +418,7 @@ def test_cached_attention(flavour: str, variant: str, tmp_path: Path) -> None:
     if first:
         # GroupQueryAttention takes no rows together over slots in use; the engine runs them apart.
         both = {
-            name: torch.randint(-9, 9, t.shape, generator=generator).to(stored)
+            name: torch.randint(lowest, highest, t.shape, generator=generator).to(stored)
             for name, t in empty.items()
         }
     else:

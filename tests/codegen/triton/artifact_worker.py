@@ -27,6 +27,8 @@ def arguments(kind: AttentionKind, new: int, slots: int, used: list[int]) -> dic
     batch, heads = len(used), kind.kv_heads * kind.group
 
     def cache(size: int) -> Tensor:
+        if kind.halved:
+            return torch.randint(256, (batch, kind.kv_heads, slots, size // 2), dtype=torch.uint8)
         full = torch.randn(batch, kind.kv_heads, slots, size)
         return (full * 40).to(torch.int8) if kind.scaled else full.to(DTYPES[kind.cache])
 

@@ -54,9 +54,12 @@ KINDS = {
     "softcap": replace(PLAIN, softcap=2.0, scale=-0.5),
     "sinks in a window": replace(PLAIN, sinks=True, window=5),
     "int8": replace(PLAIN, cache="i8", scaled=True),
+    "int4": replace(PLAIN, cache="u8", scaled=True),
+    "int4, values of another size": replace(PLAIN, cache="u8", scaled=True, value_size=24),
     "float16": replace(PLAIN, cache="fp16"),
     "counted": replace(PLAIN, counted=True),
     "everything": AttentionKind(2, 3, 16, 8, 0.3, 7, 3.0, True, "fp32", "i8", True, True),
+    "everything over int4": AttentionKind(2, 3, 16, 8, 0.3, 7, 3.0, True, "fp32", "u8", True, True),
 }
 
 
@@ -114,8 +117,8 @@ def test_the_cascade_means_what_the_operator_means(kind: AttentionKind) -> None:
     tables = (given["positions_BS"], given["cos_PR"], given["sin_PR"], False)
     arrays: dict[str, Any] = {
         "query": rotary_reference(q, *tables).unflatten(2, (kind.kv_heads, kind.group)),
-        "key": k,
-        "value": given["value_cache_BKCD"],
+        "key": k.repeat_interleave(1 + kind.halved, -1),
+        "value": given["value_cache_BKCD"].repeat_interleave(1 + kind.halved, -1),
         "used": given["used_B"],
     }
     if kind.counted:
@@ -185,6 +188,16 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             },
         ),
         rarely("llama", {"storage": "int8", "share": CROSS}),
+        ("llama", {"storage": "int4"}),
+        rarely("gpt_oss", {"storage": "int4"}),
+        rarely("llama", {"storage": "int4", "share": CROSS}),
+        rarely(
+            "llama",
+            {
+                "storage": "int4",
+                "prune": {"method": "razor_attention", "recent": 5, "slack": 3, "induction": 0.5},
+            },
+        ),
         ("llama", {"quant": KIVI | {"rotate": "both"}, "share": CROSS}),
         rarely("llama", {"share": {"method": "minicache", "start": 0, "group": 4} | WAITING}),
         ("llama", {"share": CSKV}),
@@ -399,9 +412,10 @@ def test_options_that_do_not_go_together(
     ("kind", "capability"),
     [
         (AttentionKind(8, 4, 128, 128, 0.09, 0, 0.0, False, "fp32", "i8", True), 90),
+        (AttentionKind(8, 4, 128, 128, 0.09, 0, 0.0, False, "fp32", "u8", True), 90),
         (AttentionKind(8, 2, 256, 256, 0.06, 4096, 50.0, False, "fp32", "fp32", False), 80),
     ],
-    ids=["head size 128 over int8", "head size 256"],
+    ids=["head size 128 over int8", "head size 128 over int4", "head size 256"],
 )
 def test_kernels_fit_the_gpu_that_they_are_compiled_for(
     kind: AttentionKind, capability: int

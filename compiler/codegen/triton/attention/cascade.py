@@ -24,8 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ....frontend.cascade.imported import Imported
 from ....frontend.cascade.meaning import import_meaning
 from ....ir.cascade.cascade import Cascade
-from ....ir.cascade.printer import print_number
+from ....ir.cascade.parser import parse
+from ....ir.cascade.printer import print_cascade, print_number
 from ....ir.cascade.verifier import verify
+from ....ir.kv.codes.half_bytes import OFFSET
 from ....ir.ops.shared import SharedAttention
 from ..dtypes import DTYPES
 from .kinds import AttentionKind
@@ -57,8 +59,19 @@ def cascade_of(kind: AttentionKind) -> Cascade:
         for name, rank in found.ranks.items()
     }
     made = replace(found, ranks=ranks)
+    made = _in_bytes(made) if kind.halved else made
     verify(made)
     return made
+
+
+def _in_bytes(cascade: Cascade) -> Cascade:
+    """The same over codes of 4 bits, each with 8 added and two of neighbouring channels in a byte."""
+    lines = print_cascade(cascade).splitlines()
+    for part, rank in (("key", "d"), ("value", "f")):
+        code = f"{part}[b, k, c, {rank}]"
+        apart = f"(bits(shift_right({code}, pos({rank}) % 2 * 4), 15) - {OFFSET})"
+        lines = [line if line.startswith("input") else line.replace(code, apart) for line in lines]
+    return parse("\n".join(lines))
 
 
 @cache
@@ -137,7 +150,9 @@ def _traced(kind: AttentionKind) -> Imported:
 
 def _dtypes(kind: AttentionKind) -> Iterator[tuple[str, torch.dtype]]:
     yield "query", DTYPES[kind.query]
-    yield from dict.fromkeys(("key", "value"), DTYPES[kind.cache]).items()
+    # Two codes a byte are traced as one, which the byte then stands for.
+    cache = torch.int8 if kind.halved else DTYPES[kind.cache]
+    yield from dict.fromkeys(("key", "value"), cache).items()
     yield "used", torch.int32
     if kind.counted:
         yield "count", torch.float32

@@ -196,7 +196,8 @@ def given_of(kind: Kind) -> Given:
         types, shared = packed_types(kind), packed_shared(kind)
         return Given(packed_cascade(kind), PACKED_STREAM, types, sizes, shared)
     listed = Listed(kind.page, ("b", "k"), ("b",)) if kind.page else None
-    return Given(cascade_of(kind), STREAM, types_of(kind), sizes, listed=listed)
+    shared = {("key", "d"): 2, ("value", "f"): 2} if kind.halved else {}
+    return Given(cascade_of(kind), STREAM, types_of(kind), sizes, shared, listed=listed)
 
 
 def split_parts(made: AttentionKernel, query: Tensor, length: int) -> int:

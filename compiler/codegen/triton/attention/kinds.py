@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from .....errors import UnsupportedError
+from ....ir.ops.attention import numbers_of
 from ....ir.program import call_arguments
 from ..dtypes import TYPES
 
@@ -18,7 +19,7 @@ class AttentionKind:
 
     `group` query heads share a KV head. `query` and `cache` are types as kernels name them; `scaled` says
     that cached numbers are multiplied by a scale a channel when they are read, `counted` that slot 0 stands
-    for a number of tokens.
+    for a number of tokens. A cache of type u8 holds the codes of two channels a byte.
     """
 
     kv_heads: int
@@ -37,6 +38,11 @@ class AttentionKind:
     """Whether the log-sum-exp is a result too, to merge with other parts of the keys by."""
     page: int = 0
     """Slots of a page where a table lists the pages that are read; 0 where all slots are."""
+
+    @property
+    def halved(self) -> bool:
+        """Whether a byte of the cache holds two codes."""
+        return self.cache == "u8"
 
     @property
     def name(self) -> str:
@@ -76,8 +82,8 @@ def kind_of(node: fx.Node, merged: bool = False, page: int = 0) -> AttentionKind
     return AttentionKind(
         kv_heads=kv_heads,
         group=heads // kv_heads,
-        key_size=int(keys.shape[3]),
-        value_size=int(values.shape[3]),
+        key_size=numbers_of(keys),
+        value_size=numbers_of(values),
         scale=float(found["scale"]),
         window=int(found.get("window", 0)),
         softcap=float(found["softcap"]),

@@ -75,6 +75,10 @@ class Storage(Options):
         """Type of the slots."""
         return "f32"
 
+    def slot_width(self, size: int) -> int:
+        """Elements of a slot that holds so many numbers."""
+        return size
+
     @property
     def lead(self) -> int:
         """Oldest tokens that are never packed."""
@@ -150,6 +154,9 @@ class Storage(Options):
         return iter(())
 
 
+#: Codes of 4 bits, two of which are a byte of type u8: numbers of no type that a layout's buffers have.
+HALF_BYTES = "i4"
+
 #: Every storage by its name in the text of a layout.
 STORAGES: Registry[type[Storage]] = Registry("cache storage", __package__, module="storage")
 
@@ -157,6 +164,6 @@ STORAGES: Registry[type[Storage]] = Registry("cache storage", __package__, modul
 def read_storage(text: str) -> Storage:
     """Reads a storage's `text`. Raises IRError for an unknown storage."""
     dtype, _, scales = text.partition("/")
-    if dtype in ITEM_BYTES:
+    if dtype in (*ITEM_BYTES, HALF_BYTES):
         return read(f"plain(dtype={dtype},scales={scales or 'none'})", STORAGES, "cache storage")
     return read(text, STORAGES, "cache storage")
