@@ -24,6 +24,7 @@ from typing import Any
 import einfold
 from einfold.compiler.codegen.target import TARGETS
 from einfold.compiler.passes.cache_methods import FAMILIES
+from einfold.compiler.passes.kv_quant.static_int4 import StaticInt4
 from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 from einfold.compiler.passes.method_text import Method
 from einfold.errors import EinfoldError
@@ -123,7 +124,7 @@ def speed(artifact: Path, full: Path) -> float:
 
 def recipes() -> dict[str, dict[str, Any]]:
     """The `[cache]` of every method at its defaults, by name."""
-    found: dict[str, dict[str, Any]] = {"int8": {"storage": "int8"}}
+    found: dict[str, dict[str, Any]] = {name: {"storage": name} for name in ("int8", "int4")}
     for family, known in FAMILIES.items():
         found |= {name: {family: {"method": name}} for name in known}
     return found
@@ -141,7 +142,8 @@ def page(facts: Mapping[str, Any], figures: Mapping[str, Any], real: Mapping[str
     lines = [_HEAD.format(**figures["read"])]
     for name, fact in facts.items():
         row = rows.get(name)
-        spelled = "--cache int8" if fact["family"] == "storage" else f"--{fact['family']} {name}"
+        option = "cache" if fact["family"] == "storage" else fact["family"]
+        spelled = f"--{option} {name}"
         shown = real.get(spelled)
         of_real = ["-"] * 4 if shown is None else _real(shown)
         cells = [
@@ -154,7 +156,7 @@ def page(facts: Mapping[str, Any], figures: Mapping[str, Any], real: Mapping[str
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("\n## Differences from the papers, and options\n")
-    kinds = {"int8": Method(StaticInt8)}
+    kinds = {"int8": Method(StaticInt8), "int4": Method(StaticInt4)}
     kinds |= {n: k for known in FAMILIES.values() for n, k in known.items()}
     for name in facts:
         if name in kinds:

@@ -47,6 +47,7 @@ def _cache(family: str, method: str, **options: Any) -> Row:
 _FLOAT = Row("float32")
 _INT4: dict[str, Any] = {"format": "int4", "block": 32, "head": "int8"}
 _INT8_CACHE = Row("--cache int8", {"cache": {"storage": "int8"}})
+_INT4_CACHE = Row("--cache int4", {"cache": {"storage": "int4"}})
 _RAZOR = _cache("prune", "razor_attention")
 _STACK = Row(
     "--weights int8 --cache int8 --prune razor_attention",
@@ -231,6 +232,7 @@ def _stack(*rows: Row, storage: str | None = None) -> Row:
 CACHE = (
     _FLOAT,
     _INT8_CACHE,
+    _INT4_CACHE,
     *(_cache(family, name) for family, known in FAMILIES.items() for name in known),
     *_budgets(),
     _cache("prune", "razor_attention", recent=256),
@@ -242,6 +244,7 @@ CACHE = (
     _cache("share", "cskv", keep=0.5),
     _cache("share", "cross_layer", layers=1),
     *(_stack(_by_head("kvzip", tokens), storage="int8") for tokens in (512, 256)),
+    _stack(_cache("prune", "kvzip"), storage="int4"),
     _stack(_by_head("kvzip", 256), _cache("quant", "kivi", bits=4)),
     _stack(_cache("prune", "duo_attention"), storage="int8"),
     _stack(_cache("prune", "duo_attention"), _cache("quant", "kivi", bits=4)),
