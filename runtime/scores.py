@@ -54,7 +54,7 @@ def _widen(largest_KD: Any, q_SHD: Any) -> None:
 def _add(group: HeadGroup, held: Mapping[str, Any], used: int, q_SHD: Any) -> None:
     """Adds the attention of new queries to each score, in which that of older ones has faded."""
     new = q_SHD.shape[0]
-    keys_KTD = host(held["key"])[:, : used + new]
+    keys_KTD = host(held["key"][:, : used + new])
     for name, sums_KT in fading_sums(host(q_SHD), keys_KTD, used, group.scores).items():
         score_KN, fading = held[name], group.scores[name].fading
         if fading != 1:

@@ -145,7 +145,7 @@ def test_what_is_stored_and_what_was_seen(model: Any, cache_for: Any) -> None:
     assert not cache.is_compileable
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3"])
+@pytest.mark.parametrize("name", [rarely("gemma3"), "gpt_oss", rarely("qwen3")])
 def test_other_architectures(name: str) -> None:
     model = models.build(name)
     prompts = [[token % 128 for token in row] for row in rows(3)]

@@ -162,7 +162,7 @@ def in_float32(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "change", quick(CHANGES, *CHANGES[::3]), ids=lambda change: change.__name__
+    "change", quick(CHANGES, *CHANGES[::4]), ids=lambda change: change.__name__
 )
 def test_a_model_in_memory_is_compiled_as_it_is(
     change: Callable[[Any], None], tmp_path: Path

@@ -436,7 +436,7 @@ def _by_distance(call: _Call, slots: ir.Value | None = None) -> ir.Value:
 def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     """GroupQueryAttention with a key and value of no tokens.
 
-    Without a present it reads the owner's cache where it stands. Over int8 it insists on a present, which is
+    Without a present it reads the owner's cache where it stands. Over codes it insists on a present, which is
     bound to the same buffer.
     """
     call = _Call(context, node, context.arguments(node))
@@ -467,13 +467,13 @@ def shared_attention_portable(context: Context, node: fx.Node) -> ir.Value:
 
 def _shared_standard(call: _Call) -> ir.Value:
     builder = call.context.builder
-    _refuse_int8(call)
+    _refuse_codes(call)
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     query = builder.transpose(builder.reshape(query, [0, 0, call.heads, call.key_size]), 0, 2, 1, 3)
     return _attend(call, query, call.value("key_cache_BKCD"), call.value("value_cache_BKCD"))
 
 
-def _refuse_int8(call: _Call) -> None:
+def _refuse_codes(call: _Call) -> None:
     if call.quantized:
         raise UnsupportedError(
             f"layer {call.found['layer']}: a cache of codes is read by GroupQueryAttention alone, which "
@@ -484,7 +484,7 @@ def _refuse_int8(call: _Call) -> None:
 
 def _standard(call: _Call) -> list[ir.Value]:
     context, builder = call.context, call.context.builder
-    _refuse_int8(call)
+    _refuse_codes(call)
     context.opset = max(context.opset, 24)  # TensorScatter
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     key = call.turned(call.flat("k_BSKD", call.kv_heads, call.key_size), call.kv_heads)

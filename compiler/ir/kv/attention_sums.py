@@ -76,7 +76,7 @@ def fading_sums(
 
 
 def host(x: Any) -> Any:
-    """As a NumPy array; slots that hold two codes a byte as what they hold."""
+    """As a NumPy array; slots that hold two codes a byte as what they hold, in more bytes: ask for few."""
     array = x if isinstance(x, np.ndarray) else x.detach().cpu().numpy()
     return numbers(array) if array.dtype == np.uint8 else array
 

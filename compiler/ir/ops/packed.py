@@ -85,8 +85,8 @@ class PackedAttention(OverSlots):
     """Attention of S new tokens over packed tokens and over slots.
 
     Row b has packed[b] tokens in `bulk`, the pieces of `storage` in their order ([B, heads, granules, rows,
-    width] each), all older than those in its used[b] slots, so every new token sees all of them. The slots
-    are as in `CachedAttention`. The softmax goes over both, and over the sinks.
+    width] each), all older than the new ones, so every new token sees all of them. The slots, where the
+    first tokens may stand too, are as in `CachedAttention`. The softmax goes over both, and over the sinks.
 
     Without k and v this is a layer that reads another's cache: the slots hold this step's tokens already.
 

@@ -88,12 +88,16 @@ class AttachCache(Pass):
                 result.applied(f"layer {cache.layer}", f"reads the cache of layer {owner}")
                 continue
             attachment.attach(node, cache)
-            for group in cache.groups:
+            for index, group in enumerate(cache.groups):
                 heads = "" if len(cache.groups) == 1 else f"heads {_listed(group.heads)}: "
                 result.applied(
                     f"layer {cache.layer}",
                     f"{heads}{group.policy.name} cache in {group.describe().split()[-1]}"
-                    + (f", window {window} by mask" if window else ""),
+                    + (f", window {window} by mask" if window else "")
+                    + (
+                        ", by queries as they are turned"
+                        * ((cache.layer, index) in attachment.turned)
+                    ),
                 )
         present = list(program.output.args[0])  # type: ignore[arg-type]
         attachment.editor.set_output(
@@ -116,6 +120,8 @@ class Attachment:
         self.editor = Editor(program)
         self.names: list[str] = []
         self.values: list[fx.Node] = []
+        self.turned: set[tuple[int, int]] = set()
+        """Groups whose policy would think of later queries, and is shown them as they are turned."""
         self._calls: dict[tuple[int, int], fx.Node] = {}
         self._read: dict[tuple[int, int], dict[str, fx.Node]] = {}
         self._counters = {
@@ -271,6 +277,8 @@ class Attachment:
             self.values.append(shown)
             self.names.append(name)
             return
+        if group.policy.ahead:
+            self.turned.add((cache.layer, index))
         query, factor = turned(self.editor, given, given["q_BSHD"]), given["scale"]
         if of_keys is not None:
             heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])

@@ -25,12 +25,13 @@ class MiniCache(Pass):
     Before: `cache 2.0 .. storage=f32`, `cache 3.0 .. storage=f32`
     After:  `cache 2.0 .. storage=minicache(..)`, `cache 3.0 .. storage=minicache(..) partner=2`
 
-    Of tokens that are no longer among the newest `residual`, the two layers share one direction for keys and
-    one for values, at a share `slerp` of the arc from the shallower layer's to the deeper's; each keeps the
-    vectors' lengths. Tokens whose directions differ most are retained unmerged: those within `gamma` of the
-    spread of distances from the largest, up to a share `retained` of the tokens of each head. That capacity
-    is fixed at compile time, and what is beyond it is merged, the least distant first. Pairs begin at the
-    share `start` of the layers. `group` tokens are merged together, and distances are compared among them.
+    Of tokens that are neither the first `sinks` nor the newest `residual`, the two layers share one direction
+    for keys and one for values, at a share `slerp` of the arc from the shallower layer's to the deeper's;
+    each keeps the vectors' lengths. Tokens whose directions differ most are retained unmerged: those within
+    `gamma` of the spread of distances from the largest, up to a share `retained` of the tokens of each head.
+    That capacity is fixed at compile time, and what is beyond it is merged, the least distant first. Pairs
+    begin at the share `start` of the layers. `group` tokens are merged together, and distances are compared
+    among them.
 
     Differs from the paper: tokens are merged when they leave a window of `residual` plain tokens, not
     at once; each head retains its own tokens, and distances are compared within a group, not in the whole

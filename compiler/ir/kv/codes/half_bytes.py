@@ -19,7 +19,9 @@ def numbers(slots: Any) -> Any:
     """What slots [.., W] hold, [.., D]: codes in float32, numbers of a float type as they are."""
     kind = _kind(slots)
     if kind == "uint8":
-        return _apart(slots) * np.float32(1) - OFFSET
+        found = _apart(slots) * np.float32(1)
+        found -= OFFSET
+        return found
     return slots * np.float32(1) if kind == "int8" else slots
 
 

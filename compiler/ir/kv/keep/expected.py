@@ -43,10 +43,11 @@ class Expected(ChosenOnce):
     budgets by head (`kvzip`) the same scores keep it.
 
     Differs from the paper: where the rotary embedding is not known (another position embedding, or a cache
-    for transformers, which brings queries that are turned already), mean and covariance are of the queries as
-    they are. The newest tokens stay, and what is generated passes in a window as long, for the bytes are
-    fixed at compile time; the paper chooses among all of the prompt and keeps all that follows. Over int8 the
-    length of a value is that of its codes. A prompt shorter than the budget stays whole.
+    for transformers, which brings queries that are turned already), and where keys are rotated over their
+    channels behind it (int4 slots), mean and covariance are of the queries as they are. The newest tokens
+    stay, and what is generated passes in a window as long, for the bytes are fixed at compile time; the paper
+    chooses among all of the prompt and keeps all that follows. Over int8 and int4 the length of a value is
+    that of its codes. A prompt shorter than the budget stays whole.
     """
 
     chosen: int = derived()
@@ -133,7 +134,7 @@ class Expected(ChosenOnce):
         mean_HD = moments_HEE[:, 0, 1:] / count
         spread_HDD = moments_HEE[:, 1:, 1:] / count - mean_HD[:, :, None] * mean_HD[:, None]
         mean_HD, spread_HDD = self._turned(host(row["turns"]), mean_HD, spread_HDD)
-        keys_KTD = host(row["key"])[:, self.sinks : used].astype(np.float32, copy=False)
+        keys_KTD = host(row["key"][:, self.sinks : used]).astype(np.float32, copy=False)
         score_KT = np.zeros((len(keys_KTD), used), np.float32)
         shares_KT = np.zeros(keys_KTD.shape[:2], np.float32)
         for head, keys_TD in enumerate(keys_KTD):
@@ -141,7 +142,7 @@ class Expected(ChosenOnce):
                 shares_KT[head] += _expected(keys_TD, mean_HD[query], spread_HDD[query])
         shares_KT = shares_KT / self.queries + self.epsilon
         if self.norm:
-            values_KTD = host(row["value"])[:, self.sinks : used].astype(np.float32, copy=False)
+            values_KTD = host(row["value"][:, self.sinks : used]).astype(np.float32, copy=False)
             shares_KT *= np.linalg.norm(values_KTD, axis=-1)
         score_KT[:, : self.sinks] = np.inf
         score_KT[:, self.sinks :] = shares_KT

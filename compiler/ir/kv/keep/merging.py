@@ -12,7 +12,7 @@ from .policy import Floats, Ints, Row
 
 def directions(row: Row, head: int, used: int) -> Floats:
     """The keys of one head's first slots at length 1, [used, D]."""
-    keys_TD = host(row["key"])[head, :used].astype(np.float32, copy=False)
+    keys_TD = host(row["key"][head, :used]).astype(np.float32, copy=False)
     return keys_TD / np.maximum(np.linalg.norm(keys_TD, axis=1, keepdims=True), 1e-30)  # type: ignore[no-any-return]
 
 

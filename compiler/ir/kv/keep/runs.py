@@ -105,7 +105,7 @@ class Runs(HeavyHitters):
 
     def _weights(self, row: Row, head: int, kept_C: Ints, leaving_L: Ints, into_L: Ints) -> Floats:
         """A Gaussian of the distance of each merged key from that of its run's pivot, [L]."""
-        keys_TD = host(row["key"])[head].astype(np.float32, copy=False)
+        keys_TD = host(row["key"][head]).astype(np.float32, copy=False)
         distance_L = np.linalg.norm(keys_TD[leaving_L] - keys_TD[kept_C[into_L]], axis=1)
         sum_C, count_C = (
             np.bincount(into_L, weights, len(kept_C)) for weights in (distance_L, None)

@@ -90,7 +90,7 @@ class Voted(ChosenOnce):
         if older < 1:
             return np.zeros((len(row["key"]), used), np.float32)
         q_SHD = host(row["voters"]).swapaxes(0, 1)
-        keys_KND = host(row["key"])[:, :used]
+        keys_KND = host(row["key"][:, :used])
         ones = np.ones((1, self.observe), np.float32)
         votes_KT = attention_sums(q_SHD, keys_KND, older, ones)[:, 0, :older]
         half = self.kernel // 2
