@@ -105,6 +105,8 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "expected_attention": [kept[share]["expected_attention"] for share in ("50%", "25%")],
         "kivi": [real["--quant kivi:bits=4"], real["--quant kivi"]],
         "turboquant": [real["--quant turboquant"]],
+        "gear": [real["--quant gear"]],
+        "zipcache": [real["--quant zipcache"]],
     }
     for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
         found[name].append(real[f"--prune {name}"])
@@ -118,6 +120,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "pyramid_kv": [real["--prune pyramid_kv"]],
         "ada_kv": [real["--prune ada_kv"]],
         "cross_layer": [real["--share cross_layer"]],
+        "cskv": [real["--share cskv"]],
         "quest": [real["--read quest"]],
     }
 

@@ -30,6 +30,10 @@ class Gear(Kivi):
 
     Their number is fixed at compile time: what is no outlier by count is quantized, and nothing overflows.
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.40 and 0.20 by the defaults, at
+    a KL of 0.034 and 21 % of the bytes, against 0.70 and 0.65 of the whole cache; with as many bytes `kivi`
+    and `turboquant` in 4 bits lose almost nothing.
+
     Differs from the paper: the low-rank part is of each granule and not of the whole prompt, so that both
     ways of prefilling give the same form; an outlier's vector is a channel of a granule's keys or a token's
     value in one head.

@@ -26,6 +26,10 @@ class ZipCache(Mixed):
     Options: `tokens`, how many are packed together (the paper compresses every 100 new tokens); `share` of
     them that is salient, rounded to a multiple of 8 tokens (the paper: 0.6 on GSM8k, 0.8 on HumanEval).
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.57 and 0.40 by the defaults, at
+    a KL of 0.031 and 17 % of the bytes, against 0.70 and 0.65 of the whole cache; with as many bytes
+    `turboquant` in 3 bits has a KL of 0.0055.
+
     Differs from the paper: every query is counted, not a sample of probes; each KV head chooses its own
     tokens; scales are of a granule, not of a whole prompt. Attention is shared out among the tokens in the
     slots: that is all of a prompt with `prefill=exact`, but of what follows, only the tokens not packed yet.
