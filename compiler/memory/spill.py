@@ -30,6 +30,8 @@ class Slots:
     """Of memory while the layer runs."""
     token: int
     """Of one token: what a step writes, on average."""
+    file: int
+    """Of the file, in whole pages."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Spill:
     def nbytes(self) -> int:
         """Bytes of their slots: what a step reads of the file at most."""
         return sum(entry.nbytes for entry in self.slots)
+
+    @property
+    def file(self) -> int:
+        """Bytes of the file."""
+        return sum(entry.file for entry in self.slots)
 
     @property
     def tails(self) -> int:

@@ -129,6 +129,8 @@ class Load:
     """Layers whose slots of the cache may be spilled, in order."""
     unspilled: str = ""
     """Why none may be."""
+    disk: int = 1 << 62
+    """Free bytes of the disk that the file of spilled slots would lie on."""
     spill: Spill | None = None
     """Those that are; `fixed` is without them."""
 
@@ -151,6 +153,8 @@ class TierPlan:
     skew: Skew = Skew()
     spill: Spill | None = None
     """Layers whose slots of the cache lie in a file between their turns; None where all are in memory."""
+    load: Load | None = None
+    """What was placed, with nothing spilled yet; None of a plan that was laid out by hand."""
 
     @property
     def streamed(self) -> tuple[Piece, ...]:
@@ -307,15 +311,20 @@ def place(load: Load, budget: int) -> TierPlan:
     run while the next is read. Pages of a packed file come before packing in every step, unless nothing
     is streamed. What every token reads comes before experts; of these as many layers are pinned, and the rest
     of the budget holds as much of the others, as together read least. Slots of the cache are spilled where
-    nothing fits else. Raises RecipeError, which says the smallest budget that would do.
+    nothing fits else, as many as the disk has room for. Raises RecipeError, which says the
+    smallest budget that would do.
     """
     fitting = _placed(load, budget)
     if not fitting:
-        spilling = [[_spilling(load, spill) for spill in found] for found in spills(load.slots)]
+        spilling = [
+            [_spilling(load, spill) for spill in found if spill.file <= load.disk]
+            for found in spills(load.slots)
+        ]
         fitting = [plan for found in spilling for plan in _least_spilled(found, budget)]
     if not fitting:
         raise _too_small([load, *(found[-1] for found in spilling if found)], budget)
-    return min(fitting, key=lambda found: (found.moved, found.peak))
+    chosen = min(fitting, key=lambda found: (found.moved, found.peak))
+    return replace(chosen, load=load)
 
 
 def _spilling(load: Load, spill: Spill) -> Load:
@@ -374,6 +383,18 @@ def _too_small(loads: Sequence[Load], budget: int) -> RecipeError:
         "give more, or a shorter context or a smaller chunk"
         + (f" (weights cannot be pages of a file: {first.remark})" if first.remark else "")
         + (f" (the cache cannot be spilled: {first.unspilled})" if first.unspilled else "")
+        + _lacking(first)
+    )
+
+
+def _lacking(load: Load) -> str:
+    """Says that some slots cannot be spilled for want of room on the disk; "" where all can."""
+    every = max((spill.file for found in spills(load.slots) for spill in found), default=0)
+    if every <= load.disk:
+        return ""
+    return (
+        f" (not all of the cache can be spilled: it takes {every:,} bytes on the disk of the cache folder, "
+        f"which has {load.disk:,} free; free some, or set EINFOLD_CACHE to a folder on another disk)"
     )
 
 

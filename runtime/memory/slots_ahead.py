@@ -89,6 +89,13 @@ class SlotsAhead:
         """Bytes of the stages."""
         return sum(stage.nbytes for stage in self._stages)
 
+    @staticmethod
+    def stages(layers: Sequence[tuple[SpilledSlots, ...]]) -> list[int]:
+        """Bytes of each stage while a step over these layers runs: as many layers as are there at once, of
+        the size of the largest."""
+        size = max(sum(slots.room for slots in layer) for layer in layers)
+        return [size] * min(STAGES, len(layers))
+
     def step(self, layers: Sequence[tuple[SpilledSlots, ...]]) -> None:
         """A step over these layers begins. Where they are those of the step before, which ran to its end,
         what was read behind it is used."""
@@ -99,9 +106,15 @@ class SlotsAhead:
         )
         if not known or self._done % len(layers):
             self.forget()
+            self._make_stages(layers)
             self._layers = list(layers)
-            self._make_stages()
-        self._begin()
+        begun = False
+        try:
+            self._begin()
+            begun = True
+        finally:
+            if not begun:  # an interrupt: what was queued of a turn would be queued again
+                self.forget()
 
     @contextmanager
     def turn(self, before: Counts, size: int) -> Iterator[dict[str, Array]]:
@@ -130,6 +143,7 @@ class SlotsAhead:
 
     def forget(self) -> None:
         """Lets go of the layers, and of what was read for them, once no thread writes into a stage."""
+        self._layers = []  # first, so that where this is interrupted the next step begins anew
         with self._lock:
             self._todo.clear()
             while self._reading and self._alive():
@@ -137,7 +151,6 @@ class SlotsAhead:
             self._left.clear()
             self._unread.clear()
             self._next = self._done = 0
-            self._layers = []
 
     def close(self) -> None:
         """Ends the threads and lets the stages go."""
@@ -151,13 +164,12 @@ class SlotsAhead:
         self._layers, self._stages = [], []
         self._todo.clear()
 
-    def _make_stages(self) -> None:
-        """Has memory for as many layers as are there at once, of the size of the largest."""
-        count = min(STAGES, len(self._layers))
-        size = max(sum(slots.room for slots in layer) for layer in self._layers)
-        if len(self._stages) != count or any(stage.nbytes < size for stage in self._stages):
+    def _make_stages(self, layers: Sequence[tuple[SpilledSlots, ...]]) -> None:
+        """Has memory for these layers and no more: the stages of a longer cache go."""
+        sizes = self.stages(layers)
+        if [stage.nbytes for stage in self._stages] != sizes:
             self._stages = []
-            self._stages = [aligned(size) for _ in range(count)]
+            self._stages = [aligned(size) for size in sizes]
 
     def _parts_of(self, number: int) -> list[Bytes]:
         """Where each buffer of a turn's layer lies in its stage."""

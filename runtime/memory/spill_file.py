@@ -75,21 +75,24 @@ class SpillFile(DirectFile):
             self.close()
 
 
-def no_spilling(folder: Path, nbytes: int = 0) -> str:
-    """Why so many bytes of a cache cannot lie in a file in a folder; "" where they can."""
+def no_spilling(folder: Path) -> str:
+    """Why nothing of a cache can lie in a file in a folder; "" where it can."""
     if not hasattr(os, "posix_fallocate") or not hasattr(os, "preadv"):
         return "this system has no files that are read and written by place"
     memory = held_in_memory(folder)
     if memory:
         return f"{folder} is on {memory}, which is held in memory; set EINFOLD_CACHE to a folder on a disk"
+    return ""
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk of a folder has room for, which need not be there yet; a large number where the system
+    does not say."""
     for path in (folder, *folder.absolute().parents):
         with suppress(OSError):
             found = os.statvfs(path)
-            free = found.f_bavail * found.f_frsize
-            if free < nbytes:
-                return f"it takes {nbytes:,} bytes on the disk of {folder}, which has {free:,}"
-            break
-    return ""
+            return found.f_bavail * found.f_frsize
+    return 1 << 62
 
 
 def _nameless(folder: Path) -> int:

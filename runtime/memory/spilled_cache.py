@@ -49,12 +49,19 @@ class SpilledCache:
 
     def step(self, cache: CacheBuffers) -> None:
         """A step over a cache begins."""
-        self.ahead.step([tuple(cache.buffers[name] for name in names) for names in self._names])
+        self.ahead.step(self._layers(cache))
+
+    def stage_bytes(self, cache: CacheBuffers) -> int:
+        """Bytes of the stages that a step over a cache takes beside it."""
+        return sum(self.ahead.stages(self._layers(cache)))
 
     def close(self) -> None:
         """Ends the threads, and lets the file go once no cache has it."""
         self.ahead.close()
         self._let_go()
+
+    def _layers(self, cache: CacheBuffers) -> list[tuple[Any, ...]]:
+        return [tuple(cache.buffers[name] for name in names) for names in self._names]
 
     def _let_go(self) -> None:
         self.ahead.forget()

@@ -14,8 +14,8 @@ from einfold.compiler.memory.tiers import Fixed, Load, Piece, place, step_of
 from einfold.compiler.memory.timeline import timeline_of
 from einfold.errors import RecipeError
 
-#: Of a layer's slots the bytes of all, of the tail, of a stage and of a token.
-SIZES = 1000, 10, 1004, 1
+#: Of a layer's slots the bytes of all, of the tail, of a stage, of a token and of the file.
+SIZES = 1000, 10, 1004, 1, 1002
 
 
 def load(layers: int, weights: int = 100, sizes: tuple[int, ...] = SIZES) -> Load:
@@ -66,7 +66,7 @@ def test_the_budget_holds_or_the_least_is_told(layers: int, budget: int) -> None
 
 def test_slots_that_are_larger_may_stay_where_smaller_ones_are_spilled() -> None:
     small = load(6)
-    large = Slots(6, "layer 6", "layer 6", 3000, 10, 3004, 3)
+    large = Slots(6, "layer 6", "layer 6", 3000, 10, 3004, 3, 3002)
     mixed = replace(small, slots=(*small.slots, large), fixed=Fixed(500, 9000, 50))
     smaller, both = spills(mixed.slots)
     assert all(large not in spill.slots for spill in smaller)
@@ -110,6 +110,19 @@ def test_why_nothing_is_spilled_is_told() -> None:
         place(load(8), 2000)
 
 
+def test_no_more_is_spilled_than_the_disk_has_room_for() -> None:
+    budget = 550 + 8000 + 399 - 900
+    three = replace(load(8), disk=3 * 1002)
+    plan = place(three, budget)
+    assert plan.spill is not None
+    assert plan.spill.layers == (1, 4, 7)
+    assert plan.spill.file == 3 * 1002
+    with pytest.raises(RecipeError, match=r"not all of the cache can be spilled: .* 3,006 free"):
+        place(three, budget - 1000)
+    with pytest.raises(RecipeError, match="it takes 8,016 bytes on the disk"):
+        place(replace(three, disk=3005), budget)
+
+
 def test_a_step_reads_what_is_spilled_while_other_layers_run() -> None:
     plan = place(load(8), 550 + 8000 + 399 - 900)
     assert plan.spill is not None
@@ -128,7 +141,7 @@ def test_a_turn_of_several_super_ops_holds_its_stage_until_the_last() -> None:
     """A layer whose slots others read: nothing is read into its stage before these have run."""
     names = [f"layer {index}" for index in range(4)]
     pieces = tuple(Piece(name, 1, 1) for name in names)
-    slots = Slots(0, "layer 0", "layer 2", 1000, 0, 1000, 0)
+    slots = Slots(0, "layer 0", "layer 2", 1000, 0, 1000, 0, 1000)
     fixed = Fixed(0, 1000, 0)
     plan = replace(place(Load(pieces, fixed), 1 << 20), spill=Spill((slots,)))
     device = Device(ram_bandwidth=1000.0, disk_bandwidth=1000.0, pack_bandwidth=1e9)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,75 @@ def test_layers_come_in_turn_and_the_next_step_is_read_behind_the_last(folder: P
     assert ahead.counts.read == 3 * chunk + STAGES * 3 * chunk
     ahead.close()
     assert ahead.nbytes == 0
+
+
+def begun(folder: Path) -> tuple[SlotsAhead, list[tuple[SpilledSlots, ...]]]:
+    """A layer of two buffers of ones, some of them in the file; one thread, whose next step is to come."""
+    file = SpillFile(folder)
+    specs = [Buffer(f"cache.0.0.{part}", (1, 1, 4 * TAIL, 16), "f32") for part in ("key", "value")]
+    layers = [tuple(SpilledSlots.make(file, spec) for spec in specs)]
+    ahead = SlotsAhead(1)
+    ahead.step(layers)
+    with ahead.turn(np.array([0]), 2 * TAIL) as found:
+        for each in found.values():
+            each[:] = 1
+    return ahead, layers
+
+
+def check_goes_on(ahead: SlotsAhead, layers: list[tuple[SpilledSlots, ...]]) -> None:
+    """Another step sees what was written. It has a thread of its own, lest it wait for ever."""
+    seen = list[bool]()
+
+    def step() -> None:
+        ahead.step(layers)
+        with ahead.turn(np.array([2 * TAIL]), 1) as found:
+            seen.extend(bool((each[0, 0, : 2 * TAIL] == 1).all()) for each in found.values())
+
+    thread = threading.Thread(target=step, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert seen == [True, True]
+    ahead.close()
+
+
+def test_an_interrupt_while_what_was_read_is_let_go_is_followed_by_a_whole_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, on, read = threading.Event(), threading.Event(), SpillFile.read
+
+    def slow(*arguments: Any) -> Any:
+        reading.set()
+        on.wait(20)
+        return read(*arguments)
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpillFile, "read", slow)
+    ahead, layers = begun(folder)
+    assert reading.wait(20)
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead._come, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ahead.forget()
+    on.set()
+    check_goes_on(ahead, layers)
+
+
+def test_an_interrupt_while_a_step_begins_has_nothing_read_twice(folder: Path) -> None:
+    class Interrupted(deque[Any]):
+        def __iadd__(self, parts: Any) -> Any:
+            self.extend(parts)
+            raise KeyboardInterrupt
+
+    ahead, layers = begun(folder)
+    ahead.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "_todo", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            ahead.step(layers)
+        assert not ahead._todo
+    check_goes_on(ahead, layers)
 
 
 def test_a_cache_that_is_made_takes_the_file_of_none(folder: Path) -> None:

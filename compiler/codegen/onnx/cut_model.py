@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from ....errors import UnsupportedError
+from ....errors import ArtifactError, UnsupportedError
 from ....runtime.artifact import Artifact
 from ....runtime.memory.pages import UNIT, no_paging
-from ....runtime.memory.spill_file import no_spilling
+from ....runtime.memory.spill_file import free_bytes, no_spilling
 from ....runtime.runner import running
 from ...ir.kept import cache_home
-from ...ir.kv.layout import CacheLayout
 from ...ir.kv.spill import file_bytes, spillable, spilled_buffers, stage_bytes, tail_bytes
 from ...ir.manifest import WHOLE
 from ...memory.spill import Slots
@@ -90,16 +88,35 @@ class CutModel:
     def spilling(self, load: Load, capacity: int) -> Load:
         """The same with the layers whose slots of a cache for `capacity` tokens may be spilled: those that
         have their turn by themselves."""
-        layout = self.artifact.manifest.layout()
-        found, needed = list[Slots](), 0
-        for layer, (first, last) in turns_of(layout, self.ops).items():
+        layout, found = self.artifact.manifest.layout(), list[Slots]()
+        for layer, (first, last) in self.turns().items():
             buffers = list(spilled_buffers(layout[layer], 1, capacity))
             nbytes = sum(int(buffer.bytes()) for buffer in buffers)
-            needed += file_bytes(buffers)
-            sizes = (nbytes, tail_bytes(buffers), stage_bytes(buffers), nbytes // capacity)
-            found.append(Slots(layer, self.ops[first].name, self.ops[last].name, *sizes))
-        reason = no_spilling(cache_home(), needed)
-        return replace(load, slots=() if reason else tuple(found), unspilled=reason)
+            memory = (nbytes, tail_bytes(buffers), stage_bytes(buffers), nbytes // capacity)
+            names = self.ops[first].name, self.ops[last].name
+            found.append(Slots(layer, *names, *memory, file_bytes(buffers)))
+        reason, disk = no_spilling(cache_home()), free_bytes(cache_home())
+        return replace(load, slots=() if reason else tuple(found), unspilled=reason, disk=disk)
+
+    def turns(self) -> dict[int, tuple[int, int]]:
+        """Of each layer of the cache that may be spilled the first and the last super-op that read its slots.
+        Layers whose slots others read so late that a turn lies across another are left out, the longest
+        first. Raises ArtifactError where the manifest has a layer that no super-op reads."""
+        found = dict[int, tuple[int, int]]()
+        for entry in spillable(self.artifact.manifest.layout()):
+            names = {buffer.name for buffer in spilled_buffers(entry, 1, 1)}
+            readers = [i for i, op in enumerate(self.ops) if names & set(map(buffer_of, op.inputs))]
+            if not readers:
+                raise ArtifactError(
+                    f"{self.artifact.folder} has a cache of layer {entry.layer} in its manifest that no part "
+                    f"of {WHOLE.model} reads; compile it again"
+                )
+            found[entry.layer] = readers[0], readers[-1]
+        for layer, (first, last) in sorted(found.items(), key=lambda it: it[1][0] - it[1][1]):
+            others = [turn for other, turn in found.items() if other != layer]
+            if any(first <= end and begin <= last for begin, end in others):
+                del found[layer]
+        return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def why_not_paged(self) -> str:
         """Why streamed weights cannot be pages of a packed copy; "" where they can."""
@@ -107,21 +124,6 @@ class CutModel:
         if widened is not None:
             return f"onnxruntime widens weights of {widened.name} while it loads them"
         return no_paging() or no_copy(self.artifact, self.ops)
-
-
-def turns_of(layout: CacheLayout, ops: Sequence[SuperOp]) -> dict[int, tuple[int, int]]:
-    """Of each layer of a cache that may be spilled the first and the last super-op that read its slots.
-    Layers whose slots others read so late that a turn lies across another are left out, the longest first."""
-    found = dict[int, tuple[int, int]]()
-    for entry in spillable(layout):
-        names = {buffer.name for buffer in spilled_buffers(entry, 1, 1)}
-        readers = [i for i, op in enumerate(ops) if names & set(map(buffer_of, op.inputs))]
-        found[entry.layer] = readers[0], readers[-1]
-    for layer, (first, last) in sorted(found.items(), key=lambda item: item[1][0] - item[1][1]):
-        others = [turn for other, turn in found.items() if other != layer]
-        if any(first <= end and begin <= last for begin, end in others):
-            del found[layer]
-    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _paged(op: SuperOp) -> Piece:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ....errors import UnsupportedError
 from ...memory.tiers import Load, TierPlan, place
 from .cut_model import CutModel
@@ -22,5 +24,6 @@ class OnnxInParts(CutModel):
         except (NoCopyError, UnsupportedError) as error:
             reason = str(error)
         # Behind the clause: within it the error would keep the sessions that were made.
-        load = Load(self.pieces, plan.fixed, remark=reason, spill=plan.spill)
+        load = plan.load or Load(self.pieces, plan.fixed)
+        load = replace(load, paged=(), remark=reason)
         return StreamingRunner(self, place(load, plan.budget), threads)

@@ -134,7 +134,7 @@ class StreamingRunner:
             )
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
-        stages = self._spilled.ahead.nbytes if self._spilled is not None else 0
+        stages = self._spilled.stage_bytes(cache) if self._spilled is not None else 0
         self._check_cache(cache.nbytes + stages)
         self._check_files()
         try:

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 
 import einfold
-from einfold.compiler.codegen.onnx.cut_model import CutModel, turns_of
+from einfold.compiler.codegen.onnx import in_parts
+from einfold.compiler.codegen.onnx.cut_model import CutModel
+from einfold.compiler.codegen.onnx.packed_copy import NoCopyError
 from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.spill import TAIL, resident_bytes
-from einfold.compiler.memory.spill import Spill
-from einfold.compiler.memory.tiers import TierPlan
+from einfold.compiler.memory.spill import Slots, Spill
+from einfold.compiler.memory.tiers import Fixed, Load, Piece, TierPlan, place
 from einfold.errors import ArtifactError, DiskError, EinfoldError, OutOfMemoryError, RecipeError
 from einfold.runtime.artifact import Artifact
 from einfold.runtime.memory import direct, slots_ahead
@@ -31,6 +34,7 @@ from einfold.runtime.memory.spill_file import SpillFile
 from ... import head_groups, models
 from ...disks import needs_a_disk
 from ...greedy import all_logits
+from ...hostile import forge
 from ...quick import quick, rarely
 
 #: Longer than what stays in memory of it.
@@ -101,6 +105,7 @@ def tight(path: Path, chunk: int = 512) -> int:
 CACHES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "float32": ("llama", {}, [0, 1]),
     "int8": ("llama", {"cache": "int8"}, [0, 1]),
+    "int4": ("llama", {"cache": "int4"}, [0, 1]),
     "a window that only attention has": ("gemma3", {}, [0, 1]),
     "int8, read by pages": ("llama", {"cache": "int8", "read": QUEST}, [0, 1]),
     "layers that read another's": ("gemma4", {}, [1]),
@@ -112,7 +117,7 @@ CACHES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
 
 
 #: One of each road; the others are slow.
-FEW = ("float32", "int8", "int8, layers that read another's", "few tokens kept")
+FEW = ("float32", "int4", "few tokens kept")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_logits_and_tokens_are_those_of_a_cache_in_memory(
     out = tmp_path / "artifact"
     einfold.compile(models.save(name, tmp_path / "model"), out, check=False, **options)
     cut = CutModel.of(Artifact.open(out))
-    assert [*turns_of(cut.artifact.manifest.layout(), cut.ops)] == layers
+    assert [*cut.turns()] == layers
     if layers:
         _check_as_in_memory(out)
 
@@ -331,7 +336,15 @@ FAULTS: dict[str, tuple[str, int | OSError, str]] = {
 }
 
 
-@pytest.mark.parametrize(("call", "gives", "says"), FAULTS.values(), ids=FAULTS)
+#: The others are told where one of these is, or a full disk.
+QUICK_FAULTS = ("a read that fails", "a read that is short", "a write of nothing")
+
+
+@pytest.mark.parametrize(
+    ("call", "gives", "says"),
+    quick(FAULTS.values(), *(FAULTS[name] for name in QUICK_FAULTS)),
+    ids=FAULTS,
+)
 def test_a_fault_of_the_disk_is_told_and_the_model_goes_on(
     call: str, gives: int | OSError, says: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,8 +478,60 @@ def test_a_disk_without_room_is_refused_by_the_plan(
     found = os.statvfs(llama)
     small = os.statvfs_result((*tuple(found)[:4], 1, *tuple(found)[5:]))
     monkeypatch.setattr(os, "statvfs", lambda _: small)
-    with pytest.raises(RecipeError, match=r"cannot be spilled: it takes [\d,]+ bytes on the disk"):
+    with pytest.raises(
+        RecipeError, match=r"of the cache can be spilled: it takes .* which has 4,096 free"
+    ):
         einfold.plan(llama, memory=budget)
+
+
+def test_a_manifest_with_a_layer_that_the_model_has_not_is_refused(
+    llama: Path, tmp_path: Path
+) -> None:
+    path = forge.copy(llama, tmp_path / "forged")
+    forge.edit(path, lambda data: data["cache"].append(data["cache"][0].replace("0.0", "9.0", 1)))
+    for entry in (einfold.plan, einfold.load):
+        with pytest.raises(ArtifactError, match=r"has a cache of layer 9 .* that no part of"):
+            entry(path, memory=1 << 40)
+
+
+def test_where_pages_cannot_be_had_more_is_spilled_if_it_must_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights that are packed in every step take more memory than their pages."""
+
+    def refused(*_: object) -> None:
+        raise NoCopyError("it is gone")
+
+    monkeypatch.setattr(in_parts, "PagedRunner", refused)
+    monkeypatch.setattr(in_parts, "StreamingRunner", lambda _, plan, threads: plan)
+    names = [f"layer {index}" for index in range(8)]
+    pieces = tuple(Piece(name, 300, 300) for name in names)
+    slots = tuple(Slots(i, name, name, 1000, 10, 1004, 1, 1002) for i, name in enumerate(names))
+    paged = tuple(Piece(name, 100, 100) for name in names)
+    load = Load(pieces, Fixed(500, 8000, 50), paged, slots=slots)
+    plan, wanted = place(load, 4250), place(replace(load, paged=(), remark="it is gone"), 4250)
+    assert plan.paged
+    assert plan.spill is not None
+    assert wanted.spill is not None
+    assert len(wanted.spill.layers) > len(plan.spill.layers)
+    assert in_parts.OnnxInParts(Any, Any, ()).runner(plan) == wanted  # type: ignore[arg-type]
+
+
+def test_a_batch_that_there_is_room_for_runs_behind_a_longer_text(llama: Path) -> None:
+    """The stages of the longer cache are not counted on top, nor kept."""
+    with spilling(llama) as (model, runner):
+        sizes, plan = [(1, 1024), (6, TAIL)], runner.plan
+        assert plan.spill is not None
+        layout, layers = model.engine.layout, plan.spill.layers
+        most = max(resident_bytes(layout, layers, *size, None) for size in sizes)
+        runner.plan = replace(plan, fixed=replace(plan.fixed, cache=most))
+        for rows, capacity in sizes:
+            runner.check_room(rows, capacity)
+            cache = model.engine.allocate(rows, capacity, None)
+            one = np.zeros((rows, 1), np.int64)
+            model.engine.step(cache, one, one, np.arange(rows))
+            assert runner._spilled is not None
+            assert cache.nbytes + runner._spilled.ahead.nbytes <= most
 
 
 def test_a_folder_that_takes_no_file_is_told(tmp_path: Path) -> None:
