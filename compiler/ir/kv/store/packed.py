@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .....errors import IRError
+from ...options import missing, settle
 from ..keep.policy import check_prefill
 from ..sizes import Size, divided_down, most
 from ..streams import Stream
@@ -152,6 +153,15 @@ def check_bits(name: str, *bits: int) -> None:
     for width in bits:
         if width not in BITS:
             raise IRError(f"{name} has codes of {', '.join(map(str, BITS))} bits, not {width}")
+
+
+def settle_bits(storage: Any) -> None:
+    """Settles `key_bits` and `value_bits`, which are `bits` where nothing else is said. Raises IRError for a
+    width that there is not."""
+    for part in ("key_bits", "value_bits"):
+        if missing(getattr(storage, part)):
+            settle(storage, **{part: storage.bits})
+    check_bits(storage.name, storage.key_bits, storage.value_bits)
 
 
 def check_divides(name: str, what: str, part: int, whole_name: str, whole: int) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ....options import later, missing, option, settle
-from ..packed import CODES, ROTATED, Packed, by_channel, by_token, check_bits, check_divides
+from ....options import later, option
+from ..packed import CODES, ROTATED, Packed, by_channel, by_token, check_divides, settle_bits
 from ..storage import STORAGES, GroupShape, Piece
 
 
@@ -48,11 +48,8 @@ class Kivi(Packed):
     name = method = "kivi"
 
     def __post_init__(self) -> None:
-        for part in ("key_bits", "value_bits"):
-            if missing(getattr(self, part)):
-                settle(self, **{part: self.bits})
+        settle_bits(self)
         self.check_waiting()
-        check_bits(self.name, self.key_bits, self.value_bits)
         if self.group < 1 or self.group % CODES:
             raise IRError(
                 f"{self.name}: a group is a positive multiple of {CODES}, not {self.group}"

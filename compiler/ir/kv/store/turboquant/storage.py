@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ......errors import IRError
-from ....options import later, missing, option, settle
-from ..packed import ROTATED, Packed, check_bits, planes
+from ....options import later, option
+from ..packed import ROTATED, Packed, planes, settle_bits
 from ..storage import STORAGES, GroupShape, Piece
 
 
@@ -46,11 +46,8 @@ class TurboQuant(Packed):
     name = method = "turboquant"
 
     def __post_init__(self) -> None:
-        for part in ("key_bits", "value_bits"):
-            if missing(getattr(self, part)):
-                settle(self, **{part: self.bits})
+        settle_bits(self)
         self.check_waiting()
-        check_bits(self.name, self.key_bits, self.value_bits)
         if self.group < 1:
             raise IRError(f"{self.name}: 1 or more tokens are packed together, not {self.group}")
 
