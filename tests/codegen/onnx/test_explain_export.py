@@ -62,6 +62,7 @@ def test_what_stays_has_its_reason() -> None:
     assert "tanh" in item.reason
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_encoder_is_read_so_too(tmp_path: Path) -> None:
     folder = common.save("bert", tmp_path / "m")
     report = einfold.explain_export(folder)
