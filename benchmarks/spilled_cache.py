@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import time
 from datetime import date
 from importlib import metadata
@@ -22,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .client import ROOT, environment, status_bytes
+from .client import status_bytes
 from .prepare import default_cache, own_python
 from .report import machine, slug, table
-from .streamed_weights import cgroup
+from .streamed_weights import process
 
 #: Of the model: its width, heads and the size of each.
 WIDTH, HEADS, SIZE = 512, 8, 64
@@ -97,21 +96,7 @@ def run(artifact: Path, memory: int, given: argparse.Namespace, limited: bool) -
     words = [own_python(), "-m", "benchmarks.spilled_cache", "--child", str(artifact), str(memory)]
     for name in ("context", "chunk", "threads", "new"):
         words += [f"--{name}", str(getattr(given, name))]
-    with cgroup(given.memory) as group:
-
-        def enter() -> None:
-            if limited:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
-
-        done = subprocess.run(
-            words, capture_output=True, text=True, cwd=ROOT, preexec_fn=enter,
-            env=environment(default_cache(), given.threads), timeout=900, check=False,
-        )  # fmt: skip
-        peak = int((group / "memory.max_usage_in_bytes").read_text()) if limited else 0
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["killed"]
-        return {"ended": f"exit {done.returncode}: {last[0]}"}
-    return {**json.loads(done.stdout.splitlines()[-1]), "cgroup_peak": peak}
+    return process(words, given, given.memory if limited else 0)
 
 
 def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=15, help="of one run")
     parser.add_argument("--out", type=Path, help="a folder for the results")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()

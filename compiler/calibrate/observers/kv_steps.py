@@ -30,8 +30,8 @@ _SMALLEST = 1e-8
 class KVSteps(Observer):
     """Of codes of so many bits, from -2^(bits-1) to 2^(bits-1) - 1, each an equal step from the next:
 
-    `step` [K, D]: the step of each channel with the least squared error; `centre` [K, D]: the mean of each
-    channel, and `centred` [K, D]: that step of what is left without it.
+    `step` [K, D]: the step of each channel with the least squared error; of keys `centre` [K, D] too, the
+    mean of each channel, and `centred` [K, D], that step of what is left without it.
 
     Keys are rotated over the channels of their head by a Hadamard matrix, behind their rotary embedding at
     random positions of all that its tables have. Values are seen as they are.
@@ -51,8 +51,9 @@ class KVSteps(Observer):
     def see(self, site: Site, *values: Any) -> Found:
         x_BSKD, *rotary = values
         x_TKD = x_BSKD.flatten(0, 1)
-        if rotary:
-            x_TKD = hadamard(anywhere(x_TKD, *rotary))
+        if not rotary:
+            return {"step": steps(x_TKD, self.bits)}
+        x_TKD = hadamard(anywhere(x_TKD, *rotary))
         centre_KD = x_TKD.mean(0)
         return {
             "step": steps(x_TKD, self.bits),

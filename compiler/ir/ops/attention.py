@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kv.codes.affine import narrowed
-from ..kv.codes.bits import pack, unpack
-from ..kv.codes.half_bytes import OFFSET
+from ..kv.codes.half_bytes import as_slots, numbers
 from ..kv.read.reader import Reader, parse_reader
 from .record import OPERATORS, Operator
 from .rotary import Rotary, turned
@@ -352,9 +351,8 @@ def stored(cache_BKCD: Tensor, scale_KD: Tensor | None) -> Tensor:
     """What the slots stand for."""
     if scale_KD is None:
         return cache_BKCD
-    if halved(cache_BKCD):
-        cache_BKCD = unpack([cache_BKCD], 4).to(torch.int8) - OFFSET
-    return cache_BKCD * scale_KD[:, None]
+    codes_BKCD = numbers(cache_BKCD) if halved(cache_BKCD) else cache_BKCD
+    return codes_BKCD * scale_KD[:, None]
 
 
 def halved(cache_BKCD: Tensor) -> bool:
@@ -373,9 +371,5 @@ def write_slots(
     """Writes new tokens into their slots, in place."""
     slots = slot_BS[:, None, :, None].expand(-1, cache_BKCD.shape[1], -1, cache_BKCD.shape[3])
     if scale_KD is not None:
-        codes = (new_BSKD / scale_KD).round()
-        if halved(cache_BKCD):
-            (new_BSKD,) = pack(codes.clamp(-OFFSET, OFFSET - 1) + OFFSET, 4)
-        else:
-            new_BSKD = codes.clamp(-128, 127).to(cache_BKCD.dtype)
+        new_BSKD = as_slots(new_BSKD / scale_KD, cache_BKCD).to(cache_BKCD.dtype)
     cache_BKCD.scatter_(2, slots, narrowed(new_BSKD, cache_BKCD.dtype).transpose(1, 2))

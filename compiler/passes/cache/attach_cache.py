@@ -78,6 +78,7 @@ class AttachCache(Pass):
             result.skipped("graph", "no attention in the graph")
             return result
         attachment = Attachment(program, program.layout)
+        as_turned = attachment.as_turned
         for node in nodes:
             found = call_arguments(node)
             cache = program.layout[int(found["layer"])]
@@ -96,7 +97,8 @@ class AttachCache(Pass):
                     + (f", window {window} by mask" if window else "")
                     + (
                         ", by queries as they are turned"
-                        * ((cache.layer, index) in attachment.turned)
+                        if (cache.layer, index) in as_turned
+                        else ""
                     ),
                 )
         present = list(program.output.args[0])  # type: ignore[arg-type]
@@ -120,7 +122,7 @@ class Attachment:
         self.editor = Editor(program)
         self.names: list[str] = []
         self.values: list[fx.Node] = []
-        self.turned: set[tuple[int, int]] = set()
+        self.as_turned: set[tuple[int, int]] = set()
         """Groups whose policy would think of later queries, and is shown them as they are turned."""
         self._calls: dict[tuple[int, int], fx.Node] = {}
         self._read: dict[tuple[int, int], dict[str, fx.Node]] = {}
@@ -278,7 +280,7 @@ class Attachment:
             self.names.append(name)
             return
         if group.policy.ahead:
-            self.turned.add((cache.layer, index))
+            self.as_turned.add((cache.layer, index))
         query, factor = turned(self.editor, given, given["q_BSHD"]), given["scale"]
         if of_keys is not None:
             heads, size = int(query.meta["val"].shape[2]), int(query.meta["val"].shape[3])

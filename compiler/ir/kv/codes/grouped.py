@@ -35,7 +35,7 @@ def decode_by_channel(prefix: str, pieces: Pieces, bits: int, group: int) -> Ten
 def encode_by_token(prefix: str, x_KGTD: Tensor, bits: int, group: int) -> Pieces:
     """Codes packed along channels, scales for each `group` channels of a token."""
     codes, scale, zero = quantize(x_KGTD.unflatten(-1, (-1, group)), bits)
-    return _named(prefix, bits, pack(codes.flatten(-2), bits)) | {
+    return pack_codes(prefix, codes.flatten(-2), bits) | {
         f"{prefix}_scale": scale.squeeze(-1),
         f"{prefix}_zero": zero.squeeze(-1),
     }
@@ -43,10 +43,20 @@ def encode_by_token(prefix: str, x_KGTD: Tensor, bits: int, group: int) -> Piece
 
 def decode_by_token(prefix: str, pieces: Pieces, bits: int) -> Tensor:
     """What `encode_by_token` was given, [.., T, D]."""
-    codes = unpack([pieces[name] for name, _ in planes(prefix, bits)], bits)
+    codes = unpack_codes(prefix, pieces, bits)
     scale, zero = pieces[f"{prefix}_scale"], pieces[f"{prefix}_zero"]
     grouped = codes.unflatten(-1, (scale.shape[-1], -1))
     return dequantize(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1)).flatten(-2)
+
+
+def pack_codes(prefix: str, codes: Tensor, bits: int) -> Pieces:
+    """The planes of codes, packed along the last axis."""
+    return _named(prefix, bits, pack(codes, bits))
+
+
+def unpack_codes(prefix: str, pieces: Pieces, bits: int) -> Tensor:
+    """What `pack_codes` was given, as u8."""
+    return unpack([pieces[name] for name, _ in planes(prefix, bits)], bits)
 
 
 def _named(prefix: str, bits: int, packed: list[Tensor]) -> Pieces:

@@ -184,9 +184,14 @@ def by_channel(prefix: str, bits: int, tokens: int, group: int, size: int) -> It
     yield Piece(f"{prefix}_zero", tokens // group, size, "f16")
 
 
-def by_token(prefix: str, bits: int, tokens: int, group: int, size: int) -> Iterator[Piece]:
-    """Codes whose scales are by token, one for each `group` channels: packed along channels."""
+def codes_by_token(prefix: str, bits: int, tokens: int, size: int) -> Iterator[Piece]:
+    """The planes of each token's codes: packed along channels."""
     for name, width in planes(prefix, bits):
         yield Piece(name, tokens, size * width // 8, "u8")
+
+
+def by_token(prefix: str, bits: int, tokens: int, group: int, size: int) -> Iterator[Piece]:
+    """Codes whose scales are by token, one for each `group` channels: packed along channels."""
+    yield from codes_by_token(prefix, bits, tokens, size)
     yield Piece(f"{prefix}_scale", tokens, size // group, "f16")
     yield Piece(f"{prefix}_zero", tokens, size // group, "f16")

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ...codes.affine import narrowed
-from ...codes.bits import pack, unpack
-from ...codes.grouped import in_granules
+from ...codes.grouped import in_granules, pack_codes, unpack_codes
 from ...codes.normal import levels, nearest
 from ...codes.salient import Seen
-from ..packed import Pieces, planes
+from ..packed import Pieces
 from .storage import TurboQuant
 
 
@@ -33,12 +32,10 @@ def _encoded(part: str, x: Tensor, bits: int) -> Pieces:
     codes = nearest(x / root.clamp(min=torch.finfo(torch.float32).tiny), bits)
     level = levels(bits).to(x.device)[codes.long()]
     scale = (x * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)
-    names = [name for name, _ in planes(part, bits)]
-    found: Pieces = dict(zip(names, pack(codes, bits), strict=True))
-    return found | {f"{part}_scale": narrowed(scale, torch.float16)}
+    return pack_codes(part, codes, bits) | {f"{part}_scale": narrowed(scale, torch.float16)}
 
 
 def _decoded(part: str, pieces: Pieces, bits: int) -> Tensor:
-    codes = unpack([pieces[name] for name, _ in planes(part, bits)], bits)
+    codes = unpack_codes(part, pieces, bits)
     scale: Tensor = pieces[f"{part}_scale"].float()
     return levels(bits).to(codes.device)[codes.long()] * scale

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ......errors import IRError
 from ....options import later, option
-from ..packed import ROTATED, Packed, planes, settle_bits
+from ..packed import ROTATED, Packed, codes_by_token, settle_bits
 from ..storage import STORAGES, GroupShape, Piece
 
 
@@ -62,6 +62,5 @@ class TurboQuant(Packed):
     def pieces(self, shape: GroupShape) -> Iterator[Piece]:
         yield Piece("key_mean", 1, shape.key_size, "f16")
         for part, bits in (("key", self.key_bits), ("value", self.value_bits)):
-            for name, width in planes(part, bits):
-                yield Piece(name, self.group, shape.size(part) * width // 8, "u8")
+            yield from codes_by_token(part, bits, self.group, shape.size(part))
             yield Piece(f"{part}_scale", self.group, 1, "f16")
