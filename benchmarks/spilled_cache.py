@@ -174,6 +174,8 @@ def main() -> None:
     sizes = {"context": given.context, "chunk": given.chunk}
     cache = einfold.plan(artifact, memory=1 << 40, **sizes).tiers.cache
     given.memory = given.memory or cache // 2
+    if einfold.plan(artifact, memory=given.memory, **sizes).tiers.spill is None:
+        parser.error(f"within {given.memory:,} bytes nothing is spilled; give less --memory")
     whole = run(artifact, 0, given, limited=False)
     alone = run(artifact, 0, given, limited=True)
     rounds = [measured(artifact, given) for _ in range(given.rounds)]
