@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ Floats = npt.NDArray[np.float32]
 
 #: Of a window so many tokens are the prompt.
 PROMPT = WINDOW // 2
+
+#: So many tokens are written behind a prompt to measure what one takes.
+WRITTEN = 17
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[
         "kl": float(each.mean()),
         "kl_windows": [float(window.mean()) for window in kl],
         "kl_p99": float(np.quantile(each, 0.99)),
+        "kl_p999": float(np.quantile(each, 0.999)),
         "kl_max": float(each.max()),
         "same": same / each.size,
         "recall": {str(label): share for label, share in shares(found).items()},
@@ -134,7 +141,24 @@ def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[
         "weight_bytes": model.engine.runner.weight_bytes,
         "cache_bytes": {str(n): int(layout.bytes(1, n)) for n in (1000, 4000)},
         "full_cache_bytes": {str(n): n * full_token_bytes(model) for n in (1000, 4000)},
+        "milliseconds": milliseconds(
+            model, max((q.tokens[: q.prompt] for q in subject.questions), key=len)
+        ),
     } | _read(model)
+
+
+def milliseconds(model: einfold.Model, prompt: list[int]) -> dict[str, float]:
+    """What a token of a prompt takes of the processors, and one behind it, all threads together: others on a
+    busy machine change that less than they change time."""
+    at = [time.process_time()]
+
+    def written(row: int, token: int) -> bool:
+        at.append(time.process_time())
+        return False  # go on
+
+    model.engine.generate([prompt], WRITTEN, on_token=written)
+    first, *later = (1e3 * (end - start) for start, end in pairwise(at))
+    return {"prompt": first / len(prompt), "token": statistics.median(later)}
 
 
 def _read(model: einfold.Model) -> dict[str, dict[str, int]]:

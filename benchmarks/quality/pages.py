@@ -95,15 +95,16 @@ def _table(name: str, model: str) -> str:
         f"|{'---|' * len(_COLUMNS)}",
     ]
     names = [row.name for row in SETS[name]]
-    lines += [f"| `{label}` | {cells(rows[label])} |" for label in names if label in rows]
+    whole = rows.get(names[0], {}).get("weight_bytes")
+    lines += [f"| `{label}` | {cells(rows[label], whole)} |" for label in names if label in rows]
     left = [f"`{label}`" for label in names if label not in rows]
     if left:
         lines.append(f"\nNot measured yet, {len(left)} of {len(names)} rows: {'; '.join(left)}.")
     return "\n".join(lines) + "\n"
 
 
-def cells(row: Mapping[str, Any]) -> str:
-    """The figures of a row of a table, or why there are none."""
+def cells(row: Mapping[str, Any], whole: int | None = None) -> str:
+    """The figures of a row of a table, or why there are none. `whole` are the weights' bytes in float32."""
     if "refused" in row:
         return _whole(f"refused: {row['refused']}")
     held = _sizes(row, "cache_bytes")
@@ -111,16 +112,33 @@ def cells(row: Mapping[str, Any]) -> str:
         held += f"; a step reads {_sizes(row, 'read_bytes')}"
     return " | ".join(
         [
-            f"{row['weight_bytes'] / 1e6:.1f} MB",
+            f"{row['weight_bytes'] / 1e6:.1f} MB"
+            + (f" ({32 * row['weight_bytes'] / whole:.2f})" if whole else ""),
             held,
             change(row),
             sure_kl(row),
-            f"{row['kl_p99']:.1e}",
+            f"{row['kl_p99']:.1e}" + (f", {row['kl_p999']:.1e}" if "kl_p999" in row else ""),
             f"{row['kl_max']:.1e}",
             f"{row['same']:.1%}",
             sure_recall(row),
+            _compiling(row),
+            _steps(row),
         ]
     )
+
+
+def _compiling(row: Mapping[str, Any]) -> str:
+    """Seconds of the processors, and the largest memory, where they are known."""
+    if "compile_seconds" not in row:
+        return ""
+    return f"{row['compile_seconds']:.0f} s, {row['compile_bytes'] / 1e9:.2f} GB"
+
+
+def _steps(row: Mapping[str, Any]) -> str:
+    """Milliseconds of the processors a token, of a prompt and behind it, where they are known."""
+    if "milliseconds" not in row:
+        return ""
+    return f"{row['milliseconds']['prompt']:.2f}, {row['milliseconds']['token']:.1f} ms"
 
 
 def _sizes(row: Mapping[str, Any], key: str) -> str:
@@ -138,14 +156,16 @@ def _whole(text: str) -> str:
 
 _COLUMNS = (
     "form",
-    "weights",
+    "weights (bits)",
     "cache, 1,000 and 4,000 tokens",
     "perplexity",
     "KL",
-    "KL, 99 %",
+    "KL, 99 and 99.9 %",
     "largest KL",
     "same token",
     "recall",
+    "compiling",
+    "a token of a prompt, one behind it",
 )
 
 _HEAD = """# Quality
@@ -159,15 +179,19 @@ toy and the real model disagree, the real one is right.**
 
 Read are 8 windows of 1,024 tokens: half of each is a prompt, compressed as it is when one is answered, and
 the other half is measured. KL is of the original and the compiled model, in nats a token: its mean, the
-value that 99 % of the tokens stay below, and the largest. "Same token" is how often the likeliest token is
-the original's. The real model is asked for the places of things in lists that stand in prose of 1,000 and
-of 4,000 tokens, the toy for pass keys behind about 1,000; the original's share stands in brackets. Bytes of
-a cache are those allocated for one row, with its share of all tokens in float32 in brackets. Forms whose
-cache onnxruntime has no operator for run by the reference.
+values that 99 and 99.9 % of the tokens stay below, and the largest. "Same token" is how often the
+likeliest token is the original's. The real model is asked for the places of things in lists that stand
+in prose of 1,000 and of 4,000 tokens, the toy for pass keys behind about 1,000; the original's share
+stands in brackets. Bytes of a cache are those allocated for one row, with its share of all tokens in
+float32 in brackets. Forms whose cache onnxruntime has no operator for run by the reference.
 
 Behind a figure stands its 95 % interval in square brackets: of recall Wilson's, of the mean KL that of a
 bootstrap over the windows, which are few. All rows read the same windows and answer the same questions, so
-that a difference between two of them is surer than their intervals say. Rows of older runs have none.
+that a difference between two of them is surer than their intervals say. Behind the bytes of weights stand
+their bits a weight, embeddings, scales and all else counted. Compiling is told in seconds of the processors
+and the largest memory of its process, a token in milliseconds of the processors behind the longest
+prompt: of all threads, on machines of several kinds that others used too, so these say what is many times
+another and no more. Rows of older runs lack some of this.
 """
 
 #: Sets of rows, their headings, and what is said above their tables.

@@ -104,6 +104,21 @@ def test_what_the_original_says_is_kept_for_one_model_and_one_text(
         Original.of(other)
 
 
+def test_a_row_says_what_compiling_it_takes_and_what_a_token(
+    subject: Subject, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PROMPT", 20)
+    original = Original.of(subject)
+    row = command.measure_row(sets.Row("int8", {"weights": "int8"}), subject, original, 1)
+    assert row["compile_seconds"] > 0.01 and 5e7 < row["compile_bytes"] < 5e10
+    assert row["milliseconds"]["prompt"] > 0 and row["milliseconds"]["token"] > 0
+    assert row["kl_p99"] <= row["kl_p999"] <= row["kl_max"]
+    bits = row["weight_bytes"] * 32 / (2 * row["weight_bytes"])
+    assert f"MB ({bits:.2f}) |" in pages.cells(row, 2 * row["weight_bytes"])
+    wrong = sets.Row("wrong", {"cache": {"quant": {"method": "kivi"}}})  # not for onnx
+    assert "onnx" in command.measure_row(wrong, subject, original, 1)["refused"]
+
+
 def test_shares_by_label() -> None:
     asked = [
         (Questions([5, 6, 7, 8], 2, (range(2, 4),), 1000), np.array([7, 8, 0])),
