@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -25,27 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import einfold
-from einfold.errors import EinfoldError
 
 from ..fetch import FetchError
-from .measure import Original, figures
+from .measure import Original, compiled, figures
 from .pages import PAGE, read, results, write, written
 from .sets import SETS, Row
 from .subjects import SUBJECTS, Subject
 
 _DEFAULT = {"quick": ["toy", "real"], "weights": ["toy", "real", "off-grid"], "cache": ["real"]}
-
-
-def compiled(folder: Path, out: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """Compiles; gives the seconds of the processors that it took and the largest memory of the process, which
-    is to do nothing else. With what can't be compiled, the reason in their place."""
-    used = time.process_time()
-    try:
-        einfold.compile(folder, out, recipe=table, check=False)
-    except EinfoldError as error:
-        return {"refused": str(error)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"compile_seconds": time.process_time() - used, "compile_bytes": peak}
 
 
 def measure_row(row: Row, subject: Subject, original: Original, threads: int) -> dict[str, Any]:

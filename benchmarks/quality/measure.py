@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import statistics
 import time
 from collections import defaultdict
@@ -20,6 +21,7 @@ from blake3 import blake3
 import einfold
 from einfold.compiler.frontend.huggingface import find_model, load_reference
 from einfold.compiler.ir.file_hash import file_hash
+from einfold.errors import EinfoldError
 
 from ..fetch import cache_folder
 from .subjects import WINDOW, Questions, Subject
@@ -98,6 +100,18 @@ def hits(asked: list[tuple[Questions, npt.NDArray[np.int64]]]) -> dict[int, list
 def shares(found: Mapping[int, list[bool]]) -> dict[int, float]:
     """Recall by label."""
     return {label: sum(each) / len(each) for label, each in found.items()}
+
+
+def compiled(folder: Path, out: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """Compiles; gives the seconds of the processors that it took and the largest memory of the process, which
+    is to do nothing else. With what can't be compiled, the reason in their place."""
+    used = time.process_time()
+    try:
+        einfold.compile(folder, out, recipe=table, check=False)
+    except EinfoldError as error:
+        return {"refused": str(error)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"compile_seconds": time.process_time() - used, "compile_bytes": peak}
 
 
 def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[str, Any]:
