@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +51,7 @@ from .ir.manifest import (
     Manifest,
     ModelEntry,
 )
+from .ir.peak_memory import peak_memory
 from .ir.printer import print_program
 from .ir.program import Program, no_inputs
 from .ir.quant.scheme import Scheme
@@ -485,7 +485,7 @@ def compile_to(
                 tell("checking against the reference", 0.0)
                 (folder / NAME).write_bytes(manifest.dump())
                 report.check = check.files(folder)
-        report.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report.peak_rss = peak_memory()
         (folder / REPORT).write_text(json.dumps(report.data(), indent=1), encoding="utf-8")
         (folder / PAGE).write_text(report_page(report.data()), encoding="utf-8")
         listed = {name: file_entry(folder / name) for name in (REPORT, PAGE)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ from blake3 import blake3
 import einfold
 from einfold.compiler.frontend.huggingface import find_model, load_reference
 from einfold.compiler.ir.file_hash import file_hash
+from einfold.compiler.ir.peak_memory import peak_memory
 from einfold.errors import EinfoldError
 
 from ..fetch import cache_folder
@@ -110,8 +110,7 @@ def compiled(folder: Path, out: Path, table: dict[str, Any]) -> dict[str, Any]:
         einfold.compile(folder, out, recipe=table, check=False)
     except EinfoldError as error:
         return {"refused": str(error)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"compile_seconds": time.process_time() - used, "compile_bytes": peak}
+    return {"compile_seconds": time.process_time() - used, "compile_bytes": peak_memory()}
 
 
 def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[str, Any]:
