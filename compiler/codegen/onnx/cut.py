@@ -24,10 +24,15 @@ from .routing import Routing, beginnings, choices_of, routing_of
 _LAYER = re.compile(r"\.(\d{1,5})\.")
 
 #: What only looks rows up: which of its inputs are tables. They are read where they lie, in the mapped file.
-_TABLES = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "GroupQueryAttention": (7, 8)}
+_TABLES = {
+    "Gather": (0,),
+    "GatherBlockQuantized": (0, 2, 3),
+    "GroupQueryAttention": (7, 8),
+    "RotaryEmbedding": (1, 2),
+}
 
 #: Which input of an operator says which rows.
-_ROWS = {"Gather": 1, "GatherBlockQuantized": 1, "GroupQueryAttention": 5}
+_ROWS = {"Gather": 1, "GatherBlockQuantized": 1, "GroupQueryAttention": 5, "RotaryEmbedding": 3}
 
 #: What onnxruntime 1.31 packs: codes once, scales as they are, in its order, and as sums.
 _PACKED = "MatMulNBits"
@@ -47,6 +52,8 @@ _PLAIN = (
         "Attention",
         "Gather",
         "GatherBlockQuantized",
+        "Reshape",
+        "Expand",
     ),
 )
 

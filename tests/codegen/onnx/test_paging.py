@@ -38,7 +38,9 @@ from einfold.runtime.memory.direct import direct_hash
 from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
+from ... import models
 from ...disks import needs_a_disk
+from ...quick import quick
 from .in_parts import RESIDENT, TEXT, check_as_resident
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
@@ -77,6 +79,33 @@ def test_logits_and_tokens_are_those_of_resident_weights(
     name: str, weights: str, artifact: Callable[..., Path]
 ) -> None:
     path = artifact(name, weights)
+    with running(path, "layer 1") as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        check_as_resident(model, path)
+
+
+#: Caches whose attention reads tables and small weights by other operators than GroupQueryAttention.
+CACHES = {
+    "quest": {"read": {"method": "quest", "tokens": 12, "page": 4, "skip_layers": 1}},
+    "int8, quest": {
+        "storage": "int8",
+        "read": {"method": "quest", "tokens": 12, "page": 4, "skip_layers": 1},
+    },
+    "int4": {"storage": "int4"},
+    "kvzip": {"prune": {"method": "kvzip", "tokens": 32}},
+}
+
+
+@pytest.mark.parametrize(
+    "cache", quick([*CACHES], "int8, quest", "int4"), ids=lambda name: name.replace(", ", "-")
+)
+def test_no_form_of_a_cache_keeps_weights_from_being_pages(cache: str, tmp_path: Path) -> None:
+    """Nor does it read a table of rotary positions whole, or once for each layer."""
+    path = tmp_path / "artifact"
+    recipe = {"weights": "int8", "cache": CACHES[cache]}
+    einfold.compile(models.save("llama", tmp_path / "model"), path, recipe=recipe, check=False)
+    held = [extent.name for op in CutModel.of(Artifact.open(path)).ops for extent in op.weights]
+    assert held and not [name for name in held if name.startswith("rotary.")]
     with running(path, "layer 1") as (model, runner):
         assert isinstance(runner, PagedRunner)
         check_as_resident(model, path)
