@@ -167,7 +167,8 @@ def bounded_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
             "its prompts are read by GroupQueryAttention, whose heads have a multiple of 8 numbers, "
             "as many for keys as for values",
         )
-    context.opset = max(context.opset, 24)  # TensorScatter
+    # TensorScatter; BitCast, where products are of integers
+    context.opset = max(context.opset, 24 if call.found["key_scale_KD"] is None else 26)
     attention, given = _by_pages(call), _given(call)
 
     def whole() -> list[ir.Value]:
