@@ -163,7 +163,7 @@ def test_by_the_reference_few_pages_are_near_and_all_are_the_same(
         name: common.logits_of(folder, tmp_path / name, "reference", cache | table, TOKENS)
         for name, table in {"few": {"read": few}, "every": {"read": every}, "none": {}}.items()
     }
-    # Sums of another order turn a key of a later layer to its neighbour in float16, 5e-4 away, here and there.
+    # Sums of another order turn a key of a later layer to its neighbour in float16, 5e-4 away.
     lost = 1e-3 if cache.get("storage") == "f16" else 1e-5
     np.testing.assert_allclose(found["every"], found["none"], rtol=lost, atol=lost)
     assert np.abs(found["few"] - found["none"]).max() > 10 * lost

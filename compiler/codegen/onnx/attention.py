@@ -27,7 +27,7 @@ from ...ir.kv.read.reader import parse_reader
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from ...ir.ops.attention import halved, numbers_of
-from .account import SMALLEST_GROUP
+from .account import SMALLEST_GROUP, WIDENED_FROM, pieces_of, widens
 from .builder import CONTRIB
 from .einfold_ops import rotate
 from .integer_attention import IntegerAttention, appended, blocks, mask, pays
@@ -124,16 +124,95 @@ def _group_query(call: _Call) -> list[ir.Value]:
     builder = call.context.builder
     given = _given(call)
 
-    def widened() -> list[ir.Value]:
-        return _operator(call, *given)
+    def by_operator() -> list[ir.Value]:
+        return _of_several(call, *given)
 
     if _takes_integers(call):
         wanted, seen = _integers_wanted(call)
         attention = partial(_in_integers, call, *given, seen)
-        out, keys, values = builder.choose(wanted, attention, widened)
+        out, keys, values = builder.choose(wanted, attention, by_operator)
     else:
-        out, keys, values = widened()
+        out, keys, values = by_operator()
     return [_by_heads(call, out), keys, values]
+
+
+def _of_several(
+    call: _Call, query: ir.Value, key: ir.Value | None, value: ir.Value | None, in_op: bool
+) -> list[ir.Value]:
+    """What `_operator` gives; with many new tokens over an int8 cache by widening what is in use once."""
+    given = query, key, value, in_op
+    if not widens(call.found):
+        return _operator(call, *given)
+    context, builder = call.context, call.context.builder
+    context.opset = max(context.opset, 24)  # TensorScatter
+    ids = context.value(context.program.placeholder("input_ids"))
+    many = builder.shared("GreaterOrEqual", builder.dim(ids, 1), builder.ints(WIDENED_FROM))
+    return builder.choose(many, partial(_widened, call, *given), partial(_operator, call, *given))
+
+
+def _widened(
+    call: _Call, query: ir.Value, key: ir.Value | None, value: ir.Value | None, in_op: bool
+) -> list[ir.Value]:
+    """Some KV heads after the others, their used slots as float32, in GroupQueryAttentions that have no new
+    tokens and give no cache. Scales are the queries' and the results' business."""
+    context, builder, found = call.context, call.context.builder, call.found
+    query, key, value = _apart(call, query, key, value, in_op)
+    size, group = call.key_size, call.heads // call.kv_heads
+    caches = [
+        appended(
+            builder,
+            call.value(cache),
+            new,
+            context.optional(found[scale]),
+            call.value("used_B"),
+            call.kv_heads,
+            size,
+            one=False,
+        )
+        for cache, new, scale in (
+            ("key_cache_BKCD", key, "key_scale_KD"),
+            ("value_cache_BKCD", value, "value_scale_KD"),
+        )
+    ]
+    pieces = pieces_of(call.kv_heads)
+    widths = [count * group * size for count in pieces]
+    queries = builder.split(_scaled(call, query, "key_scale_KD"), widths, axis=2)
+    last, total = _lengths(call)
+    longest = builder.shared("Reshape", _longest(call), builder.ints(1))
+    outs, first = [], 0
+    for count, part in zip(pieces, queries, strict=True):
+        start, axes = builder.ints(first, 0), builder.ints(1, 2)
+        end = builder.shared("Concat", builder.ints(first + count), longest, axis=0)
+        wide = [
+            builder.cast(builder.op("Slice", cache, start, end, axes), torch.float32)
+            for cache in caches
+        ]
+        none = builder.op("Slice", part, builder.ints(0, 0), builder.ints(0, count * size), axes)
+        outs += builder.multi(
+            "GroupQueryAttention",
+            1,
+            part,
+            none,
+            none,
+            *wide,
+            last,
+            total,
+            domain=CONTRIB,
+            num_heads=count * group,
+            kv_num_heads=count,
+            scale=found["scale"],
+        )
+        first += count
+    out = outs[0] if len(outs) == 1 else builder.op("Concat", *outs, axis=2)
+    return [_scaled(call, out, "value_scale_KD"), *caches]
+
+
+def _scaled(call: _Call, x_BSM: ir.Value, scale: str) -> ir.Value:
+    """Each query head's numbers times the scales of its KV head's channels."""
+    builder, size = call.context.builder, call.key_size
+    by_head = builder.reshape(x_BSM, [0, 0, call.kv_heads, -1, size])
+    factor = builder.shared("Reshape", call.value(scale), builder.ints(call.kv_heads, 1, size))
+    return builder.reshape(builder.op("Mul", by_head, factor), [0, 0, call.heads * size])
 
 
 def _given(call: _Call) -> tuple[ir.Value, ir.Value | None, ir.Value | None, bool]:
@@ -172,7 +251,7 @@ def bounded_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
     attention, given = _by_pages(call), _given(call)
 
     def whole() -> list[ir.Value]:
-        out, keys, values = _operator(call, *given)
+        out, keys, values = _of_several(call, *given)
         return [out, keys, values, attention.refreshed(call.value("bounds_BKPE"), keys)]
 
     def pages() -> list[ir.Value]:

@@ -177,21 +177,26 @@ def whole_and_rest(builder: Builder, weights: ir.Value) -> tuple[ir.Value, ir.Va
 def appended(
     builder: Builder,
     cache: ir.Value,
-    new_B1M: ir.Value,
+    new_BSM: ir.Value,
     scale: ir.Value | None,
     used_B: ir.Value,
     kv_heads: int,
     size: int,
+    one: bool = True,
 ) -> ir.Value:
-    """The cache with one new token in its slot; with a scale it is int8, as GroupQueryAttention rounds it."""
+    """The cache with new tokens in their slots, `one` or several; with a scale it is int8, as
+    GroupQueryAttention rounds it."""
     if scale is not None:
         flat = builder.shared("Reshape", scale, builder.ints(-1))
         # It multiplies by the inverse, which may fall on the other side of an edge than dividing.
-        scaled = builder.op("Mul", new_B1M, builder.shared("Reciprocal", flat))
-        one, zero = builder.floats(1.0), builder.constant(0, np.int8)
-        new_B1M = builder.op("QuantizeLinear", scaled, one, zero)
-    slot = builder.reshape(new_B1M, [0, kv_heads, 1, size])
-    return builder.op("TensorScatter", cache, slot, used_B, axis=2)
+        scaled = builder.op("Mul", new_BSM, builder.shared("Reciprocal", flat))
+        step, zero = builder.floats(1.0), builder.constant(0, np.int8)
+        new_BSM = builder.op("QuantizeLinear", scaled, step, zero)
+    if one:
+        slots = builder.reshape(new_BSM, [0, kv_heads, 1, size])
+    else:
+        slots = builder.transpose(builder.reshape(new_BSM, [0, 0, kv_heads, size]), 0, 2, 1, 3)
+    return builder.op("TensorScatter", cache, slots, used_B, axis=2)
 
 
 def pays(builder: Builder, new: ir.Value, longest: ir.Value, slots: ir.Value) -> ir.Value:

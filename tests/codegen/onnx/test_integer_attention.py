@@ -15,6 +15,7 @@ import torch
 import einfold
 from einfold.compiler.analysis.liveness import peak_activation_bytes
 from einfold.compiler.codegen.onnx import integer_attention
+from einfold.compiler.codegen.onnx.account import WIDENED_FROM
 from einfold.compiler.codegen.onnx.lower import lower
 from einfold.compiler.codegen.onnx.runner import two_numbers
 from einfold.compiler.codegen.onnx.target import Onnx
@@ -301,20 +302,58 @@ def test_several_new_tokens_go_by_group_query_attention(tmp_path: Path) -> None:
     np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("heads", "kv", "branches"), [(6, 2, 0), (8, 2, 1)])
-def test_small_groups_keep_one_operator(heads: int, kv: int, branches: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv", "size", "options"),
+    [(6, 1, 16, {"half": 8}), (14, 2, 64, {}), (10, 5, 32, {"half": 8, "pairing": "true"})],
+)
+def test_many_new_tokens_widen_what_is_in_use(
+    heads: int, kv: int, size: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Once, some heads after the others; the slots behind, which hold noise, count for nothing."""
+    found = layer(heads, kv, size, **options)
+    made = session(found, tmp_path, profile=True)
+    shapes = [(128, [70]), (128, [0]), (128, [96]), (64, [0, 0])]
+    for slots, lengths in shapes:
+        feeds = inputs(found, slots, lengths, new=WIDENED_FROM)
+        want, got = reference(found, feeds), run(made, feeds)
+        np.testing.assert_allclose(got["o"], want["o"], rtol=0, atol=1e-5)
+        used = lengths[0] + WIDENED_FROM
+        for name in ("cache.0.0.key", "cache.0.0.value"):
+            apart = got[name][:, :, :used].astype(int) - want[name][:, :, :used]
+            assert abs(apart).max() <= 1  # by which side of an edge a number falls on
+            assert (apart != 0).mean() < 1e-3
+    events = json.loads(Path(made.end_profiling()).read_text())
+    attended = [
+        event
+        for event in events
+        if event["name"].startswith("GroupQueryAttention") and "kernel_time" in event["name"]
+    ]
+    assert len(attended) == len(shapes) * min(4, kv)
+
+
+@pytest.mark.parametrize(("heads", "kv", "products"), [(6, 2, 0), (8, 2, 2)])
+def test_small_groups_decode_by_the_operator(
+    heads: int, kv: int, products: int, tmp_path: Path
+) -> None:
     session(layer(heads, kv, 16), tmp_path)
     model = ir.load(tmp_path / "m.onnx")
-    assert sum(node.op_type == "If" for node in model.graph) == branches
+    found = [node.op_type for node in model.graph.all_nodes()]
+    assert found.count("MatMulIntegerToFloat") == products
 
 
 def test_its_memory_is_accounted_for() -> None:
+    def peak(found: Program, dims: dict[str, int]) -> int:
+        return peak_activation_bytes(found, dims, Onnx().scratch)
+
     dims = {"B": 2, "S": 1, "C": 5000}
     more = 2 * 5000 * 13 * 12 * 9 // 8
     out = 2 * 12 * 16 * 4
-    assert peak_activation_bytes(layer(12, 2, 16), dims, Onnx().scratch) == out + more
-    assert peak_activation_bytes(layer(12, 2, 16), dims | {"S": 3}, Onnx().scratch) == 3 * out
-    assert peak_activation_bytes(layer(6, 2, 16), dims, Onnx().scratch) == 2 * 6 * 16 * 4
+    assert peak(layer(12, 2, 16), dims) == out + more
+    assert peak(layer(12, 2, 16), dims | {"S": 3}) == 3 * out
+    assert peak(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
+    # Of five KV heads two at a time, keys and values, sliced and in float32.
+    wide = 2 * 2 * 2 * 16 * 5000 * 5
+    assert peak(layer(10, 5, 16), dims | {"S": 100}) == 2 * 10 * 16 * 4 * 100 + wide
 
 
 @pytest.mark.parametrize(("name", "changes"), [("llama", {}), rarely("qwen3", {"head_dim": 32})])
