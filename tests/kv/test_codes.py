@@ -24,7 +24,7 @@ from einfold.compiler.ir.kv.store.mikv.codec import balancer
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.packed import BITS, Packed
 from einfold.compiler.ir.kv.store.storage import GroupShape
-from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
+from einfold.compiler.ir.kv.store.turboquant.storage import LEVELS, TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 
 bits = st.sampled_from(BITS)
@@ -32,7 +32,7 @@ bits = st.sampled_from(BITS)
 STORAGES = [
     *(Kivi(key_bits=b, value_bits=b, group=8, residual=8) for b in BITS),
     Kivi(group=8, residual=8, keys="token"),
-    *(TurboQuant(key_bits=b, value_bits=b, group=16) for b in BITS),
+    *(TurboQuant(bits=b, group=16, levels=spread) for b in BITS for spread in LEVELS),
     Gear(group=8, residual=8, tokens=16),
     Gear(group=8, residual=8, tokens=16, rank=0),
     Gear(group=8, residual=8, tokens=16, share=0.0, keys="token"),
