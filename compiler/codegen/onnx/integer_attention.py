@@ -36,7 +36,7 @@ BLOCK = 512
 _USED_THIRDS = 2
 
 #: Planes: of queries the largest number, and how much finer the second is; of probabilities both.
-_LIMIT, _FINER, _LEVELS = 63.0, 126.0, 127.0
+LIMIT, FINER, LEVELS = 63.0, 126.0, 127.0
 
 #: Hides a slot from the softmax.
 _HIDDEN = -1e30
@@ -83,7 +83,7 @@ class IntegerAttention:
         builder, group = self.builder, self.group
         query = builder.reshape(query_B1M, [0, self.kv_heads, group, self.size])
         scale = builder.shared("Mul", self._by_head(self.key_scale), builder.floats(self.scale))
-        planes, factor = self._query_planes(builder.op("Mul", query, scale))
+        planes, factor = query_planes(builder, builder.op("Mul", query, scale))
         # 128 more, seen as unsigned: the sum wraps around.
         shifted = builder.op("Add", keys, builder.constant(-128, np.int8))
         products = builder.op(
@@ -96,36 +96,23 @@ class IntegerAttention:
             domain=CONTRIB,
         )
         # Adds up the planes, gives them their scale, and turns [.., BLOCK, 2 G] into [.., G, BLOCK].
-        both = np.concatenate([np.eye(group), np.eye(group) / _FINER], axis=1)
+        both = np.concatenate([np.eye(group), np.eye(group) / FINER], axis=1)
         join = builder.op("Div", builder.constant(both, np.float32), factor)
         join = builder.reshape(join, [0, 0, 1, group, 2 * group])
         products = builder.reshape(products, [0, 0, -1, BLOCK, 2 * group])
         return builder.op("FusedMatMul", join, products, domain=CONTRIB, transB=1)
-
-    def _query_planes(self, query_BKGD: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(both planes [B, K, 2 G, D], by what each row was multiplied [B, K, G, 1])."""
-        builder = self.builder
-        zero, one = builder.constant(0, np.int8), builder.floats(1.0)
-        top = builder.op("ReduceMax", builder.op("Abs", query_BKGD), builder.ints(-1), keepdims=1)
-        top = builder.op("Max", top, builder.floats(1e-30))  # not 0
-        factor = builder.op("Div", builder.floats(_LIMIT), top)
-        scaled = builder.op("Mul", query_BKGD, factor)
-        first = builder.op("QuantizeLinear", scaled, one, zero)
-        rest = builder.op("Sub", scaled, builder.op("DequantizeLinear", first, one, zero))
-        second = builder.op("QuantizeLinear", rest, builder.floats(1 / _FINER), zero)
-        return builder.op("Concat", first, second, axis=2), factor
 
     def _weighted(self, scores_BKNGT: ir.Value, values: ir.Value) -> ir.Value:
         """The values' weighted mean [B, K, G, D]."""
         builder = self.builder
         top = builder.op("ReduceMax", scores_BKNGT, builder.ints(-1), keepdims=1)
         # The largest becomes what the first plane has room for.
-        shift = builder.op("Sub", top, builder.floats(float(np.log(_LEVELS))))
+        shift = builder.op("Sub", top, builder.floats(float(np.log(LEVELS))))
         weights = builder.op("Exp", builder.op("Sub", scores_BKNGT, shift))
         total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
         sums = builder.op(
             "MatMulIntegerToFloat",
-            self._weight_planes(weights),
+            weight_planes(builder, weights),
             builder.reshape(values, [0, 0, -1, BLOCK, self.size]),
             builder.floats(1.0),
             builder.floats(1.0),
@@ -134,7 +121,7 @@ class IntegerAttention:
         # Blocks are merged by what their largest is of the largest of all.
         highest = builder.op("ReduceMax", top, builder.ints(2), keepdims=1)
         share = builder.op("Exp", builder.op("Sub", top, highest))
-        finer = builder.op("Div", share, builder.floats(_LEVELS))
+        finer = builder.op("Div", share, builder.floats(LEVELS))
         shares = builder.reshape(
             builder.op("Concat", share, finer, axis=3), [0, 0, -1, self.group, 1]
         )
@@ -143,23 +130,36 @@ class IntegerAttention:
         out = builder.op("Div", out, self._merged(builder.op("Mul", total, share)))
         return builder.op("Mul", out, self._by_head(self.value_scale))
 
-    def _weight_planes(self, weights_BKNGT: ir.Value) -> ir.Value:
-        """Both planes [B, K, N, 2 G, BLOCK] of weights up to `_LEVELS`: whole numbers, and what they lack."""
-        builder = self.builder
-        # Not by Cast and back: onnxruntime runs that on one thread, and what two share moves between caches.
-        whole = builder.op("Floor", weights_BKNGT)
-        rest = builder.op("Sub", weights_BKNGT, whole)
-        zero, one = builder.constant(0, np.uint8), builder.floats(1.0)
-        first = builder.op("QuantizeLinear", whole, one, zero)
-        second = builder.op("QuantizeLinear", rest, builder.floats(1 / _LEVELS), zero)
-        return builder.op("Concat", first, second, axis=3)
-
     def _merged(self, parts: ir.Value) -> ir.Value:
         return self.builder.op("ReduceSum", parts, self.builder.ints(2), keepdims=0)
 
     def _by_head(self, scale_KD: ir.Value) -> ir.Value:
         shape = self.builder.ints(self.kv_heads, 1, self.size)
         return self.builder.shared("Reshape", scale_KD, shape)
+
+
+def query_planes(builder: Builder, query_BKGD: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(both planes [B, K, 2 G, D], by what each row was multiplied [B, K, G, 1])."""
+    zero, one = builder.constant(0, np.int8), builder.floats(1.0)
+    top = builder.op("ReduceMax", builder.op("Abs", query_BKGD), builder.ints(-1), keepdims=1)
+    top = builder.op("Max", top, builder.floats(1e-30))  # not 0
+    factor = builder.op("Div", builder.floats(LIMIT), top)
+    scaled = builder.op("Mul", query_BKGD, factor)
+    first = builder.op("QuantizeLinear", scaled, one, zero)
+    rest = builder.op("Sub", scaled, builder.op("DequantizeLinear", first, one, zero))
+    second = builder.op("QuantizeLinear", rest, builder.floats(1 / FINER), zero)
+    return builder.op("Concat", first, second, axis=2), factor
+
+
+def weight_planes(builder: Builder, weights_BKNGT: ir.Value) -> ir.Value:
+    """Both planes [B, K, N, 2 G, BLOCK] of weights up to `LEVELS`: whole numbers, and what they lack."""
+    # Not by Cast and back: onnxruntime runs that on one thread, and what two share moves between caches.
+    whole = builder.op("Floor", weights_BKNGT)
+    rest = builder.op("Sub", weights_BKNGT, whole)
+    zero, one = builder.constant(0, np.uint8), builder.floats(1.0)
+    first = builder.op("QuantizeLinear", whole, one, zero)
+    second = builder.op("QuantizeLinear", rest, builder.floats(1 / LEVELS), zero)
+    return builder.op("Concat", first, second, axis=3)
 
 
 def appended(

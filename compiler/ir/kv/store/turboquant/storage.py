@@ -86,6 +86,10 @@ class TurboQuant(Packed):
         """Whether a code's level is a multiple of its token's scale."""
         return self.levels == "even"
 
+    @property
+    def integral(self) -> bool:
+        return self.even and self.key_bits == self.value_bits == 4
+
     def granules(self, tokens: Size) -> Size:
         found = super().granules(tokens)
         return divided_up(found, _GRANULES) * _GRANULES if self.even else found
