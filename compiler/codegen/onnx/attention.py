@@ -236,10 +236,8 @@ def packed_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
         slots = caches
         if not reads:
             slots = [_written(call, *each) for each in zip(caches, new, strict=True)]
-        scaled = attention.query(query)
-        state = attention.over_slots(scaled, slots[0], slots[1], visible)
-        state = state.merged(builder, attention.over_packed(scaled, builder.dim(given[0], 1)))
-        out = attention.output(state, context.optional(call.found["sinks_H"]))
+        sinks = context.optional(call.found["sinks_H"])
+        out = attention(query, slots[0], slots[1], visible, builder.dim(given[0], 1), sinks)
         return [out] if reads else [out, *slots]
 
     out, *written = builder.choose(attention.any_packed(), over_both, over_slots)

@@ -19,6 +19,7 @@ granules, T tokens of a granule, N blocks, P tokens of a block, X = M T packed t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,14 +43,11 @@ _HALVES, _OFFSET = 16.0, 7.5
 @dataclass(frozen=True)
 class Partial:
     """Attention over some of the keys: about the largest logit, the sum of exp(logit - most) and that of them
-    times the values, [B, K, G, S, 1], [B, K, G, S, 1] and [B, K, G, S, D]."""
+    times the values, [.., 1], [.., 1] and [.., D]."""
 
     most: ir.Value
     total: ir.Value
     values: ir.Value
-
-    def parts(self) -> list[ir.Value]:
-        return [self.most, self.total, self.values]
 
     def merged(self, builder: Builder, other: Partial) -> Partial:
         """The state over the keys of both."""
@@ -90,202 +88,92 @@ class PackedAttention:
         most = self.builder.shared("ReduceMax", self.packed_B, keepdims=0)
         return self.builder.shared("Greater", most, self.builder.constant(0, np.int64))
 
-    def query(self, query_BSM: ir.Value) -> ir.Value:
-        """Turned queries [B, S, heads * size] as [B, K, G, S, D], times the softmax's scale."""
-        builder = self.builder
-        apart = builder.reshape(query_BSM, [0, 0, self.kv_heads, self.group, self.size])
-        scaled = builder.op("Mul", apart, builder.floats(self.scale))
-        return builder.transpose(scaled, 0, 2, 3, 1, 4)
-
-    def over_slots(
+    def __call__(
         self,
-        query_BKGSD: ir.Value,
+        query_BSM: ir.Value,
         keys_BKCD: ir.Value,
         values_BKCD: ir.Value,
         visible_B1SC: ir.Value,
-    ) -> Partial:
-        """The state over the slots that are visible, of which a query has one at least."""
-        builder = self.builder
-        keys, values = (
-            builder.op("Unsqueeze", slots, builder.ints(2)) for slots in (keys_BKCD, values_BKCD)
-        )
-        logits = self._capped(self._product(query_BKGSD, keys))
-        visible = builder.shared("Unsqueeze", visible_B1SC, builder.ints(2))
-        return self._partial(builder.op("Where", visible, logits, builder.floats(_HIDDEN)), values)
-
-    def over_packed(self, query_BKGSD: ir.Value, new: ir.Value) -> Partial:
-        """The state over the packed tokens; `new` counts the new ones, [1]."""
-        builder = self.builder
+        new: ir.Value,
+        sinks_H: ir.Value | None,
+    ) -> ir.Value:
+        """Turned queries, slots that hold the new tokens already, which of them each query sees, and how many
+        tokens are new, [1]; gives [B, S, heads * size]."""
+        builder, given = self.builder, (query_BSM, keys_BKCD, values_BKCD, visible_B1SC, sinks_H)
         alone = builder.shared("Equal", new, builder.ints(1))
-        return Partial(
-            *builder.choose(
-                alone,
-                lambda: self.in_integers(query_BKGSD).parts(),
-                lambda: self.widened(query_BKGSD).parts(),
-            )
-        )
+        return builder.choose(alone, lambda: [self._one(*given)], lambda: [self._several(*given)])[
+            0
+        ]
 
-    def in_integers(self, query_BKG1D: ir.Value) -> Partial:
-        """The state over the packed tokens, of one new token."""
+    def _one(
+        self,
+        query_B1M: ir.Value,
+        keys: ir.Value,
+        values: ir.Value,
+        visible_B11C: ir.Value,
+        sinks_H: ir.Value | None,
+    ) -> ir.Value:
+        """Of one new token: packed tokens by integers."""
         builder = self.builder
-        query = builder.reshape(query_BKG1D, [0, 0, self.group, self.size])
-        logits = self._logits(query)
-        shift, weights, total = self._weights(logits)
-        scale = self._blocks(self._wide("value_scale"), 1)
-        largest = builder.op("ReduceMax", scale, builder.ints(-1), keepdims=1)
-        largest = builder.op("Max", largest, builder.floats(1e-30))  # not 0
-        weights = builder.op("Mul", weights, builder.op("Div", scale, largest))
-        # Blocks are merged by what their largest is of the largest of all.
-        highest = builder.op("ReduceMax", shift, builder.ints(2), keepdims=0)
-        share = builder.op(
-            "Exp", builder.op("Sub", shift, builder.op("Unsqueeze", highest, builder.ints(2)))
-        )
-        values = self._values(weights, builder.op("Mul", share, largest))
-        total = self._over_blocks(builder.op("Mul", total, share))
-        found = (builder.op("Unsqueeze", x, builder.ints(3)) for x in (highest, total, values))
-        return Partial(*found)
+        query = builder.reshape(query_B1M, [0, self.kv_heads, self.group, self.size])
+        logits = self._capped(self._product(query, keys, self.scale))
+        logits = builder.op("Where", visible_B11C, logits, builder.floats(_HIDDEN))
+        state = self._partial(logits, values).merged(builder, self._in_integers(query))
+        out = self._divided(state, sinks_H, [1, self.kv_heads, self.group, 1])
+        return builder.reshape(out, [0, 1, self.heads * self.size])
 
-    def widened(self, query_BKGSD: ir.Value) -> Partial:
-        """The state over the packed tokens in float32, of any number of new ones."""
+    def _several(
+        self,
+        query_BSM: ir.Value,
+        keys: ir.Value,
+        values: ir.Value,
+        visible_B1SC: ir.Value,
+        sinks_H: ir.Value | None,
+    ) -> ir.Value:
+        """Of any number of new tokens: packed ones in float32."""
         builder = self.builder
-        parts = self._parts(query_BKGSD)
-        query = builder.op("Concat", *parts, axis=-1)
-        mean = builder.op("Concat", *self._parts(self._wide("key_mean")), axis=-1)
-        keys_BKXD = builder.op("Add", self._numbers("key"), mean)
+        apart = builder.reshape(query_BSM, [0, 0, self.kv_heads, self.group, self.size])
+        query = builder.transpose(apart, 0, 2, 3, 1, 4)
+        slots = [builder.op("Unsqueeze", each, builder.ints(2)) for each in (keys, values)]
+        logits = self._capped(self._product(query, slots[0], self.scale))
+        visible = builder.shared("Unsqueeze", visible_B1SC, builder.ints(2))
+        logits = builder.op("Where", visible, logits, builder.floats(_HIDDEN))
+        state = self._partial(logits, slots[1]).merged(builder, self._widened(query))
+        out = self._divided(state, sinks_H, [1, self.kv_heads, self.group, 1, 1])
+        out = builder.transpose(out, 0, 3, 1, 2, 4)
+        return builder.reshape(out, [0, 0, self.heads * self.size])
+
+    def _divided(self, state: Partial, sinks_H: ir.Value | None, dims: list[int]) -> ir.Value:
+        """What attention gives of the state over all keys but the sinks, which have these dims."""
+        builder = self.builder
+        if sinks_H is not None:
+            one, none = builder.floats([1.0]), builder.floats([0.0])
+            state = state.merged(builder, Partial(builder.reshape(sinks_H, dims), one, none))
+        return builder.op("Div", state.values, state.total)
+
+    def _partial(self, logits: ir.Value, values: ir.Value) -> Partial:
+        builder = self.builder
+        most = builder.op("ReduceMax", logits, builder.ints(-1), keepdims=1)
+        weights = builder.op("Exp", builder.op("Sub", logits, most))
+        total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
+        return Partial(most, total, builder.op("MatMul", weights, values))
+
+    def _widened(self, query_BKGSD: ir.Value) -> Partial:
+        """The state over the packed tokens in float32; heads have their even channels before the odd ones."""
+        builder, order = self.builder, self._matrix(_even_first(self.size))
+        mean = builder.op("MatMul", self._wide("key_mean"), order)
         keys, values = (
-            builder.reshape(x, [0, 0, 1, -1, self.size])
-            for x in (keys_BKXD, self._numbers("value"))
+            builder.reshape(numbers, [0, 0, 1, -1, self.size])
+            for numbers in (builder.op("Add", self._numbers("key"), mean), self._numbers("value"))
         )
-        logits = self._capped(self._product(query, keys))
+        query = builder.op("MatMul", query_BKGSD, order)
+        logits = self._capped(self._product(query, keys, self.scale))
         hidden = builder.shared("Reshape", self._hidden(), builder.ints(0, 1, 1, -1, 1))
         by_token = builder.shared("Expand", hidden, builder.ints(1, 1, 1, 1, self.granule))
         by_token = builder.shared("Reshape", by_token, builder.ints(0, 1, 1, 1, -1))
         state = self._partial(builder.op("Add", logits, by_token), values)
-        halves = builder.split(state.values, [self.size // 2] * 2, axis=-1)
-        return Partial(state.most, state.total, self._joined(*halves))
-
-    def output(self, state: Partial, sinks_H: ir.Value | None) -> ir.Value:
-        """What attention gives, [B, S, heads * size], of the state over all keys but the sinks."""
-        builder = self.builder
-        if sinks_H is not None:
-            sink = builder.reshape(sinks_H, [1, self.kv_heads, self.group, 1, 1])
-            one, none = builder.floats([1.0]), builder.floats([0.0])
-            state = state.merged(builder, Partial(sink, one, none))
-        out = builder.transpose(builder.op("Div", state.values, state.total), 0, 3, 1, 2, 4)
-        return builder.reshape(out, [0, 0, self.heads * self.size])
-
-    def _logits(self, query_BKGD: ir.Value) -> ir.Value:
-        """Of every packed token, [B, K, N, G, P]; what a row has not is hidden."""
-        builder, group = self.builder, self.group
-        even, odd = self._parts(query_BKGD)
-        low = builder.op("Sub", even, builder.op("Mul", odd, builder.floats(1 / _HALVES)))
-        planes, factor = query_planes(builder, builder.op("Concat", low, odd, axis=3))
-        products = builder.op(
-            "MatMulIntegerToFloat",
-            builder.op("Concat", *self._halves("key"), axis=3),
-            builder.transpose(planes, 0, 1, 3, 2),
-            builder.floats(1.0),
-            builder.floats(1.0),
-            builder.constant(_MIDDLE, np.uint8),
-            domain=CONTRIB,
-        )
-        # Adds up the planes, gives them their scale, and turns [.., P, 2 G] into [.., G, P].
-        both = np.concatenate([np.eye(group), np.eye(group) / FINER], axis=1) / _HALVES
-        join = builder.op("Div", builder.constant(both, np.float32), factor)
-        join = builder.reshape(join, [0, 0, 1, group, 2 * group])
-        products = self._blocks(products, last=2 * group)
-        found = builder.op("FusedMatMul", join, products, domain=CONTRIB, transB=1)
-        sums = builder.op("ReduceSum", even, builder.ints(3), keepdims=1)
-        sums = builder.op("Mul", sums, builder.floats(0.5))
-        found = builder.op("Add", found, builder.op("Unsqueeze", sums, builder.ints(2)))
-        found = builder.op("Mul", found, self._blocks(self._wide("key_scale"), 1))
-        by_granule = self._of_means(query_BKGD)
-        hidden = self._by_granule(self._hidden(), 1)
-        if not self.softcap:
-            by_granule = builder.op("Add", by_granule, hidden)
-        found = builder.op("Add", self._cut(found, 6), by_granule)
-        if self.softcap:
-            found = builder.op("Add", self._capped(found), hidden)
-        return self._cut(found, 5)
-
-    def _of_means(self, query_BKGD: ir.Value) -> ir.Value:
-        """What the means of keys are to each granule's logits, [B, K, N, G, granules of a block, 1]."""
-        builder = self.builder
-        means = self._by_granule(builder.reshape(self._wide("key_mean"), [0, 0, -1, self.size]), 0)
-        query = builder.op("Unsqueeze", query_BKGD, builder.ints(2))
-        found = builder.op("FusedMatMul", query, means, domain=CONTRIB, transB=1)
-        return builder.op("Unsqueeze", found, builder.ints(5))
-
-    def _weights(self, logits_BKNGP: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """(shift of each block, exp(logit - shift), their sum); the largest is what the first plane has room
-        for."""
-        builder = self.builder
-        most = builder.op("ReduceMax", logits_BKNGP, builder.ints(-1), keepdims=1)
-        shift = builder.op("Sub", most, builder.floats(float(np.log(LEVELS))))
-        weights = builder.op("Exp", builder.op("Sub", logits_BKNGP, shift))
-        return shift, weights, builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
-
-    def _values(self, weights_BKNGP: ir.Value, share_BKNG1: ir.Value) -> ir.Value:
-        """Weighted sums over all blocks, [B, K, G, D]; a block counts by its share."""
-        builder, group = self.builder, self.group
-        planes = weight_planes(builder, weights_BKNGP)
-        sums = [
-            builder.op(
-                "MatMulIntegerToFloat",
-                planes,
-                self._blocks(half, last=self.size // 2),
-                builder.floats(1.0),
-                builder.floats(1.0),
-                None,
-                builder.constant(_MIDDLE, np.uint8),
-                domain=CONTRIB,
-            )
-            for half in self._halves("value")
-        ]
-        finer = builder.op("Mul", share_BKNG1, builder.floats(1 / LEVELS))
-        shares = builder.op("Concat", share_BKNG1, finer, axis=3)
-        low, byte = (
-            self._over_blocks(
-                builder.reshape(builder.op("Mul", part, shares), [0, 0, -1, group, self.size // 2])
-            )
-            for part in sums
-        )
-        whole = builder.op("ReduceSum", weights_BKNGP, builder.ints(-1), keepdims=1)
-        whole = self._over_blocks(builder.op("Mul", whole, share_BKNG1))
-        low = builder.op("Mul", low, builder.floats(1 / _HALVES))
-        even = builder.op("Add", low, builder.op("Mul", whole, builder.floats(0.5)))
-        odd = builder.op("Mul", builder.op("Sub", byte, low), builder.floats(1 / _HALVES))
-        return self._joined(even, odd)
-
-    def _partial(self, logits_BKGSX: ir.Value, values_BK1XD: ir.Value) -> Partial:
-        builder = self.builder
-        most = builder.op("ReduceMax", logits_BKGSX, builder.ints(-1), keepdims=1)
-        weights = builder.op("Exp", builder.op("Sub", logits_BKGSX, most))
-        total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
-        return Partial(most, total, builder.op("MatMul", weights, values_BK1XD))
-
-    def _capped(self, logits: ir.Value) -> ir.Value:
-        builder = self.builder
-        if not self.softcap:
-            return logits
-        cap = builder.floats(self.softcap)
-        return builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
-
-    def _product(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """a times b with its last two axes swapped."""
-        return self.builder.op("FusedMatMul", a, b, domain=CONTRIB, transB=1)
-
-    # Codes.
-
-    def _bytes(self, part: str) -> ir.Value:
-        """The codes of keys or of values, two a byte, [B, K, X, D / 2]."""
-        return self.builder.reshape(self.pieces[f"{part}_codes"], [0, 0, -1, self.size // 2])
-
-    def _halves(self, part: str) -> tuple[ir.Value, ir.Value]:
-        """`a` and `b` of the formula."""
-        stored = self._bytes(part)
-        low = self.builder.op("Mul", stored, self.builder.constant(int(_HALVES), np.uint8))
-        return low, stored
+        back = self._matrix(_even_first(self.size).T)
+        return Partial(state.most, state.total, builder.op("MatMul", state.values, back))
 
     def _numbers(self, part: str) -> ir.Value:
         """What codes stand for but for a mean, [B, K, M, T, D], even channels before odd ones."""
@@ -297,27 +185,116 @@ class PackedAttention:
         levels = builder.op("Sub", codes, builder.floats(_OFFSET))
         return builder.op("Mul", levels, self._wide(f"{part}_scale"))
 
+    def _in_integers(self, query_BKGD: ir.Value) -> Partial:
+        """The state over the packed tokens, of one new token."""
+        builder = self.builder
+        logits = self._logits(query_BKGD)
+        # The largest weight of a block is what the first plane has room for.
+        most = builder.op("ReduceMax", logits, builder.ints(-1), keepdims=1)
+        shift = builder.op("Sub", most, builder.floats(float(np.log(LEVELS))))
+        weights = builder.op("Exp", builder.op("Sub", logits, shift))
+        total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
+        scale = self._blocks(self._wide("value_scale"), 1)
+        largest = builder.op("ReduceMax", scale, builder.ints(-1), keepdims=1)
+        largest = builder.op("Max", largest, builder.floats(1e-30))  # not 0
+        weights = builder.op("Mul", weights, builder.op("Div", scale, largest))
+        # Blocks are merged by what their largest is of the largest of all.
+        highest = builder.op("ReduceMax", shift, builder.ints(2), keepdims=1)
+        share = builder.op("Exp", builder.op("Sub", shift, highest))
+        values = self._values(weights, builder.op("Mul", share, largest))
+        total = self._over_blocks(builder.op("Mul", total, share))
+        return Partial(builder.op("Squeeze", highest, builder.ints(2)), total, values)
+
+    def _logits(self, query_BKGD: ir.Value) -> ir.Value:
+        """Of every packed token, [B, K, N, G, P]; what a row has not is hidden."""
+        builder, group = self.builder, self.group
+        for_halves = builder.op("MatMul", query_BKGD, self._matrix(self.scale * _query(self.size)))
+        planes, factor = query_planes(builder, for_halves)
+        codes = builder.op("Concat", *self._halves("key", [0, 0, -1, self.size // 2]), axis=3)
+        products = builder.op(
+            "MatMulIntegerToFloat",
+            codes,
+            builder.transpose(planes, 0, 1, 3, 2),
+            builder.floats(1.0),
+            builder.floats(1.0),
+            builder.constant(_MIDDLE, np.uint8),
+            domain=CONTRIB,
+        )
+        # Adds up the planes, gives them their scale, and turns [.., P, 2 G] into [.., G, P].
+        both = np.concatenate([np.eye(group), np.eye(group) / FINER], axis=1)
+        join = builder.op("Div", builder.constant(both, np.float32), factor)
+        join = builder.reshape(join, [0, 0, 1, group, 2 * group])
+        found = builder.op(
+            "FusedMatMul", join, self._blocks(products, last=2 * group), domain=CONTRIB, transB=1
+        )
+        query = builder.op("Unsqueeze", query_BKGD, builder.ints(2))
+        middle = np.tile([0.5 * self.scale, 0.0], self.size // 2)[:, None]
+        found = builder.op("Add", found, builder.op("MatMul", query, self._matrix(middle)))
+        found = builder.op("Mul", found, self._blocks(self._wide("key_scale"), 1))
+        # Of the means of keys and of what is hidden there is a number a granule.
+        means = self._by_granule(self._wide("key_mean"), 0)
+        granules = builder.op("Unsqueeze", self._product(query, means, self.scale), builder.ints(5))
+        hidden = self._by_granule(self._hidden(), 1)
+        if not self.softcap:
+            granules = builder.op("Add", granules, hidden)
+        found = builder.op("Add", self._cut(found, 6), granules)
+        if self.softcap:
+            found = builder.op("Add", self._capped(found), hidden)
+        return self._cut(found, 5)
+
+    def _values(self, weights_BKNGP: ir.Value, share_BKNG1: ir.Value) -> ir.Value:
+        """Weighted sums over all blocks, [B, K, G, D]; a block counts by its share."""
+        builder, half = self.builder, self.size // 2
+        planes = weight_planes(builder, weights_BKNGP)
+        sums = [
+            builder.op(
+                "MatMulIntegerToFloat",
+                planes,
+                stored,
+                builder.floats(1.0),
+                builder.floats(1.0),
+                None,
+                builder.constant(_MIDDLE, np.uint8),
+                domain=CONTRIB,
+            )
+            for stored in self._halves("value", self._shape(last=half))
+        ]
+        finer = builder.op("Mul", share_BKNG1, builder.floats(1 / LEVELS))
+        shares = builder.op("Concat", share_BKNG1, finer, axis=3)
+        found = builder.op("Mul", builder.op("Concat", *sums, axis=4), shares)
+        found = self._over_blocks(builder.reshape(found, [0, 0, -1, self.group, self.size]))
+        whole = builder.op("ReduceSum", weights_BKNGP, builder.ints(-1), keepdims=1)
+        whole = self._over_blocks(builder.op("Mul", whole, share_BKNG1))
+        middle = builder.op("Mul", whole, self._matrix(np.tile([0.5, 0.0], half)))
+        return builder.op(
+            "Add", builder.op("MatMul", found, self._matrix(_values(self.size))), middle
+        )
+
+    def _capped(self, logits: ir.Value) -> ir.Value:
+        builder = self.builder
+        if not self.softcap:
+            return logits
+        cap = builder.floats(self.softcap)
+        return builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
+
+    def _product(self, a: ir.Value, b: ir.Value, factor: float) -> ir.Value:
+        """a times b with its last two axes swapped, times a factor."""
+        return self.builder.op("FusedMatMul", a, b, domain=CONTRIB, transB=1, alpha=factor)
+
+    def _matrix(self, values: Any) -> ir.Value:
+        return self.builder.constant(values, np.float32)
+
+    def _halves(self, part: str, shape: list[int] | ir.Value) -> tuple[ir.Value, ir.Value]:
+        """`a` and `b` of the formula, of keys or of values."""
+        builder, stored = self.builder, self.pieces[f"{part}_codes"]
+        dims = builder.ints(*shape) if isinstance(shape, list) else shape
+        stored = builder.op("Reshape", stored, dims)
+        low = builder.op("Mul", stored, builder.constant(int(_HALVES), np.uint8))
+        return low, stored
+
     def _wide(self, name: str) -> ir.Value:
         """A piece of float16 in float32, [B, K, M, rows, width]."""
         return self.builder.op("Cast", self.pieces[name], to=int(ir.DataType.FLOAT))
-
-    def _parts(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The even and the odd channels of the last axis, [.., D / 2] each."""
-        builder = self.builder
-        pairs = builder.op("Concat", builder.op("Shape", x, end=-1), builder.ints(-1, 2), axis=0)
-        even, odd = builder.split(builder.op("Reshape", x, pairs), [1, 1], axis=-1)
-        last = builder.ints(-1)
-        return builder.op("Squeeze", even, last), builder.op("Squeeze", odd, last)
-
-    def _joined(self, even: ir.Value, odd: ir.Value) -> ir.Value:
-        """Channels side by side again, [.., D]."""
-        builder = self.builder
-        last = builder.ints(-1)
-        pairs = (builder.op("Unsqueeze", part, last) for part in (even, odd))
-        whole = builder.op("Concat", builder.op("Shape", even, end=-1), builder.ints(-1), axis=0)
-        return builder.op("Reshape", builder.op("Concat", *pairs, axis=-1), whole)
-
-    # Blocks.
 
     def _granules(self) -> ir.Value:
         """Granules that there is room for, [1]."""
@@ -338,12 +315,12 @@ class PackedAttention:
 
     def _blocks(self, x: ir.Value, rows: int = 0, last: int = 0) -> ir.Value:
         """What there is of each token by blocks: [B, K, N, rows, P], or [B, K, N, P, last]."""
-        builder = self.builder
-        tail = (
-            [self._tokens(), builder.ints(last)] if last else [builder.ints(rows), self._tokens()]
-        )
-        shape = builder.shared("Concat", builder.ints(0, 0, -1), *tail, axis=0)
-        return builder.op("Reshape", x, shape)
+        return self.builder.op("Reshape", x, self._shape(rows, last))
+
+    def _shape(self, rows: int = 0, last: int = 0) -> ir.Value:
+        ints = self.builder.ints
+        tail = (self._tokens(), ints(last)) if last else (ints(rows), self._tokens())
+        return self.builder.shared("Concat", ints(0, 0, -1), *tail, axis=0)
 
     def _by_granule(self, x: ir.Value, rows: int) -> ir.Value:
         """What there is of each granule by blocks: [B, K, N, rows, M / N, 1], or [B, K, N, M / N, D]."""
@@ -375,3 +352,24 @@ class PackedAttention:
 
     def _over_blocks(self, x: ir.Value) -> ir.Value:
         return self.builder.op("ReduceSum", x, self.builder.ints(2), keepdims=0)
+
+
+def _even_first(size: int) -> Any:
+    """x times it has the even channels of x before the odd ones, exactly."""
+    return np.concatenate([np.eye(size)[:, 0::2], np.eye(size)[:, 1::2]], axis=1)
+
+
+def _query(size: int) -> Any:
+    """What makes of a query what `a` and what `b` are multiplied by."""
+    half = size // 2
+    mixed = np.eye(size)
+    mixed[half:, :half] = -np.eye(half) / _HALVES
+    return _even_first(size) @ mixed / _HALVES
+
+
+def _values(size: int) -> Any:
+    """What makes channels of the sums of `a` and of `b`."""
+    half = size // 2
+    mixed = np.eye(size) / _HALVES
+    mixed[:half, half:] = -np.eye(half) / _HALVES**2
+    return mixed @ _even_first(size).T

@@ -244,7 +244,8 @@ def compiled(folder: Path, out: Path, target: str, **cache: Any) -> Model:
         rarely("gpt2", {"quant": STORED | {"sinks": 0}}),
         rarely("llama", {"share": {"method": "cross_layer", "layers": 1}}),
         rarely(
-            "llama", {"prune": {"method": "razor_attention", "full": 0.5, "recent": 12, "slack": 4}}
+            "llama",
+            {"prune": {"method": "razor_attention", "induction": 0.5, "recent": 12, "slack": 4}},
         ),
     ],
     ids=str,
