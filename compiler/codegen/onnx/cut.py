@@ -43,6 +43,7 @@ _PLAIN = (
     ),
     *(
         "SkipSimplifiedLayerNormalization",
+        "RotaryEmbedding",
         "GroupQueryAttention",
         "Attention",
         "Gather",

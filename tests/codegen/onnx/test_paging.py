@@ -39,6 +39,7 @@ from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
 
 from ...disks import needs_a_disk
+from ...quick import rarely
 from .in_parts import RESIDENT, TEXT, check_as_resident
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
@@ -77,6 +78,23 @@ def test_logits_and_tokens_are_those_of_resident_weights(
     name: str, weights: str, artifact: Callable[..., Path]
 ) -> None:
     path = artifact(name, weights)
+    with running(path, "layer 1") as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        check_as_resident(model, path)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [{"quant": "turboquant:group=8,residual=8,slack=8"}, rarely({"storage": "int4"})],
+    ids=str,
+)
+def test_caches_of_rotated_keys_go_with_pages(
+    cache: dict[str, str], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A rotary embedding in front of the rotation is a node of its own, whose tables stay as they are."""
+    path = tmp_path / "rotated"
+    recipe = {"weights": {"format": "int4", "solver": "round_to_nearest"}, "cache": cache}
+    einfold.compile(model_folder("llama"), path, recipe=recipe)
     with running(path, "layer 1") as (model, runner):
         assert isinstance(runner, PagedRunner)
         check_as_resident(model, path)
