@@ -11,7 +11,6 @@ from ..compiler.ir.kv.codes.codec import Seen, encode
 from ..compiler.ir.kv.layout import PARTS, LayerCache, cache_name
 from ..compiler.ir.kv.store.packed import Packed
 from .buffers import CacheBuffers
-from .packing import not_finite
 
 
 def pack_slots(
@@ -57,13 +56,9 @@ def _pack_pair(
 def _leaving(
     cache: CacheBuffers, layer: LayerCache, index: int, row: int, slots: slice
 ) -> list[Tensor]:
-    """Keys and values [K, leaving, D] of the tokens that leave. Raises ModelError where one is not finite."""
+    """Keys and values [K, leaving, D] of the tokens that leave."""
     prefix = cache_name(layer.layer, index)
-    found = [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
-    for part, x_KTD in zip(PARTS, found, strict=True):
-        if not bool(torch.isfinite(x_KTD).all()):
-            raise not_finite(part, layer)
-    return found
+    return [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
 
 
 def _store(

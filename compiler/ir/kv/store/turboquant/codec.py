@@ -48,5 +48,6 @@ def _decoded(storage: TurboQuant, part: str, pieces: Pieces, bits: int) -> Tenso
     codes = unpack_codes(part, pieces, bits)
     scale: Tensor = pieces[f"{part}_scale"].float()
     if storage.even:
-        return (codes.float() - (2**bits - 1) / 2) * scale
+        places: Tensor = codes.float() - (2**bits - 1) / 2
+        return places * scale
     return levels(bits).to(codes.device)[codes.long()] * scale
