@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ...ir.kv.read.reader import parse_reader
+from ...ir.kv.store.storage import GroupShape
 from ...ir.ops import einfold_ops
 from ...ir.ops.packed import packed_storage
 from ...ir.program import Program, call_arguments
@@ -131,10 +132,10 @@ def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
 
 
 def _packed(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
-    """Bytes of attention over packed tokens. With one new token the codes of keys taken apart, the products
-    with both planes of queries, or weights with what their planes are made of; with several, keys and values
-    as they are widened, beside logits and weights; over slots the logits where they are capped or have sinks.
-    """
+    """Bytes of attention over packed tokens: a copy of what is read of them, and with one new token the codes
+    of keys taken apart, the products with both planes of queries, or weights with what their planes are made
+    of; with several, keys and values as they are widened, beside logits and weights. Over slots the logits
+    where they are capped or have sinks."""
     found = call_arguments(node)
     storage = packed_storage(found["storage"])
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
@@ -144,12 +145,14 @@ def _packed(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     kv_heads, size = int(keys.shape[1]), int(keys.shape[3])
     spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
     logits = 4 * new * heads * slots * int(spelled_out)
+    copy = storage.granule_bytes(GroupShape(kv_heads, size, size)) // storage.granule
     if new == 1:
         codes = kv_heads * size
-        each = max(3 * codes // 2, codes + 12 * heads, codes // 2 + 18 * heads)
-        return int(batch * (logits + room * each * 9 // 8))
+        each = max(3 * codes // 2, codes + 12 * heads, codes // 2 + 18 * heads) * 9 // 8
+        return int(batch * (logits + room * (copy + each)))
     over_packed = min(new, storage.slack, max(1, PAIRS // max(1, room)))
-    return int(batch * max(logits, room * (14 * kv_heads * size + 12 * heads * over_packed)))
+    widened = 14 * kv_heads * size + 12 * heads * over_packed
+    return int(batch * max(logits, room * (copy + widened)))
 
 
 #: What queries and keys of attention without a cache are called.

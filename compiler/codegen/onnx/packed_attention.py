@@ -18,7 +18,7 @@ granules, T tokens of a granule, N blocks, P tokens of a block, X = M T packed t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,18 @@ class PackedAttention:
         """Turned queries, slots that hold the new tokens already, which of them each query sees, and how many
         tokens are new, [1]; gives [B, S, heads * size]."""
         builder, given = self.builder, (query_BSM, keys_BKCD, values_BKCD, visible_B1SC, sinks_H)
-        alone = builder.shared("Equal", new, builder.ints(1))
-        return builder.choose(alone, lambda: [self._one(*given)], lambda: [self._several(*given)])[
-            0
-        ]
+        alone, held = builder.shared("Equal", new, builder.ints(1)), self._held()
+        ways = (lambda: [held._one(*given)], lambda: [held._several(*given)])
+        return builder.choose(alone, *ways)[0]
+
+    def _held(self) -> PackedAttention:
+        """The same over the blocks that some row has packed tokens in, however many there is room for."""
+        builder = self.builder
+        end, axis = self._granules(), builder.ints(2)
+        cut = {
+            n: builder.op("Slice", x, builder.ints(0), end, axis) for n, x in self.pieces.items()
+        }
+        return replace(self, pieces=cut)
 
     def _one(
         self,
@@ -297,8 +305,14 @@ class PackedAttention:
         return self.builder.op("Cast", self.pieces[name], to=int(ir.DataType.FLOAT))
 
     def _granules(self) -> ir.Value:
-        """Granules that there is room for, [1]."""
-        return self.builder.dim(self.leader, 2)
+        """Granules that are read, [1]: those of the row that has most, up to a whole block."""
+        builder, whole = self.builder, max(1, BLOCK // self.granule) * self.granule
+        most = builder.shared("ReduceMax", self.packed_B, keepdims=1)
+        blocks = builder.shared(
+            "Div", builder.shared("Add", most, builder.ints(whole - 1)), builder.ints(whole)
+        )
+        count = builder.shared("Mul", blocks, builder.ints(whole // self.granule))
+        return builder.shared("Min", count, builder.dim(self.leader, 2))
 
     def _each(self) -> ir.Value:
         """Granules of a block, [1]: as many as divide all, up to `BLOCK` tokens."""

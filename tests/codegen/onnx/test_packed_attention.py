@@ -214,11 +214,12 @@ def test_its_memory_is_accounted_for() -> None:
     """A token's queries and results, and what one layer makes of so many packed tokens."""
     found, dims = layer(12, 2, 16), {"B": 2, "S": 1, "C0": 40, "G0": 1000}
     out = 2 * 12 * 16 * 4
-    each = max(3 * 32 // 2, 32 + 12 * 12, 16 + 18 * 12)
-    assert peak_activation_bytes(found, dims, Onnx().scratch) == out + 2 * 8000 * each * 9 // 8
+    copy = 2 * (16 + 2 + 2 + 2 * 16 // 8)  # codes, scales, the mean of 8 keys
+    each = copy + max(3 * 32 // 2, 32 + 12 * 12, 16 + 18 * 12) * 9 // 8
+    assert peak_activation_bytes(found, dims, Onnx().scratch) == out + 2 * 8000 * each
     over = PAIRS // 8000
     assert over == 32 < TurboQuant().slack
-    several = 2 * 8000 * (14 * 32 + 12 * 12 * over)
+    several = 2 * 8000 * (copy + 14 * 32 + 12 * 12 * over)
     assert peak_activation_bytes(found, dims | {"S": 50}, Onnx().scratch) == 50 * out + several
     capped = layer(12, 2, 16, softcap=8.0)
     nothing = {"B": 1, "S": 50, "C0": 4000, "G0": 0}
