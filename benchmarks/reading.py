@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
@@ -42,6 +43,14 @@ KINDS: dict[str, dict[str, Any]] = {
     )
 }
 
+#: What a buffer of each type holds, of numbers that are spread normally.
+_FILLED: dict[str, Callable[[Any], Any]] = {
+    "float32": lambda noise: noise,
+    "float16": np.abs,  # scales and means of packed tokens
+    "int8": lambda noise: np.clip(noise * 40, -127, 127),
+    "uint8": lambda noise: np.clip(noise * 60 + 128, 0, 255),
+}
+
 #: Steps of a turn; the first is not counted, for the caches of the processor hold another's.
 _STEPS = 5
 
@@ -67,7 +76,7 @@ class Decoding:
         random = np.random.default_rng(0)
         for buffer in self.cache.buffers.values():
             noise = random.standard_normal(buffer.shape, np.float32)
-            buffer[:] = noise if buffer.dtype == np.float32 else np.clip(noise * 40, -127, 127)
+            buffer[:] = _FILLED[buffer.dtype.name](noise)
         self.seconds: list[float] = []
 
     def turn(self) -> None:
@@ -81,13 +90,15 @@ class Decoding:
                 self.seconds.append(time.perf_counter() - start)
 
 
-def compiled(folder: Path, context: int) -> dict[str, Path]:
+def compiled(
+    folder: Path, context: int, kinds: Mapping[str, dict[str, Any]] = KINDS
+) -> dict[str, Path]:
     """Artifacts by kind; those that are there are taken as they are."""
     model = folder / SHAPE
     if not model.is_dir():
         write_model(SHAPE, model)
     found = {}
-    for kind, cache in KINDS.items():
+    for kind, cache in kinds.items():
         out = found[kind] = folder / kind.replace(", ", "-").replace(" ", "-")
         if not out.is_dir():
             weights = {"format": "int4", "block": 32, "head": "int8"}

@@ -205,7 +205,7 @@ class Engine:
         Yields (start, logits) of each chunk, or of the last one only. Where a step of one token reads what a
         reader chooses, logits that are all asked for come of such steps: longer ones may read everything.
         """
-        chunk = min(self.chunk, cache.step_limit())
+        chunk = self._step_limit(cache)
         if all_logits:
             most = getattr(self.runner, "most_logits", chunk)
             chunk = 1 if self.layout.chooses else min(chunk, most)
@@ -223,6 +223,12 @@ class Engine:
             if all_logits or final:
                 # Runners use the buffer of a step of one token again.
                 yield place, logits.copy() if size == 1 else logits
+
+    def _step_limit(self, cache: Cache) -> int:
+        """The most tokens of a step, by the chunk, the slots, and what the runner makes of packed tokens."""
+        limit = min(self.chunk, cache.step_limit())
+        pairs, packed = getattr(self.runner, "most_pairs", 0), cache.most_packed()
+        return max(1, min(limit, pairs // packed)) if pairs and packed else limit
 
     def step(
         self,

@@ -20,6 +20,7 @@ from ..compiler.ir.kv.codes.half_bytes import as_slots, numbers
 from ..compiler.ir.kv.layout import PARTS, HeadGroup, LayerCache, cache_name, packed_of
 from ..errors import EinfoldError
 from .buffers import CacheBuffers
+from .packing import pack
 
 #: Tokens that are averaged at a time: a prompt of many leaves without a copy of all of it.
 _PIECE = 512
@@ -123,8 +124,6 @@ def _move(
     if group.policy.compensated:
         _compensate(cache, prefix, row, first, last)
     if group.packed and group.partner is None:  # the partner's move packed both
-        from .packing import pack  # torch, which running without packed groups does not need
-
         pack(cache, layer, index, row, used, leaving)
     for part in group.by_slot:
         slots_KN = held[part]

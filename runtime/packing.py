@@ -1,13 +1,9 @@
-"""Packing: tokens that leave the slots of a packed group go into its bulk buffers, in torch."""
+"""Packing: tokens that leave the slots of a packed group go into its bulk buffers."""
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
-import torch
-from torch import Tensor
-
-from ..compiler.ir.kv.codes.codec import Seen, encode
 from ..compiler.ir.kv.layout import PARTS, LayerCache, cache_name, packed_of
 from ..compiler.ir.kv.store.packed import Packed
 from ..errors import ModelError
@@ -22,79 +18,41 @@ def pack(
 ) -> None:
     """Encodes the first `leaving` of a row's `used` slots behind what is packed already.
 
-    Granules know nothing of each other, so a long prompt is encoded some of them at a time.
+    Granules know nothing of each other, so a long prompt is encoded some of them at a time. Arrays that the
+    storage packs in NumPy stay arrays; all others are packed in torch. Raises ModelError for keys or values
+    that are not finite.
     """
-    group = layer.groups[index]
-    storage, lead = _packed(layer, index), group.lead
+    group, prefix = layer.groups[index], cache_name(layer.layer, index)
+    storage, lead = group.storage, group.lead
+    assert isinstance(storage, Packed)
     packed = int(cache.packed[packed_of(cache.layout.clock(group))][row])
+    in_numpy = isinstance(cache.buffers[f"{prefix}.key"], np.ndarray) and storage.in_arrays
     tile = max(1, TILE // storage.granule) * storage.granule
+    follower = cache.layout.follower(layer, index) if storage.shared else None
     for start in range(0, leaving, tile):
         slots = slice(lead + start, lead + min(start + tile, leaving))
         first = (packed + start) // storage.granule
-        if storage.shared:
-            _pack_pair(cache, layer, index, row, slots, first)
+        for each in (layer, follower) if follower is not None else (layer,):
+            _check_finite(cache, each, index, row, slots)
+        if in_numpy:
+            tokens = [cache.buffers[f"{prefix}.{part}"][row][:, slots] for part in PARTS]
+            for name, pieces_KGRW in storage.arrays.encode(storage, *tokens).items():
+                bulk_KGRW = cache.buffers[f"{prefix}.{name}"][row]
+                bulk_KGRW[:, first : first + pieces_KGRW.shape[1]] = pieces_KGRW
         else:
-            prefix = cache_name(layer.layer, index)
-            keys_KTD, values_KTD = _leaving(cache, layer, index, row, slots)
-            seen = _seen(cache, prefix, row, used, slots)
-            _store(cache, prefix, row, first, encode(storage, keys_KTD, values_KTD, seen))
+            from .torch_packing import pack_slots  # torch, which running may not need
+
+            pack_slots(cache, layer, index, row, used, slots, first)
 
 
-def _packed(layer: LayerCache, index: int) -> Packed:
-    storage = layer.groups[index].storage
-    assert isinstance(storage, Packed)
-    return storage
-
-
-def _pack_pair(
-    cache: CacheBuffers, layer: LayerCache, index: int, row: int, slots: slice, first: int
-) -> None:
-    storage, prefix = _packed(layer, index), cache_name(layer.layer, index)
-    follower = cache.layout.follower(layer, index)
-    assert follower is not None  # the layout has checked it
-    other = cache_name(follower.layer, index)
-    both = (_leaving(cache, entry, index, row, slots) for entry in (layer, follower))
-    pair = zip(*both, strict=True)
-    cut = [tuple(x.float().unflatten(1, (-1, storage.granule)) for x in two) for two in pair]
-    for name, pieces in zip((prefix, other), storage.codec.encode_pair(storage, *cut), strict=True):
-        _store(cache, name, row, first, pieces)
-
-
-def _leaving(
+def _check_finite(
     cache: CacheBuffers, layer: LayerCache, index: int, row: int, slots: slice
-) -> list[Tensor]:
-    """Keys and values [K, leaving, D] of the tokens that leave. Raises ModelError where one is not finite."""
-    prefix = cache_name(layer.layer, index)
-    found = [_tensor(cache.buffers[f"{prefix}.{part}"][row])[:, slots] for part in PARTS]
-    for part, x_KTD in zip(PARTS, found, strict=True):
-        if not bool(torch.isfinite(x_KTD).all()):
+) -> None:
+    """Raises ModelError where a key or a value that is packed is no number; arrays may be torch's."""
+    for part in PARTS:
+        leaving_KTD = cache.buffers[f"{cache_name(layer.layer, index)}.{part}"][row][:, slots]
+        if not bool((abs(leaving_KTD) < float("inf")).all()):
             raise ModelError(
                 f"the {part}s of layer {layer.layer} are not finite, so they cannot be packed: the model's "
                 "weights are damaged, or overflow in float32; load and compile them again"
             )
-    return found
-
-
-def _store(
-    cache: CacheBuffers, prefix: str, row: int, first: int, pieces: dict[str, Tensor]
-) -> None:
-    """Writes pieces behind the `first` granules of a row's bulk."""
-    for name, pieces_KGRW in pieces.items():
-        bulk_KGRW = _tensor(cache.buffers[f"{prefix}.{name}"][row])
-        bulk_KGRW[:, first : first + pieces_KGRW.shape[1]] = pieces_KGRW
-
-
-def _seen(cache: CacheBuffers, prefix: str, row: int, used: int, slots: slice) -> Seen:
-    """What is known of how the leaving tokens were attended to."""
-    score, largest = cache.buffers.get(f"{prefix}.score"), cache.buffers.get(f"{prefix}.query_max")
-    return Seen(
-        None if score is None else _tensor(score[row])[:, slots],
-        # A token sees itself, and every later query sees it.
-        torch.arange(used - slots.start, used - slots.stop, -1),
-        None if largest is None else _tensor(largest[row]),
-    )
-
-
-def _tensor(buffer: Any) -> Tensor:
-    """A buffer as a tensor that shares its memory."""
-    return buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer)

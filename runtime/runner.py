@@ -34,7 +34,8 @@ class Runner(Protocol):
     """Runs the graph on new tokens and updates the cache in place.
 
     One may have `make`, which makes the cache's buffers where it wants them, and `blocks`, (slots, tokens):
-    it is faster over a cache for so many tokens or more whose slots are a multiple of the first. One that
+    it is faster over a cache for so many tokens or more whose slots are a multiple of the first; `most_pairs`
+    of a new and a packed token in a step, where it makes numbers of all of a layer's at once. One that
     keeps to a budget has `check_room(rows, capacity, prompt)`, which raises OutOfMemoryError before a cache
     is made for which there is no room, `most_logits`, the rows of logits that a step may give, and `plan`,
     what lies where as it runs.

@@ -40,7 +40,8 @@ def _text(text: str) -> Row:
 def _cache(family: str, method: str, **options: Any) -> Row:
     shown = ",".join(f"{key}={value}" for key, value in options.items())
     name = f"--{family} {method}" + (f":{shown}" if shown else "")
-    reference = family == "quant" or method in ("minicache", "cskv")
+    integers = method == "turboquant" and options.get("bits", 4) == 4
+    reference = (family == "quant" and not integers) or method in ("minicache", "cskv")
     return Row(name, {"cache": {family: {"method": method, **options}}}, reference)
 
 

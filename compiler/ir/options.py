@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import Field, field, fields
 from typing import Any
 
-_OPTION, _DERIVED = {"einfold": "option"}, {"einfold": "derived"}
+_OPTION, _DERIVED, _STATED = ({"einfold": kind} for kind in ("option", "derived", "stated"))
 
 
 def option(default: Any) -> Any:
@@ -26,6 +26,16 @@ def derived(default: Any = None) -> Any:
 def later() -> Any:
     """An option that follows from others where it is not given."""
     return field(default=None)
+
+
+def stated() -> Any:
+    """The same, which every text says: one without it was written before there was a choice, and is none."""
+    return field(default=None, metadata=_STATED)
+
+
+def is_stated(found: Field[Any]) -> bool:
+    """Whether a text without the field is none."""
+    return found.metadata == _STATED
 
 
 def missing(value: object) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from ...errors import IRError
-from .options import text_fields
+from .options import is_stated, text_fields
 
 T = TypeVar("T")
 
@@ -46,7 +46,9 @@ def read(text: str, kinds: Mapping[str, type[T]], what: str, depth: int = 0) -> 
             values[name] = _read(written, kind_of, text)
         else:
             values[name] = read(written, kinds, what, depth + 1)
-    needed = {n for n, f in declared.items() if f.default is f.default_factory is MISSING}
+    needed = {
+        n for n, f in declared.items() if f.default is f.default_factory is MISSING or is_stated(f)
+    }
     missing = [name for name in declared if name in needed - values.keys()]
     if missing:
         raise IRError(f"the {what} {text!r} lacks {', '.join(missing)}")

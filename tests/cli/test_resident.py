@@ -55,11 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"weights": "int8", "cache": "int8"},
                 {"weights": "fp16"},
                 {"weights": "int4", "portable": True},
+                {"weights": "int4", "quant": "turboquant:residual=32,slack=32"},
                 {"target": "reference"},
             )
         ),
     ],
-    ids=["int4", "fp32", "int8", "fp16", "portable", "reference"],
+    ids=["int4", "fp32", "int8", "fp16", "portable", "packed", "reference"],
 )
 def test_a_run_holds_no_more_than_was_promised(
     options: dict[str, Any], folder: Path, tmp_path: Path

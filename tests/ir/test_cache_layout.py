@@ -281,8 +281,10 @@ def test_a_row_shares_the_memory() -> None:
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
         ("kivi(bits=4)", "unknown or repeated field"),
-        ("turboquant(value_bits=1)", "codes of 2, 3, 4, 8 bits, not 1"),
-        ("turboquant(group=0)", "1 or more tokens are packed together, not 0"),
+        ("turboquant(value_bits=1,levels=even)", "codes of 2, 3, 4, 8 bits, not 1"),
+        ("turboquant(group=0,levels=even)", "1 or more tokens are packed together, not 0"),
+        ("turboquant(levels=odd)", "levels are even or normal, not 'odd'"),
+        ("turboquant(key_bits=4,value_bits=4,group=64)", "lacks levels"),  # before there were two
     ],
 )
 def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from einfold.compiler.ir.kv.codes.affine import LARGEST, dequantize, quantize
 from einfold.compiler.ir.kv.codes.bits import pack, unpack
 from einfold.compiler.ir.kv.codes.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.codes.even import SHARES, packed, rounded
 from einfold.compiler.ir.kv.codes.half_bytes import OFFSET, as_slots, numbers
 from einfold.compiler.ir.kv.codes.normal import levels, nearest
 from einfold.compiler.ir.kv.codes.salient import chosen_first
@@ -24,7 +25,7 @@ from einfold.compiler.ir.kv.store.mikv.codec import balancer
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.packed import BITS, Packed
 from einfold.compiler.ir.kv.store.storage import GroupShape
-from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
+from einfold.compiler.ir.kv.store.turboquant.storage import LEVELS, TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
 
 bits = st.sampled_from(BITS)
@@ -32,7 +33,7 @@ bits = st.sampled_from(BITS)
 STORAGES = [
     *(Kivi(key_bits=b, value_bits=b, group=8, residual=8) for b in BITS),
     Kivi(group=8, residual=8, keys="token"),
-    *(TurboQuant(key_bits=b, value_bits=b, group=16) for b in BITS),
+    *(TurboQuant(bits=b, group=16, levels=spread) for b in BITS for spread in LEVELS),
     Gear(group=8, residual=8, tokens=16),
     Gear(group=8, residual=8, tokens=16, rank=0),
     Gear(group=8, residual=8, tokens=16, share=0.0, keys="token"),
@@ -103,6 +104,43 @@ def test_levels_lose_little_more_than_the_best_there_are(width: int, most: float
         assert float((x - best[code]).square().mean()) == pytest.approx(lost, rel=0.01)
     found = levels(width)[nearest(x.float(), width).long()]
     assert float((x - found).square().mean()) < lost * most * 1.01
+
+
+@pytest.mark.parametrize(("size", "most"), [(64, 1.01), (128, 1.10)])
+def test_even_levels_lose_little_more_than_those_of_the_normal_distribution(
+    size: int, most: float
+) -> None:
+    """In 4 bits, each under the scale that loses the least for its codes."""
+    x = np.random.default_rng(0).standard_normal((20_000, size)).astype(np.float32)
+    codes, scale = rounded(x, 4)
+    error = np.square(x - (codes - np.float32(7.5)) * scale).sum()
+    table = levels(4)[nearest(torch.from_numpy(x), 4).long()].numpy()
+    best = (x * table).sum(-1, keepdims=True) / np.square(table).sum(-1, keepdims=True)
+    assert error < most * np.square(x - table * best).sum()
+
+
+@given(bits, st.integers(0, 2**32 - 1))
+def test_a_token_has_the_best_of_its_steps(width: int, seed: int) -> None:
+    x = np.random.default_rng(seed).standard_normal((5, 16)).astype(np.float32) ** 3
+    x[0] = 0
+    codes, scale = rounded(x, width)
+    assert codes.max() < 2**width and (scale >= 0).all() and scale[0] == 0
+    half = 2 ** (width - 1)
+    error = np.square(x - (codes - (half - 0.5)) * scale).sum(-1)
+    for share in SHARES:
+        step = np.abs(x).max(-1, keepdims=True) / half * share + 1e-30
+        places = np.clip(np.floor(x / step), -half, half - 1) + 0.5
+        best = (x * places).sum(-1, keepdims=True) / np.square(places).sum(-1, keepdims=True)
+        assert (error <= np.square(x - places * best).sum(-1) * 1.001 + 1e-6).all()
+
+
+@given(bits, st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_numpy_packs_as_torch_does(width: int, eights: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 2**width, (2, 3, 8 * eights), np.uint8)
+    for mine, theirs in zip(
+        packed(codes, width), pack(torch.from_numpy(codes), width), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs.numpy())
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)

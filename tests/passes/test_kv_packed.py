@@ -46,7 +46,8 @@ PASSES = [
     ),
     (
         chosen("turboquant", value_bits=2, group=16, residual=8, slack=4),
-        "turboquant(residual=8,slack=4,prefill=exact,sinks=4,key_bits=4,value_bits=2,group=16)",
+        "turboquant(residual=8,slack=4,prefill=exact,sinks=4,key_bits=4,value_bits=2,group=16,"
+        "levels=normal)",
         # codes of both, a scale a token of each, the mean of 16 tokens' keys
         2 * (8 * 4 / 8 + 8 * 2 / 8 + 2 + 2 + 8 * 2 / 16),
     ),

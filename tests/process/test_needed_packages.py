@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import einfold
+
 ONNX = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 #: What only compiling needs.
 COMPILING = (
@@ -102,6 +104,14 @@ def test_the_target_onnx_names_its_extra(text_model: Path, tmp_path: Path) -> No
     script = verbs(["compile", text_model, "-o", out, "--json"], code=11)
     assert "einfold[onnx]" in without(ONNX, script)
     assert not out.exists()
+
+
+def test_packed_tokens_need_no_torch(text_model: Path, tmp_path: Path) -> None:
+    """A prompt that settles, and tokens that are packed as others come."""
+    quant = "turboquant:group=8,residual=8,slack=4"
+    einfold.compile(text_model, tmp_path / "a", quant=quant)
+    run = ["run", tmp_path / "a", "-p", "the " * 20, "--max-new-tokens", "20", "--json"]
+    assert "tokens" in without(COMPILING, verbs(["inspect", tmp_path / "a"], run))
 
 
 def test_an_onnx_artifact_runs_without_what_compiles(text_artifact: Path) -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import fx
 
 from ...ir.kv.read.reader import parse_reader
+from ...ir.kv.store.storage import GroupShape
 from ...ir.ops import einfold_ops
+from ...ir.ops.packed import packed_storage
 from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
 from ..target import Held
 from .kernels import LONGEST, WIDE, runtime_bits
-from .process import PROCESS
+from .process import PAIRS, PROCESS
 
 #: Query heads a KV head from which on decode steps over int8 go in integers: the cost is that of reading and
 #: converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.
@@ -104,6 +106,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
         return _scores(program, node, dims)
     if node.target is einfold_ops.bounded_attention.default:
         return _pages(program, node, dims)
+    if node.target is einfold_ops.packed_attention.default:
+        return _packed(program, node, dims)
     if node.target not in (
         einfold_ops.cached_attention.default,
         einfold_ops.shared_attention.default,
@@ -157,6 +161,30 @@ def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     bounds = 2 * size * widened * kv_heads * (slots // page + 2)
     scores = 3 * 4 * heads * (slots // page + 2 + read)
     return int(batch * (bounds + scores + 2 * kv_heads * read * size * (stored + widened)))
+
+
+def _packed(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
+    """Bytes of attention over packed tokens: a copy of what is read of them, and with one new token the codes
+    of keys taken apart, the products with both planes of queries, or weights with what their planes are made
+    of; with several, keys and values as they are widened, beside logits and weights. Over slots the logits
+    where they are capped or have sinks."""
+    found = call_arguments(node)
+    storage = packed_storage(found["storage"])
+    query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
+    batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
+    slots = program.shapes.evaluate(keys.shape[2], dims)
+    room = storage.granule * program.shapes.evaluate(found["bulk"][0].meta["val"].shape[2], dims)
+    kv_heads, size = int(keys.shape[1]), int(keys.shape[3])
+    spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
+    logits = 4 * new * heads * slots * int(spelled_out)
+    copy = storage.granule_bytes(GroupShape(kv_heads, size, size)) // storage.granule
+    if new == 1:
+        codes = kv_heads * size
+        each = max(3 * codes // 2, codes + 12 * heads, codes // 2 + 18 * heads) * 9 // 8
+        return int(batch * (logits + room * (copy + each)))
+    over_packed = min(new, storage.slack, max(1, PAIRS // max(1, room)))
+    widened = 14 * kv_heads * size + 12 * heads * over_packed
+    return int(batch * max(logits, room * (copy + widened)))
 
 
 #: What queries and keys of attention without a cache are called.

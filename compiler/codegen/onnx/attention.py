@@ -24,14 +24,17 @@ from ....errors import UnsupportedError
 from ...ir.kv.layout import TOKENS
 from ...ir.kv.read.quest.reader import Quest
 from ...ir.kv.read.reader import parse_reader
+from ...ir.kv.store.storage import GroupShape
 from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from ...ir.ops.attention import halved, numbers_of
+from ...ir.ops.packed import packed_storage, piece_names
 from .account import SMALLEST_GROUP, WIDENED_FROM, pieces_of, widens
 from .builder import CONTRIB
 from .einfold_ops import rotate
 from .integer_attention import IntegerAttention, appended, blocks, mask, pays
 from .lowerings import Context, lowering, unsupported
+from .packed_attention import PackedAttention
 from .page_attention import PageAttention, Pages
 
 aten = torch.ops.aten
@@ -278,6 +281,71 @@ def bounded_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
     return [_by_heads(call, out), *written]
 
 
+#: What a call over packed tokens has none of.
+_NOT_PACKED = {
+    "window": 0,
+    "count_BK": None,
+    "key_scale_KD": None,
+    "value_scale_KD": None,
+    "by_distance_HR": None,
+}
+
+
+@lowering(einfold_ops.packed_attention.default, flavour="ort")
+def packed_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
+    """GroupQueryAttention while nothing is packed, and a state over slots and packed tokens from then on."""
+    call = _Call(context, node, context.arguments(node) | _NOT_PACKED)
+    if call.value_size != call.key_size:
+        raise unsupported(
+            node,
+            "onnxruntime's attention over slots has one head size for keys and values, here "
+            f"{call.key_size} and {call.value_size}",
+        )
+    context.opset = max(context.opset, 24)  # TensorScatter
+    builder, attention = context.builder, _over_packed(call)
+    caches = [call.value(name) for name in ("key_cache_BKCD", "value_cache_BKCD")]
+    reads = call.found["k_BSKD"] is None
+    given = _given_to_reader(call) if reads else _given(call)
+    visible = _visible(call)
+
+    def over_slots() -> list[ir.Value]:
+        return _operator(call, *given, 1 if reads else 3)
+
+    def over_both() -> list[ir.Value]:
+        query, *new = _apart(call, *given)
+        slots = caches
+        if not reads:
+            size, used = call.key_size, call.value("used_B")
+            slots = [
+                appended(builder, cache, part, None, used, call.kv_heads, size, one=False)
+                for cache, part in zip(caches, new, strict=True)
+            ]
+        sinks = context.optional(call.found["sinks_H"])
+        out = attention(query, slots[0], slots[1], visible, builder.dim(given[0], 1), sinks)
+        return [out] if reads else [out, *slots]
+
+    out, *written = builder.choose(attention.any_packed(), over_both, over_slots)
+    return [_by_heads(call, out), *(caches if reads else written)]
+
+
+def _over_packed(call: _Call) -> PackedAttention:
+    context, found = call.context, call.found
+    storage = packed_storage(found["storage"])
+    names = piece_names(storage, GroupShape(call.kv_heads, call.key_size, call.value_size))
+    return PackedAttention(
+        context.builder,
+        call.heads,
+        call.kv_heads,
+        call.key_size,
+        storage.granule,
+        found["scale"],
+        found["softcap"],
+        call.value("packed_B"),
+        dict(zip(names, map(context.value, found["bulk"]), strict=True)),
+        context.value(_leader(call)["bulk"][0]),
+    )
+
+
 def _by_pages(call: _Call) -> PageAttention:
     context, found = call.context, call.found
     reader = parse_reader(found["read"])
@@ -458,7 +526,9 @@ def _leader(call: _Call) -> dict[str, Any]:
     Groups with one counter have as many slots, and their compensation tokens stand for as many tokens.
     """
     calls = call.context.program.nodes(
-        einfold_ops.cached_attention.default, einfold_ops.bounded_attention.default
+        einfold_ops.cached_attention.default,
+        einfold_ops.bounded_attention.default,
+        einfold_ops.packed_attention.default,
     )
     arguments = map(call.context.arguments, calls)
     return next(found for found in arguments if found["used_B"] is call.found["used_B"])
@@ -522,7 +592,17 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     call = _Call(context, node, context.arguments(node))
     if call.key_size % 8 or call.value_size != call.key_size:
         return _shared_standard(call)
-    found, builder = call.found, context.builder
+    found = call.found
+    out, *presents = _operator(call, *_given_to_reader(call), 3 if call.quantized else 1)
+    for name, present in zip(("key_cache_BKCD", "value_cache_BKCD"), presents, strict=False):
+        owner = context.arguments(found[name].args[0])[name]
+        context.rewritten.append((f"{owner.target}@{found['layer']}", present, owner))
+    return _by_heads(call, out)
+
+
+def _given_to_reader(call: _Call) -> tuple[ir.Value, ir.Value, ir.Value, bool]:
+    """What `_given` gives, of a layer that reads another's cache: a key and a value of no tokens."""
+    builder = call.context.builder
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
     none = builder.op(
         "Slice",
@@ -531,13 +611,7 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
         builder.ints(0, call.kv_heads * call.key_size),
         builder.ints(1, 2),
     )
-    out, *presents = _operator(call, query, none, none, False, 3 if call.quantized else 1)
-    for name, present in zip(("key_cache_BKCD", "value_cache_BKCD"), presents, strict=False):
-        owner = context.arguments(found[name].args[0])[name]
-        context.rewritten.append((f"{owner.target}@{found['layer']}", present, owner))
-    heads = builder.reshape(out, [0, 0, call.heads, call.value_size])
-    context.flat[heads] = out
-    return heads
+    return query, none, none, False
 
 
 @lowering(einfold_ops.shared_attention.default, flavour="portable")

@@ -98,7 +98,7 @@ class IntegerAttention:
         total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
         sums = builder.op(
             "MatMulIntegerToFloat",
-            self._weight_planes(weights),
+            weight_planes(builder, weights),
             builder.reshape(values, [0, 0, -1, BLOCK, self.size]),
             builder.floats(1.0),
             builder.floats(1.0),
@@ -116,14 +116,6 @@ class IntegerAttention:
         out = builder.op("Div", out, self._merged(builder.op("Mul", total, share)))
         return builder.op("Mul", out, self._by_head(self.value_scale))
 
-    def _weight_planes(self, weights_BKNGT: ir.Value) -> ir.Value:
-        """Both planes [B, K, N, 2 G, BLOCK] of weights up to `LEVELS`: whole numbers, and what they lack."""
-        builder = self.builder
-        first, rest = whole_and_rest(builder, weights_BKNGT)
-        zero = builder.constant(0, np.uint8)
-        second = builder.op("QuantizeLinear", rest, builder.floats(1 / LEVELS), zero)
-        return builder.op("Concat", first, second, axis=3)
-
     def _merged(self, parts: ir.Value) -> ir.Value:
         return self.builder.op("ReduceSum", parts, self.builder.ints(2), keepdims=0)
 
@@ -135,9 +127,8 @@ class IntegerAttention:
 def products_of(
     builder: Builder, query_BKGD: ir.Value, stored_BKND: ir.Value, group: int
 ) -> tuple[ir.Value, ir.Value]:
-    """(products [B, K, N, 2 G] of both planes of a query with int8 rows, what adds them up and gives them
-    their scale [B, K, G, 2 G])."""
-    planes, factor = _query_planes(builder, query_BKGD)
+    """(products [B, K, N, 2 G] of both planes of a query with int8 rows, what `adds_up` gives for them)."""
+    planes, factor = query_planes(builder, query_BKGD)
     # 128 more, seen as unsigned: the sum wraps around.
     shifted = builder.op("Add", stored_BKND, builder.constant(-128, np.int8))
     products = builder.op(
@@ -149,11 +140,10 @@ def products_of(
         builder.constant(128, np.uint8),
         domain=CONTRIB,
     )
-    both = np.concatenate([np.eye(group), np.eye(group) / _FINER], axis=1)
-    return products, builder.op("Div", builder.constant(both, np.float32), factor)
+    return products, adds_up(builder, factor, group)
 
 
-def _query_planes(builder: Builder, query_BKGD: ir.Value) -> tuple[ir.Value, ir.Value]:
+def query_planes(builder: Builder, query_BKGD: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(both planes [B, K, 2 G, D], by what each row was multiplied [B, K, G, 1])."""
     zero, one = builder.constant(0, np.int8), builder.floats(1.0)
     top = builder.op("ReduceMax", builder.op("Abs", query_BKGD), builder.ints(-1), keepdims=1)
@@ -166,12 +156,26 @@ def _query_planes(builder: Builder, query_BKGD: ir.Value) -> tuple[ir.Value, ir.
     return builder.op("Concat", first, second, axis=2), factor
 
 
-def whole_and_rest(builder: Builder, weights: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Weights of 0 to `LEVELS`: whole numbers, uint8, and what they lack, in float32."""
-    # Not by Cast and back: onnxruntime runs that on one thread, and what two share moves between caches.
-    whole = builder.op("Floor", weights)
+def adds_up(builder: Builder, factor_BKG1: ir.Value, group: int) -> ir.Value:
+    """What adds up products with both planes of queries and gives them their scale, [B, K, G, 2 G]."""
+    both = np.concatenate([np.eye(group), np.eye(group) / _FINER], axis=1)
+    return builder.op("Div", builder.constant(both, np.float32), factor_BKG1)
+
+
+def weight_planes(builder: Builder, weights: ir.Value, count: int = 2) -> ir.Value:
+    """Planes [.., count * G, T], uint8, of weights [.., G, T] up to `LEVELS`: whole numbers, and what they
+    lack, `LEVELS` times as fine in each further plane."""
     zero, one = builder.constant(0, np.uint8), builder.floats(1.0)
-    return builder.op("QuantizeLinear", whole, one, zero), builder.op("Sub", weights, whole)
+    planes, rest = [], weights
+    for place in range(count - 1):
+        if place:
+            rest = builder.op("Mul", rest, builder.floats(LEVELS))
+        # Not by Cast and back: onnxruntime runs that on one thread, and what two share moves between caches.
+        whole = builder.op("Floor", rest)
+        rest = builder.op("Sub", rest, whole)
+        planes.append(builder.op("QuantizeLinear", whole, one, zero))
+    planes.append(builder.op("QuantizeLinear", rest, builder.floats(1 / LEVELS), zero))
+    return builder.op("Concat", *planes, axis=-2)
 
 
 def appended(

@@ -23,7 +23,10 @@ import onnx_ir as ir
 
 from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
-from .integer_attention import LEVELS, products_of, whole_and_rest
+from .integer_attention import LEVELS, products_of, weight_planes
+
+#: Of the probabilities of what was chosen of an int8 cache.
+_PLANES = 3
 
 #: Puts pages before all others, or behind them; hides slots from the softmax.
 _FIRST, _LAST = 1e30, -1e30
@@ -250,7 +253,6 @@ class PageAttention:
     def _weighted(self, logits_BKGN: ir.Value, values_BKND: ir.Value) -> ir.Value:
         """The weighted mean of int8 values, [B, K, G, D]."""
         builder, group = self.builder, self.heads // self.kv_heads
-        levels = builder.floats(LEVELS)
         top = builder.op("ReduceMax", logits_BKGN, builder.ints(3), keepdims=1)
         sinks = None if self.sinks_H is None else self._sinks(self.sinks_H)
         if sinks is not None:
@@ -260,13 +262,9 @@ class PageAttention:
         total = builder.op("ReduceSum", weights, builder.ints(3), keepdims=1)
         if sinks is not None:
             total = builder.op("Add", total, builder.op("Exp", builder.op("Sub", sinks, shift)))
-        first, rest = whole_and_rest(builder, weights)
-        second, rest = whole_and_rest(builder, builder.op("Mul", rest, levels))
-        finest, zero = builder.floats(1 / LEVELS), builder.constant(0, np.uint8)
-        third, one = builder.op("QuantizeLinear", rest, finest, zero), builder.floats(1.0)
-        planes = builder.op("Concat", first, second, third, axis=2)
+        planes, one = weight_planes(builder, weights, _PLANES), builder.floats(1.0)
         sums = builder.op("MatMulIntegerToFloat", planes, values_BKND, one, one, domain=CONTRIB)
-        each = np.concatenate([np.eye(group) / LEVELS**plane for plane in range(3)], axis=1)
+        each = np.concatenate([np.eye(group) / LEVELS**plane for plane in range(_PLANES)], axis=1)
         out = builder.op("MatMul", builder.constant(each, np.float32), sums)
         return builder.op("Div", out, total)
 

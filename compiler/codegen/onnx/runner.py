@@ -19,6 +19,7 @@ from ...ir.heap import give_back
 from ...ir.kv.layout import TOKENS
 from ...ir.manifest import BLOCKS, MODEL, WEIGHTS, WHOLE, Part
 from .check import check_onnx
+from .process import PAIRS
 
 #: How onnxruntime calls the types of a cache's buffers, and of what encoders take and give.
 _KINDS = {
@@ -108,6 +109,8 @@ def session_of(model: str | bytes, options: ort.SessionOptions, name: str) -> or
 
 class OnnxRunner:
     """One onnxruntime session; a decode step binds nothing anew and copies no cache."""
+
+    most_pairs = PAIRS
 
     def __init__(
         self, artifact: Artifact, threads: int | None = None, prepack: bool = True

@@ -36,6 +36,7 @@ from ...memory.spill import Spill
 from ...memory.tiers import AHEAD, TierPlan
 from .cut import Extent, SuperOp, buffer_of, handed_on, model_of
 from .cut_model import CutModel
+from .process import PAIRS
 from .runner import (
     available_cores,
     bind_array,
@@ -54,6 +55,8 @@ _ARENA_MAX = -8
 
 class StreamingRunner:
     """Sessions of pinned super-ops, and a thread that reads the weights of the others ahead."""
+
+    most_pairs = PAIRS
 
     def __init__(self, model: CutModel, plan: TierPlan, threads: int | None = None) -> None:
         """Loads what is pinned. Raises ArtifactError where the model is none that onnxruntime takes."""

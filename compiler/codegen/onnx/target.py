@@ -48,7 +48,7 @@ class Onnx(Target):
     def refuses(self, storage: Storage) -> str:
         stored = storage.slot_dtype if storage.plain else storage.name
         codes = {"i8": "int8", "u8": "int4"}.get(stored, "")
-        if stored == "f32" or (codes and not self.portable):
+        if stored == "f32" or ((codes or storage.integral) and not self.portable):
             return ""
         if codes:
             return (
@@ -61,10 +61,21 @@ class Onnx(Target):
                 "a prompt takes about the memory that they save; take cache.storage int8, which is smaller "
                 "and faster, or compile for the target triton or reference"
             )
+        if storage.integral:
+            return (
+                f"the portable flavour has no operator that multiplies codes of {storage.name} as integers; "
+                "use the default flavour, or cache.storage f32"
+            )
+        if storage.method == "turboquant":
+            return (
+                "the target onnx multiplies codes of 4 bits with even levels as integers, and could only "
+                "widen others at every step; take bits=4 and levels=even, which are the defaults, or compile "
+                "for the target triton or reference"
+            )
         return (
             f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
-            "all of the cache at every step; compile for the target triton or reference, or take "
-            "cache.storage int8"
+            "all of the cache at every step; take cache.quant turboquant, whose codes it multiplies as "
+            "integers, or cache.storage int8, or compile for the target triton or reference"
         )
 
     def cannot_read(self, reader: Reader) -> str:

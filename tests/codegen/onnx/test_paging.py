@@ -85,19 +85,20 @@ def test_logits_and_tokens_are_those_of_resident_weights(
 
 
 #: Caches whose attention reads tables and small weights by other operators than GroupQueryAttention.
-CACHES = {
+CACHES: dict[str, dict[str, Any]] = {
     "quest": {"read": {"method": "quest", "tokens": 12, "page": 4, "skip_layers": 1}},
     "int8, quest": {
         "storage": "int8",
         "read": {"method": "quest", "tokens": 12, "page": 4, "skip_layers": 1},
     },
     "int4": {"storage": "int4"},
+    "turboquant": {"quant": "turboquant:group=8,residual=8,slack=8"},
     "kvzip": {"prune": {"method": "kvzip", "tokens": 32}},
 }
 
 
 @pytest.mark.parametrize(
-    "cache", quick([*CACHES], "int8, quest", "int4"), ids=lambda name: name.replace(", ", "-")
+    "cache", quick([*CACHES], "int8, quest", "turboquant"), ids=lambda name: name.replace(", ", "-")
 )
 def test_no_form_of_a_cache_keeps_weights_from_being_pages(cache: str, tmp_path: Path) -> None:
     """Nor does it read a table of rotary positions whole, or once for each layer."""

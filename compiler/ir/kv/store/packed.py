@@ -3,7 +3,7 @@
 A *granule* is the number of tokens that are packed together. In memory it is a few *pieces*, small matrices
 of codes, scales and so on; the bulk buffer of a piece is [B, heads, granules, rows, width].
 
-Sizes only; what the bytes mean stands in `compiler/ir/kv`, in torch.
+Sizes only; what the bytes mean stands in `compiler/ir/kv`, in torch or in NumPy.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ class Codec(Protocol):
         """The pieces of two layers, of a storage that shares; keys and values [K, G, T, D] of both."""
 
 
+class ArrayCodec(Protocol):
+    """Packs a storage in NumPy, where running should not need torch."""
+
+    def encode(self, storage: Any, keys_KTD: Any, values_KTD: Any) -> Pieces:
+        """The pieces of whole granules of tokens, [K, G, R, W] each."""
+
+
 @dataclass(frozen=True)
 class Packed(Storage):
     """A storage whose older tokens leave the slots for bulk buffers.
@@ -73,6 +80,16 @@ class Packed(Storage):
     def codec(self) -> Codec:
         """What packs and unpacks it, in torch."""
         return self._beside("codec")  # type: ignore[no-any-return]
+
+    @property
+    def in_arrays(self) -> bool:
+        """Whether arrays of NumPy are packed without torch, by the module `arrays` beside the codec."""
+        return False
+
+    @property
+    def arrays(self) -> ArrayCodec:
+        """What packs arrays of NumPy."""
+        return self._beside("arrays")  # type: ignore[no-any-return]
 
     def streams(self, shape: GroupShape) -> Mapping[str, Stream]:
         """How a kernel reads it: the streams of its packed tokens, by the name of what part they are.

@@ -124,6 +124,12 @@ class Storage(Options):
         return ()
 
     @property
+    def integral(self) -> bool:
+        """Whether what is packed are codes of 4 bits with even levels under a scale a token, two a byte:
+        products of integers take them as they are."""
+        return False
+
+    @property
     def windowed(self) -> bool:
         """Whether the slots hold a window, and what `whole` gives stands for the other tokens."""
         return False

@@ -14,6 +14,8 @@ from .storage import TurboQuant
 
 
 def encode(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
+    if storage.even:
+        return _of_arrays(storage, keys_KTD, values_KTD)
     keys_KGTD, values_KGTD = (in_granules(storage, x) for x in (keys_KTD, values_KTD))
     mean = narrowed(keys_KGTD.mean(2, keepdim=True), torch.float16)
     pieces = {"key_mean": mean}
@@ -22,8 +24,15 @@ def encode(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen
 
 
 def decode(storage: TurboQuant, pieces: Pieces) -> tuple[Tensor, Tensor]:
-    keys = _decoded("key", pieces, storage.key_bits) + pieces["key_mean"].float()
-    return keys, _decoded("value", pieces, storage.value_bits)
+    keys = _decoded(storage, "key", pieces, storage.key_bits) + pieces["key_mean"].float()
+    return keys, _decoded(storage, "value", pieces, storage.value_bits)
+
+
+def _of_arrays(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor) -> Pieces:
+    """Even levels are rounded to in NumPy wherever they are, so that every runtime has the same codes."""
+    arrays = (x.float().cpu().numpy() for x in (keys_KTD, values_KTD))
+    found = storage.arrays.encode(storage, *arrays)
+    return {name: torch.from_numpy(piece).to(keys_KTD.device) for name, piece in found.items()}
 
 
 def _encoded(part: str, x: Tensor, bits: int) -> Pieces:
@@ -35,7 +44,10 @@ def _encoded(part: str, x: Tensor, bits: int) -> Pieces:
     return pack_codes(part, codes, bits) | {f"{part}_scale": narrowed(scale, torch.float16)}
 
 
-def _decoded(part: str, pieces: Pieces, bits: int) -> Tensor:
+def _decoded(storage: TurboQuant, part: str, pieces: Pieces, bits: int) -> Tensor:
     codes = unpack_codes(part, pieces, bits)
     scale: Tensor = pieces[f"{part}_scale"].float()
+    if storage.even:
+        places: Tensor = codes.float() - (2**bits - 1) / 2
+        return places * scale
     return levels(bits).to(codes.device)[codes.long()] * scale

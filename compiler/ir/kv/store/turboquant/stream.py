@@ -12,13 +12,15 @@ from .storage import TurboQuant
 def streams(storage: TurboQuant, shape: GroupShape) -> dict[str, Stream]:
     made = Stream(storage.granule)
     mean = made.add(Source("key_mean", "key_mean", AT["key"], (("t", storage.group),), "row", 0))
-    made.key = f"{_scaled(made, 'key', storage.key_bits)} + {mean}"
-    made.value = _scaled(made, "value", storage.value_bits)
+    made.key = f"{_scaled(storage, made, 'key')} + {mean}"
+    made.value = _scaled(storage, made, "value")
     return {"": made}
 
 
-def _scaled(stream: Stream, part: str, bits: int) -> str:
+def _scaled(storage: TurboQuant, stream: Stream, part: str) -> str:
     """A code's level times its token's scale."""
-    level = level_term(code_term(stream, part, part, bits, by_channel=False), bits)
+    bits = storage.key_bits if part == "key" else storage.value_bits
+    code = code_term(stream, part, part, bits, by_channel=False)
+    level = f"({code} - {(2**bits - 1) / 2})" if storage.even else level_term(code, bits)
     scale = stream.add(Source(f"{part}_scale", f"{part}_scale", AT[part][:3], (), "token", 0))
     return f"{level} * {scale}"
