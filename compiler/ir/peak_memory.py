@@ -17,7 +17,7 @@ def peak_memory() -> int:
     one started is the larger one's.
     """
     with suppress(OSError, ValueError):
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024

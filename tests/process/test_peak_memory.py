@@ -38,5 +38,5 @@ def test_where_there_is_no_proc_the_system_is_asked(
     own = peak_memory.peak_memory()
     monkeypatch.setattr(peak_memory, "_STATUS", tmp_path / "status")
     assert peak_memory.peak_memory() > 1e7 and peak_memory.peak_memory() >= own // 2
-    (tmp_path / "status").write_text("VmHWM:\tmuch\n")
+    (tmp_path / "status").write_text("VmHWM:\tmuch\n", encoding="ascii")
     assert peak_memory.peak_memory() > 1e7
