@@ -266,7 +266,7 @@ def plan_of(
     limit = artifact.manifest.model.context
     tokens = min(context or TOKENS, limit)
     capacity = min(-(-tokens // _BLOCK) * _BLOCK, limit)
-    load = parts.load(chunk, _cache_bytes(artifact, capacity))
+    load = parts.load(chunk, _cache_bytes(artifact, capacity), capacity)
     found = place(parts.spilling(load, capacity), memory)
     known = read_device(None if device is None else Path(device)) or replace(
         ASSUMED, ram=ram_size()

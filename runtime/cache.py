@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..compiler.ir.kv.layout import cache_name, packed_of
+from ..compiler.ir.kv.layout import packed_of
 from . import maintenance, scores
 from .buffers import Array, CacheBuffers, Counts
 
@@ -33,15 +33,8 @@ class Cache(CacheBuffers):
         return min([self.capacity, *rooms])
 
     def most_packed(self) -> int:
-        """Packed tokens that a row has room for; none while a prompt is kept whole."""
-        most = 0
-        for name, group in self.groups.items():
-            if group.packed:
-                layer, index = self.layout.members(name)[0]
-                piece = next(iter(group.storage.pieces(layer.shape(group))))
-                bulk = self.buffers[f"{cache_name(layer.layer, index)}.{piece.name}"]
-                most = max(most, int(bulk.shape[2]) * group.storage.granule)
-        return most
+        """Packed tokens of the row that has most."""
+        return max((int(counts.max()) for counts in self.packed.values()), default=0)
 
     def make_room(self, size: int) -> None:
         """Sees to it that each row has slots for `size` more tokens."""

@@ -42,6 +42,11 @@ class Timings:
 #: Told of each new token: (row, token). Gives True to end the row.
 OnToken = Callable[[int, int], bool]
 
+#: Fewer tokens than so many are stepped one by one where the runner makes numbers of all pairs of a new and a
+#: packed token: behind 65,536 packed ones four together took twice as long as one after the other, behind
+#: 32,768 eight together three quarters.
+_FEWEST_TOGETHER = 8
+
 
 class Engine:
     """Generates with a runner. `context` bounds prompt and new tokens together."""
@@ -205,13 +210,15 @@ class Engine:
         Yields (start, logits) of each chunk, or of the last one only. Where a step of one token reads what a
         reader chooses, logits that are all asked for come of such steps: longer ones may read everything.
         """
-        chunk = self._step_limit(cache)
+        most = self.chunk
         if all_logits:
-            most = getattr(self.runner, "most_logits", chunk)
-            chunk = 1 if self.layout.chooses else min(chunk, most)
-        for place in range(start, len(row), chunk):
-            ids = row[None, place : place + chunk]
-            size = ids.shape[1]
+            most = (
+                1 if self.layout.chooses else min(most, getattr(self.runner, "most_logits", most))
+            )
+        place = start
+        while place < len(row):
+            size = min(most, self._step_limit(cache), len(row) - place)
+            ids = row[None, place : place + size]
             positions = np.arange(place, place + size)[None]
             final = place + size == len(row)
             wanted = (
@@ -223,12 +230,16 @@ class Engine:
             if all_logits or final:
                 # Runners use the buffer of a step of one token again.
                 yield place, logits.copy() if size == 1 else logits
+            place += size
 
     def _step_limit(self, cache: Cache) -> int:
-        """The most tokens of a step, by the chunk, the slots, and what the runner makes of packed tokens."""
-        limit = min(self.chunk, cache.step_limit())
+        """The most tokens of a step, by the slots and by what the runner makes of packed tokens."""
+        limit = cache.step_limit()
         pairs, packed = getattr(self.runner, "most_pairs", 0), cache.most_packed()
-        return max(1, min(limit, pairs // packed)) if pairs and packed else limit
+        if not pairs or not packed:
+            return limit
+        together = pairs // packed
+        return min(limit, together) if together >= _FEWEST_TOGETHER else 1
 
     def step(
         self,

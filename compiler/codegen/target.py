@@ -56,8 +56,8 @@ class Held:
 class InParts(Protocol):
     """An artifact that was read and taken apart; no weight is loaded."""
 
-    def load(self, chunk: int, cache: int) -> Load:
-        """What it holds in memory with `cache` bytes and steps of `chunk` tokens."""
+    def load(self, chunk: int, cache: int, capacity: int = 0) -> Load:
+        """What it holds in memory with a cache of `cache` bytes for `capacity` tokens and steps of `chunk`."""
 
     def spilling(self, load: Load, capacity: int) -> Load:
         """The same with the layers whose slots of a cache for `capacity` tokens may be spilled."""

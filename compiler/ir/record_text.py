@@ -51,7 +51,11 @@ def read(text: str, kinds: Mapping[str, type[T]], what: str, depth: int = 0) -> 
     }
     missing = [name for name in declared if name in needed - values.keys()]
     if missing:
-        raise IRError(f"the {what} {text!r} lacks {', '.join(missing)}")
+        later = all(is_stated(declared[name]) for name in missing)
+        raise IRError(
+            f"the {what} {text!r} lacks {', '.join(missing)}"
+            + (", which was no choice when it was made; compile the model again" if later else "")
+        )
     return kind(**values)
 
 

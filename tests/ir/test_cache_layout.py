@@ -284,7 +284,10 @@ def test_a_row_shares_the_memory() -> None:
         ("turboquant(value_bits=1,levels=even)", "codes of 2, 3, 4, 8 bits, not 1"),
         ("turboquant(group=0,levels=even)", "1 or more tokens are packed together, not 0"),
         ("turboquant(levels=odd)", "levels are even or normal, not 'odd'"),
-        ("turboquant(key_bits=4,value_bits=4,group=64)", "lacks levels"),  # before there were two
+        (
+            "turboquant(key_bits=4,value_bits=4,group=64)",
+            "lacks levels, which was no choice when it was made; compile",
+        ),
     ],
 )
 def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:

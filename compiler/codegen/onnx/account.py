@@ -10,26 +10,18 @@ import torch
 from torch import fx
 
 from ...ir.kv.read.reader import parse_reader
-from ...ir.kv.store.storage import GroupShape
 from ...ir.ops import einfold_ops
 from ...ir.ops.packed import packed_storage
 from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
 from ..target import Held
+from .attention_bytes import WIDENED_FROM, packed_bytes, widened_bytes
 from .kernels import LONGEST, WIDE, runtime_bits
-from .process import PAIRS, PROCESS
+from .process import PROCESS
 
 #: Query heads a KV head from which on decode steps over int8 go in integers: the cost is that of reading and
 #: converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.
 SMALLEST_GROUP = 4
-
-#: New tokens from which on what is in use of an int8 cache is widened once in each layer. Over int8
-#: GroupQueryAttention itself took three to four times as long with 512 new tokens behind 3,584. With 8
-#: the two were even, with 32 this took 0.5 to 0.7 of the time.
-WIDENED_FROM = 32
-
-#: KV heads are widened in so many pieces at most, one after the other, so that few float32 are held at once.
-_PIECES = 4
 
 
 def widens(found: Mapping[str, Any]) -> bool:
@@ -38,12 +30,6 @@ def widens(found: Mapping[str, Any]) -> bool:
     plain = not found["window"] and not found["softcap"] and found["sinks_H"] is None
     plain = plain and found.get("count_BK") is None and found.get("by_distance_HR") is None
     return plain and keys.dtype == torch.int8
-
-
-def pieces_of(kv_heads: int) -> list[int]:
-    """How many KV heads are widened at a time."""
-    count = min(_PIECES, kv_heads)
-    return [kv_heads // count + (place < kv_heads % count) for place in range(count)]
 
 
 #: Copies that onnxruntime packs, as a share of the weights in the file. Of integers both stay resident (139
@@ -129,21 +115,16 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
         held = max(2 * keys, keys + 8 * heads, 13 * heads)
         return int(batch * slots * held * 9 // 8)
     if own and new >= WIDENED_FROM and widens(found):
-        return batch * _wide(kv_heads, size, slots)
+        return batch * widened_bytes(kv_heads, heads, size, new, slots)
     added = 2 * int(found.get("by_distance_HR") is not None)  # as it is gathered, and turned
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out) + added)
 
 
-def _wide(kv_heads: int, size: int, slots: int) -> int:
-    """Bytes of a row's keys and values as the heads of a piece are sliced and widened, and a quarter for gaps
-    (12.5 bytes a number and slot were measured where two parts of 1 and 4 stand)."""
-    return 2 * max(pieces_of(kv_heads)) * size * slots * (1 + 4) * 5 // 4
-
-
 def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
-    """Bytes of attention over pages: with one new token what is chosen of keys and values, as it is gathered
-    and, from int8, as it is widened, beside scores of pages and slots; with several the tiles that
-    GroupQueryAttention works in, or its logits, and the keys whose bounds are found anew."""
+    """Bytes of attention over pages: with one new token what is chosen of keys and values, as it is gathered,
+    beside scores of pages and slots; over int8 the bounds and the keys shifted and multiplied by both planes
+    of queries, or the values beside planes of weights; with several the tiles that GroupQueryAttention works
+    in, or its logits, or what is widened, and the keys whose bounds are found anew."""
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
@@ -152,39 +133,33 @@ def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     reader, stored = parse_reader(found["read"]), keys.dtype.itemsize
     page, read = reader.bounded, reader.reads(slots)
     if new > 1:
-        logits = (
-            4 * new * heads * slots * int(bool(found["softcap"]) or found["sinks_H"] is not None)
-        )
-        wide = _wide(kv_heads, size, slots) if new >= WIDENED_FROM and widens(found) else 0
+        spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
+        logits = 4 * new * heads * slots * int(spelled_out)
+        many = new >= WIDENED_FROM and widens(found)
+        wide = widened_bytes(kv_heads, heads, size, new, slots) if many else 0
         return int(batch * (logits + wide + kv_heads * (new + 2 * page) * size * stored))
-    widened = 4 * int(stored < 4)
-    bounds = 2 * size * widened * kv_heads * (slots // page + 2)
-    scores = 3 * 4 * heads * (slots // page + 2 + read)
-    return int(batch * (bounds + scores + 2 * kv_heads * read * size * (stored + widened)))
+    pages, held = slots // page + 2, kv_heads * size
+    scores = 3 * 4 * heads * pages
+    if stored >= 4:
+        return int(batch * (scores + read * (2 * held * stored + 12 * heads)))
+    over_bounds = pages * (2 * 2 * held + 8 * heads)
+    over_chosen = read * (2 * held + max(2 * held + 8 * heads, held + 22 * heads)) * 9 // 8
+    return int(batch * (scores + max(over_bounds, over_chosen)))
 
 
 def _packed(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
-    """Bytes of attention over packed tokens: a copy of what is read of them, and with one new token the codes
-    of keys taken apart, the products with both planes of queries, or weights with what their planes are made
-    of; with several, keys and values as they are widened, beside logits and weights. Over slots the logits
-    where they are capped or have sinks."""
+    """Bytes of attention over packed tokens; over slots the logits where they are capped or have sinks."""
     found = call_arguments(node)
     storage = packed_storage(found["storage"])
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
     slots = program.shapes.evaluate(keys.shape[2], dims)
     room = storage.granule * program.shapes.evaluate(found["bulk"][0].meta["val"].shape[2], dims)
-    kv_heads, size = int(keys.shape[1]), int(keys.shape[3])
     spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
     logits = 4 * new * heads * slots * int(spelled_out)
-    copy = storage.granule_bytes(GroupShape(kv_heads, size, size)) // storage.granule
-    if new == 1:
-        codes = kv_heads * size
-        each = max(3 * codes // 2, codes + 12 * heads, codes // 2 + 18 * heads) * 9 // 8
-        return int(batch * (logits + room * (copy + each)))
-    over_packed = min(new, storage.slack, max(1, PAIRS // max(1, room)))
-    widened = 14 * kv_heads * size + 12 * heads * over_packed
-    return int(batch * max(logits, room * (copy + widened)))
+    over_packed = packed_bytes(storage, int(keys.shape[1]), heads, int(keys.shape[3]), new, room)
+    both = logits + over_packed if new == 1 else max(logits, over_packed)
+    return int(batch * both)
 
 
 #: What queries and keys of attention without a cache are called.

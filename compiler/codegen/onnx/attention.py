@@ -29,7 +29,8 @@ from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from ...ir.ops.attention import halved, numbers_of
 from ...ir.ops.packed import packed_storage, piece_names
-from .account import SMALLEST_GROUP, WIDENED_FROM, pieces_of, widens
+from .account import SMALLEST_GROUP, widens
+from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
 from .einfold_ops import rotate
 from .integer_attention import IntegerAttention, appended, blocks, mask, pays

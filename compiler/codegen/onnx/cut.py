@@ -363,12 +363,22 @@ def _tables(
     asked, other = set[str](), set[str]()
     for node in _all(nodes):
         places = _TABLES.get(node.op_type, ())
-        rows = node.input[_ROWS[node.op_type]] if places else ""
-        looked = places if rows not in extents and rows not in constants else ()
+        rows = list(node.input)[_ROWS[node.op_type] :][:1] if places else []
+        looked = places if rows and rows[0] not in {"", *extents, *constants} else ()
         for place, name in enumerate(node.input):
             if name in extents:
                 (asked if place in looked else other).add(name)
     return asked - other
+
+
+def largest_group(nodes: Iterable[Any]) -> int:
+    """Query heads that share a KV head, at most."""
+    sizes = [
+        {attribute.name: attribute.i for attribute in node.attribute}
+        for node in _all(nodes)
+        if node.op_type == "GroupQueryAttention"
+    ]
+    return max((each["num_heads"] // max(1, each["kv_num_heads"]) for each in sizes), default=1)
 
 
 def _held(extent: Extent, nodes: Sequence[Any]) -> int:

@@ -15,7 +15,8 @@ from ...ir.kv.spill import file_bytes, spillable, spilled_buffers, stage_bytes, 
 from ...ir.manifest import WHOLE
 from ...memory.spill import Slots
 from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
-from .cut import SuperOp, buffer_of, cut, divide
+from .attention_bytes import of_layout
+from .cut import SuperOp, buffer_of, cut, divide, largest_group
 from .packed_copy import laid_out, no_copy, told_of_experts
 from .process import PROCESS
 from .runner import checked_model
@@ -76,10 +77,15 @@ class CutModel:
         """The super-ops as onnxruntime holds them where it packs them itself."""
         return tuple(Piece(op.name, op.nbytes, op.held) for op in self.ops)
 
-    def load(self, chunk: int, cache: int) -> Load:
-        """What it holds: of values within a step of `chunk` tokens, with logits of one, and of a cache."""
-        vocabulary = self.artifact.manifest.model.vocabulary
-        activations = 4 * (chunk * max(op.widest for op in self.ops) + 2 * vocabulary)
+    def load(self, chunk: int, cache: int, capacity: int = 0) -> Load:
+        """What it holds: of values within a step of `chunk` tokens, with logits of one, and of a cache for
+        `capacity` tokens."""
+        manifest = self.artifact.manifest
+        activations = 4 * (
+            chunk * max(op.widest for op in self.ops) + 2 * manifest.model.vocabulary
+        )
+        group = largest_group(node for op in self.ops for node in op.nodes)
+        activations += of_layout(manifest.layout(), group, chunk, capacity)
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
         paged = () if reason else tuple(_paged(op) for op in self.ops)
         skew = Skew.of(*told_of_experts(self.artifact, self.ops))

@@ -202,10 +202,12 @@ class PackedAttention:
         shift = builder.op("Sub", most, builder.floats(float(np.log(LEVELS))))
         weights = builder.op("Exp", builder.op("Sub", logits, shift))
         total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
-        scale = self._blocks(self._wide("value_scale"), 1)
-        largest = builder.op("ReduceMax", scale, builder.ints(-1), keepdims=1)
+        weights = builder.op("Mul", weights, self._blocks(self._wide("value_scale"), 1))
+        # And again, for what is looked at most may have the smallest values.
+        largest = builder.op("ReduceMax", weights, builder.ints(-1), keepdims=1)
         largest = builder.op("Max", largest, builder.floats(1e-30))  # not 0
-        weights = builder.op("Mul", weights, builder.op("Div", scale, largest))
+        largest = builder.op("Div", largest, builder.floats(LEVELS))
+        weights = builder.op("Div", weights, largest)
         # Blocks are merged by what their largest is of the largest of all.
         highest = builder.op("ReduceMax", shift, builder.ints(2), keepdims=1)
         share = builder.op("Exp", builder.op("Sub", shift, highest))

@@ -15,7 +15,7 @@ import torch
 import einfold
 from einfold.compiler.analysis.liveness import peak_activation_bytes
 from einfold.compiler.codegen.onnx import integer_attention
-from einfold.compiler.codegen.onnx.account import WIDENED_FROM
+from einfold.compiler.codegen.onnx.attention_bytes import WIDENED_FROM
 from einfold.compiler.codegen.onnx.lower import lower
 from einfold.compiler.codegen.onnx.runner import two_numbers
 from einfold.compiler.codegen.onnx.target import Onnx
@@ -352,7 +352,7 @@ def test_its_memory_is_accounted_for() -> None:
     assert peak(layer(12, 2, 16), dims | {"S": 3}) == 3 * out
     assert peak(layer(6, 2, 16), dims) == 2 * 6 * 16 * 4
     # Of five KV heads two at a time, keys and values, sliced and in float32, and a quarter.
-    wide = 2 * 2 * 2 * 16 * 5000 * 5 * 5 // 4
+    wide = 2 * (2 * 2 * 16 * 5000 * 5 * 5 // 4 + 12 * 100 * 10 * 16)
     assert peak(layer(10, 5, 16), dims | {"S": 100}) == 2 * 10 * 16 * 4 * 100 + wide
 
 

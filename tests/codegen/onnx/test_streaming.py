@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import helper
 
 import einfold
+from einfold.compiler.codegen.onnx.attention_bytes import widened_bytes
+from einfold.compiler.codegen.onnx.cut import Extent, _tables
 from einfold.compiler.codegen.onnx.cut_model import CutModel
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.codegen.target import TARGETS
@@ -90,6 +93,29 @@ def test_every_step_reads_what_the_plan_says(wide_head: Path) -> None:
             runner.fetched <= 1.05 * 4 * plan.fetched + 2 * largest + 4 * items * 2 * 4096
         )  # whole pages
         assert runner.reader.nbytes <= plan.buffers + 2 * 4096 * 20  # spans end within pages
+
+
+def test_what_attention_takes_is_planned_for(artifact: Callable[..., Path], tmp_path: Path) -> None:
+    """Of int8 slots what is widened of them in a chunk, more the longer the context; of float32 nothing."""
+
+    def activations(path: Path, chunk: int, capacity: int) -> int:
+        return CutModel.of(Artifact.open(path)).load(chunk, 0, capacity).fixed.activations
+
+    plain, path = artifact("llama", "int4"), tmp_path / "int8"
+    einfold.compile(models.save("llama", tmp_path / "model"), path, cache="int8", check=False)
+    assert activations(plain, 64, 4096) == activations(plain, 64, 0)
+    layer = Artifact.open(path).manifest.layout().layers[0]
+    more = activations(path, 64, 4096) - activations(path, 64, 0)
+    assert more == widened_bytes(len(layer.groups[0].heads), 0, layer.key_size, 0, 4096) > 0
+    assert activations(path, 8, 4096) == activations(path, 8, 0)
+
+
+def test_tables_of_positions_are_looked_up_only_where_positions_are_given() -> None:
+    extent = {name: Extent(name, 0, 64, (8, 2), 1) for name in ("cos", "sin")}
+    with_rows = helper.make_node("RotaryEmbedding", ["x", "cos", "sin", "places"], ["y"])
+    without = helper.make_node("RotaryEmbedding", ["x", "cos", "sin"], ["z"])
+    assert _tables([with_rows], extent, {}) == {"cos", "sin"}
+    assert _tables([without], extent, {}) == _tables([with_rows, without], extent, {}) == set()
 
 
 def test_a_budget_pins_some_and_tokens_stay(wide_head: Path) -> None:

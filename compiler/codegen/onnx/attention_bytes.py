@@ -1,0 +1,60 @@
+"""Bytes that attention takes beside the cache, for one layer at a time; read where there is no torch."""
+
+from __future__ import annotations
+
+from ...ir.kv.layout import CacheLayout
+from ...ir.kv.store.packed import Packed
+from ...ir.kv.store.storage import GroupShape
+from .process import PAIRS
+
+#: New tokens from which on what is in use of an int8 cache is widened once in each layer. Over int8
+#: GroupQueryAttention itself took three to four times as long with 512 new tokens behind 3,584. With 8
+#: the two were even, with 32 this took 0.5 to 0.7 of the time.
+WIDENED_FROM = 32
+
+#: KV heads are widened in so many pieces at most, one after the other, so that few float32 are held at once.
+_PIECES = 4
+
+
+def pieces_of(kv_heads: int) -> list[int]:
+    """How many KV heads are widened at a time."""
+    count = min(_PIECES, kv_heads)
+    return [kv_heads // count + (place < kv_heads % count) for place in range(count)]
+
+
+def widened_bytes(kv_heads: int, heads: int, size: int, new: int, slots: int) -> int:
+    """Of a row's keys and values as the heads of a piece are sliced and widened, and a quarter for gaps (12.5
+    bytes a number and slot were measured where two parts of 1 and 4 stand), beside queries by piece, results
+    and both together."""
+    return (
+        2 * max(pieces_of(kv_heads)) * size * slots * (1 + 4) * 5 // 4 + 3 * 4 * new * heads * size
+    )
+
+
+def packed_bytes(storage: Packed, kv_heads: int, heads: int, size: int, new: int, room: int) -> int:
+    """Of a row with room for so many packed tokens: a copy of what is read of them, and with one new token
+    the codes of keys taken apart, the products with both planes of queries, or weights with what their planes
+    are made of; with several, keys and values as they are widened, beside logits and weights."""
+    copy = storage.granule_bytes(GroupShape(kv_heads, size, size)) // storage.granule
+    if new == 1:
+        codes = kv_heads * size
+        each = max(3 * codes // 2, codes + 12 * heads, codes // 2 + 18 * heads) * 9 // 8
+        return room * (copy + each)
+    over_packed = min(new, storage.slack, max(1, PAIRS // max(1, room)))
+    return room * (copy + 14 * kv_heads * size + 12 * heads * over_packed)
+
+
+def of_layout(layout: CacheLayout, group: int, chunk: int, capacity: int) -> int:
+    """The most that a layer takes in a step of `chunk` tokens or of one over a cache for so many, by what its
+    slots hold; `group` query heads share a KV head."""
+    most = 0
+    for layer in layout.layers:
+        for each in layer.groups:
+            shape, storage = layer.shape(each), each.storage
+            sizes = shape.heads, group * shape.heads, shape.key_size
+            if isinstance(storage, Packed):
+                room = storage.granule * storage.granules(capacity)
+                most = max(most, *(packed_bytes(storage, *sizes, n, room) for n in (1, chunk)))
+            elif storage.slot_dtype == "i8" and chunk >= WIDENED_FROM:
+                most = max(most, widened_bytes(*sizes, chunk, capacity))
+    return most
