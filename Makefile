@@ -7,8 +7,9 @@ WORKERS ?= auto
 PEERS ?= .venv-peers
 KVPRESS ?= .venv-kvpress
 WEIGHT_PEERS ?= .venv-weight-peers
+PLACEMENT ?= .venv-placement
 
-.PHONY: demo test test-slow test-oldest test-environments check bench bench-peers weight-peers docs aot quality quality-weights quality-cache methods methods-peers fuzz \
+.PHONY: demo test test-slow test-oldest test-environments check bench bench-peers weight-peers placement docs aot quality quality-weights quality-cache methods methods-peers fuzz \
 	release-check clean
 
 $(READY): pyproject.toml constraints.txt
@@ -63,6 +64,17 @@ $(PEERS)/.ready: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	CMAKE_ARGS='-DGGML_NATIVE=ON' $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+## Placements under a memory budget beside baselines and CP-SAT's optimum, in an environment of its own: ortools wants an
+## older protobuf. PLACES takes options: make placement PLACES='--cases 1B --json'
+placement: $(PLACEMENT)/.ready
+	$(PLACEMENT)/bin/python -m benchmarks.placement $(PLACES)
+
+$(PLACEMENT)/.ready: benchmarks/requirements-placement.txt
+	$(PYTHON) -m venv $(PLACEMENT)
+	$(PLACEMENT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PLACEMENT)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[onnx]' -r $<
 	touch $@
 
 ## Writes docs/attention.md, cli.md, recipe.md and api.md; tests check that the committed ones are current.

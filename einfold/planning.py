@@ -9,7 +9,8 @@ from typing import Any
 from .compiler.codegen.target import TARGETS, InParts, Target
 from .compiler.ir.device import ASSUMED, Device, read_device
 from .compiler.ir.manifest import CAUSAL
-from .compiler.memory.tiers import Step, TierPlan, place, step_of
+from .compiler.memory.placing import place
+from .compiler.memory.tiers import Step, TierPlan, step_of
 from .compiler.memory.timeline import timeline_of
 from .errors import ArtifactError, RecipeError, UnsupportedError
 from .runtime.artifact import Artifact
@@ -48,7 +49,7 @@ class Plan:
             "cache": tiers.fixed.cache,
             "activations": tiers.fixed.activations,
             "buffers": tiers.buffers,
-            "pinned": sum(piece.held for piece in tiers.kept),
+            "pinned": sum(map(tiers.stays, tiers.pieces)),
             "fetched": tiers.fetched,
             "prompt_fetched": tiers.prompt,
             "experts": self._experts(),
@@ -66,6 +67,7 @@ class Plan:
                     "name": piece.name,
                     "bytes": piece.nbytes,
                     "held": piece.held,
+                    "stays": tiers.stays(piece),
                     "tier": tiers.tier_of(piece),
                 }
                 for piece in tiers.pieces
@@ -206,11 +208,13 @@ class Plan:
             peak = f"spilled {self.spilled()}, {peak}"
         if not tiers.streamed:
             return f"all weights are pinned, {peak}"
-        pinned = human_bytes(sum(piece.nbytes for piece in tiers.kept))
+        pinned = human_bytes(sum(piece.nbytes for piece in tiers.pieces) - tiers.prompt)
+        kept = [f"{len(tiers.kept)} super-ops"] if tiers.kept or not tiers.parts else []
+        kept += [f"parts of {len(tiers.parts)}"] if tiers.parts else []
         step = "for every token" if tiers.routed else "in every step"
         held = f"held between tokens {self.held()}, " if tiers.routed else ""
         return (
-            f"pinned {len(tiers.kept)} super-ops ({pinned}), streamed {len(tiers.streamed)}: "
+            f"pinned {' and '.join(kept)} ({pinned}), streamed {len(tiers.streamed)}: "
             f"{human_bytes(tiers.fetched)} from the disk {step}, {held}{self.way()}, {peak}"
         )
 
@@ -267,10 +271,10 @@ def plan_of(
     tokens = min(context or TOKENS, limit)
     capacity = min(-(-tokens // _BLOCK) * _BLOCK, limit)
     load = parts.load(chunk, _cache_bytes(artifact, capacity), capacity)
-    found = place(parts.spilling(load, capacity), memory)
     known = read_device(None if device is None else Path(device)) or replace(
         ASSUMED, ram=ram_size()
     )
+    found = place(parts.spilling(load, capacity), memory, known)
     return Plan(str(artifact.folder), tokens, chunk, known, found, step_of(found, known))
 
 

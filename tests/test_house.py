@@ -86,6 +86,7 @@ ALLOWED = {
     "compiler.codegen.onnx.streaming": {
         "errors",
         "compiler.ir",
+        "compiler.memory.leveling",
         "compiler.memory.spill",
         "compiler.memory.tiers",
         "runtime",
@@ -100,6 +101,7 @@ ALLOWED = {
     "compiler.codegen.onnx.in_parts": {
         "errors",
         "compiler.ir",
+        "compiler.memory.placing",
         "compiler.memory.tiers",
         "runtime",
     },

@@ -67,6 +67,11 @@ class Spill:
         """Bytes that a step of one token writes, on average."""
         return sum(entry.token for entry in self.slots)
 
+    @property
+    def moved(self) -> int:
+        """Bytes that a step of one token reads and writes."""
+        return self.nbytes + self.written
+
     def freed(self) -> int:
         """Bytes of memory that the cache takes less."""
         return self.nbytes - self.tails - self.stages

@@ -1,11 +1,12 @@
 """Which weights stay in memory and which come from the disk in every step, under a budget.
 
     super-ops with bytes, a budget, a device
-      -> place     which are pinned, which streamed, the bytes of both and of the buffers between
+      -> place     which are pinned, which streamed, the bytes of both and of the buffers between (placing.py)
       -> step      seconds of a step: the disk reads ahead while super-ops are packed and computed
 
 Where weights lie packed in a file that the engine reads where it is mapped, those that are streamed are pages
-of it (`paged`): nothing is packed in a step, and what is read ahead are the packed bytes.
+of it (`paged`): nothing is packed in a step, what is read ahead are the packed bytes, and of a super-op that
+is streamed some pages may stay (`parts`).
 
 Every weight is read once in a step, so of two super-ops the one with more bytes in the file is the better to
 keep, and nothing learned from the past helps. Where all but C bytes of W are fetched, no step is faster than
@@ -24,23 +25,15 @@ too (spill.py).
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from ...errors import RecipeError
 from ..ir.device import Device
-from .spill import Slots, Spill, spills
-
-#: Super-ops that are read ahead of the one that runs.
-AHEAD = 2
-
-#: Packed super-ops that the process holds while one runs: that one, and as much that the C library has not
-#: given back of those before (measured: up to half of the largest).
-PACKED = 2
-
-#: Spills that are looked at where so much must be spilled for a plan to fit.
-_MORE = 4
+from .leveling import AHEAD
+from .pinning import Kind, needed
+from .spill import Slots, Spill
 
 #: Exponents that a run may say; what lies outside is chance.
 _EVEN = (0.05, 2.0)
@@ -122,6 +115,8 @@ class Load:
     fixed: Fixed
     paged: tuple[Piece, ...] = ()
     """The same where weights are pages of a file that holds them packed; none where that cannot be."""
+    unit: int = 1
+    """Bytes of such a file that are brought and let go at once."""
     remark: str = ""
     """Why it cannot be."""
     skew: Skew = Skew()
@@ -142,6 +137,7 @@ class TierPlan:
     pieces: tuple[Piece, ...]
     """Every super-op, in the order in which they run."""
     pinned: frozenset[str]
+    """Those that stay whole."""
     fixed: Fixed
     budget: int
     paged: bool = False
@@ -150,18 +146,20 @@ class TierPlan:
     """Why they are not."""
     room: int = 0
     """Bytes for experts that stay from token to token, beside what is read ahead."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """Of super-ops whose other pages are streamed the bytes that stay, by name."""
     skew: Skew = Skew()
     spill: Spill | None = None
     """Layers whose slots of the cache lie in a file between their turns; None where all are in memory."""
     load: Load | None = None
     """What was placed, with nothing spilled yet; None of a plan that was laid out by hand."""
 
-    @property
+    @cached_property
     def streamed(self) -> tuple[Piece, ...]:
         """Those that are read in every step; without weights there is nothing to read."""
         return tuple(p for p in self.pieces if p.nbytes and p.name not in self.pinned)
 
-    @property
+    @cached_property
     def kept(self) -> tuple[Piece, ...]:
         return tuple(p for p in self.pieces if p.nbytes and p.name in self.pinned)
 
@@ -171,17 +169,34 @@ class TierPlan:
             "mapped" if not piece.nbytes else "pinned" if piece.name in self.pinned else "streamed"
         )
 
-    @property
+    @cached_property
     def routed(self) -> tuple[Piece, ...]:
         """Streamed ones whose tokens choose experts."""
         return tuple(piece for piece in self.streamed if piece.choice is not None)
+
+    def stays(self, piece: Piece) -> int:
+        """Bytes of a super-op that are held from step to step, beside experts in the room for them."""
+        return piece.held if piece.name in self.pinned else self.parts.get(piece.name, 0)
+
+    def comes(self, piece: Piece) -> int:
+        """Bytes of memory that come and go with a super-op."""
+        return piece.held - self.stays(piece)
+
+    def most(self, piece: Piece) -> int:
+        """Those of them that a step of one token takes at most."""
+        return piece.most - self.stays(piece) if piece.choice is None else piece.most
 
     def reads(self, piece: Piece) -> int:
         """Bytes of a streamed super-op that a step of one token reads from the disk; of experts those that
         are not expected to be held."""
         if piece.choice is None:
-            return piece.nbytes
+            return self._of_many(piece)
         return round(piece.choice.nbytes * (1 - self.hits))
+
+    def _of_many(self, piece: Piece) -> int:
+        """Bytes that a step reads whose tokens choose every expert: of one of whose pages some stay as much
+        less."""
+        return round(piece.nbytes * self.comes(piece) / max(piece.held, 1))
 
     @property
     def fetched(self) -> int:
@@ -197,28 +212,27 @@ class TierPlan:
     def moved(self) -> int:
         """Bytes that a step of one token reads from the disk and writes there: weights, and slots of the
         cache where the context is full."""
-        spilled = self.spill.nbytes + self.spill.written if self.spill is not None else 0
-        return self.fetched + spilled
+        return self.fetched + (self.spill.moved if self.spill is not None else 0)
 
     @property
     def prompt(self) -> int:
         """Bytes of weights that a step of many tokens reads from the disk at most: they choose every
         expert."""
-        return sum(piece.nbytes for piece in self.streamed)
+        return sum(self._of_many(piece) for piece in self.streamed)
 
-    @property
+    @cached_property
     def buffers(self) -> int:
         """Bytes of the buffers that are read into, or of the pages that are read ahead."""
-        return buffer_bytes(self.streamed, self.paged)
+        return ahead_bytes(self.comes(p) if self.paged else p.nbytes for p in self.streamed)
 
-    @property
+    @cached_property
     def ahead(self) -> int:
         """Bytes of the pages that are read ahead in a step of one token, beside what it chose of a layer's
         experts; they leave room for a prompt's."""
-        most = max((piece.most for piece in self.streamed), default=0)
-        grows = max((piece.held - piece.most for piece in self.streamed), default=0)
-        experts = max((piece.most for piece in self.routed), default=0)
-        ahead = ahead_bytes(piece.held for piece in self.streamed if piece.choice is None)
+        most = max((self.most(piece) for piece in self.streamed), default=0)
+        grows = max((self.comes(piece) - self.most(piece) for piece in self.streamed), default=0)
+        experts = max((self.most(piece) for piece in self.routed), default=0)
+        ahead = ahead_bytes(self.comes(piece) for piece in self.streamed if piece.choice is None)
         return max(min(ahead + experts, self.buffers - grows), most)
 
     @property
@@ -232,29 +246,22 @@ class TierPlan:
         ahead a step of one token does not need."""
         return min(self.room + self.buffers - self.ahead, self.experts) if self.routed else 0
 
-    @property
+    @cached_property
     def hits(self) -> float:
         """The part of the experts that a token asks for which is expected to be held."""
         return self.skew.hits(self.cached / self.experts) if self.routed else 0.0
 
     @property
     def peak(self) -> int:
-        """Bytes of the process at its largest: while it runs, or while it is loaded.
-
-        Pinned weights are packed one super-op after the other, the largest first. Then they are there three
-        times: as they were read, as the engine takes them, and packed. With pages nothing is resident then
-        but the super-op whose session is made, as it lies in the file and packed.
-        """
-        if self.paged:
-            held = sum(piece.held for piece in self.kept)
-            loading = max((piece.nbytes + piece.held for piece in self.pieces), default=0)
-            return self.fixed.total + max(held + self.buffers + self.room, loading)
-        held = loading = 0
-        for piece in sorted(self.kept, key=lambda piece: -piece.nbytes):
-            held += piece.held
-            loading = max(loading, held + 2 * piece.nbytes)
-        running = held + self.buffers + PACKED * max((p.held for p in self.streamed), default=0)
-        return self.fixed.total + max(running, loading)
+        """Bytes of the process at its largest: while it runs, or while it is loaded. With pages nothing is
+        resident then but the super-op whose session is made, as it lies in the file and packed."""
+        if not self.paged:
+            kept = Counter(Kind(piece.nbytes, piece.held) for piece in self.kept)
+            every = kept + Counter(Kind(piece.nbytes, piece.held) for piece in self.streamed)
+            return self.fixed.total + needed(every, kept)
+        held = sum(self.stays(piece) for piece in self.pieces if piece.nbytes)
+        loading = max((piece.nbytes + piece.held for piece in self.pieces), default=0)
+        return self.fixed.total + max(held + self.buffers + self.room, loading)
 
 
 @dataclass(frozen=True)
@@ -280,11 +287,6 @@ class Step:
         return "packing" if self.packing > self.compute else "compute"
 
 
-def buffer_bytes(streamed: Sequence[Piece], paged: bool = False) -> int:
-    """Bytes of the buffers that hold what is read ahead; no more buffers than there is to read."""
-    return ahead_bytes(piece.held if paged else piece.nbytes for piece in streamed)
-
-
 def ahead_bytes(sizes: Iterable[int]) -> int:
     """Bytes of as many of the largest as are read ahead."""
     every = list(sizes)
@@ -301,143 +303,3 @@ def step_of(plan: TierPlan, device: Device) -> Step:
         (computed + plan.cache) / device.ram_bandwidth,
         chosen / device.disk_bandwidth,
     )
-
-
-def place(load: Load, budget: int) -> TierPlan:
-    """The placement of the fewest bytes that a token moves whose peak is within the budget.
-
-    For each size that the largest streamed super-op may have, what is larger is pinned and the rest of the
-    budget goes to the others, the largest first; among equals evenly over the order, so that pinned super-ops
-    run while the next is read. Pages of a packed file come before packing in every step, unless nothing
-    is streamed. What every token reads comes before experts; of these as many layers are pinned, and the rest
-    of the budget holds as much of the others, as together read least. Slots of the cache are spilled where
-    nothing fits else, as many as the disk has room for. Raises RecipeError, which says the
-    smallest budget that would do.
-    """
-    fitting = _placed(load, budget)
-    if not fitting:
-        spilling = [
-            [_spilling(load, spill) for spill in found if spill.file <= load.disk]
-            for found in spills(load.slots)
-        ]
-        fitting = [plan for found in spilling for plan in _least_spilled(found, budget)]
-    if not fitting:
-        raise _too_small([load, *(found[-1] for found in spilling if found)], budget)
-    chosen = min(fitting, key=lambda found: (found.moved, found.peak))
-    return replace(chosen, load=load)
-
-
-def _spilling(load: Load, spill: Spill) -> Load:
-    """The same with slots spilled."""
-    fixed = replace(load.fixed, cache=load.fixed.cache - spill.freed())
-    return replace(load, fixed=fixed, spill=spill)
-
-
-def _least_spilled(loads: Sequence[Load], budget: int) -> list[TierPlan]:
-    """Placements of the first of these loads that fits, each of which holds less than the one before, and of
-    a few behind it: there another super-op may stay whose bytes are more than those of a layer's slots."""
-    first = bisect_left(loads, True, key=lambda load: _fits(load, budget))
-    return [plan for load in loads[first : first + _MORE] for plan in _placed(load, budget)]
-
-
-def _fits(load: Load, budget: int) -> bool:
-    plans = [_plain(load, budget), *([_paged(load, budget)] if load.paged else ())]
-    return any(found.peak <= budget for plan in plans for found in _choices(plan))
-
-
-def _plain(load: Load, budget: int) -> TierPlan:
-    """Nothing pinned."""
-    plan = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
-    return replace(plan, spill=load.spill)
-
-
-def _paged(load: Load, budget: int) -> TierPlan:
-    return replace(_plain(load, budget), pieces=load.paged, paged=True, skew=load.skew)
-
-
-def _placed(load: Load, budget: int) -> list[TierPlan]:
-    """Placements of the weights that fit."""
-    fitting = _fitting(_plain(load, budget))
-    if load.paged and all(found.streamed for found in fitting):
-        fitting = _fitting(_paged(load, budget)) or fitting
-    return fitting
-
-
-def _too_small(loads: Sequence[Load], budget: int) -> RecipeError:
-    """Says the least budget of several loads, and what it goes to."""
-    found = [
-        plan
-        for load in loads
-        for plan in (
-            *_choices(_plain(load, budget)),
-            *(_choices(_paged(load, budget)) if load.paged else ()),
-        )
-    ]
-    least = min(found, key=lambda plan: plan.peak, default=_plain(loads[0], budget))
-    fixed, first = least.fixed, loads[0]
-    spilled = f" (of {least.cache:,}, the rest spilled)" if least.spill is not None else ""
-    return RecipeError(
-        f"a budget of {budget:,} bytes is too small: {least.peak:,} are needed at least, of which the "
-        f"process takes {fixed.process:,}, the cache {fixed.cache:,}{spilled} and activations "
-        f"{fixed.activations:,}, and the rest is the super-op that runs and those that are read ahead; "
-        "give more, or a shorter context or a smaller chunk"
-        + (f" (weights cannot be pages of a file: {first.remark})" if first.remark else "")
-        + (f" (the cache cannot be spilled: {first.unspilled})" if first.unspilled else "")
-        + _lacking(first)
-    )
-
-
-def _lacking(load: Load) -> str:
-    """Says that some slots cannot be spilled for want of room on the disk; "" where all can."""
-    every = max((spill.file for found in spills(load.slots) for spill in found), default=0)
-    if every <= load.disk:
-        return ""
-    return (
-        f" (not all of the cache can be spilled: it takes {every:,} bytes on the disk of the cache folder, "
-        f"which has {load.disk:,} free; free some, or set EINFOLD_CACHE to a folder on another disk)"
-    )
-
-
-def _fitting(plain: TierPlan) -> list[TierPlan]:
-    return [_filled(found) for found in _choices(plain) if found.peak <= found.budget]
-
-
-def _filled(plan: TierPlan) -> TierPlan:
-    """The same with what is left of the budget for experts that stay."""
-    lacking = plan.experts - plan.cached
-    return replace(plan, room=min(lacking, plan.budget - plan.peak)) if lacking else plan
-
-
-def _choices(plain: TierPlan) -> Iterator[TierPlan]:
-    """Plans with super-ops pinned, for each size of the largest that is streamed."""
-    pieces = plain.pieces
-    for limit in sorted({0, *(piece.nbytes for piece in pieces)}):
-        pinned = {piece.name for piece in pieces if piece.nbytes > limit}
-        yield replace(plain, pinned=frozenset(pinned))
-        kinds = {_kind(piece) for piece in pieces if 0 < piece.nbytes <= limit}
-        for kind in sorted(kinds):
-            equal = [p.name for p in pieces if _kind(p) == kind and p.name not in pinned]
-            routed = kind[0]
-            most, before = _most(plain, pinned, equal), frozenset(pinned)
-            for count in range(1 if routed else most, most + 1):
-                pinned = {*before, *_spread(equal, count)}
-                yield replace(plain, pinned=frozenset(pinned))
-
-
-def _kind(piece: Piece) -> tuple[bool, int, int]:
-    """What is pinned one behind the other, in this order: experts last, the largest first."""
-    return piece.choice is not None, -piece.nbytes, -piece.held
-
-
-def _most(plain: TierPlan, pinned: set[str], equal: Sequence[str]) -> int:
-    """How many of equal super-ops can be pinned beside others."""
-    for count in range(len(equal), 0, -1):
-        names = frozenset(pinned | set(equal[:count]))
-        if replace(plain, pinned=names).peak <= plain.budget:
-            return count
-    return 0
-
-
-def _spread(names: Sequence[str], count: int) -> list[str]:
-    """So many of them, evenly over their order."""
-    return [names[index * len(names) // count] for index in range(count)]

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from ..ir.device import Device
 from ..ir.kv.spill import STAGES
+from .leveling import AHEAD
 from .spill import Slots
-from .tiers import AHEAD, Piece, TierPlan, step_of
+from .tiers import Piece, TierPlan, step_of
 
 #: Steps before the one that is told: by then what is read ahead has found its place.
 _BEFORE = 3
@@ -74,6 +75,14 @@ def timeline_of(plan: TierPlan, device: Device) -> Timeline:
         tuple(_within(_waits(runs.reads), start, end)),
         tuple(_within(_waits(runs.engine), start, end)),
     )
+
+
+def seconds_of(plan: TierPlan, device: Device) -> float:
+    """Those of its timeline."""
+    runs = _Runs(plan, device)
+    for _ in range(_BEFORE + 1):
+        runs.step()
+    return runs.ends[_BEFORE] - runs.ends[_BEFORE - 1]
 
 
 class _Runs:
@@ -142,9 +151,9 @@ class _Runs:
         each = self._streamed
         if not self._plan.paged:
             return number - min(AHEAD, len(each))
-        first, held = number, each[number % len(each)].most
+        first, held = number, self._plan.most(each[number % len(each)])
         while first > max(0, number - len(each) + 1):
-            held += each[(first - 1) % len(each)].most
+            held += self._plan.most(each[(first - 1) % len(each)])
             if held > self._plan.ahead:
                 break
             first -= 1

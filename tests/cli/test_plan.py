@@ -158,7 +158,9 @@ def test_a_run_says_how_many_experts_were_held(
     out = tmp_path / "artifact"
     compile(models.save("mixtral", tmp_path / "model"), out, recipe="int4", check=False)
 
-    def streams(load: Load, budget: int) -> TierPlan:  # a model so small is pinned by any budget
+    def streams(
+        load: Load, budget: int, _: Device
+    ) -> TierPlan:  # a model so small is pinned by any budget
         pinned = frozenset(piece.name for piece in load.paged if piece.choice is None)
         return TierPlan(load.paged, pinned, load.fixed, budget, True, room=UNIT, skew=load.skew)
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from einfold.compiler.ir.device import Device
+from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.spill import Slots, Spill, spills
-from einfold.compiler.memory.tiers import Fixed, Load, Piece, place, step_of
+from einfold.compiler.memory.tiers import Fixed, Load, Piece, step_of
 from einfold.compiler.memory.timeline import timeline_of
 from einfold.errors import RecipeError
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.device import Device
 from einfold.compiler.memory.drawing import WIDTH, timeline_picture
-from einfold.compiler.memory.tiers import AHEAD, Choice, Fixed, Piece, TierPlan, step_of
+from einfold.compiler.memory.leveling import AHEAD
+from einfold.compiler.memory.tiers import Choice, Fixed, Piece, TierPlan, step_of
 from einfold.compiler.memory.timeline import Bar, Timeline, timeline_of
 from einfold.compiler.report import plan_page
 

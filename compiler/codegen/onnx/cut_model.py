@@ -89,7 +89,7 @@ class CutModel:
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
         paged = () if reason else tuple(_paged(op) for op in self.ops)
         skew = Skew.of(*told_of_experts(self.artifact, self.ops))
-        return Load(self.pieces, fixed, paged, reason, skew)
+        return Load(self.pieces, fixed, paged, UNIT, reason, skew)
 
     def spilling(self, load: Load, capacity: int) -> Load:
         """The same with the layers whose slots of a cache for `capacity` tokens may be spilled: those that

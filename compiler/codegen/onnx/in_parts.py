@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ....errors import UnsupportedError
-from ...memory.tiers import Load, TierPlan, place
+from ...memory.placing import place
+from ...memory.tiers import Load, TierPlan
 from .cut_model import CutModel
 from .packed_copy import NoCopyError
 from .paging import PagedRunner

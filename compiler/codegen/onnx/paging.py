@@ -2,8 +2,8 @@
 
 A session of each super-op is made once, over the copy (packed_copy.py), which onnxruntime maps. What is
 streamed is brought into the system's page cache ahead of the step and let go behind it (page_ahead.py in
-runtime/memory); what is pinned is not let go. So nothing is packed in a step, and the numbers do not depend
-on what is where (docs/adr/0022).
+runtime/memory); what is pinned, or the first part of a super-op that stays, is not let go. So nothing is
+packed in a step, and the numbers do not depend on what is where (docs/adr/0022, 0034).
 """
 
 from __future__ import annotations
@@ -104,14 +104,19 @@ class PagedRunner(StreamingRunner):
         if self._pages is not None:  # of a copy that is damaged
             self._pages.close()
         pages = self._pages = PagedFile(copy.file)
-        streamed = [] if copy.written else [name for name in self._turn if name in copy.ops]
+        stays = {piece.name: self.plan.stays(piece) for piece in self.plan.pieces if piece.nbytes}
+        streamed = [] if copy.written else [name for name in self._turn if not stays[name]]
         stop = threading.Event()
         with ThreadPoolExecutor(1, "einfold-check") as pool, ExitStack() as ending:
             ending.callback(stop.set)  # what fails or is interrupted does not wait for the rest
             checked = pool.submit(copy.check_packed, streamed, stop)
             sessions = self._packed_sessions(copy, pages)
-            for place in (copy.ops[piece.name] for piece in self.plan.kept):
-                _bring(copy, pages, place.start, place.loaded, place.hashes[0])
+            for name, held in stays.items():
+                if held:
+                    place = copy.ops[name]
+                    _bring(copy, pages, place.start, place.loaded, place.hashes[0])
+                    if name in self._turn:
+                        pages.let_go(place.start + held, place.end)
             checked.result()
         pages.look([(place.start, place.end) for place in copy.ops.values()])
         return sessions
@@ -175,7 +180,11 @@ class PagedRunner(StreamingRunner):
     def _reading(self, streamed: Sequence[SuperOp]) -> PageAhead:
         assert self._pages is not None
         places = [self._copy.ops[op.name] for op in streamed]
-        spans = [Span(place.start, place.end - place.start) for place in places]
+        spans = [
+            Span(first, place.end - first)
+            for op, place in zip(streamed, places, strict=True)
+            for first in [min(place.start + self.plan.parts.get(op.name, 0), place.end)]
+        ]
         layers = sorted({op.routing.index for op in streamed if op.routing is not None})
         routed = {
             index: _routed(op.routing, place, layers.index(op.routing.index))

@@ -32,8 +32,9 @@ from ...ir.heap import give_back
 from ...ir.kept import cache_home
 from ...ir.kv.spill import resident_bytes as resident_cache
 from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
+from ...memory.leveling import AHEAD
 from ...memory.spill import Spill
-from ...memory.tiers import AHEAD, TierPlan
+from ...memory.tiers import TierPlan
 from .cut import Extent, SuperOp, buffer_of, handed_on, model_of
 from .cut_model import CutModel
 from .process import PAIRS

@@ -21,8 +21,9 @@ from einfold.compiler.codegen.onnx.paging import PagedRunner
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.spill import TAIL, resident_bytes
+from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.spill import Slots, Spill
-from einfold.compiler.memory.tiers import Fixed, Load, Piece, TierPlan, place
+from einfold.compiler.memory.tiers import Fixed, Load, Piece, TierPlan
 from einfold.errors import ArtifactError, DiskError, EinfoldError, OutOfMemoryError, RecipeError
 from einfold.runtime.artifact import Artifact
 from einfold.runtime.memory import direct, slots_ahead
