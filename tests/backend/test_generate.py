@@ -107,7 +107,6 @@ def graphs_without_einfold(name: str, cache: str, new: int) -> Graphs:
     quick(
         [(name, cache) for name in models.CONFIGS for cache in CACHES],
         ("llama", "dynamic"),
-        ("qwen2", "static"),
         ("mixtral", "dynamic"),
         ("gemma2", "static"),
     ),

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def test_what_the_original_says_is_kept_for_one_model_and_one_text(
         Original.of(other)
 
 
+@pytest.mark.slow
 def test_a_row_says_what_compiling_it_takes_and_what_a_token(
     subject: Subject, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +216,7 @@ def test_a_run_goes_on_where_it_was_stopped(
     refused = sets.Row("refused", {"cache": {"quant": {"method": "kivi"}}})
     monkeypatch.setitem(command.SETS, "quick", (sets.Row("float32"), refused))
     monkeypatch.setitem(command.SUBJECTS, "toy", lambda: subject)
+    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda one, _: ThreadPoolExecutor(one))
     command.run("quick", "toy", None, False, 1)
     path = pages.results("quick", "toy")
     rows = json.loads(path.read_text())["rows"]

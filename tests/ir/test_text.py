@@ -38,8 +38,6 @@ BODY = """
             ("gpt2", "int8"),
         ],
         ("gpt_oss", "fp32"),
-        ("gemma3", "fp16"),
-        ("mixtral", "int4"),
         ("gpt2", "int8"),
     ),
 )

@@ -37,6 +37,7 @@ from einfold.errors import EinfoldError
 
 from ...cascade.conftest import DOCS
 from ...programs import calls, program, run
+from ...quick import quick
 
 
 def catalogue_of(**sizes: int) -> Any:
@@ -240,8 +241,14 @@ MASKED = [masked, covered, covered_by_less, added, added_lowest, zeroed, with_a_
 SHAPES = [(B, 1, 3, T), (B, 1, 1, T), (1, H, 3, T), (3, T), (3, 1)]
 
 
-@FLAVOURS
-@pytest.mark.parametrize("function", MASKED)
+@pytest.mark.parametrize(
+    ("function", "portable"),
+    quick(
+        [(function, portable) for function in MASKED for portable in (False, True)],
+        *((function, False) for function in MASKED),
+        (masked, True),
+    ),
+)
 def test_masks(function: Callable[..., Any], portable: bool, tmp_path: Path) -> None:
     """Masks that broadcast, with rows that see nothing, and what stands behind them: as the module has it."""
     q, k, v = torch.randn(B, H, 3, D), torch.randn(B, H, T, D), torch.randn(B, H, T, D)

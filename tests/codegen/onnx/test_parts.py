@@ -19,6 +19,7 @@ from einfold.runtime.memory.pages import UNIT, no_paging
 
 from ... import models
 from ...disks import needs_a_disk
+from ...quick import quick
 from .in_parts import TEXT, check_as_resident
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
@@ -70,7 +71,9 @@ def whole_is_too_large(load: Load) -> Load:
     return replace(load, pieces=tuple(replace(p, held=2 * p.held) for p in load.pieces))
 
 
-@pytest.mark.parametrize(("weights", "less"), [("fp32", 2), ("fp32", 6), ("int8", 1)])
+@pytest.mark.parametrize(
+    ("weights", "less"), quick([("fp32", 2), ("fp32", 6), ("int8", 1)], ("fp32", 6), ("int8", 1))
+)
 def test_logits_and_tokens_are_those_of_resident_weights(
     weights: str, less: int, deep: Callable[[str], Path]
 ) -> None:

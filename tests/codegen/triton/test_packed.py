@@ -38,13 +38,10 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     ("storage", "options"),
     [
         ("kivi(slack=8,residual=8,group=8,key_bits=4,value_bits=4)", {}),
-        (
-            "kivi(slack=8,residual=8,group=8,key_bits=2,value_bits=2)",
-            PRESSED,
-        ),
+        rarely("kivi(slack=8,residual=8,group=8,key_bits=2,value_bits=2)", PRESSED),
         rarely("kivi(slack=8,residual=16,group=16,key_bits=3,value_bits=8)", {}),
         rarely("kivi(slack=8,residual=8,group=8,key_bits=8,value_bits=3,keys=token)", {}),
-        ("turboquant(slack=8,residual=8,group=8,key_bits=4,value_bits=3,levels=normal)", {}),
+        rarely("turboquant(slack=8,residual=8,group=8,key_bits=4,value_bits=3,levels=normal)", {}),
         ("turboquant(slack=8,residual=8,group=8,key_bits=4,value_bits=3,levels=even)", {}),
         ("turboquant(slack=8,residual=8,group=6,key_bits=2,value_bits=8,levels=normal)", PRESSED),
         ("gear(slack=8,residual=8,group=8,tokens=16,rank=2,share=0.13)", {}),
