@@ -124,8 +124,8 @@ class Load:
     """Layers whose slots of the cache may be spilled, in order."""
     unspilled: str = ""
     """Why none may be."""
-    disk: int = 1 << 62
-    """Free bytes of the disk that the file of spilled slots would lie on."""
+    disk: int = field(default=1 << 62, compare=False)
+    """Free bytes of the disk that the file of spilled slots would lie on, which others change meanwhile."""
     spill: Spill | None = None
     """Those that are; `fixed` is without them."""
 

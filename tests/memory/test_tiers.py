@@ -173,3 +173,9 @@ def test_experts_are_read_when_they_are_chosen_and_not_ahead() -> None:
     assert step.compute == (8 + 4 * 4 + 20) / 40.0
     assert step.seconds == step.chosen + step.compute
     assert place(load(10, 10, 10), 165).routed == ()
+
+
+def test_what_a_disk_has_free_meanwhile_makes_no_other_plan() -> None:
+    """Others write to it between two plans of one artifact."""
+    load = Load((Piece("layer", 10, 20),), Fixed(1, 2, 3))
+    assert replace(load, disk=5) == load != replace(load, unit=5)
