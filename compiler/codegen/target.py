@@ -57,7 +57,8 @@ class InParts(Protocol):
     """An artifact that was read and taken apart; no weight is loaded."""
 
     def load(self, chunk: int, cache: int, capacity: int = 0) -> Load:
-        """What it holds in memory with a cache of `cache` bytes for `capacity` tokens, and `chunk`."""
+        """What it holds in memory in steps of `chunk` tokens over a cache for `capacity` tokens, which has
+        `cache` bytes of memory."""
 
     def spilling(self, load: Load, capacity: int) -> Load:
         """The same with the layers whose slots of a cache for `capacity` tokens may be spilled."""

@@ -8,11 +8,10 @@ Where weights lie packed in a file that the engine reads where it is mapped, tho
 of it (`paged`): nothing is packed in a step, what is read ahead are the packed bytes, and of a super-op that
 is streamed some pages may stay (`parts`).
 
-Every weight is read once in a step, so of two super-ops the one with more bytes in the file is the better to
-keep, and nothing learned from the past helps. Where all but C bytes of W are fetched, no step is faster than
-(W - C) / bandwidth of the disk, where the cost model of "LLM in a flash" (Alizadeh et al., 2023) starts. Its
-windowing needs sparse activations and is not here. Compute is a roofline as LLM-Viewer's (Yuan et al., 2024):
-a step of one token reads every weight and the cache once.
+Every weight is read once in a step, so that nothing learned from the past helps. Where all but C bytes of W
+are fetched, no step is faster than (W - C) / bandwidth of the disk, where the cost model of "LLM in a flash"
+(Alizadeh et al., 2023) starts. Its windowing needs sparse activations and is not here. Compute is a
+roofline as LLM-Viewer's (Yuan et al., 2024): a step of one token reads every weight and the cache once.
 
 Of experts a token reads those alone that it chose, and which others chose before tells something of what
 comes: of these, units stay from token to token in what room there is. It competes with pinning, by the bytes

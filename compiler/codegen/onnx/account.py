@@ -24,8 +24,9 @@ from .process import PROCESS
 SMALLEST_GROUP = 4
 
 
-def widens(found: Mapping[str, Any]) -> bool:
-    """Whether attention is over int8 slots that may be widened: a plain softmax over all of them."""
+def plain_int8(found: Mapping[str, Any]) -> bool:
+    """Whether attention is a plain softmax over all of its int8 slots: one token may be multiplied with them
+    as integers, many have them widened."""
     keys = found["key_cache_BKCD"].meta["val"]
     plain = not found["window"] and not found["softcap"] and found["sinks_H"] is None
     plain = plain and found.get("count_BK") is None and found.get("by_distance_HR") is None
@@ -106,15 +107,14 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     cache = found["key_cache_BKCD"].meta["val"]
     slots = program.shapes.evaluate(cache.shape[2], dims)
     kv_heads, size = cache.shape[1], cache.shape[3]
-    plain = not spelled_out and not found["window"] and found["count_BK"] is None
-    own = node.target is einfold_ops.cached_attention.default and cache.dtype == torch.int8
-    if own and plain and new == 1 and heads >= SMALLEST_GROUP * kv_heads:
+    own = node.target is einfold_ops.cached_attention.default and plain_int8(found)
+    if own and new == 1 and heads >= SMALLEST_GROUP * kv_heads:
         # Two copies of the keys, or one and the products with both planes, or the weights with what their
         # planes are made of; and an eighth for gaps.
         keys = kv_heads * size
         held = max(2 * keys, keys + 8 * heads, 13 * heads)
         return int(batch * slots * held * 9 // 8)
-    if own and new >= WIDENED_FROM and widens(found):
+    if own and new >= WIDENED_FROM:
         return batch * widened_bytes(kv_heads, heads, size, new, slots)
     added = 2 * int(found.get("by_distance_HR") is not None)  # as it is gathered, and turned
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out) + added)
@@ -135,7 +135,7 @@ def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     if new > 1:
         spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
         logits = 4 * new * heads * slots * int(spelled_out)
-        many = new >= WIDENED_FROM and widens(found)
+        many = new >= WIDENED_FROM and plain_int8(found)
         wide = widened_bytes(kv_heads, heads, size, new, slots) if many else 0
         return int(batch * (logits + wide + kv_heads * (new + 2 * page) * size * stored))
     pages, held = slots // page + 2, kv_heads * size

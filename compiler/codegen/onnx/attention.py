@@ -29,19 +29,16 @@ from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from ...ir.ops.attention import halved, numbers_of
 from ...ir.ops.packed import packed_storage, piece_names
-from .account import SMALLEST_GROUP, widens
+from .account import SMALLEST_GROUP, plain_int8
 from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
 from .einfold_ops import rotate
-from .integer_attention import IntegerAttention, appended, blocks, mask, pays
+from .integer_attention import HIDDEN, IntegerAttention, appended, blocks, capped, mask, pays
 from .lowerings import Context, lowering, unsupported
 from .packed_attention import PackedAttention
 from .page_attention import PageAttention, Pages
 
 aten = torch.ops.aten
-
-#: Added to a logit, it leaves nothing of it. Not -inf, which may meet itself in a softmax by blocks.
-_HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def _of_several(
 ) -> list[ir.Value]:
     """What `_operator` gives; with many new tokens over an int8 cache by widening what is in use once."""
     given = query, key, value, in_op
-    if not widens(call.found):
+    if not plain_int8(call.found):
         return _operator(call, *given)
     context, builder = call.context, call.context.builder
     context.opset = max(context.opset, 24)  # TensorScatter
@@ -159,25 +156,10 @@ def _widened(
 ) -> list[ir.Value]:
     """Some KV heads after the others, their used slots as float32, in GroupQueryAttentions that have no new
     tokens and give no cache. Scales are the queries' and the results' business."""
-    context, builder, found = call.context, call.context.builder, call.found
+    builder = call.context.builder
     query, key, value = _apart(call, query, key, value, in_op)
     size, group = call.key_size, call.heads // call.kv_heads
-    caches = [
-        appended(
-            builder,
-            call.value(cache),
-            new,
-            context.optional(found[scale]),
-            call.value("used_B"),
-            call.kv_heads,
-            size,
-            one=False,
-        )
-        for cache, new, scale in (
-            ("key_cache_BKCD", key, "key_scale_KD"),
-            ("value_cache_BKCD", value, "value_scale_KD"),
-        )
-    ]
+    caches = _written(call, key, value, one=False)
     pieces = pieces_of(call.kv_heads)
     widths = [count * group * size for count in pieces]
     queries = builder.split(_scaled(call, query, "key_scale_KD"), widths, axis=2)
@@ -185,13 +167,10 @@ def _widened(
     longest = builder.shared("Reshape", _longest(call), builder.ints(1))
     outs, first = [], 0
     for count, part in zip(pieces, queries, strict=True):
-        start, axes = builder.ints(first, 0), builder.ints(1, 2)
         end = builder.shared("Concat", builder.ints(first + count), longest, axis=0)
-        wide = [
-            builder.cast(builder.op("Slice", cache, start, end, axes), torch.float32)
-            for cache in caches
-        ]
-        none = builder.op("Slice", part, builder.ints(0, 0), builder.ints(0, count * size), axes)
+        span = builder.ints(first, 0), end, builder.ints(1, 2)
+        wide = [builder.cast(builder.op("Slice", each, *span), torch.float32) for each in caches]
+        none = _no_tokens(call, part, count)
         outs += builder.multi(
             "GroupQueryAttention",
             1,
@@ -204,11 +183,31 @@ def _widened(
             domain=CONTRIB,
             num_heads=count * group,
             kv_num_heads=count,
-            scale=found["scale"],
+            scale=call.found["scale"],
         )
         first += count
     out = outs[0] if len(outs) == 1 else builder.op("Concat", *outs, axis=2)
     return [_scaled(call, out, "value_scale_KD"), *caches]
+
+
+def _written(call: _Call, key: ir.Value, value: ir.Value, one: bool) -> list[ir.Value]:
+    """Both caches with new tokens, `one` or several, behind those in use; as codes where there are scales."""
+    return [
+        appended(
+            call.context.builder,
+            call.value(cache),
+            new,
+            call.context.optional(call.found[scale]),
+            call.value("used_B"),
+            call.kv_heads,
+            call.key_size,
+            one,
+        )
+        for cache, new, scale in (
+            ("key_cache_BKCD", key, "key_scale_KD"),
+            ("value_cache_BKCD", value, "value_scale_KD"),
+        )
+    ]
 
 
 def _scaled(call: _Call, x_BSM: ir.Value, scale: str) -> ir.Value:
@@ -260,21 +259,7 @@ def bounded_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
 
     def pages() -> list[ir.Value]:
         query, key, value = _apart(call, *given)
-        keys, values = (
-            appended(
-                context.builder,
-                call.value(cache),
-                new,
-                context.optional(call.found[scale]),
-                call.value("used_B"),
-                call.kv_heads,
-                call.key_size,
-            )
-            for cache, new, scale in (
-                ("key_cache_BKCD", key, "key_scale_KD"),
-                ("value_cache_BKCD", value, "value_scale_KD"),
-            )
-        )
+        keys, values = _written(call, key, value, one=True)
         bounds = attention.refreshed(call.value("bounds_BKPE"), keys)
         return [attention(query, keys, values, bounds), keys, values, bounds]
 
@@ -313,14 +298,8 @@ def packed_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
         return _operator(call, *given, 1 if reads else 3)
 
     def over_both() -> list[ir.Value]:
-        query, *new = _apart(call, *given)
-        slots = caches
-        if not reads:
-            size, used = call.key_size, call.value("used_B")
-            slots = [
-                appended(builder, cache, part, None, used, call.kv_heads, size, one=False)
-                for cache, part in zip(caches, new, strict=True)
-            ]
+        query, key, value = _apart(call, *given)
+        slots = caches if reads else _written(call, key, value, one=False)
         sinks = context.optional(call.found["sinks_H"])
         out = attention(query, slots[0], slots[1], visible, builder.dim(given[0], 1), sinks)
         return [out] if reads else [out, *slots]
@@ -425,13 +404,8 @@ def _operator(
 
 
 def _takes_integers(call: _Call) -> bool:
-    """Whether decode steps may go by `integer_attention`: plain softmax over all slots of an int8 cache."""
-    found = call.found
-    plain = not found["window"] and not found["softcap"]
-    plain = plain and found["sinks_H"] is None and found["count_BK"] is None
-    plain = plain and found.get("by_distance_HR") is None
-    of_int8 = call.quantized and not call.halved
-    return of_int8 and plain and call.heads >= SMALLEST_GROUP * call.kv_heads
+    """Whether decode steps may go by `integer_attention`."""
+    return plain_int8(call.found) and call.heads >= SMALLEST_GROUP * call.kv_heads
 
 
 def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
@@ -543,7 +517,7 @@ def _log_count(call: _Call) -> ir.Value:
     count = builder.shared("Slice", counts, builder.ints(0), builder.ints(1), builder.ints(1))
     some = builder.shared("Greater", count, builder.floats(0.0))
     log = builder.shared("Log", builder.shared("Max", count, builder.floats(1.0)))
-    shown = builder.shared("Where", some, log, builder.floats(_HIDDEN))
+    shown = builder.shared("Where", some, log, builder.floats(HIDDEN))
     return builder.shared("Reshape", shown, builder.ints(-1, 1, 1, 1))
 
 
@@ -603,16 +577,16 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
 
 def _given_to_reader(call: _Call) -> tuple[ir.Value, ir.Value, ir.Value, bool]:
     """What `_given` gives, of a layer that reads another's cache: a key and a value of no tokens."""
-    builder = call.context.builder
     query = call.turned(call.flat("q_BSHD", call.heads, call.key_size), call.heads)
-    none = builder.op(
-        "Slice",
-        query,
-        builder.ints(0, 0),
-        builder.ints(0, call.kv_heads * call.key_size),
-        builder.ints(1, 2),
-    )
+    none = _no_tokens(call, query, call.kv_heads)
     return query, none, none, False
+
+
+def _no_tokens(call: _Call, query_BSM: ir.Value, kv_heads: int) -> ir.Value:
+    """A key or a value of no tokens for so many KV heads."""
+    builder = call.context.builder
+    end = builder.ints(0, kv_heads * call.key_size)
+    return builder.op("Slice", query_BSM, builder.ints(0, 0), end, builder.ints(1, 2))
 
 
 @lowering(einfold_ops.shared_attention.default, flavour="portable")
@@ -734,9 +708,7 @@ def _spelled_out(
     query = builder.op("Reshape", query_BHSD, shape(0, call.kv_heads, rows, call.key_size))
     logits = builder.op("MatMul", query, builder.transpose(keys, 0, 1, 3, 2))
     logits = builder.op("Mul", logits, builder.floats(found["scale"]))
-    if found["softcap"]:
-        cap = builder.floats(found["softcap"])
-        logits = builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
+    logits = capped(builder, logits, found["softcap"])
     logits = builder.op("Reshape", logits, shape(0, call.heads, new, -1))
     if found["count_BK"] is not None or found.get("by_distance_HR") is not None:
         logits = builder.op("Add", logits, visible)

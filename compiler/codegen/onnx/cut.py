@@ -363,8 +363,9 @@ def _tables(
     asked, other = set[str](), set[str]()
     for node in _all(nodes):
         places = _TABLES.get(node.op_type, ())
-        rows = list(node.input)[_ROWS[node.op_type] :][:1] if places else []
-        looked = places if rows and rows[0] not in {"", *extents, *constants} else ()
+        row = _ROWS.get(node.op_type, len(node.input))
+        rows = node.input[row] if row < len(node.input) else ""
+        looked = places if rows and rows not in extents and rows not in constants else ()
         for place, name in enumerate(node.input):
             if name in extents:
                 (asked if place in looked else other).add(name)

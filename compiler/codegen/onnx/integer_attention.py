@@ -38,8 +38,8 @@ _USED_THIRDS = 2
 #: Planes: of queries the largest number, and how much finer the second is; of probabilities both.
 _LIMIT, _FINER, LEVELS = 63.0, 126.0, 127.0
 
-#: Hides a slot from the softmax.
-_HIDDEN = -1e30
+#: Added to a logit, it leaves nothing of it. Not -inf, which may meet itself in a softmax by blocks.
+HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,14 @@ class IntegerAttention:
     def _by_head(self, scale_KD: ir.Value) -> ir.Value:
         shape = self.builder.ints(self.kv_heads, 1, self.size)
         return self.builder.shared("Reshape", scale_KD, shape)
+
+
+def capped(builder: Builder, logits: ir.Value, softcap: float) -> ir.Value:
+    """Logits as they are where the cap is 0."""
+    if not softcap:
+        return logits
+    cap = builder.floats(softcap)
+    return builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
 
 
 def products_of(
@@ -236,4 +244,4 @@ def mask(builder: Builder, used_B: ir.Value, slots: ir.Value, wanted: ir.Value) 
     index = builder.shared("Reshape", index, builder.ints(1, 1, -1, 1, BLOCK))
     newest = builder.shared("Reshape", used_B, builder.ints(-1, 1, 1, 1, 1))
     seen = builder.shared("LessOrEqual", index, newest)
-    return builder.shared("Where", seen, builder.floats(0.0), builder.floats(_HIDDEN))
+    return builder.shared("Where", seen, builder.floats(0.0), builder.floats(HIDDEN))

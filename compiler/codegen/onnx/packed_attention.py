@@ -25,10 +25,15 @@ import numpy as np
 import onnx_ir as ir
 
 from .builder import CONTRIB, Builder
-from .integer_attention import BLOCK, LEVELS, adds_up, query_planes, weight_planes
-
-#: Hides a key from the softmax.
-_HIDDEN = -1e30
+from .integer_attention import (
+    BLOCK,
+    HIDDEN,
+    LEVELS,
+    adds_up,
+    capped,
+    query_planes,
+    weight_planes,
+)
 
 #: What bytes have added to them where both factors of a product are unsigned.
 _MIDDLE = 128
@@ -125,7 +130,7 @@ class PackedAttention:
         builder = self.builder
         query = builder.reshape(query_B1M, [0, self.kv_heads, self.group, self.size])
         logits = self._capped(self._product(query, keys, self.scale))
-        logits = builder.op("Where", visible_B11C, logits, builder.floats(_HIDDEN))
+        logits = builder.op("Where", visible_B11C, logits, builder.floats(HIDDEN))
         state = self._partial(logits, values).merged(builder, self._in_integers(query))
         out = self._divided(state, sinks_H, [1, self.kv_heads, self.group, 1])
         return builder.reshape(out, [0, 1, self.heads * self.size])
@@ -145,7 +150,7 @@ class PackedAttention:
         slots = [builder.op("Unsqueeze", each, builder.ints(2)) for each in (keys, values)]
         logits = self._capped(self._product(query, slots[0], self.scale))
         visible = builder.shared("Unsqueeze", visible_B1SC, builder.ints(2))
-        logits = builder.op("Where", visible, logits, builder.floats(_HIDDEN))
+        logits = builder.op("Where", visible, logits, builder.floats(HIDDEN))
         state = self._partial(logits, slots[1]).merged(builder, self._widened(query))
         out = self._divided(state, sinks_H, [1, self.kv_heads, self.group, 1, 1])
         out = builder.transpose(out, 0, 3, 1, 2, 4)
@@ -279,11 +284,7 @@ class PackedAttention:
         )
 
     def _capped(self, logits: ir.Value) -> ir.Value:
-        builder = self.builder
-        if not self.softcap:
-            return logits
-        cap = builder.floats(self.softcap)
-        return builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
+        return capped(self.builder, logits, self.softcap)
 
     def _product(self, a: ir.Value, b: ir.Value, factor: float) -> ir.Value:
         """a times b with its last two axes swapped, times a factor."""
@@ -362,7 +363,7 @@ class PackedAttention:
         first = builder.shared("Mul", index, builder.ints(self.granule))
         count = builder.shared("Unsqueeze", self.packed_B, builder.ints(1, 2))
         held = builder.shared("Less", first, count)
-        return builder.shared("Where", held, builder.floats(0.0), builder.floats(_HIDDEN))
+        return builder.shared("Where", held, builder.floats(0.0), builder.floats(HIDDEN))
 
     def _over_blocks(self, x: ir.Value) -> ir.Value:
         return self.builder.op("ReduceSum", x, self.builder.ints(2), keepdims=0)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
-from .integer_attention import LEVELS, products_of, weight_planes
+from .integer_attention import LEVELS, capped, products_of, weight_planes
 
 #: Of the probabilities of what was chosen of an int8 cache.
 _PLANES = 3
@@ -192,8 +192,8 @@ class PageAttention:
         query = builder.reshape(query_B1M, [0, self.kv_heads, group, self.key_size])
         query = builder.op("Mul", query, self._query_factor())
         pages = self._chosen(query, bounds)
-        logits = self._capped(self._product(query, self._taken(keys, pages, self.key_size)))
-        logits = builder.op("Add", logits, self.pages.shown())
+        logits = self._product(query, self._taken(keys, pages, self.key_size))
+        logits = builder.op("Add", capped(builder, logits, self.softcap), self.pages.shown())
         taken = self._taken(values, pages, self.value_size)
         if self.value_scale_KD is None:
             out = builder.op("MatMul", self._softmax(logits), taken)
@@ -267,14 +267,6 @@ class PageAttention:
         each = np.concatenate([np.eye(group) / LEVELS**plane for plane in range(_PLANES)], axis=1)
         out = builder.op("MatMul", builder.constant(each, np.float32), sums)
         return builder.op("Div", out, total)
-
-    def _capped(self, logits: ir.Value) -> ir.Value:
-        if not self.softcap:
-            return logits
-        cap = self.builder.floats(self.softcap)
-        return self.builder.op(
-            "Mul", self.builder.op("Tanh", self.builder.op("Div", logits, cap)), cap
-        )
 
     def _product(self, query_BKGD: ir.Value, stored_BKND: ir.Value) -> ir.Value:
         """Of the query with each row of what is stored, [B, K, G, N]."""
