@@ -15,13 +15,10 @@ from ...ir.ops.packed import packed_storage
 from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
 from ..target import Held
-from .attention_bytes import WIDENED_FROM, packed_bytes, widened_bytes
+from . import integer_attention
+from .attention_bytes import PRODUCTS_FROM, WIDENED_FROM, packed_bytes, product_bytes, widened_bytes
 from .kernels import LONGEST, WIDE, runtime_bits
 from .process import PROCESS
-
-#: Query heads a KV head from which on decode steps over int8 go in integers: the cost is that of reading and
-#: converting the cache, whatever the number of queries. With 4 it took 0.55 of the time, with 3 as long.
-SMALLEST_GROUP = 4
 
 
 def plain_int8(found: Mapping[str, Any]) -> bool:
@@ -29,8 +26,30 @@ def plain_int8(found: Mapping[str, Any]) -> bool:
     as integers, many have them widened."""
     keys = found["key_cache_BKCD"].meta["val"]
     plain = not found["window"] and not found["softcap"] and found["sinks_H"] is None
-    plain = plain and found.get("count_BK") is None and found.get("by_distance_HR") is None
-    return plain and keys.dtype == torch.int8
+    return plain and not _biased(found) and keys.dtype == torch.int8
+
+
+def takes_integers(found: Mapping[str, Any]) -> bool:
+    """Whether decode steps may go by `integer_attention`."""
+    return plain_int8(found) and _group(found) >= integer_attention.SMALLEST_GROUP
+
+
+def takes_floats(found: Mapping[str, Any]) -> bool:
+    """Whether decode steps may go by `float_attention`."""
+    keys = found["key_cache_BKCD"].meta["val"]
+    plain = keys.dtype == torch.float32 and not _biased(found)
+    return plain and _group(found) >= PRODUCTS_FROM
+
+
+def _biased(found: Mapping[str, Any]) -> bool:
+    """Whether something is added to the logits."""
+    return found.get("count_BK") is not None or found.get("by_distance_HR") is not None
+
+
+def _group(found: Mapping[str, Any]) -> int:
+    """Query heads a KV head."""
+    heads = int(found["q_BSHD"].meta["val"].shape[2])
+    return heads // int(found["key_cache_BKCD"].meta["val"].shape[1])
 
 
 #: Copies that onnxruntime packs, as a share of the weights in the file. Of integers both stay resident (139
@@ -86,8 +105,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
 
     GroupQueryAttention works in tiles, but holds B * H * S * C logits where it caps them or has sinks
     (measured with onnxruntime 1.31), and the `portable` flavour holds them always, twice where the softmax is
-    spelled out. With S = 1 over int8 it is charged attention in integers, whether or not C is such that steps
-    go that way, and with many what is widened.
+    spelled out. With S = 1 it is charged attention by products, over int8 of integers, whether or not C is
+    such that steps go that way, and with many over int8 what is widened.
     """
     if node.target in _OPERANDS:
         return _scores(program, node, dims)
@@ -108,7 +127,7 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     slots = program.shapes.evaluate(cache.shape[2], dims)
     kv_heads, size = cache.shape[1], cache.shape[3]
     own = node.target is einfold_ops.cached_attention.default and plain_int8(found)
-    if own and new == 1 and heads >= SMALLEST_GROUP * kv_heads:
+    if own and new == 1 and takes_integers(found):
         # Two copies of the keys, or one and the products with both planes, or the weights with what their
         # planes are made of; and an eighth for gaps.
         keys = kv_heads * size
@@ -117,6 +136,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     if own and new >= WIDENED_FROM:
         return batch * widened_bytes(kv_heads, heads, size, new, slots)
     added = 2 * int(found.get("by_distance_HR") is not None)  # as it is gathered, and turned
+    if new == 1 and not portable and takes_floats(found):
+        return batch * product_bytes(heads, slots, found["sinks_H"] is not None)
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out) + added)
 
 

@@ -29,11 +29,13 @@ from ...ir.manifest import BLOCKS
 from ...ir.ops import einfold_ops
 from ...ir.ops.attention import halved, numbers_of
 from ...ir.ops.packed import packed_storage, piece_names
-from .account import SMALLEST_GROUP, plain_int8
+from . import float_attention, integer_attention
+from .account import plain_int8, takes_floats, takes_integers
 from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
 from .einfold_ops import rotate
-from .integer_attention import HIDDEN, IntegerAttention, appended, blocks, capped, mask, pays
+from .float_attention import FloatAttention
+from .integer_attention import HIDDEN, IntegerAttention, appended, capped, pays
 from .lowerings import Context, lowering, unsupported
 from .packed_attention import PackedAttention
 from .page_attention import PageAttention, Pages
@@ -128,9 +130,13 @@ def _group_query(call: _Call) -> list[ir.Value]:
     def by_operator() -> list[ir.Value]:
         return _of_several(call, *given)
 
-    if _takes_integers(call):
+    if takes_integers(call.found):
         wanted, seen = _integers_wanted(call)
         attention = partial(_in_integers, call, *given, seen)
+        out, keys, values = builder.choose(wanted, attention, by_operator)
+    elif takes_floats(call.found):
+        wanted, seen = _floats_wanted(call)
+        attention = partial(_in_floats, call, *given, seen)
         out, keys, values = builder.choose(wanted, attention, by_operator)
     else:
         out, keys, values = by_operator()
@@ -403,22 +409,34 @@ def _operator(
     )
 
 
-def _takes_integers(call: _Call) -> bool:
-    """Whether decode steps may go by `integer_attention`."""
-    return plain_int8(call.found) and call.heads >= SMALLEST_GROUP * call.kv_heads
-
-
 def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
     """(whether this step goes by `integer_attention`, its mask), shared by layers with the same counter."""
     context, builder = call.context, call.context.builder
     context.opset = max(context.opset, 26)  # TensorScatter, BitCast
+    slots, wanted = _of_one(call, integer_attention.FEWEST_TOKENS)
+    wanted = builder.shared("And", wanted, integer_attention.in_blocks(builder, slots))
+    if call.found["used_B"].target == TOKENS:  # the runtime chooses no other counter's slots
+        context.metadata[BLOCKS] = integer_attention.blocks()
+    return wanted, integer_attention.mask(builder, call.value("used_B"), slots, wanted)
+
+
+def _floats_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
+    """(whether this step goes by `float_attention`, its mask), shared by layers with the same counter, group
+    and window."""
+    context, builder = call.context, call.context.builder
+    context.opset = max(context.opset, 24)  # TensorScatter
+    slots, wanted = _of_one(call, float_attention.fewest_tokens(call.heads // call.kv_heads))
+    used, window = call.value("used_B"), int(call.found["window"])
+    return wanted, float_attention.mask(builder, used, slots, wanted, window)
+
+
+def _of_one(call: _Call, fewest: int) -> tuple[ir.Value, ir.Value]:
+    """(the slots, whether this step is of one token that sees most of them, and so many at least)."""
+    context, builder = call.context, call.context.builder
     ids = context.value(context.program.placeholder("input_ids"))
     slots = builder.dim(context.value(_leader(call)["key_cache_BKCD"]), 2)
     longest = builder.shared("Reshape", _longest(call), builder.ints(1))
-    wanted = pays(builder, builder.dim(ids, 1), longest, slots)
-    if call.found["used_B"].target == TOKENS:  # the runtime chooses no other counter's slots
-        context.metadata[BLOCKS] = blocks()
-    return wanted, mask(builder, call.value("used_B"), slots, wanted)
+    return slots, pays(builder, builder.dim(ids, 1), longest, slots, fewest)
 
 
 def _in_integers(
@@ -444,6 +462,33 @@ def _in_integers(
     )
     caches = call.value("key_cache_BKCD"), call.value("value_cache_BKCD")
     return attention(query, key, value, *caches)
+
+
+def _in_floats(
+    call: _Call,
+    query: ir.Value,
+    key: ir.Value | None,
+    value: ir.Value | None,
+    in_op: bool,
+    seen: ir.Value,
+) -> list[ir.Value]:
+    """What `_operator` gives, for one new token."""
+    query, key, value = _apart(call, query, key, value, in_op)
+    caches = _written(call, key, value, one=True)
+    return [_over_floats(call, seen)(query, *caches), *caches]
+
+
+def _over_floats(call: _Call, seen: ir.Value) -> FloatAttention:
+    return FloatAttention(
+        call.context.builder,
+        call.heads,
+        call.kv_heads,
+        call.key_size,
+        call.found["scale"],
+        call.found["softcap"],
+        call.context.optional(call.found["sinks_H"]),
+        seen,
+    )
 
 
 def _apart(
@@ -568,7 +613,17 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     if call.key_size % 8 or call.value_size != call.key_size:
         return _shared_standard(call)
     found = call.found
-    out, *presents = _operator(call, *_given_to_reader(call), 3 if call.quantized else 1)
+    given = _given_to_reader(call)
+    if takes_floats(found):
+        wanted, seen = _floats_wanted(call)
+        owned = [call.value(name) for name in ("key_cache_BKCD", "value_cache_BKCD")]
+        (out,) = call.context.builder.choose(
+            wanted,
+            lambda: [_over_floats(call, seen)(given[0], *owned)],
+            lambda: _operator(call, *given, 1),
+        )
+        return _by_heads(call, out)
+    out, *presents = _operator(call, *given, 3 if call.quantized else 1)
     for name, present in zip(("key_cache_BKCD", "value_cache_BKCD"), presents, strict=False):
         owner = context.arguments(found[name].args[0])[name]
         context.rewritten.append((f"{owner.target}@{found['layer']}", present, owner))

@@ -12,6 +12,10 @@ from .process import PAIRS
 #: the two were even, with 32 this took 0.5 to 0.7 of the time.
 WIDENED_FROM = 32
 
+#: Query heads a KV head from which on a step of one token over float32 slots goes by products of matrices
+#: (`float_attention`). With one GroupQueryAttention took as long.
+PRODUCTS_FROM = 2
+
 #: KV heads are widened in so many pieces at most, one after the other, so that few float32 are held at once.
 _PIECES = 4
 
@@ -29,6 +33,11 @@ def widened_bytes(kv_heads: int, heads: int, size: int, new: int, slots: int) ->
     return (
         2 * max(pieces_of(kv_heads)) * size * slots * (1 + 4) * 5 // 4 + 3 * 4 * new * heads * size
     )
+
+
+def product_bytes(heads: int, slots: int, sinks: bool = False) -> int:
+    """Of a row's logits and weights over float32 slots, for one new token; beside sinks once more."""
+    return (2 + int(sinks)) * 4 * heads * slots
 
 
 def packed_bytes(storage: Packed, kv_heads: int, heads: int, size: int, new: int, room: int) -> int:
@@ -57,4 +66,6 @@ def of_layout(layout: CacheLayout, group: int, chunk: int, capacity: int) -> int
                 most = max(most, *(packed_bytes(storage, *sizes, n, room) for n in (1, chunk)))
             elif storage.slot_dtype == "i8" and chunk >= WIDENED_FROM:
                 most = max(most, widened_bytes(*sizes, chunk, capacity))
+            elif storage.slot_dtype == "f32" and group >= PRODUCTS_FROM:
+                most = max(most, product_bytes(group * shape.heads, capacity))
     return most

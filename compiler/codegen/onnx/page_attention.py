@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
+from .float_attention import softmax_beside
 from .integer_attention import LEVELS, capped, products_of, weight_planes
 
 #: Of the probabilities of what was chosen of an int8 cache.
@@ -196,7 +197,8 @@ class PageAttention:
         logits = builder.op("Add", capped(builder, logits, self.softcap), self.pages.shown())
         taken = self._taken(values, pages, self.value_size)
         if self.value_scale_KD is None:
-            out = builder.op("MatMul", self._softmax(logits), taken)
+            weights = softmax_beside(builder, logits, self._sinks())
+            out = builder.op("MatMul", weights, taken)
         else:
             out = self._weighted(logits, taken)
             out = builder.op("Mul", out, self._by_head(self.value_scale_KD, self.value_size))
@@ -234,27 +236,18 @@ class PageAttention:
         taken = builder.op("GatherND", paged, pages, batch_dims=2)
         return builder.reshape(taken, [0, 0, -1, size])
 
-    def _softmax(self, logits_BKGN: ir.Value) -> ir.Value:
-        """Their weights, capped before and with sinks beside them where the model has these."""
-        builder = self.builder
+    def _sinks(self) -> ir.Value | None:
         if self.sinks_H is None:
-            return builder.op("Softmax", logits_BKGN, axis=3)
-        lead = builder.op("Shape", logits_BKGN, start=0, end=3)
-        lead = builder.op("Concat", lead, builder.ints(1), axis=0)
-        column = builder.op("Expand", self._sinks(self.sinks_H), lead)
-        weights = builder.op("Concat", logits_BKGN, column, axis=3)
-        weights = builder.op("Softmax", weights, axis=3)
-        return builder.op("Slice", weights, builder.ints(0), builder.ints(-1), builder.ints(3))
-
-    def _sinks(self, sinks_H: ir.Value) -> ir.Value:
-        group = self.heads // self.kv_heads
-        return self.builder.reshape(sinks_H, [1, self.kv_heads, group, 1])
+            return None
+        return self.builder.reshape(
+            self.sinks_H, [1, self.kv_heads, self.heads // self.kv_heads, 1]
+        )
 
     def _weighted(self, logits_BKGN: ir.Value, values_BKND: ir.Value) -> ir.Value:
         """The weighted mean of int8 values, [B, K, G, D]."""
         builder, group = self.builder, self.heads // self.kv_heads
         top = builder.op("ReduceMax", logits_BKGN, builder.ints(3), keepdims=1)
-        sinks = None if self.sinks_H is None else self._sinks(self.sinks_H)
+        sinks = self._sinks()
         if sinks is not None:
             top = builder.op("Max", top, sinks)
         shift = builder.op("Sub", top, builder.floats(float(np.log(LEVELS))))

@@ -15,7 +15,7 @@ import pytest
 from onnx import helper
 
 import einfold
-from einfold.compiler.codegen.onnx.attention_bytes import widened_bytes
+from einfold.compiler.codegen.onnx.attention_bytes import product_bytes, widened_bytes
 from einfold.compiler.codegen.onnx.cut import Extent, _tables
 from einfold.compiler.codegen.onnx.cut_model import CutModel
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
@@ -96,15 +96,18 @@ def test_every_step_reads_what_the_plan_says(wide_head: Path) -> None:
 
 
 def test_what_attention_takes_is_planned_for(artifact: Callable[..., Path], tmp_path: Path) -> None:
-    """Of int8 slots what is widened of them in a chunk, more the longer the context; of float32 nothing."""
+    """Of int8 slots what is widened of them in a chunk, of float32 a token's logits and weights: more the
+    longer the context."""
 
     def activations(path: Path, chunk: int, capacity: int) -> int:
         return CutModel.of(Artifact.open(path)).load(chunk, 0, capacity).fixed.activations
 
     plain, path = artifact("llama", "int4"), tmp_path / "int8"
     einfold.compile(models.save("llama", tmp_path / "model"), path, cache="int8", check=False)
-    assert activations(plain, 64, 4096) == activations(plain, 64, 0)
     layer = Artifact.open(path).manifest.layout().layers[0]
+    heads = 2 * len(layer.groups[0].heads)
+    more = activations(plain, 64, 4096) - activations(plain, 64, 0)
+    assert more == product_bytes(heads, 4096) == 8 * heads * 4096
     more = activations(path, 64, 4096) - activations(path, 64, 0)
     assert more == widened_bytes(len(layer.groups[0].heads), 0, layer.key_size, 0, 4096) > 0
     assert activations(path, 8, 4096) == activations(path, 8, 0)
