@@ -16,8 +16,8 @@ WIDENED_FROM = 32
 _PIECES = 4
 
 
-#: Columns that onnxruntime's product of integers has kernels for, or twice as many: with 14, as two planes of 7
-#: query heads are, it took 1.1 to 1.2 times as long as with 16.
+#: Columns that onnxruntime's product of integers has kernels for, or twice as many: with 14, as two planes of
+#: 7 query heads are, it took 1.1 to 1.2 times as long as with 16.
 _COLUMNS = 8
 
 
