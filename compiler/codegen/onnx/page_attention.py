@@ -104,8 +104,9 @@ class Pages:
         builder, most = self.builder, self.reader.always
         back = builder.constant(np.arange(most - 1), np.int64)
         newest = builder.shared("Sub", self._newest(), back)
+        first = self._int("Mul", self._newest(), 0)  # a zero for each row
         # Where a row has fewer pages some stand twice: what it does not read is hidden.
-        listed = builder.shared("Concat", newest, self._int("Mul", self._newest(), 0), axis=1)
+        listed = builder.shared("Concat", newest, first, axis=1)
         listed = builder.shared("Unsqueeze", self._int("Max", listed, 0), builder.ints(1))
         return builder.shared("Expand", listed, builder.ints(1, self.kv_heads, 1))
 
