@@ -1,10 +1,10 @@
 """Decode steps that read few pages of a long cache, beside steps that read everything.
 
-`python -m benchmarks.reading [--context 16384] [--threads 2]`: the Qwen2.5-0.5B shape with random weights
-(int4, block 32, head int8), float32 and int8 slots, each without `[cache.read]` and with `quest` at an eighth
-of the tokens. Everything runs in one process; the kinds take turns, a few steps each, and figures are medians
-of all steps, so that a machine which others use too tells ratios. Caches hold random numbers: pages are
-chosen all over them.
+`python -m benchmarks.reading [--context 16384] [--threads 2] [--storages f32 int8]`: the Qwen2.5-0.5B shape
+with random weights (int4, block 32, head int8), float32 and int8 slots, each without `[cache.read]` and with
+`quest` at an eighth of the tokens and at a sixteenth, or 1,024 where that is more. Everything runs in one
+process; the kinds take turns, a few steps each, and figures are medians of all steps, so that a machine which
+others use too tells ratios. Caches hold random numbers: pages are chosen all over them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
         (", quest", {"read": {"method": "quest"}}),
         (", quest, pages of 8", {"read": {"method": "quest", "page": 8}}),
         (", quest, pages of 16", {"read": {"method": "quest", "page": 16}}),
+        (", quest, a sixteenth", {"read": {"method": "quest", "share": 0.0625, "tokens": 1024}}),
     )
 }
 
@@ -107,10 +108,14 @@ def compiled(
     return found
 
 
-def measure(folder: Path, context: int, threads: int, rounds: int) -> list[Figures]:
-    """All kinds, taking turns."""
+def measure(
+    folder: Path, context: int, threads: int, rounds: int, storages: Sequence[str]
+) -> list[Figures]:
+    """All kinds of some storages, taking turns."""
+    kinds = {kind: cache for kind, cache in KINDS.items() if cache["storage"] in storages}
     running = {
-        kind: Decoding(path, context, threads) for kind, path in compiled(folder, context).items()
+        kind: Decoding(path, context, threads)
+        for kind, path in compiled(folder, context, kinds).items()
     }
     for _ in range(rounds):
         for decoding in running.values():
@@ -156,15 +161,16 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16_384)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--storages", nargs="+", choices=["f32", "int8"], default=["f32", "int8"])
     parser.add_argument("--folder", type=Path, help="keeps models here [a temporary one]")
     parser.add_argument("--note", default="", help="what to say of the machine")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = given.folder or Path(made)
-        found = measure(folder, given.context, given.threads, given.rounds)
+        found = measure(folder, given.context, given.threads, given.rounds, given.storages)
     text = page(found, given.context, given.threads)
     about = machine() | {"onnxruntime": metadata.version("onnxruntime"), "note": given.note}
-    name = f"reading-{date.today().isoformat()}-{slug(about)}"
+    name = f"reading-{given.context}-{date.today().isoformat()}-{slug(about)}"
     out = ROOT / "benchmarks" / "results" / name
     data = {"machine": about, "context": given.context, "threads": given.threads}
     data["figures"] = [asdict(each) for each in found]

@@ -44,6 +44,7 @@ _TEXTS = ("alice29.txt", "lcet10.txt", "plrabn12.txt", "asyoulik.txt")
 WAYS: dict[str, dict[str, Any] | None] = {
     "everything": None,
     "quest": {},
+    "quest:share=0.0625,tokens=1024": {"share": 0.0625, "tokens": 1024},
     "quest:page=8": {"page": 8},
     "quest:page=16": {"page": 16},
     "quest:page=16,spread=1": {"page": 16, "spread": 1.0},

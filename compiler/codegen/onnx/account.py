@@ -16,7 +16,14 @@ from ...ir.program import Program, call_arguments
 from ...ir.quant.scheme import Scheme, read_scheme
 from ..target import Held
 from . import integer_attention
-from .attention_bytes import PRODUCTS_FROM, WIDENED_FROM, packed_bytes, product_bytes, widened_bytes
+from .attention_bytes import (
+    PRODUCTS_FROM,
+    WIDENED_FROM,
+    columns_of,
+    packed_bytes,
+    product_bytes,
+    widened_bytes,
+)
 from .kernels import LONGEST, WIDE, runtime_bits
 from .process import PROCESS
 
@@ -130,8 +137,8 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     if own and new == 1 and takes_integers(found):
         # Two copies of the keys, or one and the products with both planes, or the weights with what their
         # planes are made of; and an eighth for gaps.
-        keys = kv_heads * size
-        held = max(2 * keys, keys + 8 * heads, 13 * heads)
+        keys, products = kv_heads * size, 4 * kv_heads * columns_of(heads // kv_heads)
+        held = max(2 * keys, keys + products, 13 * heads)
         return int(batch * slots * held * 9 // 8)
     if own and new >= WIDENED_FROM:
         return batch * widened_bytes(kv_heads, heads, size, new, slots)
@@ -163,8 +170,9 @@ def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     scores = 3 * 4 * heads * pages
     if stored >= 4:
         return int(batch * (scores + read * (2 * held * stored + 12 * heads)))
-    over_bounds = pages * (2 * 2 * held + 8 * heads)
-    over_chosen = read * (2 * held + max(2 * held + 8 * heads, held + 22 * heads)) * 9 // 8
+    products = 4 * kv_heads * columns_of(heads // kv_heads)
+    over_bounds = pages * (2 * 2 * held + products)
+    over_chosen = read * (2 * held + max(2 * held + products, held + 22 * heads)) * 9 // 8
     return int(batch * (scores + max(over_bounds, over_chosen)))
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .attention_bytes import columns_of
 from .builder import CONTRIB, Builder
 
 #: Tokens from which on it is faster: there are some forty small operators. At half of it the two are even
@@ -87,9 +88,10 @@ class IntegerAttention:
         builder, group = self.builder, self.group
         query = builder.reshape(query_B1M, [0, self.kv_heads, group, self.size])
         scale = builder.shared("Mul", self._by_head(self.key_scale), builder.floats(self.scale))
-        products, join = products_of(builder, builder.op("Mul", query, scale), keys, group)
-        products = builder.reshape(products, [0, 0, -1, BLOCK, 2 * group])
-        join = builder.reshape(join, [0, 0, 1, group, 2 * group])
+        by_keys, join = query_columns(builder, builder.op("Mul", query, scale), group)
+        products = products_of(builder, by_keys, keys)
+        products = builder.reshape(products, [0, 0, -1, BLOCK, columns_of(group)])
+        join = builder.reshape(join, [0, 0, 1, group, columns_of(group)])
         return builder.op("FusedMatMul", join, products, domain=CONTRIB, transB=1)
 
     def _weighted(self, scores_BKNGT: ir.Value, values: ir.Value) -> ir.Value:
@@ -136,23 +138,29 @@ def capped(builder: Builder, logits: ir.Value, softcap: float) -> ir.Value:
     return builder.op("Mul", builder.op("Tanh", builder.op("Div", logits, cap)), cap)
 
 
-def products_of(
-    builder: Builder, query_BKGD: ir.Value, stored_BKND: ir.Value, group: int
-) -> tuple[ir.Value, ir.Value]:
-    """(products [B, K, N, 2 G] of both planes of a query with int8 rows, what `adds_up` gives for them)."""
+def query_columns(builder: Builder, query_BKGD: ir.Value, group: int) -> tuple[ir.Value, ir.Value]:
+    """(both planes of a query as columns [B, K, D, M], what adds up products with them and gives them their
+    scale [B, K, G, M]), M as `columns_of` says."""
     planes, factor = query_planes(builder, query_BKGD)
+    more = columns_of(group) - 2 * group
+    if more:
+        planes = builder.op("Pad", planes, builder.ints(0, 0, 0, 0, 0, 0, more, 0))
+    return builder.transpose(planes, 0, 1, 3, 2), adds_up(builder, factor, group, more)
+
+
+def products_of(builder: Builder, columns_BKDM: ir.Value, stored_BKND: ir.Value) -> ir.Value:
+    """Products [B, K, N, M] of int8 rows with columns of planes."""
     # 128 more, seen as unsigned: the sum wraps around.
     shifted = builder.op("Add", stored_BKND, builder.constant(-128, np.int8))
-    products = builder.op(
+    return builder.op(
         "MatMulIntegerToFloat",
         builder.op("BitCast", shifted, to=int(ir.DataType.UINT8)),
-        builder.transpose(planes, 0, 1, 3, 2),
+        columns_BKDM,
         builder.floats(1.0),
         builder.floats(1.0),
         builder.constant(128, np.uint8),
         domain=CONTRIB,
     )
-    return products, adds_up(builder, factor, group)
 
 
 def query_planes(builder: Builder, query_BKGD: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -168,9 +176,10 @@ def query_planes(builder: Builder, query_BKGD: ir.Value) -> tuple[ir.Value, ir.V
     return builder.op("Concat", first, second, axis=2), factor
 
 
-def adds_up(builder: Builder, factor_BKG1: ir.Value, group: int) -> ir.Value:
-    """What adds up products with both planes of queries and gives them their scale, [B, K, G, 2 G]."""
-    both = np.concatenate([np.eye(group), np.eye(group) / _FINER], axis=1)
+def adds_up(builder: Builder, factor_BKG1: ir.Value, group: int, more: int = 0) -> ir.Value:
+    """What adds up products with both planes of queries and gives them their scale, [B, K, G, 2 G], behind
+    which it takes `more` of zeros."""
+    both = np.concatenate([np.eye(group), np.eye(group) / _FINER, np.zeros((group, more))], axis=1)
     return builder.op("Div", builder.constant(both, np.float32), factor_BKG1)
 
 

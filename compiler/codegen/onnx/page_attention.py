@@ -24,13 +24,13 @@ import onnx_ir as ir
 from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
 from .float_attention import softmax_beside
-from .integer_attention import LEVELS, capped, products_of, weight_planes
+from .integer_attention import LEVELS, capped, products_of, query_columns, weight_planes
 
 #: Of the probabilities of what was chosen of an int8 cache.
 _PLANES = 3
 
-#: Puts pages before all others, or behind them; hides slots from the softmax.
-_FIRST, _LAST = 1e30, -1e30
+#: Puts pages behind all others; hides slots from the softmax.
+_LAST = -1e30
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,39 @@ class Pages:
         return self.builder.shared("Unsqueeze", hidden, self.builder.ints(1, 2))
 
     def always(self) -> ir.Value:
-        """What puts the pages first that are always read, the newest before all, [B, 1, P]."""
+        """The pages that are always read, the newest before all, [B, K, A]."""
+        builder, most = self.builder, self.reader.always
+        back = builder.constant(np.arange(most - 1), np.int64)
+        newest = builder.shared("Sub", self._newest(), back)
+        first = self._int("Mul", self._newest(), 0)  # a zero for each row
+        # Where a row has fewer pages some stand twice: what it does not read is hidden.
+        listed = builder.shared("Concat", newest, first, axis=1)
+        listed = builder.shared("Unsqueeze", self._int("Max", listed, 0), builder.ints(1))
+        return builder.shared("Expand", listed, builder.ints(1, self.kv_heads, 1))
+
+    def apart(self) -> ir.Value:
+        """What keeps the pages that are always read from being chosen once more, [B, 1, P]."""
         builder, index = self.builder, self._index()
-        first = self._int("Equal", index, 0)
-        ahead = builder.shared("Where", first, builder.floats(_FIRST), builder.floats(0.0))
-        for back in range(self.reader.always - 2, -1, -1):
-            recent = builder.shared("Equal", index, self._int("Sub", self._newest(), back))
-            bonus = builder.floats(_FIRST * (self.reader.always - back))
-            ahead = builder.shared("Where", recent, bonus, ahead)
-        return builder.shared("Unsqueeze", ahead, builder.ints(1))
+        others = self._int("Greater", index, 0)
+        before = self._int("Sub", self._newest(), self.reader.always - 2)
+        others = builder.shared("And", others, builder.shared("Less", index, before))
+        apart = builder.shared("Where", others, builder.floats(0.0), builder.floats(2 * _LAST))
+        return builder.shared("Unsqueeze", apart, builder.ints(1))
+
+    def best(self, score_BKP: ir.Value) -> ir.Value:
+        """The best pages, beside those that are always read, [B, K, T - A]."""
+        builder = self.builder
+        more = self._int("Sub", self.chosen(), self.reader.always)
+
+        def of(ordered: bool) -> list[ir.Value]:
+            return [builder.multi("TopK", 2, score_BKP, more, axis=2, sorted=int(ordered))[1]]
+
+        # In order only where rows read different numbers of them: sorting takes a third of TopK's time.
+        least = builder.shared("ReduceMin", self._count(), keepdims=0)
+        even = builder.shared(
+            "Equal", builder.shared("Reshape", least, builder.ints(1)), self.chosen()
+        )
+        return builder.choose(even, lambda: of(False), lambda: of(True))[0]
 
     def _index(self) -> ir.Value:
         return self._range(self.pages)
@@ -152,6 +176,23 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A query as it is multiplied with rows: [B, K, G, D], or over int8 the columns of its planes and what
+    adds up their products."""
+
+    builder: Builder
+    query: ir.Value
+    join: ir.Value | None = None
+
+    def with_rows(self, stored_BKND: ir.Value) -> ir.Value:
+        """The products [B, K, G, N]."""
+        query, rows = self.query, stored_BKND
+        if self.join is not None:
+            query, rows = self.join, products_of(self.builder, self.query, stored_BKND)
+        return self.builder.op("FusedMatMul", query, rows, domain=CONTRIB, transB=1)
+
+
+@dataclass(frozen=True)
 class PageAttention:
     """One layer's; scales are those of an int8 cache, or None."""
 
@@ -191,9 +232,9 @@ class PageAttention:
         """Turned queries, and both caches and bounds with the new token; gives [B, 1, heads * value size]."""
         builder, group = self.builder, self.heads // self.kv_heads
         query = builder.reshape(query_B1M, [0, self.kv_heads, group, self.key_size])
-        query = builder.op("Mul", query, self._query_factor())
-        pages = self._chosen(query, bounds)
-        logits = self._product(query, self._taken(keys, pages, self.key_size))
+        by_bounds, by_keys = self._asked(builder.op("Mul", query, self._query_factor()))
+        pages = self._chosen(by_bounds.with_rows(bounds))
+        logits = by_keys.with_rows(self._taken(keys, pages, self.key_size))
         logits = builder.op("Add", capped(builder, logits, self.softcap), self.pages.shown())
         taken = self._taken(values, pages, self.value_size)
         if self.value_scale_KD is None:
@@ -215,18 +256,32 @@ class PageAttention:
     def _by_head(self, scale_KD: ir.Value, size: int) -> ir.Value:
         return self.builder.shared("Reshape", scale_KD, self.builder.ints(self.kv_heads, 1, size))
 
-    def _chosen(self, query_BKGD: ir.Value, bounds_BKPE: ir.Value) -> ir.Value:
+    def _asked(self, query_BKGD: ir.Value) -> tuple[_Asked, _Asked]:
+        """What is multiplied with bounds of pages, and with keys."""
+        builder, size = self.builder, self.key_size
+        # Of both ways from the middle to a bound the one that a number's sign asks for is the larger.
+        ways = [
+            builder.op("Mul", query_BKGD, builder.floats((1 + way * self.pages.reader.spread) / 2))
+            for way in (1, -1)
+        ]
+        parts = [builder.op(kind, *ways) for kind in ("Max", "Min")]
+        if self.key_scale_KD is None:
+            both = builder.op("Concat", *parts, axis=3)
+            return _Asked(builder, both), _Asked(builder, query_BKGD)
+        # All in one pair of planes, so that there are half as many operators.
+        together = builder.op("Concat", *parts, query_BKGD, axis=3)
+        columns, join = query_columns(builder, together, self.heads // self.kv_heads)
+        by_bounds, by_keys = builder.split(columns, [2 * size, size], axis=2)
+        return _Asked(builder, by_bounds, join), _Asked(builder, by_keys, join)
+
+    def _chosen(self, upper_BKGP: ir.Value) -> ir.Value:
         """The chosen pages, [B, K, T, 1]."""
         builder, pages = self.builder, self.pages
-        half = builder.op("Mul", query_BKGD, builder.floats(0.5))
-        away = builder.op("Abs", builder.op("Mul", half, builder.floats(pages.reader.spread)))
-        parts = [builder.op(kind, half, away) for kind in ("Add", "Sub")]
-        parts_BKGE = builder.op("Concat", *parts, axis=3)
-        upper_BKGP = builder.op("Add", self._product(parts_BKGE, bounds_BKPE), pages.used())
+        upper_BKGP = builder.op("Add", upper_BKGP, pages.used())
         share_BKGP = builder.op("LogSoftmax", upper_BKGP, axis=3)
         score_BKP = builder.op("ReduceMax", share_BKGP, builder.ints(2), keepdims=0)
-        score_BKP = builder.op("Add", score_BKP, pages.always())
-        _, chosen_BKT = builder.multi("TopK", 2, score_BKP, pages.chosen(), axis=2)
+        best_BKT = pages.best(builder.op("Add", score_BKP, pages.apart()))
+        chosen_BKT = builder.op("Concat", pages.always(), best_BKT, axis=2)
         return builder.op("Unsqueeze", chosen_BKT, builder.ints(3))
 
     def _taken(self, cache_BKCD: ir.Value, pages: ir.Value, size: int) -> ir.Value:
@@ -260,11 +315,3 @@ class PageAttention:
         each = np.concatenate([np.eye(group) / LEVELS**plane for plane in range(_PLANES)], axis=1)
         out = builder.op("MatMul", builder.constant(each, np.float32), sums)
         return builder.op("Div", out, total)
-
-    def _product(self, query_BKGD: ir.Value, stored_BKND: ir.Value) -> ir.Value:
-        """Of the query with each row of what is stored, [B, K, G, N]."""
-        if self.key_scale_KD is not None:
-            stored_BKND, query_BKGD = products_of(
-                self.builder, query_BKGD, stored_BKND, self.heads // self.kv_heads
-            )
-        return self.builder.op("FusedMatMul", query_BKGD, stored_BKND, domain=CONTRIB, transB=1)

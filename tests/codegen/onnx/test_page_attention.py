@@ -128,10 +128,11 @@ def inputs(found: Program, slots: int, lengths: list[int], new: int, seed: int =
 def test_one_token_reads_what_the_reference_chooses(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Rows of many lengths, at edges of pages and of the cache, alone and together."""
+    """Rows of many lengths, at edges of pages and of the cache, alone and together: of 14 tokens nothing is
+    read but what always is, and of 48 and 50 as many pages."""
     found = layer(**options)
     made = session(found, tmp_path)
-    for lengths in ([59], [63], [8], [12, 48, 49, 63], [0, 62]):
+    for lengths in ([59], [63], [8], [14], [48, 50], [12, 48, 49, 63], [0, 62]):
         feeds = inputs(found, 64, lengths, 1, seed=lengths[0])
         want, got = reference(found, feeds), run(made, feeds)
         lost = most_lost(found, feeds) if options.get("int8") else 1e-5
