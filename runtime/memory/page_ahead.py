@@ -139,6 +139,8 @@ class PageAhead:
         try:
             yield
             self._learn(index, chosen)
+            if chosen is None:
+                self._correct(number, index)
         finally:
             self._let_go(number + 1)
 
@@ -170,6 +172,17 @@ class PageAhead:
             every = tuple(unit for unit in known[index].always if unit in found)
             known[index] = replace(known[index], always=every, experts=experts)
             self._found |= {(index, expert) for expert in new}
+
+    def _correct(self, number: int, index: int) -> None:
+        """Has those units come too that the run found missing and read itself, one by one."""
+        with self._changed:
+            begun = self._begun.get(number) or _Begun(set())
+            left = [unit for unit in self._all[index] if unit not in begun.units]
+        missed = self.file.resident(left)
+        if missed:
+            self.file.bytes_read += len(missed) * UNIT
+            known = {*self._learned[self.kind, index], *missed}
+            self._learned[self.kind, index] = tuple(sorted(known))
 
     def _known(self) -> dict[int, Routed]:
         """What routed items read in a step as it runs."""

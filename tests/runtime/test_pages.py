@@ -182,6 +182,37 @@ def test_a_kind_of_step_brings_what_it_touched_before(file: Path) -> None:
         assert read[0] > 5 * UNIT
 
 
+def test_what_a_run_found_missing_and_read_itself_comes_from_then_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a few pages behind the edge of a unit were taken for mapped beside a fault before it."""
+    with walking(file, 2 * UNIT) as (pages, ahead), theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        until(lambda: ahead.units == 2 and not ahead._begun[0].left)
+        brought, bring = [0, 1], pages.bring
+        monkeypatch.setattr(pages, "bring", lambda unit: (brought.append(unit), bring(unit)))
+        ahead._learned[None, 0] = (0,)
+        for units in ({0, 1}, {0}, {0, 1}):
+            for index in range(len(ITEMS)):
+                with ahead.item(index):
+                    if not index:
+                        assert ahead._begun[ahead._done].units == units
+                        assert mapped[: UNIT // 4096 + 2, 0].sum() > 0
+        until(lambda: ahead.units == 2 and not any(b.left for b in ahead._begun.values()))
+        assert pages.bytes_read // UNIT == len(brought) + 1
+        assert ahead._learned[None, 0] == (0, 1)
+
+
+def test_units_in_memory_are_told(file: Path) -> None:
+    pages = PagedFile(file)
+    pages.let_go(0, pages.size)
+    assert pages.resident(range(5)) == ()
+    pages.bring(3)
+    assert pages.resident(range(5)) == (3,)
+    pages.let_go(0, pages.size)
+    pages.close()
+
+
 def test_of_routed_items_what_the_policy_takes_for_likely_stays(file: Path) -> None:
     """Of experts that tokens choose the missing ones are brought, and the rest is held within the room."""
     pages = PagedFile(file)
@@ -242,6 +273,9 @@ class Counted:
     def let_go(self, start: int, end: int) -> None:
         with self._lock:
             self.there -= {*range(start // UNIT, end // UNIT)}
+
+    def resident(self, units: list[int]) -> tuple[int, ...]:
+        return tuple(unit for unit in units if unit in self.there)
 
     def unmap(self, start: int, end: int) -> None: ...
 

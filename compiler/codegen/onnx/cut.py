@@ -37,9 +37,18 @@ _ROWS = {"Gather": 1, "GatherBlockQuantized": 1, "GroupQueryAttention": 5, "Rota
 #: What onnxruntime 1.31 packs: codes once, scales as they are, in its order, and as sums.
 _PACKED = "MatMulNBits"
 
+#: Products whose weight, their second input, it packs as it is.
+_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
+
+#: Bytes that it adds to what it packed of one weight, so that codes, sums and scales begin at 64 each.
+_PADDING = 2 * 63
+
+#: Bytes below which a tensor that was not packed lies in the saved model, and in memory.
+SMALL = 64 << 10
+
 #: Operators that hold a weight once. What goes through others first is charged as unpacked to float32.
 _PLAIN = (
-    *("MatMul", "Gemm", "FusedMatMul", "Add", "Sub", "Mul", "Div", "Conv", "BiasGelu", "FastGelu"),
+    *(*_PRODUCTS, "Add", "Sub", "Mul", "Div", "Conv", "BiasGelu", "FastGelu"),
     *(
         "LayerNormalization",
         "RMSNormalization",
@@ -402,7 +411,8 @@ def _held(extent: Extent, nodes: Sequence[Any]) -> int:
 def _packed(
     weights: Sequence[Extent], nodes: Sequence[Any], routing: Routing | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Bytes of weights that onnxruntime packs: codes with scales and as many sums."""
+    """Bytes of weights that lie in a packed copy: codes with scales and as many sums, and others unless they
+    are so small that the saved model holds them."""
     sizes, every = {extent.name: extent.length for extent in weights}, list(_all(nodes))
     if any(
         node.op_type not in (*_PLAIN, _PACKED) and sizes.keys() & set(node.input) for node in every
@@ -410,7 +420,9 @@ def _packed(
         return ()
     for node in every:
         if node.op_type == _PACKED and {*node.input[1:3]} <= sizes.keys():
-            sizes[node.input[1]] += 2 * sizes.pop(node.input[2])
+            sizes[node.input[1]] += 2 * sizes.pop(node.input[2]) + _PADDING
+    packed = {node.input[1] for node in every if node.op_type in (_PACKED, *_PRODUCTS)}
+    sizes = {name: size for name, size in sizes.items() if name in packed or size >= SMALL}
     experts = routing.experts.values() if routing is not None else ()
     of_experts = [tuple(sizes.pop(name) for name in names if name in sizes) for names in experts]
     return (tuple(sizes.values()), *of_experts)
@@ -428,7 +440,7 @@ def _widths(node: Any, extents: dict[str, Extent]) -> list[int]:
     if node.op_type == _PACKED:
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         return [sizes.get("N", 0), sizes.get("K", 0)]
-    if node.op_type in ("MatMul", "Gemm", "FusedMatMul"):
+    if node.op_type in _PRODUCTS:
         return [d for name in node.input if name in extents for d in extents[name].dims[:2]]
     return []
 
