@@ -5,11 +5,13 @@
 
 Items are stretches of a file (pages.py), used in an order that never changes. Which of an item's units are
 read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
-those that were touched. What is brought and not yet let go stays within a window of bytes.
+those that were touched. What is brought and not yet let go stays within a window of bytes: an item begins to
+come as soon as there is room for a unit of it.
 
-Of items that are routed the caller says what its tokens chose; what is not there is brought then. Units that
-an eviction policy takes for likely stay when the others are let go (experts.py), in what the window leaves of
-all the room: it is smaller in a step of one token, which reads few experts of a layer, than in one of many.
+Of items that are routed the caller says what its tokens chose; what is not there is brought then, and where
+there are such an item comes once there is room for all of it. Units that an eviction policy takes for likely
+stay when the others are let go (experts.py), in what the window leaves of all the room: it is smaller in a
+step of one token, which reads few experts of a layer, than in one of many.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class _Begun:
     """An item whose units come or have come."""
 
     units: set[int]
-    """Units that were asked for; others of it may be there because they stayed."""
+    """Units that are asked for; others of it may be there because they stayed."""
     there: set[int] = field(default_factory=set)
     """Those of them that were brought, or could not be."""
 
@@ -80,8 +82,10 @@ class PageAhead:
         most = [
             self._routed[n].most if n in self._routed else len(u) for n, u in enumerate(self._all)
         ]
-        self._many = max(window[0] // UNIT, *(len(units) for units in self._all))
-        self._few = max(window[1] // UNIT, *most)
+        self._many, self._few = (nbytes // UNIT for nbytes in window)
+        if self._routed:
+            self._many = max(self._many, *(len(units) for units in self._all))
+            self._few = max(self._few, *most)
         self._total = self._many + room // UNIT
         self._tokens = 0
         """Of the step that runs, or comes; 0 where that is not known yet, and may be many."""
@@ -107,8 +111,10 @@ class PageAhead:
 
     @property
     def units(self) -> int:
-        """Units that were brought, or are being brought, and not let go."""
-        return sum(len(begun.units) for begun in self._begun.values())
+        """Units that were brought, or are being brought, and not let go; where items are routed with those
+        that are to come of what was begun."""
+        begun = sum(len(begun.units) for begun in self._begun.values())
+        return begun if self._routed else begun - len(self._todo)
 
     @property
     def staying(self) -> int:
@@ -306,11 +312,16 @@ class PageAhead:
         """The next unit to bring, with the number of its item, once there is room; None at the end."""
         with self._changed:
             while not self._closed:
-                if self._todo:
-                    return self._todo.pop(0)
-                units = self._coming(self._next)
                 window = self._few if self._tokens == 1 else self._many
-                room = self.units == 0 or self.units + len(units or ()) <= window
+                # What the caller waits for comes in any case: of steps that were not seen yet it may be more.
+                room = self.units < window
+                if self._todo and (room or self._routed or self._todo[0][0] == self._done):
+                    return self._todo.pop(0)
+                units = None if self._todo else self._coming(self._next)
+                if self._routed:
+                    room = self.units == 0 or self.units + len(units or ()) <= window
+                else:
+                    room = room or self._next == self._done
                 if units is not None and room and self._next < self._done + len(self._items):
                     self._begun[self._next] = _Begun(set(units))
                     self._todo = [(self._next, unit) for unit in units]

@@ -44,7 +44,7 @@ from ...ir.heap import give_back
 from ...ir.kept import cache_home, drop_oldest, read_json, write_json
 from ...ir.locks import lock
 from ...ir.manifest import WEIGHTS, WHOLE
-from .cut import SMALL, SuperOp
+from .cut import PADDING, SMALL, SuperOp
 from .runner import session_of
 
 #: Changes with the layout of the file.
@@ -167,7 +167,7 @@ class Layout:
     units: tuple[tuple[int, ...], ...]
     """Units that pieces of each group lie in."""
     nbytes: int
-    """Of whole units."""
+    """Of whole units, but for one that would hold padding alone: that is never read."""
 
     def most(self, choices: int) -> int:
         """Bytes of the units that a token may read which chooses so many groups beside the first."""
@@ -193,7 +193,7 @@ def laid_out(groups: Sequence[Sequence[int]]) -> Layout:
         spans = [(place, place + size) for place, size in zip(found, sizes, strict=True) if size]
         places.append(tuple(found))
         units.append(units_of(spans))
-    return Layout(tuple(places), tuple(units), -(-end // UNIT) * UNIT)
+    return Layout(tuple(places), tuple(units), -(-max(end - PADDING, 0) // UNIT) * UNIT)
 
 
 def units_of(spans: Iterable[tuple[int, int]]) -> tuple[int, ...]:
