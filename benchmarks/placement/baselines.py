@@ -42,7 +42,7 @@ def unplaced(
     plan = TierPlan(
         pieces, frozenset(), fixed, budget, paged=paged, skew=load.skew, spill=spill, load=load
     )
-    return replace(plan, beside=beside) if plan.in_parts else plan
+    return replace(plan, beside=beside) if plan.by_units else plan
 
 
 def filled(plan: TierPlan, pinned: set[str]) -> TierPlan | None:
@@ -114,7 +114,7 @@ def _cache(
 
 def _read(own: Read, piece: Piece, plan: TierPlan, window: Window, index: int) -> Iterator[Read]:
     """A super-op's read once there is room, or in parts."""
-    if plan.in_parts:
+    if plan.by_units:
         for part, after in window.parts(piece.name, piece.held, index):
             yield replace(own, seconds=own.seconds * part / piece.held, after=after)
     else:

@@ -115,9 +115,7 @@ def _super_ops(shape: Shape, bits: int) -> Iterator[_Op]:
     sizes = [rows * columns for rows, columns in products]
     head, layer_size, first = shape.vocabulary * width, sum(sizes), len(products)
     most = max((shape.layers * layer_size + head) // HALVED, LEAST_HALVED * 8 // bits)
-    if (
-        layer_size > most and not shape.experts
-    ):  # as `cut` does; both norms come before the second part
+    if layer_size > most and not shape.experts:  # as `cut` does, both norms before the second part
         first = min((2, 3), key=lambda n: max(sum(sizes[:n]), sum(sizes[n:])))
         layer_size = max(sum(sizes[:first]), sum(sizes[first:]))
     yield _Op("embedding", ())
@@ -152,7 +150,7 @@ class Matrices:
         ]
         nbytes = sum(sum(sizes) for group in groups for sizes in group)
         held = sum(codes + 3 * scales + zeros for g in groups for codes, scales, zeros in g)
-        layout = laid_out([[n for s in group for n in _packed(*s)] for group in groups])
+        layout = laid_out([[n for s in g for n in _packed(*s, weights)] for g in (every, *experts)])
         choice = None
         if experts:
             of_each = sum(sum(sizes) for sizes in groups[1])
@@ -169,11 +167,12 @@ def _sizes(rows: int, columns: int, weights: str) -> tuple[int, int, int]:
     return rows * columns * bits // 8, rows * blocks * scale // 8, -(-blocks * zero // 8) * rows
 
 
-def _packed(codes: int, scales: int, zeros: int) -> list[int]:
+def _packed(rows: int, columns: int, weights: str) -> list[int]:
     """As `codegen/onnx/cut.py` counts them: codes with scales and as many sums, and what is not so small that
     the saved model holds it."""
-    packed = codes + 2 * scales + PADDING if scales else codes
-    return [size for size in (packed, zeros) if size >= SMALL]
+    codes, scales, zeros = _sizes(rows, columns, weights)
+    found = [codes + 2 * scales + PADDING if scales else codes] if rows > 1 else []
+    return found + [size for size in (codes * (rows == 1), zeros) if size >= SMALL]
 
 
 def _cache_bytes(shape: Shape, tokens: int) -> int:

@@ -113,7 +113,7 @@ def of_plan(plan: TierPlan, device: Device, whole: bool = False) -> Iterator[lis
             if piece.name in streamed:
                 size = plan.most(piece) if plan.paged else 1
                 total = plan.reads(piece) / device.disk_bandwidth
-                if plan.in_parts and not whole:
+                if plan.by_units and not whole:
                     parts = weights.parts(piece.name, size, index)
                     reads += [Read(total * part / size, after) for part, after in parts]
                 else:

@@ -225,7 +225,7 @@ def _beside(plan: TierPlan, device: Device, unit: int) -> int | None:
     """Bytes that the disk reads while the super-op computes that computes longest, by the plan's numbers and
     twice, since a busy machine takes longer: with room for these it need not wait. None where super-ops are
     not read in parts."""
-    if not plan.in_parts:
+    if not plan.by_units:
         return None
     computed = sum(piece.computed for piece in plan.pieces)
     pace = step_of(plan, device).compute / max(computed, 1)
@@ -235,7 +235,7 @@ def _beside(plan: TierPlan, device: Device, unit: int) -> int | None:
 
 def _least_beside(plan: TierPlan, unit: int) -> TierPlan:
     """The same with as little room as may be for what is read ahead."""
-    return replace(plan, beside=unit) if plan.in_parts else plan
+    return replace(plan, beside=unit) if plan.by_units else plan
 
 
 def _offer_spared(best: _Best, plan: TierPlan, unit: int) -> None:

@@ -246,8 +246,8 @@ class TierPlan:
         return min(whole, max(every, default=0) + self.beside)
 
     @property
-    def in_parts(self) -> bool:
-        """Whether a super-op begins to be read as soon as there is room for a page of it: with experts, which
+    def by_units(self) -> bool:
+        """Whether a super-op begins to be read as soon as there is room for a unit of it: with experts, which
         are read when they are chosen, each is read where there is room for all."""
         return self.paged and not self.routed
 

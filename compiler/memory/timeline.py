@@ -136,8 +136,8 @@ class _Runs:
 
     def _read(self, index: int, piece: Piece) -> float:
         """Reads a super-op as soon as the disk is free and there is room; gives when it is there."""
-        if self._plan.in_parts:
-            return self._read_in_parts(index, piece)
+        if self._plan.by_units:
+            return self._read_by_units(index, piece)
         free = self.reads[-1].end if self.reads else 0.0
         blocker = self._blocker(len(self._ends))
         start = max(free, self._ends[blocker] if blocker >= 0 else 0.0)
@@ -147,7 +147,7 @@ class _Runs:
         self.reads.append(Bar("read", piece.name, start, end, index))
         return end
 
-    def _read_in_parts(self, index: int, piece: Piece) -> float:
+    def _read_by_units(self, index: int, piece: Piece) -> float:
         """The same where a part of it is read as soon as there is room for that; none of it before what there
         was of it in the step before has run."""
         number, room = len(self._ends), self._plan.ahead

@@ -4,9 +4,9 @@
     caller             | with 3 .. | with 5 .. | with 6 .. | with 3 ..
 
 Items are stretches of a file (pages.py), used in an order that never changes. Which of an item's units are
-read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
-those that were touched. What is brought and not yet let go stays within a window of bytes: an item begins to
-come as soon as there is room for a unit of it.
+read depends on the kind of the step, and is learned: the first time of a kind all that are likely to be are
+brought, from then on those that were touched. What is brought and not yet let go stays within a window of
+bytes: an item begins to come as soon as there is room for a unit of it.
 
 Of items that are routed the caller says what its tokens chose; what is not there is brought then, and where
 there are such an item comes once there is room for all of it. Units that an eviction policy takes for likely
@@ -60,12 +60,14 @@ class PageAhead:
         window: tuple[int, int],
         routed: Mapping[int, Routed] | None = None,
         room: int = 0,
+        first: Sequence[int] | None = None,
         threads: int = READERS,
         policy: Callable[[int], Frequent | Recent] = Frequent,
     ) -> None:
         """`window` are the bytes that are brought and not let go, and those of them in a step of one token,
         which leave room for one item of many; with `room` beside them, what stays of the `routed` items, by
-        their index, takes the rest."""
+        their index, takes the rest. Of each item so many bytes come `first`, until it is known which are
+        read; without it all."""
         self.file = file
         self.counts = Counts()
         self.kind: object = None
@@ -73,6 +75,11 @@ class PageAhead:
         self._items = list(items)
         self._all = [
             tuple(range(s.offset // UNIT, -(-(s.offset + s.length) // UNIT))) for s in items
+        ]
+        ends = [s.offset + n for s, n in zip(items, first, strict=True)] if first else None
+        self._first = [
+            units if ends is None else tuple(unit for unit in units if unit * UNIT < ends[n])
+            for n, units in enumerate(self._all)
         ]
         self._routed = dict(routed or {})
         self._of_one = dict(self._routed)
@@ -336,7 +343,7 @@ class PageAhead:
         index = number % len(self._items)
         every, routed = self._all[index], self._routed.get(index)
         if routed is None:
-            return list(self._learned.get((self.kind, index), every))
+            return list(self._learned.get((self.kind, index), self._first[index]))
         asked: Iterable[int] | None = self._chosen.get(number)
         if asked is None and self._tokens * routed.choices >= 2 * len(routed.experts):
             asked = every  # of many tokens some will choose each

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.device import Device
 from einfold.compiler.memory import placing
-from einfold.compiler.memory.leveling import AHEAD, Units, come, least_level
+from einfold.compiler.memory.leveling import AHEAD, Units, come, in_proportion, least_level
 from einfold.compiler.memory.pinning import Kind, least, needed, pin
 from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.spill import Slots
@@ -26,19 +26,23 @@ UNITS = st.lists(
 )
 
 
-def every_way(units: list[Units], room: int, window: int) -> list[tuple[float, tuple[int, ...]]]:
+def every_way(
+    units: list[Units], room: int, window: int, ahead: int
+) -> list[tuple[float, tuple[int, ...]]]:
     """Bytes and counts of all ways that fit."""
     total = sum(each.count for each in units)
     return [
         (sum(each.cost * n for each, n in zip(units, counts, strict=True)), counts)
         for counts in product(*(range(each.count + 1) for each in units))
-        if total - sum(counts) + AHEAD * max(*counts, window) <= room
+        if total - sum(counts) + ahead * max(*counts, window) <= room
     ]
 
 
-@given(UNITS, st.integers(0, 24), st.integers(0, 4))
-def test_what_comes_reads_the_fewest_bytes(units: list[Units], room: int, window: int) -> None:
-    ways, counts = every_way(units, room, window), come(units, room, window)
+@given(UNITS, st.integers(0, 24), st.integers(0, 4), st.integers(1, AHEAD))
+def test_what_comes_reads_the_fewest_bytes(
+    units: list[Units], room: int, window: int, ahead: int
+) -> None:
+    ways, counts = every_way(units, room, window, ahead), come(units, room, window, ahead)
     if counts is None:
         assert not ways
     else:
@@ -47,12 +51,26 @@ def test_what_comes_reads_the_fewest_bytes(units: list[Units], room: int, window
         assert found == pytest.approx(min(cost for cost, _ in ways))
 
 
-@given(UNITS, st.integers(0, 4))
-def test_the_least_level_takes_the_least_room(units: list[Units], window: int) -> None:
-    def room(level: int) -> int:
-        return sum(max(each.count - level, 0) for each in units) + AHEAD * level
+@given(UNITS, st.integers(0, 24), st.integers(1, AHEAD))
+def test_what_comes_in_proportion_is_as_little_as_fits(
+    units: list[Units], room: int, ahead: int
+) -> None:
+    total, most = sum(each.count for each in units), max(each.count for each in units)
+    fitting = [
+        counts
+        for level in range(most + 1)
+        for counts in [[-(-each.count * level // most) for each in units]]
+        if total - sum(counts) + ahead * max(counts) <= room
+    ]
+    assert in_proportion(units, room, ahead) == min(fitting, key=sum, default=None)
 
-    level = least_level(units, window)
+
+@given(UNITS, st.integers(0, 4), st.integers(1, AHEAD))
+def test_the_least_level_takes_the_least_room(units: list[Units], window: int, ahead: int) -> None:
+    def room(level: int) -> int:
+        return sum(max(each.count - level, 0) for each in units) + ahead * level
+
+    level = least_level(units, window, ahead)
     assert level >= window
     assert room(level) == min(room(other) for other in range(window, 6))
 
