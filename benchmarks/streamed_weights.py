@@ -68,19 +68,28 @@ def child(artifact: Path, memory: int, options: argparse.Namespace) -> dict[str,
         "prefill_seconds": model.timings.prefill_seconds,
         "decode_seconds": model.timings.decode_seconds / model.timings.decode_tokens,
         "fetched_a_step": (both[0] - first[0]) / steps,
+        "from_the_disk_a_step": (both[2] - first[2]) / steps,
         "processor_seconds_a_step": (both[1] - first[1]) / steps,
         "paged": bool(model.plan and model.plan.tiers.paged),
         "peak": status_bytes(os.getpid(), "VmHWM"),
     }
 
 
-def spent(runner: Any, run: Callable[[], object]) -> tuple[int, float]:
-    """Bytes from the disk and seconds of the processor that something takes."""
-    bytes_before, before = getattr(runner, "fetched", 0), os.times()
+def spent(runner: Any, run: Callable[[], object]) -> tuple[int, float, int]:
+    """Bytes that the runner asked the disk for, seconds of the processor, and bytes that the disk gave this
+    process."""
+    bytes_before, disk_before, before = getattr(runner, "fetched", 0), disk_bytes(), os.times()
     run()
     after = os.times()
     seconds = after.user + after.system - before.user - before.system
-    return getattr(runner, "fetched", 0) - bytes_before, seconds
+    fetched = getattr(runner, "fetched", 0) - bytes_before
+    return fetched, seconds, disk_bytes() - disk_before
+
+
+def disk_bytes() -> int:
+    """Bytes that disks gave this process; pages that the system took away and that are read again too."""
+    words = Path("/proc/self/io").read_text(encoding="ascii").split()
+    return int(words[words.index("read_bytes:") + 1])
 
 
 @contextmanager
@@ -195,7 +204,7 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
     ran, plan = found["run"], found["plan"]
     device = plan["device"]
     if "ended" in ran:
-        return [str(number), ran["ended"], *[""] * 12]
+        return [str(number), ran["ended"], *[""] * 13]
     rate = ran["fetched_a_step"] / ran["decode_seconds"]
     return [
         str(number),
@@ -206,6 +215,7 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
         f"{ran['decode_seconds'] / plan['seconds']:.2f}",
         f"{ran['decode_seconds'] / bound(plan):.2f}",
         f"{ran['fetched_a_step'] / plan['fetched']:.3f}",
+        f"{ran['from_the_disk_a_step'] / plan['fetched']:.3f}",
         f"{device['disk_bandwidth'] / 1e9:.2f}",
         f"{device['pack_bandwidth'] / 1e9:.2f}",
         f"{100 * rate / device['disk_bandwidth']:.0f} %",
@@ -217,7 +227,7 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
 
 HEADS = (
     "round", "tokens/s", "s a token", "processor's s", "s by the plan", "measured/plan", "measured/bound",
-    "bytes/plan", "disk GB/s",
+    "bytes/plan", "from the disk/plan", "disk GB/s",
     "packing GB/s",
     "of the disk", "of packing", "peak MiB", "cgroup's MiB",
 )  # fmt: skip
