@@ -30,6 +30,9 @@ _PARTS = 8
 #: Times the seconds that a super-op computes by the plan for which there is room to read ahead.
 _SURE = 2
 
+#: Units that threads bring at once (READERS of runtime/memory/direct.py): with room for fewer some are idle.
+UNDER_WAY = 3
+
 #: Seconds of a step that are none, as a part of it.
 _EQUAL = 1e-6
 
@@ -223,14 +226,14 @@ def _alike(every: Sequence[Units], room: int, ahead: int) -> list[int] | None:
 
 def _beside(plan: TierPlan, device: Device, unit: int) -> int | None:
     """Bytes that the disk reads while the super-op computes that computes longest, by the plan's numbers and
-    twice, since a busy machine takes longer: with room for these it need not wait. None where super-ops are
-    not read in parts."""
+    twice, since a busy machine takes longer, and units that are under way: with room for these it need not
+    wait. None where super-ops are not read by units."""
     if not plan.by_units:
         return None
     computed = sum(piece.computed for piece in plan.pieces)
     pace = step_of(plan, device).compute / max(computed, 1)
     seconds = max((piece.computed for piece in plan.streamed), default=0) * pace
-    return max(ceil(_SURE * seconds * device.disk_bandwidth / unit), 1) * unit
+    return (ceil(_SURE * seconds * device.disk_bandwidth / unit) + UNDER_WAY) * unit
 
 
 def _least_beside(plan: TierPlan, unit: int) -> TierPlan:

@@ -18,6 +18,7 @@ from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.spill import Slots
 from einfold.compiler.memory.tiers import Choice, Fixed, Load, Piece, TierPlan
 from einfold.errors import RecipeError
+from einfold.runtime.memory.direct import READERS
 
 FIXED = Fixed(process=100, cache=20, activations=5)
 
@@ -49,6 +50,10 @@ def test_what_comes_reads_the_fewest_bytes(
         found = sum(each.cost * n for each, n in zip(units, counts, strict=True))
         assert tuple(counts) in {chosen for _, chosen in ways}
         assert found == pytest.approx(min(cost for cost, _ in ways))
+
+
+def test_there_is_room_for_a_unit_of_each_thread_that_reads() -> None:
+    assert placing.UNDER_WAY == READERS
 
 
 @given(UNITS, st.integers(0, 24), st.integers(1, AHEAD))
