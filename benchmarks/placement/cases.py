@@ -19,9 +19,9 @@ from einfold.runtime.memory.pages import UNIT
 
 #: Disks and memories: what is assumed where nothing was measured, and two whose disks are less far behind.
 DEVICES = {
-    "disk 0.5, memory 20 GB/s": Device(),
-    "disk 3, memory 20 GB/s": Device(disk_bandwidth=3e9),
-    "disk 6, memory 10 GB/s": Device(disk_bandwidth=6e9, ram_bandwidth=10e9),
+    "disk 0.5, memory 20 GB/s": Device(source="case"),
+    "disk 3, memory 20 GB/s": Device(disk_bandwidth=3e9, source="case"),
+    "disk 6, memory 10 GB/s": Device(disk_bandwidth=6e9, ram_bandwidth=10e9, source="case"),
 }
 
 #: Where a budget lies between the least that does and all that could be held.

@@ -227,8 +227,9 @@ def _alike(every: Sequence[Units], room: int, ahead: int) -> list[int] | None:
 def _beside(plan: TierPlan, device: Device, unit: int) -> int | None:
     """Bytes that the disk reads while the super-op computes that computes longest, by the plan's numbers and
     twice, since a busy machine takes longer, and units that are under way: with room for these it need not
-    wait. None where super-ops are not read by units."""
-    if not plan.by_units:
+    wait. None where super-ops are not read by units, or the device was not measured: with room for too
+    little steps take longer."""
+    if not plan.by_units or device.source == ASSUMED.source:
         return None
     computed = sum(piece.computed for piece in plan.pieces)
     pace = step_of(plan, device).compute / max(computed, 1)

@@ -112,7 +112,7 @@ def test_small_cases_are_within_an_eighth_of_the_fastest_plan_of_whole_super_ops
 def test_einfold_moves_as_few_bytes_as_the_optimum(seed: int) -> None:
     """By CP-SAT, of parts where there are pages; a byte for each super-op is lost to rounding."""
     pytest.importorskip("ortools")
-    slow = Device(disk_bandwidth=1e6)  # the disk alone tells
+    slow = Device(disk_bandwidth=1e6, source="case")  # the disk alone tells
     for part in range(5):
         case, budget = drawn(seed, part)
         plan = place(of_mode(case), budget, slow)

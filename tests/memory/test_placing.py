@@ -117,7 +117,10 @@ PIECES = st.lists(
     st.tuples(st.integers(1, 12), st.sampled_from([0.6, 0.8, 1.0])), min_size=1, max_size=6
 )
 DEVICES = st.sampled_from(
-    [Device(ram_bandwidth=ram, disk_bandwidth=1.0, pack_bandwidth=2.0) for ram in (1.0, 3.0, 40.0)]
+    [
+        Device(ram_bandwidth=ram, disk_bandwidth=1.0, pack_bandwidth=2.0, source="measured")
+        for ram in (1.0, 3.0, 40.0)
+    ]
 )
 
 
@@ -148,7 +151,7 @@ def test_where_the_disk_binds_no_plan_of_whole_super_ops_reads_less(
     load = paged(sizes)
     plans = every_whole(load)
     budget = min(plan.peak for plan in plans) + more
-    plan = place(load, budget, Device(ram_bandwidth=1e9, disk_bandwidth=1.0))
+    plan = place(load, budget, Device(ram_bandwidth=1e9, disk_bandwidth=1.0, source="measured"))
     assert plan.peak <= budget
     assert all(stays % 10 == 0 for stays in plan.parts.values())
     if plan.paged:
