@@ -66,18 +66,24 @@ def cp_sat(
             before = sum(other.stays for other in order[: place + 1])
             loading = before + 2 * each.piece.nbytes + plan.fixed.total
             model.add(loading <= budget).only_enforce_if(~each.any)
+    fixed = plan.fixed.total
     if spilled:
         stages = [
             (slots.stage * used, used) for slots, used in zip(load.slots, spilled, strict=True)
         ]
-        memory += _twice_the_largest(model, stages, STAGES)
-        memory -= sum(
+        fixed += _twice_the_largest(model, stages, STAGES)
+        fixed -= sum(
             (slots.nbytes - slots.tail) * used
             for slots, used in zip(load.slots, spilled, strict=True)
         )
         files = sum(slots.file * used for slots, used in zip(load.slots, spilled, strict=True))
         model.add(files <= min(load.disk, 1 << 60))
-    model.add(memory + plan.fixed.total <= budget)
+    model.add(memory + fixed <= budget)
+    if (
+        paged and spilled
+    ):  # while it is loaded a super-op is there as it lies in the file, and packed
+        loading = max(piece.nbytes + piece.held for piece in plan.pieces)
+        model.add(loading + fixed <= budget)
     reads = sum(each.cost * each.count for each in coming)
     moves = sum((s.nbytes + s.token) * used for s, used in zip(load.slots, spilled, strict=True))
     model.minimize(reads + moves)
