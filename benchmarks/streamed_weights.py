@@ -68,19 +68,28 @@ def child(artifact: Path, memory: int, options: argparse.Namespace) -> dict[str,
         "prefill_seconds": model.timings.prefill_seconds,
         "decode_seconds": model.timings.decode_seconds / model.timings.decode_tokens,
         "fetched_a_step": (both[0] - first[0]) / steps,
+        "from_the_disk_a_step": (both[2] - first[2]) / steps,
         "processor_seconds_a_step": (both[1] - first[1]) / steps,
         "paged": bool(model.plan and model.plan.tiers.paged),
         "peak": status_bytes(os.getpid(), "VmHWM"),
     }
 
 
-def spent(runner: Any, run: Callable[[], object]) -> tuple[int, float]:
-    """Bytes from the disk and seconds of the processor that something takes."""
-    bytes_before, before = getattr(runner, "fetched", 0), os.times()
+def spent(runner: Any, run: Callable[[], object]) -> tuple[int, float, int]:
+    """Bytes that the runner asked the disk for, seconds of the processor, and bytes that the disk gave this
+    process."""
+    bytes_before, disk_before, before = getattr(runner, "fetched", 0), disk_bytes(), os.times()
     run()
     after = os.times()
     seconds = after.user + after.system - before.user - before.system
-    return getattr(runner, "fetched", 0) - bytes_before, seconds
+    fetched = getattr(runner, "fetched", 0) - bytes_before
+    return fetched, seconds, disk_bytes() - disk_before
+
+
+def disk_bytes() -> int:
+    """Bytes that disks gave this process; pages that the system took away and that are read again too."""
+    words = Path("/proc/self/io").read_text(encoding="ascii").split()
+    return int(words[words.index("read_bytes:") + 1])
 
 
 @contextmanager
@@ -171,8 +180,19 @@ def measured(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
     return {"run": found, "beside": others(artifact, given), "plan": data, "direct": direct}
 
 
+def bound(plan: dict[str, Any]) -> float:
+    """Seconds below which no token is within the budget: the longer of computing and of reading what memory
+    has no room for, with no room for what is read ahead."""
+    room = plan["budget"] - plan["process"] - plan["cache"] - plan["activations"]
+    weights = sum(op["held"] for op in plan["super_ops"])
+    reading = (weights - room) / plan["device"]["disk_bandwidth"]
+    return float(max(reading, plan["compute_seconds"]))
+
+
 def others(artifact: Path, given: argparse.Namespace) -> dict[str, Any]:
     """What runs beside it in the same round."""
+    if given.alone:
+        return {}
     found = {"packing": run(artifact, given.memory, given, limited=True, packing=True)}
     if given.peers_python:
         found["llama.cpp"] = peer("llama.cpp", given.gguf, given, given.memory)
@@ -184,7 +204,7 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
     ran, plan = found["run"], found["plan"]
     device = plan["device"]
     if "ended" in ran:
-        return [str(number), ran["ended"], *[""] * 10]
+        return [str(number), ran["ended"], *[""] * 13]
     rate = ran["fetched_a_step"] / ran["decode_seconds"]
     return [
         str(number),
@@ -193,6 +213,9 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
         f"{ran['processor_seconds_a_step']:.3f}",
         f"{plan['seconds']:.3f} ({plan['bound']})",
         f"{ran['decode_seconds'] / plan['seconds']:.2f}",
+        f"{ran['decode_seconds'] / bound(plan):.2f}",
+        f"{ran['fetched_a_step'] / plan['fetched']:.3f}",
+        f"{ran['from_the_disk_a_step'] / plan['fetched']:.3f}",
         f"{device['disk_bandwidth'] / 1e9:.2f}",
         f"{device['pack_bandwidth'] / 1e9:.2f}",
         f"{100 * rate / device['disk_bandwidth']:.0f} %",
@@ -203,7 +226,8 @@ def line(number: int, found: dict[str, Any]) -> list[str]:
 
 
 HEADS = (
-    "round", "tokens/s", "s a token", "processor's s", "s by the plan", "measured/plan", "disk GB/s",
+    "round", "tokens/s", "s a token", "processor's s", "s by the plan", "measured/plan", "measured/bound",
+    "bytes/plan", "from the disk/plan", "disk GB/s",
     "packing GB/s",
     "of the disk", "of packing", "peak MiB", "cgroup's MiB",
 )  # fmt: skip
@@ -230,6 +254,7 @@ def main() -> None:
         default=0,
         help="bytes of its cgroup; half of its weights without it",
     )
+    parser.add_argument("--alone", action="store_true", help="nothing beside it in the rounds")
     parser.add_argument("--packing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -255,7 +280,7 @@ def main() -> None:
     same = all(
         ran.get("tokens") == resident.get("tokens")
         for found in rounds
-        for ran in (found["run"], found["beside"]["packing"])
+        for ran in (found["run"], found["beside"].get("packing", found["run"]))
     )
     report(given, size, resident, alone, rounds, same)
 

@@ -41,7 +41,7 @@ from einfold.compiler.memory.tiers import Load, step_of
 from ..report import table
 from .baselines import BASELINES, measured, unplaced
 from .cases import BUDGETS, DEVICES, SHAPES, Case, cut_of, random_case, shaped
-from .exact import bound, cp_sat, fastest
+from .exact import Found, bound, cp_sat, fastest
 from .simulator import of_plan, seconds
 
 #: Baselines that are free of what binds einfold's plans.
@@ -103,12 +103,12 @@ def budgets(case: Case) -> Iterator[tuple[float, int]]:
 
 def rows_of(case: Case, part: float, budget: int, limit: float) -> Iterator[Row]:
     """One case within a budget, on each device."""
-    load = of_mode(case)
-    found = (
-        None if case.routed or not limit else cp_sat(load, budget, case.paged, case.paged, limit)
-    )
+    load, optima = of_mode(case), dict[int | None, Found | None]()
     for name, device in DEVICES.items():
         plan = place(load, budget, device)
+        if plan.beside not in optima and limit and not case.routed:
+            optima[plan.beside] = cp_sat(load, budget, case.paged, case.paged, limit, plan.beside)
+        found = optima.get(plan.beside)
         small = len(plan.pieces) <= SMALL and plan.spill is None
         yield Row(
             case.name,
@@ -118,12 +118,15 @@ def rows_of(case: Case, part: float, budget: int, limit: float) -> Iterator[Row]
             bound(load, budget, device),
             step_of(plan, device).disk,
             None if found is None else seconds(of_plan(found.plan, device), told=20),
-            fastest(load, budget, case.paged, device) if small else None,
+            fastest(load, budget, case.paged, device, plan.beside) if small else None,
             found is not None and found.proved,
             plan.moved,
             None if found is None else found.plan.moved,
             len(plan.spill.layers) if plan.spill is not None else 0,
-            {other: measured(other, load, budget, case.paged, device) for other in BASELINES},
+            {
+                other: measured(other, load, budget, case.paged, device, plan.beside)
+                for other in BASELINES
+            },
         )
 
 

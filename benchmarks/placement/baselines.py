@@ -31,14 +31,18 @@ from .simulator import Access, Read, Window, of_plan, seconds
 Baseline = Callable[[TierPlan, Device], float | None]
 
 
-def unplaced(load: Load, budget: int, paged: bool, spill: Spill | None = None) -> TierPlan:
-    """Nothing pinned, with slots spilled."""
+def unplaced(
+    load: Load, budget: int, paged: bool, spill: Spill | None = None, beside: int | None = None
+) -> TierPlan:
+    """Nothing pinned, with slots spilled, and with so much room beside what runs, unless tokens choose
+    experts."""
     cache = load.fixed.cache - (spill.freed() if spill is not None else 0)
     pieces = load.paged if paged else load.pieces
     fixed = replace(load.fixed, cache=cache)
-    return TierPlan(
+    plan = TierPlan(
         pieces, frozenset(), fixed, budget, paged=paged, skew=load.skew, spill=spill, load=load
     )
+    return replace(plan, beside=beside) if plan.by_units else plan
 
 
 def filled(plan: TierPlan, pinned: set[str]) -> TierPlan | None:
@@ -88,7 +92,7 @@ def _cache(
 ) -> Iterator[list[Access]]:
     """LRU takes in what has run; Belady's does where there is room beside, since nothing is used later."""
     held, window, index = OrderedDict[str, int](), Window(ahead), 0
-    for plain in of_plan(plan, device):
+    for plain in of_plan(plan, device, whole=True):
         step = []
         for access, piece in zip(plain, plan.pieces, strict=True):
             own, others = _split(access, piece)
@@ -97,9 +101,8 @@ def _cache(
                 step.append(Access(_computing(access, piece, plan, device), others))
             else:
                 if own is not None:
-                    size = piece.held if plan.paged else 1
-                    after = window.after(piece.name, size, index)
-                    others = (replace(own, after=after), *others)
+                    reads = _read(own, piece, plan, window, index)
+                    others = (*reads, *others)
                     while not belady and held and sum(held.values()) + piece.held > room:
                         held.popitem(last=False)
                     if sum(held.values()) + piece.held <= room:
@@ -107,6 +110,16 @@ def _cache(
                 step.append(Access(access.seconds, others))
             index += 1
         yield step
+
+
+def _read(own: Read, piece: Piece, plan: TierPlan, window: Window, index: int) -> Iterator[Read]:
+    """A super-op's read once there is room, or in parts."""
+    if plan.by_units:
+        for part, after in window.parts(piece.name, piece.held, index):
+            yield replace(own, seconds=own.seconds * part / piece.held, after=after)
+    else:
+        size = piece.held if plan.paged else 1
+        yield replace(own, after=window.after(piece.name, size, index))
 
 
 def _split(access: Access, piece: Piece) -> tuple[Read | None, tuple[Read, ...]]:
@@ -132,7 +145,7 @@ def _rotating(plan: TierPlan, device: Device) -> float | None:
 def _rotation(plan: TierPlan, device: Device, room: int, kept: int) -> Iterator[list[Access]]:
     """`kept` of those that ran last are not let go where others can be."""
     held, ran, index = dict[str, int](), dict[str, int](), 0
-    for plain in of_plan(plan, device):
+    for plain in of_plan(plan, device, whole=True):
         step = []
         for access, piece in zip(plain, plan.pieces, strict=True):
             own, reads = _split(access, piece)
@@ -161,11 +174,13 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def measured(name: str, load: Load, budget: int, paged: bool, device: Device) -> float | None:
+def measured(
+    name: str, load: Load, budget: int, paged: bool, device: Device, beside: int | None = None
+) -> float | None:
     """Seconds of a step by a baseline, with as little of the cache spilled as it takes; None where that does
     not fit at all."""
     for spill in (None, *sorted(every_spill(load), key=lambda spill: spill.moved)):
-        found = BASELINES[name](unplaced(load, budget, paged, spill), device)
+        found = BASELINES[name](unplaced(load, budget, paged, spill, beside), device)
         if found is not None:
             return found
     return None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from einfold.compiler.codegen.onnx.cut import HALVED, LEAST_HALVED, PADDING, SMALL
 from einfold.compiler.codegen.onnx.cut_model import CutModel
 from einfold.compiler.codegen.onnx.packed_copy import laid_out
 from einfold.compiler.codegen.onnx.process import PROCESS
@@ -18,9 +19,9 @@ from einfold.runtime.memory.pages import UNIT
 
 #: Disks and memories: what is assumed where nothing was measured, and two whose disks are less far behind.
 DEVICES = {
-    "disk 0.5, memory 20 GB/s": Device(),
-    "disk 3, memory 20 GB/s": Device(disk_bandwidth=3e9),
-    "disk 6, memory 10 GB/s": Device(disk_bandwidth=6e9, ram_bandwidth=10e9),
+    "disk 0.5, memory 20 GB/s": Device(source="case"),
+    "disk 3, memory 20 GB/s": Device(disk_bandwidth=3e9, source="case"),
+    "disk 6, memory 10 GB/s": Device(disk_bandwidth=6e9, ram_bandwidth=10e9, source="case"),
 }
 
 #: Where a budget lies between the least that does and all that could be held.
@@ -79,7 +80,7 @@ def shaped(name: str, weights: str, context: int = 0, paged: bool = True) -> Cas
     """A shape in a format, with a cache of float32 for so many tokens that may be spilled, layer by layer."""
     shape = SHAPES[name]
     plain, paged_pieces = list[Piece](), list[Piece]()
-    for op in _super_ops(shape):
+    for op in _super_ops(shape, FORMATS[weights][0]):
         mine = Matrices(op.name, op.every, op.experts, shape.choices, weights)
         plain.append(mine.plain)
         paged_pieces.append(mine.paged)
@@ -102,7 +103,7 @@ class _Op:
     experts: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
-def _super_ops(shape: Shape) -> Iterator[_Op]:
+def _super_ops(shape: Shape, bits: int) -> Iterator[_Op]:
     width = shape.width
     attention = (
         ((shape.queries + 2 * shape.pairs) * shape.head, width),
@@ -110,15 +111,23 @@ def _super_ops(shape: Shape) -> Iterator[_Op]:
     )
     feeding = ((2 * shape.inner, width), (width, shape.inner))
     norms = ((1, width), (1, width))
+    products = (*attention, *feeding)
+    sizes = [rows * columns for rows, columns in products]
+    head, layer_size, first = shape.vocabulary * width, sum(sizes), len(products)
+    most = max((shape.layers * layer_size + head) // HALVED, LEAST_HALVED * 8 // bits)
+    if layer_size > most and not shape.experts:  # as `cut` does, both norms before the second part
+        first = min((2, 3), key=lambda n: max(sum(sizes[:n]), sum(sizes[n:])))
+        layer_size = max(sum(sizes[:first]), sum(sizes[first:]))
     yield _Op("embedding", ())
     for layer in range(shape.layers):
         if not shape.experts:
-            yield _Op(f"layer {layer}", (*attention, *feeding, *norms))
+            yield _Op(f"layer {layer}", (*products[:first], *norms))
+            if products[first:]:
+                yield _Op(f"layer {layer} rest", products[first:])
         else:
             yield _Op(f"layer {layer}", (*attention, *norms, (shape.experts, width)))
             yield _Op(f"layer {layer} experts", (), (feeding,) * shape.experts)
-    layer_size = sum(rows * columns for rows, columns in (*attention, *feeding))
-    parts = -(-shape.vocabulary * width // layer_size)
+    parts = -(-head // layer_size)
     rows = -(-shape.vocabulary // parts // 64) * 64
     for part in range(parts):
         mine = min(rows, shape.vocabulary - part * rows)
@@ -141,15 +150,14 @@ class Matrices:
         ]
         nbytes = sum(sum(sizes) for group in groups for sizes in group)
         held = sum(codes + 3 * scales + zeros for g in groups for codes, scales, zeros in g)
-        layout = laid_out([[n for s in group for n in _packed(*s)] for group in groups])
-        whole = min(-(-nbytes // UNIT) * UNIT, layout.nbytes)
+        layout = laid_out([[n for s in g for n in _packed(*s, weights)] for g in (every, *experts)])
         choice = None
         if experts:
             of_each = sum(sum(sizes) for sizes in groups[1])
             chosen = nbytes - (len(experts) - choices) * of_each
             choice = Choice(chosen * layout.nbytes // nbytes, layout.most(choices))
         self.plain = Piece(name, nbytes, held)
-        self.paged = Piece(name, whole, layout.nbytes, choice)
+        self.paged = Piece(name, layout.nbytes, layout.nbytes, choice)
 
 
 def _sizes(rows: int, columns: int, weights: str) -> tuple[int, int, int]:
@@ -159,9 +167,12 @@ def _sizes(rows: int, columns: int, weights: str) -> tuple[int, int, int]:
     return rows * columns * bits // 8, rows * blocks * scale // 8, -(-blocks * zero // 8) * rows
 
 
-def _packed(codes: int, scales: int, zeros: int) -> list[int]:
-    """As `codegen/onnx/cut.py` counts them: codes with scales and as many sums."""
-    return [size for size in (codes + 2 * scales, zeros) if size]
+def _packed(rows: int, columns: int, weights: str) -> list[int]:
+    """As `codegen/onnx/cut.py` counts them: codes with scales and as many sums, and what is not so small that
+    the saved model holds it."""
+    codes, scales, zeros = _sizes(rows, columns, weights)
+    found = [codes + 2 * scales + PADDING if scales else codes] if rows > 1 else []
+    return found + [size for size in (codes * (rows == 1), zeros) if size >= SMALL]
 
 
 def _cache_bytes(shape: Shape, tokens: int) -> int:

@@ -34,20 +34,28 @@ class Found:
     """Whether none moves fewer bytes."""
 
 
-def cp_sat(load: Load, budget: int, paged: bool, parts: bool, limit: float = 10.0) -> Found | None:
+def cp_sat(
+    load: Load,
+    budget: int,
+    paged: bool,
+    parts: bool,
+    limit: float = 10.0,
+    beside: int | None = None,
+) -> Found | None:
     """The plan of the fewest bytes that CP-SAT finds in so many seconds of one thread; None where it finds
     none. Experts are not placed: what they read is no sum. Raises ImportError without ortools."""
     from ortools.sat.python import cp_model
 
     model = cp_model.CpModel()
-    plan = unplaced(load, budget, paged)
+    plan = unplaced(load, budget, paged, beside=beside)
     unit = load.unit if parts else 1
     coming = [
         _Coming(model, piece, unit if parts else piece.held, paged) for piece in plan.streamed
     ]
     spilled = [model.new_bool_var(f"spill {slots.layer}") for slots in load.slots]
     memory = sum(each.stays for each in coming)
-    memory += _twice_the_largest(model, [(each.window, each.any) for each in coming], AHEAD)
+    windows = [(each.window, each.any) for each in coming]
+    memory += _twice_the_largest(model, windows, AHEAD, plan.beside)
     if not paged:
         largest = model.new_int_var(0, max(each.piece.held for each in coming), "packed")
         for each in coming:
@@ -58,18 +66,24 @@ def cp_sat(load: Load, budget: int, paged: bool, parts: bool, limit: float = 10.
             before = sum(other.stays for other in order[: place + 1])
             loading = before + 2 * each.piece.nbytes + plan.fixed.total
             model.add(loading <= budget).only_enforce_if(~each.any)
+    fixed = plan.fixed.total
     if spilled:
         stages = [
             (slots.stage * used, used) for slots, used in zip(load.slots, spilled, strict=True)
         ]
-        memory += _twice_the_largest(model, stages, STAGES)
-        memory -= sum(
+        fixed += _twice_the_largest(model, stages, STAGES)
+        fixed -= sum(
             (slots.nbytes - slots.tail) * used
             for slots, used in zip(load.slots, spilled, strict=True)
         )
         files = sum(slots.file * used for slots, used in zip(load.slots, spilled, strict=True))
         model.add(files <= min(load.disk, 1 << 60))
-    model.add(memory + plan.fixed.total <= budget)
+    model.add(memory + fixed <= budget)
+    if (
+        paged and spilled
+    ):  # while it is loaded a super-op is there as it lies in the file, and packed
+        loading = max(piece.nbytes + piece.held for piece in plan.pieces)
+        model.add(loading + fixed <= budget)
     reads = sum(each.cost * each.count for each in coming)
     moves = sum((s.nbytes + s.token) * used for s, used in zip(load.slots, spilled, strict=True))
     model.minimize(reads + moves)
@@ -80,7 +94,7 @@ def cp_sat(load: Load, budget: int, paged: bool, parts: bool, limit: float = 10.
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     used = tuple(s for s, var in zip(load.slots, spilled, strict=True) if solver.value(var))
-    found = unplaced(load, budget, paged, Spill(used) if used else None)
+    found = unplaced(load, budget, paged, Spill(used) if used else None, beside)
     kept = {each.piece.name: each.piece.held - solver.value(each.held) for each in coming}
     whole = frozenset(each.piece.name for each in coming if not solver.value(each.any))
     some = {name: size for name, size in kept.items() if size and name not in whole}
@@ -103,8 +117,11 @@ class _Coming:
         self.cost = round(piece.nbytes * unit / piece.held) if count > 1 else piece.nbytes
 
 
-def _twice_the_largest(model: Any, sizes: list[tuple[Any, Any]], most: int) -> Any:
-    """Room for as many of the largest as `most`, or as are used where that is fewer: with one, for it."""
+def _twice_the_largest(
+    model: Any, sizes: list[tuple[Any, Any]], most: int, beside: int | None = None
+) -> Any:
+    """Room for as many of the largest as `most`, or as are used where that is fewer: with one, for it. With
+    `beside` for the largest and so much, where that is less."""
     bound = 1 << 50
     largest = model.new_int_var(0, bound, "largest")
     several = model.new_bool_var("several")
@@ -112,14 +129,21 @@ def _twice_the_largest(model: Any, sizes: list[tuple[Any, Any]], most: int) -> A
     room = model.new_int_var(0, most * bound, "room")
     for size, _ in sizes:
         model.add(largest >= size)
-    model.add(room >= most * largest).only_enforce_if(several)
+    if beside is None:
+        model.add(room >= most * largest).only_enforce_if(several)
+    else:
+        small = model.new_bool_var("small")
+        model.add(room >= most * largest).only_enforce_if(several, small)
+        model.add(room >= largest + beside).only_enforce_if(several, ~small)
     model.add(room >= largest)
     return room
 
 
-def every_whole(load: Load, budget: int, paged: bool) -> Iterator[TierPlan]:
+def every_whole(
+    load: Load, budget: int, paged: bool, beside: int | None = None
+) -> Iterator[TierPlan]:
     """All plans of whole super-ops that fit, with nothing spilled."""
-    plan = unplaced(load, budget, paged)
+    plan = unplaced(load, budget, paged, beside=beside)
     names = [piece.name for piece in plan.streamed]
     for count in range(len(names) + 1):
         for chosen in combinations(names, count):
@@ -128,9 +152,12 @@ def every_whole(load: Load, budget: int, paged: bool) -> Iterator[TierPlan]:
                 yield found
 
 
-def fastest(load: Load, budget: int, paged: bool, device: Device) -> float | None:
+def fastest(
+    load: Load, budget: int, paged: bool, device: Device, beside: int | None = None
+) -> float | None:
     """Seconds of a step by the best plan of whole super-ops, by running all of them."""
-    every = (seconds(of_plan(plan, device), told=8) for plan in every_whole(load, budget, paged))
+    plans = every_whole(load, budget, paged, beside)
+    every = (seconds(of_plan(plan, device), told=8) for plan in plans)
     return min(every, default=None)
 
 

@@ -65,6 +65,21 @@ class Window:
         self._held.append((name, size, index))
         return after
 
+    def parts(self, name: str, size: int, index: int) -> Iterator[tuple[int, int]]:
+        """The same where some of it is taken as soon as there is room for that: parts of the size, each with
+        the access that must have run before."""
+        after, done = -1, 0
+        while any(name == other for other, _, _ in self._held):
+            after = self._held.popleft()[2]
+        while done < size:
+            part = min(self._room - sum(each for _, each, _ in self._held), size) - done
+            if part > 0:
+                yield part, after
+                done += part
+            if done < size:
+                after = self._held.popleft()[2]
+        self._held.append((name, size, index))
+
 
 def seconds(steps: Iterable[list[Access]], before: int = BEFORE, told: int = TOLD) -> float:
     """Seconds of a step, the mean of some in the middle of many."""
@@ -82,8 +97,8 @@ def seconds(steps: Iterable[list[Access]], before: int = BEFORE, told: int = TOL
     return (ends[-1] - ends[before]) / told
 
 
-def of_plan(plan: TierPlan, device: Device) -> Iterator[list[Access]]:
-    """The accesses of a plan, step after step."""
+def of_plan(plan: TierPlan, device: Device, whole: bool = False) -> Iterator[list[Access]]:
+    """The accesses of a plan, step after step; `whole` has each super-op read where there is room for all."""
     computed = sum(piece.computed for piece in plan.pieces)
     pace = step_of(plan, device).compute / computed if computed else 0.0
     names = [piece.name for piece in plan.pieces]
@@ -97,9 +112,13 @@ def of_plan(plan: TierPlan, device: Device) -> Iterator[list[Access]]:
             reads, packing = list[Read](), 0.0
             if piece.name in streamed:
                 size = plan.most(piece) if plan.paged else 1
-                after = weights.after(piece.name, size, index)
-                late = piece.choice is not None
-                reads.append(Read(plan.reads(piece) / device.disk_bandwidth, after, late))
+                total = plan.reads(piece) / device.disk_bandwidth
+                if plan.by_units and not whole:
+                    parts = weights.parts(piece.name, size, index)
+                    reads += [Read(total * part / size, after) for part, after in parts]
+                else:
+                    after = weights.after(piece.name, size, index)
+                    reads.append(Read(total, after, late=piece.choice is not None))
                 packing = 0.0 if plan.paged else piece.nbytes / device.pack_bandwidth
             turn = plan.spill.before(piece.name) if plan.spill is not None else None
             if turn is not None:

@@ -1,12 +1,13 @@
 """How many units of each super-op come in every step, where the other units of it may stay.
 
-    room      | stays of 1 | stays of 2 | stays of 3 | stays of 4 |  what comes, twice the most of one  |
+    room      | stays of 1 | stays of 2 | stays of 3 | stays of 4 |  the most that comes of one | beside |
     comes     |    ####    |    ####    |     ##     |    ####    |  a level, and less where there is less
 
 A step reads every weight once, so of two units it is as good to keep the one as the other, and what counts is
-how many stay. Beside them there is room for AHEAD times the most that comes of one super-op: the one that
-runs and what is read meanwhile. So for a sum of what comes the room is least where as much comes of each.
-Whole super-ops, as a cache of layers would hold them, need room for two of them whatever stays.
+how many stay. Beside them there is room for the most that comes of one super-op, which runs, and for what is
+read meanwhile: some units, or as much again, AHEAD super-ops in all. So for a sum of what comes the room is
+least where as much comes of each. Whole super-ops, as a cache of layers would hold them, need room for two of
+them whatever stays.
 
 Of super-ops that a token reads in part (onnxruntime leaves sums out) a unit costs fewer bytes to bring:
 what costs least comes first, up to the level. For each level that is the best there is (a fractional
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-#: Super-ops that are read ahead of the one that runs.
+#: Super-ops that there is room for, with the one that runs, unless less is planned beside it.
 AHEAD = 2
 
 
@@ -34,20 +35,23 @@ class Units:
     """Bytes that a step of one token reads for a unit that comes, on average."""
 
 
-def come(every: Sequence[Units], room: int, window: int = 0) -> list[int] | None:
+def come(
+    every: Sequence[Units], room: int, window: int = 0, ahead: int = AHEAD
+) -> list[int] | None:
     """Units that come of each super-op in a step, so that it reads the fewest bytes; None where nothing fits.
 
-    `room` are the units that memory holds, with what is read ahead, which has room for `window` units of one
-    super-op at least. The work is that of sorting, and of a pass for each halving of the largest count.
+    `room` are the units that memory holds, with `ahead` times the most that comes of one super-op, or
+    `window` units where that is more. The work is that of sorting, and of a pass for each halving of the
+    largest count.
     """
     order = sorted(every, key=lambda units: units.cost)
     total = sum(units.count for units in every)
-    if total + AHEAD * window <= room:
+    if total + ahead * window <= room:
         return [0] * len(every)
 
     def needed(level: int) -> int:
         """Units that must come for the others to have room beside the window."""
-        return max(total + AHEAD * level - room, 0)
+        return max(total + ahead * level - room, 0)
 
     def lacks(level: int) -> bool:
         """Whether there are not so many below the level."""
@@ -60,7 +64,7 @@ def come(every: Sequence[Units], room: int, window: int = 0) -> list[int] | None
             found, left = found + count * units.cost, left - count
         return found
 
-    top = least_level(every, window)
+    top = least_level(every, window, ahead)
     if lacks(top):
         return None
     most = max((units.count for units in every), default=0)
@@ -71,10 +75,26 @@ def come(every: Sequence[Units], room: int, window: int = 0) -> list[int] | None
     return _at(every, needed(first + best), first + best)
 
 
-def least_level(every: Sequence[Units], window: int = 0) -> int:
-    """The level that takes the least room: above it fewer than three have more."""
+def least_level(every: Sequence[Units], window: int = 0, ahead: int = AHEAD) -> int:
+    """The level that takes the least room: above it no more than `ahead` have more."""
     counts = sorted((units.count for units in every), reverse=True)
-    return max(window, counts[AHEAD] if len(counts) > AHEAD else 0)
+    return max(window, counts[ahead] if len(counts) > ahead else 0)
+
+
+def in_proportion(every: Sequence[Units], room: int, ahead: int = AHEAD) -> list[int] | None:
+    """The same where as large a part comes of each as of the others: for each, reading takes as many times as
+    long as computing, so that little waits where both take about as long."""
+    most = max((units.count for units in every), default=0)
+
+    def counts(level: int) -> list[int]:
+        return [-(-units.count * level // most) for units in every]
+
+    def fits(level: int) -> bool:
+        found = counts(level)
+        return sum(u.count - n for u, n in zip(every, found, strict=True)) + ahead * level <= room
+
+    level = bisect_left(range(most + 1), True, key=fits)
+    return counts(level) if most and level <= most else None
 
 
 def _at(every: Sequence[Units], left: int, level: int) -> list[int]:

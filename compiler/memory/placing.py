@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import ceil, inf
 
 from ...errors import RecipeError
 from ..ir.device import ASSUMED, Device
-from .leveling import AHEAD, Units, come, least_level
+from .leveling import AHEAD, Units, come, in_proportion, least_level
 from .pinning import Kind, Pinned, least, pin
 from .spill import Spill, spills
 from .tiers import Load, Piece, TierPlan, ahead_bytes, step_of
@@ -26,6 +26,12 @@ Spread = Callable[[Sequence[str], int], list[str]]
 
 #: Parts of what every token reads that are left to experts, in trial.
 _PARTS = 8
+
+#: Times the seconds that a super-op computes by the plan for which there is room to read ahead.
+_SURE = 2
+
+#: Units that threads bring at once (READERS of runtime/memory/direct.py): with room for fewer some are idle.
+UNDER_WAY = 3
 
 #: Seconds of a step that are none, as a part of it.
 _EQUAL = 1e-6
@@ -136,6 +142,8 @@ def _offer(best: _Best, load: Load, budget: int) -> None:
     fits = False
     for plan in _with_experts(paged) if load.paged else ():
         fits = _offer_pages(best, plan, load.unit) or fits
+    if load.paged and not fits:
+        fits = _offer_pages(best, _least_beside(paged, load.unit), load.unit)
     if not fits:
         _offer_packed(best, plain)
     elif paged.routed:
@@ -148,11 +156,12 @@ def least_plan(load: Load) -> TierPlan:
     plans = [_pinned(plain, least([_kind(piece) for piece in plain.streamed]), _spread)]
     paged = TierPlan(load.paged, frozenset(), load.fixed, 0, paged=True, skew=load.skew)
     for made in _with_experts(paged) if load.paged else ():
+        made = _least_beside(made, load.unit)
         units = _units(made, load.unit)
         most = max((piece.held for piece in made.routed), default=0)
-        level = least_level(units, -(-most // load.unit))
+        level = least_level(units, -(-most // load.unit), AHEAD if made.beside is None else 1)
         counts = [min(each.count, level) for each in units]
-        plans.append(_leveled(made, counts, load.unit))
+        plans.append(_leveled(made, counts, load.unit, made.beside))
     return replace(min(plans, key=lambda plan: plan.peak), spill=load.spill)
 
 
@@ -194,14 +203,43 @@ def _pinned(plain: TierPlan, kinds: Pinned, spread: Spread) -> TierPlan:
 def _offer_pages(best: _Best, plan: TierPlan, unit: int) -> bool:
     """A plan that says which experts are pinned, with as much of what every token reads as can stay. Gives
     whether one fits."""
-    found = _with_others(plan, unit)
-    if found is None or found.peak > plan.budget:
-        return False
-    if best.offer(_filled(found)) and not plan.routed:
-        alike = _with_others(plan, unit, alike=True)
-        best.offer(found if alike is None else alike)
+    fits = waits = False
+    for beside in dict.fromkeys((plan.beside, _beside(plan, best.device, unit))):
+        found = _with_others(plan, unit, beside=beside)
+        if found is None or found.peak > plan.budget:
+            continue
+        fits = True
+        if best.offer(_filled(found)) and not plan.routed:
+            waits = True
+            for choose in (_alike, in_proportion):
+                other = _with_others(plan, unit, beside=beside, choose=choose)
+                best.offer(found if other is None else other)
+    if waits:
         _offer_whole(best, plan)
-    return True
+    return fits
+
+
+def _alike(every: Sequence[Units], room: int, ahead: int) -> list[int] | None:
+    """What comes where a unit of each is as good as one of any other."""
+    return come([replace(each, cost=1.0) for each in every], room, ahead=ahead)
+
+
+def _beside(plan: TierPlan, device: Device, unit: int) -> int | None:
+    """Bytes that the disk reads while the super-op computes that computes longest, by the plan's numbers and
+    twice, since a busy machine takes longer, and units that are under way: with room for these it need not
+    wait. None where super-ops are not read by units, or the device was not measured: with room for too
+    little steps take longer."""
+    if not plan.by_units or device.source == ASSUMED.source:
+        return None
+    computed = sum(piece.computed for piece in plan.pieces)
+    pace = step_of(plan, device).compute / max(computed, 1)
+    seconds = max((piece.computed for piece in plan.streamed), default=0) * pace
+    return (ceil(_SURE * seconds * device.disk_bandwidth / unit) + UNDER_WAY) * unit
+
+
+def _least_beside(plan: TierPlan, unit: int) -> TierPlan:
+    """The same with as little room as may be for what is read ahead."""
+    return replace(plan, beside=unit) if plan.by_units else plan
 
 
 def _offer_spared(best: _Best, plan: TierPlan, unit: int) -> None:
@@ -223,21 +261,27 @@ def _offer_spared(best: _Best, plan: TierPlan, unit: int) -> None:
 
 
 def _with_others(
-    plan: TierPlan, unit: int, spared: int = 0, alike: bool = False
+    plan: TierPlan,
+    unit: int,
+    spared: int = 0,
+    beside: int | None = None,
+    choose: Callable[[Sequence[Units], int, int], list[int] | None] | None = None,
 ) -> TierPlan | None:
     """What of super-ops that every token reads stays, in all the room that is left, less some units; None
-    where nothing fits. `alike` takes a unit of each for as good as one of any other."""
+    where nothing fits. Of pages so many bytes are read `beside` what runs; `choose` says otherwise what
+    comes."""
     units = _units(plan, unit)
-    if alike:
-        units = [replace(each, cost=1.0) for each in units]
-    pinned = _leveled(plan, [0] * len(units), unit)
-    if not spared and pinned.peak <= plan.budget:
-        return pinned
-    room = (plan.budget - plan.fixed.total - sum(piece.held for piece in plan.kept)) // unit
+    if plan.routed and not spared:
+        pinned = _leveled(plan, [0] * len(units), unit)
+        if pinned.peak <= plan.budget:
+            return pinned
+    room = plan.budget - plan.fixed.total - sum(piece.held for piece in plan.kept)
+    room, ahead = (room - (beside or 0)) // unit, AHEAD if beside is None else 1
     window = -(-max((piece.held for piece in plan.routed), default=0) // unit)
-    needed = sum(each.count for each in units) + AHEAD * window
-    counts = come(units, min(room, needed) - spared, window)
-    return None if counts is None else _leveled(plan, counts, unit)
+    needed = sum(each.count for each in units) + ahead * window
+    room = min(room, needed) - spared
+    counts = choose(units, room, ahead) if choose is not None else come(units, room, window, ahead)
+    return None if counts is None else _leveled(plan, counts, unit, beside)
 
 
 def _with_experts(plan: TierPlan) -> Iterator[TierPlan]:
@@ -285,7 +329,9 @@ def _units(plan: TierPlan, unit: int) -> list[Units]:
     ]
 
 
-def _leveled(plan: TierPlan, counts: Sequence[int], unit: int) -> TierPlan:
+def _leveled(
+    plan: TierPlan, counts: Sequence[int], unit: int, beside: int | None = None
+) -> TierPlan:
     """The same where so many units of each of these come in every step, and the others stay."""
     pinned, parts = set(plan.pinned), dict[str, int]()
     pieces = [piece for piece in plan.streamed if piece.choice is None]
@@ -294,7 +340,7 @@ def _leveled(plan: TierPlan, counts: Sequence[int], unit: int) -> TierPlan:
             pinned.add(piece.name)
         elif count < units.count:
             parts[piece.name] = (units.count - count) * unit
-    return replace(plan, pinned=frozenset(pinned), parts=parts)
+    return replace(plan, pinned=frozenset(pinned), parts=parts, beside=beside)
 
 
 def _filled(plan: TierPlan) -> TierPlan:

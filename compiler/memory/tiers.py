@@ -148,6 +148,9 @@ class TierPlan:
     parts: Mapping[str, int] = field(default_factory=dict)
     """Of super-ops whose other pages are streamed the bytes that stay, by name."""
     skew: Skew = Skew()
+    beside: int | None = None
+    """Of pages the bytes that are read ahead beside the super-op of which most comes, where that is less than
+    as much again."""
     spill: Spill | None = None
     """Layers whose slots of the cache lie in a file between their turns; None where all are in memory."""
     load: Load | None = None
@@ -222,7 +225,7 @@ class TierPlan:
     @cached_property
     def buffers(self) -> int:
         """Bytes of the buffers that are read into, or of the pages that are read ahead."""
-        return ahead_bytes(self.comes(p) if self.paged else p.nbytes for p in self.streamed)
+        return self._ahead(self.comes(p) if self.paged else p.nbytes for p in self.streamed)
 
     @cached_property
     def ahead(self) -> int:
@@ -231,8 +234,22 @@ class TierPlan:
         most = max((self.most(piece) for piece in self.streamed), default=0)
         grows = max((self.comes(piece) - self.most(piece) for piece in self.streamed), default=0)
         experts = max((self.most(piece) for piece in self.routed), default=0)
-        ahead = ahead_bytes(self.comes(piece) for piece in self.streamed if piece.choice is None)
+        ahead = self._ahead(self.comes(piece) for piece in self.streamed if piece.choice is None)
         return max(min(ahead + experts, self.buffers - grows), most)
+
+    def _ahead(self, sizes: Iterable[int]) -> int:
+        """Bytes of what runs and what is read meanwhile."""
+        every = list(sizes)
+        whole = ahead_bytes(every)
+        if self.beside is None:
+            return whole
+        return min(whole, max(every, default=0) + self.beside)
+
+    @property
+    def by_units(self) -> bool:
+        """Whether a super-op begins to be read as soon as there is room for a unit of it: with experts, which
+        are read when they are chosen, each is read where there is room for all."""
+        return self.paged and not self.routed
 
     @property
     def experts(self) -> int:

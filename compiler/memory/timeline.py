@@ -12,7 +12,7 @@ have stages of their own. Waits come of the order and of the room alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir.device import Device
 from ..ir.kv.spill import STAGES
@@ -136,6 +136,8 @@ class _Runs:
 
     def _read(self, index: int, piece: Piece) -> float:
         """Reads a super-op as soon as the disk is free and there is room; gives when it is there."""
+        if self._plan.by_units:
+            return self._read_by_units(index, piece)
         free = self.reads[-1].end if self.reads else 0.0
         blocker = self._blocker(len(self._ends))
         start = max(free, self._ends[blocker] if blocker >= 0 else 0.0)
@@ -144,6 +146,41 @@ class _Runs:
         end = start + self._plan.reads(piece) / self._device.disk_bandwidth
         self.reads.append(Bar("read", piece.name, start, end, index))
         return end
+
+    def _read_by_units(self, index: int, piece: Piece) -> float:
+        """The same where a part of it is read as soon as there is room for that; none of it before what there
+        was of it in the step before has run."""
+        number, room = len(self._ends), self._plan.ahead
+        comes, reads = self._plan.comes(piece), self._plan.reads(piece)
+        held = [self._comes_of(n) for n in range(max(0, number - len(self._streamed) + 1), number)]
+        first = number - len(held)
+        now = max(self._end_of(first - 1), self.reads[-1].end if self.reads else 0.0)
+        done, free = 0, room - sum(held)
+        for each in [*held, 0]:
+            part = min(free, comes) - done
+            if part > 0:
+                now = max(now, self._end_of(first - 1))
+                end = now + reads * part / comes / self._device.disk_bandwidth
+                self._bar(Bar("read", piece.name, now, end, index))
+                now, done = end, done + part
+            first, free = first + 1, free + each
+        return now
+
+    def _bar(self, bar: Bar) -> None:
+        """What the disk does, as one bar where it does not pause."""
+        last = self.reads[-1] if self.reads else None
+        if last is not None and (last.name, last.end) == (bar.name, bar.start):
+            self.reads[-1] = replace(last, end=bar.end)
+        else:
+            self.reads.append(bar)
+
+    def _comes_of(self, number: int) -> int:
+        """Bytes that come with a streamed super-op, counted over all steps."""
+        return self._plan.comes(self._streamed[number % len(self._streamed)])
+
+    def _end_of(self, number: int) -> float:
+        """When it has run; 0 before the first."""
+        return self._ends[number] if number >= 0 else 0.0
 
     def _blocker(self, number: int) -> int:
         """Which of the streamed super-ops, counted over all steps, must have run before this one is read;

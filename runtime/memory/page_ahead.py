@@ -4,12 +4,14 @@
     caller             | with 3 .. | with 5 .. | with 6 .. | with 3 ..
 
 Items are stretches of a file (pages.py), used in an order that never changes. Which of an item's units are
-read depends on the kind of the step, and is learned: the first time of a kind all are brought, from then on
-those that were touched. What is brought and not yet let go stays within a window of bytes.
+read depends on the kind of the step, and is learned: the first time of a kind all that are likely to be are
+brought, from then on those that were touched. What is brought and not yet let go stays within a window of
+bytes: an item begins to come as soon as there is room for a unit of it.
 
-Of items that are routed the caller says what its tokens chose; what is not there is brought then. Units that
-an eviction policy takes for likely stay when the others are let go (experts.py), in what the window leaves of
-all the room: it is smaller in a step of one token, which reads few experts of a layer, than in one of many.
+Of items that are routed the caller says what its tokens chose; what is not there is brought then, and where
+there are such an item comes once there is room for all of it. Units that an eviction policy takes for likely
+stay when the others are let go (experts.py), in what the window leaves of all the room: it is smaller in a
+step of one token, which reads few experts of a layer, than in one of many.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class _Begun:
     """An item whose units come or have come."""
 
     units: set[int]
-    """Units that were asked for; others of it may be there because they stayed."""
+    """Units that are asked for; others of it may be there because they stayed."""
     there: set[int] = field(default_factory=set)
     """Those of them that were brought, or could not be."""
 
@@ -58,12 +60,14 @@ class PageAhead:
         window: tuple[int, int],
         routed: Mapping[int, Routed] | None = None,
         room: int = 0,
+        first: Sequence[int] | None = None,
         threads: int = READERS,
         policy: Callable[[int], Frequent | Recent] = Frequent,
     ) -> None:
         """`window` are the bytes that are brought and not let go, and those of them in a step of one token,
         which leave room for one item of many; with `room` beside them, what stays of the `routed` items, by
-        their index, takes the rest."""
+        their index, takes the rest. Of each item so many bytes come `first`, until it is known which are
+        read; without it all."""
         self.file = file
         self.counts = Counts()
         self.kind: object = None
@@ -71,6 +75,11 @@ class PageAhead:
         self._items = list(items)
         self._all = [
             tuple(range(s.offset // UNIT, -(-(s.offset + s.length) // UNIT))) for s in items
+        ]
+        ends = [s.offset + n for s, n in zip(items, first, strict=True)] if first else None
+        self._first = [
+            units if ends is None else tuple(unit for unit in units if unit * UNIT < ends[n])
+            for n, units in enumerate(self._all)
         ]
         self._routed = dict(routed or {})
         self._of_one = dict(self._routed)
@@ -80,8 +89,10 @@ class PageAhead:
         most = [
             self._routed[n].most if n in self._routed else len(u) for n, u in enumerate(self._all)
         ]
-        self._many = max(window[0] // UNIT, *(len(units) for units in self._all))
-        self._few = max(window[1] // UNIT, *most)
+        self._many, self._few = (nbytes // UNIT for nbytes in window)
+        if self._routed:
+            self._many = max(self._many, *(len(units) for units in self._all))
+            self._few = max(self._few, *most)
         self._total = self._many + room // UNIT
         self._tokens = 0
         """Of the step that runs, or comes; 0 where that is not known yet, and may be many."""
@@ -107,8 +118,10 @@ class PageAhead:
 
     @property
     def units(self) -> int:
-        """Units that were brought, or are being brought, and not let go."""
-        return sum(len(begun.units) for begun in self._begun.values())
+        """Units that were brought, or are being brought, and not let go; where items are routed with those
+        that are to come of what was begun."""
+        begun = sum(len(begun.units) for begun in self._begun.values())
+        return begun if self._routed else begun - len(self._todo)
 
     @property
     def staying(self) -> int:
@@ -139,6 +152,8 @@ class PageAhead:
         try:
             yield
             self._learn(index, chosen)
+            if chosen is None:
+                self._correct(number, index)
         finally:
             self._let_go(number + 1)
 
@@ -170,6 +185,17 @@ class PageAhead:
             every = tuple(unit for unit in known[index].always if unit in found)
             known[index] = replace(known[index], always=every, experts=experts)
             self._found |= {(index, expert) for expert in new}
+
+    def _correct(self, number: int, index: int) -> None:
+        """Has those units come too that the run found missing and read itself, one by one."""
+        with self._changed:
+            begun = self._begun.get(number) or _Begun(set())
+            left = [unit for unit in self._all[index] if unit not in begun.units]
+        missed = self.file.resident(left)
+        if missed:
+            self.file.bytes_read += len(missed) * UNIT
+            known = {*self._learned[self.kind, index], *missed}
+            self._learned[self.kind, index] = tuple(sorted(known))
 
     def _known(self) -> dict[int, Routed]:
         """What routed items read in a step as it runs."""
@@ -293,11 +319,16 @@ class PageAhead:
         """The next unit to bring, with the number of its item, once there is room; None at the end."""
         with self._changed:
             while not self._closed:
-                if self._todo:
-                    return self._todo.pop(0)
-                units = self._coming(self._next)
                 window = self._few if self._tokens == 1 else self._many
-                room = self.units == 0 or self.units + len(units or ()) <= window
+                # What the caller waits for comes in any case: of steps that were not seen yet it may be more.
+                room = self.units < window
+                if self._todo and (room or self._routed or self._todo[0][0] == self._done):
+                    return self._todo.pop(0)
+                units = None if self._todo else self._coming(self._next)
+                if self._routed:
+                    room = self.units == 0 or self.units + len(units or ()) <= window
+                else:
+                    room = room or self._next == self._done
                 if units is not None and room and self._next < self._done + len(self._items):
                     self._begun[self._next] = _Begun(set(units))
                     self._todo = [(self._next, unit) for unit in units]
@@ -312,7 +343,7 @@ class PageAhead:
         index = number % len(self._items)
         every, routed = self._all[index], self._routed.get(index)
         if routed is None:
-            return list(self._learned.get((self.kind, index), every))
+            return list(self._learned.get((self.kind, index), self._first[index]))
         asked: Iterable[int] | None = self._chosen.get(number)
         if asked is None and self._tokens * routed.choices >= 2 * len(routed.experts):
             asked = every  # of many tokens some will choose each

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -163,6 +164,20 @@ class PagedFile:
                 found[first : first + len(entries)] |= (entries >> np.uint64(63)).astype(bool)
         return tuple(start // UNIT + unit for unit in _units_read(found))
 
+    def resident(self, units: Iterable[int]) -> tuple[int, ...]:
+        """Those of them that are in memory, whoever read them, wholly or in part."""
+        found = []
+        for unit in units:
+            start = unit * UNIT
+            length = min(UNIT, self.size - start)
+            pages = np.zeros(-(-length // PAGE), np.uint8)
+            self._call(
+                "mincore", self._own.address + start, length, ctypes.c_void_p(pages.ctypes.data)
+            )
+            if (pages & 1).any():
+                found.append(unit)
+        return tuple(found)
+
     def check(self) -> None:
         """Raises ArtifactError where the file was written to, or cut short, after it was opened."""
         if self._state() != self._found:
@@ -201,8 +216,12 @@ class PagedFile:
         return found
 
     def _advise(self, part: Mapped, advice: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.madvise(ctypes.c_void_p(part.address), ctypes.c_size_t(part.length), advice):
+        self._call("madvise", part.address, part.length, advice)
+
+    def _call(self, name: str, address: int, length: int, last: Any) -> None:
+        """A function of the C library about a stretch of addresses; raises OSError where it fails."""
+        call = getattr(ctypes.CDLL(None, use_errno=True), name)
+        if call(ctypes.c_void_p(address), ctypes.c_size_t(length), last):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +16,7 @@ import numpy as np
 from ...errors import DiskError, disk_error
 from .direct import PIECE, READERS, DirectFile, aligned
 from .filesystem import held_in_memory
+from .pages import UNIT
 
 #: Bytes that are read of memory by each thread, larger than the caches of processors.
 _RAM = 128 << 20
@@ -70,19 +72,24 @@ def disk_bandwidth(folder: Path) -> tuple[float, bool]:
 def file_bandwidth(path: Path) -> tuple[float, bool]:
     """Bytes a second of reading a file past the page cache, its first gigabyte at most; whether directly.
 
-    By as many threads as bring the pages of streamed weights: one alone leaves many disks half idle.
+    By as many threads as bring the pages of streamed weights, in the same units, each the next: one alone
+    leaves many disks half idle, and larger pieces some.
     """
     file = DirectFile(path)
-    size = min(file.size, 1 << 30) // PIECE * PIECE
-    buffers = [aligned(PIECE) for _ in range(READERS)]
+    size = min(file.size, 1 << 30) // UNIT * UNIT
+    free = [aligned(UNIT) for _ in range(READERS)]
 
-    def read(thread: int) -> None:
-        for place in range(thread * PIECE, size, READERS * PIECE):
-            file.read(place, PIECE, buffers[thread])
+    def read(place: int) -> None:
+        buffer = free.pop()
+        file.read(place, UNIT, buffer)
+        free.append(buffer)
+
+    def read_all() -> None:
+        deque(pool.map(read, range(0, size, UNIT)), maxlen=0)
 
     try:
         with ThreadPoolExecutor(READERS) as pool:
-            return size / _middle(lambda: list(pool.map(read, range(READERS))), 3), file.direct
+            return size / _middle(read_all, 3), file.direct
     finally:
         file.close()
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import einfold
+from benchmarks.placement import cases
 from benchmarks.placement.__main__ import budgets, of_mode
 from benchmarks.placement.baselines import BASELINES, measured
 from benchmarks.placement.cases import (
@@ -26,6 +27,7 @@ from benchmarks.placement.cases import (
 )
 from benchmarks.placement.exact import bound, cp_sat, fastest
 from benchmarks.placement.simulator import Access, Read, Window, of_plan, seconds
+from einfold.compiler.codegen.onnx import cut
 from einfold.compiler.ir.device import Device
 from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.timeline import timeline_of
@@ -82,10 +84,11 @@ def test_einfold_is_never_behind_a_baseline_with_its_constraints(
 ) -> None:
     case, budget = drawn(seed, part)
     load, device = of_mode(case), DEVICES[name]
-    own = seconds(of_plan(place(load, budget, device), device))
+    plan = place(load, budget, device)
+    own = seconds(of_plan(plan, device))
     assert own >= bound(load, budget, device) * (1 - 1e-6)
     for other in BASELINES:
-        found = measured(other, load, budget, case.paged, device)
+        found = measured(other, load, budget, case.paged, device, plan.beside)
         if other != "rotating" and found is not None:
             assert own <= found * 1.001, other
 
@@ -97,8 +100,9 @@ def test_small_cases_are_within_an_eighth_of_the_fastest_plan_of_whole_super_ops
     for (_, budget), device in zip(
         budgets(case), (*DEVICES.values(), *DEVICES.values()), strict=False
     ):
-        whole = fastest(of_mode(case), budget, case.paged, device)
-        own = seconds(of_plan(place(of_mode(case), budget, device), device))
+        plan = place(of_mode(case), budget, device)
+        whole = fastest(of_mode(case), budget, case.paged, device, plan.beside)
+        own = seconds(of_plan(plan, device))
         assert whole is not None
         assert own <= whole * 1.125
 
@@ -108,13 +112,13 @@ def test_small_cases_are_within_an_eighth_of_the_fastest_plan_of_whole_super_ops
 def test_einfold_moves_as_few_bytes_as_the_optimum(seed: int) -> None:
     """By CP-SAT, of parts where there are pages; a byte for each super-op is lost to rounding."""
     pytest.importorskip("ortools")
-    slow = Device(disk_bandwidth=1e6)  # the disk alone tells
+    slow = Device(disk_bandwidth=1e6, source="case")  # the disk alone tells
     for part in range(5):
         case, budget = drawn(seed, part)
         plan = place(of_mode(case), budget, slow)
         if case.routed:
             continue  # what experts read is no sum
-        found = cp_sat(of_mode(case), budget, case.paged, case.paged, limit=20)
+        found = cp_sat(of_mode(case), budget, case.paged, case.paged, 20, plan.beside)
         assert found is not None
         if found.proved:
             assert plan.moved <= found.plan.moved + len(plan.pieces)
@@ -132,11 +136,14 @@ def test_the_bound_is_what_memory_has_no_room_for() -> None:
     assert bound(load, budget, quick) == pytest.approx(weights / slow.ram_bandwidth, rel=0.01)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int4"])
+@pytest.mark.parametrize(("weights", "halved"), [("fp32", False), ("int4", True)])
 def test_layouts_of_shapes_are_those_of_real_cuts(
-    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, halved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers, to the byte; an embedding and a head that are turned have a few numbers more."""
+    if halved:
+        monkeypatch.setattr(cut, "LEAST_HALVED", 0)
+        monkeypatch.setattr(cases, "LEAST_HALVED", 0)
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path))
     monkeypatch.setitem(SHAPES, "tiny", Shape(2, 128, 256, 4, 2, 32, 128))
     sizes = {"hidden_size": 128, "intermediate_size": 256}

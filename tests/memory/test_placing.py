@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.device import Device
 from einfold.compiler.memory import placing
-from einfold.compiler.memory.leveling import AHEAD, Units, come, least_level
+from einfold.compiler.memory.leveling import AHEAD, Units, come, in_proportion, least_level
 from einfold.compiler.memory.pinning import Kind, least, needed, pin
 from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.spill import Slots
 from einfold.compiler.memory.tiers import Choice, Fixed, Load, Piece, TierPlan
 from einfold.errors import RecipeError
+from einfold.runtime.memory.direct import READERS
 
 FIXED = Fixed(process=100, cache=20, activations=5)
 
@@ -26,19 +27,23 @@ UNITS = st.lists(
 )
 
 
-def every_way(units: list[Units], room: int, window: int) -> list[tuple[float, tuple[int, ...]]]:
+def every_way(
+    units: list[Units], room: int, window: int, ahead: int
+) -> list[tuple[float, tuple[int, ...]]]:
     """Bytes and counts of all ways that fit."""
     total = sum(each.count for each in units)
     return [
         (sum(each.cost * n for each, n in zip(units, counts, strict=True)), counts)
         for counts in product(*(range(each.count + 1) for each in units))
-        if total - sum(counts) + AHEAD * max(*counts, window) <= room
+        if total - sum(counts) + ahead * max(*counts, window) <= room
     ]
 
 
-@given(UNITS, st.integers(0, 24), st.integers(0, 4))
-def test_what_comes_reads_the_fewest_bytes(units: list[Units], room: int, window: int) -> None:
-    ways, counts = every_way(units, room, window), come(units, room, window)
+@given(UNITS, st.integers(0, 24), st.integers(0, 4), st.integers(1, AHEAD))
+def test_what_comes_reads_the_fewest_bytes(
+    units: list[Units], room: int, window: int, ahead: int
+) -> None:
+    ways, counts = every_way(units, room, window, ahead), come(units, room, window, ahead)
     if counts is None:
         assert not ways
     else:
@@ -47,12 +52,30 @@ def test_what_comes_reads_the_fewest_bytes(units: list[Units], room: int, window
         assert found == pytest.approx(min(cost for cost, _ in ways))
 
 
-@given(UNITS, st.integers(0, 4))
-def test_the_least_level_takes_the_least_room(units: list[Units], window: int) -> None:
-    def room(level: int) -> int:
-        return sum(max(each.count - level, 0) for each in units) + AHEAD * level
+def test_there_is_room_for_a_unit_of_each_thread_that_reads() -> None:
+    assert placing.UNDER_WAY == READERS
 
-    level = least_level(units, window)
+
+@given(UNITS, st.integers(0, 24), st.integers(1, AHEAD))
+def test_what_comes_in_proportion_is_as_little_as_fits(
+    units: list[Units], room: int, ahead: int
+) -> None:
+    total, most = sum(each.count for each in units), max(each.count for each in units)
+    fitting = [
+        counts
+        for level in range(most + 1)
+        for counts in [[-(-each.count * level // most) for each in units]]
+        if total - sum(counts) + ahead * max(counts) <= room
+    ]
+    assert in_proportion(units, room, ahead) == min(fitting, key=sum, default=None)
+
+
+@given(UNITS, st.integers(0, 4), st.integers(1, AHEAD))
+def test_the_least_level_takes_the_least_room(units: list[Units], window: int, ahead: int) -> None:
+    def room(level: int) -> int:
+        return sum(max(each.count - level, 0) for each in units) + ahead * level
+
+    level = least_level(units, window, ahead)
     assert level >= window
     assert room(level) == min(room(other) for other in range(window, 6))
 
@@ -94,7 +117,10 @@ PIECES = st.lists(
     st.tuples(st.integers(1, 12), st.sampled_from([0.6, 0.8, 1.0])), min_size=1, max_size=6
 )
 DEVICES = st.sampled_from(
-    [Device(ram_bandwidth=ram, disk_bandwidth=1.0, pack_bandwidth=2.0) for ram in (1.0, 3.0, 40.0)]
+    [
+        Device(ram_bandwidth=ram, disk_bandwidth=1.0, pack_bandwidth=2.0, source="measured")
+        for ram in (1.0, 3.0, 40.0)
+    ]
 )
 
 
@@ -125,7 +151,7 @@ def test_where_the_disk_binds_no_plan_of_whole_super_ops_reads_less(
     load = paged(sizes)
     plans = every_whole(load)
     budget = min(plan.peak for plan in plans) + more
-    plan = place(load, budget, Device(ram_bandwidth=1e9, disk_bandwidth=1.0))
+    plan = place(load, budget, Device(ram_bandwidth=1e9, disk_bandwidth=1.0, source="measured"))
     assert plan.peak <= budget
     assert all(stays % 10 == 0 for stays in plan.parts.values())
     if plan.paged:

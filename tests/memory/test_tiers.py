@@ -73,6 +73,14 @@ def test_pages_come_before_packing_where_something_is_streamed() -> None:
     plan = place(paged, 125 + 12 + AHEAD * 12)
     # Of each half stays, so that what is read ahead are two halves.
     assert (plan.paged, set(plan.parts.values()), plan.buffers, plan.peak) == (True, {6}, 12, 161)
+    # Where the device was measured: what is left of one, a byte that is read in time and three under way.
+    plan = place(paged, 125 + 12 + AHEAD * 12, Device(source="measured"))
+    assert (set(plan.parts.values()), plan.beside, plan.buffers) == ({6, 7}, 4, 10)
+    assert plan.peak == 161
+    # Where computing takes as long there is room for as much again.
+    slow = Device(ram_bandwidth=1e9, disk_bandwidth=1e9, source="measured")
+    plan = place(paged, 125 + 12 + AHEAD * 12, slow)
+    assert (set(plan.parts.values()), plan.beside, plan.buffers) == ({6}, None, 12)
     device = Device(ram_bandwidth=1e3, disk_bandwidth=10, pack_bandwidth=5)
     assert (step_of(plan, device).disk, step_of(plan, device).packing) == (2.0, 0.0)
     assert step_of(place(found, 210), device).packing > 0

@@ -117,6 +117,22 @@ def test_what_is_read_ahead_keeps_to_its_room() -> None:
     assert read["layer 5"].start == pytest.approx(ran["layer 3"].end)
 
 
+@pytest.mark.parametrize(
+    ("beside", "ram", "seconds"), [(1, 10, 40), (1, 5, 44), (2, 5, 40), (None, 1.1, 40), (4, 2, 44)]
+)
+def test_with_room_for_what_is_read_beside_a_run_the_disk_need_not_wait(
+    beside: int | None, ram: float, seconds: float
+) -> None:
+    """A super-op of ten is read in ten seconds, and another's begins while it computes, for as many bytes as
+    there is room for."""
+    found = replace(plan(10, 10, 10, 10), beside=beside)
+    assert found.buffers == found.ahead == 10 + min(10, 10 if beside is None else beside)
+    device = replace(DEVICE, ram_bandwidth=ram)
+    timeline = timeline_of(found, device)
+    assert timeline.seconds == pytest.approx(seconds)
+    assert timeline.disk_waits == pytest.approx(seconds - 40)
+
+
 def test_a_picture_has_a_box_for_all_that_is_done_and_waited_for() -> None:
     timeline = Timeline(
         4.0,

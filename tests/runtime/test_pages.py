@@ -157,6 +157,23 @@ def test_items_are_there_in_their_turn_and_the_window_holds(file: Path) -> None:
         assert ahead.counts.items >= 9
 
 
+def test_an_item_begins_to_come_where_there_is_room_for_a_part_of_it(file: Path) -> None:
+    """And the rest of it once what ran is let go; what the caller waits for comes whatever room there is."""
+    with walking(file, 2 * UNIT) as (pages, ahead):
+        pages.look()
+        with ahead.item(0):
+            assert ahead.units == 2
+        with ahead.item(1):
+            until(lambda: ahead._begun[2].there == {3})
+            assert (ahead._begun[2].units, ahead.units) == ({3, 4}, 2)
+        with ahead.item(2):
+            assert ahead._begun[2].there == {3, 4}
+    with walking(file, UNIT) as (pages, ahead):
+        for index in range(len(ITEMS)):
+            with ahead.item(index):
+                assert not ahead._begun[index].left
+
+
 def test_what_nobody_touches_is_not_brought_again(file: Path) -> None:
     with walking(file, 3 * UNIT) as (pages, ahead):
         for _ in range(3):
@@ -180,6 +197,52 @@ def test_a_kind_of_step_brings_what_it_touched_before(file: Path) -> None:
             read.append(pages.bytes_read)
         assert read[2] - read[1] == 3 * UNIT
         assert read[0] > 5 * UNIT
+
+
+def test_what_a_run_found_missing_and_read_itself_comes_from_then_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a few pages behind the edge of a unit were taken for mapped beside a fault before it."""
+    with walking(file, 2 * UNIT) as (pages, ahead), theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        until(lambda: ahead.units == 2 and not ahead._begun[0].left)
+        brought, bring = [0, 1], pages.bring
+        monkeypatch.setattr(pages, "bring", lambda unit: (brought.append(unit), bring(unit)))
+        ahead._learned[None, 0] = (0,)
+        for units in ({0, 1}, {0}, {0, 1}):
+            for index in range(len(ITEMS)):
+                with ahead.item(index):
+                    if not index:
+                        assert ahead._begun[ahead._done].units == units
+                        assert mapped[: UNIT // 4096 + 2, 0].sum() > 0
+        until(lambda: ahead.units == 2 and not any(b.left for b in ahead._begun.values()))
+        assert pages.bytes_read // UNIT == len(brought) + 1
+        assert ahead._learned[None, 0] == (0, 1)
+
+
+def test_what_is_not_likely_to_be_read_comes_where_it_was(file: Path) -> None:
+    pages = PagedFile(file)
+    pages.let_go(0, pages.size)
+    ahead = PageAhead(pages, ITEMS, (2 * UNIT, 2 * UNIT), first=[UNIT, UNIT, 9])
+    each = UNIT // 4096
+    with theirs(file) as mapped:
+        pages.look([(0, pages.size)])
+        for units in ([{0}, {2}, {3}], [{0}, {2}, {3, 4}]):
+            for index, (first, last) in enumerate(((0, 1), (2, 3), (3, 5))):
+                with ahead.item(index):
+                    assert ahead._begun[ahead._done].units == units[index]
+                    assert mapped[first * each : last * each, 0].sum() > 0
+    ahead.close()
+
+
+def test_units_in_memory_are_told(file: Path) -> None:
+    pages = PagedFile(file)
+    pages.let_go(0, pages.size)
+    assert pages.resident(range(5)) == ()
+    pages.bring(3)
+    assert pages.resident(range(5)) == (3,)
+    pages.let_go(0, pages.size)
+    pages.close()
 
 
 def test_of_routed_items_what_the_policy_takes_for_likely_stays(file: Path) -> None:
@@ -242,6 +305,9 @@ class Counted:
     def let_go(self, start: int, end: int) -> None:
         with self._lock:
             self.there -= {*range(start // UNIT, end // UNIT)}
+
+    def resident(self, units: list[int]) -> tuple[int, ...]:
+        return tuple(unit for unit in units if unit in self.there)
 
     def unmap(self, start: int, end: int) -> None: ...
 

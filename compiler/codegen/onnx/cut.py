@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from .routing import Routing, beginnings, choices_of, routing_of
@@ -37,9 +38,18 @@ _ROWS = {"Gather": 1, "GatherBlockQuantized": 1, "GroupQueryAttention": 5, "Rota
 #: What onnxruntime 1.31 packs: codes once, scales as they are, in its order, and as sums.
 _PACKED = "MatMulNBits"
 
+#: Products whose weight, their second input, it packs as it is.
+_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
+
+#: Bytes that it adds to what it packed of one weight, so that codes, sums and scales begin at 64 each.
+PADDING = 2 * 63
+
+#: Bytes below which a tensor that was not packed lies in the saved model, and in memory.
+SMALL = 64 << 10
+
 #: Operators that hold a weight once. What goes through others first is charged as unpacked to float32.
 _PLAIN = (
-    *("MatMul", "Gemm", "FusedMatMul", "Add", "Sub", "Mul", "Div", "Conv", "BiasGelu", "FastGelu"),
+    *(*_PRODUCTS, "Add", "Sub", "Mul", "Div", "Conv", "BiasGelu", "FastGelu"),
     *(
         "LayerNormalization",
         "RMSNormalization",
@@ -61,6 +71,12 @@ _PLAIN = (
 #: How super-ops of layers are called, what stands behind where they are its experts, and what stands before
 #: the number of a part of a product.
 _OF_LAYER, _EXPERTS, _PART = "layer ", " experts", " part "
+
+_REST, _WHOLE = " rest", re.compile(f"{_OF_LAYER}[0-9]+")
+
+#: Layers with more than this part of all weights, and so many bytes, are taken apart in two. There is room
+#: for the largest super-op and for what is read beside it, which so is less than a twentieth of all.
+HALVED, LEAST_HALVED = 25, 4 << 20
 
 #: Experts that run together are at most this part of all weights, or so many bytes: what a prompt reads ahead
 #: and what is loaded at once are multiples of that.
@@ -127,7 +143,7 @@ def cut(model: Any) -> list[SuperOp]:
     graph = model.graph
     extents = {t.name: _extent(t) for t in graph.initializer if t.external_data}
     constants = {t.name: t for t in graph.initializer if not t.external_data}
-    runs = _runs(graph.node, extents, constants)
+    runs = list(_halved(_runs(graph.node, extents, constants), extents, constants))
     choices = choices_of(graph.node, constants)
     read_by = [_reads(nodes) for _, nodes in runs]
     made: dict[str, int] = {}
@@ -313,6 +329,28 @@ def _runs(
     return [(name, found) for name, found in runs if found]
 
 
+def _halved(
+    runs: Sequence[tuple[str, list[Any]]], extents: dict[str, Extent], constants: dict[str, Any]
+) -> Iterator[tuple[str, list[Any]]]:
+    """The same with large layers in two, before the node that leaves the larger part smallest."""
+    tables = [_tables(nodes, extents, constants) for _, nodes in runs]
+    found = [
+        {n: extents[n].length for n in _reads(nodes) if n in extents and n not in rows}
+        for (_, nodes), rows in zip(runs, tables, strict=True)
+    ]
+    total = sum({name: size for sizes in found for name, size in sizes.items()}.values())
+    for (name, nodes), sizes in zip(runs, found, strict=True):
+        best, whole = 0, sum(sizes.values())
+        if _WHOLE.fullmatch(name) and whole > max(total // HALVED, LEAST_HALVED):
+            each = [sum(sizes.get(n, 0) for n in node.input) for node in nodes]
+            before = list(accumulate(each, initial=0))
+            places = [n for n, size in enumerate(each) if size]
+            best = min(places, key=lambda n: max(before[n], whole - before[n]))
+        if best:
+            yield name, nodes[:best]
+        yield f"{name}{_REST}" if best else name, nodes[best:]
+
+
 def _layer_of(node: Any, extents: dict[str, Extent]) -> int | None:
     numbers = [
         int(found.group(1))
@@ -402,7 +440,8 @@ def _held(extent: Extent, nodes: Sequence[Any]) -> int:
 def _packed(
     weights: Sequence[Extent], nodes: Sequence[Any], routing: Routing | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Bytes of weights that onnxruntime packs: codes with scales and as many sums."""
+    """Bytes of weights that lie in a packed copy: codes with scales and as many sums, and others unless they
+    are so small that the saved model holds them."""
     sizes, every = {extent.name: extent.length for extent in weights}, list(_all(nodes))
     if any(
         node.op_type not in (*_PLAIN, _PACKED) and sizes.keys() & set(node.input) for node in every
@@ -410,7 +449,9 @@ def _packed(
         return ()
     for node in every:
         if node.op_type == _PACKED and {*node.input[1:3]} <= sizes.keys():
-            sizes[node.input[1]] += 2 * sizes.pop(node.input[2])
+            sizes[node.input[1]] += 2 * sizes.pop(node.input[2]) + PADDING
+    packed = {node.input[1] for node in every if node.op_type in (_PACKED, *_PRODUCTS)}
+    sizes = {name: size for name, size in sizes.items() if name in packed or size >= SMALL}
     experts = routing.experts.values() if routing is not None else ()
     of_experts = [tuple(sizes.pop(name) for name in names if name in sizes) for names in experts]
     return (tuple(sizes.values()), *of_experts)
@@ -428,7 +469,7 @@ def _widths(node: Any, extents: dict[str, Extent]) -> list[int]:
     if node.op_type == _PACKED:
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         return [sizes.get("N", 0), sizes.get("K", 0)]
-    if node.op_type in ("MatMul", "Gemm", "FusedMatMul"):
+    if node.op_type in _PRODUCTS:
         return [d for name in node.input if name in extents for d in extents[name].dims[:2]]
     return []
 

@@ -17,7 +17,7 @@ from ...memory.spill import Slots
 from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
 from .attention_bytes import of_layout
 from .cut import SuperOp, buffer_of, cut, divide, largest_group
-from .packed_copy import laid_out, no_copy, told_of_experts
+from .packed_copy import laid_out, no_copy, sums_are_read, told_of_experts
 from .process import PROCESS
 from .runner import checked_model
 
@@ -87,7 +87,8 @@ class CutModel:
         group = largest_group(node for op in self.ops for node in op.nodes)
         activations += of_layout(manifest.layout(), group, chunk, capacity)
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
-        paged = () if reason else tuple(_paged(op) for op in self.ops)
+        sums = sums_are_read()
+        paged = () if reason else tuple(_paged(op, sums) for op in self.ops)
         skew = Skew.of(*told_of_experts(self.artifact, self.ops))
         return Load(self.pieces, fixed, paged, UNIT, reason, skew)
 
@@ -132,10 +133,11 @@ class CutModel:
         return no_paging() or no_copy(self.artifact, self.ops)
 
 
-def _paged(op: SuperOp) -> Piece:
-    """A super-op as it lies in a packed copy, of which whole units are read."""
+def _paged(op: SuperOp, sums: bool) -> Piece:
+    """A super-op as it lies in a packed copy, of which whole units are read; without `sums` a token leaves
+    these out, and reads about as much as lies in the artifact."""
     layout = laid_out(op.packed)
-    nbytes = min(-(-op.nbytes // UNIT) * UNIT, layout.nbytes)
+    nbytes = layout.nbytes if sums else min(-(-op.nbytes // UNIT) * UNIT, layout.nbytes)
     if op.routing is None or not op.nbytes:
         return Piece(op.name, nbytes, layout.nbytes)
     chosen = op.chosen * layout.nbytes // op.nbytes

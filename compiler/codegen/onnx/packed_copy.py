@@ -44,11 +44,11 @@ from ...ir.heap import give_back
 from ...ir.kept import cache_home, drop_oldest, read_json, write_json
 from ...ir.locks import lock
 from ...ir.manifest import WEIGHTS, WHOLE
-from .cut import SuperOp
+from .cut import PADDING, SMALL, SuperOp
 from .runner import session_of
 
 #: Changes with the layout of the file.
-_LAYOUT = 5
+_LAYOUT = 6
 
 #: Copies that are kept.
 _KEPT = 2
@@ -65,8 +65,6 @@ _LOCK = ".lock"
 #: What onnxruntime saves of one super-op, until it is laid out.
 _SAVED = "op.bin"
 
-#: Bytes below which a tensor lies in the model, and in memory.
-_SMALL = 64 << 10
 
 #: Bytes that are left free on the disk.
 _LEFT_FREE = 1 << 30
@@ -78,10 +76,6 @@ _SIZE = 2.5
 _STALE = 3600
 
 _PIECE = 4 << 20
-
-#: Bytes of packed weights from which on they begin at a unit; units beside what is not read would cost more
-#: than they save for smaller ones.
-_ALONE = 4 * UNIT
 
 #: Part of an expert's bytes that may be lost for it to begin at a unit.
 _LOST = 1 / 8
@@ -173,7 +167,7 @@ class Layout:
     units: tuple[tuple[int, ...], ...]
     """Units that pieces of each group lie in."""
     nbytes: int
-    """Of whole units."""
+    """Of whole units, but for one that would hold padding alone: that is never read."""
 
     def most(self, choices: int) -> int:
         """Bytes of the units that a token may read which chooses so many groups beside the first."""
@@ -184,25 +178,22 @@ class Layout:
 def laid_out(groups: Sequence[Sequence[int]]) -> Layout:
     """Places of packed weights by their sizes: those of every token, then those of each expert.
 
-    Of the first the largest come first, and large ones begin at a unit: what a kernel, and thus a step, does
-    not read of one are then whole units. What is of one expert lies together, and begins at a unit where that
-    loses little.
+    Each begins at the next page: at a unit it would cost one more for the few bytes of padding behind codes
+    and scales. What is of one expert lies together, and begins at a unit where that loses little.
     """
     places, units, end = [], [], 0
     for number, sizes in enumerate(groups):
-        order = range(len(sizes)) if number else sorted(range(len(sizes)), key=lambda n: -sizes[n])
         total = sum(-(-size // PAGE) * PAGE for size in sizes)
         if number and -total % UNIT <= _LOST * total:
             end = -(-end // UNIT) * UNIT
-        found = [0] * len(sizes)
-        for n in order:
-            step = UNIT if not number and sizes[n] >= _ALONE else PAGE
-            found[n] = -(-end // step) * step
-            end = found[n] + sizes[n]
+        found = []
+        for size in sizes:
+            found.append(-(-end // PAGE) * PAGE)
+            end = found[-1] + size
         spans = [(place, place + size) for place, size in zip(found, sizes, strict=True) if size]
         places.append(tuple(found))
         units.append(units_of(spans))
-    return Layout(tuple(places), tuple(units), -(-end // UNIT) * UNIT)
+    return Layout(tuple(places), tuple(units), -(-max(end - PADDING, 0) // UNIT) * UNIT)
 
 
 def units_of(spans: Iterable[tuple[int, int]]) -> tuple[int, ...]:
@@ -422,7 +413,7 @@ def _lay_out(
         ) from error
     shared = {extent.name for extent in op.tables}
     with source.open("rb") as stream:
-        for tensor in [t for t in found if t.length < _SMALL and not t.blobs]:
+        for tensor in [t for t in found if t.length < SMALL and not t.blobs]:
             stream.seek(tensor.place)
             tensor.embed(stream.read(tensor.length))
             found.remove(tensor)
@@ -601,6 +592,14 @@ def _free(folder: Path) -> int:
         with suppress(OSError):
             return shutil.disk_usage(path).free
     return 0
+
+
+def sums_are_read() -> bool:
+    """Whether a product with one token reads the sums of blocks that were packed with the codes, as all
+    products with several do. On processors that multiply bytes in one instruction (VNNI) it was measured to,
+    and on one without not to."""
+    found = _processor()
+    return not found.startswith("flags") or bool({"avx512_vnni", "avx_vnni"} & {*found.split()})
 
 
 def _processor() -> str:

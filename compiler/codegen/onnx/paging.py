@@ -191,9 +191,11 @@ class PagedRunner(StreamingRunner):
             for index, (op, place) in enumerate(zip(streamed, places, strict=True))
             if op.routing is not None
         }
+        # Scales and others that lie behind what was packed are seldom read in a step.
+        packed = [place.loaded - span.offset for place, span in zip(places, spans, strict=True)]
         plan, policy = self.plan, self.policy
         window = plan.buffers, plan.ahead
-        return PageAhead(self._pages, spans, window, routed, plan.room, policy=policy)
+        return PageAhead(self._pages, spans, window, routed, plan.room, packed, policy=policy)
 
     def _streamed(
         self, op: SuperOp, arrays: Mapping[str, Any], threads: int, stack: ExitStack

@@ -85,7 +85,8 @@ class StreamingRunner:
         self._spilled = SpilledCache(cache_home(), self._layout, spilled) if spilled else None
         self.make: Make = empty if self._spilled is None else self._spilled.make
         self._file = DirectFile(self._artifact.file(WEIGHTS))
-        streamed = [op for op in self._ops if op.weights and op.name not in plan.pinned]
+        names = {piece.name for piece in plan.streamed}
+        streamed = [op for op in self._ops if op.name in names]
         self._turn = {op.name: index for index, op in enumerate(streamed)}
         self._sessions = self._made()
         self._reader = self._reading(streamed) if streamed else None

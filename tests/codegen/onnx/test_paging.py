@@ -128,6 +128,36 @@ def test_a_step_brings_what_it_reads_and_holds_no_more(wide_head: Path) -> None:
         assert runner.reader.counts.items > 0
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+def test_a_step_reads_what_the_plan_says_and_nothing_else(weights: str, tmp_path: Path) -> None:
+    """Bytes that threads bring, and those that the disk gave this process, are the plan's: nothing is read
+    twice, or by faults of the run, where units have parts of several weights."""
+    path, sizes = tmp_path / "artifact", {"hidden_size": 512, "intermediate_size": 1536}
+    model = models.save("llama", tmp_path / "model", num_hidden_layers=3, **sizes)
+    einfold.compile(
+        model, path, recipe="int4" if weights == "int4" else {"weights": weights}, check=False
+    )
+    with running(path, "layer 1") as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        model.generate(TEXT[:5], max_new_tokens=4, ignore_eos=True)  # learns both kinds of steps
+        spent = []
+        for tokens in (2, 12):
+            before = runner.fetched, disk_bytes()
+            model.generate(TEXT[:5], max_new_tokens=tokens, ignore_eos=True)
+            spent.append((runner.fetched - before[0], disk_bytes() - before[1]))
+        units = runner.plan.fetched // UNIT
+        assert units >= 4
+        wanted = 10 * runner.plan.fetched
+        for few, many in zip(*spent, strict=True):  # but for what is read ahead of the next step
+            assert abs(many - few - wanted) <= max(0.03 * wanted, runner.plan.ahead)
+
+
+def disk_bytes() -> int:
+    """Bytes that disks gave this process."""
+    with open("/proc/self/io", encoding="ascii") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith("read_bytes"))
+
+
 def anonymous() -> int:
     with open("/proc/self/status", encoding="ascii") as stream:
         return next(int(line.split()[1]) << 10 for line in stream if line.startswith("RssAnon"))
