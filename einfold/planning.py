@@ -65,7 +65,7 @@ class Plan:
             "super_ops": [
                 {
                     "name": piece.name,
-                    "bytes": piece.nbytes,
+                    "bytes": piece.in_artifact,
                     "held": piece.held,
                     "stays": tiers.stays(piece),
                     "tier": tiers.tier_of(piece),

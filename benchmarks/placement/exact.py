@@ -3,7 +3,7 @@
     whole   super-ops stay or come whole, as a cache of layers would hold them, at either way of packing
     pages   of each super-op any number of units stays: what einfold places where weights are pages
 
-Both say the same things in integers: what stays, the window of what comes, twice the largest, and where the
+Both say the same things in integers: what stays, the window of what comes, and where the
 cache does not fit beside, which layers' slots are spilled, with their stages. ortools is imported here alone.
 """
 
@@ -55,7 +55,7 @@ def cp_sat(
     spilled = [model.new_bool_var(f"spill {slots.layer}") for slots in load.slots]
     memory = sum(each.stays for each in coming)
     windows = [(each.window, each.any) for each in coming]
-    memory += _twice_the_largest(model, windows, AHEAD, plan.beside)
+    memory += _room_ahead(model, windows, AHEAD, plan.beside)
     if not paged:
         largest = model.new_int_var(0, max(each.piece.held for each in coming), "packed")
         for each in coming:
@@ -71,7 +71,7 @@ def cp_sat(
         stages = [
             (slots.stage * used, used) for slots, used in zip(load.slots, spilled, strict=True)
         ]
-        fixed += _twice_the_largest(model, stages, STAGES)
+        fixed += _room_ahead(model, stages, STAGES)
         fixed -= sum(
             (slots.nbytes - slots.tail) * used
             for slots, used in zip(load.slots, spilled, strict=True)
@@ -82,7 +82,7 @@ def cp_sat(
     if (
         paged and spilled
     ):  # while it is loaded a super-op is there as it lies in the file, and packed
-        loading = max(piece.nbytes + piece.held for piece in plan.pieces)
+        loading = max(piece.in_artifact + piece.held for piece in plan.pieces)
         model.add(loading + fixed <= budget)
     reads = sum(each.cost * each.count for each in coming)
     moves = sum((s.nbytes + s.token) * used for s, used in zip(load.slots, spilled, strict=True))
@@ -117,7 +117,7 @@ class _Coming:
         self.cost = round(piece.nbytes * unit / piece.held) if count > 1 else piece.nbytes
 
 
-def _twice_the_largest(
+def _room_ahead(
     model: Any, sizes: list[tuple[Any, Any]], most: int, beside: int | None = None
 ) -> Any:
     """Room for as many of the largest as `most`, or as are used where that is fewer: with one, for it. With

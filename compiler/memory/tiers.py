@@ -50,13 +50,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Piece:
-    """The weights of a super-op: bytes in the file, and bytes in memory once the engine has packed them."""
+    """The weights of a super-op: bytes of the file that a step reads, and bytes in memory once the engine has
+    packed them."""
 
     name: str
     nbytes: int
     held: int
     choice: Choice | None = None
     """None where a token reads all."""
+    original: int = 0
+    """Bytes in the artifact, where a step reads a packed copy; 0 where it reads these."""
+
+    @property
+    def in_artifact(self) -> int:
+        return self.original or self.nbytes
 
     @property
     def most(self) -> int:
@@ -276,7 +283,7 @@ class TierPlan:
             every = kept + Counter(Kind(piece.nbytes, piece.held) for piece in self.streamed)
             return self.fixed.total + needed(every, kept)
         held = sum(self.stays(piece) for piece in self.pieces if piece.nbytes)
-        loading = max((piece.nbytes + piece.held for piece in self.pieces), default=0)
+        loading = max((piece.in_artifact + piece.held for piece in self.pieces), default=0)
         return self.fixed.total + max(held + self.buffers + self.room, loading)
 
 

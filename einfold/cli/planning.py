@@ -69,7 +69,7 @@ def show_plan(found: Plan) -> None:
     for piece in tiers.pieces:
         held = human_bytes(piece.held) if piece.held else ""
         table.add_row(
-            piece.name, human_bytes(piece.nbytes) if held else "", held, tiers.tier_of(piece)
+            piece.name, human_bytes(piece.in_artifact) if held else "", held, tiers.tier_of(piece)
         )
     out.print(table)
     totals = Table(show_header=False, box=None)

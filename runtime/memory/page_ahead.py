@@ -191,7 +191,7 @@ class PageAhead:
         with self._changed:
             begun = self._begun.get(number) or _Begun(set())
             left = [unit for unit in self._all[index] if unit not in begun.units]
-        missed = self.file.resident(left)
+        missed = self.file.mapped(left)
         if missed:
             self.file.bytes_read += len(missed) * UNIT
             known = {*self._learned[self.kind, index], *missed}

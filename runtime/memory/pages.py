@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -158,25 +157,20 @@ class PagedFile:
         found = np.zeros((end - start) // PAGE, bool)
         with self._pagemap() as stream:
             for part in self._overlapping(start, end):
-                stream.seek(part.address // PAGE * 8)
-                entries = np.frombuffer(stream.read(part.length // PAGE * 8), np.uint64)
-                first = (part.offset - start) // PAGE
-                found[first : first + len(entries)] |= (entries >> np.uint64(63)).astype(bool)
+                there, first = _there(stream, part), (part.offset - start) // PAGE
+                found[first : first + len(there)] |= there
         return tuple(start // UNIT + unit for unit in _units_read(found))
 
-    def resident(self, units: Iterable[int]) -> tuple[int, ...]:
-        """Those of them that are in memory, whoever read them, wholly or in part."""
-        found = []
-        for unit in units:
-            start = unit * UNIT
-            length = min(UNIT, self.size - start)
-            pages = np.zeros(-(-length // PAGE), np.uint8)
-            self._call(
-                "mincore", self._own.address + start, length, ctypes.c_void_p(pages.ctypes.data)
+    def mapped(self, units: Iterable[int]) -> tuple[int, ...]:
+        """Those of them of which others have a page, brought or read by themselves. What other processes read
+        is not among them."""
+        with self._pagemap() as stream:
+            return tuple(
+                unit
+                for unit in units
+                for parts in [self._overlapping(unit * UNIT, (unit + 1) * UNIT)]
+                if any(_there(stream, part).any() for part in parts)
             )
-            if (pages & 1).any():
-                found.append(unit)
-        return tuple(found)
 
     def check(self) -> None:
         """Raises ArtifactError where the file was written to, or cut short, after it was opened."""
@@ -216,12 +210,8 @@ class PagedFile:
         return found
 
     def _advise(self, part: Mapped, advice: int) -> None:
-        self._call("madvise", part.address, part.length, advice)
-
-    def _call(self, name: str, address: int, length: int, last: Any) -> None:
-        """A function of the C library about a stretch of addresses; raises OSError where it fails."""
-        call = getattr(ctypes.CDLL(None, use_errno=True), name)
-        if call(ctypes.c_void_p(address), ctypes.c_size_t(length), last):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.madvise(ctypes.c_void_p(part.address), ctypes.c_size_t(part.length), advice):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
@@ -238,6 +228,13 @@ def no_paging() -> str:
         int(word) for word in os.uname().release.split("-")[0].split(".")[:2] if word.isdigit()
     ]
     return "" if tuple(release) >= (5, 14) else "pages are brought on demand by Linux from 5.14 on"
+
+
+def _there(pagemap: FileIO, part: Mapped) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which pages of a mapping are there."""
+    pagemap.seek(part.address // PAGE * 8)
+    entries = np.frombuffer(pagemap.read(part.length // PAGE * 8), np.uint64)
+    return (entries >> np.uint64(63)).astype(bool)
 
 
 def _units_read(pages: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[int]:

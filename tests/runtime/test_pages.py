@@ -235,12 +235,21 @@ def test_what_is_not_likely_to_be_read_comes_where_it_was(file: Path) -> None:
     ahead.close()
 
 
-def test_units_in_memory_are_told(file: Path) -> None:
+def test_units_that_were_read_are_told_and_not_those_in_memory_for_others(file: Path) -> None:
     pages = PagedFile(file)
     pages.let_go(0, pages.size)
-    assert pages.resident(range(5)) == ()
-    pages.bring(3)
-    assert pages.resident(range(5)) == (3,)
+    with theirs(file) as found:
+        pages.look([(0, pages.size)])
+        pages.bring(3)
+        with file.open("rb") as stream:  # as another process
+            stream.read()
+        assert pages.mapped(range(5)) == ()
+        each = UNIT // 4096
+        assert found[4 * each, 0] == found[4 * each, 0]
+        assert pages.mapped(range(5)) in (
+            (4,),
+            (3, 4),
+        )  # what is there beside a fault is mapped too
     pages.let_go(0, pages.size)
     pages.close()
 
@@ -306,7 +315,7 @@ class Counted:
         with self._lock:
             self.there -= {*range(start // UNIT, end // UNIT)}
 
-    def resident(self, units: list[int]) -> tuple[int, ...]:
+    def mapped(self, units: list[int]) -> tuple[int, ...]:
         return tuple(unit for unit in units if unit in self.there)
 
     def unmap(self, start: int, end: int) -> None: ...

@@ -1,6 +1,7 @@
 """Lowerings of cached attention.
 
-`ort`: one GroupQueryAttention a layer. It writes the cache in place when past and present are bound to
+`ort`: one GroupQueryAttention a layer, and beside it, in branches, what is faster for one token or for many
+over int8. It writes the cache in place when past and present are bound to
 one buffer, turns q and k itself, and reads a packed QKV as it comes from the fused projection. Its head
 size must be a multiple of 8; its own rotary wants a multiple of 16 with half the rotary width a multiple
 of 8. Other sizes are turned before it, or take the standard operators.
@@ -34,7 +35,7 @@ from .account import plain_int8, takes_floats, takes_integers
 from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
 from .einfold_ops import rotate
-from .float_attention import FloatAttention
+from .float_attention import FloatAttention, softmax_beside
 from .integer_attention import HIDDEN, IntegerAttention, appended, capped, pays
 from .lowerings import Context, lowering, unsupported
 from .packed_attention import PackedAttention
@@ -541,9 +542,10 @@ def _longest(call: _Call) -> ir.Value:
 
 
 def _leader(call: _Call) -> dict[str, Any]:
-    """The arguments of the first call that goes by the same counter.
+    """The arguments of the first call that goes by the same counter, with as many slots.
 
-    Groups with one counter have as many slots, and their compensation tokens stand for as many tokens.
+    Their compensation tokens stand for as many tokens. Slots that are read by pages are whole pages, so that
+    others with their counter may have fewer.
     """
     calls = call.context.program.nodes(
         einfold_ops.cached_attention.default,
@@ -551,7 +553,13 @@ def _leader(call: _Call) -> dict[str, Any]:
         einfold_ops.packed_attention.default,
     )
     arguments = map(call.context.arguments, calls)
-    return next(found for found in arguments if found["used_B"] is call.found["used_B"])
+    used, slots = call.found["used_B"], _slots(call.found)
+    return next(found for found in arguments if found["used_B"] is used and _slots(found) == slots)
+
+
+def _slots(found: dict[str, Any]) -> str:
+    """The slots of a call's cache, as its program calls them."""
+    return str(found["key_cache_BKCD"].meta["val"].shape[2])
 
 
 def _log_count(call: _Call) -> ir.Value:
@@ -604,7 +612,7 @@ def _by_distance(call: _Call, slots: ir.Value | None = None) -> ir.Value:
 
 @lowering(einfold_ops.shared_attention.default, flavour="ort")
 def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
-    """GroupQueryAttention with a key and value of no tokens.
+    """GroupQueryAttention with a key and value of no tokens, or products of one token with float32 slots.
 
     Without a present it reads the owner's cache where it stands. Over codes it insists on a present, which is
     bound to the same buffer.
@@ -769,14 +777,10 @@ def _spelled_out(
         logits = builder.op("Add", logits, visible)
     else:
         logits = builder.op("Where", visible, logits, builder.floats(float("-inf")))
-    if found["sinks_H"] is not None:
-        column = builder.reshape(call.value("sinks_H"), [1, call.heads, 1, 1])
-        lead = builder.op("Shape", logits, start=0, end=3)
-        column = builder.op("Expand", column, builder.op("Concat", lead, builder.ints(1), axis=0))
-        weights = builder.op("Softmax", builder.op("Concat", logits, column, axis=-1), axis=-1)
-        weights = builder.op("Slice", weights, builder.ints(0), builder.ints(-1), builder.ints(3))
-    else:
-        weights = builder.op("Softmax", logits, axis=-1)
+    sinks = call.context.optional(found["sinks_H"])
+    if sinks is not None:
+        sinks = builder.reshape(sinks, [1, call.heads, 1, 1])
+    weights = softmax_beside(builder, logits, sinks)
     weights = builder.op("Reshape", weights, shape(0, call.kv_heads, rows, -1))
     out = builder.op("MatMul", weights, values)
     return builder.op("Reshape", out, shape(0, call.heads, new, call.value_size))

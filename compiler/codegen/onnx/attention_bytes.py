@@ -63,9 +63,12 @@ def packed_bytes(storage: Packed, kv_heads: int, heads: int, size: int, new: int
     return room * (copy + 14 * kv_heads * size + 12 * heads * over_packed)
 
 
-def of_layout(layout: CacheLayout, group: int, chunk: int, capacity: int) -> int:
+def of_layout(
+    layout: CacheLayout, group: int, chunk: int, capacity: int, logits: bool = False
+) -> int:
     """The most that a layer takes in a step of `chunk` tokens or of one over a cache for so many, by what its
-    slots hold; `group` query heads share a KV head."""
+    slots hold; `group` query heads share a KV head. With a cap or sinks GroupQueryAttention holds all of a
+    step's `logits`."""
     most = 0
     for layer in layout.layers:
         for each in layer.groups:
@@ -74,8 +77,11 @@ def of_layout(layout: CacheLayout, group: int, chunk: int, capacity: int) -> int
             if isinstance(storage, Packed):
                 room = storage.granule * storage.granules(capacity)
                 most = max(most, *(packed_bytes(storage, *sizes, n, room) for n in (1, chunk)))
-            elif storage.slot_dtype == "i8" and chunk >= WIDENED_FROM:
+                continue
+            if logits:
+                most = max(most, 4 * chunk * group * shape.heads * capacity)
+            if storage.slot_dtype == "i8" and chunk >= WIDENED_FROM:
                 most = max(most, widened_bytes(*sizes, chunk, capacity))
-            elif storage.slot_dtype == "f32" and group >= PRODUCTS_FROM:
-                most = max(most, product_bytes(group * shape.heads, capacity))
+            if storage.slot_dtype == "f32" and group >= PRODUCTS_FROM:
+                most = max(most, product_bytes(group * shape.heads, capacity, logits))
     return most

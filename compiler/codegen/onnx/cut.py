@@ -41,6 +41,9 @@ _PACKED = "MatMulNBits"
 #: Products whose weight, their second input, it packs as it is.
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 
+#: The input of GroupQueryAttention that sinks are.
+_SINKS = 11
+
 #: Bytes that it adds to what it packed of one weight, so that codes, sums and scales begin at 64 each.
 PADDING = 2 * 63
 
@@ -418,6 +421,18 @@ def largest_group(nodes: Iterable[Any]) -> int:
         if node.op_type == "GroupQueryAttention"
     ]
     return max((each["num_heads"] // max(1, each["kv_num_heads"]) for each in sizes), default=1)
+
+
+def holds_logits(nodes: Iterable[Any]) -> bool:
+    """Whether some attention caps its logits, or has sinks: GroupQueryAttention then holds all of a step."""
+    return any(
+        node.op_type == "GroupQueryAttention"
+        and (
+            any(attribute.name == "softcap" and attribute.f for attribute in node.attribute)
+            or bool(node.input[_SINKS : _SINKS + 1] and node.input[_SINKS])
+        )
+        for node in _all(nodes)
+    )
 
 
 def _held(extent: Extent, nodes: Sequence[Any]) -> int:

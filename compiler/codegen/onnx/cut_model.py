@@ -16,7 +16,7 @@ from ...ir.manifest import WHOLE
 from ...memory.spill import Slots
 from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
 from .attention_bytes import of_layout
-from .cut import SuperOp, buffer_of, cut, divide, largest_group
+from .cut import SuperOp, buffer_of, cut, divide, holds_logits, largest_group
 from .packed_copy import laid_out, no_copy, sums_are_read, told_of_experts
 from .process import PROCESS
 from .runner import checked_model
@@ -84,8 +84,9 @@ class CutModel:
         activations = 4 * (
             chunk * max(op.widest for op in self.ops) + 2 * manifest.model.vocabulary
         )
-        group = largest_group(node for op in self.ops for node in op.nodes)
-        activations += of_layout(manifest.layout(), group, chunk, capacity)
+        nodes = [node for op in self.ops for node in op.nodes]
+        group, logits = largest_group(nodes), holds_logits(nodes)
+        activations += of_layout(manifest.layout(), group, chunk, capacity, logits)
         fixed, reason = Fixed(PROCESS, cache, activations), self.why_not_paged()
         sums = sums_are_read()
         paged = () if reason else tuple(_paged(op, sums) for op in self.ops)
@@ -139,6 +140,7 @@ def _paged(op: SuperOp, sums: bool) -> Piece:
     layout = laid_out(op.packed)
     nbytes = layout.nbytes if sums else min(-(-op.nbytes // UNIT) * UNIT, layout.nbytes)
     if op.routing is None or not op.nbytes:
-        return Piece(op.name, nbytes, layout.nbytes)
+        return Piece(op.name, nbytes, layout.nbytes, original=op.nbytes)
     chosen = op.chosen * layout.nbytes // op.nbytes
-    return Piece(op.name, nbytes, layout.nbytes, Choice(chosen, layout.most(op.routing.most)))
+    choice = Choice(chosen, layout.most(op.routing.most))
+    return Piece(op.name, nbytes, layout.nbytes, choice, op.nbytes)

@@ -65,7 +65,6 @@ _LOCK = ".lock"
 #: What onnxruntime saves of one super-op, until it is laid out.
 _SAVED = "op.bin"
 
-
 #: Bytes that are left free on the disk.
 _LEFT_FREE = 1 << 30
 

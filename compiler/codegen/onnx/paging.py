@@ -115,8 +115,8 @@ class PagedRunner(StreamingRunner):
                 if held:
                     place = copy.ops[name]
                     _bring(copy, pages, place.start, place.loaded, place.hashes[0])
-                    if name in self._turn:
-                        pages.let_go(place.start + held, place.end)
+                    # Behind what stays is what the threads bring, or padding that nobody reads.
+                    pages.let_go(min(place.start + held, place.end), place.end)
             checked.result()
         pages.look([(place.start, place.end) for place in copy.ops.values()])
         return sessions
@@ -160,7 +160,7 @@ class PagedRunner(StreamingRunner):
     def _has_room_beside(self, op: SuperOp, after: SuperOp) -> bool:
         """Whether what a super-op is packed from may be there while another is packed. Neither cache nor
         activations are there yet."""
-        held = {piece.name: piece.nbytes + piece.held for piece in self.plan.pieces}
+        held = {piece.name: piece.in_artifact + piece.held for piece in self.plan.pieces}
         return self.plan.fixed.process + held[op.name] + after.nbytes <= self.plan.budget
 
     def _over_copy(self, op: SuperOp) -> Any:
@@ -191,9 +191,13 @@ class PagedRunner(StreamingRunner):
             for index, (op, place) in enumerate(zip(streamed, places, strict=True))
             if op.routing is not None
         }
-        # Scales and others that lie behind what was packed are seldom read in a step.
-        packed = [place.loaded - span.offset for place, span in zip(places, spans, strict=True)]
         plan, policy = self.plan, self.policy
+        # Scales and others that lie behind what was packed are seldom read in a step, and padding never.
+        comes = {piece.name: plan.comes(piece) for piece in plan.streamed}
+        packed = [
+            min(place.loaded - span.offset, comes[op.name])
+            for op, place, span in zip(streamed, places, spans, strict=True)
+        ]
         window = plan.buffers, plan.ahead
         return PageAhead(self._pages, spans, window, routed, plan.room, packed, policy=policy)
 

@@ -42,6 +42,7 @@ from ... import models
 from ...disks import needs_a_disk
 from ...quick import quick
 from .in_parts import RESIDENT, TEXT, check_as_resident
+from .test_float_attention import take_products
 
 pytestmark = pytest.mark.skipif(bool(no_paging()), reason=no_paging())
 
@@ -107,6 +108,18 @@ def test_no_form_of_a_cache_keeps_weights_from_being_pages(cache: str, tmp_path:
     einfold.compile(models.save("llama", tmp_path / "model"), path, recipe=recipe, check=False)
     held = [extent.name for op in CutModel.of(Artifact.open(path)).ops for extent in op.weights]
     assert held and not [name for name in held if name.startswith("rotary.")]
+    with running(path, "layer 1") as (model, runner):
+        assert isinstance(runner, PagedRunner)
+        check_as_resident(model, path)
+
+
+def test_steps_that_go_by_products_are_those_of_resident_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Over float32, in a branch of each layer."""
+    take_products(monkeypatch)
+    path = tmp_path / "artifact"
+    einfold.compile(models.save("llama", tmp_path / "model"), path, recipe="int4", check=False)
     with running(path, "layer 1") as (model, runner):
         assert isinstance(runner, PagedRunner)
         check_as_resident(model, path)

@@ -37,6 +37,7 @@ from ...disks import needs_a_disk
 from ...greedy import all_logits
 from ...hostile import forge
 from ...quick import quick, rarely
+from .test_float_attention import take_products
 
 #: Longer than what stays in memory of it.
 TEXT = [3 + (7 * n) % 101 for n in range(2 * TAIL + 22)]
@@ -135,6 +136,17 @@ def test_logits_and_tokens_are_those_of_a_cache_in_memory(
     assert [*cut.turns()] == layers
     if layers:
         _check_as_in_memory(out)
+
+
+@pytest.mark.parametrize("name", ["llama", *map(rarely, ("gemma3", "gemma4"))])
+def test_steps_that_go_by_products_read_what_is_spilled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over float32, all slots of a stage at once, those too that hold another layer's."""
+    take_products(monkeypatch)
+    out = tmp_path / "artifact"
+    einfold.compile(models.save(name, tmp_path / "model"), out, check=False)
+    _check_as_in_memory(out)
 
 
 @pytest.mark.parametrize("int8", [rarely(False), True])

@@ -16,7 +16,7 @@ from onnx import helper
 
 import einfold
 from einfold.compiler.codegen.onnx.attention_bytes import product_bytes, widened_bytes
-from einfold.compiler.codegen.onnx.cut import Extent, _tables
+from einfold.compiler.codegen.onnx.cut import Extent, _tables, largest_group
 from einfold.compiler.codegen.onnx.cut_model import CutModel
 from einfold.compiler.codegen.onnx.streaming import StreamingRunner
 from einfold.compiler.codegen.target import TARGETS
@@ -27,6 +27,7 @@ from einfold.runtime.cache import Cache
 
 from ... import models
 from ...greedy import all_logits
+from ...quick import rarely
 from .in_parts import RESIDENT, TEXT, check_as_resident
 
 
@@ -111,6 +112,19 @@ def test_what_attention_takes_is_planned_for(artifact: Callable[..., Path], tmp_
     more = activations(path, 64, 4096) - activations(path, 64, 0)
     assert more == widened_bytes(len(layer.groups[0].heads), 0, layer.key_size, 0, 4096) > 0
     assert activations(path, 8, 4096) == activations(path, 8, 0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", rarely("gpt_oss")])
+def test_logits_that_are_capped_or_beside_sinks_are_planned_for(
+    name: str, artifact: Callable[..., Path]
+) -> None:
+    """GroupQueryAttention holds all of a step's, for one layer at a time."""
+    path = artifact(name, "int4")
+    cut = CutModel.of(Artifact.open(path))
+    more = cut.load(64, 0, 4096).fixed.activations - cut.load(64, 0, 0).fixed.activations
+    kv_heads = len(cut.artifact.manifest.layout().layers[0].groups[0].heads)
+    heads = kv_heads * largest_group(node for op in cut.ops for node in op.nodes)
+    assert more == 4 * 64 * heads * 4096
 
 
 def test_tables_of_positions_are_looked_up_only_where_positions_are_given() -> None:
