@@ -157,7 +157,7 @@ class Matrices:
             chosen = nbytes - (len(experts) - choices) * of_each
             choice = Choice(chosen * layout.nbytes // nbytes, layout.most(choices))
         self.plain = Piece(name, nbytes, held)
-        self.paged = Piece(name, layout.nbytes, layout.nbytes, choice)
+        self.paged = Piece(name, layout.nbytes, layout.nbytes, choice, nbytes)
 
 
 def _sizes(rows: int, columns: int, weights: str) -> tuple[int, int, int]:
