@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,21 @@ def _external(**entries: str) -> Change:
     return change
 
 
+def _every(graph: Any) -> Iterator[Any]:
+    """All nodes, those of branches too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _every(attribute.g)
+
+
 def _constant(index: int, value: Any) -> Change:
     """An input of every attention is a constant."""
 
     def change(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), "evil"))
-        for node in model.graph.node:
+        for node in _every(model.graph):
             if node.op_type == "GroupQueryAttention":
                 node.input[index] = "evil"
 
@@ -89,7 +98,7 @@ def _opset(model: Any) -> None:
 
 def _renamed(old: str, new: str) -> Change:
     def change(model: Any) -> None:
-        for node in model.graph.node:
+        for node in _every(model.graph):
             node.input[:] = [new if name == old else name for name in node.input]
             node.output[:] = [new if name == old else name for name in node.output]
         for value in (*model.graph.input, *model.graph.output):

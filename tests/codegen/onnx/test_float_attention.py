@@ -227,7 +227,7 @@ def test_a_model_decodes_the_same_tokens(
     prompts = [np.random.default_rng(0).integers(3, models.VOCABULARY, n).tolist() for n in (40, 9)]
 
     def tokens(kind: str) -> list[list[int]]:
-        einfold.compile(folder, tmp_path / kind, weights="fp32", **share)
+        einfold.compile(folder, tmp_path / kind, weights="fp32", check=False, **share)
         loaded = einfold.load(tmp_path / kind, chunk=16, threads=1)
         rows = loaded.generate_batch(prompts, max_new_tokens=24, ignore_eos=True)
         return [row.tokens for row in rows]
