@@ -131,16 +131,13 @@ def _group_query(call: _Call) -> list[ir.Value]:
     def by_operator() -> list[ir.Value]:
         return _of_several(call, *given)
 
-    if takes_integers(call.found):
-        wanted, seen = _integers_wanted(call)
-        attention = partial(_in_integers, call, *given, seen)
-        out, keys, values = builder.choose(wanted, attention, by_operator)
-    elif takes_floats(call.found):
-        wanted, seen = _floats_wanted(call)
-        attention = partial(_in_floats, call, *given, seen)
-        out, keys, values = builder.choose(wanted, attention, by_operator)
-    else:
+    way = _by_products(call)
+    if way is None:
         out, keys, values = by_operator()
+    else:
+        wanted, attention = way
+        of_one = partial(_of_one_token, call, *given, attention)
+        out, keys, values = builder.choose(wanted, of_one, by_operator)
     return [_by_heads(call, out), keys, values]
 
 
@@ -410,25 +407,48 @@ def _operator(
     )
 
 
-def _integers_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
-    """(whether this step goes by `integer_attention`, its mask), shared by layers with the same counter."""
+def _by_products(call: _Call) -> tuple[ir.Value, IntegerAttention | FloatAttention] | None:
+    """(whether this step goes by products with what all slots hold, how), or None where none does. The former
+    and the mask are shared by layers with the same counter, group and window."""
+    if takes_integers(call.found):
+        return _over_integers(call)
+    return _over_floats(call) if takes_floats(call.found) else None
+
+
+def _over_integers(call: _Call) -> tuple[ir.Value, IntegerAttention]:
     context, builder = call.context, call.context.builder
     context.opset = max(context.opset, 26)  # TensorScatter, BitCast
     slots, wanted = _of_one(call, integer_attention.FEWEST_TOKENS)
     wanted = builder.shared("And", wanted, integer_attention.in_blocks(builder, slots))
     if call.found["used_B"].target == TOKENS:  # the runtime chooses no other counter's slots
         context.metadata[BLOCKS] = integer_attention.blocks()
-    return wanted, integer_attention.mask(builder, call.value("used_B"), slots, wanted)
+    return wanted, IntegerAttention(
+        builder,
+        call.heads,
+        call.kv_heads,
+        call.key_size,
+        call.found["scale"],
+        call.value("key_scale_KD"),
+        call.value("value_scale_KD"),
+        integer_attention.mask(builder, call.value("used_B"), slots, wanted),
+    )
 
 
-def _floats_wanted(call: _Call) -> tuple[ir.Value, ir.Value]:
-    """(whether this step goes by `float_attention`, its mask), shared by layers with the same counter, group
-    and window."""
+def _over_floats(call: _Call) -> tuple[ir.Value, FloatAttention]:
     context, builder = call.context, call.context.builder
     context.opset = max(context.opset, 24)  # TensorScatter
     slots, wanted = _of_one(call, float_attention.fewest_tokens(call.heads // call.kv_heads))
     used, window = call.value("used_B"), int(call.found["window"])
-    return wanted, float_attention.mask(builder, used, slots, wanted, window)
+    return wanted, FloatAttention(
+        builder,
+        call.heads,
+        call.kv_heads,
+        call.key_size,
+        call.found["scale"],
+        call.found["softcap"],
+        context.optional(call.found["sinks_H"]),
+        float_attention.mask(builder, used, slots, wanted, window),
+    )
 
 
 def _of_one(call: _Call, fewest: int) -> tuple[ir.Value, ir.Value]:
@@ -440,56 +460,18 @@ def _of_one(call: _Call, fewest: int) -> tuple[ir.Value, ir.Value]:
     return slots, pays(builder, builder.dim(ids, 1), longest, slots, fewest)
 
 
-def _in_integers(
+def _of_one_token(
     call: _Call,
     query: ir.Value,
     key: ir.Value | None,
     value: ir.Value | None,
     in_op: bool,
-    seen: ir.Value,
-) -> list[ir.Value]:
-    """What `_operator` gives, for one new token."""
-    query, key, value = _apart(call, query, key, value, in_op)
-    attention = IntegerAttention(
-        call.context.builder,
-        call.heads,
-        call.kv_heads,
-        call.key_size,
-        call.found["scale"],
-        call.value("key_scale_KD"),
-        call.value("value_scale_KD"),
-        call.value("used_B"),
-        seen,
-    )
-    caches = call.value("key_cache_BKCD"), call.value("value_cache_BKCD")
-    return attention(query, key, value, *caches)
-
-
-def _in_floats(
-    call: _Call,
-    query: ir.Value,
-    key: ir.Value | None,
-    value: ir.Value | None,
-    in_op: bool,
-    seen: ir.Value,
+    attention: IntegerAttention | FloatAttention,
 ) -> list[ir.Value]:
     """What `_operator` gives, for one new token."""
     query, key, value = _apart(call, query, key, value, in_op)
     caches = _written(call, key, value, one=True)
-    return [_over_floats(call, seen)(query, *caches), *caches]
-
-
-def _over_floats(call: _Call, seen: ir.Value) -> FloatAttention:
-    return FloatAttention(
-        call.context.builder,
-        call.heads,
-        call.kv_heads,
-        call.key_size,
-        call.found["scale"],
-        call.found["softcap"],
-        call.context.optional(call.found["sinks_H"]),
-        seen,
-    )
+    return [attention(query, *caches), *caches]
 
 
 def _apart(
@@ -623,11 +605,11 @@ def shared_attention_ort(context: Context, node: fx.Node) -> ir.Value:
     found = call.found
     given = _given_to_reader(call)
     if takes_floats(found):
-        wanted, seen = _floats_wanted(call)
+        wanted, attention = _over_floats(call)
         owned = [call.value(name) for name in ("key_cache_BKCD", "value_cache_BKCD")]
         (out,) = call.context.builder.choose(
             wanted,
-            lambda: [_over_floats(call, seen)(given[0], *owned)],
+            lambda: [attention(given[0], *owned)],
             lambda: _operator(call, *given, 1),
         )
         return _by_heads(call, out)

@@ -49,8 +49,8 @@ HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class IntegerAttention:
-    """The sizes and inputs of one layer's attention. The mask is [B, 1, N, 1, BLOCK], of N
-    blocks: 0 where a slot is seen."""
+    """The sizes and scales of one layer's attention. The mask is [B, 1, N, 1, BLOCK], of N blocks: 0 where a
+    slot is seen."""
 
     builder: Builder
     heads: int
@@ -59,25 +59,13 @@ class IntegerAttention:
     scale: float
     key_scale: ir.Value
     value_scale: ir.Value
-    used_B: ir.Value
     mask: ir.Value
 
-    def __call__(
-        self,
-        query_B1M: ir.Value,
-        key_B1M: ir.Value,
-        value_B1M: ir.Value,
-        key_cache: ir.Value,
-        value_cache: ir.Value,
-    ) -> list[ir.Value]:
-        """Turned queries and keys in; [B, 1, heads * size] and both caches with the new token out."""
-        caches = ((key_cache, key_B1M, self.key_scale), (value_cache, value_B1M, self.value_scale))
-        keys, values = (
-            appended(self.builder, *each, self.used_B, self.kv_heads, self.size) for each in caches
-        )
+    def __call__(self, query_B1M: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """Turned queries, and both caches with the new token in; [B, 1, heads * size] out."""
         scores = self.builder.op("Add", self._scores(query_B1M, keys), self.mask)
         out = self._weighted(scores, values)
-        return [self.builder.reshape(out, [0, 1, self.heads * self.size]), keys, values]
+        return self.builder.reshape(out, [0, 1, self.heads * self.size])
 
     @property
     def group(self) -> int:
