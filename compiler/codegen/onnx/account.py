@@ -144,7 +144,7 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
         return batch * widened_bytes(kv_heads, heads, size, new, slots)
     added = 2 * int(found.get("by_distance_HR") is not None)  # as it is gathered, and turned
     if new == 1 and not portable and takes_floats(found):
-        return batch * product_bytes(heads, slots, found["sinks_H"] is not None)
+        return batch * product_bytes(heads, slots)
     return 4 * batch * new * heads * slots * (int(portable) + int(spelled_out) + added)
 
 
