@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= auto
 PEERS ?= .venv-peers
+LLAMA_CMAKE ?= -DGGML_NATIVE=ON
 KVPRESS ?= .venv-kvpress
 WEIGHT_PEERS ?= .venv-weight-peers
 PLACEMENT ?= .venv-placement
@@ -63,7 +64,7 @@ bench-peers: $(PEERS)/.ready
 $(PEERS)/.ready: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	CMAKE_ARGS='-DGGML_NATIVE=ON' $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	CMAKE_ARGS="$(LLAMA_CMAKE)" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 ## Placements under a memory budget beside baselines and CP-SAT's optimum, in an environment of its own: ortools wants an
