@@ -107,6 +107,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "turboquant": [real["--quant turboquant"]],
         "gear": [real["--quant gear"]],
         "zipcache": [real["--quant zipcache"]],
+        "mikv": [real["--quant mikv"]],
     }
     for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
         found[name].append(real[f"--prune {name}"])

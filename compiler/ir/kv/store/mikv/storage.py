@@ -23,6 +23,11 @@ class MiKV(Mixed):
     scale a token for every `group` channels. The keys' channels are balanced against the largest queries
     seen so far first, so that outlier channels do not drown the others (section 3.2, equation 4).
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.25 and 0.20 by the defaults, at
+    a KL of 0.083 and 18 % of the bytes, against 0.70 and 0.65 of the whole cache; with as many bytes
+    `turboquant` in 3 bits has a KL of 0.0055. Attention in sum finds fewer of the tokens that are asked for
+    later than `zipcache`'s, which is normalized.
+
     Differs from the paper: the balancer is a granule's own, in float16, where the paper takes one of the
     whole prompt; it is used for both precisions. Attention is shared out among the tokens in the slots:
     that is all of a prompt with `prefill=exact`, but of what follows, only the tokens not packed yet. A
