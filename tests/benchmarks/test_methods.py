@@ -121,6 +121,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "pyramid_kv": [real["--prune pyramid_kv"]],
         "ada_kv": [real["--prune ada_kv"]],
         "cross_layer": [real["--share cross_layer"]],
+        "minicache": [real["--share minicache"]],
         "cskv": [real["--share cskv"]],
         "quest": [real["--read quest"]],
     }

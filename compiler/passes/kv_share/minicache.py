@@ -33,6 +33,11 @@ class MiniCache(Pass):
     begin at the share `start` of the layers. `group` tokens are merged together, and distances are compared
     among them.
 
+    Measured on SmolLM2-135M-Instruct, where it fails: 82 % of the bytes behind 4,000 tokens, more than twice
+    the perplexity, and recall of 0.00 and 0.00 behind 1,000 and 4,000, against 0.70 and 0.65 of the whole
+    cache. `cross_layer`, which also takes layers of it for alike, fails too; the authors' models are deeper
+    and fifty times as large.
+
     Differs from the paper: tokens are merged when they leave a window of `residual` plain tokens, not
     at once; each head retains its own tokens, and distances are compared within a group, not in the whole
     prompt; the shared directions are not quantized (`dtype` f32 or f16).
