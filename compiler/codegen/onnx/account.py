@@ -19,8 +19,8 @@ from . import integer_attention
 from .attention_bytes import (
     PRODUCTS_FROM,
     WIDENED_FROM,
-    columns_of,
     packed_bytes,
+    plane_bytes,
     product_bytes,
     widened_bytes,
 )
@@ -137,7 +137,7 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
     if own and new == 1 and takes_integers(found):
         # Two copies of the keys, or one and the products with both planes, or the weights with what their
         # planes are made of; and an eighth for gaps.
-        keys, products = kv_heads * size, 4 * kv_heads * columns_of(heads // kv_heads)
+        keys, products = kv_heads * size, plane_bytes(kv_heads, _group(found))
         held = max(2 * keys, keys + products, 13 * heads)
         return int(batch * slots * held * 9 // 8)
     if own and new >= WIDENED_FROM:
@@ -170,7 +170,7 @@ def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     scores = 3 * 4 * heads * pages
     if stored >= 4:
         return int(batch * (scores + read * (2 * held * stored + 12 * heads)))
-    products = 4 * kv_heads * columns_of(heads // kv_heads)
+    products = plane_bytes(kv_heads, _group(found))
     over_bounds = pages * (2 * 2 * held + products)
     over_chosen = read * (2 * held + max(2 * held + products, held + 22 * heads)) * 9 // 8
     return int(batch * (scores + max(over_bounds, over_chosen)))

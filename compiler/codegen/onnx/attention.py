@@ -36,7 +36,14 @@ from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
 from .einfold_ops import rotate
 from .float_attention import FloatAttention, softmax_beside
-from .integer_attention import HIDDEN, IntegerAttention, appended, capped, pays
+from .integer_attention import (
+    HIDDEN,
+    IntegerAttention,
+    appended,
+    capped,
+    hidden_slots,
+    pays,
+)
 from .lowerings import Context, lowering, unsupported
 from .packed_attention import PackedAttention
 from .page_attention import PageAttention, Pages
@@ -447,7 +454,7 @@ def _over_floats(call: _Call) -> tuple[ir.Value, FloatAttention]:
         call.found["scale"],
         call.found["softcap"],
         context.optional(call.found["sinks_H"]),
-        float_attention.mask(builder, used, slots, wanted, window),
+        hidden_slots(builder, used, slots, wanted, window=window),
     )
 
 

@@ -29,6 +29,11 @@ def columns_of(group: int) -> int:
     return -(-2 * group // _COLUMNS) * _COLUMNS
 
 
+def plane_bytes(kv_heads: int, group: int) -> int:
+    """Of one row of keys or bounds its products with both planes of all queries, as floats."""
+    return 4 * kv_heads * columns_of(group)
+
+
 def pieces_of(kv_heads: int) -> list[int]:
     """How many KV heads are widened at a time."""
     count = min(_PIECES, kv_heads)

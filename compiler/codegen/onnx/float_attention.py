@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from .attention_bytes import PRODUCTS_FROM
 from .builder import CONTRIB, Builder
-from .integer_attention import HIDDEN, capped
+from .integer_attention import capped
 
 
 def fewest_tokens(group: int) -> int:
@@ -63,21 +63,3 @@ def softmax_beside(builder: Builder, logits: ir.Value, sinks: ir.Value | None) -
     weights = builder.op("Concat", logits, column, axis=3)
     weights = builder.op("Softmax", weights, axis=3)
     return builder.op("Slice", weights, builder.ints(0), builder.ints(-1), builder.ints(3))
-
-
-def mask(
-    builder: Builder, used_B: ir.Value, slots: ir.Value, wanted: ir.Value, window: int
-) -> ir.Value:
-    """[B, 1, 1, C]: 0 for slots up to the new token's, of a window the newest, far below for all others.
-
-    One for all layers of a window, and of a single slot where it is not wanted.
-    """
-    count = builder.shared("Where", wanted, slots, builder.ints(1))
-    zero, one = (builder.constant(value, "int64") for value in (0, 1))
-    index = builder.shared("Range", zero, builder.shared("Squeeze", count), one)
-    newest = builder.shared("Reshape", used_B, builder.ints(-1, 1, 1, 1))
-    seen = builder.shared("LessOrEqual", index, newest)
-    if window:
-        oldest = builder.shared("Sub", newest, builder.ints(window))
-        seen = builder.shared("And", seen, builder.shared("Greater", index, oldest))
-    return builder.shared("Where", seen, builder.floats(0.0), builder.floats(HIDDEN))

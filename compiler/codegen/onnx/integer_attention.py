@@ -241,10 +241,28 @@ def mask(builder: Builder, used_B: ir.Value, slots: ir.Value, wanted: ir.Value) 
 
     One for all layers, and of a single block where it is not wanted.
     """
-    count = builder.shared("Where", wanted, slots, builder.ints(BLOCK))
+    hidden = hidden_slots(builder, used_B, slots, wanted, BLOCK)
+    return builder.shared("Reshape", hidden, builder.ints(0, 1, -1, 1, BLOCK))
+
+
+def hidden_slots(
+    builder: Builder,
+    used_B: ir.Value,
+    slots: ir.Value,
+    wanted: ir.Value,
+    least: int = 1,
+    window: int = 0,
+) -> ir.Value:
+    """[B, 1, 1, C]: 0 for slots up to the new token's, of a window the newest, far below for all others.
+
+    One for all layers of a window, and of `least` slots where it is not wanted.
+    """
+    count = builder.shared("Where", wanted, slots, builder.ints(least))
     zero, one = (builder.constant(value, np.int64) for value in (0, 1))
     index = builder.shared("Range", zero, builder.shared("Squeeze", count), one)
-    index = builder.shared("Reshape", index, builder.ints(1, 1, -1, 1, BLOCK))
-    newest = builder.shared("Reshape", used_B, builder.ints(-1, 1, 1, 1, 1))
+    newest = builder.shared("Reshape", used_B, builder.ints(-1, 1, 1, 1))
     seen = builder.shared("LessOrEqual", index, newest)
+    if window:
+        oldest = builder.shared("Sub", newest, builder.ints(window))
+        seen = builder.shared("And", seen, builder.shared("Greater", index, oldest))
     return builder.shared("Where", seen, builder.floats(0.0), builder.floats(HIDDEN))

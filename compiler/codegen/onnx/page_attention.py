@@ -24,13 +24,10 @@ import onnx_ir as ir
 from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
 from .float_attention import softmax_beside
-from .integer_attention import LEVELS, capped, products_of, query_columns, weight_planes
+from .integer_attention import HIDDEN, LEVELS, capped, products_of, query_columns, weight_planes
 
 #: Of the probabilities of what was chosen of an int8 cache.
 _PLANES = 3
-
-#: Puts pages behind all others; hides slots from the softmax.
-_LAST = -1e30
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Pages:
         """What hides pages that no token has come into yet from a softmax over pages, [B, 1, 1, P]."""
         unused = self.builder.shared("Greater", self._index(), self._newest())
         hidden = self.builder.shared(
-            "Where", unused, self.builder.floats(_LAST), self.builder.floats(0.0)
+            "Where", unused, self.builder.floats(HIDDEN), self.builder.floats(0.0)
         )
         return self.builder.shared("Unsqueeze", hidden, self.builder.ints(1, 2))
 
@@ -117,7 +114,7 @@ class Pages:
         others = self._int("Greater", index, 0)
         before = self._int("Sub", self._newest(), self.reader.always - 2)
         others = builder.shared("And", others, builder.shared("Less", index, before))
-        apart = builder.shared("Where", others, builder.floats(0.0), builder.floats(2 * _LAST))
+        apart = builder.shared("Where", others, builder.floats(0.0), builder.floats(2 * HIDDEN))
         return builder.shared("Unsqueeze", apart, builder.ints(1))
 
     def best(self, score_BKP: ir.Value) -> ir.Value:
@@ -154,7 +151,7 @@ class Pages:
         held = builder.shared("LessOrEqual", inside, last)
         held = builder.shared("Or", held, self._int("Greater", rank, 0))
         held = builder.shared("And", held, builder.shared("Less", rank, count))
-        hidden = builder.shared("Where", held, builder.floats(0.0), builder.floats(_LAST))
+        hidden = builder.shared("Where", held, builder.floats(0.0), builder.floats(HIDDEN))
         return builder.shared("Reshape", hidden, builder.ints(0, 1, 1, -1))
 
     def first(self) -> ir.Value:
