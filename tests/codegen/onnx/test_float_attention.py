@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 
 import einfold
 from einfold.compiler.analysis.liveness import peak_activation_bytes
@@ -18,90 +18,13 @@ from einfold.compiler.codegen.onnx.target import Onnx
 from einfold.compiler.ir.program import Program
 
 from ... import models
-from ...programs import program
 from ...quick import rarely
-from .test_integer_attention import reference, run, session
+from . import test_integer_attention
+from .test_integer_attention import inputs, reference, run, session
 
 PAGED = {"method": "quest", "page": 4, "share": 0.25, "tokens": 12, "skip_layers": 0}
 
-CACHED = """
-    weight @cos : f32[9100, {half}]
-    weight @sin : f32[9100, {half}]
-    weight @sinks : f32[{heads}]
-    input %ids "input_ids" : i64[B, S]
-    input %pos "position_ids" : i64[B, S]
-    input %q "q" : f32[B, S, {heads}, {size}]
-    input %k "k" : f32[B, S, {kv}, {size}]
-    input %v "v" : f32[B, S, {kv}, {size}]
-    input %kc "cache.0.0.key" : f32[B, {kv}, C, {size}]
-    input %vc "cache.0.0.value" : f32[B, {kv}, C, {size}]
-    input %past "lengths" : i64[B]
-    read %cos "cos" : f32[9100, {half}]
-    read %sin "sin" : f32[9100, {half}]
-    read %sinks "sinks" : f32[{heads}]
-    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, none, {sinks}, {rotary}, none, none, \
-0, {scale}, {window}, {softcap}, {pairing}) : (f32[B, S, {heads}, {size}], f32[B, {kv}, C, {size}], \
-f32[B, {kv}, C, {size}])
-    call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {size}]
-    call %k2 = builtin.getitem(%a, 1) : f32[B, {kv}, C, {size}]
-    call %v2 = builtin.getitem(%a, 2) : f32[B, {kv}, C, {size}]
-    output "o" = %o
-    output "cache.0.0.key" = %k2
-    output "cache.0.0.value" = %v2
-"""
-
-
-def layer(
-    heads: int,
-    kv: int,
-    size: int,
-    *,
-    half: int = 0,
-    pairing: str = "false",
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: bool = False,
-) -> Program:
-    """One attention over a float32 cache; rotary of 2 * half coordinates where half is given."""
-    text = CACHED.format(
-        heads=heads,
-        kv=kv,
-        size=size,
-        half=half or 1,
-        rotary="%pos, %cos, %sin" if half else "none, none, none",
-        sinks="%sinks" if sinks else "none",
-        scale=size**-0.5,
-        window=window,
-        softcap=softcap,
-        pairing=pairing,
-    )
-    random = torch.Generator().manual_seed(1)
-    angles = 6.3 * torch.rand(9100, half or 1, generator=random)
-    return program(
-        text, cos=angles.cos(), sin=angles.sin(), sinks=torch.randn(heads, generator=random)
-    )
-
-
-def inputs(
-    found: Program, slots: int, lengths: list[int], new: int = 1
-) -> dict[str, np.ndarray[Any, Any]]:
-    random = np.random.default_rng(0)
-    query, key = (found.placeholder(name).meta["val"].shape for name in ("q", "k"))
-    batch, past = len(lengths), np.asarray(lengths, np.int64)
-
-    def normal(*shape: int) -> np.ndarray[Any, Any]:
-        return random.standard_normal(shape, np.float32)
-
-    return {
-        "input_ids": np.zeros((batch, new), np.int64),
-        "position_ids": past[:, None] + np.arange(new),
-        "q": normal(batch, new, *query[2:]),
-        "k": normal(batch, new, *key[2:]),
-        "v": normal(batch, new, *key[2:]),
-        "cache.0.0.key": normal(batch, key[2], slots, key[3]),
-        "cache.0.0.value": normal(batch, key[2], slots, key[3]),
-        "lengths": past,
-    }
+layer = partial(test_integer_attention.layer, kind="f32")
 
 
 def take_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,23 +35,26 @@ CACHED = """
     weight @sin : f32[9100, {half}]
     weight @ks : f32[{kv}, {size}]
     weight @vs : f32[{kv}, {size}]
+    weight @sinks : f32[{heads}]
     input %ids "input_ids" : i64[B, S]
     input %pos "position_ids" : i64[B, S]
     input %q "q" : f32[B, S, {heads}, {size}]
     input %k "k" : f32[B, S, {kv}, {size}]
     input %v "v" : f32[B, S, {kv}, {size}]
-    input %kc "cache.0.0.key" : i8[B, {kv}, C, {size}]
-    input %vc "cache.0.0.value" : i8[B, {kv}, C, {size}]
+    input %kc "cache.0.0.key" : {kind}[B, {kv}, C, {size}]
+    input %vc "cache.0.0.value" : {kind}[B, {kv}, C, {size}]
     input %past "lengths" : i64[B]
     read %cos "cos" : f32[9100, {half}]
     read %sin "sin" : f32[9100, {half}]
     read %ks "ks" : f32[{kv}, {size}]
     read %vs "vs" : f32[{kv}, {size}]
-    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, none, none, {rotary}, %ks, %vs, \
-0, {scale}, 0, 0.0, {pairing}) : (f32[B, S, {heads}, {size}], i8[B, {kv}, C, {size}], i8[B, {kv}, C, {size}])
+    read %sinks "sinks" : f32[{heads}]
+    call %a = einfold.cached_attention(%q, %k, %v, %kc, %vc, %past, none, {sinks}, {rotary}, {scales}, \
+0, {scale}, {window}, {softcap}, {pairing}) : (f32[B, S, {heads}, {size}], {kind}[B, {kv}, C, {size}], \
+{kind}[B, {kv}, C, {size}])
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {size}]
-    call %k2 = builtin.getitem(%a, 1) : i8[B, {kv}, C, {size}]
-    call %v2 = builtin.getitem(%a, 2) : i8[B, {kv}, C, {size}]
+    call %k2 = builtin.getitem(%a, 1) : {kind}[B, {kv}, C, {size}]
+    call %v2 = builtin.getitem(%a, 2) : {kind}[B, {kv}, C, {size}]
     output "o" = %o
     output "cache.0.0.key" = %k2
     output "cache.0.0.value" = %v2
@@ -67,8 +70,13 @@ def layer(
     pairing: str = "false",
     scale: float | None = None,
     key_scale: torch.Tensor | None = None,
+    kind: str = "i8",
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: bool = False,
 ) -> Program:
-    """One attention over an int8 cache; rotary of 2 * half coordinates where half is given."""
+    """One attention over a cache of int8, or of another kind; rotary of 2 * half coordinates where half is
+    given."""
     rotary = "%pos, %cos, %sin" if half else "none, none, none"
     text = CACHED.format(
         heads=heads,
@@ -77,6 +85,11 @@ def layer(
         half=half or 1,
         rotary=rotary,
         pairing=pairing,
+        kind=kind,
+        scales="%ks, %vs" if kind == "i8" else "none, none",
+        window=window,
+        softcap=softcap,
+        sinks="%sinks" if sinks else "none",
         scale=scale or size**-0.5,
     )
     random = torch.Generator().manual_seed(1)
@@ -84,7 +97,8 @@ def layer(
     scales = [0.01 + 0.02 * torch.rand(kv, size, generator=random) for _ in range(2)]
     if key_scale is not None:
         scales[0] = key_scale
-    return program(text, cos=angles.cos(), sin=angles.sin(), ks=scales[0], vs=scales[1])
+    weights = {"ks": scales[0], "vs": scales[1], "sinks": torch.randn(heads, generator=random)}
+    return program(text, cos=angles.cos(), sin=angles.sin(), **weights)
 
 
 def session(found: Program, folder: Path, profile: bool = False) -> Any:
@@ -109,8 +123,11 @@ def inputs(
     def normal(shape: Any) -> np.ndarray[Any, Any]:
         return random.standard_normal((batch, new, *shape[2:]), np.float32)
 
-    def codes() -> np.ndarray[Any, Any]:
-        return random.integers(-128, 128, (batch, key[2], slots, key[3]), np.int8)
+    def cache() -> np.ndarray[Any, Any]:
+        shape = (batch, key[2], slots, key[3])
+        if found.placeholder("cache.0.0.key").meta["val"].dtype == torch.int8:
+            return random.integers(-128, 128, shape, np.int8)
+        return random.standard_normal(shape, np.float32)
 
     past = np.asarray(lengths, np.int64)
     return {
@@ -119,8 +136,8 @@ def inputs(
         "q": normal(query),
         "k": normal(key),
         "v": normal(key),
-        "cache.0.0.key": codes(),
-        "cache.0.0.value": codes(),
+        "cache.0.0.key": cache(),
+        "cache.0.0.value": cache(),
         "lengths": past,
     }
 
