@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 import zlib
@@ -30,6 +31,17 @@ def seed_by(name: str) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked through for garbage over and over, which takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions say what they find left over when a process ends
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -78,6 +78,8 @@ class Shapes:
     def __init__(self) -> None:
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env)
+        # What torch would find again `once` has found already, and keeping it takes as long as computing it.
+        self.mode.cache_enabled = False
         self._dims: dict[str, torch.SymInt] = {}
         self._names: dict[str, str] = {}
         self._known: dict[Hashable, Any] = {}
