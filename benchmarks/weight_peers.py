@@ -26,8 +26,8 @@ import numpy as np
 from safetensors import safe_open
 
 import einfold
-from einfold.compiler.frontend.huggingface import find_model, load_reference
-from einfold.compiler.frontend.own_text import own_text
+from einfold.compiler.frontend.huggingface import find_model, read_config
+from einfold.compiler.frontend.own_text import own_text, runs
 from einfold.runtime.tokenizer import Tokenizer
 
 from . import real_model
@@ -110,9 +110,9 @@ class Tools:
         """The text that all are calibrated on, token ids [rows, tokens]."""
         source = find_model(self.folder)
         vocabulary = json.loads((self.folder / "config.json").read_text())["vocab_size"]
-        load, name = lambda: load_reference(source), lambda: f"peers {self.folder.name}"
+        running, name = runs(source, read_config(source)), lambda: f"peers {self.folder.name}"
         ids: np.ndarray[Any, Any] = own_text(
-            load, vocabulary, _SHAPES[tokens], name, lambda text, share: None
+            running, vocabulary, _SHAPES[tokens], name, lambda text, share: None
         ).numpy()
         return ids
 

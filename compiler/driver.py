@@ -32,7 +32,7 @@ from .frontend.example import Example
 from .frontend.folders import read_folder
 from .frontend.huggingface import ModelSource
 from .frontend.modules import Captured, capture_module
-from .frontend.own_text import loader, own_text
+from .frontend.own_text import own_text, runs
 from .frontend.structure import CAUSAL, parameter_count, structure
 from .frontend.vision import AUTO as VISION
 from .frontend.vision import TextPart, find_text_part
@@ -641,10 +641,10 @@ def _calibration_text(
     """The calibration text [rows, tokens] and where it is from."""
     if recipe.reads_text and recipe.calibration.text is None and model.part is None:
         shape = rows_of(recipe.calibration_tokens, program.model.context)
-        load = loader(model.source, model.module)
+        running = runs(model.source, model.config, model.state, model.module)
         named = None if program.statistics is None else program.statistics.model
         seed = recipe.calibration.seed
-        ids = own_text(load, program.model.vocabulary, shape, named, tell, seed)
+        ids = own_text(running, program.model.vocabulary, shape, named, tell, seed)
         return ids, "a text that the model wrote"
     if model.tokenizer is None:  # kept: the artifact gets it too
         model.tokenizer, _ = tokens.load_tokenizer(model.source)

@@ -5,6 +5,7 @@ Weights in other types are widened a layer at a time, so that no second copy of 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ def original_logits(
 ) -> Tensor:
     """Logits [B, S, V] of rows of tokens, of which `mask` tells the real ones from padding in front."""
     positions = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-    with _running(structure(source, config, state, module), state) as model:
+    with running(structure(source, config, state, module), state) as model:
         logits: Tensor = model(
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, use_cache=False
         ).logits
@@ -51,7 +52,7 @@ def original_outputs(
     inputs: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """What an encoder gives for its `Encoder.inputs`, by name."""
-    with _running(structure(source, config, state, module, encoder.auto), state) as model:
+    with running(structure(source, config, state, module, encoder.auto), state) as model:
         found: dict[str, Tensor] = encoder.whole(model, state)(**inputs)
     return {
         name: value.float() if value.is_floating_point() else value for name, value in found.items()
@@ -71,7 +72,7 @@ def original_answer(
     tokens that were written)."""
     # One of the config's would have as many layers as the encoder has.
     caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with _running(structure(source, config, state, module, kind.auto), state) as model:
+    with running(structure(source, config, state, module, kind.auto), state) as model:
         found = model(**inputs, decoder_input_ids=ids_BS, past_key_values=caches, use_cache=True)
     layers = found.past_key_values.cross_attention_cache.layers
     given = {
@@ -85,10 +86,13 @@ def original_answer(
 
 
 @contextmanager
-def _running(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[Any]:
-    """The model with its data, attention as it spells it itself."""
+def running(
+    model: Any, state: Mapping[str, Tensor | Weight], spelled: bool = True
+) -> Iterator[Any]:
+    """What `structure` gave, with its data; attention as the model spells it itself, or else by torch's
+    function."""
     quiet()
-    if str(model.config._attn_implementation).startswith(STAND_INS):
+    if spelled and str(model.config._attn_implementation).startswith(STAND_INS):
         model.set_attn_implementation("eager")
     with _filled(model, state), torch.no_grad():
         yield model
@@ -104,18 +108,20 @@ def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
                 for parameter in layer.parameters():
                     inside.setdefault(id(parameter), layer)
     later: dict[nn.Module, list[tuple[nn.Parameter, Tensor | Weight]]] = {}
+    filled = set[int]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         data = state.get(name)
-        if data is None or _is_of(parameter, data):
-            continue  # it is shared with the user's module, data and all
+        if data is None or id(parameter) in filled or _is_of(parameter, data):
+            continue  # it is shared with the user's module, data and all, or with a parameter before
+        filled.add(id(parameter))
         owner = inside.get(id(parameter))
         if owner is None or _is_there(data):
             parameter.data = _widened(data)
         else:
             later.setdefault(owner, []).append((parameter, data))
-    handles = []
+    handles, spare = [], defaultdict[torch.Size, list[Tensor]](list)
     for layer, parameters in later.items():
-        fill, empty = _turns(parameters)
+        fill, empty = _turns(parameters, spare)
         handles += [layer.register_forward_pre_hook(fill), layer.register_forward_hook(empty)]
     try:
         yield
@@ -126,15 +132,24 @@ def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
 
 def _turns(
     parameters: list[tuple[nn.Parameter, Tensor | Weight]],
+    spare: defaultdict[torch.Size, list[Tensor]],
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks that give a layer its data, and take them off again."""
+    """Hooks that give a layer its data, and take them off again; layers hand on the memory that these lie in,
+    which the system would clear for each of them else."""
 
     def fill(*_: Any) -> None:
         for parameter, data in parameters:
-            parameter.data = _widened(data)
+            if isinstance(data, Weight):
+                parameter.data = _widened(data)
+            else:
+                unused = spare[data.shape]
+                buffer = unused.pop() if unused else torch.empty(data.shape)
+                parameter.data = buffer.copy_(data.detach())
 
     def empty(*_: Any) -> None:
-        for parameter, _data in parameters:
+        for parameter, data in parameters:
+            if not isinstance(data, Weight):
+                spare[data.shape].append(parameter.data)
             parameter.data = torch.zeros(()).expand(parameter.shape)
 
     return fill, empty

@@ -8,7 +8,8 @@ later is worse than none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from ...errors import CalibrationError
 from ..ir.kept import cache_home, read_tensors, write_tensors
+from ..ir.stored import numbers
+from ..ir.weights import Weight
 from .checkpoint import load_reference
 from .huggingface import ModelSource
+from .original import running
+from .structure import structure
 
 #: Told of progress: what is being done, and the share of it that is done (0 to 1).
 Tell = Callable[[str, float], None]
@@ -32,7 +37,7 @@ _VERSION = 1
 
 
 def own_text(
-    load: Callable[[], Any],
+    running: Callable[[], AbstractContextManager[Any]],
     vocabulary: int,
     shape: tuple[int, int],
     named: Callable[[], str] | None,
@@ -41,9 +46,9 @@ def own_text(
 ) -> Tensor:
     """Token ids [rows, tokens], each row drawn from the model's own probabilities behind one random token.
 
-    `load` gives the model as transformers has it. `named` gives a name for the model's weights, by which a
-    text is found again in the user's cache folder; without it nothing is kept. Raises CalibrationError where
-    the model's logits are not finite.
+    In `running()` there is the model as transformers runs it. `named` gives a name for the model's weights,
+    by which a text is found again in the user's cache folder; without it nothing is kept. Raises
+    CalibrationError where the model's logits are not finite.
     """
     place = None
     if named is not None:
@@ -53,27 +58,43 @@ def own_text(
         found = _kept(place, shape)
         if found is not None:
             return found
-    model = load()
     random = torch.Generator().manual_seed(seed)
     rows, length = shape
     parts = []
-    for start in range(0, rows, _ROWS):
-        count = min(_ROWS, rows - start)
-        first = torch.randint(vocabulary, (count, 1), generator=random)
+    with running() as model:
+        for start in range(0, rows, _ROWS):
+            count = min(_ROWS, rows - start)
+            first = torch.randint(vocabulary, (count, 1), generator=random)
 
-        def told_of(step: int, done: int = start, now: int = count) -> None:
-            tell("writing a text to calibrate on", (done + now * step / length) / rows)
+            def told_of(step: int, done: int = start, now: int = count) -> None:
+                tell("writing a text to calibrate on", (done + now * step / length) / rows)
 
-        parts.append(_written(model, first, length, random, told_of))
+            parts.append(_written(model, first, length, random, told_of))
     text = torch.cat(parts)
     if place is not None:
         write_tensors(place, text)
     return text
 
 
-def loader(source: ModelSource, module: Any) -> Callable[[], Any]:
-    """What gives the model as transformers has it: the module, where it is in memory."""
-    return lambda: load_reference(source) if module is None else module
+def runs(
+    source: ModelSource,
+    config: Any,
+    state: Mapping[str, Tensor | Weight] | None = None,
+    module: Any = None,
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Gives the model as transformers runs it: the module, where it is in memory, else one of the weights in
+    `state`, or of the files where there is none. No second copy is held of what is not float32, but for a
+    layer that runs, embeddings and head; codes of a checkpoint are widened once for all steps."""
+
+    def begin() -> AbstractContextManager[Any]:
+        if module is not None:
+            return nullcontext(module)
+        if state is None:
+            return nullcontext(load_reference(source))
+        wide = {n: numbers(w) if isinstance(w, Weight) else w for n, w in state.items()}
+        return running(structure(source, config, wide), wide, spelled=False)
+
+    return begin
 
 
 @torch.no_grad()

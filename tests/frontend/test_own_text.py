@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from einfold.compiler.frontend.huggingface import find_model
-from einfold.compiler.frontend.own_text import loader, own_text
+from einfold.compiler.driver import Input, load_weights, open_model
+from einfold.compiler.frontend.huggingface import find_model, load_reference
+from einfold.compiler.frontend.own_text import own_text, runs
 from einfold.errors import CalibrationError
+
+from .. import models
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_llama"
 
@@ -24,9 +29,18 @@ def quiet(text: str, share: float) -> None:
     assert 0 <= share <= 1
 
 
-def write(named: str = "a", seed: int = 0, load: Any = None) -> torch.Tensor:
-    make = load or loader(find_model(MODEL), None)
-    return own_text(make, 512, (2, 12), lambda: named, quiet, seed)
+def opened(folder: Path = MODEL) -> Input:
+    model = open_model(folder)
+    load_weights(model)
+    return model
+
+
+def by(model: Input) -> Callable[[], AbstractContextManager[Any]]:
+    return runs(model.source, model.config, model.state, model.module)
+
+
+def write(named: str = "a", seed: int = 0, running: Any = None) -> torch.Tensor:
+    return own_text(running or by(opened()), 512, (2, 12), lambda: named, quiet, seed)
 
 
 def test_a_text_is_likely_the_same_each_time_and_kept() -> None:
@@ -34,26 +48,57 @@ def test_a_text_is_likely_the_same_each_time_and_kept() -> None:
     assert text.shape == (2, 12) and text.dtype == torch.long
 
     def never() -> Any:
-        raise AssertionError("loaded again")
+        raise AssertionError("run again")
 
-    assert torch.equal(write(load=never), text)
+    assert torch.equal(write(running=never), text)
     assert torch.equal(write("b"), text)
     assert not torch.equal(write(seed=1), text)
-    model = loader(find_model(MODEL), None)()
+    model = load_reference(find_model(MODEL))
     said = torch.log_softmax(model(input_ids=text).logits[:, :-1], -1)
     own = said.gather(-1, text[:, 1:, None]).mean()
     other = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(1))
     assert own > said.gather(-1, other[:, 1:, None]).mean() + 2
 
 
+def test_weights_that_are_loaded_are_not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is of them, as where an adapter was merged; and as of the files, where these are it."""
+    model = opened()
+    state = dict(model.state or {})
+    files = write("files", running=runs(model.source, model.config))
+    monkeypatch.setattr(f"{own_text.__module__}.load_reference", None)
+    assert torch.equal(write("loaded"), files)
+    head = next(name for name in state if "lm_head" in name or "embed" in name)
+    state[head] = state[head].flip(0)
+    changed = runs(model.source, model.config, state)
+    assert not torch.equal(write("changed", running=changed), files)
+
+
+def test_weights_of_two_bytes_are_widened_a_layer_at_a_time(tmp_path: Path) -> None:
+    """The text is that of the model widened at once, whose layers have data only while they run."""
+    wide = models.build("llama", vocab_size=512)
+    wide.bfloat16().save_pretrained(tmp_path)
+    model = opened(tmp_path)
+    text = write("half", running=by(model))
+    assert torch.equal(write("wide", running=lambda: nullcontext(wide.float())), text)
+    layers = "model.layers."
+    with by(model)() as half:
+        bytes_ = [
+            (name.startswith(layers), parameter.untyped_storage().nbytes(), parameter.nbytes)
+            for name, parameter in half.named_parameters()
+        ]
+    assert any(inside for inside, _, _ in bytes_)
+    assert all(held == (4 if inside else wanted) for inside, held, wanted in bytes_)
+
+
 def test_a_model_in_memory_is_taken_as_it_is() -> None:
-    module = loader(find_model(MODEL), None)()
-    assert loader(find_model(MODEL), module)() is module
+    module = load_reference(find_model(MODEL))
+    with runs(find_model(MODEL), None, {}, module)() as model:
+        assert model is module
 
 
 def test_logits_that_are_no_numbers() -> None:
-    module = loader(find_model(MODEL), None)()
+    module = load_reference(find_model(MODEL))
     with torch.no_grad():
         module.model.norm.weight[0] = float("nan")
     with pytest.raises(CalibrationError, match="logits are not finite where it writes a text"):
-        write("c", load=lambda: module)
+        write("c", running=lambda: nullcontext(module))
