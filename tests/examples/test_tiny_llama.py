@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.codegen.onnx import integer_attention
+from einfold.compiler.codegen.onnx import integer_attention, one_token
 from einfold.evaluate.quality import Quality, evaluate
 from einfold.evaluate.texts import read_documents
 
@@ -135,7 +135,7 @@ def test_decoding_in_integers_costs_far_less_than_int8(
     exact = decoded("exact")
     int8 = decoded("int8", cache="int8")
     monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    monkeypatch.setattr(one_token, "_USED_THIRDS", 0)
     monkeypatch.setattr(integer_attention, "SMALLEST_GROUP", 1)
     integers = decoded("integers", cache="int8")
 

@@ -36,15 +36,9 @@ from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
 from .einfold_ops import rotate
 from .float_attention import FloatAttention, softmax_beside
-from .integer_attention import (
-    HIDDEN,
-    IntegerAttention,
-    appended,
-    capped,
-    hidden_slots,
-    pays,
-)
+from .integer_attention import IntegerAttention
 from .lowerings import Context, lowering, unsupported
+from .one_token import HIDDEN, appended, capped, hidden_slots, pays
 from .packed_attention import PackedAttention
 from .page_attention import PageAttention, Pages
 

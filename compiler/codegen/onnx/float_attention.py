@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from .attention_bytes import PRODUCTS_FROM
 from .builder import CONTRIB, Builder
-from .integer_attention import capped
+from .one_token import capped
 
 
 def fewest_tokens(group: int) -> int:

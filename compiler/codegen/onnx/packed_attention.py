@@ -25,15 +25,8 @@ import numpy as np
 import onnx_ir as ir
 
 from .builder import CONTRIB, Builder
-from .integer_attention import (
-    BLOCK,
-    HIDDEN,
-    LEVELS,
-    adds_up,
-    capped,
-    query_planes,
-    weight_planes,
-)
+from .integer_attention import BLOCK, LEVELS, adds_up, query_planes, weight_planes
+from .one_token import HIDDEN, capped
 
 #: What bytes have added to them where both factors of a product are unsigned.
 _MIDDLE = 128

@@ -24,7 +24,8 @@ import onnx_ir as ir
 from ...ir.kv.read.quest.reader import Quest
 from .builder import CONTRIB, Builder
 from .float_attention import softmax_beside
-from .integer_attention import HIDDEN, LEVELS, capped, products_of, query_columns, weight_planes
+from .integer_attention import LEVELS, products_of, query_columns, weight_planes
+from .one_token import HIDDEN, capped
 
 #: Of the probabilities of what was chosen of an int8 cache.
 _PLANES = 3

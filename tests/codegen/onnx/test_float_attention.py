@@ -13,7 +13,7 @@ import pytest
 
 import einfold
 from einfold.compiler.analysis.liveness import peak_activation_bytes
-from einfold.compiler.codegen.onnx import account, float_attention, integer_attention
+from einfold.compiler.codegen.onnx import account, float_attention, one_token
 from einfold.compiler.codegen.onnx.target import Onnx
 from einfold.compiler.ir.program import Program
 
@@ -30,7 +30,7 @@ layer = partial(test_integer_attention.layer, kind="f32")
 def take_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of one token goes by products."""
     monkeypatch.setattr(float_attention, "fewest_tokens", lambda group: 1)
-    monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    monkeypatch.setattr(one_token, "_USED_THIRDS", 0)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 
 import einfold
 from einfold.compiler.analysis.liveness import peak_activation_bytes
-from einfold.compiler.codegen.onnx import integer_attention
+from einfold.compiler.codegen.onnx import integer_attention, one_token
 from einfold.compiler.codegen.onnx.attention_bytes import WIDENED_FROM
 from einfold.compiler.codegen.onnx.lower import lower
 from einfold.compiler.codegen.onnx.runner import two_numbers
@@ -159,7 +159,7 @@ def reference(
 def take_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of one token goes by integers, in blocks of 8 slots."""
     monkeypatch.setattr(integer_attention, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(integer_attention, "_USED_THIRDS", 0)
+    monkeypatch.setattr(one_token, "_USED_THIRDS", 0)
     monkeypatch.setattr(integer_attention, "BLOCK", 8)
 
 
