@@ -18,6 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ...errors import CalibrationError
+from ..ir.heap import give_back
 from ..ir.kept import cache_home, read_tensors, write_tensors
 from ..ir.stored import numbers
 from ..ir.weights import Weight
@@ -71,6 +72,8 @@ def own_text(
 
             parts.append(_written(model, first, length, random, told_of))
     text = torch.cat(parts)
+    del model
+    give_back()  # caches grew in many sizes
     if place is not None:
         write_tensors(place, text)
     return text

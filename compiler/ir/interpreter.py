@@ -1,4 +1,8 @@
-"""Runs a program by the reference meaning of its operators, on any device that torch has."""
+"""Runs a program by the reference meaning of its operators, on any device that torch has.
+
+A graph may name all of its weights before the first call, as traces do. So a weight is no value of a run:
+it is loaded by each call that reads it, and only an interpreter that keeps its weights holds it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,12 @@ from torch import Tensor, fx
 
 from ...errors import IRError
 from .forks import settle_torch
+from .heap import give_back
 from .program import Program
+
+#: Bytes of weights that are let go of, behind which the C library gives back what it kept of them: they leave
+#: holes between activations.
+_HOLES = 128 << 20
 
 
 class Interpreter:
@@ -38,6 +47,7 @@ class Interpreter:
         if kept is None:
             kept = {}
         self._kept: dict[str, Tensor] | None = kept if keep_weights else None
+        self._holes = 0
         self.dead_after = _last_uses(program.graph)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,17 +73,33 @@ class Interpreter:
     def weight(self, name: str) -> Tensor:
         """A weight as the program reads it."""
         if self._kept is None:
-            return self.program.weights[name].load()
+            if self._holes >= _HOLES:
+                give_back()
+                self._holes = 0
+            weight = self.program.weights[name].load()
+            self._holes += weight.nbytes
+            return weight
         if name not in self._kept:
             self._kept[name] = self.program.weights[name].load()
         return self._kept[name]
 
 
+class _Values(dict[fx.Node, Any]):
+    """What nodes gave, and weights as they are read."""
+
+    def __init__(self, interpreter: Interpreter, inputs: Mapping[str, Tensor]) -> None:
+        self._interpreter, self._inputs = interpreter, inputs
+
+    def __missing__(self, node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            raise KeyError(node)
+        return self._interpreter.evaluate(node, self, self._inputs)
+
+
 class Run:
     """One run of a program, as far as it has come: `values` are those that are still needed.
 
-    It can go on where an earlier one stood `at` a node, given that one's values by the names of their nodes;
-    weights are read anew.
+    It can go on where an earlier one stood `at` a node, given that one's values by the names of their nodes.
     """
 
     def __init__(
@@ -84,21 +110,13 @@ class Run:
         known: Mapping[str, Any] | None = None,
     ) -> None:
         self._interpreter, self._inputs = interpreter, inputs
-        self.values: dict[fx.Node, Any] = {}
+        self.values = _Values(interpreter, inputs)
         self._nodes = [*interpreter.program.graph.nodes]
         self._next = 0
         if at is not None:
             self._next = self._nodes.index(at)
-            before, after, known = (
-                self._nodes[: self._next],
-                {*self._nodes[self._next :]},
-                known or {},
-            )
-            for node in before:
-                if node.op == "get_attr" and not after.isdisjoint(node.users):
-                    self.values[node] = interpreter.weight(str(node.target))
-                elif node.name in known:
-                    self.values[node] = known[node.name]
+            before = (node for node in self._nodes[: self._next] if node.name in (known or {}))
+            self.values |= {node: (known or {})[node.name] for node in before}
 
     def until(self, stop: fx.Node) -> None:
         """Goes on to a node, which is the next to be run."""
@@ -106,15 +124,16 @@ class Run:
         interpreter, values = self._interpreter, self.values
         with torch.set_grad_enabled(interpreter.gradients):
             while (node := self._nodes[self._next]) is not stop:
-                values[node] = interpreter.evaluate(node, values, self._inputs)
-                for dead in interpreter.dead_after.get(node, ()):
-                    del values[dead]
+                if node.op != "get_attr":
+                    values[node] = interpreter.evaluate(node, values, self._inputs)
+                    for dead in interpreter.dead_after.get(node, ()):
+                        del values[dead]
                 self._next += 1
 
     @property
     def known(self) -> dict[str, Any]:
         """What another run needs to go on from here: values by the names of their nodes, weights apart."""
-        return {node.name: value for node, value in self.values.items() if node.op != "get_attr"}
+        return {node.name: value for node, value in self.values.items()}
 
     def arguments(self, node: fx.Node) -> tuple[Any, ...]:
         """What a node is given that is the next to be run."""
@@ -139,11 +158,12 @@ def _names_device(function: object) -> bool:
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "output":
+        if node.op in ("output", "get_attr"):
             continue
         last[node] = node
         for source in node.all_input_nodes:
-            last[source] = node
+            if source.op != "get_attr":
+                last[source] = node
     for source in graph.find_nodes(op="output")[0].all_input_nodes:
         last.pop(source, None)
     dead: dict[fx.Node, list[fx.Node]] = {}

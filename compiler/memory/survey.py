@@ -84,10 +84,13 @@ class _Shapes(Interpreter):
         self.found = Survey()
         self._in_place = in_place
         self._given: set[int] = set()
+        self._weights: dict[str, Tensor] = {}
 
     def weight(self, name: str) -> Tensor:
-        weight = self.program.weights[name]
-        return torch.empty(weight.shape, dtype=weight.dtype, device=META)
+        if name not in self._weights:  # a view is known by the storage that it looks at
+            weight = self.program.weights[name]
+            self._weights[name] = torch.empty(weight.shape, dtype=weight.dtype, device=META)
+        return self._weights[name]
 
     def evaluate(
         self, node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[str, Tensor]
