@@ -27,6 +27,7 @@ import torch
 import einfold
 from einfold.compiler.ir.kv.layout import BOUNDS
 from einfold.compiler.ir.kv.read.quest import choosing
+from einfold.runtime import alike
 from einfold.runtime.cache import Cache
 from einfold.runtime.engine import Engine
 from einfold.runtime.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "quest": {},
     "quest:share=0.0625,tokens=1024": {"share": 0.0625, "tokens": 1024},
     "quest:page=8": {"page": 8},
+    "quest:page=8,spread=0.35,alike=256": {"page": 8, "spread": 0.35, "alike": 256},
     "quest:page=16": {"page": 16},
     "quest:page=16,spread=1": {"page": 16, "spread": 1.0},
 }
@@ -76,6 +78,7 @@ class Ways:
             cache = engine.allocate(1, len(tokens))
             _copy(whole, cache, prompt - 1)
             cache.assume(prompt - 1)
+            alike.regroup(cache, np.zeros(1, np.int64))
             row = np.asarray(tokens)
             parts = engine.stream(cache, row, all_logits=True, start=prompt - 1)
             if name == "everything":
@@ -186,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.reading_quality", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 7168])
     parser.add_argument("--storages", nargs="+", choices=["f32", "int8"], default=["f32"])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--texts", type=int, default=3)
     parser.add_argument("--lists", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -193,7 +197,7 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         ways = {
-            storage: Ways(Path(folder), storage, tuple(WAYS), given.threads)
+            storage: Ways(Path(folder), storage, tuple(given.ways), given.threads)
             for storage in given.storages
         }
         figures = {}

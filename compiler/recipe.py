@@ -317,8 +317,8 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _bounds_fit_the_slots(self) -> Recipe:
         """Bounds of pages are numbers of the type of the slots, which holds no half of a byte."""
-        steps = self.cache_passes()
-        bounded = [s for s in steps if getattr(getattr(s, "reader", None), "bounded", 0)]
+        readers = [getattr(step, "reader", None) for step in self.cache_passes()]
+        bounded = [reader for reader in readers if reader is not None and reader.bounded]
         if bounded and self.cache.storage == "int4":
             raise ValueError(
                 f"cache.read {bounded[0].name} keeps bounds of pages in the type of the slots, and those of "

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .compiler.ir.interpreter import Interpreter
-from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup
+from .compiler.ir.kv.layout import Buffer, CacheLayout, HeadGroup, cache_name
 from .compiler.ir.ops.attention import CachedAttention, OverOwnSlots
 from .compiler.ir.ops.bounded import BoundedAttention
 from .compiler.ir.ops.record import in_place
@@ -124,6 +124,12 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def _check_told_apart(self) -> None:
         """Raises UnsupportedError where slots do not hold tokens in their order, each as it came."""
         for _, _, group in self.layout.groups():
+            if group.reader.reorders:
+                raise UnsupportedError(
+                    f"layer {self.layer}: the mask hides some tokens from others, but "
+                    f"{group.reader.name} has put tokens into other slots; give a mask of "
+                    "padding alone, or leave alike out of cache.read"
+                )
             if not in_order(group):
                 raise UnsupportedError(
                     f"layer {self.layer}: the mask hides some tokens from others, but a cache that keeps "
@@ -153,10 +159,19 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         if self.cache is None:
             room = grown(0, longest, self.context)
             make = OnDevice(device)
-            self.cache = Cache.allocate(self.layout, len(coming_B), room, longest, make)
+            self.cache = Cache.allocate(
+                self.layout, len(coming_B), room, longest, make, key_scales=self._key_scales()
+            )
         elif longest > self.cache.capacity:
             self.cache.grow(grown(self.cache.capacity, longest, self.context))
         return self.cache
+
+    def _key_scales(self) -> dict[str, Any]:
+        """What the codes of keys stand for, as `runtime/key_scales.py` has it of an artifact."""
+        names = {cache_name(layer.layer, index) for layer, index, _ in self.layout.reordered}
+        weights = self.program.weights
+        scaled = [name for name in names if f"{name}.key_scale" in weights]
+        return {name: weights[f"{name}.key_scale"].load().cpu().numpy() for name in scaled}
 
     def _run(
         self,
@@ -259,6 +274,12 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         assert self.known is not None
         left = max(0, self.seen + tokens_to_remove)
         removed_B = self.known[:, left:].sum(1).cpu().numpy()
+        for _, _, group in self.layout.reordered if removed_B.any() else ():
+            raise UnsupportedError(
+                f"layer {self.layer}: crop cannot tell the newest tokens once {group.reader.name} has put "
+                "tokens into other slots; leave alike out of cache.read, or generate without assisted "
+                "decoding"
+            )
         for clock, used in self.cache.clocks.items() if removed_B.any() else ():
             group = self.cache.groups[clock]
             whole = used == self.cache.lengths

@@ -23,6 +23,7 @@ from .runtime.buffers import Make, empty
 from .runtime.embeddings import table_of
 from .runtime.encoding import EncoderEngine
 from .runtime.engine import CHUNK, Engine, Timings
+from .runtime.key_scales import key_scales
 from .runtime.memory.experts import Hits
 from .runtime.memory.slots_ahead import Spilled
 from .runtime.runner import Floats, Runner
@@ -265,6 +266,7 @@ def _engine(runner: Runner, artifact: Artifact, chunk: int) -> Engine:
         () if begin is None else begin.never,
         () if begin is None else begin.never_first,
         manifest.embeds,
+        key_scales(artifact),
     )
 
 

@@ -69,6 +69,9 @@ class CacheBuffers:
     packed: dict[str, Counts] = field(default_factory=dict)
     """Packed tokens of each row, by the name of a counter; see `CacheLayout.packs`."""
     make: Make = empty
+    key_scales: Mapping[str, Array] = field(default_factory=dict)
+    """What codes of keys are multiplied with [K, D], by the first part of a group's buffers' names, where its
+    tokens change their slots by them; see `key_scales.py`."""
     given: Mapping[str, Array] = field(default_factory=dict)
     """What every step reads and none writes, a row for each row: what an encoder made of its input."""
 
@@ -81,6 +84,7 @@ class CacheBuffers:
         prompt: int | None = None,
         make: Make = empty,
         given: Mapping[str, Array] | None = None,
+        key_scales: Mapping[str, Array] | None = None,
     ) -> Buffers:
         """Zeroed buffers for `batch` rows of `capacity` tokens, exactly as the layout accounts for them.
 
@@ -98,6 +102,7 @@ class CacheBuffers:
             groups,
             {name: np.zeros(batch, np.int64) for name in layout.packs()},
             make,
+            key_scales or {},
             given or {},
         )
         for name, used in cache.clocks.items():

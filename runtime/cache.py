@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..compiler.ir.kv.layout import packed_of
-from . import maintenance, scores
+from . import alike, maintenance, scores
 from .buffers import Array, CacheBuffers, Counts
 
 
@@ -46,9 +46,12 @@ class Cache(CacheBuffers):
         `observed` are the step's results beside logits and cache, which scored groups learn from.
         """
         scores.observe(self, np.broadcast_to(sizes, self.lengths.shape), observed or {})
+        before = self.lengths.copy()
         self.lengths += sizes
         for used in self.clocks.values():
             used += sizes
+        if self.layout.reordered:
+            alike.regroup(self, before)
 
     def settle(self) -> None:
         """Ends the reading of prompts: groups that kept all of them are compressed, one by one."""

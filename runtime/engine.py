@@ -62,10 +62,11 @@ class Engine:
         never: Sequence[int] = (),
         never_first: Sequence[int] = (),
         embeds: int = 0,
+        key_scales: Mapping[str, Array] | None = None,
     ) -> None:
         """`make` makes the cache's buffers where the runner wants them. The tokens `never` are not chosen,
         those `never_first` not behind the prompt. `embeds` is the width of the table of embeddings that a
-        model takes beside its tokens, 0 where it takes none."""
+        model takes beside its tokens, 0 where it takes none. `key_scales` are those of `CacheBuffers`."""
         if chunk < 1:
             raise PromptError(f"the prefill chunk must be 1 token or more, not {chunk}")
         self.runner = runner
@@ -77,6 +78,7 @@ class Engine:
         self.never = np.asarray(never, np.int64)
         self.never_first = np.asarray(never_first, np.int64)
         self.embeds = embeds
+        self.key_scales = key_scales
         self.timings = Timings()
         self.cache: Cache | None = None
 
@@ -133,7 +135,9 @@ class Engine:
         check = getattr(self.runner, "check_room", None)
         if check is not None:
             check(batch, capacity, prompt)
-        return Cache.allocate(self.layout, batch, capacity, prompt, self.make, given)
+        return Cache.allocate(
+            self.layout, batch, capacity, prompt, self.make, given, self.key_scales
+        )
 
     def check_prompt(self, prompt: Sequence[int] | Ints, below: int = 0) -> Ints:
         """The prompt as an array; raises PromptError with the position of what is wrong. `below` are the rows

@@ -32,6 +32,7 @@ from ..runtime.buffers import Array, Make, empty
 from ..runtime.cache import Cache
 from ..runtime.embeddings import no_table
 from ..runtime.engine import Engine
+from ..runtime.key_scales import key_scales
 from ..runtime.runner import Floats, Runner
 
 _PROMPT, _STEPS = 12, 4
@@ -223,7 +224,14 @@ def _behind(
     model, make = manifest.model, getattr(runner, "make", empty)
     total = prompt + _STEPS
     ids = np.random.default_rng(1).integers(0, model.vocabulary, (1, total))
-    engine = Engine(runner, manifest.layout(), model.vocabulary, model.context, make=make)
+    engine = Engine(
+        runner,
+        manifest.layout(),
+        model.vocabulary,
+        model.context,
+        make=make,
+        key_scales=key_scales(artifact),
+    )
     cache = engine.allocate(1, total, prompt, given)
     engine.prefill(cache, [ids[0, :prompt]])
     steps = min(_STEPS, cache.step_limit())
@@ -256,7 +264,7 @@ def _logits(
     prompt = min(prompt, total)
     ids = check_tokens(manifest.model.vocabulary)[:, :total]
     make: Make = getattr(runner, "make", empty)
-    cache = Cache.allocate(manifest.layout(), 1, total, prompt, make, given)
+    cache = Cache.allocate(manifest.layout(), 1, total, prompt, make, given, key_scales(artifact))
     out: list[Floats] = []
     start = 0
     while start < total:

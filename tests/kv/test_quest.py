@@ -240,7 +240,7 @@ def test_layers_behind_the_first_get_the_reader_and_its_bounds() -> None:
             "heads 0,1 read 0.25 of the tokens or 12 tokens, or what is more, in pages of 4",
         ),
     ]
-    text = "read=quest(page=4,share=0.25,tokens=12,spread=0.5)"
+    text = "read=quest(page=4,share=0.25,tokens=12,spread=0.5,alike=0)"
     assert [text in line for line in found.layout.lines()] == [False, True]
     AttachCache().run(found)
     verify(found, deep=True)

@@ -310,6 +310,11 @@ class CacheLayout:
         """Whether a query of some group reads a part of what is kept."""
         return any(not group.reader.whole for _, _, group in self.groups())
 
+    @cached_property
+    def reordered(self) -> tuple[tuple[LayerCache, int, HeadGroup], ...]:
+        """The groups whose tokens change their slots among themselves; the runtime asks at every step."""
+        return tuple(found for found in self.groups() if found[2].reader.reorders)
+
     def clocks(self) -> dict[str, HeadGroup]:
         """The counters of used slots, by name, each with a group that goes by it.
 

@@ -26,10 +26,11 @@ class ReadByReader(GivenToHeads):
             result.skipped("graph", "no attention in the graph")
             return result
         windows = own_windows(program)
-        layers = [
-            self._reading(layer, self._left_alone(place, windows[layer.layer]), result)
-            for place, layer in enumerate(program.layout.layers)
-        ]
+        layers = []
+        for place, layer in enumerate(program.layout.layers):
+            others = [other for other in program.layout.readers(layer.layer) if windows[other]]
+            reason = self._left_alone(place, windows[layer.layer], others)
+            layers.append(self._reading(layer, reason, result))
         program.layout = CacheLayout(tuple(layers))
         return result
 
@@ -46,10 +47,15 @@ class ReadByReader(GivenToHeads):
                 groups.append(replace(group, reader=self.reader))
         return replace(layer, groups=tuple(groups))
 
-    def _left_alone(self, place: int, window: int) -> str:
-        """Why a layer goes on reading all that it keeps; "" where it need not."""
+    def _left_alone(self, place: int, window: int, others: list[int]) -> str:
+        """Why a layer goes on reading all that it keeps; "" where it need not. `others` are layers that read
+        its slots within a window."""
         if window:
             return f"have a sliding window of {window} tokens of their own"
+        if others and self.reader.reorders:
+            return (
+                f"are read within a window by layer {others[0]} too, so that slots keep their order"
+            )
         return self.reader.leaves(place)
 
     def _cannot(self, group: HeadGroup) -> str:

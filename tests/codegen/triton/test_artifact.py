@@ -207,7 +207,7 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ),
         rarely("gpt2", {"share": CSKV}),
         rarely("llama", {"read": QUEST}),
-        ("llama", {"storage": "int8", "read": QUEST | {"skip_layers": 1}}),
+        ("llama", {"storage": "int8", "read": QUEST | {"skip_layers": 1, "alike": 8}}),
     ],
 )
 def test_tokens_are_those_of_the_reference(
@@ -305,7 +305,10 @@ def test_layers_that_read_pages_have_kernels_of_their_own(compiled: Callable[...
     ]
     source = (folder / "kernels/choosing_h4_kv2_d16_pages4_fp32.py").read_text()
     assert source.startswith("# The choice of pages of layer 1.\n")
-    assert "# Which pages a query reads: quest(page=4,share=0.25,tokens=20,spread=0.5),\n" in source
+    assert (
+        "# Which pages a query reads: quest(page=4,share=0.25,tokens=20,spread=0.5,alike=0),\n"
+        in source
+    )
     layout = manifest.layout()
     assert layout is not None
     # Keys, values and bounds in float32: 2 heads of 16 numbers, 25 pages and one more.

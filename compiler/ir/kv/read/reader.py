@@ -43,6 +43,16 @@ class Reader(Options):
         nothing is. Operators find them in `bounds` [B, K, P, 2 D], the largest first."""
         return 0
 
+    @property
+    def reorders(self) -> bool:
+        """Whether tokens change their slots among themselves, once, so that pages hold like keys."""
+        return False
+
+    def chunks(self, used: int) -> range:
+        """Where the chunks of slots begin, each as long as the range's step, that the runtime puts in another
+        order (`runtime/alike.py`) of a row that uses so many slots; none where tokens stay as they came."""
+        return range(0)
+
     def leaves(self, place: int) -> str:
         """Why the method leaves an attention layer alone, by its place among them; "" where it does not."""
         return ""

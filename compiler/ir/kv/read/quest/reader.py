@@ -13,6 +13,9 @@ from ..reader import READERS, Reader
 #: Slots of a page at most: the newest pages are read whole.
 _LARGEST = 1024
 
+#: Tokens that are put in order together at most: a step waits for it.
+_MOST_ALIKE = 4096
+
 
 @READERS.register
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Quest(Reader):
 
     Options: `page`, slots of a page, a power of two; a query reads `share` of the tokens that it sees, or
     `tokens` where that is more, in whole pages, and everything where there are no more pages; `spread`, how
-    far from the middle between largest and smallest to either of them a score counts (1: the bound); the
+    far from the middle between largest and smallest to either of them a score counts (1: the bound); `alike`
+    tokens at a time are put in such an order that a page has like keys (0: pages are as the text goes); the
     first `skip_layers` attention layers read everything, as in the paper.
 
     Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.70 and 0.65 by the defaults, as
@@ -43,13 +47,17 @@ class Quest(Reader):
     tokens (`share=0`). Query heads that share a KV head read the same pages: a head's scores become shares
     by a softmax over all pages, and a page counts as much as the largest share that it has of any of these
     heads. The paper's models have no heads that share. A step of several tokens, as of a prompt, may read
-    everything: in onnxruntime it does.
+    everything: in onnxruntime it does. `alike` is not Quest's: clusters of keys are Squeezed Attention's
+    (Hooper et al. 2024), but of one size and judged by bounds; `page=8,alike=256,spread=0.35` keeps half as
+    many bounds, at a KL of 0.012 for 0.011 behind 4,000 tokens and 0.004 for 0.004 behind 7,000, and finds
+    one and three answers of forty fewer.
     """
 
     page: int = 4
     share: float = 0.125
     tokens: int = 512
     spread: float = 0.5
+    alike: int = 0
     skip_layers: int = option(2)
 
     name = method = "quest"
@@ -77,12 +85,30 @@ class Quest(Reader):
             )
         if not self.share and not self.tokens:
             raise IRError(f"{self.name}: give a share of the tokens or a number of tokens to read")
+        if self.alike and not (
+            2 * self.page <= self.alike <= _MOST_ALIKE and self.alike & (self.alike - 1) == 0
+        ):
+            raise IRError(
+                f"{self.name}: alike is 0, or a power of two of tokens from two pages of {self.page} to "
+                f"{_MOST_ALIKE}, not {self.alike}"
+            )
         if self.skip_layers < 0:
             raise IRError(f"{self.name}: skip_layers is 0 or more, not {self.skip_layers}")
 
     @property
     def bounded(self) -> int:
         return self.page
+
+    @property
+    def reorders(self) -> bool:
+        return bool(self.alike)
+
+    def chunks(self, used: int) -> range:
+        """The first page stays as it is, and so do the newest ones, which are read whatever they hold."""
+        if not self.alike:
+            return range(0)
+        whole = max(0, used - self.always * self.page) // self.alike
+        return range(self.page, self.page + whole * self.alike, self.alike)
 
     def leaves(self, place: int) -> str:
         if place >= self.skip_layers:
@@ -102,7 +128,8 @@ class Quest(Reader):
         parts = [f"{self.share:g} of the tokens"] if self.share else []
         parts += [f"{self.tokens} tokens"] if self.tokens else []
         more = ", or what is more," if len(parts) == 2 else ""
-        return f"{' or '.join(parts)}{more} in pages of {self.page}"
+        alike = f" of like keys among {self.alike}" if self.alike else ""
+        return f"{' or '.join(parts)}{more} in pages of {self.page}{alike}"
 
     @property
     def choosing(self) -> Any:
