@@ -33,6 +33,10 @@ Tell = Callable[[str, float], None]
 #: Rows that are written side by side; bounds the memory of their caches.
 _ROWS = 32
 
+#: Steps behind which the C library gives back what it kept: each layer's cache is made anew in every step, a
+#: little larger, and fits into no hole that it left. Without that 0.9 GB gathered for caches of 0.2.
+_TRIMMED = 16
+
 #: Part of the name under which texts are kept.
 _VERSION = 1
 
@@ -72,8 +76,7 @@ def own_text(
 
             parts.append(_written(model, first, length, random, told_of))
     text = torch.cat(parts)
-    del model
-    give_back()  # caches grew in many sizes
+    give_back()
     if place is not None:
         write_tensors(place, text)
     return text
@@ -112,6 +115,8 @@ def _written(
     device = next(model.parameters()).device
     for step in range(length):
         told_of(step)
+        if step % _TRIMMED == 0:
+            give_back()
         out = model(input_ids=last.to(device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         likely = torch.softmax(out.logits[:, -1].float().cpu(), -1)
