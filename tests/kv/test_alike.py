@@ -17,6 +17,7 @@ from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.layout import BOUNDS, Buffer, CacheLayout
 from einfold.compiler.ir.kv.read.quest import choosing
 from einfold.compiler.ir.kv.read.quest.reader import Quest
+from einfold.compiler.ir.kv.spill import spillable
 from einfold.compiler.ir.kv.store.plain.storage import Plain
 from einfold.compiler.ir.manifest import Manifest
 from einfold.compiler.ir.types import DTYPES
@@ -260,6 +261,13 @@ def test_bytes_are_those_without() -> None:
     common.check_text(layouts[0])
     assert layouts[0].bytes(3, 90) == layouts[1].bytes(3, 90)
     assert layouts[0].read_bytes(3, 90) == layouts[1].read_bytes(3, 90)
+
+
+def test_slots_that_get_another_order_are_not_spilled() -> None:
+    """What lies in the file is written once."""
+    kept, spilled = (common.layout_of(Full(), reader=each) for each in (READER, Quest(4, 0.25, 12)))
+    assert not spillable(kept)
+    assert spillable(spilled) == list(spilled.layers)
 
 
 @pytest.mark.parametrize("alike", [-16, 4, 12, 24, 8192])

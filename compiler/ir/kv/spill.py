@@ -4,8 +4,8 @@
                               in the file, for good      the tail, in memory      nothing yet
 
 Tokens are only added behind others, so a slot is written once: when `TAIL` of them have come, all but the
-newest few go to the file together. What moves between steps is never spilled: groups that let tokens go or
-pack them stay in memory, and so does what is no slot (bounds of pages, scores).
+newest few go to the file together. What moves between steps is never spilled: groups that let tokens go,
+pack them or put them in another order stay in memory, and so does what is no slot (bounds of pages, scores).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def spillable(layout: CacheLayout) -> list[LayerCache]:
 def spilled_buffers(layer: LayerCache, batch: Size, capacity: Size) -> Iterator[Buffer]:
     """The buffers of a layer that may lie in a file, [B, K, C, D] each."""
     for index, group in enumerate(layer.groups):
-        if group.owner is None and group.partner is None and not group.moves and not group.exact:
+        moves = group.moves or group.exact or group.reader.reorders
+        if group.owner is None and group.partner is None and not moves:
             for buffer in layer.group_buffers(index, batch, capacity):
                 if buffer.name.rpartition(".")[2] in PARTS:
                     yield buffer
