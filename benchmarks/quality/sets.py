@@ -214,7 +214,7 @@ def _budgets() -> Iterator[Row]:
         for method in ("kvzip", "ada_kv"):
             yield _by_head(method, tokens)
     for tokens in (512, 128):
-        for method in ("expected_attention", "snapkv", "pyramid_kv", "h2o", "ems"):
+        for method in ("expected_attention", "snapkv", "kvcrush", "pyramid_kv", "h2o", "ems"):
             yield _cache("prune", method, tokens=tokens)
         yield _cache("prune", "streaming_llm", recent=tokens - 4)
 

@@ -36,6 +36,7 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
                 "scissorhands",
                 "d2o",
                 "kvmerger",
+                "kvcrush",
                 "expected_attention",
                 "pyramid_kv",
                 "ada_kv",

@@ -23,7 +23,7 @@ class CacheStorage(StrEnum):
 METHODS = {
     "prune": (
         *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
-        *("scissorhands", "d2o", "kvmerger"),
+        *("scissorhands", "d2o", "kvmerger", "kvcrush"),
         *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
     ),
     "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv"),
