@@ -240,6 +240,7 @@ CACHE = (
     _cache("prune", "duo_attention", full=0.5),
     _by_head("ada_kv", 256, by="expected_attention"),
     _cache("prune", "pyramid_kv", by="expected_attention"),
+    _cache("prune", "zipvl", by="h2o"),
     _cache("quant", "kivi", bits=4),
     _cache("quant", "turboquant", bits=3),
     _cache("share", "cskv", keep=0.5),

@@ -40,6 +40,7 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
                 "expected_attention",
                 "pyramid_kv",
                 "ada_kv",
+                "zipvl",
                 "kvzip",
             ),
         ),

@@ -312,6 +312,7 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
         chosen("expected_attention", tokens=64),
         chosen("kvzip", tokens=64),
         chosen("pyramid_kv", tokens=64),
+        chosen("zipvl", tokens=64),
         slack_fills_it,
         *longer,
     ):
@@ -551,6 +552,10 @@ RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8
             {"method": "kvmerger", "tokens": 16, "slack": 4, "apart": 2, "similarity": 0.2},
         ),
         rarely("llama", {"method": "kvcrush", "tokens": 16, "observe": 4, "slack": 4}),
+        rarely(
+            "llama",
+            {"method": "zipvl", "tokens": 18, "slack": 4, "read": 24, "by": "snapkv:observe=4"},
+        ),
         rarely("llama", {"method": "kvzip", "tokens": 18, "slack": 4, "read": 24, "share": 0.4}),
     ],
     ids=lambda given: given if isinstance(given, str) else given["method"],
