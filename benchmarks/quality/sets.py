@@ -241,6 +241,7 @@ CACHE = (
     _by_head("ada_kv", 256, by="expected_attention"),
     _cache("prune", "pyramid_kv", by="expected_attention"),
     _cache("prune", "zipvl", by="h2o"),
+    _cache("prune", "elastic_cache", merge=False),
     _cache("quant", "kivi", bits=4),
     _cache("quant", "turboquant", bits=3),
     _cache("share", "cskv", keep=0.5),

@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
                 "d2o",
                 "kvmerger",
                 "kvcrush",
+                "elastic_cache",
                 "expected_attention",
                 "pyramid_kv",
                 "ada_kv",

@@ -23,7 +23,7 @@ class CacheStorage(StrEnum):
 METHODS = {
     "prune": (
         *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
-        *("scissorhands", "d2o", "kvmerger", "kvcrush"),
+        *("scissorhands", "d2o", "kvmerger", "kvcrush", "elastic_cache"),
         *("expected_attention", "pyramid_kv", "ada_kv", "zipvl", "kvzip"),
     ),
     "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv"),
