@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ class Crushed(Voted):
     rest, by which heads attend to them (Jha et al. 2025, section 3).
 
     Before: `cache 0.0 heads=0,1 .. policy=full`
-    After:  `cache 0.0 heads=0,1 .. policy=crushed(chosen=224,observe=32,kernel=7,slack=64,..,share=0.25)`
+    After:  `cache 0.0 heads=0,1 .. policy=crushed(chosen=224,observe=32,..,share=0.25)`
 
     A token's signature has a bit for each query head: whether it is in the half of the prompt that this head
     of the prompt's last tokens attends to more. The tokens that votes would let go of are ordered by the
@@ -40,9 +40,6 @@ class Crushed(Voted):
             raise IRError(
                 f"{self.name}: share is a part of the chosen tokens, 0 to 1, not {self.share}"
             )
-
-    def fitted(self, queries: int) -> Crushed:
-        return replace(self, queries=queries)
 
     def says(self) -> str:
         return f"{super().says()}, {self.representatives(self.chosen)} for others like them"
