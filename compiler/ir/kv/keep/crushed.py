@@ -27,6 +27,11 @@ class Crushed(Voted):
     and cut into as many groups of one size as there are representatives; the one in the middle of each stays.
 
     Options: as SnapKV's, and `share`, the part of the chosen tokens that are representatives.
+
+    Differs from the paper: each KV head has its own important tokens and representatives, by signatures of
+    all heads of its group; bits are of the half that a head attends to more, and the anchor is what most bits
+    are, so that nothing is drawn. The important tokens are SnapKV's, with `pyramid_kv:by=kvcrush` and
+    `ada_kv:by=kvcrush` in budgets by layer and head; what is generated passes in a window, as SnapKV's here.
     """
 
     share: float = 0.25
@@ -65,7 +70,7 @@ class Crushed(Voted):
     def signatures(self, row: Row, older: int) -> npt.NDArray[np.bool_]:
         """Whether each query head attends to a token more than to half of them, [heads, older]."""
         votes_HT = self.votes(row, older).reshape(-1, older)
-        return votes_HT > np.median(votes_HT, axis=1, keepdims=True)  # type: ignore[no-any-return]
+        return votes_HT > np.median(votes_HT, axis=1, keepdims=True)
 
     def spread(self, signs_HT: npt.NDArray[np.bool_], rest_KR: Ints, count: int) -> Ints:
         """Of the tokens that each KV head would let go of, so many that stand for all, [K, count]."""
