@@ -37,6 +37,10 @@ class ZipVL(Pass):
     tokens take, tau in the paper; `slack`, tokens that may gather between moves; `read`, how many tokens of
     the calibration text are looked at.
 
+    Measured on SmolLM2-135M-Instruct: its layers differ little, the defaults give them 202 to 310 tokens. On
+    examples/tiny_llama the KL is 0.109, and 0.105 by `snapkv` alone with as many bytes; 21 of 28 pass keys
+    are recalled, and 24 by `snapkv`.
+
     Differs from the paper: a layout has its sizes when it is compiled, so layers are compared on the
     calibration text, not on each prompt, by the attention of all of its queries; budgets are a base and
     eighths of the rest, and their mean is `tokens`. All of a prompt is attended to while it is read. Tokens

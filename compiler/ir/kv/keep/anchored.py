@@ -30,6 +30,10 @@ class Anchored(ChosenOnce):
     whether what leaves is averaged into the anchor that is nearest in the text, keys and values alike, each
     token counting as much; `slack`, tokens that may be generated before old ones leave.
 
+    Measured on examples/tiny_llama: a KL of 0.150, and 0.128 without merging; 10 of 28 pass keys are
+    recalled, and 14 without. With `offset=128` the KL is 0.088, and 0.070 without, where `h2o` has 0.059:
+    averaged keys, which were turned at other positions, cost more than what leaves.
+
     Differs from the paper: each KV head chooses by the attention of its query heads, where the paper takes
     the mean over all heads of a layer; the newest `offset` tokens of the prompt stay, where the paper keeps
     the last one and as many anchors as make up the rest; tokens leave `slack` at a time. The prompt is held

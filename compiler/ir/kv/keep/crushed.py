@@ -28,6 +28,10 @@ class Crushed(Voted):
 
     Options: as SnapKV's, and `share`, the part of the chosen tokens that are representatives.
 
+    Measured on examples/tiny_llama, with as many bytes as `snapkv`: a KL of 0.106, and 0.105 by `snapkv`; 20
+    of 28 pass keys are recalled, and 24 by `snapkv`; 22 with a `share` of 0.1, 13 with 0.5. Tokens that stand
+    for others take the place of some that votes had found.
+
     Differs from the paper: each KV head has its own important tokens and representatives, by signatures of
     all heads of its group; bits are of the half that a head attends to more, and the anchor is what most bits
     are, so that nothing is drawn. The important tokens are SnapKV's, with `pyramid_kv:by=kvcrush` and
