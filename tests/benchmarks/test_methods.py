@@ -118,6 +118,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "scissorhands": [real["--prune scissorhands"]],
         "d2o": [real["--prune d2o"]],
         "kvmerger": [real["--prune kvmerger"]],
+        "kvcrush": [real["--prune kvcrush"]],
         "pyramid_kv": [real["--prune pyramid_kv"]],
         "ada_kv": [real["--prune ada_kv"]],
         "cross_layer": [real["--share cross_layer"]],
