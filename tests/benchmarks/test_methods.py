@@ -120,6 +120,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "kvmerger": [real["--prune kvmerger"]],
         "kvcrush": [real["--prune kvcrush"]],
         "pyramid_kv": [real["--prune pyramid_kv"]],
+        "zipvl": [real["--prune zipvl"]],
         "ada_kv": [real["--prune ada_kv"]],
         "cross_layer": [real["--share cross_layer"]],
         "minicache": [real["--share minicache"]],

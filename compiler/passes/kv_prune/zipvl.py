@@ -37,9 +37,10 @@ class ZipVL(Pass):
     tokens take, tau in the paper; `slack`, tokens that may gather between moves; `read`, how many tokens of
     the calibration text are looked at.
 
-    Measured on SmolLM2-135M-Instruct: its layers differ little, the defaults give them 202 to 310 tokens. On
-    examples/tiny_llama the KL is 0.109, and 0.105 by `snapkv` alone with as many bytes; 21 of 28 pass keys
-    are recalled, and 24 by `snapkv`.
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.05 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. The KL is 0.193, and 0.185 by `snapkv` alone with as many bytes:
+    layers differ little, the defaults give them 202 to 310 tokens, and what differs is no gain here. On
+    examples/tiny_llama it is 0.109 and 0.105.
 
     Differs from the paper: a layout has its sizes when it is compiled, so layers are compared on the
     calibration text, not on each prompt, by the attention of all of its queries; budgets are a base and
