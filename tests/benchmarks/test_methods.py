@@ -119,6 +119,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "d2o": [real["--prune d2o"]],
         "kvmerger": [real["--prune kvmerger"]],
         "kvcrush": [real["--prune kvcrush"]],
+        "elastic_cache": [real["--prune elastic_cache"]],
         "pyramid_kv": [real["--prune pyramid_kv"]],
         "zipvl": [real["--prune zipvl"]],
         "ada_kv": [real["--prune ada_kv"]],

@@ -30,9 +30,10 @@ class Anchored(ChosenOnce):
     whether what leaves is averaged into the anchor that is nearest in the text, keys and values alike, each
     token counting as much; `slack`, tokens that may be generated before old ones leave.
 
-    Measured on examples/tiny_llama: a KL of 0.150, and 0.128 without merging; 10 of 28 pass keys are
-    recalled, and 14 without. With `offset=128` the KL is 0.088, and 0.070 without, where `h2o` has 0.059:
-    averaged keys, which were turned at other positions, cost more than what leaves.
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.00 and 0.00 by the defaults,
+    against 0.70 and 0.65 with every token. The KL is 0.238, and 0.185 by `snapkv`, 0.049 by `h2o`. On
+    examples/tiny_llama, where both were measured, merging costs more than what leaves: a KL of 0.150, and
+    0.128 without it; with `offset=128` 0.088, and 0.070 without, where `h2o` has 0.059.
 
     Differs from the paper: each KV head chooses by the attention of its query heads, where the paper takes
     the mean over all heads of a layer; the newest `offset` tokens of the prompt stay, where the paper keeps
