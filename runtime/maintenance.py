@@ -113,10 +113,11 @@ def _move(
         return
     group, prefix = layer.groups[index], cache_name(layer.layer, index)
     held = cache.row_of(layer.layer, index, row)
+    moving = [part for part in group.by_slot if part in held]  # once tokens are chosen, no scores
     staying_KN = group.policy.staying(held, used, leaving)
     if staying_KN is not None:
         heads, stay = np.arange(len(staying_KN))[:, None], staying_KN.shape[1]
-        for part in group.by_slot:
+        for part in moving:
             held[part][:, :stay] = held[part][heads, staying_KN]
         _clear(group, held, stay)
         return
@@ -125,7 +126,7 @@ def _move(
         _compensate(cache, prefix, row, first, last)
     if group.packed and group.partner is None:  # the partner's move packed both
         pack(cache, layer, index, row, used, leaving)
-    for part in group.by_slot:
+    for part in moving:
         slots_KN = held[part]
         slots_KN[:, first : used - leaving] = slots_KN[:, last:used] + 0  # a copy: they overlap
     _clear(group, held, used - leaving)
@@ -133,7 +134,7 @@ def _move(
 
 def _clear(group: HeadGroup, held: Mapping[str, Any], used: int) -> None:
     """Slots behind the used ones have no score: new tokens add to it."""
-    for name in group.scores:
+    for name in held.keys() & group.scores.keys():
         held[name][:, used:] = 0
 
 

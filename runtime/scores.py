@@ -28,7 +28,7 @@ def observe(cache: CacheBuffers, sizes: npt.NDArray[np.int64], observed: Mapping
     for layer, index, group in cache.layout.groups():
         if not group.observed or group.owner is not None:
             continue
-        if group.policy.once and cache.prompt is None and not group.scores:
+        if group.policy.once and cache.prompt is None:
             continue  # chosen already
         name, prefix = query_name(layer.layer, index), cache_name(layer.layer, index)
         if name not in observed:

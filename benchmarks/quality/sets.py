@@ -214,7 +214,7 @@ def _budgets() -> Iterator[Row]:
         for method in ("kvzip", "ada_kv"):
             yield _by_head(method, tokens)
     for tokens in (512, 128):
-        for method in ("expected_attention", "snapkv", "pyramid_kv", "h2o", "ems"):
+        for method in ("expected_attention", "snapkv", "kvcrush", "pyramid_kv", "h2o", "ems"):
             yield _cache("prune", method, tokens=tokens)
         yield _cache("prune", "streaming_llm", recent=tokens - 4)
 
@@ -243,6 +243,8 @@ CACHE = (
     _cache("prune", "duo_attention", full=0.5),
     _by_head("ada_kv", 256, by="expected_attention"),
     _cache("prune", "pyramid_kv", by="expected_attention"),
+    _cache("prune", "zipvl", by="h2o"),
+    _cache("prune", "elastic_cache", merge=False),
     _cache("quant", "kivi", bits=4),
     _cache("quant", "turboquant", bits=3),
     _cache("share", "cskv", keep=0.5),

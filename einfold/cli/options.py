@@ -23,8 +23,8 @@ class CacheStorage(StrEnum):
 METHODS = {
     "prune": (
         *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
-        *("scissorhands", "d2o", "kvmerger"),
-        *("expected_attention", "pyramid_kv", "ada_kv", "kvzip"),
+        *("scissorhands", "d2o", "kvmerger", "kvcrush", "elastic_cache"),
+        *("expected_attention", "pyramid_kv", "ada_kv", "zipvl", "kvzip"),
     ),
     "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv"),
     "share": ("cross_layer", "minicache", "cskv"),

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "expected": {"prune": "expected_attention:tokens=16,recent=6,slack=4"},
     "kivi": {"quant": "kivi:bits=4,group=8,residual=8,slack=8,rotate=both"},
     "cskv": {"share": "cskv:recent=8,slack=4"},
+    "anchors": {"prune": "elastic_cache:tokens=16,offset=6,slack=4"},
 }
 
 WAYS: dict[str, Callable[[Any], Any]] = {

@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "scores": {"prune": "h2o:tokens=13,recent=6,slack=4"},
     "votes": {"prune": "snapkv:tokens=16,observe=6,slack=4"},
+    "votes for others": {"prune": "kvcrush:tokens=16,observe=6,slack=4,share=0.5"},
+    "anchors": {"prune": "elastic_cache:tokens=16,offset=6,slack=4"},
 }
 
 #: Those that pack, of which onnxruntime takes none.

@@ -13,6 +13,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from einfold.compiler.ir.kv.keep.anchored import Anchored
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
 from einfold.compiler.ir.kv.keep.matched import Matched
@@ -56,6 +57,7 @@ def policies(draw: st.DrawFn) -> Policy:
                 Merged(kept, newest, slack, prefill, similarity=0.5),
                 Matched(kept, newest, slack, prefill),
                 Voted(kept, newest, 3, slack, queries=2),
+                Anchored(kept, newest, kept - 1, slack=slack),
             ]
         )
     )

@@ -22,6 +22,8 @@ POLICY_OPTIONS = {
     "matched": {"tokens": 9, "recent": 4, "slack": 4},
     "runs": {"tokens": 9, "recent": 4, "slack": 4, "apart": 1},
     "voted": {"tokens": 9, "observe": 4, "slack": 4, "queries": 2},
+    "crushed": {"tokens": 9, "observe": 4, "slack": 4, "queries": 2},
+    "anchored": {"tokens": 9, "offset": 4, "sinks": 2, "slack": 4},
     "expected": {"tokens": 9, "recent": 4, "sinks": 2, "slack": 4, "queries": 2},
 }
 STORAGE_OPTIONS = {

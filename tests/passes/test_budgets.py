@@ -1,4 +1,4 @@
-"""Budgets of tokens by layer and head: PyramidKV, AdaKV, KVzip."""
+"""Budgets of tokens by layer and head: PyramidKV, D2O, ZipVL, AdaKV, KVzip."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from einfold.compiler.passes.kv_prune.budgets import Sizes, by_weights, shared_o
 from einfold.compiler.passes.kv_prune.d2o import D2O
 from einfold.compiler.passes.kv_prune.kvzip import KVzip
 from einfold.compiler.passes.kv_prune.pyramid_kv import PyramidKV
+from einfold.compiler.passes.kv_prune.zipvl import ZipVL, important
 from einfold.errors import CalibrationError, IRError, RecipeError
 from einfold.runtime.cache import Cache
 
@@ -145,6 +146,37 @@ def test_weights_of_any_size_share_out_all_steps() -> None:
 def test_layers_that_cannot_be_compared(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         D2O(**options)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1000), st.sampled_from([0.3, 0.9, 0.975]))
+def test_important_tokens_are_the_fewest_of_so_much_attention(seed: int, threshold: float) -> None:
+    """ZipVL: over the heads of a layer together."""
+    scores_KT = torch.rand(3, 20, generator=torch.Generator().manual_seed(seed)) ** 4
+    scores_KT /= scores_KT.sum(1, keepdim=True)
+    count, total = important(scores_KT, threshold), scores_KT.double().sum(0)
+    best = sorted(total.tolist(), reverse=True)
+    assert sum(best[:count]) >= threshold * sum(best) - 1e-9 > sum(best[: count - 1]) - 2e-9
+
+
+def test_layers_that_look_at_more_tokens_keep_more() -> None:
+    """ZipVL: in proportion to their important tokens, by any method that has a budget."""
+    few, many = torch.zeros(4, 16), torch.full((4, 16), 1 / 16)
+    few[:, :4] = 0.25
+    for scores, wide in (([few, many], 1), ([many, few], 0)):
+        found = planned()
+        found.statistics = Known(scores)
+        result = ZipVL(tokens=20, by="h2o:recent=1", threshold=0.99, slack=4).run(found)
+        given_to = budgets(found)
+        assert given_to[wide] == dict.fromkeys(range(4), 32)  # 16 of 20 important tokens
+        assert given_to[1 - wide] == dict.fromkeys(range(4), 8)
+        assert result.notes[wide].what == "4 KV heads by h2o: 4 of 32 tokens"
+        AttachCache().run(found)
+        verify(found, deep=True)
+    found = planned()
+    result = ZipVL(tokens=20, by="h2o:recent=1", slack=4).run(found)
+    assert sum(tokens for layer in budgets(found) for tokens in layer.values()) == 8 * 20
+    assert result.notes[0].what.startswith("without weights they are shared out at will")
 
 
 def by_tokens(scores_KT: Tensor, tokens: int, base: int) -> list[int]:
@@ -332,6 +364,11 @@ def test_a_text_of_sinks_alone_has_scores() -> None:
         (lambda: KVzip(over="heads"), "over a layer or the model, not 'heads'"),
         (lambda: AdaKV(read=8), "16 tokens or more, not 8"),
         (lambda: PyramidKV(steepness=0.5), "steepness is 1 or more"),
+        (lambda: ZipVL(threshold=1), "more than 0 and less than 1, not 1"),
+        (lambda: ZipVL(threshold=float("nan")), "less than 1, not nan"),
+        (lambda: ZipVL(read=15), "layers are compared on 16 tokens or more, not 15"),
+        (lambda: ZipVL(tokens=35), "leaves less than 8 to share out beside the 33"),
+        (lambda: ZipVL(by="streaming_llm"), "is one of"),
         (lambda: PyramidKV(steepness=float("nan")), "steepness is 1 or more"),
         (lambda: PyramidKV(tokens=30), "a budget of 30 tokens leaves none"),
     ],

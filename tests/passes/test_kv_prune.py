@@ -215,6 +215,12 @@ SCORED = {
     chosen("kvmerger", tokens=24, slack=4, apart=3): (
         "runs(heavy=12,recent=12,slack=4,prefill=exact,apart=3,similarity=0.9)"
     ),
+    chosen("kvcrush", tokens=24, observe=8, kernel=5, slack=4): (
+        "crushed(chosen=16,observe=8,kernel=5,slack=4,queries=2,share=0.25)"
+    ),
+    chosen("elastic_cache", tokens=24, offset=8, slack=4): (
+        "anchored(chosen=16,offset=8,sinks=4,merge=1,slack=4)"
+    ),
     chosen("expected_attention", tokens=24, slack=4): (
         "expected(chosen=12,recent=12,sinks=4,future=512,norm=1,epsilon=0.0,slack=4,queries=2)"
     ),
@@ -263,6 +269,18 @@ def test_layers_whose_attention_cannot_be_followed_are_skipped(method: Pass) -> 
             {"method": "kvmerger", "similarity": 1.5},
             "a cosine of 0 to 1, or more than that, not 1.5",
         ),
+        (
+            {"method": "kvcrush", "share": 1.5},
+            "crushed: share is a part of the chosen tokens, 0 to 1, not 1.5",
+        ),
+        (
+            {"method": "elastic_cache", "tokens": 25},
+            "leaves none to choose beside the 25 of offset",
+        ),
+        (
+            {"method": "elastic_cache", "tokens": 29},
+            "anchored: the 4 tokens that are chosen beside the newest include the sinks",
+        ),
         ({"method": "d2o", "recent": 300}, "cache.prune: matched: a budget of 256 tokens leaves"),
         (
             {"method": "d2o", "newer": 2},
@@ -301,9 +319,12 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
         chosen("scissorhands", tokens=64),
         chosen("d2o", tokens=64),
         chosen("kvmerger", tokens=80),
+        chosen("kvcrush", tokens=64),
+        chosen("elastic_cache", tokens=64),
         chosen("expected_attention", tokens=64),
         chosen("kvzip", tokens=64),
         chosen("pyramid_kv", tokens=64),
+        chosen("zipvl", tokens=64),
         slack_fills_it,
         *longer,
     ):
@@ -311,7 +332,7 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
             method.run(planned())
 
 
-@pytest.mark.parametrize("name", ["ems", "d2o", "kvmerger"])
+@pytest.mark.parametrize("name", ["ems", "d2o", "kvmerger", "elastic_cache"])
 def test_merging_is_refused_where_tokens_are_integers(name: str) -> None:
     from einfold.compiler.passes.kv_quant.static_int8 import StaticInt8
 
@@ -481,6 +502,8 @@ def test_with_room_for_everything_nothing_changes() -> None:
         chosen("scissorhands", tokens=50, slack=4),
         chosen("d2o", tokens=50, slack=4, spread=0),
         chosen("kvmerger", tokens=50, slack=4, apart=3),
+        chosen("kvcrush", tokens=50, observe=8, slack=4),
+        chosen("elastic_cache", tokens=50, offset=8, slack=4),
         chosen("expected_attention", tokens=50, slack=4),
         RazorAttention(0.25, 0, 4, 50, 4),
     ):
@@ -501,6 +524,8 @@ def test_with_room_for_everything_nothing_changes() -> None:
         chosen("scissorhands", tokens=12, recent=4, slack=4),
         chosen("d2o", tokens=12, slack=4, spread=0),
         chosen("kvmerger", tokens=12, slack=4, apart=1, similarity=0.2),
+        chosen("kvcrush", tokens=12, observe=4, kernel=3, slack=4, share=0.5),
+        chosen("elastic_cache", tokens=12, offset=4, sinks=2, slack=4),
         chosen("expected_attention", tokens=12, slack=4),
         chosen("pyramid_kv", tokens=12, slack=4, by="expected_attention:sinks=2", sizes=2),
     ],
@@ -539,6 +564,12 @@ RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8
         rarely(
             "qwen3",
             {"method": "kvmerger", "tokens": 16, "slack": 4, "apart": 2, "similarity": 0.2},
+        ),
+        rarely("llama", {"method": "kvcrush", "tokens": 16, "observe": 4, "slack": 4}),
+        rarely("llama", {"method": "elastic_cache", "tokens": 16, "offset": 4, "slack": 4}),
+        rarely(
+            "llama",
+            {"method": "zipvl", "tokens": 18, "slack": 4, "read": 24, "by": "snapkv:observe=4"},
         ),
         rarely("llama", {"method": "kvzip", "tokens": 18, "slack": 4, "read": 24, "share": 0.4}),
     ],

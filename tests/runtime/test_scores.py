@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from einfold.compiler.ir.kv import attention_sums as sums
 from einfold.compiler.ir.kv.codes.half_bytes import as_slots, numbers
+from einfold.compiler.ir.kv.keep.anchored import Anchored
+from einfold.compiler.ir.kv.keep.crushed import Crushed
 from einfold.compiler.ir.kv.keep.expected import Expected
 from einfold.compiler.ir.kv.keep.heavy_hitters import HeavyHitters
 from einfold.compiler.ir.kv.keep.matched import Matched
@@ -226,6 +229,55 @@ def test_the_last_tokens_vote_for_the_rest_of_a_prompt(
             )
 
 
+def crushed_by_definition(
+    votes_HT: Floats, pooled_T: Floats, count: int, standing: int
+) -> list[int]:
+    """KVCrush for one KV head: which tokens stay, of those that the queries of all heads gave `votes`."""
+    older = len(pooled_T)
+    ordered = sorted(range(older), key=lambda t: -pooled_T[t])
+    important, rest = ordered[: count - standing], sorted(ordered[count - standing :])
+    signs = [[by_T[t] > np.median(by_T) for by_T in votes_HT] for t in range(older)]
+    anchor = [sum(signs[t][h] for t in rest) > len(rest) / 2 for h in range(len(votes_HT))]
+    apart = sorted(rest, key=lambda t: sum(a != b for a, b in zip(signs[t], anchor, strict=True)))
+    edges = [n * len(rest) / standing for n in range(standing + 1)]
+    return sorted(important + [apart[int((a + b) / 2)] for a, b in pairwise(edges)])
+
+
+@given(st.integers(1, 5), st.integers(20, 30), st.sampled_from([0.25, 0.5, 1.0]))
+def test_others_are_stood_for_by_those_that_as_many_heads_attend_to(
+    seed: int, length: int, share: float
+) -> None:
+    """KVCrush: beside what SnapKV keeps, in rows of unequal lengths."""
+    q, k, v = text(2, length, seed)
+    policy = Crushed(8, 4, 3, 8, EACH, share=share)
+    cache = Cache.allocate(layout(policy), 2, 40, length)
+    lengths = np.array([length, length - 3])
+    write(cache, (q, k, v), lengths)
+    cache.settle()
+    assert cache.clocks["slots.0"].tolist() == [12, 12]
+    for row, count in enumerate(lengths):
+        older = count - 4
+        votes = attention(q[row, :count], k[row, :count])[:, :, -4:, :older].sum(2)
+        for head in range(HEADS):
+            got = votes[head].sum(0)
+            pooled = np.array([got[max(0, t - 1) : t + 2].max() for t in range(older)])
+            chosen = crushed_by_definition(votes.reshape(-1, older), pooled, 8, int(8 * share))
+            np.testing.assert_array_equal(
+                cache.buffers["cache.0.0.key"][row, head, :12],
+                k[row, [*chosen, *range(older, count)], head],
+            )
+
+
+def test_without_representatives_it_is_its_parent() -> None:
+    words = text(1, 30)
+    kept = []
+    for policy in (Voted(8, 4, 3, 8, EACH), Crushed(8, 4, 3, 8, EACH, share=0)):
+        cache = Cache.allocate(layout(policy), 1, 40, 30)
+        read(cache, words, 30, [30])
+        kept.append(cache.buffers["cache.0.0.key"])
+    np.testing.assert_array_equal(*kept)
+
+
 def expected_shares(q_TD: Floats, k_TD: Floats) -> npt.NDArray[np.float64]:
     """Of one query head: the mean weight exp(k q) of each key over a normal distribution of queries, as a
     share; with the moments of the queries as they are defined."""
@@ -340,6 +392,38 @@ def test_tokens_leave_that_recent_queries_gave_little_most_often() -> None:
         np.testing.assert_allclose(kept, np.array(counts)[stay], rtol=1e-4)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("chunks", [[30], [11, 19]])
+def test_what_leaves_is_merged_into_the_nearest_anchor(chunks: list[int], merge: bool) -> None:
+    """Elastic Cache: behind the prompt, by all attention of its tokens; then the middle slides."""
+    q, k, v = text(2, 44, seed=10)
+    policy = Anchored(8, 5, 2, merge, 3)
+    cache = Cache.allocate(layout(policy), 2, 44, 30)
+    assert "cache.0.0.score" in cache.buffers
+    place = 0
+    for size in [*chunks, *[1] * 14]:
+        cache.make_room(size)
+        write(cache, tuple(x[:, place : place + size] for x in (q, k, v)), size)
+        place += size
+        if place == 30:
+            cache.settle()
+            assert "cache.0.0.score" not in cache.buffers
+    used = int(cache.clocks["slots.0"][0])
+    for row in range(2):
+        got = attention(q[row, :30], k[row, :30]).sum((1, 2))
+        for head in range(HEADS):
+            best = np.argsort(-got[head, 2:25], kind="stable")[:6] + 2
+            chosen = [0, 1, *np.sort(best)]
+            for part, x in (("key", k), ("value", v)):
+                taken = {c: [c] for c in chosen}
+                for t in set(range(25)) - set(chosen) if merge else ():
+                    taken[min(chosen[2:], key=lambda c, t=t: (abs(c - t), c))].append(t)
+                want = [np.mean([x[row, t, head] for t in taken[c]], axis=0) for c in chosen]
+                slots = cache.buffers[f"cache.0.0.{part}"][row, head]
+                np.testing.assert_allclose(slots[:8], want, rtol=1e-4, atol=1e-6)
+                np.testing.assert_array_equal(slots[8:used], x[row, 44 + 8 - used :, head])
+
+
 def unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return x / np.linalg.norm(x)  # type: ignore[no-any-return]
 
@@ -440,7 +524,8 @@ def test_runs_of_similar_neighbours_become_one(similarity: float, apart: int) ->
 
 
 @pytest.mark.parametrize(
-    "policy", [Pivotal(5, 3), Merged(5, 3), Matched(5, 3), Runs(5, 3, apart=1)]
+    "policy",
+    [Pivotal(5, 3), Merged(5, 3), Matched(5, 3), Runs(5, 3, apart=1), Anchored(5, 3, sinks=1)],
 )
 def test_rows_of_torch_are_those_of_numpy(policy: Policy) -> None:
     """What stays, what is merged, and what is remembered."""
@@ -496,6 +581,11 @@ def test_bad_numbers_are_refused() -> None:
         IRError, match="voted keeps 1 or more chosen tokens, of observe and of slack, not 4, 0"
     ):
         Voted(4, 0)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(IRError, match="crushed: share is a part of the chosen tokens, 0 to 1"):
+            Crushed(4, 4, share=share)
+    with pytest.raises(IRError, match="0 or more of them and fewer than all, not 4; raise tokens"):
+        Anchored(4, 4, sinks=4)
     with pytest.raises(IRError, match="include the sinks, 0 or more of them, not 5"):
         Expected(4, 4, sinks=5)
     with pytest.raises(IRError, match="epsilon is 0 or more and future 1 or more, not -1 and 512"):

@@ -117,12 +117,13 @@ class HeadGroup:
 
     @property
     def scores(self) -> Mapping[str, Score]:
-        """The buffers in which what tokens got of queries is added up, which go along with them."""
+        """The buffers in which what tokens got of queries is added up, which go along with them; of a policy
+        that chooses once, until then."""
         return self.policy.scores or ({"score": Score()} if self.storage.scored else {})
 
     @property
     def by_slot(self) -> tuple[str, ...]:
-        """The buffers whose third axis is the slots: they move together."""
+        """The buffers whose third axis is the slots: those that there are move together."""
         return (*PARTS, *self.scores)
 
     @property
@@ -215,12 +216,12 @@ class LayerCache:
             for part in PARTS:
                 mean = (batch, shape.heads, shape.size(part))
                 yield Buffer(f"{prefix}.mean_{part}", mean, "f32", "host")
-        for name in group.scores:
+        reading = prompt is not None
+        for name in group.scores if reading or not group.policy.once else ():
             yield Buffer(f"{prefix}.{name}", (batch, shape.heads, slots), "f32", "host")
         if group.storage.balanced:
             queries = (batch, shape.heads, shape.key_size)
             yield Buffer(f"{prefix}.query_max", queries, "f32", "host")
-        reading = prompt is not None
         for name, size in group.policy.buffers(batch, shape.heads, shape.key_size, reading):
             yield Buffer(f"{prefix}.{name}", size, "f32", "host")
         if group.packed:

@@ -165,6 +165,14 @@ def together(layers: Sequence[LayerCache], whole: bool) -> list[list[LayerCache]
     return [*found.values()]
 
 
+def alike(layers: Sequence[LayerCache]) -> list[list[LayerCache]]:
+    """The layers that may share by weights: of as many heads, a token of each in as many bytes."""
+    found: dict[tuple[int, int, int], list[LayerCache]] = {}
+    for layer in layers:
+        found.setdefault((layer.kv_heads, layer.key_size, layer.value_size), []).append(layer)
+    return [*found.values()]
+
+
 def by_scores(
     layers: Sequence[LayerCache],
     scores: Mapping[int, Tensor] | None,

@@ -17,7 +17,7 @@ from ...ir.kv.layout import LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .budgets import Sizes, at_will, by_weights, fewest, give, open_layers
+from .budgets import Sizes, alike, at_will, by_weights, fewest, give, open_layers
 from .heads import Head, heads_of
 
 
@@ -86,7 +86,7 @@ class D2O(Pass):
         layers = open_layers(program, self.policy, result)
         weights = self._weights(program, layers, result)
         budgets: dict[Head, int] = {}
-        for part in _alike(layers):
+        for part in alike(layers):
             if not self.spread:
                 budgets |= dict.fromkeys(heads_of(part), self.policy.tokens)
                 continue
@@ -121,11 +121,3 @@ def density_weights(scores: Mapping[int, Tensor], spread: float) -> dict[int, fl
         layer: math.exp(-spread * (each - lowest) / max(highest - lowest, 1e-30))
         for layer, each in variance.items()
     }
-
-
-def _alike(layers: Sequence[LayerCache]) -> list[list[LayerCache]]:
-    """The layers that may share: a token of each takes as many bytes."""
-    found: dict[tuple[int, int, int], list[LayerCache]] = {}
-    for layer in layers:
-        found.setdefault((layer.kv_heads, layer.key_size, layer.value_size), []).append(layer)
-    return [*found.values()]

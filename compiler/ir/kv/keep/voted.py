@@ -89,11 +89,20 @@ class Voted(ChosenOnce):
         older = used - self.observe
         if older < 1:
             return np.zeros((len(row["key"]), used), np.float32)
-        q_SHD = host(row["voters"]).swapaxes(0, 1)
-        keys_KND = host(row["key"][:, :used])
-        ones = np.ones((1, self.observe), np.float32)
-        votes_KT = attention_sums(q_SHD, keys_KND, older, ones)[:, 0, :older]
+        votes_KT = self.votes(row, older).sum(1)
         half = self.kernel // 2
         padded = np.pad(votes_KT, ((0, 0), (half, half)))
         around = np.lib.stride_tricks.sliding_window_view(padded, self.kernel, axis=1).max(-1)
         return np.pad(around, ((0, 0), (0, used - older)))
+
+    def votes(self, row: Row, older: int) -> Floats:
+        """What each query head of the prompt's last tokens gives each of the slots before them, added up over
+        them, [K, queries, older]."""
+        q_SHD = host(row["voters"]).swapaxes(0, 1)
+        keys_KND = host(row["key"][:, : older + self.observe])
+        ones = np.ones((1, self.observe), np.float32)
+        found = [
+            attention_sums(q_SHD[:, head :: self.queries], keys_KND, older, ones)[:, 0, :older]
+            for head in range(self.queries)
+        ]
+        return np.stack(found, 1)
