@@ -59,14 +59,13 @@ class Held:
 def child(artifact: Path, context: int) -> dict[str, int]:
     """Reads a prompt of random numbers, settles it, decodes a little; gives the figures of `Held`."""
     import einfold
-    from einfold.runtime.cache import Cache
 
     model = einfold.load(artifact, threads=1, verify=False)
     engine, layout = model.engine, model.engine.layout
     model.generate([5] * 8, max_new_tokens=4, ignore_eos=True)  # binds, and takes what a step takes
     engine.cache = None
     before = _resident()
-    cache = Cache.allocate(layout, 1, context + 8, context)
+    cache = engine.allocate(1, context + 8, context)
     for name, buffer in cache.buffers.items():
         _fill(name, buffer)
     cache.lengths[:] = context

@@ -127,7 +127,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
             if group.reader.reorders:
                 raise UnsupportedError(
                     f"layer {self.layer}: the mask hides some tokens from others, but "
-                    f"{group.reader.name} has put tokens into other slots; give a mask of "
+                    f"{group.reader.name} puts tokens into other slots; give a mask of "
                     "padding alone, or leave alike out of cache.read"
                 )
             if not in_order(group):
@@ -274,12 +274,17 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         assert self.known is not None
         left = max(0, self.seen + tokens_to_remove)
         removed_B = self.known[:, left:].sum(1).cpu().numpy()
-        for _, _, group in self.layout.reordered if removed_B.any() else ():
-            raise UnsupportedError(
-                f"layer {self.layer}: crop cannot tell the newest tokens once {group.reader.name} has put "
-                "tokens into other slots; leave alike out of cache.read, or generate without assisted "
-                "decoding"
-            )
+        for _, _, group in self.layout.reordered:
+            for length, removed in zip(
+                self.cache.lengths.tolist(), removed_B.tolist(), strict=True
+            ):
+                chunks = group.reader.chunks(length)
+                if removed and chunks and length - removed < chunks[-1] + chunks.step:
+                    raise UnsupportedError(
+                        f"layer {self.layer}: crop cannot tell the newest tokens once {group.reader.name} "
+                        "has put them into other slots; leave alike out of cache.read, or generate without "
+                        "assisted decoding"
+                    )
         for clock, used in self.cache.clocks.items() if removed_B.any() else ():
             group = self.cache.groups[clock]
             whole = used == self.cache.lengths

@@ -28,10 +28,10 @@ def key_scales(artifact: Artifact) -> dict[str, Floats]:
     try:
         with safe_open(str(path), framework="np") as weights:
             found = {name: weights.get_tensor(f"{name}.key_scale") for name in wanted}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:  # NumPy has no bfloat16
         pass_on(error)
         raise ArtifactError(
-            f"{path} lacks the scales of keys that the cache is read by: {error}"
+            f"{path} has no scales of keys by which the cache could be read: {error}"
         ) from error
     for name, scale_KD in found.items():
         if scale_KD.shape != wanted[name] or scale_KD.dtype != np.float32:

@@ -28,7 +28,7 @@ class EinfoldEngine(Engine):
         self._rows = np.zeros(1, np.int64)
 
     def prefill(self, ids: list[int]) -> None:
-        cache = Cache.allocate(self._engine.layout, 1, len(ids), len(ids))
+        cache = self._engine.allocate(1, len(ids), len(ids))
         self._engine.prefill(cache, [np.asarray(ids)])
 
     def fill(self, context: int, room: int) -> None:

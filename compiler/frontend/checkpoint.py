@@ -183,6 +183,9 @@ def load_reference(source: ModelSource) -> Any:
     model = structure(source, config)
     for name, parameter in model.named_parameters():
         parameter.data = numbers(found.weights[name]).float()
+    for name, buffer in model.named_buffers():
+        if name in found.weights:
+            buffer.copy_(numbers(found.weights[name]))
     return model
 
 

@@ -100,13 +100,12 @@ def running(
 
 @contextmanager
 def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
-    """Parameters have their data while what reads them runs: those of a layer, while it does."""
-    inside: dict[int, nn.Module] = {}
-    for part in model.modules():
-        if isinstance(part, nn.ModuleList):
-            for layer in part:
-                for parameter in layer.parameters():
-                    inside.setdefault(id(parameter), layer)
+    """Parameters have their data while what reads them runs: those of a layer, while it does. Buffers that a
+    checkpoint holds have theirs."""
+    for name, buffer in model.named_buffers():
+        if name in state:
+            buffer.copy_(numbers(state[name]).detach())
+    inside = _of_a_layer(model)
     later: dict[nn.Module, list[tuple[nn.Parameter, Tensor | Weight]]] = {}
     filled = set[int]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -130,6 +129,24 @@ def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
             handle.remove()
 
 
+def _of_a_layer(model: Any) -> dict[int, nn.Module | None]:
+    """The outermost entry of a list of modules that each parameter is of, by its id; None where it is of
+    several, which read it in turn."""
+    found: dict[int, nn.Module | None] = {}
+    parts: dict[nn.Module, set[int]] = {}
+    for layers in model.modules():
+        for layer in layers if isinstance(layers, nn.ModuleList) else ():
+            for parameter in layer.parameters():
+                owner = found.setdefault(id(parameter), layer)
+                if owner is None or owner is layer:
+                    continue
+                if owner not in parts:
+                    parts[owner] = {id(module) for module in owner.modules()}
+                if id(layer) not in parts[owner]:
+                    found[id(parameter)] = None
+    return found
+
+
 def _turns(
     parameters: list[tuple[nn.Parameter, Tensor | Weight]],
     spare: defaultdict[torch.Size, list[Tensor]],
@@ -143,7 +160,11 @@ def _turns(
                 parameter.data = _widened(data)
             else:
                 unused = spare[data.shape]
-                buffer = unused.pop() if unused else torch.empty(data.shape)
+                buffer = (
+                    unused.pop()
+                    if unused
+                    else torch.empty(data.shape, dtype=torch.float32, device="cpu")
+                )
                 parameter.data = buffer.copy_(data.detach())
 
     def empty(*_: Any) -> None:

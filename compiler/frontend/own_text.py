@@ -38,7 +38,7 @@ _ROWS = 32
 _TRIMMED = 16
 
 #: Part of the name under which texts are kept.
-_VERSION = 1
+_VERSION = 2
 
 
 def own_text(
@@ -97,7 +97,9 @@ def runs(
             return nullcontext(module)
         if state is None:
             return nullcontext(load_reference(source))
-        wide = {n: numbers(w) if isinstance(w, Weight) else w for n, w in state.items()}
+        codes = {id(w): w for w in state.values() if isinstance(w, Weight)}
+        read = {key: numbers(w) for key, w in codes.items()}  # one that is tied is read once
+        wide = {name: read.get(id(w), w) for name, w in state.items()}
         return running(structure(source, config, wide), wide, spelled=False)
 
     return begin

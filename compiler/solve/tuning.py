@@ -166,12 +166,17 @@ class LayerByLayer(Tuning):
     def _begun(self, span: Span) -> dict[str, Begun]:
         """The weights that this layer alone reads, and that can be tuned."""
         within = {*span.nodes}
-        read = dict.fromkeys(str(node.target) for node in span.nodes if node.op == "get_attr")
         return {
             name: Begun(self._schemes[name], self.solved[name], self._target(name))
-            for name in read
-            if name in self.solved and self._tunes(name) and self._read_by(name) <= within
+            for name in self._solved_in(span)
+            if self._tunes(name) and self._read_by(name) <= within
         }
+
+    def _solved_in(self, span: Span) -> list[str]:
+        """The solved weights that a layer reads, in the order of the graph, which may name them before it."""
+        within = {*span.nodes}
+        names = dict.fromkeys(str(n.target) for n in self._program.graph.find_nodes(op="get_attr"))
+        return [n for n in names if n in self.solved and not within.isdisjoint(self._read_by(n))]
 
     def _read_by(self, name: str) -> set[fx.Node]:
         reads = self._program.graph.find_nodes(op="get_attr", target=name)
@@ -179,8 +184,7 @@ class LayerByLayer(Tuning):
 
     def _stored_in(self, span: Span) -> dict[str, Tensor]:
         """The weights that a layer reads as they are stored."""
-        names = {str(node.target) for node in span.nodes if node.op == "get_attr"}
-        return {name: self._stored(name) for name in sorted(names & self.solved.keys())}
+        return {name: self._stored(name) for name in sorted(self._solved_in(span))}
 
 
 class _Reading:
@@ -244,8 +248,6 @@ class _Reading:
 
     def _lost(self, interpreter: Interpreter, weights: Mapping[str, Tensor], part: int) -> Tensor:
         self._tried.update(weights)
-        own = self._own[part].values
-        self._tried.update({str(n.target): v for n, v in own.items() if n.op == "get_attr"})
         run = Run(interpreter, self._inputs[part], self._span.first, self._own[part].known)
         run.until(self._span.stop)
         wanted = self._original[part].values

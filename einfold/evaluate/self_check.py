@@ -77,38 +77,40 @@ def self_check(
     if artifact.manifest.embeds and given is None:
         given = no_table(1, artifact.manifest.embeds)
     first = 1 if _leaves_out(layout) else _PROMPT
-    target = _finite(_logits(artifact, runner, first, given))
+    parts = [(_finite(_logits(artifact, runner, first, given)), TOKENS)]
     # Where no token leaves the cache, decoding must give what reading everything at once gives.
     whole = first if _lets_go(layout) or first == 1 else _PROMPT + _STEPS
     beside = ReferenceRunner(artifact, keep_weights=False)
-    reference = _logits(artifact, beside, whole, given)
+    references = [_logits(artifact, beside, whole, given)]
     prompt, compressed = _long_enough(layout, artifact.manifest.model)
     if prompt:
         read, expected = _behind(artifact, runner, beside, prompt, given)
-        target = np.concatenate((target, _finite(read)))
-        reference = np.concatenate((reference, expected))
-    largest = float(np.abs(target - reference).max())
+        parts.append((_finite(read), prompt + _STEPS))
+        references.append(expected)
+    off = [float(np.abs(a - b).max()) for (a, _), b in zip(parts, references, strict=True)]
+    by_codes = [_chooses_by_codes(layout, tokens) for _, tokens in parts]
+    unexplained = [0.0 if chosen else each for each, chosen in zip(off, by_codes, strict=True)]
+    target, reference = np.concatenate([part for part, _ in parts]), np.concatenate(references)
     scale = max(1.0, float(np.abs(reference).max()))
     recipe = artifact.manifest.recipe
     kept = _kept(beside.program)
     activations = recipe["weights"].get("activations", "f32")
     scheme = PRESETS.find(recipe["weights"]["format"]).scheme or kept
     approximate = not made.exact(scheme, activations)
-    by_codes = _chooses_by_codes(layout, max(TOKENS, prompt + _STEPS))
-    if largest > _TOLERANCE * scale and not approximate and not by_codes:
+    if max(unexplained) > _TOLERANCE * scale and not approximate:
         raise EinfoldError(
-            f"the compiled model differs from the reference by {largest:.2e} (logits up to {scale:.1f}); "
-            "this is a fault of einfold, please report it with the model's architecture"
+            f"the compiled model differs from the reference by {max(unexplained):.2e} (logits up to "
+            f"{scale:.1f}); this is a fault of einfold, please report it with the model's architecture"
         )
     same = (target.argmax(-1) == reference.argmax(-1)).mean()
     return {
         **_beside_original(artifact, target[:TOKENS], original, approximate and kept is not None),
-        "largest difference of logits": largest,
+        "largest difference of logits": max(off),
         "largest logit": scale,
         "same likeliest token as the artifact's graph": float(same),
         "tokens": _PROMPT + _STEPS,
         "arithmetic": _arithmetic(approximate, activations)
-        + (", tokens that are read chosen by rounded scores" if by_codes else ""),
+        + (", tokens that are read chosen by rounded scores" if any(by_codes) else ""),
         "compressed cache": compressed,
     }
 

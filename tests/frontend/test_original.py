@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.driver import Input, wrap_model
+from einfold.compiler.driver import Input, load_weights, open_model, wrap_model
 from einfold.compiler.frontend import hooks
 from einfold.compiler.frontend.export import capture_language_model
 from einfold.compiler.frontend.masks import Mask
@@ -160,6 +160,47 @@ def test_half_precision_is_widened_a_layer_at_a_time(name: str) -> None:
     with torch.no_grad():
         want = whole(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_what_two_layers_read_is_there_in_both() -> None:
+    """A layer takes its weights' memory with it, in whatever type new tensors are."""
+    half = models.build("llama").bfloat16()
+    first, second = half.model.layers
+    second.mlp = first.mlp
+    found = wrap_model(half)
+    ids, mask = original._texts(models.VOCABULARY, 24)
+    assert found.state is not None
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = original_logits(found.source, found.config, found.state, half, ids, mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = half.float()
+    whole.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = whole(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_buffers_that_a_checkpoint_holds_are_the_model_s(tmp_path: Path) -> None:
+    """Such as Gemma 4's scalar of each layer, which is one until it was trained."""
+    model = models.build("gemma4")
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    found = open_model(tmp_path)
+    load_weights(found)
+    assert found.state is not None
+    ids, mask = original._texts(models.VOCABULARY, 24)
+    got = original_logits(found.source, found.config, found.state, None, ids, mask)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    assert torch.allclose(got[real], want[real], atol=1e-4)
+    program = capture_language_model(found.source, found.config, models.CONTEXT, found.state)
+    OriginalCheck().graph(found, program)
 
 
 def test_windows_are_passed_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from einfold.compiler.driver import Input, load_weights, open_model
 from einfold.compiler.frontend.huggingface import find_model, load_reference
 from einfold.compiler.frontend.own_text import own_text, runs
+from einfold.compiler.ir.weights import Weight
 from einfold.errors import CalibrationError
 
 from .. import models
@@ -88,6 +90,22 @@ def test_weights_of_two_bytes_are_widened_a_layer_at_a_time(tmp_path: Path) -> N
         ]
     assert any(inside for inside, _, _ in bytes_)
     assert all(held == (4 if inside else wanted) for inside, held, wanted in bytes_)
+
+
+def test_codes_of_a_tied_table_are_widened_once() -> None:
+    model = opened()
+    state = dict(model.state or {})
+    name, other = "model.embed_tokens.weight", "lm_head.weight"
+    loads: list[Tensor] = []
+
+    def load(table: Tensor = state[name]) -> Tensor:
+        loads.append(table)
+        return table.clone()
+
+    state[name] = state[other] = Weight(tuple(state[name].shape), torch.float32, load)
+    with runs(model.source, model.config, state)() as found:
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert len(loads) == 1
 
 
 def test_a_model_in_memory_is_taken_as_it_is() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 import einfold
 from einfold.compiler.ir.kv.keep.full import Full
@@ -244,12 +245,13 @@ def test_an_artifact_brings_the_scales_of_its_keys(engines: Engines, tmp_path: P
     path = tmp_path / "a" / "weights.safetensors"
     weights = load_file(path)
     for changed, said in (
-        (None, "lacks the scales of keys that the cache is read by"),
+        (None, "has no scales of keys by which the cache could be read"),
+        (torch.ones(2, 16, dtype=torch.bfloat16), "key_scale as bfloat16|scales of keys"),
         (np.ones((2, 3), np.float32), r"holds cache\.1\.0\.key_scale as float32 \(2, 3\)"),
     ):
-        other = {n: x for n, x in weights.items() if n != "cache.1.0.key_scale"}
+        other = {n: torch.from_numpy(x) for n, x in weights.items() if n != "cache.1.0.key_scale"}
         if changed is not None:
-            other["cache.1.0.key_scale"] = changed
+            other["cache.1.0.key_scale"] = torch.as_tensor(changed)
         save_file(other, path)
         with pytest.raises(ArtifactError, match=said):
             key_scales(Artifact(tmp_path / "a", Manifest.read(tmp_path / "a")))
@@ -310,7 +312,15 @@ def test_a_cache_for_transformers_that_reads_everything_writes_the_same(storage:
             UnsupportedError, match="crop cannot tell the newest tokens once quest has put"
         ):
             cache.crop(-20)
+        cache.crop(-5)  # behind all that was put in order
+        left = found[:, :75]
+        assert (
+            model.generate(
+                left, past_key_values=cache, **(options | {"max_new_tokens": 5})
+            ).tolist()
+            == plain.tolist()
+        )
         hiding = torch.ones(1, 1, 1, 80, dtype=torch.bool)
         hiding[..., 50] = False
-        with pytest.raises(UnsupportedError, match="but quest has put tokens into other slots"):
+        with pytest.raises(UnsupportedError, match="but quest puts tokens into other slots"):
             model(ids[:, :1], attention_mask=hiding, past_key_values=cache)

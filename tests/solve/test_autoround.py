@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -120,6 +120,27 @@ def test_a_layer_may_end_behind_a_call_of_two_results(monkeypatch: pytest.Monkey
     solved(Shown(start="round_to_nearest", steps=40, reach=0.25), FUSED)
     assert len(Shown.lost) == 2
     assert all(after < 0.9 * before for before, after in Shown.lost)
+
+
+def test_a_weight_that_two_layers_read_is_the_stored_one_in_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And none tunes it; the graph names it in front of the first."""
+    shared = BLOCKS.replace("    weight @o2.weight : f32[16, 16]\n", "")
+    shared = shared.replace('    read %ow2 "o2.weight" : f32[16, 16]\n', "").replace("%ow2", "%ow")
+    read: list[tuple[set[str], dict[str, Tensor]]] = []
+    come_to = tuning._Reading.come_to
+
+    def seen(self: Any, span: Any, weights: Any, stored: Any) -> None:
+        come_to(self, span, weights, stored)
+        read.append(({*weights}, {name: self._tried[name].clone() for name in stored}))
+
+    monkeypatch.setattr(tuning._Reading, "come_to", seen)
+    pieces = solved(Shown(steps=2), shared)
+    assert [tuned for tuned, _ in read] == [{"w.weight"}, {"w2.weight"}]
+    kept = {p: pieces[f"o.{p}"] for p in ("packed", "low", "scales", "zeros", "low_zeros")}
+    for _, stored in read:
+        assert torch.equal(stored["o.weight"], SCHEME.dequantize(kept, 16))
 
 
 def test_a_layer_that_comes_no_nearer_stays_as_it_was() -> None:

@@ -99,7 +99,7 @@ class Voted(ChosenOnce):
         """What each query head of the prompt's last tokens gives each of the slots before them, added up over
         them, [K, queries, older]."""
         q_SHD = host(row["voters"]).swapaxes(0, 1)
-        keys_KND = host(row["key"][:, : older + self.observe])
+        keys_KND = host(row["key"][:, : older + self.observe]).astype(np.float32, copy=False)
         ones = np.ones((1, self.observe), np.float32)
         found = [
             attention_sums(q_SHD[:, head :: self.queries], keys_KND, older, ones)[:, 0, :older]
