@@ -145,14 +145,17 @@ def test_an_original_that_cannot_run_is_said() -> None:
     assert said == "not compared with the original, which cannot be run here: needs a GPU"
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_oss"])
-def test_half_precision_is_widened_a_layer_at_a_time(name: str) -> None:
-    """The same logits as of the model widened at once; and its layers hold no data afterwards."""
-    half = models.build(name).bfloat16()
+def check_widened(half: Any, default: torch.dtype = torch.float32) -> None:
+    """The logits of a model in two bytes are those of the model widened at once, where new tensors are of the
+    type `default`."""
     found = wrap_model(half)
     ids, mask = original._texts(models.VOCABULARY, 24)
     assert found.state is not None
-    got = original_logits(found.source, found.config, found.state, half, ids, mask)
+    torch.set_default_dtype(default)
+    try:
+        got = original_logits(found.source, found.config, found.state, half, ids, mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert half.dtype == torch.bfloat16
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = half.float()
@@ -162,25 +165,21 @@ def test_half_precision_is_widened_a_layer_at_a_time(name: str) -> None:
     assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_oss"])
+def test_half_precision_is_widened_a_layer_at_a_time(name: str) -> None:
+    check_widened(models.build(name).bfloat16())
+
+
 def test_what_two_layers_read_is_there_in_both() -> None:
-    """A layer takes its weights' memory with it, in whatever type new tensors are."""
     half = models.build("llama").bfloat16()
     first, second = half.model.layers
     second.mlp = first.mlp
-    found = wrap_model(half)
-    ids, mask = original._texts(models.VOCABULARY, 24)
-    assert found.state is not None
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        got = original_logits(found.source, found.config, found.state, half, ids, mask)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    whole = half.float()
-    whole.set_attn_implementation("eager")
-    with torch.no_grad():
-        want = whole(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    assert torch.allclose(got, want, atol=1e-5)
+    check_widened(half)
+
+
+def test_new_tensors_of_another_type_change_nothing() -> None:
+    """A layer's weights are in float32 whatever torch makes else."""
+    check_widened(models.build("llama").bfloat16(), torch.bfloat16)
 
 
 def test_buffers_that_a_checkpoint_holds_are_the_model_s(tmp_path: Path) -> None:

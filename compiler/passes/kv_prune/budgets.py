@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from ....errors import IRError, RecipeError
+from ...calibrate.observers.token_scores import TokenScores
+from ...calibrate.sites import layer as site_of
+from ...ir.kv.keep.heavy_hitters import HeavyHitters
 from ...ir.kv.keep.policy import POLICIES, Policy
 from ...ir.kv.layout import LayerCache
 from ...ir.program import Program, attention_nodes, call_arguments
@@ -171,6 +174,18 @@ def alike(layers: Sequence[LayerCache]) -> list[list[LayerCache]]:
     for layer in layers:
         found.setdefault((layer.kv_heads, layer.key_size, layer.value_size), []).append(layer)
     return [*found.values()]
+
+
+def attention_by_layer(
+    program: Program, layers: Sequence[LayerCache], read: int, result: PassResult
+) -> dict[int, Tensor] | None:
+    """The attention that tokens of the calibration text got in each layer, [K, tokens]; None where there are
+    no weights to read it with, which is noted."""
+    if program.statistics is None:
+        result.skipped("budgets", "without weights they are shared out at will; only sizes count")
+        return None
+    found = program.statistics.of(program, TokenScores(HeavyHitters(), read))
+    return {each.layer: found[site_of(each.layer)]["score"] for each in layers}
 
 
 def by_scores(

@@ -9,15 +9,21 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ....errors import IRError, RecipeError
-from ...calibrate.observers.token_scores import TokenScores
-from ...calibrate.sites import layer as site_of
-from ...ir.kv.keep.heavy_hitters import HeavyHitters
 from ...ir.kv.keep.matched import Matched
 from ...ir.kv.layout import LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .budgets import Sizes, alike, at_will, by_weights, fewest, give, open_layers
+from .budgets import (
+    Sizes,
+    alike,
+    at_will,
+    attention_by_layer,
+    by_weights,
+    fewest,
+    give,
+    open_layers,
+)
 from .heads import Head, heads_of
 
 
@@ -101,15 +107,8 @@ class D2O(Pass):
         """What budgets of the layers are to be proportional to; None where nothing is known."""
         if not self.spread or not layers:
             return None
-        if program.statistics is None:
-            result.skipped(
-                "budgets", "without weights they are shared out at will; only sizes count"
-            )
-            return None
-        found = program.statistics.of(program, TokenScores(HeavyHitters(), self.read))
-        return density_weights(
-            {x.layer: found[site_of(x.layer)]["score"] for x in layers}, self.spread
-        )
+        found = attention_by_layer(program, layers, self.read, result)
+        return None if found is None else density_weights(found, self.spread)
 
 
 def density_weights(scores: Mapping[int, Tensor], spread: float) -> dict[int, float]:

@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from ....errors import RecipeError
-from ...calibrate.observers.token_scores import TokenScores
-from ...calibrate.sites import layer as site_of
-from ...ir.kv.keep.heavy_hitters import HeavyHitters
 from ...ir.kv.layout import LayerCache
 from ...ir.program import Program
 from ..base import Pass, PassResult, check_options
 from ..methods import PRUNE
-from .budgets import Make, Sizes, alike, at_will, by_weights, fewest, give, open_layers, scoring
+from .budgets import (
+    Make,
+    Sizes,
+    alike,
+    at_will,
+    attention_by_layer,
+    by_weights,
+    fewest,
+    give,
+    open_layers,
+    scoring,
+)
 from .heads import Head
 
 
@@ -93,17 +101,10 @@ class ZipVL(Pass):
         self, program: Program, layers: Sequence[LayerCache], result: PassResult
     ) -> dict[int, float] | None:
         """The important tokens of each layer, counted; None where nothing is known."""
-        if not layers:
+        found = attention_by_layer(program, layers, self.read, result) if layers else None
+        if found is None:
             return None
-        if program.statistics is None:
-            result.skipped(
-                "budgets", "without weights they are shared out at will; only sizes count"
-            )
-            return None
-        found = program.statistics.of(program, TokenScores(HeavyHitters(), self.read))
-        return {
-            x.layer: important(found[site_of(x.layer)]["score"], self.threshold) for x in layers
-        }
+        return {layer: important(scores, self.threshold) for layer, scores in found.items()}
 
 
 def important(scores_KT: Tensor, threshold: float) -> int:
