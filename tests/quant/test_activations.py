@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 
+import einfold
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.compiler.ir.program import Program
@@ -21,8 +22,10 @@ from einfold.compiler.solve.gptq import GPTQ
 from einfold.compiler.solve.round_to_nearest import RoundToNearest
 from einfold.errors import RecipeError
 
+from .. import models
 from ..codegen.onnx.test_onnx import build
 from ..programs import calls, program
+from ..quick import rarely
 from .common import BODY
 
 #: Two linears that read the same, one of another input, and a head.
@@ -214,3 +217,15 @@ def test_weights_are_said_to_be_widened_where_they_are(weights: str, widened: li
     remarks = Recipe.build({"weights": weights, "onnx": {"portable": True}}).remarks()
     assert len(remarks) == len(widened)
     assert all(part in said for part, said in zip(widened, remarks, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["f32", rarely("int8"), rarely("int4")])
+def test_what_a_step_chooses_its_attention_by_is_rounded_too(storage: str, tmp_path: Path) -> None:
+    """A branch of the graph gives the attention of one token behind long contexts: of fractions, as the
+    artifact's check must see."""
+    model, out = models.build("llama", max_position_embeddings=8192), tmp_path / "out"
+    recipe = {"cache": {"storage": storage}}
+    einfold.compile(model, out, weights="int8:block=0,activations=int8", recipe=recipe)
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    assert storage == "int4" or any(node.op_type == "If" for node in graph.node)
+    assert einfold.load(out).generate([1, 2, 3], max_new_tokens=4, ignore_eos=True).tokens

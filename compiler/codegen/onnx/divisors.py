@@ -64,9 +64,14 @@ def _undivided(graph: Any, once: set[str], fractions: set[str], above: set[str])
             and not above.intersection(node.input[1:2])
         ):
             yield node.op_type
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _undivided(attribute.g, once, fractions, above)
+        inside = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        for each in inside:
+            yield from _undivided(each, once, fractions, above)
+        if node.op_type == "If":  # whichever of them runs
+            for at, name in enumerate(node.output):
+                results = {each.output[at].name for each in inside if at < len(each.output)}
+                if len(results) == len(inside) and results <= fractions and name in once:
+                    fractions.add(name)
         if _gives_fractions(node, fractions):
             fractions |= set(node.output if node.op_type == "Split" else node.output[:1]) & once
 

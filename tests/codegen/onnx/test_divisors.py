@@ -20,6 +20,10 @@ RIGHT = {
         "g (bool p, float[N] x, int64[N] n) => (y) <int64[1] c = {3}> { y = If (p) <"
         "then_branch = t () => (a) { a = Div(x, x) }, else_branch = e () => (b) { b = Div(n, c) }> }"
     ),
+    "what both branches give": (
+        "g (bool p, float[N] x) => (y) { b = If (p) <"
+        "then_branch = t () => (c) { c = Sqrt(x) }, else_branch = e () => (d) { d = Exp(x) }> y = Div(b, b) }"
+    ),
 }
 
 WRONG = {
@@ -38,6 +42,18 @@ WRONG = {
     ),
     "a constant given anew": (
         "g (int64[1] c, int64[N] n) => (y) <int64[1] c = {3}> { y = Div(n, c) }",
+        "Div",
+    ),
+    "what one of two branches gives": (
+        "g (bool p, float[N] x, int64[N] n) => (y) { b = If (p) <"
+        "then_branch = t () => (c) { c = Sqrt(x) }, else_branch = e () => (d) { d = Identity(n) }> "
+        "y = Div(b, b) }",
+        "Div",
+    ),
+    "the other of two results": (
+        "g (bool p, float[N] x, int64[N] n) => (y) { a, b = If (p) <"
+        "then_branch = t () => (c, f) { c = Sqrt(x)  f = Identity(n) }, "
+        "else_branch = e () => (d, h) { d = Exp(x)  h = Identity(n) }> y = Div(b, a) }",
         "Div",
     ),
     "a name of two": (
