@@ -26,13 +26,11 @@ import numpy as np
 import einfold
 
 from .client import ROOT
+from .quality.sets import LIKE_KEYS
 from .report import machine, slug, table
 from .shapes import SHAPES, write_model
 
 SHAPE = "qwen2.5-0.5b"
-
-#: Pages of 8 that choose about as well as the default's of 4.
-LIKE_KEYS = {"page": 8, "spread": 0.35, "alike": 256}
 
 #: By name: the table `[cache]`. The first of a storage is what the others of it are compared with.
 KINDS: dict[str, dict[str, Any]] = {

@@ -34,6 +34,7 @@ from einfold.runtime.tokenizer import Tokenizer
 
 from . import real_model
 from .client import ROOT
+from .quality.sets import LIKE_KEYS
 from .quality.subjects import Questions, corpus_text, list_of_things, paragraphs
 from .report import machine, slug, table
 
@@ -47,7 +48,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "quest": {},
     "quest:share=0.0625,tokens=1024": {"share": 0.0625, "tokens": 1024},
     "quest:page=8": {"page": 8},
-    "quest:page=8,spread=0.35,alike=256": {"page": 8, "spread": 0.35, "alike": 256},
+    "quest:page=8,spread=0.35,alike=256": LIKE_KEYS,
     "quest:page=16": {"page": 16},
     "quest:page=16,spread=1": {"page": 16, "spread": 1.0},
 }

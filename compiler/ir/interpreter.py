@@ -115,8 +115,8 @@ class Run:
         self._next = 0
         if at is not None:
             self._next = self._nodes.index(at)
-            before = (node for node in self._nodes[: self._next] if node.name in (known or {}))
-            self.values |= {node: (known or {})[node.name] for node in before}
+            known, before = known or {}, self._nodes[: self._next]
+            self.values |= {node: known[node.name] for node in before if node.name in known}
 
     def until(self, stop: fx.Node) -> None:
         """Goes on to a node, which is the next to be run."""
