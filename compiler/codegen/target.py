@@ -79,6 +79,9 @@ class Target(BaseModel):
     """Distributions that its code is generated with; the manifest names their versions."""
     writers: ClassVar[tuple[str, ...]] = ()
     """Modules that `write` cannot do without."""
+    rounds_queries: ClassVar[bool] = False
+    """Whether queries are rounded where they choose among slots of codes, so that what scores nearly as well
+    may be read instead."""
 
     @property
     def flavour(self) -> str:

@@ -89,10 +89,11 @@ class Feedback:
     def __init__(self, moment_MM: Tensor, damping: float) -> None:
         self.order = torch.argsort(moment_MM.diagonal(), descending=True, stable=True)
         # From the last column to the first, the factor of the moments is upper, and U its inverse.
-        turned = moment_MM.double()[self.order][:, self.order].flip(0, 1)
+        turned = moment_MM[self.order][:, self.order].flip(0, 1)
         factor = factorised(turned, damping).flip(0, 1)
-        unit = torch.eye(len(factor), dtype=factor.dtype)
-        self.upper = torch.linalg.solve_triangular(factor, unit, upper=True).float()
+        upper = torch.eye(len(factor), dtype=factor.dtype).T  # in place only as columns
+        torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
+        self.upper = upper.float()
 
     def made_up(self, products_NM: Tensor) -> Tensor:
         """The change of a weight that adds these products with the moments, by least squares."""

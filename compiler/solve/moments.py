@@ -24,15 +24,17 @@ def damped(moment_MM: Tensor, share: float) -> Tensor:
 
 
 def factorised(moment_MM: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of moments in float64, damped as far as is needed.
+    """The Cholesky factor of moments in float64, damped as far as is needed. `moment_MM` is of any type, and
+    stays as it is; two matrices in float64 are held at a time.
 
     Raises CalibrationError where no damping helps.
     """
     for attempt in range(_TRIES):
-        found = torch.linalg.cholesky_ex(damped(moment_MM, damping * 10**attempt))
+        found = torch.linalg.cholesky_ex(damped(moment_MM.double(), damping * 10**attempt))
         if not int(found.info):
             factor: Tensor = found.L
             return factor
+        del found
     raise CalibrationError(
         "the second moments of a linear's inputs cannot be factorised; a longer calibration text, or more "
         "damping (solver damping=0.1), gives some that can"

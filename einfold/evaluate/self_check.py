@@ -63,8 +63,8 @@ def self_check(
 
     Gives the figures for the report. Raises EinfoldError where the target gives numbers that are not
     finite, or differs from the reference by more than float32 arithmetic explains. Weights that are
-    multiplied in int8 (accuracy level 4) differ by design, and so do queries that choose among int8 slots:
-    there the difference is reported only.
+    multiplied in int8 (accuracy level 4) differ by design, and so does what queries choose among int8 slots
+    where the target rounds them: there the difference is reported only.
     Where this machine cannot run the target, the report says that it was not checked, and why.
     """
     artifact = Artifact.open(folder, verify=False)
@@ -88,7 +88,7 @@ def self_check(
         parts.append((_finite(read), prompt + _STEPS))
         references.append(expected)
     off = [float(np.abs(a - b).max()) for (a, _), b in zip(parts, references, strict=True)]
-    by_codes = [_chooses_by_codes(layout, tokens) for _, tokens in parts]
+    by_codes = [made.rounds_queries and _chooses_by_codes(layout, n) for _, n in parts]
     unexplained = [0.0 if chosen else each for each, chosen in zip(off, by_codes, strict=True)]
     target, reference = np.concatenate([part for part, _ in parts]), np.concatenate(references)
     scale = max(1.0, float(np.abs(reference).max()))
@@ -199,8 +199,7 @@ def _leaves_out(layout: CacheLayout) -> bool:
 
 
 def _chooses_by_codes(layout: CacheLayout, tokens: int) -> bool:
-    """Whether queries choose among int8 slots: a target may score these by queries that it rounds, and choose
-    what is nearly as good, which is then read in place of the other."""
+    """Whether queries choose among int8 slots, of so many tokens."""
     return any(
         group.reader.reads(tokens) < tokens and group.storage.slot_dtype == "i8"
         for _, _, group in layout.groups()

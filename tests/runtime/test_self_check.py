@@ -52,19 +52,20 @@ def test_a_difference_is_refused_where_float32_explains_none(
 
 
 @pytest.mark.parametrize(
-    ("storage", "tokens", "said"),
+    ("target", "storage", "tokens", "said"),
     [
-        ("int8", 6, "float32, tokens that are read chosen by rounded scores"),
-        rarely("int8", 512, "float32"),  # everything is read here
-        rarely("f32", 6, "float32"),
+        ("onnx", "int8", 6, "float32, tokens that are read chosen by rounded scores"),
+        rarely("onnx", "int8", 512, "float32"),  # everything is read here
+        rarely("onnx", "f32", 6, "float32"),
+        rarely("reference", "int8", 6, "float32"),  # it scores by queries as they are
     ],
 )
 def test_a_choice_among_codes_that_is_nearly_as_good_is_no_fault(
-    storage: str, tokens: int, said: str, tmp_path: Path
+    target: str, storage: str, tokens: int, said: str, tmp_path: Path
 ) -> None:
     """With random weights pages score alike, and what rounds queries may choose others than the reference."""
     read = {"method": "quest", "page": 2, "tokens": tokens, "share": 0.25, "skip_layers": 0}
-    recipe = {"cache": {"storage": storage, "read": read}}
+    recipe = {"target": target, "cache": {"storage": storage, "read": read}}
     found = einfold.compile(models.build("llama"), tmp_path / "out", recipe=recipe).check
     assert found["arithmetic"] == said
     beyond = found["largest difference of logits"] > module._TOLERANCE * found["largest logit"]

@@ -29,10 +29,10 @@ class InputMoments(Observer):
 
     def see(self, site: Site, *values: Any) -> Found:
         x_TM: Tensor = values[0].flatten(0, -2)
-        found = {"moment": x_TM.T @ x_TM / len(x_TM)}
+        found = {"moment": (x_TM.T @ x_TM).div_(len(x_TM))}
         if site.embeds:
             found["moment"].diagonal().add_(found["moment"].diagonal().median())
         elif len(values) > 1 and values[1] is not values[0]:
             apart_TM = values[1].flatten(0, -2) - x_TM
-            found["drift"] = apart_TM.T @ x_TM / len(x_TM)
+            found["drift"] = (apart_TM.T @ x_TM).div_(len(x_TM))
         return found

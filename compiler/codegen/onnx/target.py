@@ -32,6 +32,7 @@ class Onnx(Target):
     title: ClassVar[str] = "a model for onnxruntime"
     generators: ClassVar[tuple[str, ...]] = ("onnx-ir",)
     writers: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir")
+    rounds_queries: ClassVar[bool] = True
 
     portable: bool = False
     accuracy_level: Literal[0, 1, 4] = 4
