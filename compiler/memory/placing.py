@@ -4,13 +4,14 @@ pages of a packed file    what comes of each super-op by a level, the rest of it
   with experts            as many layers of them pinned as read least, the rest of the
                           room holds some of the others from token to token
 packed in every step      whole super-ops pinned, whatever is left of the budget           pinning.py
-slots of the cache        spilled where nothing fits else, as few as it takes              spill.py
+slots of the cache        spilled where nothing fits else, or steps take a good deal less  spill.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil, inf
 
 from ...errors import RecipeError
@@ -36,27 +37,38 @@ UNDER_WAY = 3
 #: Seconds of a step that are none, as a part of it.
 _EQUAL = 1e-6
 
+#: Times the seconds of a plan with slots spilled that one without must take for the former to be made: what
+#: runs over a file costs beside is not all in a plan.
+_SPILLS = 1.05
+
+#: Plans that are gone through at most to have steps wait less.
+_TRIES = 200
+
 
 def place(load: Load, budget: int, device: Device = ASSUMED) -> TierPlan:
     """The placement whose peak is within the budget and whose steps take the least time on a device, which is
     among those that move the fewest bytes, or next to it.
 
     Pages of a packed file come before packing in every step, unless nothing is streamed. What every token
-    reads comes before experts. Slots of the cache are spilled where nothing fits else, as many as the disk
-    has room for. Raises RecipeError, which says the smallest budget that would do.
+    reads comes before experts. Slots of the cache are spilled, as many as the disk has room for, where
+    nothing fits else or steps take less by a twentieth. Raises RecipeError, which says the smallest budget
+    that would do.
     """
     best = _Best(device)
     _offer(best, load, budget)
-    if best.plan is None:
-        _offer_spilled(best, load, budget)
-    if best.plan is None:
+    spilled = _Best(device, seconds=best.seconds / _SPILLS)
+    _offer_spilled(spilled, load, budget)
+    found = best if spilled.plan is None else spilled
+    if found.plan is None:
         raise _too_small(load, budget)
-    return replace(best.plan, load=load)
+    _wait_less(found)
+    return replace(found.plan, load=load)
 
 
 @dataclass
 class _Best:
-    """The plan of the shortest steps so far, and among such of the fewest bytes."""
+    """The plan of the shortest steps so far, and among such of the fewest bytes; none before one takes less
+    than the `seconds` that it begins with."""
 
     device: Device
     plan: TierPlan | None = None
@@ -76,10 +88,29 @@ class _Best:
         return seconds > least * (1 + _EQUAL)
 
     def _behind(self, seconds: float, plan: TierPlan) -> bool:
-        if self.plan is None or seconds < self.seconds * (1 - _EQUAL):
+        if seconds < self.seconds * (1 - _EQUAL):
             return False
+        if self.plan is None:
+            return True
         more = (plan.moved, plan.peak) >= (self.plan.moved, self.plan.peak)
         return more or seconds > self.seconds * (1 + _EQUAL)
+
+
+def _wait_less(best: _Best) -> None:
+    """Pins others of the super-ops in place of those that are, one at a time, as long as steps get shorter:
+    where whole ones are pinned, their order says how long the engine and the disk wait for each other."""
+    tries, better = _TRIES, True
+    while better and best.plan is not None and not best.plan.parts and tries > 0:
+        plan, better = best.plan, False
+        if best.seconds <= step_of(plan, best.device).seconds * (1 + _EQUAL):
+            return
+        for old, new in product(plan.kept, plan.streamed):
+            pinned = plan.pinned - {old.name} | {new.name}
+            best.offer(_filled(replace(plan, pinned=pinned, room=0)))
+            tries -= 1
+            better = best.plan is not plan
+            if better or not tries:
+                break
 
 
 def spilling(load: Load, spill: Spill | None) -> Load:

@@ -22,8 +22,9 @@ Grid = Mapping[str, Tensor]
 #: Gives the codes [R, G, B] and the settled grid of groups [R, G, B].
 Choice = Callable[[Tensor], tuple[Tensor, Grid]]
 
-#: Numbers that are rounded at a time: bounds the memory of intermediates at a few tens of megabytes.
-_SLAB = 1 << 21
+#: Numbers that are rounded at a time: bounds the memory of intermediates at some hundred megabytes. Solvers
+#: that go column by column take a pass over all columns for each slab.
+_SLAB = 1 << 22
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from .. import sites
 from ..observer import OBSERVERS, Found, Observer
 from ..sites import Site
 
+#: Parts of the columns whose moments are computed together: what lies above them is known by then.
+_PARTS = 8
+
 
 @OBSERVERS.register
 class InputMoments(Observer):
@@ -29,10 +32,23 @@ class InputMoments(Observer):
 
     def see(self, site: Site, *values: Any) -> Found:
         x_TM: Tensor = values[0].flatten(0, -2)
-        found = {"moment": (x_TM.T @ x_TM).div_(len(x_TM))}
+        found = {"moment": _moment(x_TM)}
         if site.embeds:
             found["moment"].diagonal().add_(found["moment"].diagonal().median())
         elif len(values) > 1 and values[1] is not values[0]:
             apart_TM = values[1].flatten(0, -2) - x_TM
             found["drift"] = (apart_TM.T @ x_TM).div_(len(x_TM))
         return found
+
+
+def _moment(x_TM: Tensor) -> Tensor:
+    """The mean of x xᵀ over the tokens, [M, M], which is symmetric: little more than a half is computed."""
+    width = x_TM.shape[1]
+    found_MM = x_TM.new_empty(width, width)
+    step = -(-width // _PARTS)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        part = (x_TM[:, start:].T @ x_TM[:, start:stop]).div_(len(x_TM))
+        found_MM[start:, start:stop] = part
+        found_MM[start:stop, stop:] = part[stop - start :].T
+    return found_MM
