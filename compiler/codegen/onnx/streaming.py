@@ -9,7 +9,6 @@ rotary positions, lies in the file that onnxruntime maps; of it only those rows 
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,7 +27,7 @@ from ....runtime.memory.read_ahead import ReadAhead, Span, item_room, located, m
 from ....runtime.memory.slots_ahead import Spilled
 from ....runtime.memory.spilled_cache import SpilledCache
 from ....runtime.runner import Floats, Ints, running
-from ...ir.heap import give_back
+from ...ir.heap import give_back, leave_from, one_heap
 from ...ir.kept import cache_home
 from ...ir.kv.spill import resident_bytes as resident_cache
 from ...ir.manifest import BLOCKS, WEIGHTS, WHOLE
@@ -50,8 +49,9 @@ from .runner import (
 #: Tokens of a step that one thread computes.
 _FEW = 8
 
-#: The C library's number of the option of how many heaps there are.
-_ARENA_MAX = -8
+#: Blocks from which on memory goes back to the system as it is let go of: values of many tokens, and in steps
+#: of few none but what is larger than most packed weights, which come and go in every one.
+_BLOCK, _OF_WEIGHTS = 1 << 20, 32 << 20
 
 
 class StreamingRunner:
@@ -61,7 +61,10 @@ class StreamingRunner:
 
     def __init__(self, model: CutModel, plan: TierPlan, threads: int | None = None) -> None:
         """Loads what is pinned. Raises ArtifactError where the model is none that onnxruntime takes."""
-        _one_heap()
+        one_heap()
+        # Before anything is loaded: what large blocks leave in the heap is filled with values later.
+        leave_from(_BLOCK)
+        self._block = _BLOCK
         self.plan = plan
         self.observed: dict[str, Array] = {}
         self._artifact = model.artifact
@@ -160,6 +163,7 @@ class StreamingRunner:
         given: dict[str, Any] = counters | dict(cache.given)
         if self._spilled is not None:
             self._spilled.step(cache)
+        self._settle_heap(input_ids.size)
         logits = np.empty((len(logit_rows), self._vocabulary), np.float32)
         # Products of few rows are short, and threads of their own would be made for every session.
         threads = 1 if input_ids.size <= _FEW else self._threads
@@ -174,6 +178,15 @@ class StreamingRunner:
                             del handed[name]
         self.observed = handed
         return logits
+
+    def _settle_heap(self, tokens: int) -> None:
+        """Has values of many tokens go back to the system as the next are made; of few tokens they are small,
+        and packed weights are best taken from the heap, step after step."""
+        block = _OF_WEIGHTS if tokens <= _FEW and not self.plan.paged else _BLOCK
+        if block != self._block:
+            leave_from(block)
+            give_back()
+            self._block = block
 
     def close(self) -> None:
         """Ends the thread that reads. No step is taken from then on."""
@@ -300,13 +313,6 @@ class StreamingRunner:
             str(folder or self._artifact.folder.resolve()),
         )
         return options
-
-
-def _one_heap() -> None:
-    """Has the C library take memory from one heap: else threads of sessions leave theirs behind."""
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if tune is not None:  # glibc
-        tune(_ARENA_MAX, 1)
 
 
 def resident_bytes() -> int:

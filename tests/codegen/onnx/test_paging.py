@@ -476,7 +476,7 @@ def test_a_copy_that_cannot_be_loaded_is_done_without(
     monkeypatch.setattr(paging, "session_of", some)
     left: list[int] = []
     monkeypatch.setattr(
-        streaming, "_one_heap", lambda: left.append(sum(each() is not None for each in alive))
+        streaming, "one_heap", lambda: left.append(sum(each() is not None for each in alive))
     )
     with running(wide_head) as (_, runner):
         assert type(runner) is StreamingRunner
