@@ -82,8 +82,10 @@ def read_device(path: Path | None = None) -> Device | None:
         if key not in known:
             raise RecipeError(f"{file} has the unknown key {key!r}; known are {', '.join(known)}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < inf
-        if not (isinstance(value, str) if known[key].type == "str" else number):
-            raise RecipeError(f"{file}: {key} must be a number above 0, not {value!r}")
+        text = known[key].type == "str"
+        if not (isinstance(value, str) if text else number):
+            wanted = "a text" if text else "a number above 0"
+            raise RecipeError(f"{file}: {key} must be {wanted}, not {value!r}")
     return Device(**found)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ....runtime.memory.device_ahead import Block
+from ...ir.ops.linear import Embedding
 from ...ir.ops.quantized import QuantizedEmbedding, StoredEmbedding
 from ...ir.program import Program, call_arguments, remove_dead_nodes
 from ...ir.weights import Weight
@@ -38,6 +39,7 @@ _GIVEN = ("input_ids", "position_ids")
 #: Operators that look rows up, and which of their arguments says which rows.
 _ROWS: dict[Any, str] = {
     torch.ops.aten.embedding.default: "indices",
+    Embedding.overload(): "ids",
     QuantizedEmbedding.overload(): "ids",
     StoredEmbedding.overload(): "ids",
 }
@@ -63,12 +65,14 @@ class Lookup:
     """The input of the caller's that says which rows."""
     target: Callable[..., Tensor]
     arguments: tuple[Any, ...]
-    """Those of the call, with weights that are not loaded, and nodes in the place of other inputs."""
+    """Those of the call, with weights as they are stored, not loaded, and a node for the rows."""
+    dtype: torch.dtype
+    """Of the rows, where the table is stored in another."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of these numbers, where the weights are: of a file that is mapped no more is read."""
         given = tree_map(lambda one: ids if isinstance(one, fx.Node) else one, self._loaded)
-        return self.target(*given)
+        return self.target(*given).to(self.dtype)
 
     @cached_property
     def _loaded(self) -> Any:
@@ -108,13 +112,13 @@ def take_lookups(program: Program) -> list[Lookup]:
     for node in program.nodes(*_ROWS):
         given = call_arguments(node)
         ids = given[_ROWS[node.target]]
-        others = [read for read in node.all_input_nodes if read is not ids]
-        if ids.target not in _GIVEN or any(read.op != "get_attr" for read in others):
+        tables = [_stored(program, read) for read in node.all_input_nodes if read is not ids]
+        if ids.target not in _GIVEN or None in tables:
             continue
-        arguments = tree_map(lambda one: program.weight_of(one) or one, (*given.values(),))
+        arguments = tree_map(lambda one: _stored(program, one) or one, (*given.values(),))
         target: Any = node.target
-        name = f"rows of {node.name}"
-        found.append(Lookup(name, str(ids.target), target, arguments))
+        name, dtype = f"rows of {node.name}", node.meta["val"].dtype
+        found.append(Lookup(name, str(ids.target), target, arguments, dtype))
         with graph.inserting_after(program.placeholders()[-1]):
             rows = graph.create_node("placeholder", name, name=f"rows_of_{node.name}")
         rows.meta["val"] = node.meta["val"]
@@ -122,6 +126,13 @@ def take_lookups(program: Program) -> list[Lookup]:
         graph.erase_node(node)
     remove_dead_nodes(program)
     return found
+
+
+def _stored(program: Program, one: object) -> Weight | None:
+    """The weight that a node reads, or widens."""
+    if isinstance(one, fx.Node) and one.target is torch.ops.aten._to_copy.default:
+        one = one.args[0]
+    return program.weight_of(one)
 
 
 def cut(program: Program) -> tuple[list[SuperOp], list[str]]:

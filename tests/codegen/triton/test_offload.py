@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
 
 import einfold
 from einfold.compiler.codegen.triton import in_parts, target
@@ -17,6 +16,7 @@ from einfold.compiler.codegen.triton.cut import CutProgram, cut
 from einfold.compiler.codegen.triton.in_parts import PROCESS, TritonInParts
 from einfold.compiler.codegen.triton.offload import OffloadedRunner, copies_of
 from einfold.compiler.ir.device import Device, write_device
+from einfold.compiler.ir.interpreter import evaluate_cone
 from einfold.compiler.ir.program import readers
 from einfold.errors import (
     ArtifactError,
@@ -79,6 +79,7 @@ def smallest(folder: Path, chunk: int = 512) -> int:
     return int(said.replace(",", ""))
 
 
+INT3 = {"weights": {"format": "int3", "block": 32}}
 INT4 = {"weights": {"format": "int4", "block": 32}}
 
 
@@ -88,6 +89,7 @@ INT4 = {"weights": {"format": "int4", "block": 32}}
     [
         ("llama", INT4, 0.0),
         ("llama", {}, 0.5),
+        rarely("llama", {"weights": {"format": "fp16"}}, 0.2),
         rarely("llama", {"weights": {"format": "int8"}, "cache": {"storage": "int8"}}, 0.5),
         ("gpt2", {}, 0.0),
         rarely("gemma2", INT4, 0.3),
@@ -108,7 +110,7 @@ def test_tokens_are_those_of_the_reference(
             artifact=str(folder),
             memory=memory,
             context=CONTEXT,
-            prompts=prompts[:1],
+            prompts=prompts,
             new=4,
             chunk=chunk,
         )
@@ -221,21 +223,21 @@ def test_a_layer_is_as_many_super_ops_as_its_largest_call_leaves_room_for(
         assert all(order[op.first] <= order[user] < order[op.end] for user in users)
 
 
+@pytest.mark.parametrize("weights", [INT4, {}, {"weights": {"format": "fp16"}}, rarely(INT3)])
 def test_rows_are_looked_up_on_the_host_and_a_tied_weight_is_the_heads_alone(
-    compiled: Callable[..., Path],
+    compiled: Callable[..., Path], weights: dict[str, Any]
 ) -> None:
-    artifact = Artifact.open(compiled("gemma2", **INT4))
+    """As they are stored, whatever the program makes of the whole table."""
     ids = torch.tensor([[3, 90, 3]])
-    program = read_program(artifact)
-    (call,) = (node for node in program.graph.nodes if "embedding" in str(node.target))
-    read = [each for each in call.all_input_nodes if each.op == "get_attr"]
-    given = {each: program.weights[str(each.target)].load() for each in read}
-    expected = call.target(*fx.map_arg(call.args, lambda each: given.get(each, ids)))
-    cut = CutProgram.of(program)
-    (lookup,) = cut.lookups
+    found = read_program(Artifact.open(compiled("gemma2", **weights)))
+    (call,) = (node for node in found.graph.nodes if "embedding" in str(node.target))
+    (expected,) = evaluate_cone([call], {found.placeholder("input_ids"): ids}, found)
+    names = {str(read.target) for read in found.graph.find_nodes(op="get_attr")}
+    made = CutProgram.of(found)
+    (lookup,) = made.lookups
     assert torch.equal(lookup.rows(ids), expected)
-    assert cut.ops[-1].name == "head"
-    assert {str(each.target) for each in read} <= set(cut.ops[-1].weights)
+    assert names == set(found.weights), "the head reads it too"
+    assert not [name for name in made.shared if "embed_tokens" in name]
 
 
 def test_a_weight_whose_view_is_read_later_stays() -> None:
