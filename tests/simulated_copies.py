@@ -135,6 +135,48 @@ class Forgetful(Simulated):
         return Event("copies", event.count - 1) if self._forgets == "copied" else event
 
 
+class Interrupted(Simulated):
+    """The same where a call of one of its methods, counted from `arm` on, is interrupted, before or behind
+    what it does."""
+
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self._behind, self._left = behind, -1
+
+    def arm(self, calls: int) -> None:
+        """The next but so many is interrupted."""
+        self._left = calls
+
+    @property
+    def armed(self) -> bool:
+        """Whether it is still to come."""
+        return self._left >= 0
+
+    def _call(self, method: Callable[..., Any], *given: Any) -> Any:
+        now, self._left = self._left == 0, max(self._left - 1, -1)
+        if now and not self._behind:
+            raise KeyboardInterrupt
+        found = method(*given)
+        if now:
+            raise KeyboardInterrupt
+        return found
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        self._call(super().copy, source, target)
+
+    def copied(self) -> Any:
+        return self._call(super().copied)
+
+    def computed(self) -> Any:
+        return self._call(super().computed)
+
+    def copy_behind(self, event: Event) -> None:
+        self._call(super().copy_behind, event)
+
+    def compute_behind(self, event: Event) -> None:
+        self._call(super().compute_behind, event)
+
+
 #: What may be left out.
 ORDERS = ("copy_behind", "compute_behind", "last", "copied")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from einfold.compiler.ir.weights import Weight
 from einfold.errors import ArtifactError, OutOfMemoryError
 from einfold.runtime.memory.device_ahead import Block, DeviceAhead
 
-from ..simulated_copies import ORDERS, Forgetful, RaceError, Simulated
+from ..simulated_copies import ORDERS, Forgetful, Interrupted, RaceError, Simulated
 
 
 def blocks(sizes: Sequence[int]) -> list[Block]:
@@ -117,6 +118,28 @@ def test_a_step_that_fails_leaves_the_next_one_right() -> None:
             with pytest.raises(KeyboardInterrupt):
                 broken(ahead, fails)
             assert run(ahead, range(4)) == wanted(made)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_an_interrupt_anywhere_leaves_the_next_step_right(behind: bool, rounds: int) -> None:
+    """Before and behind everything that is asked of the device, in the first step and in a later one."""
+    made, calls, armed = blocks([4, 2, 8]), 0, False
+    while not armed:
+        copies = Interrupted(behind)
+        ahead = DeviceAhead(made, copies, 2)
+        with copies:
+            for _ in range(rounds):
+                run(ahead, range(3))
+            copies.arm(calls)
+            with suppress(KeyboardInterrupt):
+                run(ahead, range(3))
+            armed = copies.armed  # all calls of a step were interrupted before
+            copies.arm(-1)
+            for _ in range(2):
+                assert run(ahead, range(3)) == wanted(made)
+        calls += 1
+    assert calls > 12
 
 
 def test_a_device_without_room_for_the_ring_is_told_before_anything_is_loaded() -> None:
