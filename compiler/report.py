@@ -67,8 +67,9 @@ def report_page(data: dict[str, Any]) -> str:
     return _page("einfold report", "\n".join(sections))
 
 
-def plan_page(title: str, facts: dict[str, str], timeline: Timeline) -> str:
-    """A plan for weights that do not all stay in memory, as one HTML page: `facts`, and a step of a token."""
+def plan_page(title: str, facts: dict[str, str], timeline: Timeline, side: str = "disk") -> str:
+    """A plan for weights that do not all stay in memory, as one HTML page: `facts`, and a step of a token.
+    `side` is what they come by."""
     disk = "is not asked"
     if timeline.disk:
         room = _seconds(timeline.disk_waits)
@@ -77,9 +78,9 @@ def plan_page(title: str, facts: dict[str, str], timeline: Timeline) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         _pairs(facts),
-        "<h2>A token among many: time across, the disk above, the engine below</h2>",
-        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The disk {disk}; "
-        f"the engine {packs}computes {_seconds(timeline.spent('compute'))}, and waits for the disk "
+        f"<h2>A token among many: time across, the {side} above, the engine below</h2>",
+        f"<p>{_seconds(timeline.seconds)}, by the device's bandwidths and without a run. The {side} {disk}; "
+        f"the engine {packs}computes {_seconds(timeline.spent('compute'))}, and waits for the {side} "
         f"{_seconds(timeline.spent('wait'))}. A super-op has one colour in both lanes; grey is waiting.</p>",
         timeline_picture(timeline),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .compiler.ir.manifest import CAUSAL, EMBEDDINGS, ENCODER, ENCODER_DECODER, 
 from .completion import Completion, Listeners
 from .encoder import Encoder
 from .encoder_decoder import EncoderDecoder
-from .errors import ArtifactError, PromptError, RecipeError
+from .errors import ArtifactError, ArtifactWarning, PromptError, RecipeError
 from .planning import Plan, in_parts, plan_of
 from .runtime.artifact import Artifact
 from .runtime.buffers import Make, empty
@@ -209,11 +210,12 @@ def load(
     artifact's graph; those that it brings compiled are used with `trust` alone, since nothing checks
     what machine code does.
 
-    With `memory`, a number of bytes, a language model of the target onnx runs within so much, whatever its
-    weights take: some stay, the rest is read from the disk in every step (`einfold.plan` says which), with
-    room for a cache of `context` tokens, 4,096 without it, of which some layers lie in a file where it does
-    not fit. The first time a copy with packed weights, of 2.3 times their bytes, is written to einfold's
-    cache folder, where there is room.
+    With `memory`, a number of bytes, a language model of the targets onnx and triton runs within so much,
+    whatever its weights take: some stay, the rest is read from the disk in every step (`einfold.plan` says
+    which), with room for a cache of `context` tokens, 4,096 without it, of which some layers lie in a file
+    where it does not fit. The first time a copy with packed weights, of 2.3 times their bytes, is written to
+    einfold's cache folder, where there is room. Of the target triton it is a GPU's memory, and what does not
+    stay there is copied from the machine's; a model that has no room on the GPU runs so without being asked.
 
     Raises ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option,
     UnsupportedError where this machine cannot run it.
@@ -227,6 +229,10 @@ def load(
         raise RecipeError("context is what memory leaves room for; give both")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
+    if memory is None and manifest.kind == CAUSAL:
+        memory = _target(artifact, engine).limit(artifact)
+        if memory is not None:
+            warnings.warn(ArtifactWarning(_no_room(artifact, memory)), stacklevel=2)
     if memory is not None:  # a budget that cannot do is refused before weights are hashed
         parts = in_parts(artifact, _target(artifact, engine))
         plan = plan_of(artifact, parts, memory, context, chunk)
@@ -235,7 +241,7 @@ def load(
         checked = pool.submit(artifact.check_weights, memory is None) if verify else None
         try:
             if memory is not None:
-                runner = parts.runner(plan.tiers, threads)
+                runner = parts.runner(plan.tiers, threads, trust)
                 plan = plan.as_run(getattr(runner, "plan", plan.tiers))
                 return Model(artifact, _engine(runner, artifact, chunk), plan)
             target = _target(artifact, engine)
@@ -250,6 +256,13 @@ def load(
                 checked.result()  # damage explains best what the loader may have met
     made = _engine(runner, artifact, chunk)
     return Model(artifact, made) if reader is None else EncoderDecoder(artifact, reader, made)
+
+
+def _no_room(artifact: Artifact, free: int) -> str:
+    return (
+        f"{artifact.folder}: weights and a cache have no room in the {free:,} bytes that the GPU has free, "
+        "so some weights are copied there in every step (`Model.plan` says which)"
+    )
 
 
 def _engine(runner: Runner, artifact: Artifact, chunk: int) -> Engine:

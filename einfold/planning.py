@@ -26,6 +26,29 @@ _BLOCK = 256
 
 
 @dataclass(frozen=True)
+class Words:
+    """How a plan speaks of where streamed weights come from."""
+
+    name: str
+    """What they come by, as `bound` has it for machines."""
+    brings: str
+    source: str
+    ready: str
+    """What those are that nothing is done with in a step."""
+
+
+_WORDS = {
+    "disk": Words("disk", "reading", "from the disk", "pages of a packed copy"),
+    "host": Words(
+        "link",
+        "copying",
+        "from the machine's memory to the GPU",
+        "copied ahead of the calls that read them",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Plan:
     """The tiers of an artifact's weights and cache, and what a step over them takes on a device."""
 
@@ -35,6 +58,16 @@ class Plan:
     device: Device
     tiers: TierPlan
     step: Step
+
+    @property
+    def words(self) -> Words:
+        """How it is told where streamed weights come from."""
+        return _WORDS[self.tiers.home]
+
+    @property
+    def seen(self) -> Device:
+        """The device as the plan has it: of a GPU its memory in the place of the machine's."""
+        return seen_as(self.device, self.tiers.home)
 
     def data(self) -> dict[str, Any]:
         """For machines; the keys stay as they are. Bytes, and seconds of a step of one token."""
@@ -54,11 +87,13 @@ class Plan:
             "prompt_fetched": tiers.prompt,
             "experts": self._experts(),
             "spilled": self._spilled(),
+            "home": tiers.home,
+            "shared": tiers.fixed.shared,
             "paged": tiers.paged,
             "remark": tiers.remark,
             "seconds": step.seconds,
             "tokens_a_second": 1 / step.seconds,
-            "bound": step.bound,
+            "bound": self.words.name if step.bound == "disk" else step.bound,
             "disk_seconds": step.disk,
             "packing_seconds": step.packing,
             "compute_seconds": step.compute,
@@ -129,7 +164,7 @@ class Plan:
 
     def as_run(self, tiers: TierPlan) -> Plan:
         """The same by what a runner does, which may find that pages cannot be had as planned."""
-        return replace(self, tiers=tiers, step=step_of(tiers, self.device))
+        return replace(self, tiers=tiers, step=step_of(tiers, self.seen))
 
     def way(self) -> str:
         """How streamed weights come, and why not as pages; "" where there are none."""
@@ -137,14 +172,17 @@ class Plan:
         if not tiers.streamed:
             return ""
         if tiers.paged:
-            return "pages of a packed copy"
-        return "packed in every step" + (f": {tiers.remark}" if tiers.remark else "")
+            return self.words.ready
+        how = "packed in every step" if tiers.packs else self.words.ready
+        return how + (f": {tiers.remark}" if tiers.remark else "")
 
     def warning(self) -> str:
         """What is wrong with a peak that the device has no memory for, or with weights that are streamed from
         memory; "" where nothing is."""
         from .compiler.report import human_bytes
 
+        if self.tiers.home == "host":
+            return self._warning_of_gpu()
         if self.tiers.peak > self.device.ram:
             return (
                 f"the device has {human_bytes(self.device.ram)} of memory, less than the peak of "
@@ -158,25 +196,42 @@ class Plan:
             )
         return ""
 
+    def _warning_of_gpu(self) -> str:
+        from .compiler.report import human_bytes
+
+        gpu, machine = self.device.gpu_memory, self.device.ram
+        if self.tiers.peak > gpu and self.device.gpu_source != ASSUMED.gpu_source:
+            return (
+                f"the GPU has {human_bytes(gpu)} of memory, less than the peak of "
+                f"{human_bytes(self.tiers.peak)}: give a smaller budget"
+            )
+        if self.tiers.prompt > machine:
+            return (
+                f"the machine has {human_bytes(machine)} of memory, less than the "
+                f"{human_bytes(self.tiers.prompt)} of weights that are kept in it for the GPU: give a larger "
+                "budget, or compile into fewer bits"
+            )
+        return ""
+
     def bound(self) -> str:
         """What a token takes most of its time for, and what the other side takes meanwhile."""
         from .compiler.report import human_bytes
 
-        step, spill = self.step, self.tiers.spill
+        step, spill, by = self.step, self.tiers.spill, self.words
         if not self.tiers.streamed and spill is None:
-            return f"computing: it takes {step.compute:.3f} s, and the disk is not asked"
+            return f"computing: it takes {step.compute:.3f} s, and the {by.name} is not asked"
         read = self.tiers.fetched + (spill.nbytes if spill is not None else 0)
         packs = f"packing {step.packing:.3f} s, " if step.packing else ""
         times = {
-            "disk": f"reading {human_bytes(read)} takes {step.disk:.3f} s, {packs}computing "
+            "disk": f"{by.brings} {human_bytes(read)} takes {step.disk:.3f} s, {packs}computing "
             f"{step.compute:.3f} s",
-            "packing": f"it takes {step.packing:.3f} s, computing {step.compute:.3f} s, the disk "
+            "packing": f"it takes {step.packing:.3f} s, computing {step.compute:.3f} s, the {by.name} "
             f"{step.disk:.3f} s",
-            "compute": f"it takes {step.compute:.3f} s, {packs}the disk {step.disk:.3f} s",
+            "compute": f"it takes {step.compute:.3f} s, {packs}the {by.name} {step.disk:.3f} s",
         }
-        names = {"disk": "the disk", "packing": "packing", "compute": "computing"}
+        names = {"disk": f"the {by.name}", "packing": "packing", "compute": "computing"}
         told = f"{names[step.bound]}: {times[step.bound]}"
-        found = timeline_of(self.tiers, self.device)
+        found = timeline_of(self.tiers, self.seen)
         if found.seconds > 1.01 * step.seconds:
             told += f"; with the room that there is to read ahead it is {found.seconds:.3f} s"
         return told
@@ -185,18 +240,19 @@ class Plan:
         """The plan as a page of HTML, with what is read, packed and computed when in a step of one token."""
         from .compiler.report import human_bytes, plan_page
 
-        step, device = self.step, self.device
+        step, device = self.step, self.seen
         rates = (device.disk_bandwidth, device.pack_bandwidth, device.ram_bandwidth)
         disk, packing, memory = (f"{rate / 1e9:.2f} GB/s" for rate in rates)
+        packs = f"packing {packing}, " if self.tiers.home == "disk" else ""
         facts = {
             "weights": self.sentence(),
             "room": f"a KV cache of {self.tokens:,} tokens, steps of {self.chunk:,}",
             "a token": f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second)",
             "bound by": self.bound(),
-            "device": f"disk {disk}, packing {packing}, memory {memory} ({device.source})",
+            "device": f"{self.words.name} {disk}, {packs}memory {memory} ({device.source})",
         }
         title = f"{Path(self.artifact).name} within {human_bytes(self.tiers.budget)}"
-        return plan_page(title, facts, timeline_of(self.tiers, device))
+        return plan_page(title, facts, timeline_of(self.tiers, device), self.words.name)
 
     def sentence(self) -> str:
         """What is pinned, what is streamed, and the bytes of a token."""
@@ -215,7 +271,7 @@ class Plan:
         held = f"held between tokens {self.held()}, " if tiers.routed else ""
         return (
             f"pinned {' and '.join(kept)} ({pinned}), streamed {len(tiers.streamed)}: "
-            f"{human_bytes(tiers.fetched)} from the disk {step}, {held}{self.way()}, {peak}"
+            f"{human_bytes(tiers.fetched)} {self.words.source} {step}, {held}{self.way()}, {peak}"
         )
 
 
@@ -228,14 +284,15 @@ def plan(
     device: str | Path | None = None,
 ) -> Plan:
     """What of an artifact's weights stays in `memory` bytes, what is read from the disk in every step, and
-    how fast that is.
+    how fast that is. Of an artifact of the target triton `memory` is a GPU's, and what does not stay there is
+    copied from the machine's.
 
-    `memory` is all that the process holds, with room for a cache of `context` tokens (4,096, or the
+    `memory` is all that the process holds there, with room for a cache of `context` tokens (4,096, or the
     artifact's context where that is less) and steps of `chunk` tokens. Where that cache does not fit beside
     the rest, slots of some layers are spilled: they lie in a file, and are read in every step too. `device`
     is a description that `einfold device probe` wrote; without it that of this machine is used, or where it
-    was not measured what is assumed. No hash is checked and no weight read. Raises RecipeError for a budget
-    that cannot do, UnsupportedError for a target that holds all weights.
+    was not measured what is assumed. No hash is checked, no weight read, and no GPU needed. Raises
+    RecipeError for a budget that cannot do, UnsupportedError for a target that holds all weights.
     """
     artifact = Artifact.open(folder, verify=False)
     target = artifact.manifest.target
@@ -274,8 +331,14 @@ def plan_of(
     known = read_device(None if device is None else Path(device)) or replace(
         ASSUMED, ram=ram_size()
     )
-    found = place(parts.spilling(load, capacity), memory, known)
-    return Plan(str(artifact.folder), tokens, chunk, known, found, step_of(found, known))
+    seen = seen_as(known, load.home)
+    found = place(parts.spilling(load, capacity), memory, seen)
+    return Plan(str(artifact.folder), tokens, chunk, known, found, step_of(found, seen))
+
+
+def seen_as(device: Device, home: str) -> Device:
+    """The numbers that a plan is made with whose streamed weights come from there."""
+    return device.gpu() if home == "host" else device
 
 
 def _cache_bytes(artifact: Artifact, tokens: int) -> int:

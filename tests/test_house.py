@@ -132,6 +132,22 @@ ALLOWED = {
         "compiler.codegen.cpu.frame",
         "compiler.codegen.reference",
     },
+    "compiler.codegen.triton.cut": {"errors", "compiler.ir", "runtime.memory.device_ahead"},
+    "compiler.codegen.triton.in_parts": {
+        "errors",
+        "compiler.ir",
+        "compiler.analysis.liveness",
+        "compiler.memory.survey",
+        "compiler.memory.tiers",
+        "runtime",
+    },
+    "compiler.codegen.triton.offload": {
+        "errors",
+        "compiler.ir",
+        "compiler.memory.leveling",
+        "compiler.memory.tiers",
+        "runtime",
+    },
     "compiler.codegen.triton.linear": {"errors", "compiler.ir", "compiler.codegen.triton"},
     "compiler.codegen.triton.attention": {
         "compiler.frontend.cascade",

@@ -63,8 +63,9 @@ class InParts(Protocol):
     def spilling(self, load: Load, capacity: int) -> Load:
         """The same with the layers whose slots of a cache for `capacity` tokens may be spilled."""
 
-    def runner(self, plan: TierPlan, threads: int | None = None) -> Runner:
-        """What runs it with weights where a plan of its `load` says."""
+    def runner(self, plan: TierPlan, threads: int | None = None, trust: bool = False) -> Runner:
+        """What runs it with weights where a plan of its `load` says; options are those of
+        `Target.runner`."""
 
 
 class Target(BaseModel):
@@ -193,8 +194,13 @@ class Target(BaseModel):
         where they must."""
         raise UnsupportedError(
             f"the target {self.name} holds all of its weights in memory; a memory budget is for artifacts "
-            "of the target onnx"
+            "of the targets onnx and triton"
         )
+
+    def limit(self, artifact: Artifact) -> int | None:
+        """The memory budget of a causal language model for which this machine's device has too little memory;
+        None where all of it has room."""
+        return None
 
     def caller(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
 
@@ -25,9 +25,28 @@ class Device:
     """Weights as in the file, brought into the order that the engine computes with."""
     source: str = "defaults"
     """Where the numbers are from: `defaults`, or when they were measured."""
+    gpu_memory: int = 24 << 30
+    gpu_bandwidth: float = 1e12
+    """Reading the GPU's memory."""
+    link_bandwidth: float = 24e9
+    """Copying from page-locked memory of the machine to the GPU's."""
+    gpu_source: str = "defaults"
+    """Where the numbers of the GPU are from."""
+
+    def gpu(self) -> Device:
+        """The GPU as a device by itself: its memory in the place of the machine's, which stands behind it in
+        the place of the disk, at the other end of the link."""
+        return replace(
+            self,
+            ram=self.gpu_memory,
+            ram_bandwidth=self.gpu_bandwidth,
+            disk_bandwidth=self.link_bandwidth,
+            source=self.gpu_source,
+        )
 
 
-#: What is assumed of a machine that was not measured: a laptop's cores over a SATA disk.
+#: What is assumed of a machine that was not measured: a laptop's cores over a SATA disk, and of a GPU a card
+#: of 24 GiB on sixteen lanes of PCI Express 4.
 ASSUMED = Device()
 
 
@@ -63,8 +82,10 @@ def read_device(path: Path | None = None) -> Device | None:
         if key not in known:
             raise RecipeError(f"{file} has the unknown key {key!r}; known are {', '.join(known)}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < inf
-        if not (isinstance(value, str) if key == "source" else number):
-            raise RecipeError(f"{file}: {key} must be a number above 0, not {value!r}")
+        text = known[key].type == "str"
+        if not (isinstance(value, str) if text else number):
+            wanted = "a text" if text else "a number above 0"
+            raise RecipeError(f"{file}: {key} must be {wanted}, not {value!r}")
     return Device(**found)
 
 

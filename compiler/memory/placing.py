@@ -3,7 +3,8 @@
 pages of a packed file    what comes of each super-op by a level, the rest of it stays     leveling.py
   with experts            as many layers of them pinned as read least, the rest of the
                           room holds some of the others from token to token
-packed in every step      whole super-ops pinned, whatever is left of the budget           pinning.py
+packed in every step,     whole super-ops pinned, whatever is left of the budget           pinning.py
+  or copied to a GPU
 slots of the cache        spilled where nothing fits else, or steps take a good deal less  spill.py
 """
 
@@ -163,7 +164,7 @@ def _hoped(load: Load, budget: int, spill: Spill) -> float:
 def _offer(best: _Best, load: Load, budget: int) -> None:
     """Placements of the weights that fit, one of which moves the fewest bytes."""
     plain = TierPlan(load.pieces, frozenset(), load.fixed, budget, remark=load.remark)
-    plain = replace(plain, spill=load.spill)
+    plain = replace(plain, spill=load.spill, home=load.home)
     resident = replace(plain, pinned=frozenset(piece.name for piece in plain.streamed))
     paged = TierPlan(load.paged, frozenset(), load.fixed, budget, paged=True, skew=load.skew)
     paged = replace(paged, spill=load.spill)
@@ -183,8 +184,9 @@ def _offer(best: _Best, load: Load, budget: int) -> None:
 
 def least_plan(load: Load) -> TierPlan:
     """The placement that takes the least memory."""
-    plain = TierPlan(load.pieces, frozenset(), load.fixed, 0, remark=load.remark)
-    plans = [_pinned(plain, least([_kind(piece) for piece in plain.streamed]), _spread)]
+    plain = TierPlan(load.pieces, frozenset(), load.fixed, 0, remark=load.remark, home=load.home)
+    kinds = [_kind(piece) for piece in plain.streamed]
+    plans = [_pinned(plain, least(kinds, plain.window), _spread)]
     paged = TierPlan(load.paged, frozenset(), load.fixed, 0, paged=True, skew=load.skew)
     for made in _with_experts(paged) if load.paged else ():
         made = _least_beside(made, load.unit)
@@ -199,7 +201,7 @@ def least_plan(load: Load) -> TierPlan:
 def _offer_packed(best: _Best, plain: TierPlan) -> None:
     """With whole super-ops pinned."""
     kinds = [_kind(piece) for piece in plain.streamed]
-    found = pin(kinds, plain.budget - plain.fixed.total)
+    found = pin(kinds, plain.budget - plain.fixed.total, plain.window)
     if found is not None and best.offer(_pinned(plain, found, _spread)):
         best.offer(_pinned(plain, found, _spread_to_the_end))
         _offer_whole(best, plain)
@@ -391,9 +393,10 @@ def _too_small(load: Load, budget: int) -> RecipeError:
     )
     fixed = plan.fixed
     spilled = f" (of {plan.cache:,}, the rest spilled)" if plan.spill is not None else ""
+    shared = f", weights of no super-op alone {fixed.shared:,}" if fixed.shared else ""
     return RecipeError(
         f"a budget of {budget:,} bytes is too small: {plan.peak:,} are needed at least, of which the "
-        f"process takes {fixed.process:,}, the cache {fixed.cache:,}{spilled} and activations "
+        f"process takes {fixed.process:,}, the cache {fixed.cache:,}{spilled}{shared} and activations "
         f"{fixed.activations:,}, and the rest is the super-op that runs and those that are read ahead; "
         "give more, or a shorter context or a smaller chunk"
         + (f" (weights cannot be pages of a file: {load.remark})" if load.remark else "")

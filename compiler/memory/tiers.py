@@ -17,6 +17,9 @@ Of experts a token reads those alone that it chose, and which others chose befor
 comes: of these, units stay from token to token in what room there is. It competes with pinning, by the bytes
 that a token is expected to read: `TierPlan.hits`.
 
+On a GPU the same is decided of its memory: there streamed weights lie in the machine's, ready to be read, and
+are copied in every step (`home`), so that what is said here of the disk is true of the link between the two.
+
 Where the cache itself is larger than what is left of the budget, slots of some layers are read in every step
 too (spill.py).
 """
@@ -31,7 +34,7 @@ from functools import cached_property
 
 from ..ir.device import Device
 from .leveling import AHEAD
-from .pinning import Kind, needed
+from .pinning import PACKING, READY, Kind, Window, needed
 from .spill import Slots, Spill
 
 #: Exponents that a run may say; what lies outside is chance.
@@ -106,10 +109,12 @@ class Fixed:
     cache: int
     """Of the cache what is in memory."""
     activations: int
+    shared: int = 0
+    """Weights of no super-op alone, where such stay."""
 
     @property
     def total(self) -> int:
-        return self.process + self.cache + self.activations
+        return self.process + self.cache + self.activations + self.shared
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,8 @@ class Load:
     """Free bytes of the disk that the file of spilled slots would lie on, which others change meanwhile."""
     spill: Spill | None = None
     """Those that are; `fixed` is without them."""
+    home: str = "disk"
+    """Where streamed weights come from: the `disk`, or of a GPU the `host`'s memory."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,8 @@ class TierPlan:
     as much again."""
     spill: Spill | None = None
     """Layers whose slots of the cache lie in a file between their turns; None where all are in memory."""
+    home: str = "disk"
+    """Where streamed weights come from, as of the load."""
     load: Load | None = None
     """What was placed, with nothing spilled yet; None of a plan that was laid out by hand."""
 
@@ -171,6 +180,16 @@ class TierPlan:
     @cached_property
     def kept(self) -> tuple[Piece, ...]:
         return tuple(p for p in self.pieces if p.nbytes and p.name in self.pinned)
+
+    @property
+    def packs(self) -> bool:
+        """Whether what is streamed is packed in every step."""
+        return not self.paged and self.home == "disk"
+
+    @property
+    def window(self) -> Window:
+        """What whole super-ops take beside their buffers."""
+        return PACKING if self.packs else READY
 
     def tier_of(self, piece: Piece) -> str:
         """`pinned`, `streamed`, or `mapped` where it only looks rows up in the file."""
@@ -281,7 +300,7 @@ class TierPlan:
         if not self.paged:
             kept = Counter(Kind(piece.nbytes, piece.held) for piece in self.kept)
             every = kept + Counter(Kind(piece.nbytes, piece.held) for piece in self.streamed)
-            return self.fixed.total + needed(every, kept)
+            return self.fixed.total + needed(every, kept, self.window)
         held = sum(self.stays(piece) for piece in self.pieces if piece.nbytes)
         loading = max((piece.in_artifact + piece.held for piece in self.pieces), default=0)
         return self.fixed.total + max(held + self.buffers + self.room, loading)
@@ -322,7 +341,7 @@ def step_of(plan: TierPlan, device: Device) -> Step:
     chosen = sum(plan.reads(piece) for piece in plan.routed)
     return Step(
         plan.moved / device.disk_bandwidth,
-        0.0 if plan.paged else plan.fetched / device.pack_bandwidth,
+        plan.fetched / device.pack_bandwidth if plan.packs else 0.0,
         (computed + plan.cache) / device.ram_bandwidth,
         chosen / device.disk_bandwidth,
     )

@@ -109,7 +109,7 @@ class _Runs:
             streamed = self._plan.tier_of(piece) == "streamed"
             if streamed:
                 self._now = max(self._now, self._read(index, piece))
-                if not self._plan.paged:
+                if self._plan.packs:
                     self._run("pack", index, piece, piece.nbytes / self._device.pack_bandwidth)
             if self._plan.spill is not None and turn is None:
                 turn = self._plan.spill.before(piece.name)

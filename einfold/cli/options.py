@@ -220,7 +220,8 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         help="Run within so much memory, such as 2GiB: weights that do not fit are read from the disk in "
-        "every step, and so are layers of the cache. `einfold plan` tells which and how fast. [default: all "
+        "every step, and so are layers of the cache; of a GPU's where the artifact is for one, and they are "
+        "copied from the machine's. `einfold plan` tells which and how fast. [default: all "
         "stay in memory]",
         show_default=False,
     ),

@@ -22,7 +22,9 @@ def plan(
     memory: Annotated[
         str,
         typer.Option(
-            help="Memory that the process may hold, such as 2GiB or 800M.", show_default=False
+            help="Memory that the process may hold, such as 2GiB or 800M; of a GPU where the artifact is for "
+            "one.",
+            show_default=False,
         ),
     ],
     context: Room = None,
@@ -45,7 +47,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Tell, before anything is loaded, which weights and layers of the cache stay in memory and which are
-    read from the disk in every step, the peak of memory, and the tokens a second."""
+    read from the disk in every step, or copied to a GPU, the peak of memory, and the tokens a second."""
     from ..planning import plan as make
 
     found = make(artifact, memory=parse_bytes(memory), context=context, chunk=chunk, device=device)
@@ -62,8 +64,8 @@ def show_plan(found: Plan) -> None:
     from ..compiler.report import human_bytes
 
     tiers, step = found.tiers, found.step
-    table = Table(box=None)
-    for title in ("super-op", "in the file", "in memory"):
+    table, gpu = Table(box=None), tiers.home == "host"
+    for title in ("super-op", "in the file", "on the GPU" if gpu else "in memory"):
         table.add_column(title, justify="left" if title == "super-op" else "right")
     table.add_column("tier")
     for piece in tiers.pieces:
@@ -79,6 +81,8 @@ def show_plan(found: Plan) -> None:
     totals.add_row(
         f"activations, {found.chunk} tokens a step", human_bytes(tiers.fixed.activations)
     )
+    if tiers.fixed.shared:
+        totals.add_row("weights of no super-op alone", human_bytes(tiers.fixed.shared))
     totals.add_row("pinned weights", human_bytes(sum(piece.held for piece in tiers.kept)))
     totals.add_row(
         "pages that are read ahead" if tiers.paged else "buffers that are read ahead",
@@ -87,7 +91,8 @@ def show_plan(found: Plan) -> None:
     if found.held():
         totals.add_row("held between tokens", found.held())
     totals.add_row("peak", f"{human_bytes(tiers.peak)} of {human_bytes(tiers.budget)}")
-    token = "read for a token" if tiers.routed else "read in every step"
+    brought = "copied" if gpu else "read"
+    token = f"{brought} for a token" if tiers.routed else f"{brought} in every step"
     totals.add_row(token, human_bytes(tiers.fetched))
     if tiers.routed:
         totals.add_row("for a step of a prompt", f"up to {human_bytes(tiers.prompt)}")
@@ -95,13 +100,19 @@ def show_plan(found: Plan) -> None:
         totals.add_row("spilled to the disk", found.spilled())
     if found.way():
         totals.add_row("which are", found.way())
-    parts = f"disk {step.disk:.3f} s, packing {step.packing:.3f} s, compute {step.compute:.3f} s"
+    packing = f"packing {step.packing:.3f} s, " if not gpu else ""
+    parts = f"{found.words.name} {step.disk:.3f} s, {packing}compute {step.compute:.3f} s"
     totals.add_row("a token", f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second): {parts}")
     totals.add_row("bound by", found.bound())
     out.print(totals)
     if found.warning():
         err.print(found.warning(), style="yellow")
-    if found.device.source == "defaults":
+    if gpu and found.seen.source == "defaults":
+        err.print(
+            "no GPU was measured here: the seconds are those of one that is assumed (24 GiB that are read at "
+            "1,000 GB/s, over a link of 24 GB/s); `einfold device probe` measures one"
+        )
+    elif found.device.source == "defaults":
         err.print(
             "this machine was not measured: the seconds are those of assumed bandwidths (disk 0.5 GB/s, "
             "packing 0.5 GB/s, memory 20 GB/s); `einfold device probe` measures them"
@@ -130,14 +141,16 @@ def probe(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the bandwidths of memory and disk and the rate of packing weights, and keep them for `plan`."""
-    from dataclasses import asdict
+    """Measure the bandwidths of memory and disk, the rate of packing weights, and the GPU where there is one,
+    its memory and the link to it, and keep them for `plan`."""
+    from dataclasses import asdict, replace
     from datetime import UTC, datetime
 
     from ..compiler.codegen.onnx.packing_rate import packing_rate
     from ..compiler.codegen.onnx.runner import available_cores
     from ..compiler.ir.device import Device, device_file, write_device
     from ..compiler.ir.kept import cache_home
+    from ..runtime.memory.gpu_probe import measured_gpu
     from ..runtime.memory.probe import disk_bandwidth, ram_bandwidth, ram_size
 
     cores = threads or available_cores()
@@ -152,6 +165,16 @@ def probe(
         "" if direct else ", without direct reads"
     )
     found = Device(cores, ram_size(), round(ram), round(disk), round(packing), measured)
+    gpu = measured_gpu()
+    if gpu is not None:
+        memory, reading, link = (round(number) for number in gpu)
+        found = replace(
+            found,
+            gpu_memory=memory,
+            gpu_bandwidth=reading,
+            link_bandwidth=link,
+            gpu_source=measured,
+        )
     path = output or device_file()
     write_device(found, path)
     if json:
@@ -161,4 +184,5 @@ def probe(
         f"{path}: {cores} cores, memory {ram / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s"
         + ("" if direct else " (no direct reads)")
         + f", packing {packing / 1e9:.2f} GB/s"
+        + (f", GPU {reading / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s" if gpu is not None else "")
     )

@@ -152,7 +152,7 @@ def run(
     if memory is not None:
         if kind != "causal_lm":
             raise UnsupportedError(
-                "--memory is for models that continue a text, of the target onnx"
+                "--memory is for models that continue a text, of the targets onnx and triton"
             )
         loading |= {"memory": parse_bytes(memory), "context": room}
     if kind == "encoder_decoder":

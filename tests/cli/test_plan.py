@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from einfold import planning
 from einfold.api import compile
@@ -15,7 +16,7 @@ from einfold.compiler.ir.device import Device, device_file, read_device, write_d
 from einfold.compiler.memory.tiers import Load, TierPlan
 from einfold.errors import RecipeError
 from einfold.planning import plan as planned
-from einfold.runtime.memory import probe
+from einfold.runtime.memory import gpu_probe, probe
 from einfold.runtime.memory.pages import UNIT, no_paging
 
 from .. import models
@@ -45,7 +46,7 @@ KEYS = {
         "packing_seconds",
     ),
     *("compute_seconds", "super_ops", "device", "paged", "remark", "prompt_fetched", "experts"),
-    "spilled",
+    *("spilled", "home", "shared"),
 }
 
 
@@ -258,11 +259,49 @@ def test_probe_writes_what_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "File exists" in einfold("device", "probe", "--at", device_file(), code=74)
 
 
+def test_probe_keeps_what_was_measured_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    needs_a_disk(tmp_path)
+    monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "_RAM", 1 << 20)
+    monkeypatch.setattr(probe, "_DISK", probe.PIECE)
+    monkeypatch.setattr(gpu_probe, "measured_gpu", lambda: None)
+    probing = ("device", "probe", "--at", tmp_path, "--threads", "1")
+    assert as_json(*probing)["gpu_source"] == "defaults"
+    monkeypatch.setattr(gpu_probe, "measured_gpu", lambda: (80 << 30, 3e12, 5e10))
+    assert "GPU 3000 GB/s, link 50.0 GB/s" in " ".join(einfold(*probing).split())
+    known = read_device()
+    assert known is not None and known.gpu_source == known.source
+    gpu = known.gpu()
+    assert (gpu.ram, gpu.ram_bandwidth, gpu.disk_bandwidth) == (80 << 30, 3e12, 5e10)
+
+
+def test_a_triton_artifact_is_planned_for_a_gpu(text_model: Path, tmp_path: Path) -> None:
+    out, page = tmp_path / "artifact", tmp_path / "plan.html"
+    einfold("compile", text_model, "-o", out, "--target", "triton", "--no-check")
+    within = ("--memory", str(smallest(out)))
+    plan = as_json("plan", out, *within)
+    assert plan.keys() == KEYS and plan["fetched"] > 0
+    assert (plan["home"], plan["bound"]) == ("host", "link")
+    shown = " ".join(einfold("plan", out, *within, "--page", page).split())
+    for said in ("on the GPU", "copied in every step", ": link 0."):
+        assert said in shown
+    assert "from the disk" not in shown and "packing" not in shown
+    drawn = page.read_text(encoding="utf-8")
+    assert "the link above" in drawn and "the disk" not in drawn
+    if not torch.cuda.is_available():
+        said = einfold("run", out, "--ids", "5 6 7", *within, "--context", "4096", code=4)
+        assert "needs a CUDA device" in said
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("cores = -1", "cores must be a number above 0, not -1"),
         ("ram_bandwidth = inf", "ram_bandwidth must be a number above 0, not inf"),
+        ("link_bandwidth = 0", "link_bandwidth must be a number above 0, not 0"),
+        ("gpu_source = 1", "gpu_source must be a text, not 1"),
         ("speed = 3", "unknown key 'speed'"),
         ("= 3", "no description of a device"),
     ],

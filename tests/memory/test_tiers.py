@@ -14,6 +14,7 @@ from einfold.compiler.memory.leveling import AHEAD
 from einfold.compiler.memory.pinning import PACKED
 from einfold.compiler.memory.placing import place
 from einfold.compiler.memory.tiers import Choice, Fixed, Load, Piece, Skew, TierPlan, step_of
+from einfold.compiler.memory.timeline import timeline_of
 from einfold.errors import RecipeError
 
 FIXED = Fixed(process=100, cache=20, activations=5)
@@ -97,6 +98,37 @@ def test_packing_comes_where_pages_would_not_fit() -> None:
     assert plan.streamed
     with pytest.raises(RecipeError, match="too small: 165 are needed"):
         place(paged, 164)
+
+
+def test_of_a_gpu_super_ops_stay_whole_and_nothing_is_packed() -> None:
+    """No plan of whole super-ops beside two buffers of the largest streamed one copies less."""
+    for sizes in ((10, 10, 10, 10), (4, 11, 6, 4, 11, 6, 30), (7, 3)):
+        found = replace(load(*sizes), home="host")
+        plans = [replace(plan, home="host") for plan in every_plan(found, 0)]
+        for plan in plans:
+            streamed = [piece.held for piece in plan.streamed]
+            assert plan.buffers == min(AHEAD, len(streamed)) * max(streamed, default=0)
+            assert plan.peak == 125 + sum(piece.held for piece in plan.kept) + plan.buffers
+        for budget in range(min(plan.peak for plan in plans), 125 + sum(sizes) + 1):
+            plan = place(found, budget)
+            assert plan.peak <= budget and (plan.home, plan.paged, plan.packs) == (
+                "host",
+                False,
+                False,
+            )
+            assert plan.fetched == min(p.fetched for p in plans if p.peak <= budget)
+    device = Device(
+        gpu_bandwidth=100.0, link_bandwidth=5.0, gpu_memory=7, gpu_source="measured"
+    ).gpu()
+    plan = place(replace(load(10, 10, 10), home="host"), 145)
+    assert (device.ram, device.source) == (7, "measured")
+    step = step_of(plan, device)
+    assert (step.disk, step.packing, step.compute, step.bound) == (6.0, 0.0, 0.5, "disk")
+    assert timeline_of(plan, device).seconds == pytest.approx(6.0)
+    shared = replace(load(10, 10), fixed=replace(FIXED, shared=3), home="host")
+    assert place(shared, 148).peak == 148
+    with pytest.raises(RecipeError, match=r"148 are needed .* weights of no super-op alone 3 and"):
+        place(shared, 147)
 
 
 def test_what_is_too_small_says_what_would_do() -> None:

@@ -16,7 +16,9 @@ from .streaming import StreamingRunner
 class OnnxInParts(CutModel):
     """A model in super-ops that runs as a plan says."""
 
-    def runner(self, plan: TierPlan, threads: int | None = None) -> StreamingRunner:
+    def runner(
+        self, plan: TierPlan, threads: int | None = None, trust: bool = False
+    ) -> StreamingRunner:
         """What runs it as planned; where pages were planned and cannot be had, it packs in every step."""
         if not plan.paged:
             return StreamingRunner(self, plan, threads)

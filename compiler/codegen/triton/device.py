@@ -40,6 +40,13 @@ def find_device() -> torch.device:
     )
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that the CUDA device has free; None where kernels run without one."""
+    if interpreting() or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def described(device: torch.device) -> Device:
     """What the choice of tiles must know of the device; where there is none, of a usual one."""
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -30,7 +30,7 @@ from .attention import (
 )
 from .device import described, find_device
 from .linear.bound import bind as bind_products
-from .linear.bound import linear_kernels
+from .linear.bound import linear_kernels, reorder
 from .linear.files import kernel_files as linear_files
 from .linear.kernels import LinearKernel
 from .shipped import FOLDER
@@ -44,6 +44,18 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
     """
     device = find_device()
     program = read_program(artifact, str(device))
+    stored = program.weights.nbytes
+    reorder(program)
+    # The order that kernels load fills the ends of rows.
+    weight_bytes = artifact.weight_bytes() + program.weights.nbytes - stored
+    instead = kernels_for(artifact, program, device, trust)
+    return KernelRunner(program, instead, device, weight_bytes, str(artifact.folder))
+
+
+def kernels_for(
+    artifact: Artifact, program: Program, device: torch.device, trust: bool
+) -> dict[fx.Node, Callable[..., Any]]:
+    """The function for each call of an artifact's program that a kernel stands for; see `triton_runner`."""
     kernels, products = attention_kernels(program, described(device)), linear_kernels(program)
     choosing = choosing_kernels(program)
     expected = {**kernel_files(kernels, choosing), **linear_files(products)}
@@ -51,11 +63,7 @@ def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
         _warn(artifact, f"{difference}; it is not used")
     if trust:
         kernels, choosing, products = _with_compiled(artifact, kernels, choosing, products, device)
-    stored = program.weights.nbytes
-    instead = {**bind(program, kernels, choosing), **bind_products(program, products)}
-    # The order that kernels load fills the ends of rows.
-    weight_bytes = artifact.weight_bytes() + program.weights.nbytes - stored
-    return KernelRunner(program, instead, device, weight_bytes, str(artifact.folder))
+    return {**bind(program, kernels, choosing), **bind_products(program, products)}
 
 
 def _with_compiled(
@@ -121,10 +129,13 @@ class KernelRunner:
         device: torch.device,
         weight_bytes: int,
         name: str = "in memory",
+        placed: dict[str, Tensor] | None = None,
     ) -> None:
+        """Weights that are `placed` are read there."""
         self._name = name
         self.device = device
-        self.interpreter = Interpreter(program, instead={**in_place(), **instead}, device=device)
+        meanings = {**in_place(), **instead}
+        self.interpreter = Interpreter(program, instead=meanings, device=device, kept=placed)
         self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
         self._given: tuple[Mapping[str, Any], dict[str, Tensor]] = {}, {}
@@ -144,12 +155,16 @@ class KernelRunner:
             "logit_rows": logit_rows,
             **cache.counters,
         }
-        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
         with running(self._name):
-            outputs = self.interpreter.run(inputs | self._beside(cache.given) | cache.buffers)
+            outputs = self._run(arrays, self._beside(cache.given) | cache.buffers)
             logits: Floats = outputs.pop("logits").cpu().numpy()
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits
+
+    def _run(self, arrays: Mapping[str, Any], others: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The program's outputs, of the inputs that a step brings and of `others` on the device."""
+        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
+        return self.interpreter.run(inputs | others)
 
     def _beside(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """What every step of a run reads and none writes, on the device: it goes there once."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...ir.manifest import WHOLE, Part
-from ..target import TARGETS, Progress, Target
+from ..target import TARGETS, InParts, Progress, Target
 
 if TYPE_CHECKING:
     from ....runtime.artifact import Artifact
@@ -67,3 +67,13 @@ class Triton(Target):
         from .runner import triton_runner
 
         return triton_runner(artifact, trust)
+
+    def in_parts(self, artifact: Artifact) -> InParts:
+        from .in_parts import TritonInParts
+
+        return TritonInParts.of(artifact)
+
+    def limit(self, artifact: Artifact) -> int | None:
+        from .in_parts import limit
+
+        return limit(artifact)

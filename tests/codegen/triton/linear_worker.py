@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.codegen.triton.dtypes import DTYPES
-from einfold.compiler.codegen.triton.linear.bound import bind, linear_kernels
+from einfold.compiler.codegen.triton.linear.bound import bind, linear_kernels, reorder
 from einfold.compiler.codegen.triton.linear.kernels import LinearWeight, linear_kernel, product
 from einfold.compiler.codegen.triton.linear.kinds import LinearKind
 from einfold.compiler.codegen.triton.linear.through import product_call
@@ -79,6 +79,7 @@ def graph(request: dict[str, Any]) -> dict[str, Any]:
     expected = Interpreter(found).run(INPUTS)
     kernels = linear_kernels(found)
     before = dict.fromkeys(copies, 0) | {name: t.nbytes for name, t in copies.items()}
+    reorder(found)
     instead = bind(found, kernels)
     after = {name: found.weights[name] for name in found.weights}
     real = {name: weight.load() for name, weight in after.items()}

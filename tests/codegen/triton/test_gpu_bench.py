@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import attention, linear, pages
+import einfold
+from benchmarks.gpu import attention, linear, offload, pages
 from benchmarks.gpu.forms import MODELS, Model, Shape, function_of, inputs_of, work
 from benchmarks.gpu.linear_peers import peers as peers_of_products
 from benchmarks.gpu.peers import flex_function
 from einfold.compiler.codegen.reference.plan import run_plan
 from einfold.compiler.codegen.triton.linear.kernels import rows_of
+from einfold.compiler.ir.device import Device
 from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.quant.scheme import read_scheme
 
@@ -170,4 +174,45 @@ def test_without_a_gpu_pages_say_so(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["pages"])
     assert pages.main() == 1
+    assert "No CUDA device" in capsys.readouterr().err
+
+
+class Stepping:
+    """A model whose steps copy 100 bytes each, and take no time."""
+
+    def __init__(self) -> None:
+        self.engine, self.runner, self.fetched = self, self, 0
+
+    def step(self, *given: object) -> None:
+        self.fetched += 100
+
+    def generate(self, prompt: list[int], max_new_tokens: int, ignore_eos: bool) -> None:
+        for _ in range(max_new_tokens):
+            self.runner.step(prompt)
+
+
+def test_a_budget_holds_the_part_of_the_weights_that_is_asked_for(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    einfold.compile(model_folder("llama"), out, target="triton", recipe="int4", check=False)
+    device = Device(gpu_bandwidth=1e3, link_bandwidth=10.0, gpu_source="measured")
+    whole = offload.planned(out, offload.budget_of(out, 1.0), device)
+    assert not whole.tiers.streamed and whole.tiers.peak == whole.tiers.budget
+    part = offload.planned(out, offload.budget_of(out, 0.8), device)
+    assert 0.2 <= part.tiers.fetched / sum(p.held for p in whole.tiers.pieces) < 1
+    assert part.step.disk == part.tiers.fetched / 10.0
+    run = offload.timed(Stepping(), 5)
+    assert run.copied == 100.0 and run.seconds < 1
+    cells = offload.row(part, offload.Run(2 * part.step.seconds, 5.0), 10.0, "none").split(" | ")
+    assert cells[5] == "2.00x" and cells[7] == "none |"
+    assert "10.0 GB/s" in offload.heading("a GPU", "tiny", Device(link_bandwidth=1e10))[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_weights_that_have_no_room_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["offload"])
+    assert offload.main() == 1
     assert "No CUDA device" in capsys.readouterr().err

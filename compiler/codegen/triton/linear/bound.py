@@ -121,16 +121,29 @@ def linear_kernels(program: Program) -> list[LinearKernel]:
     return [linear_kernel(kind) for kind in dict.fromkeys(found)]
 
 
-def bind(program: Program, kernels: Sequence[LinearKernel]) -> dict[fx.Node, Callable[..., Any]]:
-    """For each call, the function to call with its arguments instead; the program's weights become theirs.
+def reorder(program: Program) -> None:
+    """Brings the weights that kernels read into their order: each when it is loaded, on the device that it is
+    loaded to. Once for a program."""
+    pieces = {
+        name: (label, one)
+        for of in readers(program).values()
+        for one in of
+        for label, name in one.names.items()
+    }
+    reordered = {
+        name: _reordered(label, program.weights[name], one.kind.layout(one.width))
+        for name, (label, one) in pieces.items()
+    }
+    program.weights.restore(reordered)
 
-    A weight is put in order when it is loaded, on the device that it is loaded to.
-    """
+
+def bind(program: Program, kernels: Sequence[LinearKernel]) -> dict[fx.Node, Callable[..., Any]]:
+    """For each call, the function to call with its arguments instead, and with weights in the order that
+    `reorder` makes."""
     of_kind = {kernel.kind: kernel for kernel in kernels}
     for kernel in kernels:
         kernel.function("merge")  # an absent Triton is told of now, not at the first token
     found: dict[fx.Node, Callable[..., Any]] = {}
-    pieces: dict[str, tuple[str, Stored]] = {}
     reading = readers(program)
     for node in program.nodes(RoundToInt8.overload()):
         if all(of.integers for user in node.users for of in reading.get(user, [_NOTHING])):
@@ -140,12 +153,6 @@ def bind(program: Program, kernels: Sequence[LinearKernel]) -> dict[fx.Node, Cal
         assert operator is not None
         made = [of_kind[one.kind] for one in of if one.x is not None]
         found[node] = operator.standing_in(_BOUND[operator](of, made))
-        pieces |= {name: (label, one) for one in of for label, name in one.names.items()}
-    reordered = {
-        name: _reordered(label, program.weights[name], one.kind.layout(one.width))
-        for name, (label, one) in pieces.items()
-    }
-    program.weights.restore(reordered)
     return found
 
 

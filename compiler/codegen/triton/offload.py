@@ -1,0 +1,163 @@
+"""Runs a Triton artifact whose weights do not all lie on the device.
+
+What a plan pins lies there, and so does what several super-ops read. The weights of the others lie in
+page-locked memory of the host, in the order that kernels load, and are copied to the device ahead of the
+calls that read them (device_ahead.py in runtime/memory). Rows of tables are looked up on the host, in the
+file that is mapped. The calls and their order are those of a runner that holds everything.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ....errors import ArtifactError, ArtifactWarning, OutOfMemoryError, UnsupportedError
+from ....runtime.artifact import Artifact
+from ....runtime.memory.cuda_copies import CudaCopies
+from ....runtime.memory.device_ahead import Block, Copies, DeviceAhead
+from ...ir.interpreter import Run
+from ...memory.leveling import AHEAD
+from ...memory.tiers import TierPlan
+from .cut import CutProgram
+from .runner import KernelRunner
+
+
+def copies_of(device: torch.device) -> Copies:
+    """What copies to the device. Raises UnsupportedError where that is none of its own."""
+    if device.type != "cuda":
+        raise UnsupportedError(
+            "a memory budget is for the memory of a GPU, and Triton's interpreter runs without one; leave "
+            "the budget out"
+        )
+    return CudaCopies(device)
+
+
+class OffloadedRunner(KernelRunner):
+    """The same where weights lie as a plan says."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        cut: CutProgram,
+        plan: TierPlan,
+        instead: Mapping[fx.Node, Callable[..., Any]],
+        copies: Copies,
+        device: torch.device,
+    ) -> None:
+        """Loads all weights, those that are streamed first. Raises OutOfMemoryError where the device has no
+        room for what is to lie there."""
+        program, placed = cut.program, dict[str, Tensor]()
+        name = str(artifact.folder)
+        super().__init__(program, instead, device, program.weights.nbytes, name, placed)
+        self.plan = plan
+        self._placed, self._copies, self._lookups = placed, copies, cut.lookups
+        self._layout = artifact.manifest.layout()
+        self._vocabulary = artifact.manifest.model.vocabulary
+        self._closed = False
+        streamed = {piece.name for piece in plan.streamed}
+        self._streamed = [op for op in cut.ops if op.name in streamed]
+        blocks = [cut.block(op.weights) for op in self._streamed]
+        self._ahead = DeviceAhead(blocks, copies, AHEAD) if blocks else None
+        kept = [op.weights for op in cut.ops if op.name not in streamed]
+        for names in (*kept, cut.shared):
+            self._keep(cut.block(names))
+        for (
+            weight
+        ) in program.weights:  # what is not placed when it is read is none that may be loaded
+            program.weights.release(weight)
+        if self._ahead is not None and self._ahead.unlocked:
+            self._tell_of_slow_copies(self._ahead.unlocked)
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that were copied to the device since the runner was made, or are about to be."""
+        return self._ahead.copied if self._ahead is not None else 0
+
+    @property
+    def most_logits(self) -> int:
+        """Rows of logits that a step may give: on the device and as they are copied from there, in half of
+        the activations' room."""
+        return max(1, self.plan.fixed.activations // (16 * self._vocabulary))
+
+    def check_room(self, rows: int, capacity: int, prompt: int | None = None) -> None:
+        """Raises OutOfMemoryError where the plan has no room for a cache of so many rows and tokens, or for
+        the logits of so many rows; ArtifactError where the runner was closed."""
+        self._check_open()
+        nbytes = int(
+            self._layout.peak_bytes(rows, capacity, capacity if prompt is None else prompt)
+        )
+        if nbytes > self.plan.fixed.cache:
+            raise OutOfMemoryError(
+                f"the cache takes {nbytes:,} bytes, and the plan for {self.plan.budget:,} left "
+                f"{self.plan.fixed.cache:,} for it; load for a larger context, and with more memory if need "
+                "be"
+            )
+        if rows > self.most_logits:
+            raise OutOfMemoryError(
+                f"the plan for {self.plan.budget:,} bytes has room for the logits of {self.most_logits} rows "
+                f"at once, not of {rows}; continue fewer prompts together, or load with a larger chunk"
+            )
+
+    def close(self) -> None:
+        """Lets the weights go. No step is taken from then on."""
+        self._closed = True
+        self._placed.clear()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # half made, or the interpreter ends
+            self.close()
+
+    def _run(self, arrays: Mapping[str, Any], others: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._check_open()
+        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
+        for lookup in self._lookups:
+            rows = lookup.rows(torch.tensor(arrays[lookup.ids]))
+            inputs[lookup.name] = rows.to(self.device)
+        run = Run(self.interpreter, inputs | others)
+        for index, op in enumerate(self._streamed):
+            assert self._ahead is not None
+            run.until(op.first)
+            with self._ahead.item(index) as weights:
+                self._placed |= weights
+                try:
+                    run.until(op.end)
+                finally:
+                    for name in weights:
+                        del self._placed[name]
+        return run.results()
+
+    def _keep(self, block: Block) -> None:
+        """Weights that lie on the device for good."""
+        try:
+            memory = self._copies.on_device(block.nbytes)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the device has no room for the weights that the plan for {self.plan.budget:,} bytes keeps "
+                "there: give a smaller memory budget, or end what else runs on the device"
+            ) from error
+        block.fill(memory)
+        self._placed |= block.views(memory)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ArtifactError(f"{self._name} was closed, and with it its weights: load it again")
+
+    def _tell_of_slow_copies(self, reason: str) -> None:
+        """Says that some memory is not page-locked: now, and in the plan."""
+        told = f"the system does not page-lock all of the weights ({reason})"
+        self.plan = replace(self.plan, remark=told)
+        warnings.warn(
+            ArtifactWarning(
+                f"{self._name}: {told}, so that they are copied to the device more slowly than planned; free "
+                "memory of this machine, or give the device's budget more"
+            ),
+            stacklevel=2,
+        )
