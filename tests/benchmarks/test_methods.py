@@ -108,6 +108,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "gear": [real["--quant gear"]],
         "zipcache": [real["--quant zipcache"]],
         "mikv": [real["--quant mikv"]],
+        "abq": [real["--quant abq"], real["--quant abq:bits=6"], real["--quant abq:bits=3"]],
     }
     for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
         found[name].append(real[f"--prune {name}"])

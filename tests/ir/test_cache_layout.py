@@ -30,12 +30,13 @@ from einfold.compiler.ir.kv.layout import (
     packed_of,
     query_name,
 )
+from einfold.compiler.ir.kv.store.abq.storage import MANTISSAS, Abq
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.low_rank.storage import LowRank
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
-from einfold.compiler.ir.kv.store.packed import BITS, Packed
+from einfold.compiler.ir.kv.store.packed import BITS, CHOSEN, Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
@@ -72,12 +73,22 @@ def packed(draw: st.DrawFn) -> Packed:
         "prefill": draw(st.sampled_from(["exact", "streaming"])),
         "sinks": draw(st.integers(0, 5)),
     }
-    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV]))
+    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV, Abq]))
     if kind is TurboQuant:
         options = {
             "key_bits": draw(width),
             "value_bits": draw(width),
             "group": draw(st.integers(1, 12)),
+            "residual": draw(st.integers(0, 20)),
+        }
+    elif kind is Abq:
+        mantissa = st.sampled_from(MANTISSAS)
+        options = {
+            "key_bits": draw(mantissa),
+            "value_bits": draw(mantissa),
+            "block": draw(st.sampled_from([1, 2, 4, 8])),
+            "order": draw(st.sampled_from([*CHOSEN])),
+            "tokens": draw(st.integers(1, 12)),
             "residual": draw(st.integers(0, 20)),
         }
     elif kind in (Kivi, Gear):
@@ -282,6 +293,10 @@ def test_a_row_shares_the_memory() -> None:
         ("gear(share=1.0)", "less than 1, not 2 and 1.0"),
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
+        ("abq(key_bits=2)", "codes of 3, 4, 6, 8 bits, not 2"),
+        ("abq(tokens=0)", "blocks of 1 or more channels, not 0 and 32"),
+        ("abq(block=0)", "blocks of 1 or more channels, not 16 and 0"),
+        ("abq(order=heads)", "order is one of none, keys, values, both, not 'heads'"),
         ("kivi(bits=4)", "unknown or repeated field"),
         ("turboquant(value_bits=1,levels=even)", "codes of 2, 3, 4, 8 bits, not 1"),
         ("turboquant(group=0,levels=even)", "1 or more tokens are packed together, not 0"),
@@ -305,6 +320,7 @@ def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
         ("zipcache()", (20, 64), "8 codes together, which does not divide the key size 20"),
         ("gear(rank=40)", (32, 32), "rank 40"),
         ("mikv()", (48, 64), "does not divide the key size"),
+        ("abq()", (64, 48), "a block of 32 does not divide the value size of a head, 48"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(

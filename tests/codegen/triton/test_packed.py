@@ -10,6 +10,7 @@ import pytest
 from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
 from einfold.compiler.codegen.triton.attention.packed import PackedKind, packed_kinds
+from einfold.compiler.ir.kv.store.abq.storage import Abq
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.minicache.stream import RETAINED
@@ -48,6 +49,8 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         rarely("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
         rarely("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),
         ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {"reader": True}),
+        ("abq(slack=8,tokens=4,block=8,order=none,key_bits=4,value_bits=6)", {}),
+        rarely("abq(slack=8,tokens=6,block=16,order=none,key_bits=3,value_bits=8)", PRESSED),
         rarely("minicache(slack=8,residual=8,group=8,rows=2)", {"sizes": (13, 7)}),
         ("minicache(slack=8,residual=8,group=6,rows=3,gamma=0.5,dtype=f16)", PRESSED),
         rarely("minicache(slack=8,residual=8,group=8,rows=0)", {}),
@@ -68,7 +71,7 @@ def test_kernels_do_what_the_operator_does(
 
 
 @needs_triton
-@pytest.mark.parametrize("storage", [Kivi(bits=4), Kivi(), TurboQuant()], ids=str)
+@pytest.mark.parametrize("storage", [Kivi(bits=4), Kivi(), TurboQuant(), Abq()], ids=str)
 def test_a_decode_kernel_compiles_for_a_gpu(storage: Packed, plan_cache: Any) -> None:
     """The products go to matrix instructions, and nothing is spilled."""
     kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage.text)

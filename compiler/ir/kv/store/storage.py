@@ -124,9 +124,18 @@ class Storage(Options):
         return ()
 
     @property
+    def ordered(self) -> tuple[str, ...]:
+        """Parts of a token, "key" or "value", whose channels the graph brings in an order that the pass which
+        chooses the storage finds for each head, by their ranges.
+
+        `passes/cache/order_channels.py` puts it around attention; codecs and kernels do not know of it.
+        """
+        return ()
+
+    @property
     def integral(self) -> bool:
-        """Whether what is packed are codes of 4 bits with even levels under a scale a token, two a byte:
-        products of integers take them as they are."""
+        """Whether what is packed are codes of 4 bits with even levels, two a byte, under a scale for each
+        token or block of its channels: products of integers take them as they are."""
         return False
 
     @property
