@@ -249,6 +249,8 @@ CACHE = (
     _cache("quant", "kivi", bits=3),
     _cache("quant", "turboquant", bits=3),
     *(_cache("quant", "abq", bits=bits) for bits in (6, 3)),
+    _cache("quant", "mustafar", sparsity=0.7),
+    *(_cache("quant", "mustafar", sparsity=share, dtype="i8") for share in (0.5, 0.7)),
     *(_cache("quant", "abq", bits=bits, order="none") for bits in (4, 3)),
     _cache("share", "cskv", keep=0.5),
     _cache("share", "cross_layer", layers=1),

@@ -49,7 +49,7 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
         (POLICIES, KeepByPolicy),
     ),
     "quant": Family(
-        ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq"),
+        ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq", "mustafar"),
         None,
         (STORAGES, PackByStorage),
     ),

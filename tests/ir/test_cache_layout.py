@@ -36,6 +36,7 @@ from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.low_rank.storage import LowRank
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
+from einfold.compiler.ir.kv.store.mustafar.storage import KEPT, Mustafar
 from einfold.compiler.ir.kv.store.packed import BITS, CHOSEN, Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
@@ -73,7 +74,7 @@ def packed(draw: st.DrawFn) -> Packed:
         "prefill": draw(st.sampled_from(["exact", "streaming"])),
         "sinks": draw(st.integers(0, 5)),
     }
-    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV, Abq]))
+    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV, Abq, Mustafar]))
     if kind is TurboQuant:
         options = {
             "key_bits": draw(width),
@@ -88,6 +89,14 @@ def packed(draw: st.DrawFn) -> Packed:
             "value_bits": draw(mantissa),
             "block": draw(st.sampled_from([1, 2, 4, 8])),
             "order": draw(st.sampled_from([*CHOSEN])),
+            "tokens": draw(st.integers(1, 12)),
+            "residual": draw(st.integers(0, 20)),
+        }
+    elif kind is Mustafar:
+        options = {
+            "key_sparsity": draw(st.floats(0.01, 0.99)),
+            "value_sparsity": draw(st.floats(0.01, 0.99)),
+            "dtype": draw(st.sampled_from(KEPT)),
             "tokens": draw(st.integers(1, 12)),
             "residual": draw(st.integers(0, 20)),
         }
@@ -294,6 +303,10 @@ def test_a_row_shares_the_memory() -> None:
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
         ("abq(key_bits=2)", "codes of 3, 4, 6, 8 bits, not 2"),
+        ("mustafar(key_sparsity=1.0)", "a sparsity is between 0 and 1, not 1.0"),
+        ("mustafar(value_sparsity=nan)", "a sparsity is between 0 and 1, not nan"),
+        ("mustafar(dtype=i4)", "dtype is f16 or i8, not 'i4'"),
+        ("mustafar(tokens=0)", "1 or more tokens are packed together, not 0"),
         ("abq(tokens=0)", "blocks of 1 or more channels, not 0 and 32"),
         ("abq(block=0)", "blocks of 1 or more channels, not 16 and 0"),
         ("abq(order=heads)", "order is one of none, keys, values, both, not 'heads'"),
@@ -320,6 +333,7 @@ def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
         ("zipcache()", (20, 64), "8 codes together, which does not divide the key size 20"),
         ("gear(rank=40)", (32, 32), "rank 40"),
         ("mikv()", (48, 64), "does not divide the key size"),
+        ("mustafar()", (20, 64), "8 codes together, which does not divide the key size 20"),
         ("abq()", (64, 48), "a block of 32 does not divide the value size of a head, 48"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.codec import balancer
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
+from einfold.compiler.ir.kv.store.mustafar.storage import KEPT, Mustafar, kept_of
 from einfold.compiler.ir.kv.store.packed import BITS, PLANES, Packed
 from einfold.compiler.ir.kv.store.storage import GroupShape
 from einfold.compiler.ir.kv.store.turboquant.storage import LEVELS, TurboQuant
@@ -44,6 +46,10 @@ STORAGES = [
     Gear(group=8, residual=8, tokens=16, share=0.0, keys="token"),
     ZipCache(salient=8, tokens=24),
     MiKV(salient=16, tokens=24, group=8, low=3),
+]
+SPARSE = [
+    Mustafar(tokens=5, sparsity=0.3),
+    Mustafar(tokens=5, key_sparsity=0.7, value_sparsity=0.5, dtype="i8"),
 ]
 BLOCKS = [Abq(bits=b, tokens=6, block=8) for b in MANTISSAS]
 
@@ -186,7 +192,7 @@ def test_a_block_has_the_better_of_two_exponents(
     assert (np.abs(found - block)[least] <= 2.0**mine / 2).all()
 
 
-@pytest.mark.parametrize("storage", [*STORAGES, *BLOCKS], ids=str)
+@pytest.mark.parametrize("storage", [*STORAGES, *BLOCKS, *SPARSE], ids=str)
 def test_pieces_have_the_sizes_of_the_account(storage: Packed) -> None:
     shape, granules = GroupShape(3, 24, 16), 2
     tokens = granules * storage.granule
@@ -219,7 +225,7 @@ def test_granules_come_back_near_to_what_they_were(storage: Packed) -> None:
         assert error < {2: 0.5, 3: 0.25, 4: 0.12, 6: 0.03, 8: 0.01}[width]
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("storage", [*STORAGES, *SPARSE], ids=str)
 def test_numbers_that_float16_has_no_room_for_are_cut(storage: Packed) -> None:
     generator = torch.Generator().manual_seed(1)
     keys, values = (1e6 * torch.randn(2, storage.granule, 16, generator=generator) for _ in (0, 1))
@@ -282,6 +288,46 @@ def test_a_large_channel_takes_the_bits_of_its_own_block_alone() -> None:
     lost = (plain[0, 0] - keys[0])[:, small].square().sum()
     less = (sorted_[0, 0][:, order.argsort()] - keys[0])[:, small].square().sum()
     assert float(less) < 0.05 * float(lost)
+
+
+@pytest.mark.parametrize("dtype", KEPT)
+def test_mustafar_keeps_the_largest_numbers_of_each_token(dtype: str) -> None:
+    """Beside a plain spelling: of 24 channels the largest 7 of a key, of 16 the largest 8 of a value."""
+    storage = Mustafar(key_sparsity=0.7, value_sparsity=0.5, dtype=dtype, tokens=3)
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 6, 24), torch.randn(2, 6, 16)
+    pieces = encode(storage, keys, values, Seen())
+    for x_KTD, got, part, kept in zip(
+        (keys, values), decode(storage, pieces), ("key", "value"), (7, 8), strict=True
+    ):
+        assert pieces[f"{part}_kept"].shape == (2, 2, 3, kept)
+        for head, token in product(range(2), range(6)):
+            x, y = x_KTD[head, token], got.flatten(1, 2)[head, token]
+            largest = sorted(range(len(x)), key=lambda d, x=x: -abs(float(x[d])))[:kept]
+            bitmap = pieces[f"{part}_bitmap"].flatten(1, 2)[head, token].tolist()
+            assert sum(byte << 8 * place for place, byte in enumerate(bitmap)) == sum(
+                1 << d for d in largest
+            )
+            assert not [d for d in range(len(x)) if d not in largest and y[d] != 0]
+            most = float(x.abs().max())
+            assert float((y - x)[largest].abs().max()) < most * (
+                2**-11 if dtype == "f16" else 0.005
+            )
+
+
+@given(st.integers(1, 40), st.floats(0.01, 0.99))
+def test_a_share_of_the_numbers_is_kept(eights: int, sparsity: float) -> None:
+    kept = kept_of(8 * eights, sparsity)
+    assert 1 <= kept <= 8 * eights
+    assert kept == 1 or abs(kept / (8 * eights) - (1 - sparsity)) <= 0.5 / (8 * eights) + 1e-9
+
+
+def test_a_token_of_zeros_stays_one() -> None:
+    for dtype in KEPT:
+        storage = Mustafar(dtype=dtype, tokens=2)
+        zeros = torch.zeros(1, 2, 8)
+        for found in decode(storage, encode(storage, zeros, zeros, Seen())):
+            assert torch.equal(found.flatten(1, 2), zeros)
 
 
 def test_gear_sets_outliers_aside_and_adds_what_the_codes_lost() -> None:

@@ -34,6 +34,7 @@ STORAGE_OPTIONS = {
     "zipcache": {"tokens": 16, "slack": 4},
     "mikv": {"tokens": 16, "slack": 4, "group": 8, "residual": 4, "share": 0.5},
     "abq": {"tokens": 4, "slack": 4, "block": 8},
+    "mustafar": {"tokens": 4, "slack": 4, "residual": 4},
     "minicache": {"group": 8, "residual": 4, "slack": 4},
 }
 READER_OPTIONS = {"everything": {}, "quest": {"page": 4, "tokens": 12}}

@@ -76,6 +76,13 @@ PASSES = [
         # mantissas of both, an exponent for each 4 channels
         2 * (8 * 6 / 8 + 8 * 4 / 8 + 2 + 2),
     ),
+    (
+        chosen("mustafar", value_sparsity=0.7, slack=4, residual=4),
+        "mustafar(residual=4,slack=4,prefill=exact,sinks=4,key_sparsity=0.5,value_sparsity=0.7,dtype=f16,"
+        "tokens=16)",
+        # a bit a channel of both, and half of a key's and the largest two of a value's numbers
+        2 * (1 + 1 + 4 * 2 + 2 * 2),
+    ),
 ]
 
 
@@ -111,7 +118,15 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
 
 
 def test_every_method_is_listed() -> None:
-    assert list(FAMILIES["quant"]) == ["kivi", "turboquant", "gear", "zipcache", "mikv", "abq"]
+    assert list(FAMILIES["quant"]) == [
+        "kivi",
+        "turboquant",
+        "gear",
+        "zipcache",
+        "mikv",
+        "abq",
+        "mustafar",
+    ]
     assert [step.name for step, _, _ in PASSES] == list(FAMILIES["quant"])
 
 
@@ -138,6 +153,7 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
+        (lambda: chosen("mustafar", sparsity=0.0), "a sparsity is between 0 and 1, not 0.0"),
         (lambda: chosen("abq", bits=5), "codes of 3, 4, 6, 8 bits, not 5"),
         (
             lambda: chosen("abq", slack=4).run(planned()),
@@ -226,6 +242,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "zipcache": {"high": 8, "low": 8, "tokens": 16, "slack": 8},
     "mikv": {"low": 8, "tokens": 16, "group": 8, "residual": 0, "slack": 8, "share": 0.5},
     "abq": {"bits": 8, "block": 8, "order": "both", "tokens": 4, "slack": 8},
+    "mustafar": {"sparsity": 0.01, "dtype": "i8", "tokens": 4, "residual": 8, "slack": 8},
 }
 
 

@@ -73,6 +73,11 @@ class Onnx(Target):
                 f"widen others at every step; take bits=4{levels or ', the default, and an even block'}, or "
                 "compile for the target triton or reference"
             )
+        if storage.scattered:
+            return (
+                f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
+                "all of the cache at every step; compile for the target reference"
+            )
         return (
             f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
             "all of the cache at every step; take cache.quant turboquant, whose codes it multiplies as "

@@ -373,6 +373,7 @@ def test_a_step_over_packed_tokens_is_as_long_as_there_is_memory_for(
             "take cache.quant turboquant, whose codes it multiplies as integers",
         ),
         ({"quant": "gear"}, "take cache.quant turboquant"),
+        ({"quant": "mustafar"}, "every step; compile for the target reference"),
         ({"share": "minicache"}, "take cache.quant turboquant"),
     ],
 )

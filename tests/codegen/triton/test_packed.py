@@ -10,14 +10,14 @@ import pytest
 from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel
 from einfold.compiler.codegen.triton.attention.packed import PackedKind, packed_kinds
-from einfold.compiler.ir.kv.store.abq.storage import Abq
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.minicache.stream import RETAINED
 from einfold.compiler.ir.kv.store.packed import Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
-from einfold.errors import UnsupportedError
+from einfold.compiler.recipe import Recipe
+from einfold.errors import RecipeError, UnsupportedError
 
 from ...quick import rarely
 from .conftest import asking, needs_triton
@@ -71,7 +71,7 @@ def test_kernels_do_what_the_operator_does(
 
 
 @needs_triton
-@pytest.mark.parametrize("storage", [Kivi(bits=4), Kivi(), TurboQuant(), Abq()], ids=str)
+@pytest.mark.parametrize("storage", [Kivi(bits=4), Kivi(), TurboQuant()], ids=str)
 def test_a_decode_kernel_compiles_for_a_gpu(storage: Packed, plan_cache: Any) -> None:
     """The products go to matrix instructions, and nothing is spilled."""
     kind = PackedKind(8, 4, 64, 64, 0.125, 0.0, "fp16", storage.text)
@@ -100,6 +100,14 @@ def test_more_retained_rows_than_a_kernel_takes_are_refused() -> None:
         UnsupportedError, match=r"layer 1: up to 9 of 16 tokens are retained, .* lower retained"
     ):
         packed_kinds(node_of(read(sizes.format(RETAINED + 1)), {}))
+
+
+def test_what_is_scattered_is_refused() -> None:
+    """Where a recipe is read already, and where a kernel would be made."""
+    with pytest.raises(RecipeError, match=r"mustafar: no kernel reads .* for the target reference"):
+        Recipe.build({"target": "triton", "cache": {"quant": "mustafar"}})
+    with pytest.raises(UnsupportedError, match="layer 1: no kernel reads what mustafar stores"):
+        packed_kinds(node_of(read("mustafar(slack=8,tokens=4)"), {}))
 
 
 def read(text: str) -> Packed:

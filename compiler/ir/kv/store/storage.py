@@ -139,6 +139,11 @@ class Storage(Options):
         return False
 
     @property
+    def scattered(self) -> bool:
+        """Whether where a number stands in a piece depends on what was packed, so that no kernel reads it."""
+        return False
+
+    @property
     def windowed(self) -> bool:
         """Whether the slots hold a window, and what `whole` gives stands for the other tokens."""
         return False
