@@ -307,7 +307,7 @@ def test_a_row_shares_the_memory() -> None:
         ("mustafar(value_sparsity=nan)", "a sparsity is between 0 and 1, not nan"),
         ("mustafar(dtype=i4)", "dtype is f16 or i8, not 'i4'"),
         ("mustafar(tokens=0)", "1 or more tokens are packed together, not 0"),
-        ("abq(tokens=0)", "blocks of 1 or more channels, not 0 and 32"),
+        ("abq(tokens=0)", "blocks of 1 or more channels, not 0 and 16"),
         ("abq(block=0)", "blocks of 1 or more channels, not 16 and 0"),
         ("abq(order=heads)", "order is one of none, keys, values, both, not 'heads'"),
         ("kivi(bits=4)", "unknown or repeated field"),
@@ -334,7 +334,7 @@ def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
         ("gear(rank=40)", (32, 32), "rank 40"),
         ("mikv()", (48, 64), "does not divide the key size"),
         ("mustafar()", (20, 64), "8 codes together, which does not divide the key size 20"),
-        ("abq()", (64, 48), "a block of 32 does not divide the value size of a head, 48"),
+        ("abq(block=32)", (64, 48), "a block of 32 does not divide the value size of a head, 48"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(

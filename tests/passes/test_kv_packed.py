@@ -157,7 +157,7 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
         (lambda: chosen("abq", bits=5), "codes of 3, 4, 6, 8 bits, not 5"),
         (
             lambda: chosen("abq", slack=4).run(planned()),
-            "cache.quant, layer 3: abq: a block of 32 does not divide the key size of a head, 8",
+            "cache.quant, layer 3: abq: a block of 16 does not divide the key size of a head, 8",
         ),
         (lambda: chosen("kivi", bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
         (

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from einfold.compiler.calibrate.observers.channel_orders import order_of
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout
+from einfold.compiler.ir.ops.rotary import rotary_reference
 from einfold.compiler.ir.program import Program
 from einfold.compiler.ir.verifier import verify
 from einfold.compiler.layer_program import layer_programs
@@ -119,26 +121,27 @@ def test_nothing_changes_but_what_the_slots_hold(
         torch.testing.assert_close(got[name], expected, rtol=0, atol=1e-5)
 
 
-def test_orders_are_by_the_ranges_of_the_text() -> None:
+def test_orders_are_those_of_the_text() -> None:
+    """Of keys as they are turned, and by the queries of each KV head; the first tokens do not count."""
     angles = torch.outer(torch.arange(64.0), torch.tensor([1.0, 0.3, 0.1, 0.01]))
     table = torch.randn(11, 16, generator=torch.Generator().manual_seed(0))
-    found = program(READERS, e=table, cos=angles.cos(), sin=angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    found = program(READERS, e=table, cos=cos, sin=sin)
     PlanCache().run(found)
-    chosen("abq", order="both", **TEXT).run(found)
+    chosen("abq", order="both", **(TEXT | {"block": 4, "sinks": 1})).run(found)
     (calibration,) = found.calibrations
     AttachCache().run(found)
     verify(found, deep=True)
-    calibration.run(torch.tensor([[3, 5, 5, 9], [1, 3, 2, 0]]))
-    used = table[torch.tensor([0, 1, 2, 3, 5, 9])].reshape(-1, 2, 8)
-    values = used.abs().amax(0)
-    pairs = used.reshape(-1, 2, 2, 4).norm(dim=2).amax(0)
-    keys = torch.cat((pairs, pairs), -1)
-    for part, range_KD in (("key", keys), ("value", values)):
+    tokens = torch.tensor([[3, 5, 5, 9], [1, 3, 2, 0]])
+    calibration.run(tokens)
+    values = table[tokens].unflatten(2, (2, 8))
+    keys = rotary_reference(values, torch.arange(4).expand(2, -1), cos, sin, False)
+    for part, x in (("key", keys[:, 1:]), ("value", values[:, 1:])):
         index = found.weights[f"cache.0.0.{part}_order"].load().reshape(2, 8)
-        order = index - torch.tensor([[0], [8]])
-        assert order.sort(dim=1).values.tolist() == [list(range(8))] * 2
-        assert bool((range_KD.gather(1, order).diff(dim=1) <= 1e-6).all())
-    assert not found.calibrations or len(found.calibrations) == 1
+        for head in range(2):
+            squares = x[:, :, head].square().flatten(0, 1).T
+            weight = squares.mean(1) if part == "key" else torch.ones(8)
+            assert torch.equal(index[head] - 8 * head, order_of(squares, weight, 4))
 
 
 def test_a_layer_that_reads_brings_its_queries_in_the_order_of_the_owner() -> None:

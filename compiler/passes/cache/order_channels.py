@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...calibrate.observers.kv_ranges import KVRanges
+from ...calibrate.observers.channel_orders import ChannelOrders
 from ...calibrate.sites import layer as site_of
 from ...calibrate.stream import Later
 from ...ir.kv.layout import HeadGroup, LayerCache, cache_name
+from ...ir.kv.store.packed import Packed
 from ...ir.program import Editor, Program
 from ...ir.weights import Weight
 from .rotate_heads import UNTURNED, turned
@@ -34,23 +35,19 @@ aten = torch.ops.aten
 Orders = Mapping[str, Weight]
 
 
-def find_orders(program: Program) -> None:
-    """Adds to the program the orders that its groups' storages ask for, largest channels first.
+def find_orders(program: Program, storage: Packed) -> None:
+    """Adds to the program the orders that a storage asks for, of every group that has it.
 
-    They are known once the calibration text was read, by which the program is told to look for them.
+    They are known once the calibration text was read (`calibrate/observers/channel_orders.py`).
     """
     assert program.layout is not None
-    wanted = [
-        (layer, index, group)
-        for layer, index, group in program.layout.groups()
-        if group.storage.ordered and group.owner is None
-    ]
-    if not wanted:
+    wanted = [each for each in program.layout.groups() if each[2].storage == storage]
+    if not wanted or not storage.ordered:
         return
-    found = Later(program, [KVRanges()])
+    found = Later(program, [ChannelOrders(storage.together, storage.lead)])
     program.calibrations.append(found)
     for layer, index, group in wanted:
-        for part in group.storage.ordered:
+        for part in storage.ordered:
             name = f"{cache_name(layer.layer, index)}.{part}_order"
             shape = (len(group.heads), layer.size(part))
             program.cache_weights[name] = Weight(
@@ -59,9 +56,8 @@ def find_orders(program: Program) -> None:
 
 
 def _order(found: Later, layer: LayerCache, group: HeadGroup, part: str) -> Tensor:
-    """Channels [heads, size] by their largest magnitude on the calibration text, the largest first."""
-    range_KD = found.at(f"{site_of(layer.layer)}.{part}")["range"]
-    return range_KD[list(group.heads)].argsort(dim=1, descending=True, stable=True)
+    """Channels [heads, size] as they shall stand."""
+    return found.at(site_of(layer.layer))[part][list(group.heads)]
 
 
 def ordered(editor: Editor, given: dict[str, Any], orders: Orders, prefix: str) -> dict[str, Any]:

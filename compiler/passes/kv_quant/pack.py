@@ -43,7 +43,7 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
         _packed(layer, storage, windows[layer.layer], result) for layer in program.layout.layers
     ]
     program.layout = CacheLayout(tuple(layers))
-    find_orders(program)
+    find_orders(program, storage)
     return result
 
 

@@ -125,12 +125,17 @@ class Storage(Options):
 
     @property
     def ordered(self) -> tuple[str, ...]:
-        """Parts of a token, "key" or "value", whose channels the graph brings in an order that the pass which
-        chooses the storage finds for each head, by their ranges.
+        """Parts of a token, "key" or "value", whose channels the graph brings in an order that is found for
+        each head, in which those stand together that lose little `together`.
 
         `passes/cache/order_channels.py` puts it around attention; codecs and kernels do not know of it.
         """
         return ()
+
+    @property
+    def together(self) -> int:
+        """Channels that share a scale or an exponent, where channels are ordered."""
+        return 1
 
     @property
     def integral(self) -> bool:

@@ -21,7 +21,7 @@ class Abq(Packed):
     """Packs tokens into mantissas of `bits` bits under exponents of blocks (Trukhanov & Soloveychik 2024).
 
     Before: `cache 0.0 heads=0,1 .. policy=full storage=f32`
-    After:  `cache 0.0 heads=0,1 .. storage=abq(..,key_bits=4,value_bits=4,block=32,order=keys,..)`, and the
+    After:  `cache 0.0 heads=0,1 .. storage=abq(..,key_bits=4,value_bits=4,block=16,order=keys,..)`, and the
     weight `cache.0.0.key_order` [heads, size]
 
     `block` channels of a token share an exponent of 8 bits (block floating point), so that a
@@ -45,7 +45,7 @@ class Abq(Packed):
 
     key_bits: int = later()
     value_bits: int = later()
-    block: int = 32
+    block: int = 16
     order: str = "keys"
     tokens: int = 16
     residual: int = 0
@@ -69,6 +69,10 @@ class Abq(Packed):
     @property
     def ordered(self) -> tuple[str, ...]:
         return CHOSEN[self.order]
+
+    @property
+    def together(self) -> int:
+        return self.block
 
     @property
     def granule(self) -> int:
