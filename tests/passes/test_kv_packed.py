@@ -154,6 +154,10 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
     ("step", "reason"),
     [
         (lambda: chosen("mustafar", sparsity=0.0), "a sparsity is between 0 and 1, not 0.0"),
+        (
+            lambda: chosen("mustafar", key_sparsity=float("nan")),
+            "a sparsity is between 0 and 1, not nan",
+        ),
         (lambda: chosen("abq", bits=5), "codes of 3, 4, 6, 8 bits, not 5"),
         (
             lambda: chosen("abq", slack=4).run(planned()),

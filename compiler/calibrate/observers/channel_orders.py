@@ -19,7 +19,7 @@ _TRIES = 6
 
 @OBSERVERS.register
 class ChannelOrders(Observer):
-    """`key` and `value` [K, D]: the channels of each KV head, `block` of them a block.
+    """`key` and `value` [K, D]: the channels of each KV head, so many `together` in a block.
 
     A channel's error goes with the step of its block, and that with the block's largest number; what a logit
     makes of it goes with the query. So the sum over blocks is made small of
@@ -32,12 +32,12 @@ class ChannelOrders(Observer):
 
     name = "channel_orders"
 
-    def __init__(self, block: int, first: int) -> None:
-        self.block, self.first = block, first
+    def __init__(self, together: int, first: int) -> None:
+        self.together, self.first = together, first
 
     @property
     def key(self) -> str:
-        return f"{self.name}-{self.block}-{self.first}"
+        return f"{self.name}-{self.together}-{self.first}"
 
     def sites(self, program: Program) -> list[Site]:
         return [replace(site, attention=None) for site in sites.attention(program)]
@@ -54,7 +54,7 @@ class ChannelOrders(Observer):
     def _orders(self, x_BSKD: Tensor, weight_KD: Tensor) -> Tensor:
         squares_KDT = x_BSKD.square().flatten(0, 1).permute(1, 2, 0).contiguous()
         pairs = zip(squares_KDT, weight_KD, strict=True)
-        return torch.stack([order_of(squares, weight, self.block) for squares, weight in pairs])
+        return torch.stack([order_of(squares, weight, self.together) for squares, weight in pairs])
 
 
 def order_of(squares_DT: Tensor, weight_D: Tensor, block: int) -> Tensor:

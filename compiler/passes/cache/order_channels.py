@@ -15,6 +15,7 @@ embedding, which would turn other pairs of channels; so weights stay as they are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def find_orders(program: Program, storage: Packed) -> None:
             name = f"{cache_name(layer.layer, index)}.{part}_order"
             shape = (len(group.heads), layer.size(part))
             program.cache_weights[name] = Weight(
-                shape, torch.int64, lambda at=(layer, group, part): _order(found, *at)
+                shape, torch.int64, partial(_order, found, layer, group, part)
             )
 
 

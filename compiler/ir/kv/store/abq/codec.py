@@ -27,4 +27,5 @@ def _decoded(part: str, pieces: Pieces, bits: int) -> Tensor:
     exponent: Tensor = pieces[f"{part}_exponent"]
     # A float32 whose mantissa is 0 is 2 to its exponent.
     step = (exponent.int() << EXPONENT_AT).view(torch.float32)
-    return (mantissa.unflatten(-1, (step.shape[-1], -1)) * step[..., None]).flatten(-2)
+    numbers: Tensor = mantissa.unflatten(-1, (step.shape[-1], -1)) * step[..., None]
+    return numbers.flatten(-2)

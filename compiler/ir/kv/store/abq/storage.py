@@ -24,11 +24,11 @@ class Abq(Packed):
     After:  `cache 0.0 heads=0,1 .. storage=abq(..,key_bits=4,value_bits=4,block=16,order=keys,..)`, and the
     weight `cache.0.0.key_order` [heads, size]
 
-    `block` channels of a token share an exponent of 8 bits (block floating point), so that a
-    large channel takes the bits of its neighbours. A head's channels of keys stand in the order of their
-    largest magnitude, at any position, on the calibration text (its K-sort): large ones share blocks.
-    The graph brings keys and queries in that order (`passes/cache/order_channels.py`), which leaves their
-    products as they were. A token is packed by itself, so that none need wait for others.
+    `block` channels of a token share an exponent of 8 bits (block floating point), so that a large channel
+    takes the bits of its neighbours. A head's channels of keys stand in an order in which, on the calibration
+    text, that costs the logits little (`calibrate/observers/channel_orders.py`). The graph brings keys and
+    queries in that order (`passes/cache/order_channels.py`), which leaves their products as they were. A
+    token is packed by itself, so that none need wait for others.
 
     Options: `key_bits` and `value_bits` where they differ from `bits`: 3, 4, 6 or 8, the sign among them;
     `block`; `order`, the parts of a token whose channels are put in order: `keys`, `values`, `both`, or
@@ -36,11 +36,12 @@ class Abq(Packed):
     which stay as they are; `slack`, how many more may gather before the oldest are packed; `prefill`, `exact`
     (attend to the prompt in full precision, then pack it) or `streaming` (pack after every chunk).
 
-    Differs from the paper: it sorts the rows of the keys' projection by their norms; here it is what keys are
-    on a text. It permutes both projections when a model is compiled; here new queries and keys are, behind
-    their rotary embedding, whose pairs of channels need not stay together so. A block's exponent is the one
-    of two with the least squared error, not the largest number's own. Values are packed as keys are, where
-    the paper is about keys. The first tokens stay whole.
+    Differs from the paper: it sorts channels by the norms of the rows of the keys' projection (K-sort); here
+    blocks are searched for, by the sizes of queries and keys on a text. It permutes both projections when a
+    model is compiled; here new queries and keys are permuted, behind their rotary embedding, whose pairs of
+    channels need not stay together so. A block's exponent is the one of two with the least squared error, not
+    the largest number's own. Values are packed as keys are, where the paper is about keys. The first tokens
+    stay whole.
     """
 
     key_bits: int = later()
