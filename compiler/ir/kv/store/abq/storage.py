@@ -36,6 +36,11 @@ class Abq(Packed):
     which stay as they are; `slack`, how many more may gather before the oldest are packed; `prefill`, `exact`
     (attend to the prompt in full precision, then pack it) or `streaming` (pack after every chunk).
 
+    Measured on SmolLM2-135M-Instruct, in onnxruntime, recall behind 1,000 and 4,000 tokens: 0.68 and 0.60 by
+    the defaults, at a KL of 0.013 and 22 and 16 % of the bytes, against 0.70 and 0.65 of the whole cache;
+    0.60 and 0.60 and a KL of 0.018 with channels as they are. `kivi` in 2 bits, at 31 and 15 %, has a KL of
+    0.088; `turboquant` in 3 bits, with its newest tokens whole, 0.0055 at 35 and 17 %.
+
     Differs from the paper: it sorts channels by the norms of the rows of the keys' projection (K-sort); here
     blocks are searched for, by the sizes of queries and keys on a text. It permutes both projections when a
     model is compiled; here new queries and keys are permuted, behind their rotary embedding, whose pairs of

@@ -32,6 +32,12 @@ class Mustafar(Packed):
     are packed; `prefill`, `exact` (attend to the prompt in full precision, then pack it) or `streaming` (pack
     after every chunk).
 
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.65 and 0.60 by the defaults, at
+    a KL of 0.016 and 31 % of the bytes behind 4,000, and 0.23 and 0.30 at a KL of 0.086 and 14 % by
+    `sparsity=0.7,dtype=i8`, against 0.70 and 0.65 of the whole cache. `kivi` in 4 bits has a KL of 0.0011 at
+    21 %, and in 2 bits 0.088 at 15 %: a number in few bits is worth more than none. A number that is not kept
+    is an error as large as it is, where codes of 4 bits lose a hundredth of the squares.
+
     Differs from the paper: as many numbers are kept of every token, where its format pads tiles of tokens to
     the fullest; numbers of the same magnitude are not all kept. The first tokens stay whole. No kernel reads
     it: the reference widens a few granules at a time.
