@@ -16,6 +16,7 @@ from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.attention.low_rank import LowRankKind
 from einfold.compiler.codegen.triton.attention.packed import PackedKind
 from einfold.compiler.codegen.triton.options import DEVICES
+from einfold.compiler.ir.kv.store.abq.storage import Abq
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
@@ -36,6 +37,7 @@ STORAGES = {
     "GEAR": Gear(residual=128, bits=4),
     "ZipCache": ZipCache(residual=0),
     "MiKV": MiKV(residual=32),
+    "ABQ": Abq(),
     "MiniCache": MiniCache(residual=64),
 }
 

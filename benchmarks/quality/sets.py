@@ -40,7 +40,7 @@ def _text(text: str) -> Row:
 def _cache(family: str, method: str, **options: Any) -> Row:
     shown = ",".join(f"{key}={value}" for key, value in options.items())
     name = f"--{family} {method}" + (f":{shown}" if shown else "")
-    integers = method == "turboquant" and options.get("bits", 4) == 4
+    integers = method in ("turboquant", "abq") and options.get("bits", 4) == 4
     reference = (family == "quant" and not integers) or method in ("minicache", "cskv")
     return Row(name, {"cache": {family: {"method": method, **options}}}, reference)
 
@@ -247,6 +247,10 @@ CACHE = (
     _cache("prune", "elastic_cache", merge=False),
     _cache("quant", "kivi", bits=4),
     _cache("quant", "turboquant", bits=3),
+    _cache("quant", "abq", bits=3),
+    _cache("quant", "mustafar", sparsity=0.7),
+    _cache("quant", "mustafar", sparsity=0.7, dtype="i8"),
+    _cache("quant", "abq", bits=4, order="none"),
     _cache("share", "cskv", keep=0.5),
     _cache("share", "cross_layer", layers=1),
     *(_stack(_by_head("kvzip", tokens), storage="int8") for tokens in (512, 256)),

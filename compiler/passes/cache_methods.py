@@ -49,7 +49,9 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
         (POLICIES, KeepByPolicy),
     ),
     "quant": Family(
-        ("kivi", "turboquant", "gear", "zipcache", "mikv"), None, (STORAGES, PackByStorage)
+        ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq", "mustafar"),
+        None,
+        (STORAGES, PackByStorage),
     ),
     "read": Family((), None, (READERS, ReadByReader)),
 }

@@ -26,7 +26,7 @@ METHODS = {
         *("scissorhands", "d2o", "kvmerger", "kvcrush", "elastic_cache"),
         *("expected_attention", "pyramid_kv", "ada_kv", "zipvl", "kvzip"),
     ),
-    "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv"),
+    "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq", "mustafar"),
     "share": ("cross_layer", "minicache", "cskv"),
     "read": ("quest",),
 }

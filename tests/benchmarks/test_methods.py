@@ -108,6 +108,11 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "gear": [real["--quant gear"]],
         "zipcache": [real["--quant zipcache"]],
         "mikv": [real["--quant mikv"]],
+        "abq": [real["--quant abq"], real["--quant abq:bits=4,order=none"]],
+        "mustafar": [
+            real["--quant mustafar"],
+            real["--quant mustafar:sparsity=0.7,dtype=i8"],
+        ],
     }
     for name in ("kvzip", "razor_attention", "duo_attention", "snapkv", "expected_attention"):
         found[name].append(real[f"--prune {name}"])

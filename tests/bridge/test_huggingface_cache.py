@@ -49,6 +49,8 @@ PACKED: dict[str, dict[str, Any]] = {
         "gear": "bits=4,group=8,tokens=16,residual=8,slack=8",
         "zipcache": "tokens=16,slack=8",
         "mikv": "share=0.5,group=8,tokens=16,residual=8,slack=8",
+        "mustafar": "tokens=8,slack=8,residual=8",
+        "abq": "tokens=8,slack=8,block=8",
     }.items()
 }
 PACKED["cskv"] = {"share": "cskv", "target": "reference"}

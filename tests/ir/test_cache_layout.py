@@ -30,12 +30,14 @@ from einfold.compiler.ir.kv.layout import (
     packed_of,
     query_name,
 )
+from einfold.compiler.ir.kv.store.abq.storage import MANTISSAS, Abq
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.low_rank.storage import LowRank
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
 from einfold.compiler.ir.kv.store.minicache.storage import MiniCache
-from einfold.compiler.ir.kv.store.packed import BITS, Packed
+from einfold.compiler.ir.kv.store.mustafar.storage import KEPT, Mustafar
+from einfold.compiler.ir.kv.store.packed import BITS, CHOSEN, Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
@@ -72,12 +74,30 @@ def packed(draw: st.DrawFn) -> Packed:
         "prefill": draw(st.sampled_from(["exact", "streaming"])),
         "sinks": draw(st.integers(0, 5)),
     }
-    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV]))
+    kind = draw(st.sampled_from([Kivi, TurboQuant, Gear, ZipCache, MiKV, Abq, Mustafar]))
     if kind is TurboQuant:
         options = {
             "key_bits": draw(width),
             "value_bits": draw(width),
             "group": draw(st.integers(1, 12)),
+            "residual": draw(st.integers(0, 20)),
+        }
+    elif kind is Abq:
+        mantissa = st.sampled_from(MANTISSAS)
+        options = {
+            "key_bits": draw(mantissa),
+            "value_bits": draw(mantissa),
+            "block": draw(st.sampled_from([1, 2, 4, 8])),
+            "order": draw(st.sampled_from([*CHOSEN])),
+            "tokens": draw(st.integers(1, 12)),
+            "residual": draw(st.integers(0, 20)),
+        }
+    elif kind is Mustafar:
+        options = {
+            "key_sparsity": draw(st.floats(0.01, 0.99)),
+            "value_sparsity": draw(st.floats(0.01, 0.99)),
+            "dtype": draw(st.sampled_from(KEPT)),
+            "tokens": draw(st.integers(1, 12)),
             "residual": draw(st.integers(0, 20)),
         }
     elif kind in (Kivi, Gear):
@@ -109,8 +129,11 @@ def packed(draw: st.DrawFn) -> Packed:
 def groups_of(draw: st.DrawFn, heads: tuple[int, ...]) -> HeadGroup:
     if draw(st.booleans()):
         return HeadGroup(heads, Full(), draw(packed()))
-    storage = read_storage(draw(st.sampled_from(["f32", "f16", "i8", "i8/channel", "i4/channel"])))
-    return HeadGroup(heads, draw(policies()), storage)
+    policy = draw(policies())
+    kinds = ["f32", "f16", "i8", "i8/channel"]
+    # What is merged is averaged: `attach_cache` refuses that over codes, and halves of bytes have no room.
+    kinds += [] if policy.mixes else ["i4/channel"]
+    return HeadGroup(heads, policy, read_storage(draw(st.sampled_from(kinds))))
 
 
 @st.composite
@@ -282,6 +305,13 @@ def test_a_row_shares_the_memory() -> None:
         ("gear(share=1.0)", "less than 1, not 2 and 1.0"),
         ("zipcache(salient=128)", "fewer salient than all"),
         ("mikv(low=1)", "not 1"),
+        ("abq(key_bits=2)", "codes of 3, 4, 6, 8 bits, not 2"),
+        ("mustafar(key_sparsity=1.0)", "a sparsity is between 0 and 1, not 1.0"),
+        ("mustafar(dtype=i4)", "dtype is f16 or i8, not 'i4'"),
+        ("mustafar(tokens=0)", "1 or more tokens are packed together, not 0"),
+        ("abq(tokens=0)", "blocks of 1 or more channels, not 0 and 16"),
+        ("abq(block=0)", "blocks of 1 or more channels, not 16 and 0"),
+        ("abq(order=heads)", "order is one of none, keys, values, both, not 'heads'"),
         ("kivi(bits=4)", "unknown or repeated field"),
         ("turboquant(value_bits=1,levels=even)", "codes of 2, 3, 4, 8 bits, not 1"),
         ("turboquant(group=0,levels=even)", "1 or more tokens are packed together, not 0"),
@@ -305,6 +335,8 @@ def test_nonsense_storages_are_refused(storage: str, reason: str) -> None:
         ("zipcache()", (20, 64), "8 codes together, which does not divide the key size 20"),
         ("gear(rank=40)", (32, 32), "rank 40"),
         ("mikv()", (48, 64), "does not divide the key size"),
+        ("mustafar()", (20, 64), "8 codes together, which does not divide the key size 20"),
+        ("abq(block=32)", (64, 48), "a block of 32 does not divide the value size of a head, 48"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(

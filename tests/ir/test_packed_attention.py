@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.ir.kv.codes.codec import Seen, decode, encode
+from einfold.compiler.ir.kv.store.abq.storage import Abq
 from einfold.compiler.ir.kv.store.gear.storage import Gear
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
 from einfold.compiler.ir.kv.store.mikv.storage import MiKV
+from einfold.compiler.ir.kv.store.mustafar.storage import Mustafar
 from einfold.compiler.ir.kv.store.packed import Packed
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
 from einfold.compiler.ir.kv.store.zipcache.storage import ZipCache
@@ -26,6 +28,9 @@ STORAGES = [
     Gear(group=8, residual=8, tokens=16),
     ZipCache(residual=128, salient=8, tokens=16),
     MiKV(residual=128, salient=8, tokens=16, group=8),
+    Abq(key_bits=4, value_bits=6, block=8, tokens=3),
+    Mustafar(sparsity=0.4, tokens=3),
+    Mustafar(sparsity=0.4, tokens=3, dtype="i8"),
 ]
 
 

@@ -33,6 +33,8 @@ STORAGE_OPTIONS = {
     "gear": {"group": 8, "residual": 8, "slack": 4, "tokens": 16},
     "zipcache": {"tokens": 16, "slack": 4},
     "mikv": {"tokens": 16, "slack": 4, "group": 8, "residual": 4, "share": 0.5},
+    "abq": {"tokens": 4, "slack": 4, "block": 8},
+    "mustafar": {"tokens": 4, "slack": 4, "residual": 4},
     "minicache": {"group": 8, "residual": 4, "slack": 4},
 }
 READER_OPTIONS = {"everything": {}, "quest": {"page": 4, "tokens": 12}}

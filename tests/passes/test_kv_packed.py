@@ -69,6 +69,20 @@ PASSES = [
         "mikv(residual=32,slack=4,prefill=exact,sinks=4,high=8,low=2,salient=8,tokens=16,group=8)",
         2 * (10 + 2 * 4 + 8 * 2 / 16),
     ),
+    (
+        chosen("abq", key_bits=6, block=4, slack=4),
+        "abq(residual=0,slack=4,prefill=exact,sinks=4,key_bits=6,value_bits=4,block=4,order=keys,"
+        "tokens=16)",
+        # mantissas of both, an exponent for each 4 channels
+        2 * (8 * 6 / 8 + 8 * 4 / 8 + 2 + 2),
+    ),
+    (
+        chosen("mustafar", value_sparsity=0.7, slack=4, residual=4),
+        "mustafar(residual=4,slack=4,prefill=exact,sinks=4,key_sparsity=0.5,value_sparsity=0.7,dtype=f16,"
+        "tokens=16)",
+        # a bit a channel of both, and half of a key's and the largest two of a value's numbers
+        2 * (1 + 1 + 4 * 2 + 2 * 2),
+    ),
 ]
 
 
@@ -92,6 +106,7 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
     bulk = [b.name for b in found.layout.buffers(1, 64) if b.role == "read"]
     listed = ", ".join(f"%{name}" for name in bulk)
     given = "%1, %2, %3" if step.storage.rotated else "%q, %k, %k"
+    given = "%3, %6, %k" if step.storage.ordered else given
     assert call == (
         f"einfold.packed_attention({given}, %cache.3.0.key, %cache.3.0.value, %slots.0, %packed.0, "
         f'[{listed}], none, none, none, none, 3, 0.25, 0.0, false, "{storage}")'
@@ -103,7 +118,15 @@ def test_the_layout_says_what_is_packed(step: Any, storage: str, each: float) ->
 
 
 def test_every_method_is_listed() -> None:
-    assert list(FAMILIES["quant"]) == ["kivi", "turboquant", "gear", "zipcache", "mikv"]
+    assert list(FAMILIES["quant"]) == [
+        "kivi",
+        "turboquant",
+        "gear",
+        "zipcache",
+        "mikv",
+        "abq",
+        "mustafar",
+    ]
     assert [step.name for step, _, _ in PASSES] == list(FAMILIES["quant"])
 
 
@@ -130,6 +153,16 @@ def test_layers_and_groups_that_keep_few_tokens_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
+        (lambda: chosen("mustafar", sparsity=0.0), "a sparsity is between 0 and 1, not 0.0"),
+        (
+            lambda: chosen("mustafar", key_sparsity=float("nan")),
+            "a sparsity is between 0 and 1, not nan",
+        ),
+        (lambda: chosen("abq", bits=5), "codes of 3, 4, 6, 8 bits, not 5"),
+        (
+            lambda: chosen("abq", slack=4).run(planned()),
+            "cache.quant, layer 3: abq: a block of 16 does not divide the key size of a head, 8",
+        ),
         (lambda: chosen("kivi", bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
         (
             lambda: chosen("kivi", residual=16),
@@ -212,12 +245,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "gear": {"bits": 8, "group": 8, "residual": 8, "slack": 8, "tokens": 8},
     "zipcache": {"high": 8, "low": 8, "tokens": 16, "slack": 8},
     "mikv": {"low": 8, "tokens": 16, "group": 8, "residual": 0, "slack": 8, "share": 0.5},
+    "abq": {"bits": 8, "block": 8, "order": "both", "tokens": 4, "slack": 8},
+    "mustafar": {"sparsity": 0.01, "dtype": "i8", "tokens": 4, "residual": 8, "slack": 8},
 }
 
 
 @pytest.mark.parametrize(
     ("method", "prefill"),
-    quick(product(METHODS, ["exact", "streaming"]), ("kivi", "exact"), ("mikv", "streaming")),
+    quick(
+        product(METHODS, ["exact", "streaming"]),
+        ("kivi", "exact"),
+        ("mikv", "streaming"),
+        ("abq", "exact"),
+    ),
 )
 def test_a_model_over_8_bits_says_nearly_the_same(
     method: str,

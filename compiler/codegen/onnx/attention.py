@@ -316,7 +316,8 @@ def packed_attention_ort(context: Context, node: fx.Node) -> list[ir.Value]:
 def _over_packed(call: _Call) -> PackedAttention:
     context, found = call.context, call.found
     storage = packed_storage(found["storage"])
-    names = piece_names(storage, GroupShape(call.kv_heads, call.key_size, call.value_size))
+    shape = GroupShape(call.kv_heads, call.key_size, call.value_size)
+    names = piece_names(storage, shape)
     return PackedAttention(
         context.builder,
         call.heads,
@@ -328,6 +329,7 @@ def _over_packed(call: _Call) -> PackedAttention:
         call.value("packed_B"),
         dict(zip(names, map(context.value, found["bulk"]), strict=True)),
         context.value(_leader(call)["bulk"][0]),
+        storage.blocks(shape),
     )
 
 

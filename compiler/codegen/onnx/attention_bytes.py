@@ -59,10 +59,11 @@ def packed_bytes(storage: Packed, kv_heads: int, heads: int, size: int, new: int
     """Of a row with room for so many packed tokens: a copy of what is read of them, and with one new token
     the codes of keys taken apart, the products with both planes of queries, or weights with what their planes
     are made of; with several, keys and values as they are widened, beside logits and weights."""
-    copy = storage.granule_bytes(GroupShape(kv_heads, size, size)) // storage.granule
+    shape = GroupShape(kv_heads, size, size)
+    copy = storage.granule_bytes(shape) // storage.granule
     if new == 1:
-        codes = kv_heads * size
-        each = max(3 * codes // 2, codes + 12 * heads, codes // 2 + 18 * heads) * 9 // 8
+        codes, rows = kv_heads * size, heads * storage.blocks(shape)
+        each = max(3 * codes // 2, codes + 12 * rows, codes // 2 + 18 * rows) * 9 // 8
         return room * (copy + each)
     over_packed = min(new, storage.slack, max(1, PAIRS // max(1, room)))
     return room * (copy + 14 * kv_heads * size + 12 * heads * over_packed)

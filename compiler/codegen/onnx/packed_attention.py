@@ -1,10 +1,15 @@
-"""Attention over packed tokens of 4 bits and over slots, as `ir/kv/store/turboquant` stores them.
+"""Attention over packed tokens of 4 bits and over slots, as `ir/kv/store/turboquant` and `abq` store them.
 
     b           a byte: the code of channel 2j in its low half, that of 2j + 1 in its high half
     a           16 b mod 256: 16 times the low code; 16 times the high code is b - a / 16
     logit       scale / 16 ((q_even - q_odd / 16) . (a - 128) + q_odd . (b - 128) + 8 sum(q_even)) + q . mean
     out_even    sum(w (a - 128)) / 16 + sum(w) / 2                       w: weights times the values' scales
     out_odd     (sum(w (b - 128)) - sum(w (a - 128)) / 16) / 16
+
+This is of levels code - 7.5, under one scale a token, with a mean of a granule's keys. Of mantissas, code -
+8, there is half of every q and w less, and no mean. Where blocks of channels have scales of their own, each
+query stands there once for each block, of whose channels alone it has numbers; so do the weights, times the
+scales of their block.
 
 A step of one token multiplies bytes by queries and weights in planes of integers (`integer_attention.py`), by
 blocks of granules that are merged by their maxima and sums. Codes are taken apart by a product by 16, which
@@ -13,7 +18,8 @@ several tokens, which a prompt's own are not, widens one layer's packed tokens t
 layer's meanwhile.
 
 Shape suffixes: B rows, K KV heads, G query heads of each, S new tokens, D numbers of a head, C slots, M
-granules, T tokens of a granule, N blocks, P tokens of a block, X = M T packed tokens.
+granules, T tokens of a granule, N blocks, P tokens of a block, X = M T packed tokens, E blocks of channels,
+R = G E rows.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.kv.codes.block_float import BIAS
 from .builder import CONTRIB, Builder
 from .integer_attention import BLOCK, LEVELS, adds_up, query_planes, weight_planes
 from .one_token import HIDDEN, capped
@@ -34,8 +41,8 @@ _MIDDLE = 128
 #: Granules of a block are at most so many: numbers that a model divides by are few constants (`divisors.py`).
 _COUNTS = 64
 
-#: A code of a half, and what a level is less than its code.
-_HALVES, _OFFSET = 16.0, 7.5
+#: A code of a half, and what even levels and mantissas are less than their codes.
+_HALVES, _LEVELS_LESS, _MANTISSAS_LESS = 16.0, 7.5, 8.0
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,27 @@ class PackedAttention:
     packed_B: ir.Value
     pieces: dict[str, ir.Value]
     leader: ir.Value
+    blocks: int = 1
+    """Blocks of channels, each with scales of its own."""
 
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query heads of a KV head, each once for every block of channels."""
+        return self.group * self.blocks
+
+    @property
+    def less(self) -> float:
+        """What is taken from codes."""
+        return _MANTISSAS_LESS if "key_exponent" in self.pieces else _LEVELS_LESS
+
+    @property
+    def centred(self) -> bool:
+        """Whether the mean of a granule's keys stands apart."""
+        return "key_mean" in self.pieces
 
     def any_packed(self) -> ir.Value:
         """Whether some row has packed tokens."""
@@ -167,11 +191,11 @@ class PackedAttention:
     def _widened(self, query_BKGSD: ir.Value) -> Partial:
         """The state over the packed tokens in float32; heads have their even channels before the odd ones."""
         builder, order = self.builder, self._matrix(_even_first(self.size))
-        mean = builder.op("MatMul", self._wide("key_mean"), order)
-        keys, values = (
-            builder.reshape(numbers, [0, 0, 1, -1, self.size])
-            for numbers in (builder.op("Add", self._numbers("key"), mean), self._numbers("value"))
-        )
+        parts = [self._numbers("key"), self._numbers("value")]
+        if self.centred:
+            mean = builder.op("MatMul", self._wide("key_mean"), order)
+            parts[0] = builder.op("Add", parts[0], mean)
+        keys, values = (builder.reshape(part, [0, 0, 1, -1, self.size]) for part in parts)
         query = builder.op("MatMul", query_BKGSD, order)
         logits = self._capped(self._product(query, keys, self.scale))
         hidden = builder.shared("Reshape", self._hidden(), builder.ints(0, 1, 1, -1, 1))
@@ -182,14 +206,29 @@ class PackedAttention:
         return Partial(state.most, state.total, builder.op("MatMul", state.values, back))
 
     def _numbers(self, part: str) -> ir.Value:
-        """What codes stand for but for a mean, [B, K, M, T, D], even channels before odd ones."""
+        """What codes stand for but for a mean, [B, K, M, T, D], even channels before odd ones; or, of blocks
+        of channels, [B, K, X, 2, E, D / 2 E]."""
         builder = self.builder
         stored = builder.op("Cast", self.pieces[f"{part}_codes"], to=int(ir.DataType.FLOAT))
         high = builder.op("Floor", builder.op("Mul", stored, builder.floats(1 / _HALVES)))
         low = builder.op("Sub", stored, builder.op("Mul", high, builder.floats(_HALVES)))
         codes = builder.op("Concat", low, high, axis=-1)
-        levels = builder.op("Sub", codes, builder.floats(_OFFSET))
-        return builder.op("Mul", levels, self._wide(f"{part}_scale"))
+        levels, scales = builder.op("Sub", codes, builder.floats(self.less)), self._scales(part)
+        if self.blocks > 1:
+            each = self.size // (2 * self.blocks)
+            levels = builder.reshape(levels, [0, 0, -1, 2, self.blocks, each])
+            scales = builder.reshape(scales, [0, 0, -1, 1, self.blocks, 1])
+        return builder.op("Mul", levels, scales)
+
+    def _scales(self, part: str) -> ir.Value:
+        """Of each token and block of channels, [B, K, M, T, E]."""
+        if f"{part}_exponent" not in self.pieces:
+            return self._wide(f"{part}_scale")
+        exponent = self.builder.op(
+            "Sub", self._wide(f"{part}_exponent"), self.builder.floats(float(BIAS))
+        )
+        log = self.builder.op("Mul", exponent, self.builder.floats(float(np.log(2))))
+        return self.builder.op("Exp", log)
 
     def _in_integers(self, query_BKGD: ir.Value) -> Partial:
         """The state over the packed tokens, of one new token."""
@@ -200,7 +239,7 @@ class PackedAttention:
         shift = builder.op("Sub", most, builder.floats(float(np.log(LEVELS))))
         weights = builder.op("Exp", builder.op("Sub", logits, shift))
         total = builder.op("ReduceSum", weights, builder.ints(-1), keepdims=1)
-        weights = builder.op("Mul", weights, self._blocks(self._wide("value_scale"), 1))
+        weights = self._times_scales(weights, "value")
         # And again, for what is looked at most may have the smallest values.
         largest = builder.op("ReduceMax", weights, builder.ints(-1), keepdims=1)
         largest = builder.op("Max", largest, builder.floats(1e-30))  # not 0
@@ -209,14 +248,16 @@ class PackedAttention:
         # Blocks are merged by what their largest is of the largest of all.
         highest = builder.op("ReduceMax", shift, builder.ints(2), keepdims=1)
         share = builder.op("Exp", builder.op("Sub", shift, highest))
-        values = self._values(weights, builder.op("Mul", share, largest))
+        values = self._values(weights, self._by_row(share, largest))
         total = self._over_blocks(builder.op("Mul", total, share))
         return Partial(builder.op("Squeeze", highest, builder.ints(2)), total, values)
 
     def _logits(self, query_BKGD: ir.Value) -> ir.Value:
         """Of every packed token, [B, K, N, G, P]; what a row has not is hidden."""
-        builder, group = self.builder, self.group
-        for_halves = builder.op("MatMul", query_BKGD, self._matrix(self.scale * _query(self.size)))
+        builder, rows = self.builder, self.rows
+        by_block = self.scale * _by_blocks(_query(self.size), self.blocks)
+        for_halves = builder.op("MatMul", query_BKGD, self._matrix(by_block))
+        for_halves = builder.reshape(for_halves, [0, 0, rows, self.size])
         planes, factor = query_planes(builder, for_halves)
         codes = builder.op("Concat", *self._halves("key", [0, 0, -1, self.size // 2]), axis=3)
         products = builder.op(
@@ -228,30 +269,72 @@ class PackedAttention:
             builder.constant(_MIDDLE, np.uint8),
             domain=CONTRIB,
         )
-        # Adds up the planes, gives them their scale, and turns [.., P, 2 G] into [.., G, P].
-        join = builder.reshape(adds_up(builder, factor, group), [0, 0, 1, group, 2 * group])
+        # Adds up the planes, gives them their scale, and turns [.., P, 2 R] into [.., R, P].
+        join = builder.reshape(adds_up(builder, factor, rows), [0, 0, 1, rows, 2 * rows])
         found = builder.op(
-            "FusedMatMul", join, self._blocks(products, last=2 * group), domain=CONTRIB, transB=1
+            "FusedMatMul", join, self._blocks(products, last=2 * rows), domain=CONTRIB, transB=1
         )
         query = builder.op("Unsqueeze", query_BKGD, builder.ints(2))
-        middle = np.tile([0.5 * self.scale, 0.0], self.size // 2)[:, None]
-        found = builder.op("Add", found, builder.op("MatMul", query, self._matrix(middle)))
-        found = builder.op("Mul", found, self._blocks(self._wide("key_scale"), 1))
-        # Of the means of keys and of what is hidden there is a number a granule.
-        means = self._by_granule(self._wide("key_mean"), 0)
-        granules = builder.op("Unsqueeze", self._product(query, means, self.scale), builder.ints(5))
-        hidden = self._by_granule(self._hidden(), 1)
-        if not self.softcap:
-            granules = builder.op("Add", granules, hidden)
-        found = builder.op("Add", self._cut(found, 6), granules)
-        if self.softcap:
-            found = builder.op("Add", self._capped(found), hidden)
-        return self._cut(found, 5)
+        middle = builder.op("MatMul", query, self._matrix(self.scale * self._middle()))
+        middle = builder.reshape(middle, [0, 0, 1, rows, 1])
+        found = self._added(self._times_scales(builder.op("Add", found, middle), "key"))
+        return self._cut(self._seen(query, self._cut(found, 6)), 5)
 
-    def _values(self, weights_BKNGP: ir.Value, share_BKNG1: ir.Value) -> ir.Value:
+    def _seen(self, query_BK1GD: ir.Value, logits: ir.Value) -> ir.Value:
+        """Logits by granule, less what codes and scales say: with those of the means of keys, of which there
+        is a number a granule, as there is of what is hidden."""
+        builder, hidden = self.builder, self._by_granule(self._hidden(), 1)
+        if self.centred:
+            means = self._by_granule(self._wide("key_mean"), 0)
+            means = self._product(query_BK1GD, means, self.scale)
+            granules = builder.op("Unsqueeze", means, builder.ints(5))
+            if not self.softcap:
+                granules = builder.op("Add", granules, hidden)
+            logits = builder.op("Add", logits, granules)
+        elif not self.softcap:
+            logits = builder.op("Add", logits, hidden)
+        return builder.op("Add", self._capped(logits), hidden) if self.softcap else logits
+
+    def _middle(self) -> Any:
+        """What products of halves lack of levels or mantissas, for each block of channels, [D, E]."""
+        lacks = np.tile([8.0 - self.less, 7.5 - self.less], self.size // 2)
+        return lacks[:, None] * _channels(self.size, self.blocks).T
+
+    def _times_scales(self, x_BKNRP: ir.Value, part: str) -> ir.Value:
+        """Rows of each token times the scales of their block of channels, [B, K, N, R, P]; of values one row
+        for all blocks is given, [B, K, N, G, P]."""
+        builder, scales = self.builder, self._scales(part)
+        if self.blocks == 1:
+            return builder.op("Mul", x_BKNRP, self._blocks(scales, 1))
+        scales = builder.transpose(self._blocks(scales, last=self.blocks), 0, 1, 2, 4, 3)
+        scales = builder.op("Unsqueeze", scales, builder.ints(3))
+        shape = builder.ints(0, 0, 0, self.group, -1 if part == "key" else 1)
+        shape = builder.shared("Concat", shape, self._tokens(), axis=0)
+        found = builder.op("Mul", builder.op("Reshape", x_BKNRP, shape), scales)
+        return self._blocks(found, self.rows)
+
+    def _added(self, x_BKNRP: ir.Value) -> ir.Value:
+        """The sum over blocks of channels, [B, K, N, G, P]."""
+        if self.blocks == 1:
+            return x_BKNRP
+        builder = self.builder
+        shape = builder.ints(0, 0, 0, self.group, self.blocks)
+        shape = builder.shared("Concat", shape, self._tokens(), axis=0)
+        apart = builder.op("Reshape", x_BKNRP, shape)
+        return builder.op("ReduceSum", apart, builder.ints(4), keepdims=0)
+
+    def _by_row(self, share_BKNG1: ir.Value, largest_BKNR1: ir.Value) -> ir.Value:
+        """Both multiplied, [B, K, N, R, 1]."""
+        builder = self.builder
+        if self.blocks == 1:
+            return builder.op("Mul", share_BKNG1, largest_BKNR1)
+        apart = builder.reshape(largest_BKNR1, [0, 0, 0, self.group, self.blocks])
+        return builder.reshape(builder.op("Mul", share_BKNG1, apart), [0, 0, 0, self.rows, 1])
+
+    def _values(self, weights_BKNRP: ir.Value, share_BKNR1: ir.Value) -> ir.Value:
         """Weighted sums over all blocks, [B, K, G, D]; a block counts by its share."""
         builder, half = self.builder, self.size // 2
-        planes = weight_planes(builder, weights_BKNGP)
+        planes = weight_planes(builder, weights_BKNRP)
         sums = [
             builder.op(
                 "MatMulIntegerToFloat",
@@ -265,16 +348,25 @@ class PackedAttention:
             )
             for stored in self._halves("value", self._shape(last=half))
         ]
-        finer = builder.op("Mul", share_BKNG1, builder.floats(1 / LEVELS))
-        shares = builder.op("Concat", share_BKNG1, finer, axis=3)
+        finer = builder.op("Mul", share_BKNR1, builder.floats(1 / LEVELS))
+        shares = builder.op("Concat", share_BKNR1, finer, axis=3)
         found = builder.op("Mul", builder.op("Concat", *sums, axis=4), shares)
-        found = self._over_blocks(builder.reshape(found, [0, 0, -1, self.group, self.size]))
-        whole = builder.op("ReduceSum", weights_BKNGP, builder.ints(-1), keepdims=1)
-        whole = self._over_blocks(builder.op("Mul", whole, share_BKNG1))
-        middle = builder.op("Mul", whole, self._matrix(np.tile([0.5, 0.0], half)))
-        return builder.op(
-            "Add", builder.op("MatMul", found, self._matrix(_values(self.size))), middle
-        )
+        found = self._over_blocks(builder.reshape(found, [0, 0, -1, self.rows, self.size]))
+        whole = builder.op("ReduceSum", weights_BKNRP, builder.ints(-1), keepdims=1)
+        whole = self._over_blocks(builder.op("Mul", whole, share_BKNR1))
+        lacks = np.tile([8.0 - self.less, 7.5 - self.less], half)
+        middle = builder.op("Mul", whole, self._matrix(lacks))
+        found = builder.op("MatMul", found, self._matrix(_values(self.size)))
+        return self._own_channels(builder.op("Add", found, middle))
+
+    def _own_channels(self, x_BKRD: ir.Value) -> ir.Value:
+        """Of the row of each block of channels those channels, [B, K, G, D]."""
+        if self.blocks == 1:
+            return x_BKRD
+        builder = self.builder
+        apart = builder.reshape(x_BKRD, [0, 0, self.group, self.blocks, self.size])
+        own = builder.op("Mul", apart, self._matrix(_channels(self.size, self.blocks)))
+        return builder.op("ReduceSum", own, builder.ints(3), keepdims=0)
 
     def _capped(self, logits: ir.Value) -> ir.Value:
         return capped(self.builder, logits, self.softcap)
@@ -295,7 +387,7 @@ class PackedAttention:
         return low, stored
 
     def _wide(self, name: str) -> ir.Value:
-        """A piece of float16 in float32, [B, K, M, rows, width]."""
+        """A piece in float32, [B, K, M, rows, width]."""
         return self.builder.op("Cast", self.pieces[name], to=int(ir.DataType.FLOAT))
 
     def _granules(self) -> ir.Value:
@@ -373,6 +465,16 @@ def _query(size: int) -> Any:
     mixed = np.eye(size)
     mixed[half:, :half] = -np.eye(half) / _HALVES
     return _even_first(size) @ mixed / _HALVES
+
+
+def _channels(size: int, blocks: int) -> Any:
+    """1 for the channels of each block, [blocks, size]."""
+    return np.kron(np.eye(blocks), np.ones((1, size // blocks)))
+
+
+def _by_blocks(made: Any, blocks: int) -> Any:
+    """What makes of a query what `made` does, once for each block of the channels that it takes."""
+    return np.concatenate([made * own[:, None] for own in _channels(len(made), blocks)], axis=1)
 
 
 def _values(size: int) -> Any:

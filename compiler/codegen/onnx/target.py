@@ -67,11 +67,17 @@ class Onnx(Target):
                 f"the portable flavour has no operator that multiplies codes of {storage.name} as integers; "
                 "use the default flavour, or cache.storage f32"
             )
-        if storage.method == "turboquant":
+        if storage.method in ("turboquant", "abq"):
+            levels = " and levels=even, which are the defaults" * (storage.method == "turboquant")
             return (
                 "the target onnx multiplies codes of 4 bits with even levels as integers, and could only "
-                "widen others at every step; take bits=4 and levels=even, which are the defaults, or compile "
-                "for the target triton or reference"
+                f"widen others at every step; take bits=4{levels or ', the default, and an even block'}, or "
+                "compile for the target triton or reference"
+            )
+        if storage.scattered:
+            return (
+                f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "
+                "all of the cache at every step; compile for the target reference"
             )
         return (
             f"the target onnx has no operator that reads what {storage.name} stores, it could only widen "

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ....runtime.artifact import Artifact
     from ....runtime.runner import Runner
     from ...ir.kv.read.reader import Reader
+    from ...ir.kv.store.storage import Storage
     from ...ir.program import Program
     from ...ir.weights_file import Placement
 
@@ -31,6 +32,14 @@ class Triton(Target):
 
     def misplaced(self) -> str:
         return "cubins are for the target triton; add --target triton" if self.cubins else ""
+
+    def refuses(self, storage: Storage) -> str:
+        if not storage.scattered:
+            return ""
+        return (
+            f"no kernel reads what {storage.name} stores, for where a number stands depends on its token; "
+            "compile for the target reference"
+        )
 
     def cannot_read(self, reader: Reader) -> str:
         if reader.whole or reader.name == "quest":

@@ -36,6 +36,7 @@ from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
 from .look_ahead import rotary_tables, turns_ahead
+from .order_channels import Orders, ordered, ordered_back
 from .rotate_heads import UNTURNED, rotated, rotated_back, turned
 
 aten = torch.ops.aten
@@ -57,8 +58,8 @@ class AttachCache(Pass):
     Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
     heads, D], such that their product with the cached keys is the logits, or as `look_ahead.py` says. A
     rotary embedding in front of q and k moves into the operator, so that a target may turn them while it
-    writes the cache; where a storage asks for heads that are rotated (`rotate_heads.py`), it stays in front
-    of that.
+    writes the cache; where a storage asks for heads that are rotated (`rotate_heads.py`) or for channels in
+    order (`order_channels.py`), it stays in front of that.
     A layer that reads another's cache gets
 
         `%o = shared_attention(%q, %kc, %vc, %used, ..)`
@@ -125,6 +126,7 @@ class Attachment:
         self.as_turned: set[tuple[int, int]] = set()
         """Groups whose policy would think of later queries, and is shown them as they are turned."""
         self._calls: dict[tuple[int, int], fx.Node] = {}
+        self._orders: dict[tuple[int, int], Orders] = {}
         self._read: dict[tuple[int, int], dict[str, fx.Node]] = {}
         self._counters = {
             name: self.editor.input(name, ["B"], torch.int64)
@@ -152,9 +154,9 @@ class Attachment:
             parts = []
             for index, group in enumerate(owner.groups):
                 heads = self._of_heads(given, owner, group) | {"read": cache.groups[0].reader.text}
-                heads = rotated(self.editor, heads, group.storage.rotated)
+                heads = self._arranged(owner, index, heads)
                 read = self._read_call(self._calls[owner.layer, index], heads)
-                parts.append(rotated_back(self.editor, read, group.storage.rotated))
+                parts.append(self._arranged_back(owner, index, read))
             out = self._joined(parts, owner)
         self.editor.replace(node, out)
 
@@ -207,8 +209,7 @@ class Attachment:
                 f"layer {cache.layer}: tokens that are merged are averaged, which {group.storage.text} would "
                 "round each time; keep them in f32, or choose a method that evicts"
             )
-        given = rotated(self.editor, given, group.storage.rotated)
-        given = self._centred(given, inputs["key"])
+        given = self._centred(self._arranged(cache, index, given), inputs["key"])
         if group.observed:
             self._show_query(cache, index, given, inputs["key"])
         kind, special = self._special(cache, index, given, inputs)
@@ -222,7 +223,29 @@ class Attachment:
         out, *updated = self.editor.results(call)
         self.values += updated
         self.names += [str(call_arguments(call)[name].target) for name in kind.writes]
-        return rotated_back(self.editor, out, group.storage.rotated)
+        return self._arranged_back(cache, index, out)
+
+    def _arranged(self, cache: LayerCache, index: int, given: Arguments) -> Arguments:
+        """The arguments with heads as the storage of a group asks for them."""
+        found = rotated(self.editor, given, cache.groups[index].storage.rotated)
+        return ordered(
+            self.editor, found, self._order(cache, index), cache_name(cache.layer, index)
+        )
+
+    def _arranged_back(self, cache: LayerCache, index: int, out: fx.Node) -> fx.Node:
+        prefix = cache_name(cache.layer, index)
+        out = ordered_back(self.editor, out, self._order(cache, index), prefix)
+        return rotated_back(self.editor, out, cache.groups[index].storage.rotated)
+
+    def _order(self, cache: LayerCache, index: int) -> Orders:
+        """The orders of a group's channels, which the pass that chose the storage has found."""
+        prefix, weights = cache_name(cache.layer, index), self.program.cache_weights
+        if (cache.layer, index) not in self._orders:
+            parts = cache.groups[index].storage.ordered
+            self._orders[cache.layer, index] = {
+                part: weights.pop(f"{prefix}.{part}_order") for part in parts
+            }
+        return self._orders[cache.layer, index]
 
     def _special(
         self, cache: LayerCache, index: int, given: Arguments, inputs: dict[str, fx.Node]

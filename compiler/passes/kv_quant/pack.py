@@ -10,6 +10,7 @@ from ...ir.kv.layout import CacheLayout, HeadGroup, LayerCache
 from ...ir.kv.store.packed import Packed
 from ...ir.program import Program, own_windows
 from ..base import GivenToHeads, PassResult, check_lets_go
+from ..cache.order_channels import find_orders
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def pack_groups(program: Program, storage: Packed) -> PassResult:
         _packed(layer, storage, windows[layer.layer], result) for layer in program.layout.layers
     ]
     program.layout = CacheLayout(tuple(layers))
+    find_orders(program, storage)
     return result
 
 

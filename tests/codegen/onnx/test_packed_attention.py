@@ -17,8 +17,13 @@ from einfold.compiler.codegen.onnx.process import PAIRS
 from einfold.compiler.codegen.onnx.target import Onnx
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.kv.codes.codec import Seen, encode
+from einfold.compiler.ir.kv.store.abq.storage import Abq
+from einfold.compiler.ir.kv.store.packed import Packed
+from einfold.compiler.ir.kv.store.storage import GroupShape
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
-from einfold.compiler.ir.program import Program
+from einfold.compiler.ir.ops import einfold_ops
+from einfold.compiler.ir.ops.packed import packed_storage
+from einfold.compiler.ir.program import Program, call_arguments
 from einfold.compiler.recipe import Recipe
 from einfold.errors import RecipeError, UnsupportedError
 from einfold.model import Model
@@ -39,13 +44,9 @@ PACKED = """
     input %vc "cache.0.0.value" : f32[B, {kv}, C0, {value}]
     input %used "slots.0" : i64[B]
     input %packed "packed.0" : i64[B]
-    input %m "key_mean" : f16[B, {kv}, G0, 1, {size}]
-    input %kb "key_codes" : u8[B, {kv}, G0, {granule}, {size} / 2]
-    input %ks "key_scale" : f16[B, {kv}, G0, {granule}, 1]
-    input %vb "value_codes" : u8[B, {kv}, G0, {granule}, {value} / 2]
-    input %vs "value_scale" : f16[B, {kv}, G0, {granule}, 1]
+    {pieces}
     {sink_read}
-    call %a = einfold.packed_attention(%q, %k, %v, %kc, %vc, %used, %packed, [%m, %kb, %ks, %vb, %vs], \
+    call %a = einfold.packed_attention(%q, %k, %v, %kc, %vc, %used, %packed, [{bulk}], \
 {sinks}, none, none, none, 0, 0.25, {softcap}, false, "{storage}") : \
 (f32[B, S, {heads}, {value}], f32[B, {kv}, C0, {size}], f32[B, {kv}, C0, {value}])
     call %o = builtin.getitem(%a, 0) : f32[B, S, {heads}, {value}]
@@ -57,6 +58,14 @@ PACKED = """
 """
 
 
+#: Packed tokens that are multiplied as integers, of so many a granule in heads of so many numbers.
+FORMS: dict[str, Callable[[int, int], Packed]] = {
+    "turboquant": lambda granule, size: TurboQuant(group=granule),
+    "abq": lambda granule, size: Abq(tokens=granule, block=size // 2),
+    "abq, four blocks": lambda granule, size: Abq(tokens=granule, block=size // 4),
+}
+
+
 def layer(
     heads: int,
     kv: int,
@@ -66,22 +75,27 @@ def layer(
     softcap: float = 0.0,
     sinks: bool = False,
     value: int = 0,
+    form: str = "turboquant",
 ) -> Program:
     """One attention over tokens that are packed by granules, and over slots."""
+    storage = FORMS[form](granule, size)
+    pieces = list(storage.pieces(GroupShape(kv, size, value or size)))
     text = PACKED.format(
         heads=heads,
         kv=kv,
         size=size,
         value=value or size,
-        granule=granule,
+        pieces="\n    ".join(
+            f'input %{p.name} "{p.name}" : {p.dtype}[B, {kv}, G0, {p.rows}, {p.width}]'
+            for p in pieces
+        ),
+        bulk=", ".join(f"%{piece.name}" for piece in pieces),
         softcap=softcap,
         sink_weight=f"weight @snk : f32[{heads}]" if sinks else "",
         sink_read=f'read %snk "snk" : f32[{heads}]' if sinks else "",
         sinks="%snk" if sinks else "none",
-        storage=TurboQuant(group=granule).text,
+        storage=storage.text,
     )
-    for number in (size, value or size):
-        text = text.replace(f"{number} / 2", str(number // 2))
     return program(text)
 
 
@@ -96,8 +110,10 @@ def inputs(
 
     query, key = (found.placeholder(name).meta["val"].shape for name in ("q", "k"))
     (heads, size), kv, batch = query[2:], int(key[2]), len(packed)
-    granule = int(found.placeholder("key_codes").meta["val"].shape[3])
-    storage, tokens = TurboQuant(group=granule), granules * granule
+    (call,) = found.nodes(einfold_ops.packed_attention.default)
+    storage = packed_storage(call_arguments(call)["storage"])
+    granule = storage.granule
+    tokens = granules * granule
     rows = [
         encode(
             storage,
@@ -143,12 +159,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("softcap", "sinks"), quick([(0.0, False), (8.0, True)], (0.0, False)))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_token_attends_in_integers(
-    case: Any, softcap: float, sinks: bool, tmp_path: Path
+    case: Any, form: str, softcap: float, sinks: bool, tmp_path: Path
 ) -> None:
     heads, kv, size, granule, granules, packed, used = case
-    found = layer(heads, kv, size, granule, softcap=softcap, sinks=sinks)
+    found = layer(heads, kv, size, granule, softcap=softcap, sinks=sinks, form=form)
     got, want = both(found, tmp_path, inputs(found, granules, packed, used, 1))
     # Planes of queries hold 13 bits; codes themselves are off by a hundred times as much.
     np.testing.assert_allclose(got[0], want[0], atol=2e-3)
@@ -161,12 +178,13 @@ def test_one_token_attends_in_integers(
     ("new", "softcap", "sinks"),
     quick([(2, 0.0, False), (9, 0.0, False), (3, 8.0, True)], (3, 8.0, True)),
 )
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_several_tokens_attend_in_float32(
-    case: Any, new: int, softcap: float, sinks: bool, tmp_path: Path
+    case: Any, form: str, new: int, softcap: float, sinks: bool, tmp_path: Path
 ) -> None:
     heads, kv, size, granule, granules, packed, used = case
-    found = layer(heads, kv, size, granule, softcap=softcap, sinks=sinks)
+    found = layer(heads, kv, size, granule, softcap=softcap, sinks=sinks, form=form)
     used = [min(slots, 40 - new) for slots in used]
     got, want = both(found, tmp_path, inputs(found, granules, packed, used, new))
     np.testing.assert_allclose(got[0], want[0], atol=2e-5)
@@ -246,6 +264,7 @@ def test_its_memory_is_accounted_for() -> None:
 
 
 STORED: dict[str, Any] = {"method": "turboquant", "group": 8, "residual": 8, "slack": 8}
+ABQ: dict[str, Any] = {"method": "abq", "block": 8, "tokens": 8, "residual": 8, "slack": 8}
 
 
 def compiled(folder: Path, out: Path, target: str, **cache: Any) -> Model:
@@ -259,6 +278,8 @@ def compiled(folder: Path, out: Path, target: str, **cache: Any) -> Model:
     [
         ("llama", {}),
         rarely("qwen2", {"quant": STORED | {"prefill": "streaming"}}),
+        ("llama", {"quant": ABQ}),
+        rarely("qwen2", {"quant": ABQ | {"prefill": "streaming", "order": "both"}}),
         rarely("gemma2", {}),
         rarely("gpt2", {"quant": STORED | {"sinks": 0}}),
         rarely("llama", {"share": {"method": "cross_layer", "layers": 1}}),
@@ -344,12 +365,15 @@ def test_a_step_over_packed_tokens_is_as_long_as_there_is_memory_for(
     [
         ({"quant": "turboquant:bits=3"}, "take bits=4 and levels=even, which are the defaults"),
         ({"quant": "turboquant:levels=normal"}, "take bits=4 and levels=even"),
+        ({"quant": "abq:bits=6"}, "take bits=4, the default, and an even block"),
+        ({"quant": "abq:block=1"}, "take bits=4, the default, and an even block"),
         ({"quant": "turboquant:value_bits=2"}, "take bits=4 and levels=even"),
         (
             {"quant": "kivi:bits=4"},
             "take cache.quant turboquant, whose codes it multiplies as integers",
         ),
         ({"quant": "gear"}, "take cache.quant turboquant"),
+        ({"quant": "mustafar"}, "every step; compile for the target reference"),
         ({"share": "minicache"}, "take cache.quant turboquant"),
     ],
 )

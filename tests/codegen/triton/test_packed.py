@@ -16,7 +16,8 @@ from einfold.compiler.ir.kv.store.minicache.stream import RETAINED
 from einfold.compiler.ir.kv.store.packed import Packed
 from einfold.compiler.ir.kv.store.storage import read_storage
 from einfold.compiler.ir.kv.store.turboquant.storage import TurboQuant
-from einfold.errors import UnsupportedError
+from einfold.compiler.recipe import Recipe
+from einfold.errors import RecipeError, UnsupportedError
 
 from ...quick import rarely
 from .conftest import asking, needs_triton
@@ -48,6 +49,8 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         rarely("zipcache(slack=8,residual=0,tokens=16,salient=8)", {}),
         rarely("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {}),
         ("mikv(slack=8,residual=0,tokens=24,salient=8,group=8)", {"reader": True}),
+        ("abq(slack=8,tokens=4,block=8,order=none,key_bits=4,value_bits=6)", {}),
+        rarely("abq(slack=8,tokens=6,block=16,order=none,key_bits=3,value_bits=8)", PRESSED),
         rarely("minicache(slack=8,residual=8,group=8,rows=2)", {"sizes": (13, 7)}),
         ("minicache(slack=8,residual=8,group=6,rows=3,gamma=0.5,dtype=f16)", PRESSED),
         rarely("minicache(slack=8,residual=8,group=8,rows=0)", {}),
@@ -97,6 +100,14 @@ def test_more_retained_rows_than_a_kernel_takes_are_refused() -> None:
         UnsupportedError, match=r"layer 1: up to 9 of 16 tokens are retained, .* lower retained"
     ):
         packed_kinds(node_of(read(sizes.format(RETAINED + 1)), {}))
+
+
+def test_what_is_scattered_is_refused() -> None:
+    """Where a recipe is read already, and where a kernel would be made."""
+    with pytest.raises(RecipeError, match=r"mustafar: no kernel reads .* for the target reference"):
+        Recipe.build({"target": "triton", "cache": {"quant": "mustafar"}})
+    with pytest.raises(UnsupportedError, match="layer 1: no kernel reads what mustafar stores"):
+        packed_kinds(node_of(read("mustafar(slack=8,tokens=4)"), {}))
 
 
 def read(text: str) -> Packed:

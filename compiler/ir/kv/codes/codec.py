@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..store.packed import Packed, Pieces
 from ..store.storage import GroupShape
 from .salient import Seen
 
-__all__ = ["Seen", "decode", "encode"]
+__all__ = ["Seen", "decode", "encode", "through_arrays"]
 
 
 def encode(storage: Packed, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
@@ -20,6 +21,13 @@ def encode(storage: Packed, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) ->
     pieces = storage.codec.encode(storage, keys_KTD, values_KTD, seen)
     shape = GroupShape(keys_KTD.shape[0], keys_KTD.shape[2], values_KTD.shape[2])
     return {piece.name: pieces[piece.name] for piece in storage.pieces(shape)}
+
+
+def through_arrays(storage: Packed, keys_KTD: Tensor, values_KTD: Tensor) -> Pieces:
+    """What the storage packs in NumPy of tensors on any device, so that every runtime has the same codes."""
+    arrays = (x.float().cpu().numpy() for x in (keys_KTD, values_KTD))
+    found = storage.arrays.encode(storage, *arrays)
+    return {name: torch.from_numpy(piece).to(keys_KTD.device) for name, piece in found.items()}
 
 
 def decode(storage: Packed, pieces: Pieces) -> tuple[Tensor, Tensor]:

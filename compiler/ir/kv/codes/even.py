@@ -54,7 +54,7 @@ def packed(codes: Codes, bits: int) -> list[Codes]:
     for width, above in PLANES[bits]:
         each = 8 // width
         plane = codes >> np.uint8(above) & np.uint8(2**width - 1)
-        parts = plane.reshape(*codes.shape[:-1], -1, each)
+        parts = plane.reshape(*codes.shape[:-1], codes.shape[-1] // each, each)
         shifted = parts << np.arange(0, 8, width, dtype=np.uint8)
         found.append(np.bitwise_or.reduce(shifted, axis=-1))
     return found

@@ -9,7 +9,7 @@ Sizes only; what the bytes mean stands in `compiler/ir/kv`, in torch or in NumPy
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,10 +28,17 @@ BITS = (2, 3, 4, 8)
 
 #: Codes are cut into planes of widths that divide a byte, (bits, how far they stand from the code's lowest):
 #: so 3 bits are really 3, 8 codes in 3 bytes, and no code straddles two.
-PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+PLANES = {
+    1: ((1, 0),),
+    2: ((2, 0),),
+    3: ((2, 0), (1, 2)),
+    4: ((4, 0),),
+    6: ((4, 0), (2, 4)),
+    8: ((8, 0),),
+}
 
-#: What `rotate` may be, and the parts of a token that it turns.
-ROTATED: Mapping[str, tuple[str, ...]] = {
+#: What an option that chooses parts of a token may be, and the parts that it chooses.
+CHOSEN: Mapping[str, tuple[str, ...]] = {
     "none": (),
     "keys": ("key",),
     "values": ("value",),
@@ -40,6 +47,10 @@ ROTATED: Mapping[str, tuple[str, ...]] = {
 
 #: Codes are packed along an axis whose length this divides, so that every width fills whole bytes.
 CODES = 8
+
+#: Bulk buffers hold a multiple of so many granules where products of integers take them: these go by blocks
+#: of some.
+GRANULES = 2
 
 
 class Codec(Protocol):
@@ -129,6 +140,11 @@ class Packed(Storage):
         """Granules that are decoded at a time, so that no step widens all of a cache."""
         return max(1, 1024 // self.granule)
 
+    def blocks(self, shape: GroupShape) -> int:
+        """Blocks of a token's channels, of keys as of values, that have scales of their own, where it is
+        integral."""
+        return 1
+
     def check(self, shape: GroupShape) -> None:
         """Raises IRError where heads of this shape cannot be stored so."""
         for part in ("key", "value"):
@@ -165,20 +181,20 @@ class Packed(Storage):
         check_prefill(self.prefill)
 
 
-def check_bits(name: str, *bits: int) -> None:
-    """Raises IRError for codes of a width that there is not."""
+def check_bits(name: str, *bits: int, known: Sequence[int] = BITS) -> None:
+    """Raises IRError for codes of a width that is none of the known ones."""
     for width in bits:
-        if width not in BITS:
-            raise IRError(f"{name} has codes of {', '.join(map(str, BITS))} bits, not {width}")
+        if width not in known:
+            raise IRError(f"{name} has codes of {', '.join(map(str, known))} bits, not {width}")
 
 
-def settle_bits(storage: Any) -> None:
+def settle_bits(storage: Any, known: Sequence[int] = BITS) -> None:
     """Settles `key_bits` and `value_bits`, which are `bits` where nothing else is said. Raises IRError for a
-    width that there is not."""
+    width that is none of the known ones."""
     for part in ("key_bits", "value_bits"):
         if missing(getattr(storage, part)):
             settle(storage, **{part: storage.bits})
-    check_bits(storage.name, storage.key_bits, storage.value_bits)
+    check_bits(storage.name, storage.key_bits, storage.value_bits, known=known)
 
 
 def check_divides(name: str, what: str, part: int, whole_name: str, whole: int) -> None:

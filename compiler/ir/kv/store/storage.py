@@ -124,9 +124,28 @@ class Storage(Options):
         return ()
 
     @property
+    def ordered(self) -> tuple[str, ...]:
+        """Parts of a token, "key" or "value", whose channels the graph brings in an order that is found for
+        each head, in which those stand together that lose little `together`.
+
+        `passes/cache/order_channels.py` puts it around attention; codecs and kernels do not know of it.
+        """
+        return ()
+
+    @property
+    def together(self) -> int:
+        """Channels that share a scale or an exponent, where channels are ordered."""
+        return 1
+
+    @property
     def integral(self) -> bool:
-        """Whether what is packed are codes of 4 bits with even levels under a scale a token, two a byte:
-        products of integers take them as they are."""
+        """Whether what is packed are codes of 4 bits with even levels, two a byte, under a scale for each
+        token or block of its channels: products of integers take them as they are."""
+        return False
+
+    @property
+    def scattered(self) -> bool:
+        """Whether where a number stands in a piece depends on what was packed, so that no kernel reads it."""
         return False
 
     @property

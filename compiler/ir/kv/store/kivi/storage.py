@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ......errors import IRError
 from ....options import later, option
-from ..packed import CODES, ROTATED, Packed, by_channel, by_token, check_divides, settle_bits
+from ..packed import CHOSEN, CODES, Packed, by_channel, by_token, check_divides, settle_bits
 from ..storage import STORAGES, GroupShape, Piece
 
 
@@ -61,14 +61,12 @@ class Kivi(Packed):
             )
         if self.keys not in ("channel", "token"):
             raise IRError(f"{self.name}: keys have scales by channel or token, not {self.keys!r}")
-        if self.rotate not in ROTATED:
-            raise IRError(
-                f"{self.name}: rotate is one of {', '.join(ROTATED)}, not {self.rotate!r}"
-            )
+        if self.rotate not in CHOSEN:
+            raise IRError(f"{self.name}: rotate is one of {', '.join(CHOSEN)}, not {self.rotate!r}")
 
     @property
     def rotated(self) -> tuple[str, ...]:
-        return ROTATED[self.rotate]
+        return CHOSEN[self.rotate]
 
     @property
     def granule(self) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...codes.affine import narrowed
+from ...codes.codec import through_arrays
 from ...codes.grouped import in_granules, pack_codes, unpack_codes
 from ...codes.normal import levels, nearest
 from ...codes.salient import Seen
@@ -15,7 +16,7 @@ from .storage import TurboQuant
 
 def encode(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen) -> Pieces:
     if storage.even:
-        return _of_arrays(storage, keys_KTD, values_KTD)
+        return through_arrays(storage, keys_KTD, values_KTD)
     keys_KGTD, values_KGTD = (in_granules(storage, x) for x in (keys_KTD, values_KTD))
     mean = narrowed(keys_KGTD.mean(2, keepdim=True), torch.float16)
     pieces = {"key_mean": mean}
@@ -26,13 +27,6 @@ def encode(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor, seen: Seen
 def decode(storage: TurboQuant, pieces: Pieces) -> tuple[Tensor, Tensor]:
     keys = _decoded(storage, "key", pieces, storage.key_bits) + pieces["key_mean"].float()
     return keys, _decoded(storage, "value", pieces, storage.value_bits)
-
-
-def _of_arrays(storage: TurboQuant, keys_KTD: Tensor, values_KTD: Tensor) -> Pieces:
-    """Even levels are rounded to in NumPy wherever they are, so that every runtime has the same codes."""
-    arrays = (x.float().cpu().numpy() for x in (keys_KTD, values_KTD))
-    found = storage.arrays.encode(storage, *arrays)
-    return {name: torch.from_numpy(piece).to(keys_KTD.device) for name, piece in found.items()}
 
 
 def _encoded(part: str, x: Tensor, bits: int) -> Pieces:

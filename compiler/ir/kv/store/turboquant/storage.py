@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from ......errors import IRError
 from ....options import later, missing, option, settle, stated
 from ...sizes import Size, divided_up
-from ..packed import ROTATED, Packed, codes_by_token, settle_bits
+from ..packed import CHOSEN, GRANULES, Packed, codes_by_token, settle_bits
 from ..storage import STORAGES, GroupShape, Piece
 
 #: How levels may be spread.
 LEVELS = ("even", "normal")
-
-#: Bulk buffers hold a multiple of so many granules of even levels: products of integers go by blocks of some.
-_GRANULES = 2
 
 
 @STORAGES.register
@@ -72,7 +69,7 @@ class TurboQuant(Packed):
 
     @property
     def rotated(self) -> tuple[str, ...]:
-        return ROTATED["both"]
+        return CHOSEN["both"]
 
     @property
     def granule(self) -> int:
@@ -93,7 +90,7 @@ class TurboQuant(Packed):
 
     def granules(self, tokens: Size) -> Size:
         found = super().granules(tokens)
-        return divided_up(found, _GRANULES) * _GRANULES if self.even else found
+        return divided_up(found, GRANULES) * GRANULES if self.even else found
 
     def pieces(self, shape: GroupShape) -> Iterator[Piece]:
         yield Piece("key_mean", 1, shape.key_size, "f16")

@@ -1,0 +1,1 @@
+"""Accurate Block Quantization."""

@@ -1,0 +1,16 @@
+"""Mustafar, which no kernel reads."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from ......errors import UnsupportedError
+from ..storage import GroupShape
+from .storage import Mustafar
+
+
+def streams(storage: Mustafar, shape: GroupShape) -> NoReturn:
+    raise UnsupportedError(
+        f"no kernel reads what {storage.name} stores, for where a number stands depends on its token; "
+        "compile for the target reference"
+    )
