@@ -136,6 +136,7 @@ def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[
     each = np.concatenate(kl)
     found = hits([(q, best_behind(model, q)) for q in subject.questions])
     layout = model.engine.layout
+    prompts = [q.tokens[: q.prompt] for q in subject.questions] or subject.windows
     return {
         "perplexity": math.exp(loss / each.size),
         "reference_perplexity": math.exp(wanted_loss / each.size),
@@ -154,9 +155,7 @@ def figures(model: einfold.Model, subject: Subject, original: Original) -> dict[
         "weight_bytes": model.engine.runner.weight_bytes,
         "cache_bytes": {str(n): int(layout.bytes(1, n)) for n in (1000, 4000)},
         "full_cache_bytes": {str(n): n * full_token_bytes(model) for n in (1000, 4000)},
-        "milliseconds": milliseconds(
-            model, max((q.tokens[: q.prompt] for q in subject.questions), key=len)
-        ),
+        "milliseconds": milliseconds(model, max(prompts, key=len)),
     } | _read(model)
 
 

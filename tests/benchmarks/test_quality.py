@@ -7,6 +7,7 @@ import json
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_figures_of_the_model_itself_and_of_a_coarse_one(
     assert found["recall"] == found["reference_recall"] == {"1000": 0.5}
     assert found["hits"] == found["reference_hits"] == {"1000": "10"}
     assert found["cache_bytes"] == found["full_cache_bytes"] and "read_bytes" not in found
+
+    # Other benchmarks ask nothing, or ask by themselves.
+    silent = figures(einfold.load(text_artifact), replace(subject, questions=[]), original)
+    assert silent["kl"] == found["kl"] and silent["questions"] == 0
 
     einfold.compile(subject.folder, tmp_path / "coarse", weights="int2", check=False)
     coarse = figures(einfold.load(tmp_path / "coarse"), subject, original)
