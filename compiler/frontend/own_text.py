@@ -9,7 +9,6 @@ later is worse than none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -116,32 +115,21 @@ def _written(
 ) -> Tensor:
     last, cache, found = first_B1, None, []
     device = next(model.parameters()).device
-    with ThreadPoolExecutor(1, "einfold-draws") as pool:
-        draws: Future[Tensor] | None = None
-        for step in range(length):
-            told_of(step)
-            if step % _TRIMMED == 0:
-                give_back()
-            out = model(input_ids=last.to(device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            likely = torch.softmax(out.logits[:, -1].float().cpu(), -1)
-            if not bool(torch.isfinite(likely).all()):
-                raise CalibrationError(
-                    "the model's logits are not finite where it writes a text to be calibrated on: its "
-                    "weights are damaged, or overflow in their type"
-                )
-            waits = _waits(likely.shape, random) if draws is None else draws.result()
-            if step + 1 < length:  # what the next token is drawn by, while the model runs
-                draws = pool.submit(_waits, likely.shape, random)
-            last = likely.div_(waits).argmax(-1, keepdim=True)
-            found.append(last)
+    for step in range(length):
+        told_of(step)
+        if step % _TRIMMED == 0:
+            give_back()
+        out = model(input_ids=last.to(device), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        likely = torch.softmax(out.logits[:, -1].float().cpu(), -1)
+        if not bool(torch.isfinite(likely).all()):
+            raise CalibrationError(
+                "the model's logits are not finite where it writes a text to be calibrated on: its weights "
+                "are damaged, or overflow in their type"
+            )
+        last = torch.multinomial(likely, 1, generator=random)
+        found.append(last)
     return torch.cat(found, dim=1)
-
-
-def _waits(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """Waiting times, of which the shortest, each divided by how likely its token is, draws one: as
-    torch.multinomial does, which makes them on one thread, a fifth of the time that a model of 0.5B takes."""
-    return torch.empty(shape, dtype=torch.float32).exponential_(1, generator=random)
 
 
 def _kept(place: Path, shape: tuple[int, int]) -> Tensor | None:

@@ -62,18 +62,6 @@ def test_a_text_is_likely_the_same_each_time_and_kept() -> None:
     assert own > said.gather(-1, other[:, 1:, None]).mean() + 2
 
 
-def test_tokens_are_drawn_as_torch_draws_them() -> None:
-    model, random = load_reference(find_model(MODEL)), torch.Generator().manual_seed(0)
-    last, cache, found = torch.randint(512, (2, 1), generator=random), None, []
-    for _ in range(12):
-        with torch.no_grad():
-            out = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache, likely = out.past_key_values, torch.softmax(out.logits[:, -1], -1)
-        last = torch.multinomial(likely, 1, generator=random)
-        found.append(last)
-    assert torch.equal(write(running=lambda: nullcontext(model)), torch.cat(found, dim=1))
-
-
 def test_weights_that_are_loaded_are_not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is of them, as where an adapter was merged; and as of the files, where these are it."""
     model = opened()
