@@ -213,9 +213,10 @@ def load(
     With `memory`, a number of bytes, a language model of the targets onnx and triton runs within so much,
     whatever its weights take: some stay, the rest is read from the disk in every step (`einfold.plan` says
     which), with room for a cache of `context` tokens, 4,096 without it, of which some layers lie in a file
-    where it does not fit. The first time a copy with packed weights, of 2.3 times their bytes, is written to
-    einfold's cache folder, where there is room. Of the target triton it is a GPU's memory, and what does not
-    stay there is copied from the machine's; a model that has no room on the GPU runs so without being asked.
+    where it does not fit, or steps are shorter so. The first time a copy with packed weights, of 2.3 times
+    their bytes, is written to einfold's cache folder, where there is room. Of the target triton it is a GPU's
+    memory, and what does not stay there is copied from the machine's; a model that has no room on the GPU
+    runs so without being asked.
 
     Raises ArtifactError where the folder is damaged or no artifact, RecipeError for an impossible option,
     UnsupportedError where this machine cannot run it.
@@ -229,13 +230,19 @@ def load(
         raise RecipeError("context is what memory leaves room for; give both")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
-    if memory is None and manifest.kind == CAUSAL:
+    asked = memory is not None
+    if not asked and manifest.kind == CAUSAL:
         memory = _target(artifact, engine).limit(artifact)
-        if memory is not None:
-            warnings.warn(ArtifactWarning(_no_room(artifact, memory)), stacklevel=2)
     if memory is not None:  # a budget that cannot do is refused before weights are hashed
         parts = in_parts(artifact, _target(artifact, engine))
-        plan = plan_of(artifact, parts, memory, context, chunk)
+        try:
+            plan = plan_of(artifact, parts, memory, context, chunk)
+        except RecipeError:
+            if asked:
+                raise
+            memory = None  # the least has no room by the plan's numbers: let the device decide
+    if memory is not None and not asked:
+        warnings.warn(ArtifactWarning(_no_room(artifact, memory)), stacklevel=2)
     # Hashing the weights and packing them for the processor are what loading takes; they go side by side.
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(artifact.check_weights, memory is None) if verify else None
@@ -260,7 +267,7 @@ def load(
 
 def _no_room(artifact: Artifact, free: int) -> str:
     return (
-        f"{artifact.folder}: weights and a cache have no room in the {free:,} bytes that the GPU has free, "
+        f"{artifact.folder}: weights and a cache have no room in the {free:,} bytes that the GPU has for it, "
         "so some weights are copied there in every step (`Model.plan` says which)"
     )
 

@@ -289,10 +289,11 @@ def plan(
 
     `memory` is all that the process holds there, with room for a cache of `context` tokens (4,096, or the
     artifact's context where that is less) and steps of `chunk` tokens. Where that cache does not fit beside
-    the rest, slots of some layers are spilled: they lie in a file, and are read in every step too. `device`
-    is a description that `einfold device probe` wrote; without it that of this machine is used, or where it
-    was not measured what is assumed. No hash is checked, no weight read, and no GPU needed. Raises
-    RecipeError for a budget that cannot do, UnsupportedError for a target that holds all weights.
+    the rest, or steps are shorter by a twentieth so, slots of some layers are spilled: they lie in a file,
+    and are read in every step too. `device` is a description that `einfold device probe` wrote; without it
+    that of this machine is used, or where it was not measured what is assumed. No hash is checked, no weight
+    read, and no GPU needed. Raises RecipeError for a budget that cannot do, UnsupportedError for a target
+    that holds all weights.
     """
     artifact = Artifact.open(folder, verify=False)
     target = artifact.manifest.target

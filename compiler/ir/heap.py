@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 
+#: From which size on blocks are none of the heap's, as it was set last; 0 where it was not.
+_in_force = 0
+
 #: glibc's numbers of what can be set: bytes at the end of the heap that it keeps, the smallest block that is
 #: none of the heap's, and how many heaps there are.
 _TRIM, _MAPPED, _ARENAS = -1, -3, -8
@@ -27,10 +30,15 @@ def leave_from(nbytes: int) -> None:
     """Has blocks of so many bytes and more, 32 MiB at most, go to the system as soon as they are let go of.
 
     The C library raises that bound by itself to the largest block that it saw: values of a prompt then lie in
-    the heap, which they leave full of holes. Of a chunk of 512 tokens, 97 MB by their sizes, it kept 250.
+    the heap, which they leave full of holes. Of a chunk of 512 tokens, 97 MB by their sizes, it kept 250. It
+    is one bound for the process, so whoever needs one asks for it whenever it counts.
     """
-    _set(_MAPPED, nbytes)
-    _set(_TRIM, 2 * nbytes)
+    global _in_force
+    if nbytes != _in_force:
+        _set(_MAPPED, nbytes)
+        _set(_TRIM, 2 * nbytes)
+        give_back()
+        _in_force = nbytes
 
 
 def _set(option: int, value: int) -> None:

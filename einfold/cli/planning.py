@@ -150,6 +150,7 @@ def probe(
     from ..compiler.codegen.onnx.runner import available_cores
     from ..compiler.ir.device import Device, device_file, write_device
     from ..compiler.ir.kept import cache_home
+    from ..errors import EinfoldError, first_line
     from ..runtime.memory.gpu_probe import measured_gpu
     from ..runtime.memory.probe import disk_bandwidth, ram_bandwidth, ram_size
 
@@ -165,7 +166,10 @@ def probe(
         "" if direct else ", without direct reads"
     )
     found = Device(cores, ram_size(), round(ram), round(disk), round(packing), measured)
-    gpu = measured_gpu()
+    try:
+        gpu, why = measured_gpu(), ""
+    except (EinfoldError, RuntimeError) as error:  # RuntimeError: of a driver
+        gpu, why = None, f"the GPU was not measured: {first_line(error)}"
     if gpu is not None:
         memory, reading, link = (round(number) for number in gpu)
         found = replace(
@@ -185,4 +189,5 @@ def probe(
         + ("" if direct else " (no direct reads)")
         + f", packing {packing / 1e9:.2f} GB/s"
         + (f", GPU {reading / 1e9:.0f} GB/s, link {link / 1e9:.1f} GB/s" if gpu is not None else "")
+        + (f"; {why}" if why else "")
     )

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Callable
 from importlib import util
 
+from ...errors import UnsupportedError
+
 #: Bytes that are copied to the GPU, and read and written there.
-_LINK, _MEMORY = 256 << 20, 1 << 30
+_LINK, _MEMORY = 256 << 20, 512 << 20
 
 #: Times that each is measured; the middle one counts.
 _TIMES = 5
@@ -15,7 +17,8 @@ _TIMES = 5
 
 def measured_gpu() -> tuple[int, float, float] | None:
     """Bytes of the CUDA device's memory, bytes a second that it reads there, and that it copies from
-    page-locked memory of this machine; None where there is no device, or no torch to ask for it."""
+    page-locked memory of this machine; None where there is no device, or no torch to ask for it. Raises
+    OutOfMemoryError where the device has too little free, UnsupportedError where no memory is page-locked."""
     if util.find_spec("torch") is None:
         return None
     import torch
@@ -25,10 +28,11 @@ def measured_gpu() -> tuple[int, float, float] | None:
     from .cuda_copies import CudaCopies
 
     copies = CudaCopies(torch.device("cuda", torch.cuda.current_device()))
-    source, _ = copies.on_host(_LINK)
+    source, reason = copies.on_host(_LINK)
+    if reason:
+        raise UnsupportedError(f"the system page-locks no memory to copy from ({reason})")
     target = copies.on_device(_LINK)
-    block = copies.on_device(_MEMORY)
-    other = torch.empty_like(block)
+    block, other = (copies.on_device(_MEMORY) for _ in range(2))
 
     def seconds(run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

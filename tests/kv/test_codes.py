@@ -290,12 +290,24 @@ def test_a_large_channel_takes_the_bits_of_its_own_block_alone() -> None:
     assert float(less) < 0.05 * float(lost)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_blocks_with_numbers_that_are_not_finite_say_so(wrong: float) -> None:
+    storage = Abq(tokens=2, block=4, order="none")
+    keys = torch.ones(1, 2, 8)
+    keys[0, 1, 5] = wrong
+    found, values = decode(storage, encode(storage, keys, torch.ones(1, 2, 8), Seen()))
+    assert torch.equal(found.isfinite()[0, 0], torch.tensor([[True] * 8, [True] * 4 + [False] * 4]))
+    assert torch.equal(values.flatten(1, 2), torch.ones(1, 2, 8))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e2])
 @pytest.mark.parametrize("dtype", KEPT)
-def test_mustafar_keeps_the_largest_numbers_of_each_token(dtype: str) -> None:
+def test_mustafar_keeps_the_largest_numbers_of_each_token(dtype: str, size: float) -> None:
     """Beside a plain spelling: of 24 channels the largest 7 of a key, of 16 the largest 8 of a value."""
     storage = Mustafar(key_sparsity=0.7, value_sparsity=0.5, dtype=dtype, tokens=3)
     torch.manual_seed(0)
-    keys, values = torch.randn(2, 6, 24), torch.randn(2, 6, 16)
+    keys, values = size * torch.randn(2, 6, 24), size * torch.randn(2, 6, 16)
     pieces = encode(storage, keys, values, Seen())
     for x_KTD, got, part, kept in zip(
         (keys, values), decode(storage, pieces), ("key", "value"), (7, 8), strict=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,28 +29,40 @@ class ChannelOrders(Observer):
 
     by exchanges of two channels of different blocks, from the order that they have. Queries and keys are as
     they are turned; the `first` tokens of each row are left out. Values count the same in every channel.
+    Only the `parts` that are named are looked at, in these `layers`, or in all.
     """
 
     name = "channel_orders"
 
-    def __init__(self, together: int, first: int) -> None:
+    def __init__(
+        self,
+        together: int,
+        first: int,
+        parts: Sequence[str] = ("key", "value"),
+        layers: Collection[int] | None = None,
+    ) -> None:
         self.together, self.first = together, first
+        self.parts, self.layers = tuple(parts), layers
 
     @property
     def key(self) -> str:
-        return f"{self.name}-{self.together}-{self.first}"
+        layers = "all" if self.layers is None else "+".join(map(str, sorted(self.layers)))
+        return f"{self.name}-{self.together}-{self.first}-{'+'.join(self.parts)}-{layers}"
 
     def sites(self, program: Program) -> list[Site]:
-        return [replace(site, attention=None) for site in sites.attention(program)]
+        wanted = None if self.layers is None else {sites.layer(layer) for layer in self.layers}
+        every = [replace(site, attention=None) for site in sites.attention(program)]
+        return [site for site in every if wanted is None or site.name in wanted]
 
     def see(self, site: Site, *values: Any) -> Found:
         q_BSHD, k_BSKD, v_BSKD = (x[:, self.first :].float() for x in values)
-        heads = k_BSKD.shape[2]
-        weight_KD = q_BSHD.square().unflatten(2, (heads, -1)).mean(dim=(0, 1, 3))
-        return {
-            "key": self._orders(k_BSKD, weight_KD),
-            "value": self._orders(v_BSKD, torch.ones(heads, v_BSKD.shape[3])),
-        }
+        heads, found = k_BSKD.shape[2], dict[str, Tensor]()
+        if "key" in self.parts:
+            weight_KD = q_BSHD.square().unflatten(2, (heads, -1)).mean(dim=(0, 1, 3))
+            found["key"] = self._orders(k_BSKD, weight_KD)
+        if "value" in self.parts:
+            found["value"] = self._orders(v_BSKD, torch.ones(heads, v_BSKD.shape[3]))
+        return found
 
     def _orders(self, x_BSKD: Tensor, weight_KD: Tensor) -> Tensor:
         squares_KDT = x_BSKD.square().flatten(0, 1).permute(1, 2, 0).contiguous()

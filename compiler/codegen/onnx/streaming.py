@@ -64,7 +64,6 @@ class StreamingRunner:
         one_heap()
         # Before anything is loaded: what large blocks leave in the heap is filled with values later.
         leave_from(_BLOCK)
-        self._block = _BLOCK
         self.plan = plan
         self.observed: dict[str, Array] = {}
         self._artifact = model.artifact
@@ -182,15 +181,12 @@ class StreamingRunner:
     def _settle_heap(self, tokens: int) -> None:
         """Has values of many tokens go back to the system as the next are made; of few tokens they are small,
         and packed weights are best taken from the heap, step after step."""
-        block = _OF_WEIGHTS if tokens <= _FEW and not self.plan.paged else _BLOCK
-        if block != self._block:
-            leave_from(block)
-            give_back()
-            self._block = block
+        leave_from(_OF_WEIGHTS if tokens <= _FEW and not self.plan.paged else _BLOCK)
 
     def close(self) -> None:
         """Ends the thread that reads. No step is taken from then on."""
         self._closed = True
+        leave_from(_OF_WEIGHTS)  # what others in this process do is slower with less
         if self._reader is not None:
             self._reader.close()
         if self._spilled is not None:

@@ -33,6 +33,9 @@ from .linear.bound import reorder
 #: The number of a layer in a weight's name, such as `model.layers.7.mlp.gate_up.packed`.
 _LAYER = re.compile(r"\.(\d{1,5})\.")
 
+#: How names of weights begin that say which heads are of a group: their numbers are of heads.
+_OF_HEADS = "heads."
+
 #: Inputs of a program that the host has.
 _GIVEN = ("input_ids", "position_ids")
 
@@ -185,7 +188,11 @@ def _looks(node: fx.Node) -> bool:
 
 
 def _layer_of(names: Sequence[str]) -> int | None:
-    numbers = [int(found.group(1)) for name in names if (found := _LAYER.search(name))]
+    numbers = [
+        int(found.group(1))
+        for name in names
+        if not name.startswith(_OF_HEADS) and (found := _LAYER.search(name))
+    ]
     return max(numbers, default=None)
 
 

@@ -68,12 +68,12 @@ class TritonInParts:
 
 
 def limit(artifact: Artifact) -> int | None:
-    """The free memory of the CUDA device, where weights and a cache of 4,096 tokens may find too little:
-    beside what a process takes as much is left for what a step computes. None where they find enough, or
-    nothing runs on such a device."""
+    """A budget of the memory that the CUDA device has free, and of what this process has of it already, where
+    weights and a cache of 4,096 tokens may find too little: as much as a process takes is left for what a
+    step computes. None where they find enough, or nothing runs on such a device."""
     free = free_memory()
     if free is None:
         return None
     tokens = min(_TOKENS, artifact.manifest.model.context)
     cache = int(artifact.manifest.layout().peak_bytes(1, tokens, tokens))
-    return free if artifact.weight_bytes() + cache + 2 * PROCESS > free else None
+    return free + PROCESS if artifact.weight_bytes() + cache + PROCESS > free else None

@@ -21,6 +21,7 @@ from ....errors import ArtifactError, ArtifactWarning, OutOfMemoryError, Unsuppo
 from ....runtime.artifact import Artifact
 from ....runtime.memory.cuda_copies import CudaCopies
 from ....runtime.memory.device_ahead import Block, Copies, DeviceAhead
+from ....runtime.memory.probe import ram_size
 from ...ir.interpreter import Run
 from ...memory.leveling import AHEAD
 from ...memory.tiers import TierPlan
@@ -38,6 +39,16 @@ def copies_of(device: torch.device) -> Copies:
     return CudaCopies(device)
 
 
+def _check_room(name: str, nbytes: int) -> None:
+    """Raises OutOfMemoryError before so many bytes of the machine's memory are locked that are not there."""
+    machine = ram_size()
+    if nbytes > machine:
+        raise OutOfMemoryError(
+            f"{name}: {nbytes:,} bytes of weights are to be kept in this machine's memory for the GPU, which "
+            f"has {machine:,}: give a larger budget, or compile into fewer bits"
+        )
+
+
 class OffloadedRunner(KernelRunner):
     """The same where weights lie as a plan says."""
 
@@ -51,7 +62,7 @@ class OffloadedRunner(KernelRunner):
         device: torch.device,
     ) -> None:
         """Loads all weights, those that are streamed first. Raises OutOfMemoryError where the device has no
-        room for what is to lie there."""
+        room for what is to lie there, or the machine none for what is streamed."""
         program, placed = cut.program, dict[str, Tensor]()
         name = str(artifact.folder)
         super().__init__(program, instead, device, program.weights.nbytes, name, placed)
@@ -63,6 +74,7 @@ class OffloadedRunner(KernelRunner):
         streamed = {piece.name for piece in plan.streamed}
         self._streamed = [op for op in cut.ops if op.name in streamed]
         blocks = [cut.block(op.weights) for op in self._streamed]
+        _check_room(name, sum(block.nbytes for block in blocks))
         self._ahead = DeviceAhead(blocks, copies, AHEAD) if blocks else None
         kept = [op.weights for op in cut.ops if op.name not in streamed]
         for names in (*kept, cut.shared):

@@ -34,12 +34,7 @@ class Triton(Target):
         return "cubins are for the target triton; add --target triton" if self.cubins else ""
 
     def refuses(self, storage: Storage) -> str:
-        if not storage.scattered:
-            return ""
-        return (
-            f"no kernel reads what {storage.name} stores, for where a number stands depends on its token; "
-            "compile for the target reference"
-        )
+        return storage.without_kernels()
 
     def cannot_read(self, reader: Reader) -> str:
         if reader.whole or reader.name == "quest":

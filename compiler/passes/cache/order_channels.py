@@ -45,7 +45,9 @@ def find_orders(program: Program, storage: Packed) -> None:
     wanted = [each for each in program.layout.groups() if each[2].storage == storage]
     if not wanted or not storage.ordered:
         return
-    found = Later(program, [ChannelOrders(storage.together, storage.lead)])
+    layers = {layer.layer for layer, _, _ in wanted}
+    observer = ChannelOrders(storage.together, storage.lead, storage.ordered, layers)
+    found = Later(program, [observer])
     program.calibrations.append(found)
     for layer, index, group in wanted:
         for part in storage.ordered:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import einfold
-from einfold.compiler.codegen.triton import in_parts, target
+from einfold.compiler.codegen.triton import in_parts, offload, target
 from einfold.compiler.codegen.triton.cut import CutProgram, cut
 from einfold.compiler.codegen.triton.in_parts import PROCESS, TritonInParts
 from einfold.compiler.codegen.triton.offload import OffloadedRunner, copies_of
@@ -267,17 +267,47 @@ def test_a_gpu_with_too_little_room_is_given_a_budget(
 ) -> None:
     artifact, made = Artifact.open(compiled("llama", **INT4)), target.Triton()
     assert made.limit(artifact) is None, "nothing runs on a GPU here"
-    for free, found in ((10 * PROCESS, None), (2 * PROCESS, 2 * PROCESS)):
+    for free, found in ((10 * PROCESS, None), (PROCESS, 2 * PROCESS)):
         monkeypatch.setattr(in_parts, "free_memory", lambda free=free: free)
         assert made.limit(artifact) == found
     copies = Simulated()
     monkeypatch.setattr(in_parts, "copies_of", lambda device: copies)
     monkeypatch.setattr(in_parts, "find_device", lambda: torch.device("cpu"))
     with pytest.warns(
-        ArtifactWarning, match="no room in the 1,200,000,000 bytes that the GPU has free"
+        ArtifactWarning, match="no room in the 1,200,000,000 bytes that the GPU has for"
     ):
         model = einfold.load(artifact.folder)
     assert model.plan is not None and model.plan.tiers.budget == 2 * PROCESS
+
+
+def test_a_gpu_with_no_room_for_the_least_is_asked_for_all(
+    compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What a process takes is assumed: where even the least has no room by it, the device decides."""
+    monkeypatch.setattr(in_parts, "free_memory", lambda: 0)
+
+    def resident(*given: Any, **options: Any) -> Any:
+        raise OutOfMemoryError("asked for all")
+
+    monkeypatch.setattr(target.Triton, "runner", resident)
+    with pytest.raises(OutOfMemoryError, match="asked for all"):
+        einfold.load(compiled("llama", **INT4))
+    assert not [each for each in recwarn if issubclass(each.category, ArtifactWarning)]
+
+
+@needs_triton
+def test_what_the_machine_has_no_room_for_is_not_locked(
+    compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = Simulated()
+    monkeypatch.setattr(in_parts, "copies_of", lambda device: copies)
+    monkeypatch.setattr(in_parts, "find_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(offload, "ram_size", lambda: 1000)
+    folder = compiled("llama", **INT4)
+    with pytest.raises(
+        OutOfMemoryError, match="kept in this machine's memory for the GPU, which has 1,000"
+    ):
+        einfold.load(folder, memory=smallest(folder), context=CONTEXT)
 
 
 @pytest.fixture

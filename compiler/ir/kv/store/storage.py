@@ -148,6 +148,15 @@ class Storage(Options):
         """Whether where a number stands in a piece depends on what was packed, so that no kernel reads it."""
         return False
 
+    def without_kernels(self) -> str:
+        """Why no kernel reads it, in a sentence; "" where one may."""
+        if not self.scattered:
+            return ""
+        return (
+            f"no kernel reads what {self.name} stores, for where a number stands depends on its token; "
+            "compile for the target reference"
+        )
+
     @property
     def windowed(self) -> bool:
         """Whether the slots hold a window, and what `whole` gives stands for the other tokens."""

@@ -37,8 +37,8 @@ def _kept(storage: Mustafar, part: str, kept: Tensor) -> Pieces:
     if storage.dtype == "f16":
         return {f"{part}_kept": narrowed(kept, torch.float16)}
     scale = narrowed(kept.abs().amax(-1, keepdim=True) / _LARGEST, torch.float16)
-    codes = (kept / scale.float().clamp(min=torch.finfo(torch.float16).tiny)).round()
-    codes = codes.clamp(-_LARGEST, _LARGEST) + _OFFSET
+    steps = kept / scale.float().clamp(min=torch.finfo(torch.float16).tiny * 2**-10)
+    codes = steps.round().clamp(-_LARGEST, _LARGEST) + _OFFSET
     return {f"{part}_kept": codes.to(torch.uint8), f"{part}_scale": scale}
 
 

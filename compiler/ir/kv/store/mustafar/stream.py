@@ -10,7 +10,4 @@ from .storage import Mustafar
 
 
 def streams(storage: Mustafar, shape: GroupShape) -> NoReturn:
-    raise UnsupportedError(
-        f"no kernel reads what {storage.name} stores, for where a number stands depends on its token; "
-        "compile for the target reference"
-    )
+    raise UnsupportedError(storage.without_kernels())
