@@ -1,12 +1,13 @@
 """Arenas of every tiny architecture of the tests: `python -m benchmarks.memory_plans [--json] [NAME ...]`.
 
-For a token, and for a chunk of 64 tokens, over a cache for 128, logits behind the last:
+For a token, and for chunks of 64 and of 256 tokens, over a cache for 256, logits behind the last:
 
 - apart: the peak of live bytes with attention as one operator, every result that is no view a new buffer and
   the calls as they were captured;
-- peak: the same with results in place and the calls in the best order, and whether the order is proved;
+- peak: the same with results in place, the calls in the best order and stretches in tiles, and whether the
+  order is proved;
 - arena: what packing it takes, which should be the peak;
-- ms: milliseconds of the processor for all of that, without tracing the model;
+- ms: milliseconds of the processor for the order, for choosing tiles, and for the plan of what came of it;
 - torch: the arena that the reference runs in, with all that its operators compute on their way, its peak, and
   the milliseconds of expanding and planning it.
 
@@ -25,10 +26,10 @@ from pathlib import Path
 
 from einfold.compiler.driver import open_model, trace
 from einfold.compiler.ir.program import Program
-from einfold.compiler.memory.expand import expand
 from einfold.compiler.memory.order import best_order
 from einfold.compiler.memory.planning import plan_memory
 from einfold.compiler.memory.survey import inputs_at, survey
+from einfold.compiler.memory.tiling import planned, tiled
 from einfold.compiler.passes.memory.order_calls import arrange
 from einfold.compiler.recipe import Recipe
 from tests import models
@@ -36,8 +37,8 @@ from tests import models
 from .report import table
 
 #: New tokens of a step, by what it is.
-STEPS = {"decode": 1, "prefill": 64}
-CONTEXT = 2 * STEPS["prefill"]
+STEPS = {"decode": 1, "prefill": 64, "long": 256}
+CONTEXT = 256
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Row:
     peak: int
     proved: bool
     arena: int
-    seconds: float
+    seconds: tuple[float, float, float]
     torch_arena: int
     torch_peak: int
     torch_seconds: float
@@ -70,9 +71,12 @@ def measure(name: str, step: str, program: Program) -> Row:
     started = time.process_time()
     order = best_order(program, survey(program, inputs))
     arrange(program, order.nodes)
-    plan = plan_memory(program, inputs)
-    planned = time.process_time()
-    inner = plan_memory(expand(program, inputs), inputs)
+    ordered = time.process_time()
+    cut = tiled(program, inputs)
+    chosen = time.process_time()
+    plan = plan_memory(cut, inputs)
+    done = time.process_time()
+    _, inner = planned(program, inputs)
     expanded = time.process_time()
     arrange(program, own)
     return Row(
@@ -82,10 +86,10 @@ def measure(name: str, step: str, program: Program) -> Row:
         plan.bound,
         order.proved,
         plan.arena,
-        planned - started,
+        (ordered - started, chosen - ordered, done - chosen),
         inner.arena,
         inner.bound,
-        expanded - planned,
+        expanded - done,
     )
 
 
@@ -130,7 +134,7 @@ def cells(row: Row) -> list[str]:
         peak,
         f"{row.saved:.0%}",
         f"{row.arena:,}",
-        f"{1000 * row.seconds:.0f}",
+        " ".join(f"{1000 * seconds:.0f}" for seconds in row.seconds),
         f"{row.torch_arena:,}",
         f"{row.torch_peak:,}",
         f"{1000 * row.torch_seconds:.0f}",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, fx
 
 from ..ir.program import Program
 from .buffers import Buffer
+from .joining import join
 from .packing import Plan, pack
 from .sharing import Sharing, share
-from .survey import Survey, survey
+from .survey import Joining, Survey, survey
 
 #: Seconds of the processor that a plan's packing may take. First fit has mostly reached the bound by then.
 SECONDS = 0.2
@@ -26,13 +29,29 @@ class MemoryPlan:
     """Where a program's intermediate values lie, in the order of its graph."""
 
     survey: Survey
-    """The run with results in place: their shapes, strides and storages."""
+    """The run with results in place and in their part of a whole: their shapes, strides and storages."""
     sharing: Sharing
+    joining: Joining
     buffers: tuple[Buffer, ...]
     """One for each storage; steps are the places of the calls."""
     packed: Plan
     offsets: Mapping[int, int]
     """Where each storage lies in the arena, by its number."""
+
+    @cached_property
+    def steps(self) -> dict[fx.Node, int]:
+        """The place of each call."""
+        nodes = [node for node in self.survey.values if node.op == "call_function"]
+        return {node: at for at, node in enumerate(nodes)}
+
+    @cached_property
+    def live(self) -> list[int]:
+        """The bytes that are live while each call runs."""
+        changes = [0] * (len(self.steps) + 2)
+        for each in self.buffers:
+            changes[each.start] += each.size
+            changes[each.end] -= each.size
+        return list(accumulate(changes))[: len(self.steps)]
 
     @property
     def arena(self) -> int:
@@ -65,14 +84,17 @@ def plan_memory(
     """Plans for inputs of these shapes, calls in the graph's order. Without `in_place` every result that is
     no view is a new buffer."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    found, sharing = survey(program, inputs), Sharing()
+    found, sharing, joining = survey(program, inputs), Sharing(), Joining()
     if in_place:
         sharing = share(calls, found)
         found = survey(program, inputs, sharing.in_place)
+        joining = join(calls, found)
+        if joining.whole:
+            found = survey(program, inputs, sharing.in_place, joining)
     buffers = buffers_of(calls, found)
     packed = pack(buffers, seconds=SECONDS)
     offsets = dict(zip(found.made, packed.offsets, strict=True))
-    return MemoryPlan(found, sharing, tuple(buffers), packed, offsets)
+    return MemoryPlan(found, sharing, joining, tuple(buffers), packed, offsets)
 
 
 def buffers_of(calls: Sequence[fx.Node], found: Survey) -> list[Buffer]:

@@ -12,6 +12,9 @@ from ..ir.ops.record import operator_of
 from ..ir.program import call_arguments
 from .survey import Survey, number
 
+#: Operators of torch that give their first argument with some of it replaced.
+_OVER_FIRST = {torch.ops.aten.slice_scatter.default, torch.ops.aten.copy.default}
+
 
 @dataclass
 class Sharing:
@@ -26,7 +29,8 @@ def share(nodes: list[fx.Node], found: Survey) -> Sharing:
     """Decides for calls in this order; `found` is a survey of the program with nothing written in place.
 
     Torch says of an operator of its own that it is pointwise, an operator of einfold's says what it may
-    overwrite (`Operator.overwrites`).
+    overwrite (`Operator.overwrites`). Rows of a larger storage come first: that stays as long as any of its
+    rows is read, so that they are there for nothing.
     """
     sharing = Sharing()
     place = {node: index for index, node in enumerate(nodes)}
@@ -34,7 +38,7 @@ def share(nodes: list[fx.Node], found: Survey) -> Sharing:
         taken: set[int] = set()
         for at, names in enumerate(candidates(node)):
             reasons = []
-            for argument in names:
+            for argument in sorted(names, key=lambda each: not _rows_of_more(found.values[each])):
                 reason = why_not(node, at, argument, found) or _still_read(
                     node, argument, found, place, taken
                 )
@@ -57,6 +61,8 @@ def candidates(node: fx.Node) -> list[list[fx.Node]]:
     if kind is not None:
         given = call_arguments(node) if kind.overwrites else {}
         return [[given[name] for name in names] for names in kind.overwrites]
+    if target in _OVER_FIRST:
+        return [[each for each in node.args[:1] if isinstance(each, fx.Node)]]
     if torch.Tag.pointwise in target.tags:
         return [[each for each in node.args if isinstance(each, fx.Node)]]
     return []
@@ -116,6 +122,14 @@ def _read_of(node: fx.Node, old: Tensor, found: Survey) -> Iterator[Tensor]:
         yield from (each for each in found.results(source) if number(each) == number(old))
 
 
+def _rows_of_more(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_contiguous()
+        and value.nbytes < value.untyped_storage().nbytes()
+    )
+
+
 def _repeats(tensor: Tensor) -> bool:
     return any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -125,19 +139,28 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def apart(a: Tensor, b: Tensor) -> bool:
-    """Whether two views of a storage share no element: slices of the same rows, such as a gate and its up.
+    """Whether two views of a storage share no element: slices of the same rows, such as a gate and its up, or
+    queries beside keys of fewer heads.
 
     Where it says so, it is so; of other forms it says nothing.
     """
-    if a.dtype != b.dtype or (a.shape, a.stride()) != (b.shape, b.stride()):
+    if a.dtype != b.dtype:
         return False
-    sizes = sorted((s, n) for n, s in zip(a.shape, a.stride(), strict=True) if n > 1)
-    block = 1
-    while sizes and sizes[0][0] == block:
-        block *= sizes.pop(0)[1]
-    distance = abs(int(a.storage_offset()) - int(b.storage_offset()))
-    if not sizes:
-        return distance >= block
-    row = sizes[0][0]
-    rows = all(stride % row == 0 for stride, _ in sizes)
-    return rows and block <= distance % row <= row - block
+    strides = {s for x in (a, b) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1}
+    rows = [*strides, a.untyped_storage().nbytes()]  # the last: one row that holds all
+    for row in rows:
+        mine, other = _within_rows(a, row), _within_rows(b, row)
+        if mine and other and (mine[1] <= other[0] or other[1] <= mine[0]):
+            return True
+    return False
+
+
+def _within_rows(tensor: Tensor, row: int) -> tuple[int, int] | None:
+    """Where the elements of a view lie in rows of so many: from here up to there in each; None where that is
+    not one interval of a row."""
+    axes = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    if row == 0 or any(s >= row and s % row for _, s in axes):
+        return None
+    start = int(tensor.storage_offset()) % row
+    end = start + 1 + sum((n - 1) * s for n, s in axes if s < row)
+    return (start, end) if end <= row else None

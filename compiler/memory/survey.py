@@ -24,15 +24,32 @@ META = torch.device("meta")
 InPlace = Mapping[tuple[fx.Node, int], fx.Node]
 
 
+@dataclass(frozen=True)
+class Joining:
+    """Calls of `cat` that copy nothing, since their parts are written where they lie in the whole."""
+
+    parts: Mapping[tuple[fx.Node, int], tuple[fx.Node, int]] = field(default_factory=dict)
+    """For a call and one of its results, the `cat` in whose memory it lies, and its first element there."""
+    whole: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    """Each such `cat`, and a tensor like its result."""
+
+
 @dataclass
 class Made:
     """A storage that a call allocates."""
 
     node: fx.Node
+    at: int
+    """Which of the call's results brought it."""
     tensor: Tensor
-    """The result that brought it. It keeps the storage alive, and so its number."""
+    """That result. It keeps the storage alive, and so its number."""
     readers: set[fx.Node] = field(default_factory=set)
     """What reads it, through views or not; the program's output among them."""
+
+    @property
+    def result(self) -> tuple[fx.Node, int]:
+        """The call, and which of its results."""
+        return self.node, self.at
 
     @property
     def size(self) -> int:
@@ -67,7 +84,11 @@ class Survey:
             return False
         given = {number(e) for source in node.all_input_nodes for e in self.results(source)}
         results = {number(each) for each in self.results(node)}
-        return bool(results) and results <= given
+        if schema is None:  # one of several results is taken
+            return bool(results) and results <= given
+        return (
+            bool(results) and results == given
+        )  # a view of one argument by another's numbers reads these
 
     def wrote(self, node: fx.Node) -> set[int]:
         """The storages that a node allocated."""
@@ -78,11 +99,12 @@ class Survey:
 class _Shapes(Interpreter):
     """Runs a program on the meta device, where an operator of einfold's gives what its shapes say."""
 
-    def __init__(self, program: Program, in_place: InPlace) -> None:
+    def __init__(self, program: Program, in_place: InPlace, joining: Joining) -> None:
         shapes = {kind.overload(): kind.standing_in(kind.shapes) for kind in OPERATORS.values()}
         super().__init__(program, instead=shapes, device=META)
         self.found = Survey()
-        self._in_place = in_place
+        self._in_place, self._joining = in_place, joining
+        self._joined: dict[fx.Node, Tensor] = {}
         self._given: set[int] = set()
         self._weights: dict[str, Tensor] = {}
 
@@ -99,9 +121,9 @@ class _Shapes(Interpreter):
         found = self.found
         if node.op == "call_function":
             value = self._put_in_place(node, value)
-            for each in tensors(value):
+            for at, each in enumerate(tensors(value)):
                 if number(each) not in self._given:
-                    found.made.setdefault(number(each), Made(node, each))
+                    found.made.setdefault(number(each), Made(node, at, each))
         else:
             self._given |= {number(each) for each in tensors(value)}
         found.values[node] = value
@@ -110,19 +132,37 @@ class _Shapes(Interpreter):
         return value
 
     def _put_in_place(self, node: fx.Node, value: Any) -> Any:
+        if node in self._joining.whole:
+            first, whole = self.found.values[node.all_input_nodes[0]], value
+            return first.as_strided(whole.shape, whole.stride(), first.storage_offset())
         several = isinstance(value, (tuple, list))
         results = list(value) if several else [value]
         for at in range(len(results)):
             if (node, at) in self._in_place:
                 results[at] = self.found.values[self._in_place[node, at]]
+            elif (node, at) in self._joining.parts:
+                whole, first = self._joining.parts[node, at]
+                results[at] = self._memory_of(whole).as_strided(
+                    results[at].shape, results[at].stride(), first
+                )
         return tuple(results) if several else results[0]
+
+    def _memory_of(self, whole: fx.Node) -> Tensor:
+        """What a `cat` gives, made for the first of its parts."""
+        if whole not in self._joined:
+            self._joined[whole] = torch.empty_like(self._joining.whole[whole]).flatten()
+        return self._joined[whole]
 
 
 def survey(
-    program: Program, inputs: Mapping[str, Tensor], in_place: InPlace | None = None
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    in_place: InPlace | None = None,
+    joining: Joining | None = None,
 ) -> Survey:
-    """Runs a program on inputs of these shapes, results written in place where that says so."""
-    shapes = _Shapes(program, in_place or {})
+    """Runs a program on inputs of these shapes, results written in place and in their part of a whole where
+    these say so."""
+    shapes = _Shapes(program, in_place or {}, joining or Joining())
     shapes.run({name: each.to(META) for name, each in inputs.items()})
     found = shapes.found
     for read in found.reads(program.output):

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from einfold.compiler.ir.ops import einfold_ops as ops
 from einfold.compiler.ir.ops.attention import CachedAttention
+from einfold.compiler.ir.ops.experts import FEW, Chosen, Experts, in_order, route
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -255,3 +256,72 @@ FAKES: list[tuple[Any, tuple[Any, ...]]] = [
 def test_fake_and_real_agree(op: Any, args: tuple[Any, ...]) -> None:
     """torch's own checks of a custom operator: schema, fake shapes and strides of results."""
     torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_layer_norm_is_torchs_within_rounding() -> None:
+    """Beside float64 it is off by as little as torch's own, also where the mean is far from 0."""
+    for width, mean in ((8, 0.0), (64, 3.0), (1000, 100.0)):
+        x, weight, bias = randn(7, width) + mean, randn(width), randn(width)
+        exact = functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
+        own = ops.layer_norm(x, weight, bias, 1e-5)
+        torch.testing.assert_close(own.double(), exact, rtol=1e-5, atol=1e-6 * (1 + mean))
+        theirs = functional.layer_norm(x, (width,), weight, bias, 1e-5)
+        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=2e-6 * (1 + mean))
+
+
+def test_layer_norm_of_halves_is_computed_in_float32() -> None:
+    x = (randn(3, 64) * 1000).half()  # whose squares are beyond float16
+    own = ops.layer_norm(x, torch.ones(64).half(), torch.zeros(64).half(), 1e-5)
+    assert own.dtype == torch.float16
+    torch.testing.assert_close(
+        own.float(), functional.layer_norm(x.float(), (64,)), rtol=1e-3, atol=1e-3
+    )
+
+
+def routed(tokens: int) -> list[Any]:
+    """Arguments of `experts`, with biases: two of five for each token."""
+    torch.manual_seed(0)
+    index = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    weights = (randn(5, 12, 8), randn(5, 12), randn(5, 8, 6), randn(5, 8))
+    return [randn(tokens, 8), index, torch.rand(tokens, 2), *weights, "silu", 1.0, 0.0]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, FEW])
+def test_few_tokens_go_through_experts_in_one_order(tokens: int) -> None:
+    """What is computed in buffers of known sizes is what one expert after the other gives, to rounding."""
+    call = Experts(*routed(tokens))
+    one_by_one = route(call.x_TM, call.index_TJ, call.weight_TJ, call._mlp)
+    torch.testing.assert_close(call.run(), one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def test_no_token_goes_through_no_expert() -> None:
+    given = [each[:0] if at < 3 else each for at, each in enumerate(routed(2))]
+    assert Experts(*given).run().shape == (0, 8)
+
+
+def test_derivatives_go_through_few_tokens_too() -> None:
+    given = routed(3)
+    given[3].requires_grad_()
+    call = Experts(*given)
+    call.run().sum().backward()
+    (expected,) = torch.autograd.grad(
+        route(call.x_TM, call.index_TJ, call.weight_TJ, call._mlp).sum(), [given[3]]
+    )
+    assert torch.equal(given[3].grad, expected)
+
+
+def test_an_experts_part_of_a_weight_is_read_where_it_lies() -> None:
+    stack, chosen = randn(5, 3, 4), torch.tensor([1, 1, 4])
+    for at, expert in (
+        (0, 1),
+        (1, 4),
+        (2, 4),
+    ):  # behind the last there are none, and the last stands in
+        part = Chosen(chosen, at).part(stack)
+        assert part.data_ptr() == stack[expert].data_ptr() and part.shape == (3, 4)
+
+
+def test_few_numbers_are_sorted_and_equal_ones_stay() -> None:
+    for count in (1, 2, 9, 128):
+        index = torch.randint(4, (count,))
+        assert torch.equal(in_order(index), torch.sort(index, stable=True).indices)

@@ -17,6 +17,7 @@ import einfold
 from einfold.compiler.codegen.reference.arena import KEPT, InArena
 from einfold.compiler.driver import load_weights, open_model, trace
 from einfold.compiler.ir.interpreter import Interpreter
+from einfold.compiler.ir.ops.experts import FEW
 from einfold.compiler.ir.ops.record import in_place
 from einfold.compiler.ir.program import Program
 from einfold.compiler.memory.buffers import fault
@@ -27,6 +28,7 @@ from einfold.compiler.memory.survey import inputs_at, survey
 from einfold.compiler.recipe import Recipe
 
 from .. import models
+from ..allocator import asked
 from ..greedy import all_logits
 from ..programs import program
 from ..quick import quick
@@ -131,28 +133,66 @@ def allocations(run: Callable[[], Any]) -> list[tuple[str, int]]:
     ]
 
 
-#: Bytes of a number that torch makes of one of Python's, such as the epsilon of a norm.
-NUMBER = 8
+#: One row, rows of a batch.
+DECODING = [(1, 1, 1), (3, 1, 3)]
 
 
-@pytest.mark.parametrize("compiled", ["llama", "gemma2", "gpt2", "gpt_neox"], indirect=True)
-def test_a_step_allocates_nothing(compiled: Program) -> None:
-    """But for layer norms: torch has no form of them that is given where to write."""
-    asked = shapes(compiled, 1, 1, 1)
-    given = filled(asked, 1, 1)
+def allocates_nothing(found: Program) -> None:
+    """Steps of one token, by torch's profiler and by a hook under its allocator."""
+    arena, plain = InArena(found), Interpreter(found, instead=in_place())
+    for rows, new, logits in DECODING:
+        given = filled(shapes(found, rows, new, logits), rows, new)
+        assert sum(size for _, size in allocations(lambda: plain.run(given))) > 10_000  # noqa: B023
+        with asked() as blocks:
+            plain.run(given)
+        assert sum(blocks) > 10_000
+        assert not allocations(lambda: arena.run(given))  # noqa: B023
+        with asked() as blocks:
+            arena.run(given)
+        assert not blocks, (rows, blocks)
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    quick([*ARCHITECTURES, *models.EXPERTS], "llama", "gpt2", "opt", "mixtral", "deepseek_v3"),
+    indirect=True,
+)
+def test_decoding_allocates_nothing(compiled: Program) -> None:
+    allocates_nothing(compiled)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp16"])
+def test_decoding_over_stored_experts_allocates_nothing(weights: str, tmp_path: Path) -> None:
+    """Only experts that a token chose are widened, in the arena."""
+    out = tmp_path / "out"
+    recipe = {"target": "reference", "weights": weights}
+    einfold.compile(models.build("mixtral"), out, recipe=recipe, check=False)
+    runner: Any = einfold.load(out).engine.runner
+    allocates_nothing(runner.program)
+    given = filled(shapes(runner.program, 1, 7, 7), 1, 7)
+    found = InArena(runner.program).run(copied(given))["logits"]
+    plain = Interpreter(runner.program, instead=in_place())
+    assert torch.equal(found, plain.run(copied(given))["logits"])
+
+
+@pytest.mark.parametrize("compiled", [*models.EXPERTS], indirect=True)
+def test_experts_give_the_same_bit_by_bit(compiled: Program) -> None:
+    """In buffers of sizes that shapes tell, and one expert after the other where tokens are many."""
     arena, plain = InArena(compiled), Interpreter(compiled, instead=in_place())
-    assert sum(size for _, size in allocations(lambda: plain.run(given))) > 10_000
-    norms = [*expand(compiled, asked).nodes(torch.ops.aten.native_layer_norm.default)]
-    left = [size for _, size in allocations(lambda: arena.run(given)) if size > NUMBER]
-    assert left == [4 * compiled.model.hidden] * len(norms)
+    for rows, new in ((1, 1), (3, 1), (1, 40), (1, FEW + 1)):
+        given = filled(shapes(compiled, rows, new, rows, 80), rows, new)
+        assert torch.equal(
+            arena.run(copied(given))["logits"], plain.run(copied(given))["logits"]
+        ), (rows, new)
 
 
 @pytest.mark.parametrize("compiled", ["mixtral"], indirect=True)
-def test_what_asks_for_values_allocates_and_gives_the_same(compiled: Program) -> None:
-    """An expert sees the tokens that chose it, so that their number is known only when they run."""
-    found = expand(compiled, shapes(compiled, 1, 5, 1))
-    left = {str(node.target) for node in found.graph.nodes if "einfold" in str(node.target)}
-    assert left == {"einfold.experts.default"}
+def test_a_prompt_runs_one_expert_after_the_other(compiled: Program) -> None:
+    """How many tokens an expert sees is known only when they run: its call stays whole."""
+    for new, whole in ((FEW, set()), (FEW + 1, {"einfold.experts.default"})):
+        found = expand(compiled, shapes(compiled, 1, new, 1, 80))
+        targets = {str(node.target) for node in found.graph.nodes}
+        assert {each for each in targets if each.startswith("einfold.")} == whole
 
 
 def test_one_arena_serves_all_shapes() -> None:

@@ -147,8 +147,34 @@ def test_parts_of_rows_are_apart() -> None:
     first, second, third = rows.split(4, -1)
     assert apart(first, second) and apart(third, first)
     assert not apart(first, rows[..., 2:6]) and not apart(first, first)
-    assert apart(rows[0], rows[1]) and not apart(first, second.mT)
+    assert apart(rows[0], rows[1]) and apart(first, second.mT) and not apart(first, first.mT)
     assert apart(rows[:, 0], rows[:, 1])
+
+
+def test_queries_are_apart_from_keys_of_fewer_heads() -> None:
+    row = torch.empty(2, 5, 8 * 3)
+    q, k, v = (part.unflatten(-1, (-1, 3)) for part in row.split([12, 6, 6], -1))
+    assert apart(q, k) and apart(q, v) and apart(k, v) and apart(k, q)
+    assert not apart(q, row[..., 9:15].unflatten(-1, (-1, 3)))
+    assert apart(row[:1], row[1:]) and not apart(row[:2], row[1:])
+    assert not apart(q, k.double())
+
+
+def test_attention_is_written_over_its_queries_and_a_part_over_the_whole() -> None:
+    found = program("""
+        input %x "x" : f32[B, S, 4]
+        call %a = aten.exp.default(%x) : f32[B, S, 4]
+        call %h = aten.unflatten.int(%a, -1, [2, 2]) : f32[B, S, 2, 2]
+        call %k = aten.neg.default(%h) : f32[B, S, 2, 2]
+        call %o = einfold.attention(%h, %k, %k, none, 0, 1.0, 0, 0.0) : f32[B, S, 2, 2]
+        call %p = aten.slice.Tensor(%o, 3, 0, 1) : f32[B, S, 2, 1]
+        call %e = aten.exp.default(%p) : f32[B, S, 2, 1]
+        call %y = aten.slice_scatter.default(%o, %e, 3, 1, 2) : f32[B, S, 2, 2]
+        output "y" = %y
+    """)
+    plan = plan_memory(found, inputs_at(found, DIMS))
+    written = {node.name: argument.name for (node, _), argument in plan.sharing.in_place.items()}
+    assert written["o"] == "h" and written["y"] == "o"
 
 
 def test_buffers_are_whole_lines() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from ...ir.interpreter import Interpreter
 from ...ir.ops.record import in_place, operator_of
 from ...ir.program import Program
-from ...memory.expand import expand
-from ...memory.planning import MemoryPlan, plan_memory
+from ...memory.planning import MemoryPlan
 from ...memory.survey import number, tensors
+from ...memory.tiling import planned
 
 aten = torch.ops.aten
 
@@ -57,10 +57,9 @@ class InArena:
         return run.within(self._arena).run(inputs)
 
     def _plan(self, inputs: Mapping[str, Tensor]) -> _Run:
-        program = expand(self.program, inputs)
+        program, plan = planned(self.program, inputs)
         cpu = torch.device("cpu")
-        interpreter = Interpreter(program, device=cpu, kept=self._weights)
-        return _Run(plan_memory(program, inputs), interpreter)
+        return _Run(plan, Interpreter(program, device=cpu, kept=self._weights))
 
 
 class _Run:
@@ -89,20 +88,31 @@ def writers(program: Program, plan: MemoryPlan, arena: Tensor) -> Writers:
     found: Writers = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
-            written = [
-                each
-                for at, each in enumerate(plan.survey.results(node))
-                if (node, at) in plan.sharing.in_place or _allocates(node, each, plan)
-            ]
-            if written:
+            results = plan.survey.results(node)
+            written = [each for at, each in enumerate(results) if _writes(node, at, each, plan)]
+            if node in plan.joining.whole:
+                found[node] = _there(_placed(results[0], plan, arena))
+            elif written:
                 out = tuple(_placed(each, plan, arena) for each in written)
-                found[node] = _writer(node.target, out)
+                found[node] = _writer(node, out, plan)
+            elif isinstance(node.target, torch._ops.OpOverload):
+                numbers = _numbers(node, node.target, plan)
+                if numbers:  # it writes over an argument
+                    found[node] = _with(numbers, node.target)
     return found
 
 
-def _allocates(node: fx.Node, result: Tensor, plan: MemoryPlan) -> bool:
+def _writes(node: fx.Node, at: int, result: Tensor, plan: MemoryPlan) -> bool:
+    """Whether a call writes a result where the plan says: it is new, lies over an argument, or is a part."""
     made = plan.survey.of(result)
-    return made is not None and made.node is node
+    if made is not None and made.node is node:
+        return True
+    return (node, at) in plan.sharing.in_place or (node, at) in plan.joining.parts
+
+
+def _there(whole: Tensor) -> Callable[..., Tensor]:
+    """For a `cat` whose parts lie where they should."""
+    return lambda *_, **__: whole
 
 
 def _placed(tensor: Tensor, plan: MemoryPlan, arena: Tensor) -> Tensor:
@@ -121,22 +131,52 @@ def _masked_fill(out: Tensor, source: Tensor, mask: Tensor, value: float) -> Non
     out.masked_fill_(mask, value)
 
 
+def _slice_scatter(
+    out: Tensor,
+    source: Tensor,
+    part: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> None:
+    _copy(out, source)
+    aten.slice.Tensor(out, dim, start, end, step).copy_(part)
+
+
 #: Operators whose own forms with `out` allocate, as they are written into a tensor.
 INTO: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _copy,
     aten._to_copy.default: _copy,
     aten.reshape.default: _copy,
     aten.masked_fill.Scalar: _masked_fill,
+    aten.new_empty.default: lambda *_, **__: None,
+    aten.copy.default: lambda out, _, source, *__: out.copy_(source),
+    aten.relu.default: lambda out, source: torch.clamp_min(source, 0, out=out),
+    aten.slice_scatter.default: _slice_scatter,
     aten.zeros_like.default: lambda out, *_, **__: out.zero_(),
 }
 
 
-def _writer(target: Any, out: tuple[Tensor, ...]) -> Callable[..., Any]:
+#: Operators that make a tensor of a number they are given, and what asks for that tensor.
+OF_TENSORS: dict[Any, Any] = {
+    aten.bitwise_and.Scalar: aten.bitwise_and.Tensor,
+    aten.__rshift__.Scalar: aten.bitwise_right_shift.Tensor,
+} | {
+    packet.Scalar: packet.Tensor
+    for packet in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
+}
+
+
+def _writer(node: fx.Node, out: tuple[Tensor, ...], plan: MemoryPlan) -> Callable[..., Any]:
+    target: Any = node.target
     if target in INTO:
         return _given(INTO[target], out[0])
     kind = operator_of(target)
     if kind is not None:  # it asked what its tensors hold; caches are not among what it allocates
         return kind.standing_in(lambda call: _moved(call.run(), out))
+    if target is aten.mean.dim:
+        return _mean(node, out[0], plan)
     variant = out_variant(target) if isinstance(target, torch._ops.OpOverload) else None
     if variant is None or len(variant[1]) != len(out):
         return _copied(target, out)
@@ -147,7 +187,44 @@ def _writer(target: Any, out: tuple[Tensor, ...]) -> Callable[..., Any]:
     def write(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **{k: v for k, v in kwargs.items() if k in allowed}, **given)
 
+    return _with(_numbers(node, call, plan), write)
+
+
+def _with(numbers: Mapping[int, Tensor], call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call with these tensors in the place of its numbers."""
+    if not numbers:
+        return call
+    return lambda *args, **kwargs: call(
+        *(numbers.get(at, each) for at, each in enumerate(args)), **kwargs
+    )
+
+
+def _mean(node: fx.Node, out: Tensor, plan: MemoryPlan) -> Callable[..., Tensor]:
+    """A sum that is divided, as torch's own is, by a number that is a tensor already."""
+    [source] = node.all_input_nodes
+    count = torch.tensor(plan.survey.values[source].numel() // out.numel(), dtype=out.dtype)
+
+    def write(*args: Any) -> Tensor:
+        torch.sum(*args, out=out)
+        return torch.div(out, count, out=out)
+
     return write
+
+
+def _numbers(node: fx.Node, call: torch._ops.OpOverload, plan: MemoryPlan) -> dict[int, Tensor]:
+    """Python's numbers among a call's arguments where torch asks for a tensor, by their places, in the type
+    that it computes in: given the number itself, it would make such a tensor in every call."""
+    values = [
+        plan.survey.values.get(each) if isinstance(each, fx.Node) else each for each in node.args
+    ]
+    beside = next((each for each in values if isinstance(each, Tensor)), None)
+    return {
+        at: torch.tensor(value, dtype=torch.result_type(beside, value))
+        for at, (value, asked) in enumerate(zip(values, call._schema.arguments, strict=False))
+        if beside is not None
+        and isinstance(value, (bool, int, float))
+        and str(asked.type) == "Tensor"
+    }
 
 
 def _given(into: Callable[..., Any], out: Tensor) -> Callable[..., Tensor]:
@@ -171,6 +248,7 @@ def _moved(given: Any, out: tuple[Tensor, ...]) -> Any:
 
 def out_variant(target: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, list[str]] | None:
     """The overload of an operator that writes into given tensors, and their names; None without one."""
+    target = OF_TENSORS.get(target, target)
     packet, asked = target.overloadpacket, _positional(target)
     for name in packet.overloads():
         overload = getattr(packet, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from ....runtime.artifact import Artifact
@@ -43,7 +44,9 @@ class ReferenceRunner:
             **cache.counters,
             **cache.given,
         }
-        inputs = {name: torch.tensor(array) for name, array in small.items()}
+        inputs = {
+            name: torch.from_numpy(np.require(a, None, ("C", "W"))) for name, a in small.items()
+        }
         inputs |= {name: torch.from_numpy(buffer) for name, buffer in cache.buffers.items()}
         with running(self._name):
             outputs = {name: value.numpy() for name, value in self.interpreter.run(inputs).items()}

@@ -28,10 +28,9 @@ class Reference(Target):
         return True
 
     def plan(self, program: Program, inputs: Mapping[str, Tensor]) -> MemoryPlan:
-        from ...memory.expand import expand
-        from ...memory.planning import plan_memory
+        from ...memory.tiling import planned
 
-        return plan_memory(expand(program, inputs), inputs)
+        return planned(program, inputs)[1]
 
     def runner(
         self,

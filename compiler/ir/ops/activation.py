@@ -40,6 +40,7 @@ class GatedActivation(Operator):
 
     name = "gated_activation"
     overwrites = (("gate", "up"),)
+    by_rows = ("gate", "up")
 
     gate: Tensor
     up: Tensor

@@ -95,6 +95,7 @@ class Attention(Operator):
     """
 
     name = "attention"
+    overwrites = (("q_BSHD",),)
 
     q_BSHD: Tensor
     k_BSKD: Tensor
@@ -129,6 +130,8 @@ class Attention(Operator):
 
 class OverSlots(Operator):
     """What calls have in common that attend over the slots of a cache: they all take these arguments."""
+
+    overwrites = (("q_BSHD",),)
 
     q_BSHD: Tensor
     key_cache_BKCD: Tensor

@@ -16,6 +16,7 @@ class Linear(Operator):
     """x @ weight.T + bias, for x of any rank."""
 
     name = "linear"
+    by_rows = ("x",)
 
     x: Tensor
     weight_NM: Tensor

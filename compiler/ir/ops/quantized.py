@@ -13,8 +13,7 @@ from ....errors import IRError
 from ..quant.pack import dequantize as dequantize_groups
 from ..quant.scheme import read_scheme
 from ..types import DTYPES
-from .activation import gated_activation_reference
-from .experts import hidden_of, pick, route
+from .experts import Pick, Routed, of_bias
 from .record import OPERATORS, Operator
 
 #: Weights that are widened at a time in a product: bounds its memory at some tens of megabytes.
@@ -162,7 +161,7 @@ class QuantizedEmbedding(Operator):
 
 @OPERATORS.register
 @dataclass(eq=False)
-class QuantizedExperts(Operator):
+class QuantizedExperts(Routed):
     """`Experts` over packed weights: a leading axis E on every weight."""
 
     name = "quantized_experts"
@@ -184,34 +183,30 @@ class QuantizedExperts(Operator):
     bits: int
     block: int
 
-    def run(self) -> Tensor:
-        return route(self.x_TM, self.index_TJ, self.weight_TJ, self._mlp)
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.gate_up_packed.shape[0], self.gate_up_packed.shape[1]
 
-    def _mlp(self, expert: int, rows: Tensor) -> Tensor:
-        packed = (self.gate_up_packed, self.gate_up_scales, self.gate_up_zeros)
-        gate_up = self._product(expert, rows, *packed, self.gate_up_bias)
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = gated_activation_reference(gate, up, self.kind, self.alpha, self.limit)
-        packed = (self.down_packed, self.down_scales, self.down_zeros)
-        return self._product(expert, hidden, *packed, self.down_bias)
+    def gate_up(self, of: Pick) -> tuple[Tensor, Tensor | None]:
+        pieces = (self.gate_up_packed, self.gate_up_scales, self.gate_up_zeros)
+        weight = self._weight(of, *pieces, self.x_TM.shape[1])
+        return weight, of_bias(of, self.gate_up_bias)
 
-    def _product(
-        self,
-        expert: int,
-        rows: Tensor,
-        packed: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
-        bias: Tensor | None,
+    def down(self, of: Pick) -> tuple[Tensor, Tensor | None]:
+        pieces = (self.down_packed, self.down_scales, self.down_zeros)
+        weight = self._weight(of, *pieces, self.gate_up_packed.shape[1] // 2)
+        return weight, of_bias(of, self.down_bias)
+
+    def _weight(
+        self, of: Pick, packed: Tensor, scales: Tensor, zeros: Tensor | None, width: int
     ) -> Tensor:
-        of_expert = (packed[expert], scales[expert], pick(zeros, expert))
-        out = rows @ dequantize_groups(*of_expert, self.bits, self.block, rows.shape[-1]).T
-        return out if bias is None else out + bias[expert]
+        of_expert = (of(packed), of(scales), of_bias(of, zeros))
+        return dequantize_groups(*of_expert, self.bits, self.block, width)
 
 
 @OPERATORS.register
 @dataclass(eq=False)
-class StoredExperts(Operator):
+class StoredExperts(Routed):
     """`Experts` over pieces in a scheme, stacked along a leading axis E: only experts that a token chose are
     widened, one at a time.
 
@@ -234,17 +229,17 @@ class StoredExperts(Operator):
     gate_up_shape: Sequence[int]
     down_shape: Sequence[int]
 
-    def run(self) -> Tensor:
-        return route(self.x_TM, self.index_TJ, self.weight_TJ, self._mlp)
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.gate_up_shape[0], self.gate_up_shape[1]
 
-    def _mlp(self, expert: int, rows: Tensor) -> Tensor:
-        weight = self._weight(expert, self.gate_up_pieces, self.gate_up_shape)
-        bias = pick(self.gate_up_bias, expert)
-        hidden = hidden_of(rows, weight, bias, self.kind, self.alpha, self.limit)
-        weight = self._weight(expert, self.down_pieces, self.down_shape)
-        return functional.linear(hidden, weight, pick(self.down_bias, expert))
+    def gate_up(self, of: Pick) -> tuple[Tensor, Tensor | None]:
+        weight = self._weight(of, self.gate_up_pieces, self.gate_up_shape)
+        return weight, of_bias(of, self.gate_up_bias)
 
-    def _weight(self, expert: int, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def down(self, of: Pick) -> tuple[Tensor, Tensor | None]:
+        return self._weight(of, self.down_pieces, self.down_shape), of_bias(of, self.down_bias)
+
+    def _weight(self, of: Pick, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         kind = read_scheme(self.scheme)
-        named = kind.named(pieces, shape)
-        return kind.dequantize(kind.chosen(named, expert), shape[-1])
+        return kind.dequantize(kind.of_one(kind.named(pieces, shape), of), shape[-1])

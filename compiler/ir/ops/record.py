@@ -36,6 +36,10 @@ class Operator:
     overwrites: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """For each result, arguments in whose memory it may be written where nothing else reads them then."""
 
+    by_rows: ClassVar[tuple[str, ...]] = ()
+    """Arguments of which row t of every result depends on row t alone (all axes but the last count rows),
+    where it depends on nothing else but weights: some rows then give what they give among all."""
+
     def run(self) -> Any:
         """What it gives, but for the caches it writes, which it updates in place.
 

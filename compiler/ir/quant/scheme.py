@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -148,7 +148,13 @@ class Scheme:
 
     def chosen(self, pieces: Mapping[str, Tensor], index: Any) -> dict[str, Tensor]:
         """The pieces of some rows, or of one weight of a stack."""
-        return {name: p if name in self.shared else p[index] for name, p in pieces.items()}
+        return self.of_one(pieces, lambda piece: piece[index])
+
+    def of_one(
+        self, pieces: Mapping[str, Tensor], pick: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """The same where something picks them out of each piece that is not all weights'."""
+        return {name: p if name in self.shared else pick(p) for name, p in pieces.items()}
 
     def call(self, editor: Any, kind: str, given: Mapping[str, Any], stored: Stored) -> Any:
         """A node that does what the operator `kind` does over plain weights, from what is stored of them.
