@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ...errors import OutOfMemoryError
 from ..ir.device import Device
 from .leveling import AHEAD
 from .pinning import PACKING, READY, Kind, Window, needed
@@ -292,6 +293,28 @@ class TierPlan:
     def hits(self) -> float:
         """The part of the experts that a token asks for which is expected to be held."""
         return self.skew.hits(self.cached / self.experts) if self.routed else 0.0
+
+    def most_logits(self, vocabulary: int) -> int:
+        """Rows of logits that a step may give: they are there twice, and may take half of the activations'
+        room."""
+        return max(1, self.fixed.activations // (16 * vocabulary))
+
+    def check_cache(self, nbytes: int) -> None:
+        """Raises OutOfMemoryError where there is no room for a cache of so many bytes in memory."""
+        if nbytes > self.fixed.cache:
+            raise OutOfMemoryError(
+                f"the cache takes {nbytes:,} bytes, and the plan for {self.budget:,} left "
+                f"{self.fixed.cache:,} for it; load for a larger context, and with more memory if need be"
+            )
+
+    def check_rows(self, rows: int, vocabulary: int) -> None:
+        """Raises OutOfMemoryError where there is no room for the logits of so many rows at once."""
+        most = self.most_logits(vocabulary)
+        if rows > most:
+            raise OutOfMemoryError(
+                f"the plan for {self.budget:,} bytes has room for the logits of {most} rows at once, not of "
+                f"{rows}; continue fewer prompts together, or load with a larger chunk"
+            )
 
     @property
     def peak(self) -> int:

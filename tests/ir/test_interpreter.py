@@ -40,7 +40,7 @@ def _told(program: Program, alive: weakref.WeakSet[torch.Tensor]) -> list[int]:
         weight = program.weights[name]
 
         def load(weight: object = weight) -> torch.Tensor:
-            gc.collect()
+            gc.collect(1)  # what is older was there before, and is much in a process of many tests
             most.append(len(alive))
             copy: torch.Tensor = weight.load().clone()  # type: ignore[attr-defined]
             alive.add(copy)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ....errors import ArtifactError, DiskError, OutOfMemoryError
+from ....errors import ArtifactError, DiskError
 from ....runtime.buffers import Array, Make, empty
 from ....runtime.cache import Cache
 from ....runtime.memory.direct import Bytes, DirectFile, aligned
@@ -110,9 +110,8 @@ class StreamingRunner:
 
     @property
     def most_logits(self) -> int:
-        """Rows of logits that a step may give: they are there twice, as parts and joined, and may take half
-        of the activations' room."""
-        return max(1, self.plan.fixed.activations // (16 * self._vocabulary))
+        """Rows of logits that a step may give; they are there as parts and joined."""
+        return self.plan.most_logits(self._vocabulary)
 
     @property
     def spilled(self) -> Spilled | None:
@@ -124,21 +123,12 @@ class StreamingRunner:
         the logits of so many rows; ArtifactError where the runner was closed."""
         layers = self.plan.spill.layers if self.plan.spill is not None else ()
         self._check_cache(resident_cache(self._layout, layers, rows, capacity, prompt))
-        if rows > self.most_logits:
-            raise OutOfMemoryError(
-                f"the plan for {self.plan.budget:,} bytes has room for the logits of {self.most_logits} rows "
-                f"at once, not of {rows}; continue fewer prompts together, or load with a larger chunk"
-            )
+        self.plan.check_rows(rows, self._vocabulary)
 
     def _check_cache(self, nbytes: int) -> None:
         if self._closed:
             raise ArtifactError(f"{self._name} was closed, and with it its weights: load it again")
-        budget, allowed = self.plan.budget, self.plan.fixed.cache
-        if nbytes > allowed:
-            raise OutOfMemoryError(
-                f"the cache takes {nbytes:,} bytes, and the plan for {budget:,} left {allowed:,} for it; "
-                "load for a larger context, and with more memory if need be"
-            )
+        self.plan.check_cache(nbytes)
 
     def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
         stages = self._spilled.stage_bytes(cache) if self._spilled is not None else 0

@@ -19,9 +19,11 @@ from torch import Tensor, fx
 
 from ....errors import ArtifactError, ArtifactWarning, OutOfMemoryError, UnsupportedError
 from ....runtime.artifact import Artifact
+from ....runtime.cache import Cache
 from ....runtime.memory.cuda_copies import CudaCopies
 from ....runtime.memory.device_ahead import Block, Copies, DeviceAhead
 from ....runtime.memory.probe import ram_size
+from ....runtime.runner import Floats, Ints
 from ...ir.interpreter import Run
 from ...memory.leveling import AHEAD
 from ...memory.tiers import TierPlan
@@ -93,28 +95,20 @@ class OffloadedRunner(KernelRunner):
 
     @property
     def most_logits(self) -> int:
-        """Rows of logits that a step may give: on the device and as they are copied from there, in half of
-        the activations' room."""
-        return max(1, self.plan.fixed.activations // (16 * self._vocabulary))
+        """Rows of logits that a step may give; they are on the device and as they are copied from there."""
+        return self.plan.most_logits(self._vocabulary)
 
     def check_room(self, rows: int, capacity: int, prompt: int | None = None) -> None:
         """Raises OutOfMemoryError where the plan has no room for a cache of so many rows and tokens, or for
         the logits of so many rows; ArtifactError where the runner was closed."""
         self._check_open()
-        nbytes = int(
-            self._layout.peak_bytes(rows, capacity, capacity if prompt is None else prompt)
-        )
-        if nbytes > self.plan.fixed.cache:
-            raise OutOfMemoryError(
-                f"the cache takes {nbytes:,} bytes, and the plan for {self.plan.budget:,} left "
-                f"{self.plan.fixed.cache:,} for it; load for a larger context, and with more memory if need "
-                "be"
-            )
-        if rows > self.most_logits:
-            raise OutOfMemoryError(
-                f"the plan for {self.plan.budget:,} bytes has room for the logits of {self.most_logits} rows "
-                f"at once, not of {rows}; continue fewer prompts together, or load with a larger chunk"
-            )
+        prompt = capacity if prompt is None else prompt
+        self.plan.check_cache(int(self._layout.peak_bytes(rows, capacity, prompt)))
+        self.plan.check_rows(rows, self._vocabulary)
+
+    def step(self, cache: Cache, input_ids: Ints, position_ids: Ints, logit_rows: Ints) -> Floats:
+        self.plan.check_cache(cache.nbytes)  # whoever made it
+        return super().step(cache, input_ids, position_ids, logit_rows)
 
     def close(self) -> None:
         """Lets the weights go. No step is taken from then on."""

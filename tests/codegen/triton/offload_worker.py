@@ -6,8 +6,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-
 import einfold
 from einfold.compiler.codegen.triton import in_parts
 from einfold.errors import ArtifactError, ArtifactWarning
@@ -66,5 +64,4 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     serve(answer)
