@@ -16,14 +16,12 @@ _TRIM, _MAPPED, _ARENAS = -1, -3, -8
 def give_back() -> None:
     """Gives back to the system what was let go of, which the C library keeps otherwise: 270 MB where
     onnxruntime has brought 100 million 3-bit codes into 4 bits."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # glibc
-        trim(0)
+    _ask("malloc_trim", 0)
 
 
 def one_heap() -> None:
     """Has the C library take memory from one heap: else threads of sessions leave theirs behind."""
-    _set(_ARENAS, 1)
+    _ask("mallopt", _ARENAS, 1)
 
 
 def leave_from(nbytes: int) -> None:
@@ -35,13 +33,14 @@ def leave_from(nbytes: int) -> None:
     """
     global _in_force
     if nbytes != _in_force:
-        _set(_MAPPED, nbytes)
-        _set(_TRIM, 2 * nbytes)
+        _ask("mallopt", _MAPPED, nbytes)
+        _ask("mallopt", _TRIM, 2 * nbytes)
         give_back()
         _in_force = nbytes
 
 
-def _set(option: int, value: int) -> None:
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if tune is not None:  # glibc
-        tune(option, value)
+def _ask(name: str, *numbers: int) -> None:
+    """Calls a function that glibc has; other libraries do without."""
+    function = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    if function is not None:
+        function(*numbers)

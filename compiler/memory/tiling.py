@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..ir.ops.record import Operator, operator_of
 from ..ir.program import Program, call_arguments
 from .expand import expand
 from .planning import MemoryPlan, plan_memory
-from .survey import Survey
+from .survey import Survey, survey
 
 aten = torch.ops.aten
 
@@ -70,8 +70,11 @@ def tiled(program: Program, inputs: Mapping[str, Tensor]) -> Program:
     """The program as it holds the fewest bytes for inputs of these shapes: stretches in tiles where that
     lowers the peak of live bytes, the program itself where it does not or tokens are few."""
     apart = _sums_apart(program)
+    runs = _runs(apart, survey(apart, inputs))
+    if not runs:  # of few tokens nothing is planned twice
+        return program
     found = plan_memory(apart, inputs)
-    stretches = [part for run in _runs(apart, found.survey) for part in _cut(run, found)]
+    stretches = [part for run in runs for part in _cut(run, found)]
     within = {found.steps[node] for stretch in stretches for node in stretch.nodes}
     beside = max((live for at, live in enumerate(found.live) if at not in within), default=0)
     stretches = [each for each in stretches if _live(each, found) > beside]
@@ -109,20 +112,11 @@ def _sums_apart(program: Program) -> Program:
     return replace(program, graph=graph)
 
 
-def _runs(program: Program, found: Survey) -> Iterator[Stretch]:
+def _runs(program: Program, found: Survey) -> list[Stretch]:
     """The longest stretches over many tokens."""
-    nodes: list[fx.Node] = []
-    lead: tuple[int, ...] = ()
-    for node in (*program.graph.nodes, None):
-        if node is not None and node.op == "get_attr":
-            continue
-        rows = _rows(node, found) if node is not None else None
-        if nodes and rows != lead:
-            yield Stretch(tuple(nodes), lead)
-            nodes = []
-        if rows is not None and node is not None:
-            lead = rows
-            nodes.append(node)
+    nodes = (node for node in program.graph.nodes if node.op != "get_attr")
+    runs = groupby(nodes, lambda node: _rows(node, found))
+    return [Stretch(tuple(run), lead) for lead, run in runs if lead is not None]
 
 
 def _rows(node: fx.Node, found: Survey) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from einfold.compiler.ir.ops import einfold_ops as ops
 from einfold.compiler.ir.ops.attention import CachedAttention
-from einfold.compiler.ir.ops.experts import FEW, Chosen, Experts, in_order, route
+from einfold.compiler.ir.ops.experts import FEW, Experts, in_order, route
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -317,7 +317,7 @@ def test_an_experts_part_of_a_weight_is_read_where_it_lies() -> None:
         (1, 4),
         (2, 4),
     ):  # behind the last there are none, and the last stands in
-        part = Chosen(chosen, at).part(stack)
+        part = torch.ops.einfold_routed.part(stack, chosen, at)
         assert part.data_ptr() == stack[expert].data_ptr() and part.shape == (3, 4)
 
 

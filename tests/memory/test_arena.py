@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import einfold
 from einfold.compiler.codegen.reference.arena import KEPT, InArena
-from einfold.compiler.driver import load_weights, open_model, trace
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.ops.experts import FEW
 from einfold.compiler.ir.ops.record import in_place
@@ -25,7 +23,6 @@ from einfold.compiler.memory.expand import expand
 from einfold.compiler.memory.order import STATES, Search
 from einfold.compiler.memory.planning import plan_memory
 from einfold.compiler.memory.survey import inputs_at, survey
-from einfold.compiler.recipe import Recipe
 
 from .. import models
 from ..allocator import asked
@@ -37,22 +34,6 @@ ARCHITECTURES = [*models.CONFIGS, *models.SHARING]
 
 #: Steps: a token, a chunk, three rows, a row that has logits behind each token.
 STEPS = [(1, 1, 1), (1, 40, 1), (3, 17, 7), (1, 5, 5)]
-
-
-@cache
-def traced(folder: Path) -> Program:
-    model = open_model(folder)
-    load_weights(model)
-    found, _ = trace(model, Recipe.model_validate({"target": "reference"}))
-    return found
-
-
-@pytest.fixture
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
-    folder = tmp_path_factory.getbasetemp() / f"arena-{request.param}"
-    if not folder.exists():
-        models.save(request.param, folder)
-    return traced(folder)
 
 
 every_architecture = pytest.mark.parametrize(

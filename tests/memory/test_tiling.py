@@ -19,7 +19,8 @@ from einfold.compiler.memory.tiling import MANY, planned, tiled
 from .. import models
 from ..programs import program
 from ..quick import quick
-from .test_arena import ARCHITECTURES, copied, filled, shapes, traced
+from .conftest import traced
+from .test_arena import ARCHITECTURES, copied, filled, shapes
 
 aten = torch.ops.aten
 
@@ -126,14 +127,6 @@ def test_parts_are_written_where_they_lie_in_the_whole() -> None:
     assert len(plan.buffers) == 2
     x = torch.randn(4, 6)
     assert torch.equal(InArena(found).run({"x": x})["c"], torch.cat((x.exp(), -x)).cumsum(0))
-
-
-@pytest.fixture
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
-    folder = tmp_path_factory.getbasetemp() / f"arena-{request.param}"
-    if not folder.exists():
-        models.save(request.param, folder)
-    return traced(folder)
 
 
 def holds(plan: MemoryPlan) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from einfold.compiler.calibrate.observers.channel_orders import order_of
-from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.ops.rotary import rotary_reference
 from einfold.compiler.ir.program import Program
@@ -21,7 +20,7 @@ from einfold.compiler.passes.cache.plan_cache import PlanCache
 
 from ..methods import chosen
 from ..programs import calls, program
-from .test_rotate_heads import BODY, outputs
+from .test_rotate_heads import outputs, planned
 
 #: A layer behind an embedding, whose keys turn by position, and one that reads what it cached.
 READERS = """
@@ -44,17 +43,9 @@ READERS = """
 TEXT = {"block": 8, "slack": 4, "tokens": 4}
 
 
-def planned(order: str, key: int = 8, value: int = 8, *, mixed: bool = False) -> Program:
-    """A layer before its cache is attached; where `mixed`, its first head keeps a plain window."""
-    found = program(BODY.replace("KEY", str(key)).replace("VALUE", str(value)))
-    PlanCache().run(found)
-    if mixed:
-        assert found.layout is not None
-        layer = found.layout[3]
-        whole = layer.groups[0]
-        groups = (replace(whole, heads=(0,), policy=Window(4, 32)), replace(whole, heads=(1,)))
-        found.layout = CacheLayout((replace(layer, groups=groups),))
-    chosen("abq", order=order, **TEXT).run(found)
+def ordering(order: str, **options: Any) -> Program:
+    """A layer before its cache is attached, with orders at random in the place of those of a text."""
+    found = planned("abq", TEXT | {"order": order}, **options)
     generator = torch.Generator().manual_seed(3)
     for name, weight in found.cache_weights.items():
         heads, size = weight.shape
@@ -65,7 +56,7 @@ def planned(order: str, key: int = 8, value: int = 8, *, mixed: bool = False) ->
 
 def attached(order: str, **options: Any) -> tuple[Program, dict[str, Tensor]]:
     """With the orders that it was given, [heads, size] by their names."""
-    found = planned(order, **options)
+    found = ordering(order, **options)
     orders = {name: weight.load() for name, weight in found.cache_weights.items()}
     AttachCache().run(found)
     assert not found.cache_weights
@@ -164,12 +155,12 @@ def test_a_layer_that_reads_brings_its_queries_in_the_order_of_the_owner() -> No
 
 def test_a_layer_by_itself_is_put_in_order_too() -> None:
     """What `cache_for` runs in transformers, whose q and k come behind their rotary embedding."""
-    (made,) = layer_programs(planned("both")).values()
+    (made,) = layer_programs(ordering("both")).values()
     found = [call.partition("(")[0] for call in calls(made) if "getitem" not in call]
     assert found.count("aten.index_select.default") == 4 and "einfold.rotary" not in found
 
 
 def test_without_an_order_no_text_is_read() -> None:
-    found = planned("none")
+    found = ordering("none")
     assert not found.calibrations and not found.cache_weights
     assert not [call for call in calls(attached("none")[0]) if "index_select" in call]

@@ -42,7 +42,9 @@ BODY = """
 TEXT = {"group": 8, "residual": 8, "slack": 4}
 
 
-def planned(rotate: str, key: int = 8, value: int = 8, *, mixed: bool = False) -> Program:
+def planned(
+    method: str, options: dict[str, Any], key: int = 8, value: int = 8, *, mixed: bool = False
+) -> Program:
     """A layer before its cache is attached; where `mixed`, its first head keeps a plain window."""
     found = program(BODY.replace("KEY", str(key)).replace("VALUE", str(value)))
     PlanCache().run(found)
@@ -52,12 +54,16 @@ def planned(rotate: str, key: int = 8, value: int = 8, *, mixed: bool = False) -
         whole = layer.groups[0]
         groups = (replace(whole, heads=(0,), policy=Window(4, 32)), replace(whole, heads=(1,)))
         found.layout = CacheLayout((replace(layer, groups=groups),))
-    chosen("kivi", rotate=rotate, **TEXT).run(found)
+    chosen(method, **options).run(found)
     return found
 
 
+def rotating(rotate: str, **options: Any) -> Program:
+    return planned("kivi", TEXT | {"rotate": rotate}, **options)
+
+
 def attached(rotate: str, **options: Any) -> Program:
-    found = planned(rotate, **options)
+    found = rotating(rotate, **options)
     AttachCache().run(found)
     verify(found, deep=True)
     return found
@@ -124,7 +130,7 @@ def test_nothing_changes_but_what_the_slots_hold(
 
 def test_a_layer_by_itself_rotates_too() -> None:
     """What `cache_for` runs in transformers, whose q and k come behind their rotary embedding."""
-    (made,) = layer_programs(planned("both")).values()
+    (made,) = layer_programs(rotating("both")).values()
     assert [call.partition("(")[0] for call in calls(made) if "getitem" not in call] == [
         *["einfold.linear"] * 3,
         "einfold.packed_attention",

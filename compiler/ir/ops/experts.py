@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional
 
 from .activation import gated_activation_reference
 from .record import OPERATORS, Operator
+
+#: What an arena that is planned from shapes calls: see below, where they are defined.
+_routed = torch.ops.einfold_routed
 
 #: Tokens, and products of different experts, of a step that runs in buffers whose sizes its shapes tell.
 FEW, PRODUCTS = 64, 64
@@ -44,14 +48,14 @@ def hidden_of(
     return gated_activation_reference(gate, up, kind, alpha, limit)
 
 
-def of_bias(of: Pick, stack: Tensor | None) -> Tensor | None:
-    """The part of one expert of a bias that may be absent."""
+def part_of(of: Pick, stack: Tensor | None) -> Tensor | None:
+    """The part of one expert of what may be absent, a bias or zero points."""
     return None if stack is None else of(stack)
 
 
 def pick(tensor: Tensor | None, expert: int) -> Tensor | None:
     """The expert's slice of an optional stacked weight."""
-    return None if tensor is None else tensor[expert]
+    return part_of(lambda stack: stack[expert], tensor)
 
 
 def in_order(index_P: Tensor) -> Tensor:
@@ -145,23 +149,9 @@ class Routed(Operator):
         products = most if x_PM.is_meta else len(_runs(experts_P))
         out = x_PM.new_empty((len(x_PM), width))
         for at in range(products):
-            chosen = Chosen(experts_P, at)
-            of_expert, bias = weight(chosen.part)
-            out = torch.ops.einfold_routed.product(out, x_PM, experts_P, at, of_expert, bias)
+            of_expert, bias = weight(partial(_routed.part, experts=experts_P, at=at))
+            out = _routed.product(out, x_PM, experts_P, at, of_expert, bias)
         return out
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Of the experts that were chosen, in their order, one by its place."""
-
-    experts_P: Tensor
-    at: int
-
-    def part(self, stack: Tensor) -> Tensor:
-        """Its part of a stacked weight, where that lies."""
-        found: Tensor = torch.ops.einfold_routed.part(stack, self.experts_P, self.at)
-        return found
 
 
 def _runs(experts_P: Tensor) -> list[tuple[int, int, int]]:
@@ -236,10 +226,10 @@ class Experts(Routed):
         return self.gate_up_ENM.shape[0], self.gate_up_ENM.shape[1]
 
     def gate_up(self, of: Pick) -> tuple[Tensor, Tensor | None]:
-        return of(self.gate_up_ENM), of_bias(of, self.gate_up_bias_EN)
+        return of(self.gate_up_ENM), part_of(of, self.gate_up_bias_EN)
 
     def down(self, of: Pick) -> tuple[Tensor, Tensor | None]:
-        return of(self.down_EMI), of_bias(of, self.down_bias_EM)
+        return of(self.down_EMI), part_of(of, self.down_bias_EM)
 
     def mlp(self, expert: int, rows: Tensor, gate_up_NM: Tensor, down_MI: Tensor) -> Tensor:
         """What an expert makes of its tokens, with these weights in the place of its own."""

@@ -13,7 +13,7 @@ from ....errors import IRError
 from ..quant.pack import dequantize as dequantize_groups
 from ..quant.scheme import read_scheme
 from ..types import DTYPES
-from .experts import Pick, Routed, of_bias
+from .experts import Pick, Routed, part_of
 from .record import OPERATORS, Operator
 
 #: Weights that are widened at a time in a product: bounds its memory at some tens of megabytes.
@@ -190,17 +190,17 @@ class QuantizedExperts(Routed):
     def gate_up(self, of: Pick) -> tuple[Tensor, Tensor | None]:
         pieces = (self.gate_up_packed, self.gate_up_scales, self.gate_up_zeros)
         weight = self._weight(of, *pieces, self.x_TM.shape[1])
-        return weight, of_bias(of, self.gate_up_bias)
+        return weight, part_of(of, self.gate_up_bias)
 
     def down(self, of: Pick) -> tuple[Tensor, Tensor | None]:
         pieces = (self.down_packed, self.down_scales, self.down_zeros)
         weight = self._weight(of, *pieces, self.gate_up_packed.shape[1] // 2)
-        return weight, of_bias(of, self.down_bias)
+        return weight, part_of(of, self.down_bias)
 
     def _weight(
         self, of: Pick, packed: Tensor, scales: Tensor, zeros: Tensor | None, width: int
     ) -> Tensor:
-        of_expert = (of(packed), of(scales), of_bias(of, zeros))
+        of_expert = (of(packed), of(scales), part_of(of, zeros))
         return dequantize_groups(*of_expert, self.bits, self.block, width)
 
 
@@ -235,10 +235,10 @@ class StoredExperts(Routed):
 
     def gate_up(self, of: Pick) -> tuple[Tensor, Tensor | None]:
         weight = self._weight(of, self.gate_up_pieces, self.gate_up_shape)
-        return weight, of_bias(of, self.gate_up_bias)
+        return weight, part_of(of, self.gate_up_bias)
 
     def down(self, of: Pick) -> tuple[Tensor, Tensor | None]:
-        return self._weight(of, self.down_pieces, self.down_shape), of_bias(of, self.down_bias)
+        return self._weight(of, self.down_pieces, self.down_shape), part_of(of, self.down_bias)
 
     def _weight(self, of: Pick, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         kind = read_scheme(self.scheme)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -80,15 +81,6 @@ def test_what_must_be_done_is_counted() -> None:
     assert done == 4 * 64 * 128
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["attention"])
-    assert attention.main() == 1
-    assert "No CUDA device" in capsys.readouterr().err
-
-
 def test_products_have_schemes_pieces_and_bytes() -> None:
     found = linear.forms()
     assert {"grouped", "qserve"} <= {form.scheme.name for form in found} and len(found) > 7
@@ -122,15 +114,6 @@ def test_the_roofline_of_a_prompt_is_its_operations() -> None:
     nbytes = linear.moved(form.scheme, (4096, 4096), 1, 2)
     assert bench.least(form, (4096, 4096), 1) == pytest.approx(nbytes / 2e12 * 1e6)
     assert bench.least(form, (4096, 4096), 2048) == pytest.approx(2 * 2048 * 4096**2 / 1e15 * 1e6)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_products_say_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["linear"])
-    assert linear.main() == 1
-    assert "No CUDA device" in capsys.readouterr().err
 
 
 def test_a_peer_that_is_missing_says_so_where_it_is_made() -> None:
@@ -168,15 +151,6 @@ def test_pages_are_checked_against_the_operator(cache: str) -> None:
     assert [each.cache for each in pages.steps(cache, 4)] == [cache] * len(pages.LENGTHS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_pages_say_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["pages"])
-    assert pages.main() == 1
-    assert "No CUDA device" in capsys.readouterr().err
-
-
 class Stepping:
     """A model whose steps copy 100 bytes each, and take no time."""
 
@@ -210,9 +184,10 @@ def test_a_budget_holds_the_part_of_the_weights_that_is_asked_for(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_weights_that_have_no_room_say_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("script", [attention, linear, pages, offload])
+def test_without_a_gpu_it_says_so(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["offload"])
-    assert offload.main() == 1
+    monkeypatch.setattr(sys, "argv", [script.__name__])
+    assert script.main() == 1
     assert "No CUDA device" in capsys.readouterr().err
