@@ -1,13 +1,14 @@
 """Runs a model as transformers runs it, in float32, on the CPU: what everything else is compared with.
 
-Weights in other types are widened a layer at a time, so that no second copy of the model is held.
+Weights in other types are widened where they are read, or a layer at a time, so that no second copy of the
+model is held.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..ir.weights import Weight
 from .encoder_decoders import EncoderDecoder
 from .encoders import Encoder
 from .huggingface import ModelSource, quiet
+from .narrow import Narrow, may_stay, stand_in
 from .structure import structure
 
 #: Attention functions that stand for the model's own, which is named eager; another one is the user's.
@@ -100,21 +102,25 @@ def running(
 
 @contextmanager
 def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
-    """Parameters have their data while what reads them runs: those of a layer, while it does. Buffers that a
-    checkpoint holds have theirs."""
+    """Parameters have their data while what reads them runs: those of a layer, while it does, and linears and
+    embeddings in two bytes a part of them at a time. Buffers that a checkpoint holds have theirs."""
     for name, buffer in model.named_buffers():
         if name in state:
             buffer.copy_(numbers(state[name]).detach())
     inside = _of_a_layer(model)
     later: dict[nn.Module, list[tuple[nn.Parameter, Tensor | Weight]]] = {}
-    filled = set[int]()
+    filled, narrow = set[int](), dict[int, Tensor]()
+    owners = _owners(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         data = state.get(name)
         if data is None or id(parameter) in filled or _is_of(parameter, data):
             continue  # it is shared with the user's module, data and all, or with a parameter before
         filled.add(id(parameter))
         owner = inside.get(id(parameter))
-        if owner is None or _is_there(data):
+        if isinstance(data, Tensor) and all(may_stay(m, data) for m in owners[id(parameter)]):
+            narrow[id(parameter)] = data.detach()
+            parameter.data = stand_in(data.shape)
+        elif owner is None or _is_there(data):
             parameter.data = _widened(data)
         else:
             later.setdefault(owner, []).append((parameter, data))
@@ -123,10 +129,20 @@ def _filled(model: Any, state: Mapping[str, Tensor | Weight]) -> Iterator[None]:
         fill, empty = _turns(parameters, spare)
         handles += [layer.register_forward_pre_hook(fill), layer.register_forward_hook(empty)]
     try:
-        yield
+        with Narrow(narrow) if narrow else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _owners(model: Any) -> Mapping[int, list[nn.Module]]:
+    """The modules that have a parameter as their own, by its id."""
+    found = defaultdict[int, list[nn.Module]](list)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            found[id(parameter)].append(module)
+    return found
 
 
 def _of_a_layer(model: Any) -> dict[int, nn.Module | None]:

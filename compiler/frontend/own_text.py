@@ -38,7 +38,7 @@ _ROWS = 32
 _TRIMMED = 16
 
 #: Part of the name under which texts are kept.
-_VERSION = 2
+_VERSION = 3
 
 
 def own_text(
@@ -89,8 +89,9 @@ def runs(
     module: Any = None,
 ) -> Callable[[], AbstractContextManager[Any]]:
     """Gives the model as transformers runs it: the module, where it is in memory, else one of the weights in
-    `state`, or of the files where there is none. No second copy is held of what is not float32, but for a
-    layer that runs, embeddings and head; codes of a checkpoint are widened once for all steps."""
+    `state`, or of the files where there is none. No second copy is held of linears and embeddings in two
+    bytes, nor of what else is not float32 but for a layer that runs; codes of a checkpoint are widened once
+    for all steps."""
 
     def begin() -> AbstractContextManager[Any]:
         if module is not None:
@@ -121,15 +122,23 @@ def _written(
             give_back()
         out = model(input_ids=last.to(device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        likely = torch.softmax(out.logits[:, -1].float().cpu(), -1)
-        if not bool(torch.isfinite(likely).all()):
+        sums_BV = torch.softmax(out.logits[:, -1].float().cpu(), -1).cumsum(-1, dtype=torch.float64)
+        if not bool(torch.isfinite(sums_BV[:, -1]).all()):
             raise CalibrationError(
                 "the model's logits are not finite where it writes a text to be calibrated on: its weights "
                 "are damaged, or overflow in their type"
             )
-        last = torch.multinomial(likely, 1, generator=random)
+        last = _drawn(sums_BV, random)
         found.append(last)
     return torch.cat(found, dim=1)
+
+
+def _drawn(sums_BV: Tensor, random: torch.Generator) -> Tensor:
+    """A token [B, 1] of each row, of probabilities whose running sums are given: the first whose sum is above
+    a part of the last. (`torch.multinomial` draws a number a word: 0.12 s for 32 rows of 151,936.)"""
+    wanted_B1 = sums_BV[:, -1:] * torch.rand(len(sums_BV), 1, generator=random, dtype=torch.float64)
+    found_B1: Tensor = torch.searchsorted(sums_BV, wanted_B1, right=True)
+    return found_B1.clamp_(max=sums_BV.shape[1] - 1)  # where the part was rounded to all of it
 
 
 def _kept(place: Path, shape: tuple[int, int]) -> Tensor | None:

@@ -41,23 +41,33 @@ class DecoupleQ(GPTQ):
 
         def choose(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
             codes, grid = begin(groups_RGB)
+            felt = product.felt(groups_RGB, scheme.values(codes, grid)) if self.rounds else None
             for _ in range(self.rounds):
-                grid = product.scaled(groups_RGB, codes, grid)
-                codes = product.coded(groups_RGB, codes, grid)
+                grid, felt = product.scaled(groups_RGB, codes, grid, felt)
+                codes, felt = product.coded(groups_RGB, codes, grid, felt)
             return codes, grid
 
         return choose
 
 
 class Product:
-    """What rows lose in a product: e H eᵀ of what a row misses, e, and of the moments H of its inputs."""
+    """What rows lose in a product: e H eᵀ of what a row misses, e, and of the moments H of its inputs.
+
+    What is felt of that, e H [R, M], is handed on from step to step: it costs as much as all else of one.
+    """
 
     def __init__(self, moment_MM: Tensor, order: Tensor, scheme: Scheme) -> None:
         self.moment, self.order, self.scheme = moment_MM, order, scheme
 
-    def scaled(self, groups_RGB: Tensor, codes: Tensor, grid: Grid) -> Grid:
-        """The grid with the scales that fit the codes best; a row keeps its own where theirs, settled, are no
-        better."""
+    def felt(self, groups_RGB: Tensor, values_RGB: Tensor) -> Tensor:
+        """What is felt of what values miss, [R, M]."""
+        return self._missed(groups_RGB, values_RGB) @ self.moment
+
+    def scaled(
+        self, groups_RGB: Tensor, codes: Tensor, grid: Grid, felt_RM: Tensor
+    ) -> tuple[Grid, Tensor]:
+        """The grid with the scales that fit the codes best, and what is felt then; a row keeps its own where
+        theirs, settled, are no better."""
         rows, count, size = groups_RGB.shape
         scheme, width = self.scheme, len(self.moment)
         values = scheme.values(codes, grid)
@@ -65,18 +75,20 @@ class Product:
         twice = scheme.values(codes, {**grid, "scales": 2 * grid["scales"]})
         levels = ((twice - values) / grid["scales"]).flatten(1)[:, :width]
 
-        def by_group(products_RM: Tensor) -> Tensor:
-            padded = functional.pad(products_RM, (0, count * size - width))
-            sums: Tensor = padded.unflatten(1, (count, size)).sum(-1)
+        def by_group(products_RM: Tensor, first: int = 0) -> Tensor:
+            groups = count - first
+            padded = functional.pad(products_RM, (0, groups * size - products_RM.shape[1]))
+            sums: Tensor = padded.unflatten(1, (groups, size)).sum(-1)
             return sums
 
         missed = self._missed(groups_RGB, values)
-        felt = missed @ self.moment
-        wanted = by_group(felt * levels)
+        wanted = by_group(felt_RM * levels)
         normal = torch.empty(rows, count, count)
-        for group in range(count):
-            own = slice(group * size, min(width, (group + 1) * size))
-            normal[:, group] = by_group((levels[:, own] @ self.moment[own]) * levels)
+        for group in range(count):  # what is before a group is known by then, for all is symmetric
+            start, stop = (min(width, edge * size) for edge in (group, group + 1))
+            own = levels[:, start:stop] @ self.moment[start:stop, start:]
+            normal[:, group, group:] = by_group(own * levels[:, start:], group)
+            normal[:, group + 1 :, group] = normal[:, group, group + 1 :]
         diagonal = normal.diagonal(dim1=1, dim2=2)
         diagonal += diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(torch.float32).tiny
         step = torch.linalg.solve(normal.double(), wanted.double()).float()[..., None]
@@ -84,23 +96,25 @@ class Product:
         moved = torch.where(moved * grid["scales"] > 0, moved, grid["scales"])
         found = scheme.settle({**grid, "scales": moved})
         fewer = self._missed(groups_RGB, scheme.values(codes, found))
-        better = ((fewer @ self.moment) * fewer).sum(-1) < (felt * missed).sum(-1)
-        return {
+        felt = fewer @ self.moment
+        better = (felt * fewer).sum(-1) < (felt_RM * missed).sum(-1)
+        chosen = {
             name: torch.where(better[:, None, None], at, grid[name])
             if len(at) == rows  # else it is of all rows, and stands
             else at
             for name, at in found.items()
         }
+        return chosen, torch.where(better[:, None], felt, felt_RM)
 
-    def coded(self, groups_RGB: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-        """The codes after each column took the best one, in turn."""
+    def coded(
+        self, groups_RGB: Tensor, codes: Tensor, grid: Grid, felt_RM: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The codes after each column took the best one, in turn, and what is felt then."""
         scheme, order = self.scheme, self.order
         wide = in_columns(grid, groups_RGB, order)
-        values_RM = scheme.values(codes, grid)
-        missed_RM = self._missed(groups_RGB, values_RM)
-        values_MR = values_RM.flatten(1)[:, order].T.contiguous()
+        values_MR = scheme.values(codes, grid).flatten(1)[:, order].T.contiguous()
         moment = self.moment[order][:, order]
-        felt_MR = moment @ missed_RM[:, order].T
+        felt_MR = felt_RM[:, order].T.contiguous()
         flat = codes.flatten(1).clone()
         found_MR = flat[:, order].T.contiguous()
         width = len(moment)
@@ -119,7 +133,9 @@ class Product:
             felt_MR[:start].addmm_(moment[:start, start:stop], moved, alpha=-1)
             felt_MR[stop:].addmm_(moment[stop:, start:stop], moved, alpha=-1)
         flat[:, order] = found_MR.T
-        return flat.reshape(codes.shape)
+        felt = torch.empty_like(felt_RM)
+        felt[:, order] = felt_MR.T
+        return flat.reshape(codes.shape), felt
 
     def _missed(self, groups_RGB: Tensor, values_RGB: Tensor) -> Tensor:
         return (groups_RGB - values_RGB).flatten(1)[:, : len(self.moment)]

@@ -61,8 +61,9 @@ class GPTQ(ScalesChannels):
             return RoundToNearest().solve(weight, scheme, statistics)
         feedback = Feedback(moment, self.damping)
         target = weight.float()
-        if "drift" in statistics and self.drift:
-            target = target + self.drift * feedback.made_up(target @ statistics["drift"])
+        drifted = _drifted(target, statistics) if self.drift else None
+        if drifted is not None:
+            target = target + self.drift * feedback.made_up(drifted)
         codes = scheme.coded
         choose = self.choice(codes, damped(moment, self.damping), feedback)
         return completed(by_rows(target, codes, choose, weight), scheme, target, moment, weight)
@@ -78,6 +79,14 @@ class GPTQ(ScalesChannels):
             return feedback.chosen(groups_RGB, scheme, grid), grid
 
         return choose
+
+
+def _drifted(target_NM: Tensor, statistics: Mapping[str, Tensor]) -> Tensor | None:
+    """The mean of W (o - x) xᵀ [N, M], of the inputs x that a weight W gets and of o, those of the original; None
+    where these are the same."""
+    if "drifted" in statistics:
+        return statistics["drifted"]
+    return target_NM @ statistics["drift"] if "drift" in statistics else None
 
 
 class Feedback:

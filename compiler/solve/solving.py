@@ -49,7 +49,7 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 5
+_VERSION = 6
 
 
 class Solving:
@@ -166,12 +166,12 @@ class _Solve(Observer):
         weight_NM: Tensor = self._calls[0][1]
         inputs: list[Tensor] = [call[0] for call in self._calls]
         scheme, target, channels = self._schemes[name], weight_NM, None
-        found = self._in_parts(inputs)
+        found = self._in_parts(inputs, target)
         if name in self._divided:
             channels = self._solver.channels(finite(name, weight_NM, scheme), scheme, found)
         if channels is not None:
             target = weight_NM * channels
-            found = self._in_parts(x / channels for x in inputs)
+            found = self._in_parts((x / channels for x in inputs), target)
         solved = replace(self._solve(name, target, found), channels=channels)
         self._keep(name, solved)
         stored_NM = cache(lambda: scheme.dequantize(solved.pieces, weight_NM.shape[1]))
@@ -211,25 +211,26 @@ class _Solve(Observer):
 
         return product
 
-    def _in_parts(self, inputs: Iterable[Tensor]) -> Found:
-        """What is found in the inputs of all parts: what observers find is a mean over tokens."""
+    def _in_parts(self, inputs: Iterable[Tensor], weight_NM: Tensor) -> Found:
+        """What is found in the inputs of a weight in all parts: what observers find is a mean over tokens."""
         mean: dict[str, Tensor] = {}
         count = 0
         for x in inputs:
             original, own = x.chunk(2) if self._solver.follows else (x, x)
             tokens = own.shape[:-1].numel()
             count += tokens
-            for label, value in self._observe(own, original).items():
+            for label, value in self._observe(own, original, weight_NM).items():
                 known = mean.setdefault(label, value)
                 if known is not value:
                     known.lerp_(value, tokens / count)
         return mean
 
-    def _observe(self, own: Tensor, x: Tensor) -> Found:
-        """What is found in inputs, as the model has them that is solved so far, and as the original has."""
+    def _observe(self, own: Tensor, x: Tensor, *weight_NM: Tensor) -> Found:
+        """What is found in inputs, as the model has them that is solved so far, and as the original has; and of
+        the weight that they meet, where that is one."""
         found: dict[str, Tensor] = {}
         for observer in self._observers:
-            found |= observer.see(self._site, own, x)
+            found |= observer.see(self._site, own, x, *weight_NM)
         return found
 
     def _solve(self, name: str, weight_NM: Tensor, found: Found) -> Solved:

@@ -43,7 +43,13 @@ def test_moments_are_the_mean_of_products(width: int) -> None:
     x, o = (each.flatten(0, 1).double() for each in (own, original))
     assert torch.equal(found["moment"], found["moment"].T)
     torch.testing.assert_close(found["moment"].double(), x.T @ x / 60, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["drift"].double(), (o - x).T @ x / 60, rtol=1e-5, atol=1e-6)
+    drift = (o - x).T @ x / 60
+    torch.testing.assert_close(found["drift"].double(), drift, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
+    found = InputMoments().see(replace(site, embeds=False), own, original, weight)
+    assert "drift" not in found
+    drifted = weight.double() @ drift
+    torch.testing.assert_close(found["drifted"].double(), drifted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))

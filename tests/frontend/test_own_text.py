@@ -13,7 +13,7 @@ from torch import Tensor
 
 from einfold.compiler.driver import Input, load_weights, open_model
 from einfold.compiler.frontend.huggingface import find_model, load_reference
-from einfold.compiler.frontend.own_text import own_text, runs
+from einfold.compiler.frontend.own_text import _drawn, own_text, runs
 from einfold.compiler.ir.weights import Weight
 from einfold.errors import CalibrationError
 
@@ -75,21 +75,40 @@ def test_weights_that_are_loaded_are_not_loaded_again(monkeypatch: pytest.Monkey
     assert not torch.equal(write("changed", running=changed), files)
 
 
-def test_weights_of_two_bytes_are_widened_a_layer_at_a_time(tmp_path: Path) -> None:
-    """The text is that of the model widened at once, whose layers have data only while they run."""
+def test_weights_of_two_bytes_are_widened_where_they_are_read(tmp_path: Path) -> None:
+    """The text is that of the model widened at once; of it nothing is held that has a size to speak of."""
     wide = models.build("llama", vocab_size=512)
     wide.bfloat16().save_pretrained(tmp_path)
     model = opened(tmp_path)
     text = write("half", running=by(model))
     assert torch.equal(write("wide", running=lambda: nullcontext(wide.float())), text)
-    layers = "model.layers."
     with by(model)() as half:
-        bytes_ = [
-            (name.startswith(layers), parameter.untyped_storage().nbytes(), parameter.nbytes)
-            for name, parameter in half.named_parameters()
-        ]
-    assert any(inside for inside, _, _ in bytes_)
-    assert all(held == (4 if inside else wanted) for inside, held, wanted in bytes_)
+        parts = dict(half.named_parameters())
+    held = {name: part.untyped_storage().nbytes() for name, part in parts.items()}
+    norm = held.pop("model.norm.weight")
+    assert norm > 4 and {*held.values()} == {4}
+
+
+def test_tokens_are_drawn_as_likely_as_they_are() -> None:
+    """Of words with nothing to them none is, whatever the part that is drawn."""
+    likely = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0]).expand(4000, 6)
+    drawn = _drawn(likely.cumsum(-1, dtype=torch.float64), torch.Generator().manual_seed(0))
+    assert drawn.shape == (4000, 1)
+    shares = drawn.flatten().bincount(minlength=6) / 4000
+    assert torch.allclose(shares, likely[0], atol=0.03)
+    assert not shares[[0, 2, 5]].any()
+
+
+@pytest.mark.parametrize(("part", "token"), [(0.0, 1), (1.0, 5)])
+def test_the_least_and_the_largest_part(
+    part: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest is below one, but times a sum it may be rounded to that."""
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, dtype, **_: torch.full(size, part, dtype=dtype)
+    )
+    sums = torch.tensor([[0.0, 0.5, 0.5, 0.7, 1.0, 1.0]], dtype=torch.float64)
+    assert _drawn(sums, torch.Generator()).tolist() == [[token]]
 
 
 def test_codes_of_a_tied_table_are_widened_once() -> None:

@@ -79,9 +79,27 @@ def test_scales_that_fit_codes_are_found() -> None:
     zeros = torch.full_like(wanted, 4)
     groups = scheme.values(codes, {"scales": wanted, "zeros": zeros})
     product = Product(moment, torch.arange(40), scheme)
-    found = product.scaled(groups, codes, {"scales": torch.ones(5, 3, 1), "zeros": zeros})
+    grid = {"scales": torch.ones(5, 3, 1), "zeros": zeros}
+    felt = product.felt(groups, scheme.values(codes, grid))
+    found, felt = product.scaled(groups, codes, grid, felt)
+    torch.testing.assert_close(felt, product.felt(groups, scheme.values(codes, found)))
     torch.testing.assert_close(found["scales"], wanted, rtol=0.02, atol=0.02)
     assert torch.equal(found["scales"][0], wanted[0])
+
+
+def test_what_is_felt_is_handed_on() -> None:
+    """As codes change, what is felt of them follows."""
+    scheme, moment = Grouped(3, 16), damped(moment_of(200, 40), 0.01)
+    groups = scheme.groups(torch.randn(5, 40, generator=torch.Generator().manual_seed(1)))
+    grid = scheme.settle(scheme.grid(groups))
+    codes = scheme.nearest(groups, grid)
+    product = Product(moment, torch.arange(40).flip(0), scheme)
+    before = product.felt(groups, scheme.values(codes, grid))
+    found, felt = product.coded(groups, codes, grid, before)
+    assert not torch.equal(found, codes)
+    torch.testing.assert_close(
+        felt, product.felt(groups, scheme.values(found, grid)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_groups_that_are_coded_at_once_are_refused() -> None:

@@ -19,7 +19,9 @@ _PARTS = 8
 class InputMoments(Observer):
     """`moment` [M, M]: the mean of x xᵀ over the tokens, x the inputs of a linear, as a model has them whose
     weights are partly solved; `drift` [M, M]: the mean of (o - x) xᵀ, o the inputs of the original, where
-    these are others.
+    these are others. Of a weight W [N, M] that is given, with fewer rows than columns, `drifted` [N, M] stands in
+    its place, the mean of W (o - x) xᵀ: all that is asked of drift, by fewer products. (In front of a down
+    projection of 4,864 by 896 they are a third, and drift was a fifth of all that solving multiplies.)
 
     A table that tokens are embedded by too is read in every direction, also in those that the head's inputs
     never take: it has no drift, and a moment that is at least the median channel's everywhere. (SmolLM2-135M,
@@ -37,7 +39,12 @@ class InputMoments(Observer):
             found["moment"].diagonal().add_(found["moment"].diagonal().median())
         elif len(values) > 1 and values[1] is not values[0]:
             apart_TM = values[1].flatten(0, -2) - x_TM
-            found["drift"] = (apart_TM.T @ x_TM).div_(len(x_TM))
+            weight_NM = values[2] if len(values) > 2 else None
+            if weight_NM is not None and len(weight_NM) < weight_NM.shape[1]:
+                label, apart_TM = "drifted", apart_TM @ weight_NM.to(x_TM.dtype).T
+            else:
+                label = "drift"
+            found[label] = (apart_TM.T @ x_TM).div_(len(x_TM))
         return found
 
 
@@ -49,6 +56,8 @@ def _moment(x_TM: Tensor) -> Tensor:
     for start in range(0, width, step):
         stop = min(start + step, width)
         part = (x_TM[:, start:].T @ x_TM[:, start:stop]).div_(len(x_TM))
+        own = part[: stop - start]
+        own.copy_(own.tril() + own.tril(-1).T)  # some libraries round the two halves unlike
         found_MM[start:, start:stop] = part
         found_MM[start:stop, stop:] = part[stop - start :].T
     return found_MM
