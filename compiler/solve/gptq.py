@@ -82,8 +82,8 @@ class GPTQ(ScalesChannels):
 
 
 def _drifted(target_NM: Tensor, statistics: Mapping[str, Tensor]) -> Tensor | None:
-    """The mean of W (o - x) xᵀ [N, M], of the inputs x that a weight W gets and of o, those of the original; None
-    where these are the same."""
+    """The mean of W (o - x) xᵀ [N, M], of the inputs x that a weight W gets and of o, those of the original;
+    None where these are the same."""
     if "drifted" in statistics:
         return statistics["drifted"]
     return target_NM @ statistics["drift"] if "drift" in statistics else None

@@ -226,8 +226,8 @@ class _Solve(Observer):
         return mean
 
     def _observe(self, own: Tensor, x: Tensor, *weight_NM: Tensor) -> Found:
-        """What is found in inputs, as the model has them that is solved so far, and as the original has; and of
-        the weight that they meet, where that is one."""
+        """What is found in inputs, as the model has them that is solved so far, and as the original has; and
+        of the weight that they meet, where that is one."""
         found: dict[str, Tensor] = {}
         for observer in self._observers:
             found |= observer.see(self._site, own, x, *weight_NM)

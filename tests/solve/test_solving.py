@@ -72,8 +72,8 @@ def test_a_weight_is_solved_on_the_inputs_that_stored_weights_give() -> None:
 
 
 def test_the_head_sees_every_token_as_both_models_have_it() -> None:
-    """Its inputs are what the linear before it gives, of all tokens: their moments follow from its own. It has
-    fewer rows than columns, so that drift is given as it is felt in its products."""
+    """Its inputs are what the linear before it gives, of all tokens: their moments follow from its own. It
+    has fewer rows than columns, so that drift is given as it is felt in its products."""
     _, pieces = solved()
     _, before, head = Seen.shown
     original = program(TWO).weights["u.weight"].load()

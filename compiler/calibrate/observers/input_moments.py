@@ -19,9 +19,9 @@ _PARTS = 8
 class InputMoments(Observer):
     """`moment` [M, M]: the mean of x xᵀ over the tokens, x the inputs of a linear, as a model has them whose
     weights are partly solved; `drift` [M, M]: the mean of (o - x) xᵀ, o the inputs of the original, where
-    these are others. Of a weight W [N, M] that is given, with fewer rows than columns, `drifted` [N, M] stands in
-    its place, the mean of W (o - x) xᵀ: all that is asked of drift, by fewer products. (In front of a down
-    projection of 4,864 by 896 they are a third, and drift was a fifth of all that solving multiplies.)
+    these are others. Of a weight W [N, M] that is given, with fewer rows than columns, `drifted` [N, M] stands
+    in its place, the mean of W (o - x) xᵀ: all that is asked of drift, by fewer products (in front of a down
+    projection of 896 by 4,864 a third as many).
 
     A table that tokens are embedded by too is read in every direction, also in those that the head's inputs
     never take: it has no drift, and a moment that is at least the median channel's everywhere. (SmolLM2-135M,
