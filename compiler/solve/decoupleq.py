@@ -41,7 +41,9 @@ class DecoupleQ(GPTQ):
 
         def choose(groups_RGB: Tensor) -> tuple[Tensor, Grid]:
             codes, grid = begin(groups_RGB)
-            felt = product.felt(groups_RGB, scheme.values(codes, grid)) if self.rounds else None
+            if not self.rounds:
+                return codes, grid
+            felt = product.felt(groups_RGB, scheme.values(codes, grid))
             for _ in range(self.rounds):
                 grid, felt = product.scaled(groups_RGB, codes, grid, felt)
                 codes, felt = product.coded(groups_RGB, codes, grid, felt)

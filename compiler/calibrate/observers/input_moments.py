@@ -19,7 +19,7 @@ _PARTS = 8
 class InputMoments(Observer):
     """`moment` [M, M]: the mean of x xᵀ over the tokens, x the inputs of a linear, as a model has them whose
     weights are partly solved; `drift` [M, M]: the mean of (o - x) xᵀ, o the inputs of the original, where
-    these are others. Of a weight W [N, M] that is given, with fewer rows than columns, `drifted` [N, M] stands
+    these are others. Of a weight W [N, M] that is given, with fewer rows than columns, `drifted` [N, M] is
     in its place, the mean of W (o - x) xᵀ: all that is asked of drift, by fewer products (in front of a down
     projection of 896 by 4,864 a third as many).
 
