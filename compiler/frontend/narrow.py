@@ -60,9 +60,10 @@ class Narrow(TorchFunctionMode):
             found = self._data.get(id(weight))
             if found is not None and x.dtype == torch.float32:
                 return _linear(self._wide(x), found, *self._wide(bias), **self._wide(kwargs))
-        elif func is functional.embedding and len(args) >= 2 and not any(args[3:4]):
+        elif func is functional.embedding and len(args) >= 2:
             found = self._data.get(id(args[1]))
-            if found is not None:
+            scales = any(args[3:4]) or kwargs.get("max_norm")  # rows of the table itself, in place
+            if found is not None and not scales:
                 return func(args[0], found, *args[2:], **kwargs).float()
         return func(*self._wide(args), **self._wide(kwargs))
 

@@ -187,7 +187,7 @@ def _turns(
         for parameter, data in parameters:
             if not isinstance(data, Weight):
                 spare[data.shape].append(parameter.data)
-            parameter.data = torch.zeros(()).expand(parameter.shape)
+            parameter.data = stand_in(parameter.shape)
 
     return fill, empty
 

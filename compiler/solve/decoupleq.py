@@ -55,7 +55,7 @@ class DecoupleQ(GPTQ):
 class Product:
     """What rows lose in a product: e H eᵀ of what a row misses, e, and of the moments H of its inputs.
 
-    What is felt of that, e H [R, M], is handed on from step to step: it costs as much as all else of one.
+    What is felt of that, e H [R, M], is handed on from step to step, for it is a product with all moments.
     """
 
     def __init__(self, moment_MM: Tensor, order: Tensor, scheme: Scheme) -> None:

@@ -56,6 +56,16 @@ def test_every_way_to_read_a_weight(weight: Any, read: Callable[[Any], Tensor]) 
     assert torch.allclose(got, read(NUMBERS.float()), atol=1e-6)
 
 
+@pytest.mark.parametrize("given", [(None, 0.5), ()])
+def test_rows_that_are_scaled_as_they_are_looked_up(weight: Any, given: tuple[Any, ...]) -> None:
+    """An embedding with a largest norm writes to its table: that of the checkpoint stays as it is."""
+    before = NUMBERS.clone()
+    more = {} if given else {"max_norm": 0.5}
+    got = functional.embedding(torch.tensor([3]), weight, *given, **more)
+    assert torch.allclose(got.norm(), torch.tensor(0.5), atol=1e-5)
+    assert torch.equal(NUMBERS, before)
+
+
 def test_what_a_weight_is_is_known_without_its_numbers(
     weight: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
