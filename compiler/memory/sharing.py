@@ -30,21 +30,27 @@ def share(nodes: list[fx.Node], found: Survey) -> Sharing:
 
     Torch says of an operator of its own that it is pointwise, an operator of einfold's says what it may
     overwrite (`Operator.overwrites`). Rows of a larger storage come first: that stays as long as any of its
-    rows is read, so that they are there for nothing.
+    rows is read, so that they are there for nothing. What torch sums keeps its strides: a library's products
+    may add in another order where rows lie further apart, and give other bits (6 rows of 48 in MKL for AVX2).
     """
     sharing = Sharing()
+    moved: set[int] = set()  # storages whose values get other strides than they have in the survey
     place = {node: index for index, node in enumerate(nodes)}
     for node in nodes:
         taken: set[int] = set()
         for at, names in enumerate(candidates(node)):
             reasons = []
             for argument in sorted(names, key=lambda each: not _rows_of_more(found.values[each])):
-                reason = why_not(node, at, argument, found) or _still_read(
-                    node, argument, found, place, taken
+                reason = (
+                    why_not(node, at, argument, found)
+                    or _still_read(node, argument, found, place, taken)
+                    or _adds_otherwise(node, at, argument, found, moved)
                 )
                 if not reason:
                     sharing.in_place[node, at] = argument
                     taken.add(number(found.values[argument]))
+                    if _moves(node, at, argument, found, moved):
+                        moved.add(number(found.results(node)[at]))
                     break
                 reasons.append(reason)
             if reasons and (node, at) not in sharing.in_place:
@@ -73,7 +79,13 @@ def whole(node: fx.Node, found: Survey) -> list[list[int]]:
     over = []
     for at, arguments in enumerate(candidates(node)):
         new = found.of(found.results(node)[at])
-        fit = [each for each in arguments if new and not why_not(node, at, each, found)]
+        fit = [
+            each
+            for each in arguments
+            if new
+            and not why_not(node, at, each, found)
+            and not _adds_otherwise(node, at, each, found, set())
+        ]
         olds = [number(found.values[each]) for each in fit]
         over.append([old for old in olds if new and found.made[old].size == new.size])
     return over
@@ -114,6 +126,30 @@ def _still_read(
         if not all(apart(each, old) for each in read):
             return "is read later"
     return ""
+
+
+def _moves(node: fx.Node, at: int, argument: fx.Node, found: Survey, moved: set[int]) -> bool:
+    """Whether a result gets other strides where an argument lies; those of one element tell nothing."""
+    old, new = found.values[argument], found.results(node)[at]
+    lie = zip(new.shape, old.stride(), new.stride(), strict=True)
+    return number(old) in moved or any(n > 1 and s != t for n, s, t in lie)
+
+
+def _adds_otherwise(
+    node: fx.Node, at: int, argument: fx.Node, found: Survey, moved: set[int]
+) -> str:
+    made = found.of(found.results(node)[at])
+    if made is None or not _moves(node, at, argument, found, moved):
+        return ""
+    sums = (_adds(each) and not found.looks(each) for each in made.readers)
+    return "has other strides, and is summed" if any(sums) else ""
+
+
+def _adds(reader: fx.Node) -> bool:
+    """Whether torch adds up what a call reads. Operators of einfold's are not asked: where torch runs them
+    they were written down in its own (`expand`), and kernels add in one order at any strides."""
+    mine = operator_of(reader.target) is not None
+    return reader.op == "call_function" and not mine and not any(candidates(reader))
 
 
 def _read_of(node: fx.Node, old: Tensor, found: Survey) -> Iterator[Tensor]:

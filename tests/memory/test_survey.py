@@ -117,6 +117,29 @@ def test_a_gate_is_overwritten_beside_its_up() -> None:
     assert plan.arena == plan.bound == (8 + 4) * ROW
 
 
+def test_what_torch_sums_keeps_its_strides() -> None:
+    """Rows that lie further apart are added in another order by some library: other bits."""
+    found = program("""
+        weight @w : f32[4, 4]
+        input %x "x" : f32[B, S, 8]
+        read %w "w" : f32[4, 4]
+        call %both = aten.exp.default(%x) : f32[B, S, 8]
+        call %split = aten.split_with_sizes.default(%both, [4, 4], -1) : (f32[B, S, 4], f32[B, S, 4])
+        call %gate = builtin.getitem(%split, 0) : f32[B, S, 4]
+        call %up = builtin.getitem(%split, 1) : f32[B, S, 4]
+        call %silu = aten.silu.default(%gate) : f32[B, S, 4]
+        call %hidden = aten.mul.Tensor(%silu, %up) : f32[B, S, 4]
+        call %rows = aten.reshape.default(%hidden, [-1, 4]) : f32[B*S, 4]
+        call %y = aten.mm.default(%rows, %w) : f32[B*S, 4]
+        output "y" = %y
+    """)
+    sharing = plan_memory(found, inputs_at(found, DIMS)).sharing
+    written = {node.name: argument.name for (node, _), argument in sharing.in_place.items()}
+    assert written == {"silu": "gate"}  # a product of elements reads it
+    said = {node.name: why for (node, _), why in sharing.refused.items()}
+    assert said["hidden"] == ["has other strides, and is summed"] * 2
+
+
 def test_an_operator_of_einfolds_overwrites_what_it_names() -> None:
     for kind in OPERATORS.values():
         for names in kind.overwrites:

@@ -101,6 +101,15 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class PackedWeight:
+    """A weight as onnxruntime saves it packed: codes, sums of blocks and scales, or as it is."""
+
+    nbytes: int
+    sums: tuple[int, int] = (0, 0)
+    """Where in it they begin and end."""
+
+
+@dataclass(frozen=True)
 class SuperOp:
     """Nodes that run together, and what they read and give."""
 
@@ -118,9 +127,9 @@ class SuperOp:
     """Tensors that lie in the model itself."""
     held: int
     """Bytes that onnxruntime holds of the weights once they are packed."""
-    packed: tuple[tuple[int, ...], ...]
-    """Bytes of each weight as onnxruntime saves it packed: those that every token reads, then those of each
-    expert; nothing where it would widen one."""
+    packed: tuple[tuple[PackedWeight, ...], ...]
+    """Its weights as onnxruntime saves them packed: those that every token reads, then those of each expert;
+    nothing where it would widen one."""
     widest: int
     """Floats that its nodes make of a token at once."""
     routing: Routing | None = None
@@ -454,22 +463,25 @@ def _held(extent: Extent, nodes: Sequence[Any]) -> int:
 
 def _packed(
     weights: Sequence[Extent], nodes: Sequence[Any], routing: Routing | None = None
-) -> tuple[tuple[int, ...], ...]:
-    """Bytes of weights that lie in a packed copy: codes with scales and as many sums, and others unless they
-    are so small that the saved model holds them."""
-    sizes, every = {extent.name: extent.length for extent in weights}, list(_all(nodes))
+) -> tuple[tuple[PackedWeight, ...], ...]:
+    """Weights that lie in a packed copy: codes with scales and as many sums, and others unless they are so
+    small that the saved model holds them."""
+    every = list(_all(nodes))
+    found = {extent.name: PackedWeight(extent.length) for extent in weights}
     if any(
-        node.op_type not in (*_PLAIN, _PACKED) and sizes.keys() & set(node.input) for node in every
+        node.op_type not in (*_PLAIN, _PACKED) and found.keys() & set(node.input) for node in every
     ):
         return ()
     for node in every:
-        if node.op_type == _PACKED and {*node.input[1:3]} <= sizes.keys():
-            sizes[node.input[1]] += 2 * sizes.pop(node.input[2]) + PADDING
+        if node.op_type == _PACKED and {*node.input[1:3]} <= found.keys():
+            codes, scales = found[node.input[1]].nbytes, found.pop(node.input[2]).nbytes
+            sums = codes, codes + scales
+            found[node.input[1]] = PackedWeight(codes + 2 * scales + PADDING, sums)
     packed = {node.input[1] for node in every if node.op_type in (_PACKED, *_PRODUCTS)}
-    sizes = {name: size for name, size in sizes.items() if name in packed or size >= SMALL}
+    found = {name: each for name, each in found.items() if name in packed or each.nbytes >= SMALL}
     experts = routing.experts.values() if routing is not None else ()
-    of_experts = [tuple(sizes.pop(name) for name in names if name in sizes) for names in experts]
-    return (tuple(sizes.values()), *of_experts)
+    of_experts = [tuple(found.pop(name) for name in names if name in found) for names in experts]
+    return (tuple(found.values()), *of_experts)
 
 
 def _widest(nodes: Sequence[Any], extents: dict[str, Extent]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Self
 
 from ....errors import ArtifactError, UnsupportedError
@@ -17,7 +18,7 @@ from ...memory.spill import Slots
 from ...memory.tiers import Choice, Fixed, Load, Piece, Skew
 from .attention_bytes import of_layout
 from .cut import SuperOp, buffer_of, cut, divide, holds_logits, largest_group
-from .packed_copy import laid_out, no_copy, sums_are_read, told_of_experts
+from .packed_copy import Layout, laid_out, no_copy, sums_are_read, told_of_experts, units_of
 from .process import PROCESS
 from .runner import checked_model
 
@@ -136,11 +137,20 @@ class CutModel:
 
 def _paged(op: SuperOp, sums: bool) -> Piece:
     """A super-op as it lies in a packed copy, of which whole units are read; without `sums` a token leaves
-    these out, and reads about as much as lies in the artifact."""
-    layout = laid_out(op.packed)
-    nbytes = layout.nbytes if sums else min(-(-op.nbytes // UNIT) * UNIT, layout.nbytes)
+    out those that hold nothing else."""
+    layout = laid_out([[weight.nbytes for weight in group] for group in op.packed])
+    nbytes = layout.nbytes if sums else _without_sums(op, layout)
     if op.routing is None or not op.nbytes:
         return Piece(op.name, nbytes, layout.nbytes, original=op.nbytes)
     chosen = op.chosen * layout.nbytes // op.nbytes
     choice = Choice(chosen, layout.most(op.routing.most))
     return Piece(op.name, nbytes, layout.nbytes, choice, op.nbytes)
+
+
+def _without_sums(op: SuperOp, layout: Layout) -> int:
+    """Bytes of the units in which there is more than sums."""
+    units = set[int]()
+    for at, weight in zip(chain(*layout.places), chain(*op.packed), strict=True):
+        first, last = weight.sums
+        units.update(units_of([(at, at + first), (at + last, at + weight.nbytes)]))
+    return sum(UNIT for unit in units if unit * UNIT < layout.nbytes)
