@@ -2,9 +2,10 @@
 
 `python -m benchmarks.reading [--context 16384] [--threads 2] [--storages f32 int8]`: the Qwen2.5-0.5B shape
 with random weights (int4, block 32, head int8), float32 and int8 slots, each without `[cache.read]` and with
-`quest` at an eighth of the tokens and at a sixteenth, or 1,024 where that is more. Everything runs in one
-process; the kinds take turns, a few steps each, and figures are medians of all steps, so that a machine which
-others use too tells ratios. Caches hold random numbers: pages are chosen all over them.
+`quest` at an eighth of the tokens and at a sixteenth, or 1,024 where that is more, and with `shadowkv`.
+Everything runs in one process; the kinds take turns, a few steps each, and figures are medians of all steps,
+so that a machine which others use too tells ratios. Caches hold random numbers: pages are chosen all over
+them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
         (", quest", {"read": {"method": "quest"}}),
         (", quest, pages of 8", {"read": {"method": "quest", "page": 8}}),
         (", quest, pages of 8, like keys", {"read": {"method": "quest", **LIKE_KEYS}}),
+        (", shadowkv", {"read": {"method": "shadowkv"}}),
         (", quest, pages of 16", {"read": {"method": "quest", "page": 16}}),
         (", quest, a sixteenth", {"read": {"method": "quest", "share": 0.0625, "tokens": 1024}}),
     )

@@ -1,9 +1,9 @@
 """What reading few pages changes on SmolLM2-135M-Instruct: `python -m benchmarks.reading_quality`.
 
 Each text is read as a prompt, once for each storage; then the tokens behind it go through the cache one by
-one (teacher forcing), as decoding does, for every way of reading: keys and values are copied, and bounds of
-pages found for them. KL(everything || few) in nats and the share of tokens with the same likeliest next one
-are over prose of the Canterbury corpus, float32 slots and everything read being the original. Recall is
+one (teacher forcing), as decoding does, for every way of reading: keys and values are copied, and statistics
+of pages found for them. KL(everything || few) in nats and the share of tokens with the same likeliest next
+one are over prose of the Canterbury corpus, float32 slots and everything read being the original. Recall is
 over lists of things that stand in such prose (`benchmarks/quality`), which are asked for behind all of it.
 """
 
@@ -26,7 +26,6 @@ import torch
 
 import einfold
 from einfold.compiler.ir.kv.layout import BOUNDS
-from einfold.compiler.ir.kv.read.quest import choosing
 from einfold.runtime import alike
 from einfold.runtime.cache import Cache
 from einfold.runtime.engine import Engine
@@ -42,15 +41,18 @@ Floats = npt.NDArray[np.float32]
 
 _TEXTS = ("alice29.txt", "lcet10.txt", "plrabn12.txt", "asyoulik.txt")
 
-#: Options of `quest` by name; None reads everything.
+#: The table `[cache.read]` by name; None reads everything.
 WAYS: dict[str, dict[str, Any] | None] = {
     "everything": None,
-    "quest": {},
-    "quest:share=0.0625,tokens=1024": {"share": 0.0625, "tokens": 1024},
-    "quest:page=8": {"page": 8},
-    "quest:page=8,spread=0.35,alike=256": LIKE_KEYS,
-    "quest:page=16": {"page": 16},
-    "quest:page=16,spread=1": {"page": 16, "spread": 1.0},
+    "quest": {"method": "quest"},
+    "quest:share=0.0625,tokens=1024": {"method": "quest", "share": 0.0625, "tokens": 1024},
+    "quest:page=8": {"method": "quest", "page": 8},
+    "quest:page=8,spread=0.35,alike=256": {"method": "quest", **LIKE_KEYS},
+    "quest:page=16": {"method": "quest", "page": 16},
+    "quest:page=16,spread=1": {"method": "quest", "page": 16, "spread": 1.0},
+    "shadowkv": {"method": "shadowkv"},
+    "shadowkv:page=8": {"method": "shadowkv", "page": 8},
+    "shadowkv:outliers=0": {"method": "shadowkv", "outliers": 0},
 }
 
 #: Tokens behind a prompt that are measured.
@@ -63,9 +65,7 @@ class Ways:
     def __init__(self, folder: Path, storage: str, names: tuple[str, ...], threads: int) -> None:
         self.engines: dict[str, Engine] = {}
         for name in names:
-            options = WAYS[name]
-            read = None if options is None else {"method": "quest", **options}
-            recipe = {"target": "onnx", "cache": {"storage": storage, "read": read}}
+            recipe = {"target": "onnx", "cache": {"storage": storage, "read": WAYS[name]}}
             out = folder / f"{storage}-{len(self.engines)}"
             einfold.compile(real_model.folder(), out, recipe=recipe, check=False)
             self.engines[name] = einfold.load(out, threads=threads).engine
@@ -98,19 +98,19 @@ def _alone(engine: Engine, cache: Cache, row: Any, start: int) -> Iterator[tuple
 
 
 def _copy(whole: Cache, cache: Cache, tokens: int) -> None:
-    """Puts the tokens of one cache into another, with the bounds that go with them."""
+    """Puts the tokens of one cache into another, with the statistics that go with them."""
     for layer, index, group in cache.layout.groups():
         prefix = f"cache.{layer.layer}.{index}"
         for part in ("key", "value"):
             name = f"{prefix}.{part}"
             cache.buffers[name][:, :, :tokens] = whole.buffers[name][:, :, :tokens]
         if group.reader.bounded:
-            choosing.refresh(
+            group.reader.choosing.refresh(
+                group.reader,
                 torch.from_numpy(cache.buffers[f"{prefix}.{BOUNDS}"]),
                 torch.from_numpy(cache.buffers[f"{prefix}.key"]),
                 torch.zeros(1, dtype=torch.int64),
                 tokens,
-                group.reader.bounded,
             )
 
 

@@ -316,13 +316,13 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _bounds_fit_the_slots(self) -> Recipe:
-        """Bounds of pages are numbers of the type of the slots, which holds no half of a byte."""
+        """Statistics of pages are numbers of the type of the slots, which holds no half of a byte."""
         readers = [getattr(step, "reader", None) for step in self.cache_passes()]
         bounded = [reader for reader in readers if reader is not None and reader.bounded]
         if bounded and self.cache.storage == "int4":
             raise ValueError(
-                f"cache.read {bounded[0].name} keeps bounds of pages in the type of the slots, and those of "
-                "cache.storage int4 hold two numbers in a byte; take int8, or leave one of them out"
+                f"cache.read {bounded[0].name} keeps statistics of pages in the type of the slots, and those "
+                "of cache.storage int4 hold two numbers in a byte; take int8, or leave one of them out"
             )
         return self
 

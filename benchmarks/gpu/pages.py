@@ -29,7 +29,7 @@ from einfold.compiler.codegen.triton.attention.kernels import AttentionKernel, a
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.device import described
 from einfold.compiler.codegen.triton.dtypes import DTYPES
-from einfold.compiler.ir.kv.read.quest.choosing import bounds_of
+from einfold.compiler.ir.kv.read.pages.choosing import statistics_of
 from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.ops.attention import masked_attention, stored
 from einfold.compiler.ir.ops.bounded import BoundedAttention
@@ -114,7 +114,7 @@ def call_of(step: Step, device: str) -> BoundedAttention:
         return (full * 40).to(torch.int8) if step.cache == "i8" else full.to(DTYPES[step.cache])
 
     keys, scale = cache(), torch.full((model.kv_heads, size), 1 / 40, device=device)
-    bounds = torch.nn.functional.pad(bounds_of(keys, page), (0, 0, 0, 1))
+    bounds = torch.nn.functional.pad(statistics_of(step.reader, keys), (0, 0, 0, 1))
     return BoundedAttention(
         q_BSHD=random(step.batch, 1, model.heads, size) * 3,
         k_BSKD=random(step.batch, 1, model.kv_heads, size),

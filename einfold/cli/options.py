@@ -28,7 +28,7 @@ METHODS = {
     ),
     "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq", "mustafar"),
     "share": ("cross_layer", "minicache", "cskv"),
-    "read": ("quest",),
+    "read": ("quest", "shadowkv"),
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import einfold
 from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.layout import BOUNDS, Buffer, CacheLayout
-from einfold.compiler.ir.kv.read.quest import choosing
+from einfold.compiler.ir.kv.read.pages.choosing import statistics_of
 from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.kv.spill import spillable
 from einfold.compiler.ir.kv.store.plain.storage import Plain
@@ -111,7 +111,7 @@ def test_tokens_move_within_their_chunk_with_their_values_and_bounds(make: Any, 
                     torch.as_tensor(cache.buffers[f"cache.{layer}.0.{p}"]) for p in (BOUNDS, "key")
                 )
                 used = torch.as_tensor(cache.lengths)
-                choosing.refresh(bounds, keys, used, max(max(sizes), 1), 4)
+                READER.choosing.refresh(READER, bounds, keys, used, max(max(sizes), 1))
             cache.advance(np.array(sizes))
         for row, used in enumerate(caches[0].lengths.tolist()):
             moved += check_row(caches, row, used)
@@ -137,7 +137,7 @@ def check_row(caches: list[Cache], row: int, used: int) -> int:
                 assert mine == other
                 moved += not np.array_equal(keys[0][head, own], keys[1][head, own])
         whole = torch.as_tensor(keys[0][None, :, : used // 4 * 4])
-        wanted = choosing.bounds_of(whole, 4)[0].numpy()
+        wanted = statistics_of(READER, whole)[0].numpy()
         assert np.array_equal(bounds[0][:, : used // 4], wanted)
     return moved
 

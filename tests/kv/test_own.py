@@ -37,7 +37,11 @@ STORAGE_OPTIONS = {
     "mustafar": {"tokens": 4, "slack": 4, "residual": 4},
     "minicache": {"group": 8, "residual": 4, "slack": 4},
 }
-READER_OPTIONS = {"everything": {}, "quest": {"page": 4, "tokens": 12}}
+READER_OPTIONS = {
+    "everything": {},
+    "quest": {"page": 4, "tokens": 12},
+    "shadowkv": {"page": 4, "tokens": 12, "outliers": 2},
+}
 
 
 def test_all_of_them_are_tried() -> None:

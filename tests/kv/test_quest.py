@@ -15,7 +15,6 @@ from einfold.compiler.ir.kv.keep.full import Full
 from einfold.compiler.ir.kv.keep.window import Window
 from einfold.compiler.ir.kv.layout import CacheLayout
 from einfold.compiler.ir.kv.read.everything import Everything
-from einfold.compiler.ir.kv.read.quest import choosing
 from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.kv.read.reader import parse_reader
 from einfold.compiler.ir.kv.store.kivi.storage import Kivi
@@ -67,7 +66,7 @@ def test_the_pages_are_those_with_the_best_scores(spread: float) -> None:
     q, keys = normal(2, 2, 3, 1, 8), normal(2, 2, 64, 8, seed=1)
     lengths = torch.tensor([61, 44])
     visible = (torch.arange(64) < lengths[:, None])[:, None]
-    found = choosing.chosen(reader, q, keys, visible)
+    found = reader.choosing.chosen(reader, q, keys, visible)
     for row, length in enumerate(lengths.tolist()):
         for head in range(2):
             pages = by_hand(reader, q[row, head, :, 0], keys[row, head, :length])
@@ -77,7 +76,7 @@ def test_the_pages_are_those_with_the_best_scores(spread: float) -> None:
 
 def test_the_bound_is_above_every_product() -> None:
     keys, query = normal(1, 1, 64, 8), normal(8, seed=1)
-    largest, smallest = choosing.bounds_of(keys, 16)[0, 0].chunk(2, -1)
+    largest, smallest = Quest(16).statistic.of_pages(keys.unflatten(2, (-1, 16)))[0, 0].chunk(2, -1)
     bound = query.clamp(min=0) @ largest.mT + query.clamp(max=0) @ smallest.mT
     products = (keys[0, 0] @ query).unflatten(0, (4, 16))
     assert (products <= bound[:, None] + 1e-5).all()
@@ -196,7 +195,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
 
 def test_slots_that_move_have_no_bounds() -> None:
     with pytest.raises(
-        IRError, match="keeps bounds of pages of slots, so tokens must stay in theirs"
+        IRError, match="keeps statistics of pages of slots, so tokens must stay in theirs"
     ):
         common.layout_of(Window(2, 5, 4), reader=Quest())
     lines = list(common.layout_of(Full(), reader=Quest()).lines())
@@ -260,7 +259,10 @@ def test_layers_behind_the_first_get_the_reader_and_its_bounds() -> None:
     [
         ({"policy": Window(2, 5, 4)}, "heads 0,1 let go of tokens, so that slots move"),
         ({"storage": Kivi()}, "heads 0,1 are stored as kivi, which is read whole"),
-        ({"owner": 0}, "heads 0,1 read the cache of layer 0, and bounds of pages are kept with"),
+        (
+            {"owner": 0},
+            "heads 0,1 read the cache of layer 0, and statistics of pages are kept with",
+        ),
     ],
     ids=["moving", "packed", "another's"],
 )

@@ -217,7 +217,10 @@ def test_wrong_readers_are_refused() -> None:
     ):
         common.layout_of(Full(), Kivi(), Pages())
     for text, said in (
-        ("nothing", "unknown cache reader 'nothing'; known: everything, quest, toy_pages"),
+        (
+            "nothing",
+            "unknown cache reader 'nothing'; known: everything, quest, shadowkv, toy_pages",
+        ),
         ("toy_pages(page=0,count=1)", "pages of 1 or more tokens"),
         ("toy_pages(page=1,count=1,x=1)", "unknown or repeated field 'x'"),
     ):
@@ -227,7 +230,7 @@ def test_wrong_readers_are_refused() -> None:
     with pytest.raises(IRError, match="cannot read the cache line"):
         CacheLayout.parse([f"{lines[0]} read=nothing", lines[1]])
     with pytest.raises(
-        RecipeError, match=r"cache\.read\.method is one of quest, toy_pages, not 'x'"
+        RecipeError, match=r"cache\.read\.method is one of quest, shadowkv, toy_pages, not 'x'"
     ):
         Recipe.build({"cache": {"read": "x"}})
     with pytest.raises(RecipeError, match="unknown key 'pages'; toy_pages takes page, count"):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...ir.kv.read.pages.paged import Paged
 from ...ir.kv.read.reader import parse_reader
 from ...ir.ops import einfold_ops
 from ...ir.ops.packed import packed_storage
@@ -150,28 +151,30 @@ def scratch(program: Program, node: fx.Node, dims: Mapping[str, int], portable: 
 
 def _pages(program: Program, node: fx.Node, dims: Mapping[str, int]) -> int:
     """Bytes of attention over pages: with one new token what is chosen of keys and values, as it is gathered,
-    beside scores of pages and slots; over int8 the bounds and the keys shifted and multiplied by both planes
-    of queries, or the values beside planes of weights; with several the tiles that GroupQueryAttention works
-    in, or its logits, or what is widened, and the keys whose bounds are found anew."""
+    beside scores of pages and slots; over int8 the statistics and the keys shifted and multiplied by both
+    planes of queries, or the values beside planes of weights; with several the tiles that GroupQueryAttention
+    works in, or its logits, or what is widened, and the keys whose statistics are found anew."""
     found = call_arguments(node)
     query, keys = found["q_BSHD"].meta["val"], found["key_cache_BKCD"].meta["val"]
     batch, new, heads = (program.shapes.evaluate(size, dims) for size in query.shape[:3])
     slots = program.shapes.evaluate(keys.shape[2], dims)
     kv_heads, size = int(keys.shape[1]), int(keys.shape[3])
     reader, stored = parse_reader(found["read"]), keys.dtype.itemsize
-    page, read = reader.bounded, reader.reads(slots)
+    assert isinstance(reader, Paged)
+    page, read = reader.page, reader.reads(slots)
     if new > 1:
         spelled_out = bool(found["softcap"]) or found["sinks_H"] is not None
         logits = 4 * new * heads * slots * int(spelled_out)
         many = new >= WIDENED_FROM and plain_int8(found)
         wide = widened_bytes(kv_heads, heads, size, new, slots) if many else 0
-        return int(batch * (logits + wide + kv_heads * (new + 2 * page) * size * stored))
+        taken = size * (stored + 4 * int(reader.widens and stored < 4))
+        return int(batch * (logits + wide + kv_heads * (new + 2 * page) * taken))
     pages, held = slots // page + 2, kv_heads * size
     scores = 3 * 4 * heads * pages
     if stored >= 4:
         return int(batch * (scores + read * (2 * held * stored + 12 * heads)))
     products = plane_bytes(kv_heads, _group(found))
-    over_bounds = pages * (2 * 2 * held + products)
+    over_bounds = pages * (2 * kv_heads * reader.bound_numbers(size) + products)
     over_chosen = read * (2 * held + max(2 * held + products, held + 22 * heads)) * 9 // 8
     return int(batch * (scores + max(over_bounds, over_chosen)))
 

@@ -23,7 +23,7 @@ from torch import fx
 
 from ....errors import UnsupportedError
 from ...ir.kv.layout import TOKENS
-from ...ir.kv.read.quest.reader import Quest
+from ...ir.kv.read.pages.paged import Paged
 from ...ir.kv.read.reader import parse_reader
 from ...ir.kv.store.storage import GroupShape
 from ...ir.manifest import BLOCKS
@@ -34,13 +34,14 @@ from . import float_attention, integer_attention
 from .account import plain_int8, takes_floats, takes_integers
 from .attention_bytes import WIDENED_FROM, pieces_of
 from .builder import CONTRIB
+from .chosen_pages import Pages
 from .einfold_ops import rotate
 from .float_attention import FloatAttention, softmax_beside
 from .integer_attention import IntegerAttention
 from .lowerings import Context, lowering, unsupported
 from .one_token import HIDDEN, appended, capped, hidden_slots, pays
 from .packed_attention import PackedAttention
-from .page_attention import PageAttention, Pages
+from .page_attention import PageAttention
 
 aten = torch.ops.aten
 
@@ -336,7 +337,7 @@ def _over_packed(call: _Call) -> PackedAttention:
 def _by_pages(call: _Call) -> PageAttention:
     context, found = call.context, call.found
     reader = parse_reader(found["read"])
-    assert isinstance(reader, Quest)
+    assert isinstance(reader, Paged)
     ids = context.value(context.program.placeholder("input_ids"))
     first = next(
         other

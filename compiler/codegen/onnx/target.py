@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import ArtifactError, UnsupportedError
+from ...ir.kv.read.pages.paged import Paged
 from ...ir.manifest import WEIGHTS, WHOLE, Part
 from ..target import TARGETS, Held, InParts, Progress, Target
 
@@ -86,12 +87,13 @@ class Onnx(Target):
         )
 
     def cannot_read(self, reader: Reader) -> str:
-        if reader.whole or (reader.name == "quest" and not self.portable):
+        paged = isinstance(reader, Paged)
+        if reader.whole or (paged and not self.portable):
             return ""
-        if reader.name == "quest":
+        if paged:
             return (
-                "the portable flavour has no operator that reads the pages which quest chooses; compile "
-                "for the default flavour, or for the target reference"
+                f"the portable flavour has no operator that reads the pages which {reader.name} chooses; "
+                "compile for the default flavour, or for the target reference"
             )
         reads = f"no operator of the target onnx reads what {reader.name} chooses"
         return f"{reads}; compile for the target reference"

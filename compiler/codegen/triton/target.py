@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...ir.kv.read.pages.paged import Paged
 from ...ir.manifest import WHOLE, Part
 from ..target import TARGETS, InParts, Progress, Target
 
@@ -37,7 +38,7 @@ class Triton(Target):
         return storage.without_kernels()
 
     def cannot_read(self, reader: Reader) -> str:
-        if reader.whole or reader.name == "quest":
+        if reader.whole or isinstance(reader, Paged):
             return ""
         reads = f"no kernel of the target triton reads what {reader.name} chooses"
         return f"{reads}; compile for the target reference"

@@ -86,13 +86,13 @@ class HeadGroup:
             )
         if self.reader.bounded and self.storage.slot_width(2) != 2:
             raise IRError(
-                f"heads {self.heads}: {self.reader.name} keeps bounds of pages as numbers are stored, one an "
-                f"element, and {self.storage.text} has two in a byte; take i8/channel"
+                f"heads {self.heads}: {self.reader.name} keeps statistics of pages as numbers are stored, "
+                f"one an element, and {self.storage.text} has two in a byte; take i8/channel"
             )
         if self.reader.bounded and (self.moves or self.owner is not None):
             raise IRError(
-                f"heads {self.heads}: {self.reader.name} keeps bounds of pages of slots, so tokens must stay "
-                "in theirs, and be of the layer itself"
+                f"heads {self.heads}: {self.reader.name} keeps statistics of pages of slots, so tokens must "
+                "stay in theirs, and be of the layer itself"
             )
         if self.packed and not self.policy.whole:
             raise IRError(
@@ -207,7 +207,8 @@ class LayerCache:
             yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
         if group.reader.bounded:
             pages = pages_of(group.reader.bounded, capacity)
-            bounds = (batch, shape.heads, pages, 2 * shape.key_size)
+            numbers = group.reader.bound_numbers(shape.key_size)
+            bounds = (batch, shape.heads, pages, numbers)
             yield Buffer(f"{prefix}.{BOUNDS}", bounds, group.storage.slot_dtype)
         for name, size, dtype in group.storage.whole(shape, batch, capacity):
             yield Buffer(f"{prefix}.{name}", size, dtype)

@@ -5,7 +5,8 @@
 
 Tokens are only added behind others, so a slot is written once: when `TAIL` of them have come, all but the
 newest few go to the file together. What moves between steps is never spilled: groups that let tokens go,
-pack them or put them in another order stay in memory, and so does what is no slot (bounds of pages, scores).
+pack them or put them in another order stay in memory, and so does what is no slot (statistics of pages,
+scores).
 """
 
 from __future__ import annotations

@@ -1,26 +1,25 @@
-"""Attention over pages of a cache that are chosen by bounds of their keys."""
+"""Attention over pages of a cache that are chosen by statistics of their keys."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..kv.read.reader import Reader, parse_reader
-from .attention import OverOwnSlots, Scales, halved, stored
+from .attention import OverOwnSlots, Scales, halved
 from .record import OPERATORS
 
 
 @OPERATORS.register
 @dataclass(eq=False)
 class BoundedAttention(OverOwnSlots):
-    """`CachedAttention` whose reader goes by bounds that are kept beside the slots.
+    """`CachedAttention` whose reader goes by statistics of pages that are kept beside the slots.
 
-    Of each page of slots that row b uses, `bounds` [B, K, P, 2 D] holds the largest numbers of its keys in
-    each channel and then the smallest, as they are stored: int8 where the slots are. Those of the pages that
-    the new tokens come into are found anew. Each new token reads what `read` chooses by them; the rest is
-    as in `CachedAttention`.
+    Of each page of slots that row b uses, `bounds` [B, K, P, E] holds what `read` scores it by, of its keys
+    as they are stored, int8 where the slots are: Quest's are the largest numbers in each channel and then the
+    smallest. Those of the pages that the new tokens come into are found anew. Each new token reads what
+    `read` chooses by them; the rest is as in `CachedAttention`.
 
     Gives (out [B, S, H, D], key cache, value cache, bounds).
     """
@@ -52,25 +51,26 @@ class BoundedAttention(OverOwnSlots):
     def take_in(
         self, k_BSKD: Tensor | None, v_BSKD: Tensor | None, scales_KD: Scales = (None, None)
     ) -> None:
-        """Writes the new tokens into their slots, and the bounds of their pages."""
+        """Writes the new tokens into their slots, and the statistics of their pages."""
         super().take_in(k_BSKD, v_BSKD, scales_KD)
         reader, new = parse_reader(self.read), self.q_BSHD.shape[1]
-        reader.choosing.refresh(
-            self.bounds_BKPE, self.key_cache_BKCD, self.used_B, new, reader.bounded
-        )
+        reader.choosing.refresh(reader, self.bounds_BKPE, self.key_cache_BKCD, self.used_B, new)
 
     def chosen(
         self, reader: Reader, q_BKGSD: Tensor, keys_BKCD: Tensor, visible_BSC: Tensor
     ) -> Tensor:
         scale_KD = self.scales[0]
-        both = None if scale_KD is None else torch.cat((scale_KD, scale_KD), -1)
-        bounds = stored(self.bounds_BKPE, both).to(q_BKGSD.dtype)
+        if scale_KD is not None:  # so that statistics are taken as they are stored
+            q_BKGSD = q_BKGSD * scale_KD[:, None, None]
+        bounds = self.bounds_BKPE.to(q_BKGSD.dtype)
         read: Tensor = reader.choosing.chosen_by(reader, q_BKGSD, bounds, visible_BSC)
         return read
 
     def shapes(self) -> Tensor:
         if halved(self.key_cache_BKCD):
             raise ValueError("bounds are of keys whose numbers are an element each")
-        if int(self.bounds_BKPE.shape[3]) != 2 * int(self.key_cache_BKCD.shape[3]):
-            raise ValueError("bounds are the largest and the smallest numbers of a key")
+        reader, given = parse_reader(self.read), int(self.bounds_BKPE.shape[3])
+        wanted = reader.bound_numbers(int(self.key_cache_BKCD.shape[3]))
+        if given != wanted:
+            raise ValueError(f"{reader.name} keeps {wanted} numbers of a page, not {given}")
         return super().shapes()

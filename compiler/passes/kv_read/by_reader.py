@@ -65,9 +65,7 @@ class ReadByReader(GivenToHeads):
         if group.policy.compensated:
             return "have a slot that stands for many tokens, which every query reads"
         if self.reader.bounded and group.owner is not None:
-            return f"read the cache of layer {group.owner}, and bounds of pages are kept with one's own"
+            return f"read the cache of layer {group.owner}, and statistics of pages are kept with one's own"
         if self.reader.bounded and group.moves:
-            return (
-                "let go of tokens, so that slots move, and bounds of pages are of slots that stay"
-            )
+            return "let go of tokens, so that slots move, and statistics of pages are of slots that stay"
         return ""

@@ -93,6 +93,10 @@ CACHES: dict[str, dict[str, Any]] = {
         "storage": "int8",
         "read": {"method": "quest", "tokens": 12, "page": 4, "skip_layers": 1},
     },
+    "int8, shadowkv": {
+        "storage": "int8",
+        "read": {"method": "shadowkv", "tokens": 12, "outliers": 2, "skip_layers": 1},
+    },
     "int4": {"storage": "int4"},
     "turboquant": {"quant": "turboquant:group=8,residual=8,slack=8"},
     "kvzip": {"prune": {"method": "kvzip", "tokens": 32}},

@@ -96,6 +96,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUEST = {"method": "quest", "page": 4, "share": 0.25, "tokens": 12, "skip_layers": 0}
+LANDMARKS = QUEST | {"method": "shadowkv", "outliers": 3}
 
 
 def tight(path: Path, chunk: int = 512) -> int:
@@ -110,6 +111,7 @@ CACHES: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "int4": ("llama", {"cache": "int4"}, [0, 1]),
     "a window that only attention has": ("gemma3", {}, [0, 1]),
     "int8, read by pages": ("llama", {"cache": "int8", "read": QUEST}, [0, 1]),
+    "int8, read by landmarks": ("llama", {"cache": "int8", "read": LANDMARKS}, [0, 1]),
     "layers that read another's": ("gemma4", {}, [1]),
     "int8, layers that read another's": ("gemma4", {"cache": "int8"}, [1]),
     "experts": ("mixtral", {}, [0, 1]),

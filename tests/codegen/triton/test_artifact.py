@@ -69,6 +69,7 @@ CSKV = {"method": "cskv", "keep": 0.6, "recent": 5, "slack": 3}
 CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
 #: Chooses behind 20 tokens, so that a prompt of so many means the same where prompts read everything.
 QUEST = {"method": "quest", "page": 4, "share": 0.25, "tokens": 20, "skip_layers": 0}
+LANDMARKS = QUEST | {"method": "shadowkv", "tokens": 16, "outliers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,7 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         ),
         rarely("gpt2", {"share": CSKV}),
         rarely("llama", {"read": QUEST}),
+        rarely("llama", {"storage": "int8", "read": LANDMARKS}),
         ("llama", {"storage": "int8", "read": QUEST | {"skip_layers": 1, "alike": 8}}),
     ],
 )

@@ -12,7 +12,7 @@ from torch import fx
 
 from einfold.compiler.codegen.triton.ahead import compile_ahead
 from einfold.compiler.codegen.triton.attention.choosing import ChoosingKernel
-from einfold.compiler.codegen.triton.attention.choosing_cubins import CHOICES
+from einfold.compiler.codegen.triton.attention.choosing_cubins import CHOICES, signature_of
 from einfold.compiler.codegen.triton.attention.choosing_cubins import variants as choices_of
 from einfold.compiler.codegen.triton.attention.choosing_kinds import ChoosingKind, choosing_kind
 from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
@@ -23,6 +23,7 @@ from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.codegen.triton.shipped import triton_version
 from einfold.compiler.ir.kv.read.quest.reader import Quest
+from einfold.compiler.ir.kv.read.shadowkv.reader import ShadowKV
 from einfold.compiler.ir.ops import einfold_ops
 from einfold.errors import UnsupportedError
 
@@ -33,6 +34,7 @@ from .conftest import asking, needs_triton
 Ask = Callable[..., dict[str, Any]]
 
 PLAIN = AttentionKind(1, 2, 16, 16, 0.25, 0, 0.0, False, "fp32", "fp32", False)
+LANDMARKS = ShadowKV(4, 0.25, 12, outliers=3)
 FEW = {"slots": 64, "new": 1, "parts": 1, "read": Quest(4, 0.25, 12).text}
 
 #: A kind, and what is asked of it beside `FEW`.
@@ -52,6 +54,23 @@ CASES: dict[str, tuple[AttentionKind, dict[str, Any]]] = {
         {"used": [157], "slots": 160, "read": Quest(2, 0.1, 8).text},
     ),
     "long pages": (PLAIN, {"used": [150], "slots": 160, "read": Quest(32, 0.2, 0).text}),
+    "landmarks": (PLAIN, {"used": [0, 11, 62], "parts": 3, "read": LANDMARKS.text}),
+    "landmarks of codes": (
+        replace(PLAIN, kv_heads=2, group=3, key_size=24, value_size=8, cache="i8", scaled=True),
+        {"used": [47, 63, 30], "read": LANDMARKS.text},
+    ),
+    "landmarks of equal pages": (
+        PLAIN,
+        {"used": [44, 60, 63], "ties": True, "read": LANDMARKS.text},
+    ),
+    "landmarks of float16, all apart": (
+        replace(PLAIN, cache="fp16"),
+        {"used": [150], "slots": 160, "read": ShadowKV(2, 0.0, 6, outliers=20).text},
+    ),
+    "landmarks alone": (
+        PLAIN,
+        {"used": [150], "slots": 160, "read": ShadowKV(32, 0.2, 0, outliers=0).text},
+    ),
 }
 
 
@@ -115,6 +134,20 @@ def test_choices_compile_for_other_gpus(capability: int) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("cache", ["i8", "fp32"])
+def test_choices_by_landmarks_compile(cache: str) -> None:
+    """Every function, on strides that are no multiples of 16 where those of keys are."""
+    kind = replace(KIND, bounds=cache, scaled=cache == "i8", reader=ShadowKV().text)
+    made = ChoosingKernel(kind, "choosing", (0,), choosing_source(kind))
+    for variant in choices_of(made):
+        _, _, attributes = signature_of(made, variant)
+        aligned = {made.arguments(variant.function)[at] for (at,) in attributes}
+        assert "bounds" in aligned and not aligned & {"bounds_b", "bounds_k", "bounds_p"}
+        assert variant.function != "refresh" or "keys_c" in aligned
+        assert CHOICES.compiled(made, variant, 90).spills == 0
+
+
+@needs_triton
 def test_a_kernel_over_pages_fits_its_gpu(plan_cache: Path) -> None:
     """With matrix instructions; of a prompt nothing is compiled, for which nothing is chosen."""
     kind = AttentionKind(2, 4, 128, 128, 0.09, 0, 0.0, False, "fp32", "i8", True, page=4)
@@ -160,7 +193,10 @@ def test_what_no_kernel_chooses_is_refused(options: dict[str, Any], reason: str)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (f'"{Quest().text}", none', "layer 3: no kernel has a reader where no bounds of pages are"),
+        (
+            f'"{Quest().text}", none',
+            "layer 3: no kernel has a reader where no statistics of pages are",
+        ),
         ('"", %bias', "layer 3: no kernel has numbers that are added to logits by distance"),
     ],
 )

@@ -155,7 +155,10 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compared(
-    kind: type[Operator], attend: Callable[[Any], Any], given: dict[str, Any]
+    kind: type[Operator],
+    attend: Callable[[Any], Any],
+    given: dict[str, Any],
+    same: Callable[[torch.Tensor, torch.Tensor], bool] = torch.equal,
 ) -> tuple[float, bool]:
     """The error of `attend` against an operator's own meaning, and whether both wrote the same caches."""
     # The caches of a device are views of larger ones at times: no stride may be taken for granted.
@@ -166,8 +169,8 @@ def compared(
     )
     if not kind.writes:
         return difference(found, expected), True
-    same = all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
-    return difference(found[0], expected[0]), same
+    caches = zip(found[1:], expected[1:], strict=True)
+    return difference(found[0], expected[0]), all(same(*pair) for pair in caches)
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

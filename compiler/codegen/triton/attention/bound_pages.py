@@ -31,7 +31,7 @@ def attend_bounded(
         if query.shape[1] != 1:
             return over_plain_slots(whole, query, call, call.slots, parts)
         table = choose(choosing, call, query[:, 0])
-        length = table["pages"].shape[2] * choosing.kind.quest.page
+        length = table["pages"].shape[2] * choosing.kind.paged.page
         return over_plain_slots(listed, query, call, length, parts, table)
 
     return attend

@@ -1,8 +1,11 @@
-"""Choosing pages by a query: Triton kernels, and one operator of torch, which takes the best of a row.
+"""Choosing pages by a query: Triton kernels, and an operator of torch, which takes the best of a row.
 
     keys, bounds -> refresh                     where a step writes keys, however many
     query, bounds -> upper -> order             one token alone
     orders -> torch.topk -> the table of pages  which `listed.py` walks
+
+Where a reader wants the pages whose keys are most apart, `order` tells how far those of each are, and another
+torch.topk finds them first.
 
 No length is known on the host: rows of other lengths read as many entries of the table as `chosen` says.
 """
@@ -20,7 +23,7 @@ from ....ir.ops.bounded import BoundedAttention
 from ....ir.program import Program, call_arguments
 from ..kernel import load_source
 from .choosing_kinds import ChoosingKind, choosing_kind
-from .choosing_source import LAST, choosing_source
+from .choosing_source import LAST, STRIDES, choosing_source
 
 #: Numbers of a tile of bounds: two of them are in the registers of four warps.
 _TILE = 4096
@@ -46,12 +49,13 @@ class ChoosingKernel:
 
     def arguments(self, name: str) -> list[str]:
         """The names of a function's arguments, without its constants."""
-        strides = ["bounds_b", "bounds_k", "bounds_p"]
+        strides = list(STRIDES)
         if name == "refresh":
             known = ["keys", "used", "bounds", "new", "slots", "pages"]
             return [*known, "keys_b", "keys_k", "keys_c", *strides]
         if name == "order":
-            return ["uppers", "tops", "totals", "used", "orders", "chosen", "pages", "tiles"]
+            far = ["bounds", "farthest", *strides] if self.kind.paged.apart else []
+            return ["uppers", "tops", "totals", "used", *far, "orders", "chosen", "pages", "tiles"]
         scale = ["key_scale"] if self.kind.scaled else []
         return ["query", *scale, "bounds", "used", "uppers", "tops", "totals", "pages", *strides]
 
@@ -59,7 +63,7 @@ class ChoosingKernel:
         """What a launch of a function asks for."""
         shared = {"num_warps": 4, "num_stages": 2}
         if name == "refresh":
-            return {"SLOTS": min(_SLOTS, self.kind.quest.page), **shared}
+            return {"SLOTS": min(_SLOTS, self.kind.paged.page), **shared}
         if name == "order":
             return {"PAGES": _ORDERED, **shared}
         return {"PAGES": max(16, min(128, _TILE // self.kind.lanes)), **shared}
@@ -94,8 +98,8 @@ def _kernels(layers: Mapping[ChoosingKind, list[int]]) -> Iterator[ChoosingKerne
 
 
 def refresh(made: ChoosingKernel, call: BoundedAttention) -> None:
-    """The bounds of the pages that new tokens came into, as `choosing.refresh` finds them."""
-    new, page = call.q_BSHD.shape[1], made.kind.quest.page
+    """The statistics of the pages that new tokens came into, as `choosing.refresh` finds them."""
+    new, page = call.q_BSHD.shape[1], made.kind.paged.page
     batch, kv_heads, slots, _ = call.key_cache_BKCD.shape
     grid = ((new + page - 2) // page + 1, batch * kv_heads)
     if new and batch:
@@ -108,7 +112,7 @@ def choose(made: ChoosingKernel, call: BoundedAttention, query_BKGD: Tensor) -> 
     `pages` i32 [B, K, T], best first, T as many as a row of all slots would read; `chosen` i32 [B].
     """
     orders, chosen = ranked(made, call, query_BKGD)
-    most = min(orders.shape[2], made.kind.quest.pages(call.slots))
+    most = min(orders.shape[2], made.kind.paged.pages(call.slots))
     best = orders.topk(most, dim=-1).values
     return {"pages": (LAST - (best & LAST)).to(torch.int32), "chosen": chosen}
 
@@ -118,7 +122,7 @@ def ranked(
 ) -> tuple[Tensor, Tensor]:
     """A number of each page i64 [B, K, P], the larger the sooner it is read; and how many are, i32 [B]."""
     kind, (batch, kv_heads, slots, _) = made.kind, call.key_cache_BKCD.shape
-    page = kind.quest.page
+    page, apart = kind.paged.page, kind.paged.apart
     pages = slots // page
     tiles = -(-pages // made.constants("upper")["PAGES"])
     device = query_BKGD.device
@@ -132,12 +136,25 @@ def ranked(
     named |= {"tops": empty(*heads, tiles), "totals": empty(*heads, tiles)}
     named |= {"orders": empty(batch, kv_heads, pages, dtype=torch.int64)}
     named |= {"chosen": empty(batch, dtype=torch.int32)}
+    if apart:
+        named |= {"farthest": torch.empty_like(named["orders"])}
     if call.key_scale_KD is not None:
         named["key_scale"] = call.key_scale_KD.float().contiguous()
     if batch:
         made.launch("upper", (tiles, batch * kv_heads), named)
         made.launch("order", (-(-pages // _ORDERED), batch * kv_heads), named)
+    if apart:
+        _raise(named["orders"], named["farthest"], min(apart, pages))
     return named["orders"], named["chosen"]
+
+
+def _raise(orders: Tensor, farthest: Tensor, count: int) -> None:
+    """Gives the farthest pages numbers above all but those of pages that are always read.
+
+    A row without so many has others among them, but reads all of its own, and these come first.
+    """
+    places = farthest.topk(count, dim=-1).values & LAST
+    orders.scatter_(2, LAST - places, (1 << 32) + places)
 
 
 def _given(call: BoundedAttention) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .choosing import ChoosingKernel
 
 #: The types of tensors, but for the query's and those of the slots.
 _POINTERS = {"used": "i32", "key_scale": "fp32", "uppers": "fp32", "tops": "fp32", "totals": "fp32"}
-_POINTERS |= {"orders": "i64", "chosen": "i32"}
+_POINTERS |= {"orders": "i64", "farthest": "i64", "chosen": "i32"}
 
 
 def variants(made: ChoosingKernel) -> Iterator[Variant]:
@@ -21,10 +21,13 @@ def variants(made: ChoosingKernel) -> Iterator[Variant]:
 
 def signature_of(made: ChoosingKernel, variant: Variant) -> Signature:
     """The types of a function's arguments, its constants, and that addresses are multiples of 16, and strides
-    where a key's size is."""
+    where the size of what they are of is."""
     kind, names = made.kind, made.arguments(variant.function)
     pointers = {**_POINTERS, "query": kind.query, "keys": kind.bounds, "bounds": kind.bounds}
-    strides = [name for name in names if "_" in name] if kind.key_size % 16 == 0 else []
+    sizes = {"keys": kind.key_size, "bounds": kind.numbers}
+    strides = [
+        name for name in names if "_" in name and sizes.get(name.split("_")[0], 16) % 16 == 0
+    ]
     return signature(names, pointers, variant.constants, strides)
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import fx
 
 from .....errors import UnsupportedError
-from ....ir.kv.read.quest.reader import Quest
+from ....ir.kv.read.pages.paged import Paged
 from ....ir.kv.read.reader import parse_reader
 from ....ir.program import call_arguments
 from .kinds import type_name
@@ -17,7 +17,7 @@ from .kinds import type_name
 @dataclass(frozen=True)
 class ChoosingKind:
     """What the kernels depend on that choose: as in `AttentionKind`. `bounds` is the type of slots and of
-    bounds, `reader` the text of a `Quest`."""
+    their pages' statistics, `reader` the text of a reader of pages."""
 
     kv_heads: int
     group: int
@@ -29,11 +29,16 @@ class ChoosingKind:
     reader: str
 
     @cached_property
-    def quest(self) -> Quest:
+    def paged(self) -> Paged:
         """The reader."""
         found = parse_reader(self.reader)
-        assert isinstance(found, Quest)
+        assert isinstance(found, Paged)
         return found
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of a page's statistic."""
+        return self.paged.bound_numbers(self.key_size)
 
     @property
     def lanes(self) -> int:
@@ -44,7 +49,7 @@ class ChoosingKind:
     def name(self) -> str:
         """A name for files; kinds of other options may have the same."""
         heads = f"h{self.kv_heads * self.group}_kv{self.kv_heads}_d{self.key_size}"
-        return f"choosing_{heads}_pages{self.quest.page}_{self.bounds}"
+        return f"choosing_{heads}_pages{self.paged.page}_{self.bounds}"
 
 
 def choosing_kind(node: fx.Node) -> ChoosingKind:
@@ -54,7 +59,7 @@ def choosing_kind(node: fx.Node) -> ChoosingKind:
     query, keys, bounds = (
         found[name].meta["val"] for name in ("q_BSHD", "key_cache_BKCD", "bounds_BKPE")
     )
-    if not isinstance(reader, Quest):
+    if not isinstance(reader, Paged):
         raise UnsupportedError(
             f"layer {layer}: no kernel reads what {reader.name} chooses; run it by the reference"
         )
@@ -65,8 +70,8 @@ def choosing_kind(node: fx.Node) -> ChoosingKind:
         )
     if bounds.dtype != keys.dtype:
         raise UnsupportedError(
-            f"layer {layer} caches keys as {keys.dtype} and their bounds as {bounds.dtype}; kernels read one "
-            "type"
+            f"layer {layer} caches keys as {keys.dtype} and statistics of pages as {bounds.dtype}; kernels "
+            "read one type"
         )
     kv_heads = int(keys.shape[1])
     return ChoosingKind(

@@ -50,7 +50,7 @@ _STREAMS: dict[Any, Callable[[fx.Node], Sequence[Kind]]] = {
 
 #: Arguments that no kernel has, and what they say: they are refused, not passed over.
 _WITHOUT_KERNELS = {
-    "read": "a reader where no bounds of pages are kept",
+    "read": "a reader where no statistics of pages are kept",
     "by_distance_HR": "numbers that are added to logits by distance",
 }
 
@@ -120,7 +120,7 @@ def kinds_at(node: fx.Node) -> list[Kind]:
     """
     operator = operator_of(node.target)
     if operator is BoundedAttention:
-        return [kind_of(node), kind_of(node, page=choosing_kind(node).quest.page)]
+        return [kind_of(node), kind_of(node, page=choosing_kind(node).paged.page)]
     found = call_arguments(node)
     for name, what in _WITHOUT_KERNELS.items():
         if found.get(name):

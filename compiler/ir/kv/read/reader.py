@@ -39,8 +39,12 @@ class Reader(Options):
 
     @property
     def bounded(self) -> int:
-        """Slots of a page, of which the keys' largest and smallest numbers are kept beside the slots; 0 where
-        nothing is. Operators find them in `bounds` [B, K, P, 2 D], the largest first."""
+        """Slots of a page, of whose keys a statistic is kept beside the slots; 0 where nothing is. Operators
+        find it in `bounds` [B, K, P, E], for Quest's, which were the first, are bounds."""
+        return 0
+
+    def bound_numbers(self, key_size: int) -> int:
+        """Numbers of a page's statistic, E, of keys of so many, in the type of the slots."""
         return 0
 
     @property
@@ -73,9 +77,11 @@ class Reader(Options):
         reads, bool [B, K, S, C], among the visible ones. Queries are rotated as the keys are, and times the
         softmax's scale; G of them share a KV head and what they read. A query must read its own token.
 
-        Where bounds are kept, `choosing.chosen_by(reader, q_BKGSD, bounds_BKPE, visible_BSC)` gives the
-        same by them, and `choosing.refresh(bounds_BKPE, keys_BKCD, used_B, new, page)` brings them up to
-        date, in place, when row b has got `new` tokens from slot used[b] on.
+        Where statistics are kept, `choosing.chosen_by(reader, q_BKGSD, bounds_BKPE, visible_BSC)` gives the
+        same by them, `choosing.refresh(reader, bounds_BKPE, keys_BKCD, used_B, new)` brings them up to date,
+        in place, when row b has got `new` tokens from slot used[b] on. Both are given what is stored: where
+        that is codes, queries are times the keys' scales. `pages/` has all of that for readers that score
+        pages.
         """
         raise NotImplementedError
 

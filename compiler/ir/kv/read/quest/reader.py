@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ......errors import IRError
-from ....options import option
-from ..reader import READERS, Reader
-
-#: Slots of a page at most: the newest pages are read whole.
-_LARGEST = 1024
+from ..pages.paged import Paged
+from ..reader import READERS
 
 #: Tokens that are put in order together at most: a step waits for it.
 _MOST_ALIKE = 4096
@@ -19,7 +15,7 @@ _MOST_ALIKE = 4096
 
 @READERS.register
 @dataclass(frozen=True)
-class Quest(Reader):
+class Quest(Paged):
     """Reads the pages that bounds of their keys promise most of (Quest, Tang et al. 2024, section 3).
 
     Before: `cache 2.0 heads=0,1 .. policy=full storage=f32`
@@ -53,38 +49,18 @@ class Quest(Reader):
     one and three answers of forty fewer.
     """
 
-    page: int = 4
-    share: float = 0.125
-    tokens: int = 512
     spread: float = 0.5
     alike: int = 0
-    skip_layers: int = option(2)
 
     name = method = "quest"
 
-    always: ClassVar[int] = 3
-    """Pages that are always read: the first, whose tokens take most of the attention whatever is asked, and
-    the newest two, so that a query just behind an edge has the tokens before it."""
-
     def __post_init__(self) -> None:
-        if not 2 <= self.page <= _LARGEST or self.page & (self.page - 1):
-            raise IRError(
-                f"{self.name}: a page has a power of two of tokens, 2 to {_LARGEST}, not {self.page}"
-            )
-        if not 0 <= self.share <= 1:
-            raise IRError(f"{self.name}: share is a part of the tokens, 0 to 1, not {self.share}")
+        super().__post_init__()
         if not 0 <= self.spread <= 1:
             raise IRError(
                 f"{self.name}: spread goes from the middle of a page's numbers to their edge, 0 to 1, not "
                 f"{self.spread}"
             )
-        if self.tokens < 0 or 0 < self.tokens < self.always * self.page:
-            raise IRError(
-                f"{self.name}: the first page and the newest two are always read, so tokens is 0 or at least "
-                f"{self.always} pages of {self.page} ({self.always * self.page}), not {self.tokens}"
-            )
-        if not self.share and not self.tokens:
-            raise IRError(f"{self.name}: give a share of the tokens or a number of tokens to read")
         if self.alike and not (
             2 * self.page <= self.alike <= _MOST_ALIKE and self.alike & (self.alike - 1) == 0
         ):
@@ -92,12 +68,9 @@ class Quest(Reader):
                 f"{self.name}: alike is 0, or a power of two of tokens from two pages of {self.page} to "
                 f"{_MOST_ALIKE}, not {self.alike}"
             )
-        if self.skip_layers < 0:
-            raise IRError(f"{self.name}: skip_layers is 0 or more, not {self.skip_layers}")
 
-    @property
-    def bounded(self) -> int:
-        return self.page
+    def bound_numbers(self, key_size: int) -> int:
+        return 2 * key_size
 
     @property
     def reorders(self) -> bool:
@@ -110,29 +83,12 @@ class Quest(Reader):
         whole = max(0, used - self.always * self.page) // self.alike
         return range(self.page, self.page + whole * self.alike, self.alike)
 
-    def leaves(self, place: int) -> str:
-        if place >= self.skip_layers:
-            return ""
-        return f"are of the first {self.skip_layers} layers, which read everything"
-
-    def reads(self, tokens: int) -> int:
-        return min(tokens, self.page * self.pages(tokens))
-
-    def pages(self, tokens: int) -> int:
-        """Pages that a query reads which sees so many tokens, if there are so many."""
-        # As code in floating point has it.
-        wanted = max(float(self.tokens), self.share * tokens) / self.page
-        return max(self.always, math.ceil(wanted))
-
     def says(self) -> str:
-        parts = [f"{self.share:g} of the tokens"] if self.share else []
-        parts += [f"{self.tokens} tokens"] if self.tokens else []
-        more = ", or what is more," if len(parts) == 2 else ""
         alike = f" of like keys among {self.alike}" if self.alike else ""
-        return f"{' or '.join(parts)}{more} in pages of {self.page}{alike}"
+        return f"{super().says()}{alike}"
 
     @property
-    def choosing(self) -> Any:
-        from . import choosing
+    def statistic(self) -> Any:
+        from .statistic import Bounds
 
-        return choosing
+        return Bounds(self.spread)
