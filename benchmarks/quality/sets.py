@@ -261,6 +261,7 @@ CACHE = (
     _cache("read", "quest", **LIKE_KEYS),
     _stack(_cache("read", "quest"), storage="int8"),
     _stack(_cache("read", "quest", **LIKE_KEYS), storage="int8"),
+    _stack(_cache("read", "shadowkv"), storage="int8"),
     _STACK,
 )
 

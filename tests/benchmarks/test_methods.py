@@ -132,6 +132,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "minicache": [real["--share minicache"]],
         "cskv": [real["--share cskv"]],
         "quest": [real["--read quest"]],
+        "shadowkv": [real["--read shadowkv"]],
     }
 
 
