@@ -24,6 +24,7 @@ from .passes.fusion.fuse_attention import FuseAttention
 from .passes.fusion.fuse_linears import FuseLinears
 from .passes.fusion.fuse_residual_norms import FuseResidualNorms
 from .passes.fusion.select_logit_rows import SelectLogitRows
+from .passes.kv_prune.train_retaining import TrainRetaining
 from .passes.memory.order_calls import OrderCalls
 from .passes.raising.raise_activations import RaiseActivations
 from .passes.raising.raise_linears import RaiseLinears
@@ -85,6 +86,7 @@ def language_model_passes(
     values = [step for step in weights if isinstance(step, RotateValues)]
     return [
         *planning_passes(cache, compare, fusion, values),
+        TrainRetaining(),  # behind all that gives heads a policy; before the weights, as what is measured
         OrderHeads(),  # before the weights are packed: it permutes their rows and columns
         *(step for step in weights if step not in values),
         AttachCache(),  # near the end: earlier passes see attention without its cache

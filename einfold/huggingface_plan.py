@@ -64,6 +64,12 @@ def _plan(program: Program) -> CachePlan:
             raise UnsupportedError(
                 f"layer {layer.layer} reads the cache of layer {group.owner}; {_ALONE}"
             )
+        if group.policy.told:
+            raise UnsupportedError(
+                f"layer {layer.layer}: {group.policy.method} reads queries and keys as they are before their "
+                "rotary embedding, and transformers brings them behind it; choose another method, or compile "
+                "the model into an artifact"
+            )
         try:
             CacheLayout((layer,)).bytes(1, 1)
         except IRError as error:

@@ -40,7 +40,9 @@ def observe(cache: CacheBuffers, sizes: npt.NDArray[np.int64], observed: Mapping
             group.policy.watch(held, q_SHD)
             if group.storage.balanced:
                 _widen(cache.buffers[f"{prefix}.query_max"][row], q_SHD)
-            if group.scores:
+            if group.policy.told:
+                _put(group, held, int(used[row]), q_SHD)
+            elif group.scores:
                 _add(group, held, int(used[row]), q_SHD)
 
 
@@ -49,6 +51,13 @@ def _widen(largest_KD: Any, q_SHD: Any) -> None:
     of_head_D = np.abs(host(q_SHD)).max(0)
     of_head_KD = of_head_D.reshape(len(largest_KD), -1, of_head_D.shape[-1]).max(1)
     largest_KD[:] = like(np.maximum(host(largest_KD), of_head_KD), largest_KD)
+
+
+def _put(group: HeadGroup, held: Mapping[str, Any], used: int, told_SK1: Any) -> None:
+    """Puts what trained heads said of new tokens beside them."""
+    for name in group.scores:
+        score_KN = held[name]
+        score_KN[:, used : used + told_SK1.shape[0]] = like(host(told_SK1)[..., 0].T, score_KN)
 
 
 def _add(group: HeadGroup, held: Mapping[str, Any], used: int, q_SHD: Any) -> None:

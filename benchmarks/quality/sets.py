@@ -202,6 +202,10 @@ ACTIVATIONS = tuple(
 _BUDGETS = (512, 256, 128)
 
 
+#: Methods of `tokens` for every head, whose defaults are 256 of them.
+_FLAT = ("expected_attention", "locret", "snapkv", "kvcrush", "pyramid_kv", "h2o", "ems")
+
+
 def _by_head(method: str, tokens: int, **options: Any) -> Row:
     """A method that compares heads, which are to be right for 1,024 tokens."""
     return _cache("prune", method, tokens=tokens, share=tokens / 1024, **options)
@@ -214,7 +218,7 @@ def _budgets() -> Iterator[Row]:
         for method in ("kvzip", "ada_kv"):
             yield _by_head(method, tokens)
     for tokens in (512, 128):
-        for method in ("expected_attention", "snapkv", "kvcrush", "pyramid_kv", "h2o", "ems"):
+        for method in _FLAT:
             yield _cache("prune", method, tokens=tokens)
         yield _cache("prune", "streaming_llm", recent=tokens - 4)
 
@@ -242,6 +246,9 @@ CACHE = (
     _cache("prune", "razor_attention", recent=256),
     _cache("prune", "duo_attention", full=0.5),
     _by_head("ada_kv", 256, by="expected_attention"),
+    _by_head("kvzip", 256, by="locret"),
+    _cache("prune", "locret", sinks=0),
+    _cache("prune", "h2o", prefill="streaming"),
     _cache("prune", "pyramid_kv", by="expected_attention"),
     _cache("prune", "zipvl", by="h2o"),
     _cache("prune", "elastic_cache", merge=False),

@@ -39,6 +39,7 @@ FAMILIES: Mapping[str, Mapping[str, Method]] = {
                 "kvcrush",
                 "elastic_cache",
                 "expected_attention",
+                "locret",
                 "pyramid_kv",
                 "ada_kv",
                 "zipvl",

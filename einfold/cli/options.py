@@ -24,7 +24,7 @@ METHODS = {
     "prune": (
         *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),
         *("scissorhands", "d2o", "kvmerger", "kvcrush", "elastic_cache"),
-        *("expected_attention", "pyramid_kv", "ada_kv", "zipvl", "kvzip"),
+        *("expected_attention", "locret", "pyramid_kv", "ada_kv", "zipvl", "kvzip"),
     ),
     "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq", "mustafar"),
     "share": ("cross_layer", "minicache", "cskv"),

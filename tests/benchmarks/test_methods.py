@@ -125,6 +125,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "kvmerger": [real["--prune kvmerger"]],
         "kvcrush": [real["--prune kvcrush"]],
         "elastic_cache": [real["--prune elastic_cache"]],
+        "locret": [real["--prune locret"]],
         "pyramid_kv": [real["--prune pyramid_kv"]],
         "zipvl": [real["--prune zipvl"]],
         "ada_kv": [real["--prune ada_kv"]],

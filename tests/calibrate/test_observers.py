@@ -13,6 +13,7 @@ from einfold.compiler.calibrate.observer import OBSERVERS
 from einfold.compiler.calibrate.observers.channel_orders import ChannelOrders, order_of
 from einfold.compiler.calibrate.observers.input_moments import InputMoments
 from einfold.compiler.calibrate.observers.kv_bases import KVBases
+from einfold.compiler.calibrate.observers.retaining import RetainingHeads
 from einfold.compiler.calibrate.observers.retrieval_heads import RetrievalHeads
 
 from ..programs import program
@@ -22,6 +23,7 @@ OWN: dict[str, common.Make] = {
     **OBSERVERS,
     "kv_bases": lambda: KVBases({"layer-0.key": 3, "layer-1.value": 5}),
     "retrieval_heads": lambda: RetrievalHeads(6),
+    "retaining": lambda: RetainingHeads((0, 1), 8, steps=30),
     "channel_orders": lambda: ChannelOrders(4, 2),
 }
 

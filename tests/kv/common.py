@@ -75,7 +75,8 @@ def step(cache: Cache, size: int, generator: np.random.Generator) -> None:
             for row, first in enumerate(used):
                 new = generator.standard_normal((HEADS, size, width))
                 slots[row][:, int(first) : int(first) + size] = new
-        queries = generator.standard_normal((cache.batch, size, 2 * HEADS, KEY))
+        shown = (HEADS, 1) if group.policy.told else (2 * HEADS, KEY)
+        queries = generator.standard_normal((cache.batch, size, *shown))
         observed[f"query.{layer.layer}.{index}"] = queries.astype(np.float32)
     cache.advance(size, observed)
 

@@ -17,6 +17,7 @@ POLICY_OPTIONS = {
     "full": {},
     "window": {"sinks": 2, "recent": 5, "slack": 4},
     "heavy_hitters": {"tokens": 9, "recent": 4, "slack": 4},
+    "retained": {"tokens": 9, "recent": 4, "sinks": 2, "slack": 4},
     "merged": {"tokens": 9, "recent": 4, "slack": 4},
     "pivotal": {"tokens": 9, "recent": 4, "slack": 4, "queries": 2},
     "matched": {"tokens": 9, "recent": 4, "slack": 4},

@@ -322,6 +322,7 @@ def test_what_keeps_as_much_as_the_context_is_refused() -> None:
         chosen("kvcrush", tokens=64),
         chosen("elastic_cache", tokens=64),
         chosen("expected_attention", tokens=64),
+        chosen("locret", tokens=64),
         chosen("kvzip", tokens=64),
         chosen("pyramid_kv", tokens=64),
         chosen("zipvl", tokens=64),
@@ -560,6 +561,7 @@ RAZOR = {"method": "razor_attention", "induction": 0.25, "sinks": 2, "recent": 8
         rarely(
             "qwen3", {"method": "ems", "tokens": 16, "recent": 4, "slack": 4, "similarity": 0.2}
         ),
+        ("llama", {"method": "locret", "tokens": 16, "slack": 4, "read": 64, "steps": 20}),
         ("llama", {"method": "d2o", "tokens": 18, "slack": 4, "read": 24}),
         rarely(
             "qwen3",

@@ -97,7 +97,7 @@ def attached(found: Program) -> dict[str, torch.Tensor]:
     verify(found, deep=True)
     assert found.layout is not None
     caches = {b.name: torch.zeros(b.shape) for b in found.layout.buffers(2, 12)}  # type: ignore[arg-type]
-    counters = {"lengths": torch.zeros(2).long(), "slots.0": torch.zeros(2).long()}
+    counters = {name: torch.zeros(2).long() for name in ("lengths", *found.layout.clocks())}
     return run(found, **inputs(), **counters, **caches)
 
 

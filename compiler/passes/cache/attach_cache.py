@@ -35,6 +35,7 @@ from ...ir.program import Editor, Program, attention_nodes, call_arguments, remo
 from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
+from . import retaining
 from .look_ahead import rotary_tables, turns_ahead
 from .order_channels import Orders, ordered, ordered_back
 from .rotate_heads import UNTURNED, rotated, rotated_back, turned
@@ -56,7 +57,8 @@ class AttachCache(Pass):
     buffers of each head group, of which those that a step writes are outputs too. A layer whose heads are
     cached in several ways gets one call a group, over its heads, and their results are put together again.
     Groups that choose tokens by the attention they got show their queries in `query.LAYER.GROUP` [B, S,
-    heads, D], such that their product with the cached keys is the logits, or as `look_ahead.py` says. A
+    heads, D], such that their product with the cached keys is the logits, or as `look_ahead.py` says; or what
+    trained heads say of its tokens [B, S, heads, 1] (`retaining.py`). A
     rotary embedding in front of q and k moves into the operator, so that a target may turn them while it
     writes the cache; where a storage asks for heads that are rotated (`rotate_heads.py`) or for channels in
     order (`order_channels.py`), it stays in front of that.
@@ -139,6 +141,7 @@ class Attachment:
         _check_distances(given, cache)
         inputs = [self._inputs(cache, index) for index in range(len(cache.groups))]
         with self.editor.before(node):
+            self._tell(given, cache)
             parts = [
                 self._call(cache, index, self._of_heads(given, cache, group), inputs[index])
                 for index, group in enumerate(cache.groups)
@@ -210,7 +213,7 @@ class Attachment:
                 "round each time; keep them in f32, or choose a method that evicts"
             )
         given = self._centred(self._arranged(cache, index, given), inputs["key"])
-        if group.observed:
+        if group.observed and not group.policy.told:
             self._show_query(cache, index, given, inputs["key"])
         kind, special = self._special(cache, index, given, inputs)
         slots = {
@@ -318,6 +321,14 @@ class Attachment:
             )
         self.values.append(self.editor.call(aten.mul.Tensor, query, factor))
         self.names.append(name)
+
+    def _tell(self, given: Arguments, cache: LayerCache) -> None:
+        """Makes what a layer's trained heads say of its tokens a result of each group that goes by it."""
+        indices = [index for index, group in enumerate(cache.groups) if group.policy.told]
+        if indices:
+            groups = [cache.groups[index] for index in indices]
+            self.values += retaining.told(self.editor, given, cache.layer, groups)
+            self.names += [query_name(cache.layer, index) for index in indices]
 
     def _scale(self, cache: fx.Node) -> fx.Node | None:
         scale = self.program.cache_weights.pop(f"{cache.target}_scale", None)

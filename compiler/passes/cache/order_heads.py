@@ -15,6 +15,7 @@ from ...ir.program import Editor, Program, attention_nodes, call_arguments, remo
 from ...ir.stored import picked
 from ...ir.weights import derive
 from ..base import Pass, PassResult
+from .retaining import reorder
 
 aten = torch.ops.aten
 
@@ -51,13 +52,15 @@ class OrderHeads(Pass):
                 result.skipped(where, "shares its cache with another layer, which fixes its order")
             elif len(cache.groups) > 1:
                 try:
-                    packed = _order(program, nodes[cache.layer], cache)
+                    node = nodes[cache.layer]
+                    packed = _order(program, node, cache)
                 except LostHeadsError as reason:
                     result.skipped(where, f"heads keep their order: {reason}")
                 else:
                     order = ",".join(map(str, _order_of(cache)))
                     form = "one packed part a group" if packed else "contiguous, q, k and v apart"
                     result.applied(where, f"KV heads in the order {order}; {form}")
+                    reorder(program, cache.layer, _order_of(cache), _channels(node, cache))
                     cache = _renumbered(cache)
             layers.append(cache)
         program.layout = CacheLayout(tuple(layers))
@@ -67,6 +70,13 @@ class OrderHeads(Pass):
 
 def _order_of(cache: LayerCache) -> list[int]:
     return [head for group in cache.groups for head in group.heads]
+
+
+def _channels(node: fx.Node, cache: LayerCache) -> list[int]:
+    """Channels of q, k and v that belong to a KV head."""
+    found = call_arguments(node)
+    shapes = [found[name].meta["val"].shape for name in ("q_BSHD", "k_BSKD", "v_BSKD")]
+    return [int(shape[2]) * int(shape[3]) // cache.kv_heads for shape in shapes]
 
 
 def _renumbered(cache: LayerCache) -> LayerCache:

@@ -77,10 +77,20 @@ class AdaKV(Pass):
             raise RecipeError(
                 f"cache.prune: heads are compared on 16 tokens or more, not {self.read}"
             )
+        if not self.measures and scoring(self.by, self.slack, _MANY)(_MANY).told:
+            raise RecipeError(
+                f"cache.prune: {self.name} compares heads by their scores, and those of {self.by} are of "
+                f"each head alone; take kvzip:by={self.by}, which has a measure of its own"
+            )
         if self.tokens is None:
             scoring(self.by, self.slack, _MANY)
         else:
             check_options("cache.prune", lambda: self.sizes(2 * self.mean))
+
+    @property
+    def measures(self) -> bool:
+        """Whether heads are compared by something else than the scores of `by`."""
+        return False
 
     @property
     def mean(self) -> int:

@@ -41,6 +41,10 @@ class KVzip(AdaKV):
 
     name = "kvzip"
 
+    @property
+    def measures(self) -> bool:
+        return True
+
     def observer(self, policy: Policy) -> Observer:
         return Reconstruction(self.read)
 

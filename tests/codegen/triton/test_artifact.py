@@ -66,6 +66,7 @@ KINDS = {
 WAITING = {"residual": 8, "slack": 4}
 KIVI = {"method": "kivi", "group": 8} | WAITING
 CSKV = {"method": "cskv", "keep": 0.6, "recent": 5, "slack": 3}
+LOCRET = {"method": "locret", "tokens": 9, "recent": 4, "slack": 3, "read": 64, "steps": 2}
 CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
 #: Chooses behind 20 tokens, so that a prompt of so many means the same where prompts read everything.
 QUEST = {"method": "quest", "page": 4, "share": 0.25, "tokens": 20, "skip_layers": 0}
@@ -174,6 +175,7 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             "llama", {"prune": {"method": "streaming_llm", "sinks": 2, "recent": 7, "slack": 3}}
         ),
         ("llama", {"prune": {"method": "h2o", "tokens": 8, "slack": 3}}),
+        rarely("llama", {"storage": "int8", "prune": LOCRET}),
         rarely(
             "llama",
             {

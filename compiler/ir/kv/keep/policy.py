@@ -80,6 +80,12 @@ class Policy(Options):
         return {}
 
     @property
+    def told(self) -> bool:
+        """Whether trained heads say a token's score when it is read (`passes/cache/retaining.py`): then a
+        step shows what they said, in place of queries, and nothing is added to it."""
+        return False
+
+    @property
     def mixes(self) -> bool:
         """Whether tokens are averaged into others, which rounded numbers would not bear."""
         return False
