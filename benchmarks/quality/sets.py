@@ -247,6 +247,7 @@ CACHE = (
     _cache("prune", "duo_attention", full=0.5),
     _by_head("ada_kv", 256, by="expected_attention"),
     _by_head("kvzip", 256, by="locret"),
+    _cache("prune", "locret", prefill="exact"),
     _cache("prune", "locret", sinks=0),
     _cache("prune", "h2o", prefill="streaming"),
     _cache("prune", "pyramid_kv", by="expected_attention"),
