@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from einfold.compiler import kept_trace
+
 from . import models
 
 torch.set_num_threads(1)
@@ -62,6 +64,18 @@ def users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("EINFOLD_CACHE", raising=False)  # it would come before
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A model is traced once for all tests and workers, wherever a test keeps the rest of its cache; tracing
+    is a third of what tests take. What is found again is tested in `frontend/test_kept_trace.py`."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "traced"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_trace, "cache_home", lambda: shared)
+        patch.setattr(kept_trace, "_KEPT", 1 << 20)
         yield
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from einfold.compiler import kept_trace
 from einfold.compiler.driver import load_weights, open_model, wrap_model
 from einfold.compiler.frontend.export import capture_language_model
+from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.printer import print_program
 from einfold.compiler.ir.program import Program
 from einfold.compiler.kept_trace import trace_language_model
@@ -34,6 +35,7 @@ def traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return capture_language_model(source, config, *more)
 
     monkeypatch.setattr(kept_trace, "capture_language_model", capture)
+    monkeypatch.setattr(kept_trace, "cache_home", cache_home)  # not what all tests share
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))
     return found
 
@@ -238,6 +240,7 @@ import sys
 from pathlib import Path
 from tests.frontend.test_kept_trace import given, trace
 from einfold.compiler import kept_trace
+from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.printer import print_program
 del kept_trace.capture_language_model
 sys.stdout.write(print_program(trace(given(Path(sys.argv[1])))))

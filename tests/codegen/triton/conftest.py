@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
+
+Ask = Callable[..., dict[str, Any]]
 
 #: Tests that run or compile kernels; those that only generate source need no Triton.
 needs_triton = pytest.mark.skipif(
@@ -28,12 +31,17 @@ def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def interpreted(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[..., dict[str, float]]]:
+def interpreting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ask]]:
+    """Asks a worker by its module's name. All are one process, since one takes seconds to begin."""
+    with asking("tests.codegen.triton.any_worker", tmp_path_factory.mktemp("cache")) as ask:
+        yield lambda module: partial(ask, worker=f"tests.codegen.triton.{module}")
+
+
+@pytest.fixture(scope="session")
+def interpreted(interpreting: Callable[[str], Ask]) -> Callable[..., dict[str, float]]:
     """Asks the worker to run a form; the errors of each way to run it."""
-    with asking("tests.codegen.triton.worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield lambda form, **request: ask(form=form, **request)["errors"]
+    ask = interpreting("worker")
+    return lambda form, **request: ask(form=form, **request)["errors"]
 
 
 @contextmanager
@@ -66,5 +74,5 @@ def asking(module: str, cache: Path) -> Iterator[Callable[..., dict[str, Any]]]:
         return found
 
     yield ask
-    given.close()
-    worker.wait(timeout=60)
+    worker.kill()  # to end by itself would take it seconds
+    worker.communicate()

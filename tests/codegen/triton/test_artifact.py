@@ -42,9 +42,7 @@ from einfold.runtime.program import read_program
 from ... import models
 from ...quick import quick, rarely
 from .artifact_worker import arguments
-from .conftest import asking, needs_triton
-
-Ask = Callable[..., dict[str, Any]]
+from .conftest import Ask, needs_triton
 
 PLAIN = AttentionKind(2, 2, 16, 16, 0.25, 0, 0.0, False, "fp32", "fp32", False)
 KINDS = {
@@ -74,9 +72,8 @@ LANDMARKS = QUEST | {"method": "shadowkv", "tokens": 16, "outliers": 1}
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with asking("tests.codegen.triton.artifact_worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield ask
+def interpreter(interpreting: Callable[[str], Ask]) -> Ask:
+    return interpreting("artifact_worker")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,8 @@ from einfold.errors import UnsupportedError
 from ...programs import program
 from ...quant.common import LINEAR
 from ...quick import rarely
-from .conftest import asking, needs_triton
+from .conftest import Ask, needs_triton
 from .levels import Mxfp4, Nf4
-
-Ask = Callable[..., dict[str, Any]]
 
 #: Against float64, relative to the largest value: sums and results in the type, nothing for the weights,
 #: which are exact operands but for nf4's. The interpreter cuts what it rounds to bfloat16.
@@ -51,9 +49,8 @@ INT8 = {"activations": "int8"}
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with asking("tests.codegen.triton.linear_worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield ask
+def asked(interpreting: Callable[[str], Ask]) -> Ask:
+    return interpreting("linear_worker")
 
 
 @needs_triton
@@ -258,7 +255,7 @@ def test_parts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_artifact_runs_its_weights_by_kernels(
     weights: str,
     stored: list[str],
-    tmp_path_factory: pytest.TempPathFactory,
+    interpreting: Callable[[str], Ask],
     model_folder: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
@@ -268,8 +265,8 @@ def test_an_artifact_runs_its_weights_by_kernels(
     assert names == [f"linear_{name}.py" for name in stored]
     texts = [(out / "kernels" / name).read_text() for name in names]
     assert "def matvec(" in texts[0] and ("int8" in texts[1]) == weights.startswith("qserve")
-    with asking("tests.codegen.triton.artifact_worker", tmp_path_factory.mktemp("cache")) as ask:
-        found = ask(artifact=str(out), prompts=[[5, 6, 7]], new=1)
+    ask = interpreting("artifact_worker")
+    found = ask(artifact=str(out), prompts=[[5, 6, 7]], new=1)
     assert found["found"] == found["expected"] and not found["warnings"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,9 +26,7 @@ from einfold.compiler.codegen.triton.shipped import triton_version
 from einfold.errors import UnsupportedError
 
 from ...quick import rarely
-from .conftest import asking, needs_triton
-
-Ask = Callable[..., dict[str, Any]]
+from .conftest import Ask, needs_triton
 
 #: Two steps of features a key and a half; half of the key's channels are rotated with the other half.
 ROTARY = LowRankKind(2, 2, 16, 24, 40, 13, 8, 0.25, 0.0, "fp32", "fp32")
@@ -37,9 +35,8 @@ MANY = SUMMED + 4
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with asking("tests.codegen.triton.low_rank_worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield ask
+def interpreter(interpreting: Callable[[str], Ask]) -> Ask:
+    return interpreting("low_rank_worker")
 
 
 @needs_triton

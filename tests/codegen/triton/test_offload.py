@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,14 @@ from einfold.runtime.program import read_program
 from ...programs import program
 from ...quick import rarely
 from ...simulated_copies import ORDERS, Simulated
-from .conftest import asking, needs_triton
-
-Ask = Callable[..., dict[str, Any]]
+from .conftest import Ask, needs_triton
 
 CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with asking("tests.codegen.triton.offload_worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield ask
+def interpreter(interpreting: Callable[[str], Ask]) -> Ask:
+    return interpreting("offload_worker")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,18 +20,15 @@ from einfold.compiler.recipe import Recipe
 from einfold.errors import RecipeError, UnsupportedError
 
 from ...quick import rarely
-from .conftest import asking, needs_triton
+from .conftest import Ask, needs_triton
 from .packed_worker import node_of
-
-Ask = Callable[..., dict[str, Any]]
 
 PRESSED = {"softcap": 5.0, "sinks": True}
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with asking("tests.codegen.triton.packed_worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield ask
+def interpreter(interpreting: Callable[[str], Ask]) -> Ask:
+    return interpreting("packed_worker")
 
 
 @needs_triton

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,7 @@ from einfold.errors import UnsupportedError
 
 from ...programs import program
 from ..onnx.test_page_attention import layer
-from .conftest import asking, needs_triton
-
-Ask = Callable[..., dict[str, Any]]
+from .conftest import Ask, needs_triton
 
 PLAIN = AttentionKind(1, 2, 16, 16, 0.25, 0, 0.0, False, "fp32", "fp32", False)
 LANDMARKS = ShadowKV(4, 0.25, 12, outliers=3)
@@ -75,9 +73,8 @@ CASES: dict[str, tuple[AttentionKind, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    with asking("tests.codegen.triton.pages_worker", tmp_path_factory.mktemp("cache")) as ask:
-        yield ask
+def interpreter(interpreting: Callable[[str], Ask]) -> Ask:
+    return interpreting("pages_worker")
 
 
 @needs_triton
