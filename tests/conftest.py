@@ -70,7 +70,8 @@ def users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A model is traced once for all tests and workers, wherever a test keeps the rest of its cache; tracing
-    is a third of what tests take. What is found again is tested in `frontend/test_kept_trace.py`."""
+    is a third of what tests take. What is found again is tested in `frontend/test_kept_trace.py`. One that
+    breaks how models are traced keeps its own."""
     own = tmp_path_factory.getbasetemp()
     shared = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "traced"
     with pytest.MonkeyPatch.context() as patch:

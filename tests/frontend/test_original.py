@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import einfold
+from einfold.compiler import kept_trace
 from einfold.compiler.driver import Input, load_weights, open_model, wrap_model
 from einfold.compiler.frontend import hooks
 from einfold.compiler.frontend.export import capture_language_model
 from einfold.compiler.frontend.masks import Mask
 from einfold.compiler.frontend.original import original_logits
+from einfold.compiler.ir.kept import cache_home
 from einfold.compiler.ir.program import Program, attention_nodes
 from einfold.compiler.ir.quant.scheme import PRESETS
 from einfold.compiler.ir.weights import Weight
@@ -95,6 +97,7 @@ def test_a_lost_mask_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A window that is read off no mask, on each road; nothing is written."""
     monkeypatch.setattr(hooks, "read_mask", lambda *_, **__: Mask(0))
     monkeypatch.setenv("EINFOLD_CACHE", str(tmp_path / "cache"))  # where no plan was kept before
+    monkeypatch.setattr(kept_trace, "cache_home", cache_home)  # and others find no such trace
     model, out = given("mistral"), tmp_path / "out"
     for work in (
         lambda: einfold.compile(model, out),
