@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol
@@ -173,6 +173,19 @@ def call_arguments(node: fx.Node) -> dict[str, Any]:
         else:
             raise IRError(f"node {node.name} lacks the argument {argument.name!r} of {target}")
     return bound
+
+
+def before_rotary(
+    given: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, fx.Node], dict[str, Any]]:
+    """Of an attention's arguments those of these names before their rotary embedding, and what that takes; as
+    they are, and nothing, where they have not the same."""
+    shown = {name: given[name] for name in names}
+    turned = {(x.target, x.args[1:]) for x in shown.values()}
+    if len(turned) > 1 or next(iter(turned))[0] is not einfold_ops.rotary.default:
+        return shown, {}
+    taken = call_arguments(shown[names[0]])
+    return {name: x.args[0] for name, x in shown.items()}, taken
 
 
 class Editor:

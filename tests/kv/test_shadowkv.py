@@ -25,7 +25,7 @@ from einfold.errors import IRError, RecipeError
 from einfold.runtime.cache import Cache
 
 from . import common
-from .test_quest import call, normal, read
+from .test_quest import call, chosen_as, normal, read
 
 
 def by_hand(reader: ShadowKV, q_GD: Tensor, keys_TD: Tensor) -> set[int]:
@@ -48,16 +48,8 @@ def by_hand(reader: ShadowKV, q_GD: Tensor, keys_TD: Tensor) -> set[int]:
 def test_the_pages_are_the_outliers_and_those_with_the_best_scores(outliers: int) -> None:
     """Beside what any reader of pages reads: 5 pages of 61 tokens, 4 of 44, of which 3 are always read."""
     reader = ShadowKV(page=4, share=0.3, tokens=0, outliers=outliers)
-    q, keys = normal(2, 2, 3, 1, 8), normal(2, 2, 64, 8, seed=1)
-    lengths = torch.tensor([61, 44])
-    visible = (torch.arange(64) < lengths[:, None])[:, None]
-    found = reader.choosing.chosen(reader, q, keys, visible)
-    for row, length in enumerate(lengths.tolist()):
-        for head in range(2):
-            pages = by_hand(reader, q[row, head, :, 0], keys[row, head, :length])
-            assert len(pages) == (5, 4)[row] + outliers
-            wanted = [slot < length and slot // 4 in pages for slot in range(64)]
-            assert found[row, head, 0].tolist() == wanted
+    counted = [len(pages) - (5, 4)[row] for row, pages in chosen_as(reader, by_hand)]
+    assert counted == 4 * [outliers]
 
 
 def test_an_outlier_is_read_whatever_is_asked() -> None:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional
 
 from ....errors import CalibrationError
-from ...ir.ops.rotary import RotaryEmbedding
-from ...ir.program import Program, attention_nodes, call_arguments
+from ...ir.program import Program, attention_nodes, before_rotary, call_arguments
 from ..observer import OBSERVERS, Found, Observer
-from ..sites import Site, layer
+from ..sites import Site, attention, layer
 
 #: Tokens of a row at most: a matrix of logits is of one row.
 _ROW = 1024
@@ -76,35 +75,24 @@ class RetainingHeads(Observer):
 
     def sites(self, program: Program) -> list[Site]:
         found = []
-        for node in attention_nodes(program):
+        for node, shown in zip(attention_nodes(program), attention(program), strict=True):
             given = call_arguments(node)
             number = int(given["layer"])
             if number in self.layers:
-                named = (("queries", "q_BSHD"), ("keys", "k_BSKD"), ("values", "v_BSKD"))
-                shown = [(f"{what} of layer {number}", given[part]) for what, part in named]
-                plain = [(what, unturned(given)[part]) for what, part in named[:2]]
-                more = (float(given["scale"]),)
-                found.append(Site(site_of(number), (*shown, *plain), more))
+                plain, _ = before_rotary(given, ("q_BSHD", "k_BSKD"))
+                values = *shown.values, *zip(("queries", "keys"), plain.values(), strict=True)
+                more = number, float(given["scale"])
+                found.append(Site(site_of(number), values, more))
         return found
 
     def see(self, site: Site, *values: Any) -> Found:
-        q_BSHD, k_BSKD, v_BSKD, plain_q, plain_k, scale = values
+        q_BSHD, k_BSKD, v_BSKD, plain_q, plain_k, number, scale = values
         length = q_BSHD.shape[1] // 2
         wanted_BTK = largest_logits(q_BSHD[:, length:], k_BSKD[:, :length], scale)
         inputs = [x[:, :length].flatten(2) for x in (plain_q, plain_k, v_BSKD)]
-        seed = int(site.name.split("-")[1].split(".")[0])
         return trained(
-            torch.cat(inputs, -1), wanted_BTK, self.hidden, self.smooth, self.steps, seed
+            torch.cat(inputs, -1), wanted_BTK, self.hidden, self.smooth, self.steps, seed=number
         )
-
-
-def unturned(given: dict[str, Any]) -> dict[str, fx.Node]:
-    """Queries and keys of an attention before their rotary embedding, where both have the same."""
-    shown = {name: given[name] for name in ("q_BSHD", "k_BSKD")}
-    same = {(x.target, x.args[1:]) for x in shown.values()}
-    if len(same) > 1 or given["q_BSHD"].target is not RotaryEmbedding.overload():
-        return shown
-    return {name: x.args[0] for name, x in shown.items()}
 
 
 def largest_logits(q_BSHD: Tensor, k_BTKD: Tensor, scale: float) -> Tensor:
@@ -156,6 +144,8 @@ def trained(
                     now = _told(network(x[:, cut:], *leaves), wanted[:, cut:])
                 if now > told:
                     best, told = [leaf.detach().clone() for leaf in leaves], now
+            if step == steps:
+                break
             adam.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
             said = network(x[:, :cut], *leaves)
             missing = functional.smooth_l1_loss(said, wanted[:, :cut])

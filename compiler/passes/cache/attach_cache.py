@@ -29,9 +29,15 @@ from ...ir.ops.bounded import BoundedAttention
 from ...ir.ops.low_rank import LowRankAttention
 from ...ir.ops.packed import PackedAttention
 from ...ir.ops.record import Operator, operator_of
-from ...ir.ops.rotary import RotaryEmbedding
 from ...ir.ops.shared import SharedAttention
-from ...ir.program import Editor, Program, attention_nodes, call_arguments, remove_dead_nodes
+from ...ir.program import (
+    Editor,
+    Program,
+    attention_nodes,
+    before_rotary,
+    call_arguments,
+    remove_dead_nodes,
+)
 from ...ir.types import DTYPES
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
@@ -408,10 +414,5 @@ def _check_distances(given: Arguments, cache: LayerCache) -> None:
 def _before_rotary(given: Arguments, names: tuple[str, ...]) -> Arguments:
     """The arguments of an attention, these of them before their rotary embedding where they have the same;
     and what it takes."""
-    turned = [given[name] for name in names]
-    same = {(x.target, x.args[1:]) for x in turned}
-    if len(same) > 1 or turned[0].target is not RotaryEmbedding.overload():
-        return given | UNTURNED
-    rotary = call_arguments(turned[0])
-    plain = {name: x.args[0] for name, x in zip(names, turned, strict=True)}
-    return given | {name: rotary[name] for name in UNTURNED} | plain
+    plain, rotary = before_rotary(given, names)
+    return given | plain | {name: rotary.get(name, none) for name, none in UNTURNED.items()}

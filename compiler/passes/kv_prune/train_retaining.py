@@ -15,6 +15,7 @@ from ...calibrate.observers.retaining import RetainingHeads, site_of
 from ...calibrate.statistics import digest_of
 from ...ir.kv.keep.retained import Retained
 from ...ir.kv.layout import LayerCache
+from ...ir.manifest import WEIGHTS
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
@@ -22,8 +23,6 @@ from ..cache.retaining import PARTS, name_of
 
 #: Of heads that were not trained: sizes alone count then.
 _UNTRAINED = "untrained"
-
-_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _taken(artifact: Path, sizes: _Sizes, mark: str) -> _Heads:
     """The heads of an artifact. Raises RecipeError where they are of another model, or none."""
     where = f"cache.prune: the heads of {artifact}"
     try:
-        with safe_open(artifact / _FILE, framework="pt") as held:
+        with safe_open(artifact / WEIGHTS, framework="pt") as held:
             names = [name for name in held.keys() if ".retaining_inner." in name]  # noqa: SIM118
             if not names:
                 raise RecipeError(
