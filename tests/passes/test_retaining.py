@@ -36,6 +36,7 @@ from einfold.errors import CalibrationError, RecipeError, UnsupportedError
 from einfold.runtime.cache import Cache
 
 from .. import models
+from ..hostile import forge
 from ..methods import chosen
 from ..programs import program, run
 from . import test_order_heads
@@ -360,6 +361,8 @@ def test_heads_are_taken_from_an_artifact_of_this_model_alone(
     held = load_file(tmp_path / "first" / "weights.safetensors")
     less = {name: x for name, x in held.items() if not name.startswith("cache.1.retaining")}
     save_file(less, tmp_path / "first" / "weights.safetensors")
+    refused("cannot be read: .*weights.safetensors is damaged")
+    forge.seal(tmp_path / "first", None, "weights.safetensors")
     refused("leave out layer 1")
     by = "locret:sinks=1,steps=20,read=64,hidden=8"
     by_head = {"method": "kvzip", "tokens": 24, "share": 0.2, "slack": 4, "read": 32, "by": by}

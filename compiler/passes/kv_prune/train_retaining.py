@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ....errors import RecipeError
+from ....errors import ArtifactError, RecipeError
 from ...calibrate.observers.retaining import RetainingHeads, site_of
 from ...calibrate.statistics import digest_of
+from ...ir.file_hash import file_hash
 from ...ir.kv.keep.retained import Retained
 from ...ir.kv.layout import LayerCache
-from ...ir.manifest import WEIGHTS
+from ...ir.manifest import WEIGHTS, Manifest
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
@@ -130,7 +131,7 @@ def _taken(artifact: Path, sizes: _Sizes, mark: str) -> _Heads:
     """The heads of an artifact. Raises RecipeError where they are of another model, or none."""
     where = f"cache.prune: the heads of {artifact}"
     try:
-        with safe_open(artifact / WEIGHTS, framework="pt") as held:
+        with safe_open(_undamaged(artifact), framework="pt") as held:
             names = [name for name in held.keys() if ".retaining_inner." in name]  # noqa: SIM118
             if not names:
                 raise RecipeError(
@@ -157,10 +158,20 @@ def _taken(artifact: Path, sizes: _Sizes, mark: str) -> _Heads:
                         f"{where} leave out layer {number}: leave out heads, and they are trained"
                     )
                 found[number] = {part: held.get_tensor(name) for part, name in wanted.items()}
-    except (OSError, SafetensorError) as error:
+    except (ArtifactError, OSError, SafetensorError) as error:
         raise RecipeError(f"{where} cannot be read: {error}") from error
     _check_sizes(where, found, sizes)
     return found
+
+
+def _undamaged(artifact: Path) -> Path:
+    """An artifact's file of weights. Raises ArtifactError where it is not the one that its manifest lists."""
+    listed, path = Manifest.read(artifact).files.get(WEIGHTS), artifact / WEIGHTS
+    if listed is None:
+        raise ArtifactError(f"it has no {WEIGHTS}")
+    if path.stat().st_size != listed.bytes or file_hash(path) != listed.blake3:
+        raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")
+    return path
 
 
 def _check_sizes(where: str, found: _Heads, sizes: _Sizes) -> None:
