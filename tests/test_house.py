@@ -112,7 +112,7 @@ ALLOWED = {
         "runtime",
     },
     "compiler.codegen.onnx.packed_copy": {"errors", "compiler.ir", "runtime"},
-    "compiler.codegen.*.runner": {"errors", "compiler.ir", "runtime"},
+    "compiler.codegen.*.runner": {"errors", "compiler.ir", "compiler.memory.arena", "runtime"},
     "compiler.codegen.reference": {
         "errors",
         "compiler.ir",
@@ -131,6 +131,7 @@ ALLOWED = {
         "compiler.ir",
         "compiler.codegen.cpu.frame",
         "compiler.codegen.reference",
+        "compiler.memory.recording",
     },
     "compiler.codegen.triton.cut": {"errors", "compiler.ir", "runtime.memory.device_ahead"},
     "compiler.codegen.triton.in_parts": {
@@ -148,7 +149,12 @@ ALLOWED = {
         "compiler.memory.tiers",
         "runtime",
     },
-    "compiler.codegen.triton.linear": {"errors", "compiler.ir", "compiler.codegen.triton"},
+    "compiler.codegen.triton.linear": {
+        "errors",
+        "compiler.ir",
+        "compiler.codegen.triton",
+        "compiler.memory.recording",
+    },
     "compiler.codegen.triton.attention": {
         "compiler.frontend.cascade",
         "errors",

@@ -7,7 +7,7 @@ whom, and how many bytes there are, is read off the storages of a run that compu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ...errors import pass_on
 from ..ir.interpreter import Interpreter
 from ..ir.ops.record import OPERATORS
 from ..ir.program import Program
@@ -118,12 +119,34 @@ def _new_memory(results: Any, given: list[Any]) -> bool:
     return filled and len(storages) == len(results) and not storages & known
 
 
+def _shaped(stands: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """What gives the shapes of a call: what stands for it, or where that asks for numbers the operator."""
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return stands(*args, **kwargs)
+        except Exception as error:
+            pass_on(error)
+            return shapes(*args, **kwargs)
+
+    return give
+
+
 class _Shapes(Interpreter):
     """Runs a program on the meta device, where an operator of einfold's gives what its shapes say."""
 
-    def __init__(self, program: Program, in_place: InPlace, joining: Joining) -> None:
-        shapes = {kind.overload(): kind.standing_in(kind.shapes) for kind in OPERATORS.values()}
-        super().__init__(program, instead=shapes, device=META)
+    def __init__(
+        self,
+        program: Program,
+        in_place: InPlace,
+        joining: Joining,
+        stands: Mapping[fx.Node, Callable[..., Any]],
+    ) -> None:
+        shapes: dict[Any, Callable[..., Any]] = {
+            kind.overload(): kind.standing_in(kind.shapes) for kind in OPERATORS.values()
+        }
+        theirs = {node: _shaped(stands[node], shapes[node.target]) for node in stands}
+        super().__init__(program, instead=shapes | theirs, device=META)
         self.found = Survey()
         self._in_place, self._joining = in_place, joining
         self._joined: dict[fx.Node, Tensor] = {}
@@ -210,10 +233,12 @@ def survey(
     inputs: Mapping[str, Tensor],
     in_place: InPlace | None = None,
     joining: Joining | None = None,
+    stands: Mapping[fx.Node, Callable[..., Any]] | None = None,
 ) -> Survey:
     """Runs a program on inputs of these shapes, results written in place and in their part of a whole where
-    these say so."""
-    shapes = _Shapes(program, in_place or {}, joining or Joining())
+    these say so. What `stands` for a call says what that gives, since it may read weights in an order of its
+    own."""
+    shapes = _Shapes(program, in_place or {}, joining or Joining(), stands or {})
     shapes.run({name: each.to(META) for name, each in inputs.items()})
     found = shapes.found
     for read in found.reads(program.output):

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import einfold
-from einfold.compiler.codegen.reference.arena import KEPT, InArena
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.ops.experts import FEW
 from einfold.compiler.ir.ops.record import in_place
 from einfold.compiler.ir.program import Program
+from einfold.compiler.memory.arena import KEPT, InArena
 from einfold.compiler.memory.buffers import fault
 from einfold.compiler.memory.expand import expand
 from einfold.compiler.memory.order import STATES, Search

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from einfold.compiler.codegen.reference.arena import InArena
 from einfold.compiler.ir.interpreter import Interpreter
 from einfold.compiler.ir.ops.record import in_place
 from einfold.compiler.ir.program import Program
+from einfold.compiler.memory.arena import InArena
 from einfold.compiler.memory.buffers import fault
 from einfold.compiler.memory.planning import MemoryPlan, plan_memory
 from einfold.compiler.memory.survey import inputs_at

@@ -15,7 +15,7 @@ from ....runtime.runner import Floats, Ints, running
 from ...ir.interpreter import Interpreter
 from ...ir.manifest import WHOLE, Part
 from ...ir.ops.record import in_place
-from .arena import InArena
+from ...memory.arena import InArena
 
 
 class ReferenceRunner:

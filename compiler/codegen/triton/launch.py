@@ -13,12 +13,14 @@ from torch import Tensor
 from ....errors import UnsupportedError
 from ...ir.cascade.cascade import Statement
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, reads, walk
+from ...memory.recording import runs_on
 from ..reference.plan import TorchStatements
 from .dtypes import DTYPES, TYPES, output_type
 from .emit import Generated
 from .gates import reads_inputs
 from .kernel import Kernel
 from .options import Tiles, merge_tiles
+from .starting import start
 
 
 def launch(
@@ -175,23 +177,27 @@ def _run(
     if parts == 1:
         function = kernel.functions["whole"]
         values = _arguments(kernel, function, tensors, found, {}, sizes)
-        kernel.function("whole")[grid](*values, **whole, **compiler)
+        start(kernel.function("whole"), grid, values, {**whole, **compiler})
         return
     left = _parts(kernel, parts, programs, rows, next(iter(tensors.values())).device)
     values = _arguments(kernel, kernel.functions["part"], tensors, found, left, sizes)
-    kernel.function("part")[(grid[0], grid[1], parts)](*values, PARTS=parts, **whole, **compiler)
+    cut = {"PARTS": parts, **whole, **compiler}
+    start(kernel.function("part"), (grid[0], grid[1], parts), values, cut)
     values = _arguments(kernel, kernel.functions["merge"], tensors, found, left, sizes)
     merge = merge_tiles(tiles)
     merging = (-(-rows // merge.rows) if roles.rows else 1, programs)
     options = {"num_warps": merge.warps, "num_stages": merge.stages, "enable_fp_fusion": True}
-    kernel.function("merge")[merging](*values, PARTS=parts, ROWS=merge.rows, **options)
+    start(
+        kernel.function("merge"), merging, values, {"PARTS": parts, "ROWS": merge.rows, **options}
+    )
 
 
 def split_count(kernel: Kernel, programs: int, length: int, tiles: Tiles, tensor: Tensor) -> int:
     """How many parts fill the device, with at least two tiles of the stream in each."""
-    if not tensor.is_cuda:
+    device = runs_on(tensor)
+    if device.type != "cuda":
         return 1
-    count = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    count = torch.cuda.get_device_properties(device).multi_processor_count
     if programs * 2 > count:
         return 1
     most = max(1, length // (2 * tiles.stream))

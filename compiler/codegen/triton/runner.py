@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -19,6 +20,7 @@ from ...ir.kv.layout import Buffer
 from ...ir.ops.record import in_place
 from ...ir.program import Program
 from ...ir.types import DTYPES
+from ...memory.arena import InArena, shapes_of
 from .attention import (
     AttentionKernel,
     ChoosingKernel,
@@ -34,6 +36,9 @@ from .linear.bound import linear_kernels, reorder
 from .linear.files import kernel_files as linear_files
 from .linear.kernels import LinearKernel
 from .shipped import FOLDER
+
+#: Shapes of steps, and of what they bring, that are remembered.
+_MET = 64
 
 
 def triton_runner(artifact: Artifact, trust: bool = False) -> KernelRunner:
@@ -119,7 +124,9 @@ class KernelRunner:
     buffers in place, and products with stored weights.
 
     All other operators run by their reference meaning. Weights go to the device when they are first
-    read, and stay.
+    read, and stay. Steps of shapes that were met before run in an arena on the device: single tokens do, and
+    chunks of a prompt. A prompt's last chunk is mostly of a length that is never met again, and a plan takes
+    as long as some steps.
     """
 
     def __init__(
@@ -134,11 +141,15 @@ class KernelRunner:
         """Weights that are `placed` are read there."""
         self._name = name
         self.device = device
+        weights = {} if placed is None else placed
         meanings = {**in_place(), **instead}
-        self.interpreter = Interpreter(program, instead=meanings, device=device, kept=placed)
+        self.interpreter = Interpreter(program, instead=meanings, device=device, kept=weights)
+        self._arena = InArena(program, device, instead, weights)
+        self._met: dict[Any, None] = {}
         self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
         self._given: tuple[Mapping[str, Any], dict[str, Tensor]] = {}, {}
+        self._held: dict[Any, Tensor] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -157,14 +168,33 @@ class KernelRunner:
         }
         with running(self._name):
             outputs = self._run(arrays, self._beside(cache.given) | cache.buffers)
-            logits: Floats = outputs.pop("logits").cpu().numpy()
+            # out of the arena, on the CPU too: a caller may keep them
+            logits: Floats = outputs.pop("logits").to("cpu", copy=True).numpy()
         self.observed = {name: v for name, v in outputs.items() if name not in cache.buffers}
         return logits
 
     def _run(self, arrays: Mapping[str, Any], others: dict[str, Tensor]) -> dict[str, Tensor]:
         """The program's outputs, of the inputs that a step brings and of `others` on the device."""
-        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
-        return self.interpreter.run(inputs | others)
+        inputs = {name: self._on_device(name, array) for name, array in arrays.items()}
+        inputs |= others
+        key = shapes_of(inputs)
+        met = key in self._met
+        self._met.pop(key, None)
+        self._met[key] = None  # last: the shapes that were met longest ago go first
+        if len(self._met) > _MET:
+            del self._met[next(iter(self._met))]
+        return (self._arena if met else self.interpreter).run(inputs)
+
+    def _on_device(self, name: str, array: Any) -> Tensor:
+        """What a step brings, in memory that stays for the next of the same shape."""
+        source = torch.from_numpy(np.require(array, None, ("C", "W")))
+        key = name, source.shape, source.dtype
+        held = self._held.get(key)
+        if held is None:
+            if len(self._held) >= _MET:
+                self._held.clear()
+            self._held[key] = held = torch.empty_like(source, device=self.device)
+        return held.copy_(source)
 
     def _beside(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """What every step of a run reads and none writes, on the device: it goes there once."""

@@ -18,6 +18,7 @@ from einfold.compiler.codegen.triton.options import Tiles
 from einfold.compiler.ir.ops.attention import CachedAttention
 from einfold.compiler.ir.ops.shared import SharedAttention
 
+from ...allocator import asked
 from .worker import compared, serve
 
 
@@ -106,7 +107,45 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_arena(request: dict[str, Any]) -> dict[str, Any]:
+    """Steps of an artifact whose shapes are met twice, and the same with all allocated, over caches of their
+    own: whether they give the same bits, and what torch asked for in steps of one token a row."""
+    logits: dict[bool, list[Tensor]] = {True: [], False: []}
+    allocated: list[int] = []
+    kept: list[tuple[Any, Any]] = []
+    for arena in logits:
+        model = einfold.load(request["artifact"], chunk=16)
+        runner: Any = model.engine.runner
+        if not arena:
+            runner._arena = runner.interpreter
+        run = runner._run
+
+        def watched(arrays: Any, others: Any, run: Any = run, arena: bool = arena) -> Any:
+            with asked() as sizes:
+                out = run(arrays, others)
+            logits[arena].append(out["logits"].clone())
+            if arena and arrays["input_ids"].shape[1] == 1:
+                allocated.append(len(sizes))
+            return out
+
+        def keeping(*given: Any, step: Any = runner.step) -> Any:
+            kept.append((found := step(*given), found.copy()))
+            return found
+
+        runner._run, runner.step = watched, keeping
+        options = {"max_new_tokens": request["new"], "ignore_eos": True}
+        for _ in range(3):  # meets shapes, plans for them, knows them
+            allocated.clear()
+            model.generate_batch(request["prompts"], **options)
+        if arena:
+            found = {"arena": runner._arena.nbytes, "allocated": [*allocated]}
+    same = [torch.equal(a, b) for a, b in zip(*logits.values(), strict=True)]
+    return {"same": same, "kept": all((a == b).all() for a, b in kept), **found}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    if request.get("what") == "arena":
+        return in_arena(request)
     return generate(request) if "artifact" in request else kernel_error(request)
 
 

@@ -222,7 +222,7 @@ def test_parts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """int4 of 4096 x 4096 has 32 tiles of 32 segments: cut until 132 multiprocessors have four each."""
 
     class OnGpu:
-        is_cuda, device = True, None
+        device = torch.device("cuda")
 
     class Properties:
         multi_processor_count = 132

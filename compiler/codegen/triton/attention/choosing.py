@@ -22,6 +22,7 @@ from torch import Tensor
 from ....ir.ops.bounded import BoundedAttention
 from ....ir.program import Program, call_arguments
 from ..kernel import load_source
+from ..starting import start
 from .choosing_kinds import ChoosingKind, choosing_kind
 from .choosing_source import LAST, STRIDES, choosing_source
 
@@ -70,8 +71,8 @@ class ChoosingKernel:
 
     def launch(self, name: str, grid: tuple[int, ...], named: Mapping[str, Any]) -> None:
         """Launches a function with its arguments, found by their names."""
-        given = (named[each] for each in self.arguments(name))
-        self.function(name)[grid](*given, **self.constants(name))
+        given = [named[each] for each in self.arguments(name)]
+        start(self.function(name), grid, given, self.constants(name))
 
 
 def choosing_kernels(program: Program) -> list[ChoosingKernel]:

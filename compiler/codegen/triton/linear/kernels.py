@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....ir.quant.scheme import Scheme
+from ....memory.recording import runs_on
 from ..kernel import load_source
+from ..starting import start
 from .integer_source import integer_arguments, integer_source
 from .kinds import LinearKind
 from .layout import Layout
@@ -192,7 +194,7 @@ def _launch(
     **constants: Any,
 ) -> None:
     """Launches a function with its arguments, found by their names."""
-    kernel.function(name)[grid](*(named[each] for each in kernel.arguments(name)), **constants)
+    start(kernel.function(name), grid, [named[each] for each in kernel.arguments(name)], constants)
 
 
 def _filled(layout: Layout, x: Tensor) -> Tensor:
@@ -213,9 +215,10 @@ def _rounded(kernel: LinearKernel, layout: Layout, x: Tensor) -> dict[str, Any]:
 
 def split_count(programs: int, segments: int, x: Tensor) -> int:
     """How many parts fill the device, with at least two segments in each; the same for the same sizes."""
-    if not x.is_cuda:
+    device = runs_on(x)
+    if device.type != "cuda":
         return 1
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    count = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(_PROGRAMS * count // programs, segments // 2, _PARTS))
 
 

@@ -12,29 +12,51 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ir.interpreter import Interpreter
-from ...ir.ops.record import in_place, operator_of
-from ...ir.program import Program
-from ...memory.planning import MemoryPlan
-from ...memory.survey import number, tensors
-from ...memory.tiling import planned
+from ..ir.interpreter import Interpreter
+from ..ir.ops.record import in_place, operator_of
+from ..ir.program import Program
+from .expand import INSTEAD, Instead, expand
+from .planning import MemoryPlan, plan_memory
+from .survey import number, tensors
+from .tiling import planned
 
 aten = torch.ops.aten
 
 #: What stands for each call, and writes its results where the plan has them.
 Writers = dict[Any, Callable[..., Any]]
 
+CPU = torch.device("cpu")
+
 #: Plans that are kept, by the shapes of the inputs.
 KEPT = 8
 
 
-class InArena:
-    """Runs a program whose intermediate values lie in an arena. Results are valid until the next run."""
+def shapes_of(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What a plan is made for."""
+    return tuple((name, each.shape, each.stride()) for name, each in inputs.items())
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._weights: dict[str, Tensor] = {}
-        self._arena = torch.empty(0, dtype=torch.uint8)
+
+class InArena:
+    """Runs a program whose intermediate values lie in an arena. Results are valid until the next run.
+
+    Where something stands `instead` of calls, the program's calls stay whole: tiles are many launches of
+    kernels, and save memory that weights are many times of.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device = CPU,
+        instead: Instead | None = None,
+        kept: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Weights that are `kept` are read there."""
+        self.program, self.device = program, device
+        self._instead = instead
+        self._weights: dict[str, Tensor] = {} if kept is None else kept
+        self._arena = torch.empty(
+            0, dtype=torch.uint8
+        )  # the device is not asked before it is needed
         self._runs: dict[tuple[Any, ...], _Run] = {}
 
     @property
@@ -44,7 +66,7 @@ class InArena:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gives the outputs by name, as `Interpreter.run`; caches are written in place."""
-        key = tuple((name, each.shape, each.stride()) for name, each in inputs.items())
+        key = shapes_of(inputs)
         run = self._runs.pop(key, None) or self._plan(inputs)
         self._runs[key] = run  # last: the plan that was used longest ago goes first
         if len(self._runs) > KEPT:
@@ -52,14 +74,20 @@ class InArena:
         if run.plan.arena > self.nbytes:
             for each in self._runs.values():
                 each.let_go()
-            self._arena = torch.empty(0, dtype=torch.uint8)  # the smaller one goes first
-            self._arena = torch.empty(run.plan.arena, dtype=torch.uint8)
+            self._arena = self._arena.new_empty(0)  # the smaller one goes first
+            self._arena = self._memory(run.plan.arena)
         return run.within(self._arena).run(inputs)
 
     def _plan(self, inputs: Mapping[str, Tensor]) -> _Run:
-        program, plan = planned(self.program, inputs)
-        cpu = torch.device("cpu")
-        return _Run(plan, Interpreter(program, device=cpu, kept=self._weights))
+        if self._instead is None:
+            program, plan = planned(self.program, inputs)
+        else:
+            program = expand(self.program, inputs, self._instead, self.device)
+            plan = plan_memory(program, inputs)
+        return _Run(plan, Interpreter(program, device=self.device, kept=self._weights))
+
+    def _memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
 class _Run:
@@ -89,9 +117,13 @@ def writers(program: Program, plan: MemoryPlan, arena: Tensor) -> Writers:
     for node in program.graph.nodes:
         if node.op == "call_function":
             results = plan.survey.results(node)
-            written = [each for at, each in enumerate(results) if _writes(node, at, each, plan)]
+            places = [at for at, each in enumerate(results) if _writes(node, at, each, plan)]
+            written = [results[at] for at in places]
             if node in plan.joining.whole:
                 found[node] = _there(_placed(results[0], plan, arena))
+            elif INSTEAD in node.meta:
+                here = {at: _placed(results[at], plan, arena) for at in places}
+                found[node] = _whole(node.meta[INSTEAD], here)
             elif written:
                 out = tuple(_placed(each, plan, arena) for each in written)
                 found[node] = _writer(node, out, plan)
@@ -150,6 +182,7 @@ INTO: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _copy,
     aten.reshape.default: _copy,
     aten.masked_fill.Scalar: _masked_fill,
+    aten.empty.memory_format: lambda *_, **__: None,
     aten.new_empty.default: lambda *_, **__: None,
     aten.copy.default: lambda out, _, source, *__: out.copy_(source),
     aten.relu.default: lambda out, source: torch.clamp_min(source, 0, out=out),
@@ -244,6 +277,20 @@ def _moved(given: Any, out: tuple[Tensor, ...]) -> Any:
     for place, value in zip(out, tensors(given), strict=True):
         place.copy_(value)
     return out[0] if isinstance(given, Tensor) else out
+
+
+def _whole(call: Callable[..., Any], out: Mapping[int, Tensor]) -> Callable[..., Any]:
+    """For a call that was left whole: of its results, those of a place are moved there."""
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        given = call(*args, **kwargs)
+        results = [*tensors(given)]
+        for at, place in out.items():
+            place.copy_(results[at])
+            results[at] = place
+        return results[0] if isinstance(given, Tensor) else tuple(results)
+
+    return write
 
 
 def out_variant(target: torch._ops.OpOverload) -> tuple[torch._ops.OpOverload, list[str]] | None:
