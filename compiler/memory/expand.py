@@ -40,11 +40,23 @@ def expand(
     chosen, stays as it is. For a call that something stands `instead` of, what that calls on this device is
     written down; launches of kernels are calls then too.
     """
+    return expanded(program, inputs, instead, device)[0]
+
+
+def expanded(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    instead: Instead | None = None,
+    device: torch.device = META,
+) -> tuple[Program, dict[fx.Node, fx.Node]]:
+    """What `expand` gives, and for each node of the program the first that stands for it or comes behind."""
     instead = instead or {}
     values = survey(program, inputs, stands=instead).values
     graph = fx.Graph()
     new: dict[fx.Node, Any] = {}
+    ahead: dict[fx.Node, int] = {}
     for node in program.graph.nodes:
+        ahead[node] = len(graph.nodes)
         meaning = _meaning(node, values, instead.get(node), device)
         if meaning is not None:
             new[node] = _write_down(graph, node, meaning, values, new)
@@ -54,7 +66,8 @@ def expand(
             new[node] = graph.node_copy(node, lambda source: new[source])
             if node in instead:
                 new[node].meta[INSTEAD] = instead[node]
-    return replace(program, graph=graph)
+    made = [*graph.nodes]
+    return replace(program, graph=graph), {node: made[count] for node, count in ahead.items()}
 
 
 def _meaning(

@@ -195,6 +195,46 @@ def test_one_arena_serves_all_shapes() -> None:
     assert sizes[-1] == 2 * (KEPT + 2) * 64
 
 
+def test_rows_are_padded_and_cut_where_they_are_to_lie() -> None:
+    found = program("""
+        input %x "x" : f32[B, 6]
+        call %a = aten.exp.default(%x) : f32[B, 6]
+        call %longer = aten.constant_pad_nd.default(%a, [1, 2], 7.0) : f32[B, 9]
+        call %cut = aten.constant_pad_nd.default(%longer, [-2, 1, 1, 0]) : f32[B + 1, 8]
+        call %same = aten.constant_pad_nd.default(%cut, [0, 0]) : f32[B + 1, 8]
+        call %b = aten.neg.default(%same) : f32[B + 1, 8]
+        output "b" = %b
+    """)
+    arena, plain, x = InArena(found), Interpreter(found), torch.randn(3, 6)
+    for _ in range(2):
+        assert torch.equal(arena.run({"x": x})["b"], plain.run({"x": x})["b"])
+    with asked() as blocks:
+        arena.run({"x": x})
+    assert not blocks
+
+
+def test_a_run_halts_at_nodes_of_the_program_as_it_was() -> None:
+    """Where an operator was expanded, ahead of the first call that stands for it."""
+    found = program("""
+        weight @w : f32[8]
+        input %x "x" : f32[B, 8]
+        read %w "w" : f32[8]
+        call %a = aten.exp.default(%x) : f32[B, 8]
+        call %n = einfold.rms_norm.default(%a, %w, 1e-06) : f32[B, 8]
+        call %b = aten.neg.default(%n) : f32[B, 8]
+        output "b" = %b
+    """)
+    calls, w = {node.name: node for node in found.graph.nodes}, torch.randn(8)
+    arena, x = InArena(found, instead={}, kept={"w": w}), torch.randn(3, 8)
+    run = arena.begin({"x": x})
+    run.until(calls["n"])
+    assert [*run.values] and torch.equal([*run.values.values()][-1], x.exp())
+    run.until(calls["b"])
+    expected = Interpreter(found, kept={"w": w}).run({"x": x})["b"]
+    assert torch.equal([*run.values.values()][-1], -expected)
+    assert torch.equal(run.results()["b"], expected)
+
+
 def test_views_that_in_place_are_none_are_copied() -> None:
     """The sum is written over a part of wider rows, which cannot be read as one row."""
     found = program("""

@@ -41,8 +41,7 @@ def interpreter(interpreting: Callable[[str], Ask]) -> Ask:
         rarely("llama", {"cache": {"storage": "int4", "share": CROSS}}, 0),
         ("llama", {"cache": {"quant": KIVI}}, 0),
         rarely("llama", {"cache": {"share": CSKV}}, 0),
-        # Rows of the table are put in their order: indices and codes.
-        ("llama", INT4, 10),
+        ("llama", INT4, 0),
     ],
 )
 def test_steps_give_the_same_bits_and_allocate_nothing(

@@ -199,7 +199,8 @@ def _launch(
 
 def _filled(layout: Layout, x: Tensor) -> Tensor:
     """The rows of x up to the end of the last segment."""
-    filled = functional.pad(x, (0, layout.segments * layout.columns - layout.width))
+    ends = layout.segments * layout.columns - layout.width
+    filled = functional.pad(x, (0, ends)) if ends else x  # nothing to fill would be a copy
     return filled.reshape(-1, filled.shape[-1]).contiguous()
 
 
