@@ -40,6 +40,12 @@ def find_device() -> torch.device:
     )
 
 
+def planned_device() -> torch.device:
+    """The device that memory is planned for: the CUDA device, or where there is none one without numbers, for
+    which no product is cut into parts to fill it."""
+    return torch.device("meta") if free_memory() is None else find_device()
+
+
 def free_memory() -> int | None:
     """Bytes of memory that the CUDA device has free; None where kernels run without one."""
     if interpreting() or not torch.cuda.is_available():

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from ....errors import UnsupportedError
 from ....runtime.artifact import Artifact
 from ....runtime.program import read_program
 from ...analysis.liveness import peak_activation_bytes
 from ...memory.survey import inputs_at
 from ...memory.tiers import Fixed, Load, Piece, TierPlan
 from .cut import CutProgram
-from .device import find_device, free_memory
+from .device import find_device, free_memory, planned_device
 from .offload import OffloadedRunner, copies_of
-from .runner import kernels_for
+from .runner import arena_bytes, kernels_for
 
 #: Bytes of the device that CUDA's context, libraries and kernels take. Assumed: never measured.
 PROCESS = 600_000_000
@@ -59,12 +60,18 @@ class TritonInParts:
         return OffloadedRunner(self.artifact, self.cut, plan, instead, copies, device)
 
     def _activations(self, chunk: int, capacity: int) -> int:
+        """Bytes of the arena of a step, and of rows that it is given. Without Triton no kernel says what it
+        takes beside its results, and that is left out."""
         program = self.cut.program
         slots = {} if program.layout is None else program.layout.slot_dims(capacity, capacity)
         dims = {"B": 1, "S": chunk, "N": 1} | slots
         given = inputs_at(program, dims)
         rows = sum(given[lookup.name].nbytes for lookup in self.cut.lookups)
-        return rows + peak_activation_bytes(program, dims)
+        try:
+            arena = arena_bytes(program, given, planned_device())
+        except UnsupportedError:
+            arena = peak_activation_bytes(program, dims)
+        return rows + arena
 
 
 def limit(artifact: Artifact) -> int | None:

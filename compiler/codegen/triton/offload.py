@@ -24,7 +24,6 @@ from ....runtime.memory.cuda_copies import CudaCopies
 from ....runtime.memory.device_ahead import Block, Copies, DeviceAhead
 from ....runtime.memory.probe import ram_size
 from ....runtime.runner import Floats, Ints
-from ...ir.interpreter import Run
 from ...memory.leveling import AHEAD
 from ...memory.tiers import TierPlan
 from .cut import CutProgram
@@ -123,11 +122,11 @@ class OffloadedRunner(KernelRunner):
 
     def _run(self, arrays: Mapping[str, Any], others: dict[str, Tensor]) -> dict[str, Tensor]:
         self._check_open()
-        inputs = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
+        inputs = {name: self._on_device(name, array) for name, array in arrays.items()}
         for lookup in self._lookups:
             rows = lookup.rows(torch.tensor(arrays[lookup.ids]))
-            inputs[lookup.name] = rows.to(self.device)
-        run = Run(self.interpreter, inputs | others)
+            inputs[lookup.name] = self._on_device(lookup.name, rows)
+        run = self._begin(inputs | others)
         for index, op in enumerate(self._streamed):
             assert self._ahead is not None
             run.until(op.first)
@@ -139,6 +138,10 @@ class OffloadedRunner(KernelRunner):
                     for name in weights:
                         del self._placed[name]
         return run.results()
+
+    def _worth_a_plan(self, inputs: dict[str, Tensor]) -> bool:
+        """Each is: the budget has room for the arena, and none for a step that allocates beside it."""
+        return True
 
     def _keep(self, block: Block) -> None:
         """Weights that lie on the device for good."""

@@ -15,7 +15,7 @@ from ....runtime.artifact import Artifact
 from ....runtime.cache import Cache
 from ....runtime.program import read_program
 from ....runtime.runner import Floats, Ints, running
-from ...ir.interpreter import Interpreter
+from ...ir.interpreter import Interpreter, Run
 from ...ir.kv.layout import Buffer
 from ...ir.ops.record import in_place
 from ...ir.program import Program
@@ -37,7 +37,7 @@ from .linear.files import kernel_files as linear_files
 from .linear.kernels import LinearKernel
 from .shipped import FOLDER
 
-#: Shapes of steps, and of what they bring, that are remembered.
+#: Shapes of steps that are remembered.
 _MET = 64
 
 
@@ -69,6 +69,14 @@ def kernels_for(
     if trust:
         kernels, choosing, products = _with_compiled(artifact, kernels, choosing, products, device)
     return {**bind(program, kernels, choosing), **bind_products(program, products)}
+
+
+def arena_bytes(program: Program, inputs: Mapping[str, Tensor], device: torch.device) -> int:
+    """Bytes of the arena of a step by kernels with inputs of these shapes. Raises UnsupportedError where
+    Triton is not installed."""
+    kernels, products = attention_kernels(program, described(device)), linear_kernels(program)
+    instead = bind(program, kernels, choosing_kernels(program)) | bind_products(program, products)
+    return InArena(program, device, instead).bytes_for(inputs)
 
 
 def _with_compiled(
@@ -149,7 +157,7 @@ class KernelRunner:
         self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
         self._given: tuple[Mapping[str, Any], dict[str, Tensor]] = {}, {}
-        self._held: dict[Any, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -176,25 +184,32 @@ class KernelRunner:
     def _run(self, arrays: Mapping[str, Any], others: dict[str, Tensor]) -> dict[str, Tensor]:
         """The program's outputs, of the inputs that a step brings and of `others` on the device."""
         inputs = {name: self._on_device(name, array) for name, array in arrays.items()}
-        inputs |= others
+        return self._begin(inputs | others).results()
+
+    def _begin(self, inputs: dict[str, Tensor]) -> Run:
+        if not self._worth_a_plan(inputs):
+            return Run(self.interpreter, inputs)
+        return self._arena.begin(inputs)
+
+    def _worth_a_plan(self, inputs: dict[str, Tensor]) -> bool:
+        """Whether a step runs in the arena: inputs of these shapes were met before."""
         key = shapes_of(inputs)
         met = key in self._met
         self._met.pop(key, None)
         self._met[key] = None  # last: the shapes that were met longest ago go first
         if len(self._met) > _MET:
             del self._met[next(iter(self._met))]
-        return (self._arena if met else self.interpreter).run(inputs)
+        return met
 
     def _on_device(self, name: str, array: Any) -> Tensor:
-        """What a step brings, in memory that stays for the next of the same shape."""
-        source = torch.from_numpy(np.require(array, None, ("C", "W")))
-        key = name, source.shape, source.dtype
-        held = self._held.get(key)
-        if held is None:
-            if len(self._held) >= _MET:
-                self._held.clear()
-            self._held[key] = held = torch.empty_like(source, device=self.device)
-        return held.copy_(source)
+        """What a step brings, in memory that stays: as much as the largest of its name takes."""
+        source = array
+        if not isinstance(array, Tensor):
+            source = torch.from_numpy(np.require(array, None, ("C", "W")))
+        held = self._held.get(name)
+        if held is None or held.dtype != source.dtype or held.numel() < source.numel():
+            self._held[name] = held = source.new_empty(source.numel(), device=self.device)
+        return held[: source.numel()].view(source.shape).copy_(source)
 
     def _beside(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """What every step of a run reads and none writes, on the device: it goes there once."""

@@ -6,15 +6,75 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
+
 import einfold
 from einfold.compiler.codegen.triton import in_parts
+from einfold.compiler.codegen.triton.offload import OffloadedRunner
 from einfold.errors import ArtifactError, ArtifactWarning
 
+from ...allocator import asked
 from ...simulated_copies import Forgetful, Simulated
 from .worker import serve
 
 
+def in_arena(request: dict[str, Any]) -> dict[str, Any]:
+    """A prompt in steps over the arena, and over another device with all of it allocated: whether they give
+    the same bits, and the blocks that torch asked for in each step when its shapes were known, but for those
+    that rows are looked up in on the host."""
+    logits: list[list[Any]] = []
+    for arena in (True, False):
+        copies = Simulated()
+        in_parts.copies_of = lambda device, copies=copies: copies  # type: ignore[assignment]
+        model = einfold.load(
+            request["artifact"],
+            memory=request["memory"],
+            context=request["context"],
+            chunk=request["chunk"],
+        )
+        runner: Any = model.engine.runner
+        assert isinstance(runner, OffloadedRunner)
+        if not arena:
+            runner._worth_a_plan = lambda inputs: False
+        steps: list[Any] = []
+        blocks: list[int] = []
+
+        def watched(
+            arrays: Any, others: Any, run: Any = runner._run, steps: Any = steps, to: Any = blocks
+        ) -> Any:
+            with asked() as on_host:
+                for lookup in runner._lookups:  # noqa: B023
+                    lookup.rows(torch.tensor(arrays[lookup.ids]))
+            with asked() as sizes:
+                out = run(arrays, others)
+            to.append(len(sizes) - len(on_host))
+            steps.append(out["logits"].clone())
+            return out
+
+        runner._run = watched
+        with copies:
+            for _ in range(2):  # the second meets no shape that is new
+                blocks.clear()
+                model.generate(request["prompt"], max_new_tokens=request["new"], ignore_eos=True)
+        logits.append(steps)
+        if arena:
+            found = {
+                "arena": runner._arena.nbytes,
+                "rows": sum(runner._held[lookup.name].nbytes for lookup in runner._lookups),
+                "blocks": blocks,
+                "activations": runner.plan.fixed.activations,
+            }
+    same = [torch.equal(a, b) for a, b in zip(*logits, strict=True)]
+    return {"same": same, **found}
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    if request.get("what") == "arena":
+        return in_arena(request)
+    return generated(request)
+
+
+def generated(request: dict[str, Any]) -> dict[str, Any]:
     """What an artifact writes within a budget and without one, and what was copied.
 
     `forgets` leaves out an order of the two streams, `unlocked` says why memory is not page-locked.

@@ -18,6 +18,7 @@ from einfold.compiler.codegen.triton.offload import OffloadedRunner, copies_of
 from einfold.compiler.ir.device import Device, write_device
 from einfold.compiler.ir.interpreter import evaluate_cone
 from einfold.compiler.ir.program import readers
+from einfold.compiler.memory.arena import InArena
 from einfold.errors import (
     ArtifactError,
     ArtifactWarning,
@@ -34,6 +35,7 @@ from ...programs import program
 from ...quick import rarely
 from ...simulated_copies import ORDERS, Simulated
 from .conftest import Ask, needs_triton
+from .test_artifact import KIVI
 
 CONTEXT = 32
 
@@ -123,6 +125,40 @@ def test_tokens_are_those_of_the_reference(
             "weights on the device are those of the plan, to the byte"
         )
         assert not found["warnings"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", INT4),
+        rarely("llama", {"cache": {"storage": "int8"}}),
+        rarely("llama", {"cache": {"quant": KIVI}}),
+        rarely("gemma2", {}),
+        rarely("gpt_oss", {}),
+        rarely("mixtral", {}),
+    ],
+)
+def test_steps_run_in_an_arena_that_the_plan_has_counted(
+    interpreter: Ask, compiled: Callable[..., Path], name: str, options: dict[str, Any]
+) -> None:
+    """Bit by bit, and on the device nothing is allocated."""
+    folder = compiled(name, **options)
+    memory = budget(folder, 0.0, 16)
+    found = interpreter(
+        what="arena",
+        artifact=str(folder),
+        memory=memory,
+        context=CONTEXT,
+        chunk=16,
+        prompt=list(range(3, 23)),
+        new=4,
+    )
+    assert len(found["same"]) == 10 and all(found["same"])
+    assert found["arena"] + found["rows"] <= found["activations"]
+    assert found["blocks"] == [0] * 5
+    # The cache of a run is smaller than that of the plan, which is of the whole context.
+    assert found["arena"] + found["rows"] > 0.9 * found["activations"]
 
 
 @needs_triton
@@ -357,6 +393,27 @@ def test_a_device_with_less_room_than_the_plan_takes_is_told(
         monkeypatch.setattr(in_parts, "copies_of", lambda device: Simulated(room=1000))
         with pytest.raises(OutOfMemoryError, match=says):
             einfold.load(folder, memory=memory, context=CONTEXT)
+
+
+@needs_triton
+def test_a_device_without_room_for_the_arena_is_told_and_may_be_asked_again(
+    compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_parts, "copies_of", lambda device: Simulated())
+    monkeypatch.setattr(in_parts, "find_device", lambda: torch.device("cpu"))
+    folder = compiled("llama", **INT4)
+    model = einfold.load(folder, memory=smallest(folder), context=CONTEXT)
+    asked: list[int] = []
+
+    def full(arena: InArena, nbytes: int) -> torch.Tensor:
+        asked.append(nbytes)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(InArena, "_memory", full)
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError, match=r"^out of memory; `einfold estimate` tells"):
+            model.generate([3, 4, 5], max_new_tokens=2)
+    assert len(asked) == 2 and asked[0] == asked[1] > 0
 
 
 def test_the_interpreter_has_no_memory_of_its_own_to_keep_within() -> None:
