@@ -131,8 +131,8 @@ ALLOWED = {
         "compiler.ir",
         "compiler.codegen.cpu.frame",
         "compiler.codegen.reference",
-        "compiler.memory.recording",
     },
+    "compiler.codegen.triton.starting": {"errors", "compiler.memory.recording"},
     "compiler.codegen.triton.cut": {"errors", "compiler.ir", "runtime.memory.device_ahead"},
     "compiler.codegen.triton.in_parts": {
         "errors",
@@ -149,12 +149,7 @@ ALLOWED = {
         "compiler.memory.tiers",
         "runtime",
     },
-    "compiler.codegen.triton.linear": {
-        "errors",
-        "compiler.ir",
-        "compiler.codegen.triton",
-        "compiler.memory.recording",
-    },
+    "compiler.codegen.triton.linear": {"errors", "compiler.ir", "compiler.codegen.triton"},
     "compiler.codegen.triton.attention": {
         "compiler.frontend.cascade",
         "errors",

@@ -28,29 +28,23 @@ INSTEAD = "instead"
 Instead = Mapping[fx.Node, Callable[..., Any]]
 
 
-def expand(
-    program: Program,
-    inputs: Mapping[str, Tensor],
-    instead: Instead | None = None,
-    device: torch.device = META,
-) -> Program:
+def expand(program: Program, inputs: Mapping[str, Tensor]) -> Program:
     """The same program for inputs of these shapes, in calls of torch's operators.
 
     Caches are written in place. A call whose meaning asks what its tensors hold, such as which experts were
-    chosen, stays as it is. For a call that something stands `instead` of, what that calls on this device is
-    written down; launches of kernels are calls then too.
+    chosen, stays as it is.
     """
-    return expanded(program, inputs, instead, device)[0]
+    return expanded(program, inputs, {}, META)[0]
 
 
 def expanded(
-    program: Program,
-    inputs: Mapping[str, Tensor],
-    instead: Instead | None = None,
-    device: torch.device = META,
+    program: Program, inputs: Mapping[str, Tensor], instead: Instead, device: torch.device
 ) -> tuple[Program, dict[fx.Node, fx.Node]]:
-    """What `expand` gives, and for each node of the program the first that stands for it or comes behind."""
-    instead = instead or {}
+    """What `expand` gives, and for each node of the program the first that stands for it or comes behind.
+
+    For a call that something stands `instead` of, what that calls on this device is written down; launches of
+    kernels are calls then too.
+    """
     values = survey(program, inputs, stands=instead).values
     graph = fx.Graph()
     new: dict[fx.Node, Any] = {}
@@ -92,7 +86,7 @@ def _meaning(
         asked = [a for a in pytree.tree_leaves((each.args, each.kwargs)) if isinstance(a, Tensor)]
         if not {id(a) for a in asked} <= known:
             return None  # a tensor of its own, which no call made
-        known |= {id(a) for a in pytree.tree_leaves(each.given) if a is not None}
+        known |= {id(a) for a in pytree.tree_leaves(each.given)}
     return meaning
 
 

@@ -13,14 +13,13 @@ from torch import Tensor
 from ....errors import UnsupportedError
 from ...ir.cascade.cascade import Statement
 from ...ir.cascade.expr import Apply, Const, Expr, Pos, Size, reads, walk
-from ...memory.recording import runs_on
 from ..reference.plan import TorchStatements
 from .dtypes import DTYPES, TYPES, output_type
 from .emit import Generated
 from .gates import reads_inputs
 from .kernel import Kernel
 from .options import Tiles, merge_tiles
-from .starting import start
+from .starting import multiprocessors, start
 
 
 def launch(
@@ -194,11 +193,8 @@ def _run(
 
 def split_count(kernel: Kernel, programs: int, length: int, tiles: Tiles, tensor: Tensor) -> int:
     """How many parts fill the device, with at least two tiles of the stream in each."""
-    device = runs_on(tensor)
-    if device.type != "cuda":
-        return 1
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    if programs * 2 > count:
+    count = multiprocessors(tensor)
+    if not count or programs * 2 > count:
         return 1
     most = max(1, length // (2 * tiles.stream))
     return 1 << (min(-(-2 * count // programs), most, 128).bit_length() - 1)

@@ -61,22 +61,38 @@ def kernels_for(
     artifact: Artifact, program: Program, device: torch.device, trust: bool
 ) -> dict[fx.Node, Callable[..., Any]]:
     """The function for each call of an artifact's program that a kernel stands for; see `triton_runner`."""
-    kernels, products = attention_kernels(program, described(device)), linear_kernels(program)
-    choosing = choosing_kernels(program)
+    kernels, choosing, products = _kernels(program, device)
     expected = {**kernel_files(kernels, choosing), **linear_files(products)}
     for difference in differences(expected, _texts(artifact)):
         _warn(artifact, f"{difference}; it is not used")
     if trust:
         kernels, choosing, products = _with_compiled(artifact, kernels, choosing, products, device)
-    return {**bind(program, kernels, choosing), **bind_products(program, products)}
+    return _bound(program, kernels, choosing, products)
 
 
 def arena_bytes(program: Program, inputs: Mapping[str, Tensor], device: torch.device) -> int:
     """Bytes of the arena of a step by kernels with inputs of these shapes. Raises UnsupportedError where
     Triton is not installed."""
-    kernels, products = attention_kernels(program, described(device)), linear_kernels(program)
-    instead = bind(program, kernels, choosing_kernels(program)) | bind_products(program, products)
+    instead = _bound(program, *_kernels(program, device))
     return InArena(program, device, instead).bytes_for(inputs)
+
+
+#: Kernels of attention, of what chooses its pages, and of products.
+_Kernels = tuple[list[AttentionKernel], list[ChoosingKernel], list[LinearKernel]]
+
+
+def _kernels(program: Program, device: torch.device) -> _Kernels:
+    attention = attention_kernels(program, described(device))
+    return attention, choosing_kernels(program), linear_kernels(program)
+
+
+def _bound(
+    program: Program,
+    kernels: list[AttentionKernel],
+    choosing: list[ChoosingKernel],
+    products: list[LinearKernel],
+) -> dict[fx.Node, Callable[..., Any]]:
+    return {**bind(program, kernels, choosing), **bind_products(program, products)}
 
 
 def _with_compiled(
@@ -85,7 +101,7 @@ def _with_compiled(
     choosing: list[ChoosingKernel],
     products: list[LinearKernel],
     device: torch.device,
-) -> tuple[list[AttentionKernel], list[ChoosingKernel], list[LinearKernel]]:
+) -> _Kernels:
     if device.type != "cuda":
         _warn(artifact, "compiled kernels need a GPU, so none is used")
         return kernels, choosing, products

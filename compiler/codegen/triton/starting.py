@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ....errors import IRError
-from ...memory.recording import launched
+from ...memory.recording import launched, runs_on
 
 
 def start(
@@ -23,6 +24,14 @@ def start(
     left = tuple(None if isinstance(value, Tensor) else (value,) for value in values)
     strides = tuple(tensor.stride() for tensor in tensors)
     launched(Launch(function, grid, left, constants, strides), tensors)
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Those that a launch over a tensor has; 0 where it runs on no GPU."""
+    device = runs_on(tensor)
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,13 @@ import torch
 import einfold
 from einfold.compiler.codegen.triton.starting import start
 from einfold.compiler.memory.recording import recorded, runs_on
+from einfold.compiler.memory.survey import META
 from einfold.errors import IRError
 
 from ...quick import rarely
 from .conftest import Ask, needs_triton
 from .test_artifact import CROSS, CSKV, KIVI, LANDMARKS, QUEST
 
-META = torch.device("meta")
 INT4 = {"weights": {"format": "int4", "head": "int8"}}
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....ir.quant.scheme import Scheme
-from ....memory.recording import runs_on
 from ..kernel import load_source
-from ..starting import start
+from ..starting import multiprocessors, start
 from .integer_source import integer_arguments, integer_source
 from .kinds import LinearKind
 from .layout import Layout
@@ -216,11 +215,7 @@ def _rounded(kernel: LinearKernel, layout: Layout, x: Tensor) -> dict[str, Any]:
 
 def split_count(programs: int, segments: int, x: Tensor) -> int:
     """How many parts fill the device, with at least two segments in each; the same for the same sizes."""
-    device = runs_on(x)
-    if device.type != "cuda":
-        return 1
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(_PROGRAMS * count // programs, segments // 2, _PARTS))
+    return max(1, min(_PROGRAMS * multiprocessors(x) // programs, segments // 2, _PARTS))
 
 
 def rows_of(scheme: Scheme, layout: Layout, weight: LinearWeight) -> Tensor:
