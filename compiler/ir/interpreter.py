@@ -64,11 +64,18 @@ class Interpreter:
             return inputs[str(node.target)]
         if node.op == "get_attr":
             return self.weight(str(node.target))
+        function, args, kwargs = self.called(node, values)
+        return function(*args, **kwargs)
+
+    def called(
+        self, node: fx.Node, values: Mapping[fx.Node, Any]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """What a call's node calls, and with what, from the values of those that it reads."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
         function: Any = self.instead.get(node) or self.instead.get(node.target, node.target)
         if self._device is not None and _names_device(function):
             kwargs = {**kwargs, "device": self._device}
-        return function(*args, **kwargs)
+        return function, args, kwargs
 
     def weight(self, name: str) -> Tensor:
         """A weight as the program reads it."""

@@ -6,7 +6,7 @@ prompt and the steps behind it, of one row or several, take the memory of the la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..ir.ops.record import in_place
 from ..ir.program import Program
 from .expand import Instead, expanded
 from .planning import MemoryPlan, plan_memory
+from .settling import Settled, SettledRun
 from .tiling import planned
 from .writing import writers
 
@@ -47,10 +48,11 @@ class InArena:
         device: torch.device = CPU,
         instead: Instead | None = None,
         kept: dict[str, Tensor] | None = None,
+        moving: Collection[str] = (),
     ) -> None:
-        """Weights that are `kept` are read there."""
+        """Weights that are `kept` are read there; those that are `moving` lie elsewhere from run to run."""
         self.program, self.device = program, device
-        self._instead = instead
+        self._instead, self._moving = instead, moving
         self._weights: dict[str, Tensor] = {} if kept is None else kept
         # the device is not asked before it is needed
         self._arena = torch.empty(0, dtype=torch.uint8)
@@ -80,7 +82,12 @@ class InArena:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # and torch would keep its memory
             self._arena = self._memory(run.plan.arena)
-        return _Halting(run.within(self._arena), inputs, run.begins)
+        return run.begin(inputs, self._arena)
+
+    def let_go(self) -> None:
+        """Frees the arena and forgets all plans."""
+        self._runs.clear()
+        self._arena = self._arena.new_empty(0)
 
     def bytes_for(self, inputs: Mapping[str, Tensor]) -> int:
         """Bytes of the arena for inputs of these shapes; nothing is run or kept."""
@@ -94,7 +101,7 @@ class InArena:
             program, begins = expanded(self.program, inputs, self._instead, self.device)
             plan = plan_memory(program, inputs)
         interpreter = Interpreter(program, device=self.device, kept=self._weights)
-        return _Planned(plan, interpreter, begins)
+        return _Planned(plan, interpreter, begins, self._moving)
 
     def _memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -103,32 +110,23 @@ class InArena:
 class _Planned:
     """A plan and what runs by it."""
 
-    def __init__(self, plan: MemoryPlan, interpreter: Interpreter, begins: Begins) -> None:
-        self.plan, self.begins = plan, begins
-        self._interpreter = interpreter
+    def __init__(
+        self, plan: MemoryPlan, interpreter: Interpreter, begins: Begins, moving: Collection[str]
+    ) -> None:
+        self.plan = plan
+        self._interpreter, self._begins, self._moving = interpreter, begins, moving
+        self._settled: Settled | None = None
         self._arena: Tensor | None = None
 
-    def within(self, arena: Tensor) -> Interpreter:
-        """The interpreter, whose calls write into this arena."""
-        if self._arena is not arena:
+    def begin(self, inputs: Mapping[str, Tensor], arena: Tensor) -> Run:
+        """A run whose calls write into this arena."""
+        if self._settled is None or self._arena is not arena:
             self._arena = arena
             here = writers(self._interpreter.program, self.plan, arena)
             self._interpreter.instead = in_place() | here
-        return self._interpreter
+            self._settled = Settled(self._interpreter, self.plan, arena, self._moving)
+        return SettledRun(self._settled, inputs, self._begins)
 
     def let_go(self) -> None:
         """Forgets the arena, so that its memory is free."""
-        self._interpreter.instead, self._arena = {}, None
-
-
-class _Halting(Run):
-    """A run of an expanded program, which is told where to halt by nodes of the one that was expanded."""
-
-    def __init__(
-        self, interpreter: Interpreter, inputs: Mapping[str, Tensor], begins: Begins
-    ) -> None:
-        super().__init__(interpreter, inputs)
-        self._begins = begins
-
-    def until(self, stop: fx.Node) -> None:
-        super().until(self._begins.get(stop, stop))
+        self._interpreter.instead, self._settled, self._arena = {}, None, None

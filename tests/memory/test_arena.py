@@ -235,6 +235,54 @@ def test_a_run_halts_at_nodes_of_the_program_as_it_was() -> None:
     assert torch.equal(run.results()["b"], expected)
 
 
+def test_calls_that_read_the_arena_and_weights_alone_are_looked_up_once() -> None:
+    """What is given anew is read anew: inputs, and weights that move."""
+    found = program("""
+        weight @w : f32[8]
+        weight @m : f32[8]
+        input %x "x" : f32[3, 8]
+        read %w "w" : f32[8]
+        read %m "m" : f32[8]
+        call %a = aten.mul.Tensor(%x, %w) : f32[3, 8]
+        call %b = aten.mul.Tensor(%a, %w) : f32[3, 8]
+        call %flat = aten.reshape.default(%b, [24]) : f32[24]
+        call %c = aten.exp.default(%flat) : f32[24]
+        call %back = aten.reshape.default(%c, [3, 8]) : f32[3, 8]
+        call %d = aten.mul.Tensor(%back, %m) : f32[3, 8]
+        output "d" = %d
+    """)
+    kept = {"w": torch.randn(8), "m": torch.randn(8)}
+    arena = InArena(found, instead={}, kept=kept, moving={"m"})
+    for _ in range(3):
+        x = torch.randn(3, 8)
+        expected = Interpreter(found, kept=kept).run({"x": x})["d"]
+        run = arena.begin({"x": x})
+        assert torch.equal(run.results()["d"], expected)
+        kept["m"] = torch.randn(8)
+    [planned] = arena._runs.values()
+    assert planned._settled is not None
+    called = {step.node.name: step.call is not None for step in planned._settled.steps}
+    assert called == {"x": False, "a": False, "b": True, "c": True, "d": False}
+
+
+def test_a_first_run_that_ends_in_the_middle_is_no_harm() -> None:
+    """Nor one that halts at its end more than once."""
+    found = program("""
+        input %x "x" : f32[B, 8]
+        call %a = aten.exp.default(%x) : f32[B, 8]
+        call %b = aten.neg.default(%a) : f32[B, 8]
+        output "b" = %b
+    """)
+    arena, calls = InArena(found, instead={}), {node.name: node for node in found.graph.nodes}
+    x = torch.randn(3, 8)
+    arena.begin({"x": x}).until(calls["b"])
+    for _ in range(3):
+        x = torch.randn(3, 8)
+        run = arena.begin({"x": x})
+        run.until(found.output)
+        assert torch.equal(run.results()["b"], -x.exp())
+
+
 def test_views_that_in_place_are_none_are_copied() -> None:
     """The sum is written over a part of wider rows, which cannot be read as one row."""
     found = program("""

@@ -66,13 +66,14 @@ class OffloadedRunner(KernelRunner):
         room for what is to lie there, or the machine none for what is streamed."""
         program, placed = cut.program, dict[str, Tensor]()
         name = str(artifact.folder)
-        super().__init__(program, instead, device, program.weights.nbytes, name, placed)
+        streamed = {piece.name for piece in plan.streamed}
+        moving = {weight for op in cut.ops if op.name in streamed for weight in op.weights}
+        super().__init__(program, instead, device, program.weights.nbytes, name, placed, moving)
         self.plan = plan
         self._placed, self._copies, self._lookups = placed, copies, cut.lookups
         self._layout = artifact.manifest.layout()
         self._vocabulary = artifact.manifest.model.vocabulary
         self._closed = False
-        streamed = {piece.name for piece in plan.streamed}
         self._streamed = [op for op in cut.ops if op.name in streamed]
         blocks = [cut.block(op.weights) for op in self._streamed]
         _check_room(name, sum(block.nbytes for block in blocks))
@@ -113,6 +114,7 @@ class OffloadedRunner(KernelRunner):
         """Lets the weights go. No step is taken from then on."""
         self._closed = True
         self._placed.clear()
+        self._arena.let_go()
         if self._ahead is not None:
             self._ahead.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -161,14 +161,15 @@ class KernelRunner:
         weight_bytes: int,
         name: str = "in memory",
         placed: dict[str, Tensor] | None = None,
+        moving: Collection[str] = (),
     ) -> None:
-        """Weights that are `placed` are read there."""
+        """Weights that are `placed` are read there, those that are `moving` elsewhere from run to run."""
         self._name = name
         self.device = device
         weights = {} if placed is None else placed
         meanings = {**in_place(), **instead}
         self.interpreter = Interpreter(program, instead=meanings, device=device, kept=weights)
-        self._arena = InArena(program, device, instead, weights)
+        self._arena = InArena(program, device, instead, weights, moving)
         self._met: dict[Any, None] = {}
         self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
