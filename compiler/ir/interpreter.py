@@ -132,10 +132,13 @@ class Run:
         with torch.set_grad_enabled(interpreter.gradients):
             while (node := self._nodes[self._next]) is not stop:
                 if node.op != "get_attr":
-                    values[node] = interpreter.evaluate(node, values, self._inputs)
+                    values[node] = self._evaluate(node)
                     for dead in interpreter.dead_after.get(node, ()):
                         del values[dead]
                 self._next += 1
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        return self._interpreter.evaluate(node, self.values, self._inputs)
 
     @property
     def known(self) -> dict[str, Any]:

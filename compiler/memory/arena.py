@@ -116,12 +116,10 @@ class _Planned:
         self.plan = plan
         self._interpreter, self._begins, self._moving = interpreter, begins, moving
         self._settled: Settled | None = None
-        self._arena: Tensor | None = None
 
     def begin(self, inputs: Mapping[str, Tensor], arena: Tensor) -> Run:
-        """A run whose calls write into this arena."""
-        if self._settled is None or self._arena is not arena:
-            self._arena = arena
+        """A run whose calls write into this arena, which stays the same until it is let go of."""
+        if self._settled is None:
             here = writers(self._interpreter.program, self.plan, arena)
             self._interpreter.instead = in_place() | here
             self._settled = Settled(self._interpreter, self.plan, arena, self._moving)
@@ -129,4 +127,4 @@ class _Planned:
 
     def let_go(self) -> None:
         """Forgets the arena, so that its memory is free."""
-        self._interpreter.instead, self._settled, self._arena = {}, None, None
+        self._interpreter.instead, self._settled = {}, None

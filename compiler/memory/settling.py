@@ -115,31 +115,25 @@ class SettledRun(Run):
 
     def until(self, stop: fx.Node) -> None:
         stop = self._begins.get(stop, stop)
-        settle_torch()
-        with torch.no_grad():
-            if self._first:
-                self._settle(stop)
-            else:
+        if not self._first:
+            settle_torch()
+            with torch.no_grad():
                 self._do(self._settled.place[stop])
-
-    def _settle(self, stop: fx.Node) -> None:
-        interpreter, values = self._interpreter, self.values
-        while (node := self._nodes[self._next]) is not stop:
-            if node.op != "get_attr":
-                values[node] = interpreter.evaluate(node, values, self._inputs)
-                if node.op == "call_function":
-                    self._settled.see(node, values, values[node])
-                for dead in interpreter.dead_after.get(node, ()):
-                    del values[dead]
-            self._next += 1
+            return
+        super().until(stop)
         if stop.op == "output" and not self._settled.place:  # it may be halted at more than once
             self._settled.end()
 
+    def _evaluate(self, node: fx.Node) -> Any:
+        value = super()._evaluate(node)
+        if self._first and node.op == "call_function":
+            self._settled.see(node, self.values, value)
+        return value
+
     def _do(self, end: int) -> None:
         values = self.values
-        evaluate, inputs = self._interpreter.evaluate, self._inputs
         for node, call, keeps, dead in self._settled.steps[self._next : end]:
-            value = evaluate(node, values, inputs) if call is None else call()
+            value = self._evaluate(node) if call is None else call()
             if keeps:
                 values[node] = value
             for each in dead:

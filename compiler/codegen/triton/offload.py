@@ -67,14 +67,14 @@ class OffloadedRunner(KernelRunner):
         program, placed = cut.program, dict[str, Tensor]()
         name = str(artifact.folder)
         streamed = {piece.name for piece in plan.streamed}
-        moving = {weight for op in cut.ops if op.name in streamed for weight in op.weights}
+        self._streamed = [op for op in cut.ops if op.name in streamed]
+        moving = {weight for op in self._streamed for weight in op.weights}
         super().__init__(program, instead, device, program.weights.nbytes, name, placed, moving)
         self.plan = plan
         self._placed, self._copies, self._lookups = placed, copies, cut.lookups
         self._layout = artifact.manifest.layout()
         self._vocabulary = artifact.manifest.model.vocabulary
         self._closed = False
-        self._streamed = [op for op in cut.ops if op.name in streamed]
         blocks = [cut.block(op.weights) for op in self._streamed]
         _check_room(name, sum(block.nbytes for block in blocks))
         self._ahead = DeviceAhead(blocks, copies, AHEAD) if blocks else None
