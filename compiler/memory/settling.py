@@ -60,8 +60,10 @@ class Settled:
         known = all(read in self.values for read in node.all_input_nodes)
         looks = self._looks(node)
         # One of several results, of which others do not stay
-        picks = node.target is operator.getitem and not self._looks(node.all_input_nodes[0])
-        stays = (known or picks or not looks) and self._stay(value)
+        picks = node.target is operator.getitem and self._writes(node.all_input_nodes[0])
+        # What is neither is a view by numbers, such as the weight of the expert that was chosen
+        found = known or picks if looks else self._writes(node)
+        stays = found and self._stay(value)
         if stays:
             self.values[node] = value
         if looks and stays:
@@ -82,11 +84,19 @@ class Settled:
             left = tuple(each for each in dead if each not in self.values)
             self.steps.append(_Step(node, call, node not in self.values, left))
 
+    def _stood(self, node: fx.Node) -> bool:
+        """Whether something stands for a call."""
+        instead = self.interpreter.instead
+        return node in instead or node.target in instead or INSTEAD in node.meta
+
     def _looks(self, node: fx.Node) -> bool:
         """Whether a call only looks at what it is given, and nothing else stands for it."""
-        instead = self.interpreter.instead
-        stood = node in instead or node.target in instead or INSTEAD in node.meta
-        return not stood and self._survey.looks(node)
+        return not self._stood(node) and self._survey.looks(node)
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a call writes what it gives, where the plan or one of its arguments has it."""
+        schema = getattr(node.target, "_schema", None)
+        return self._stood(node) or (schema is not None and schema.is_mutable)
 
     def _stay(self, value: Any) -> bool:
         """Whether what a call gave lies where it will in every run."""
