@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
+from ..ir.mapped import read_again
 from .gguf_file import is_gguf
 from .hub import unreachable
 
@@ -200,6 +201,8 @@ def load_state(
     shape than the config says.
     """
     check_weight_files(source)
+    if source.folder is not None:
+        read_again(source.folder.glob("*.safetensors"))
     quiet()
     try:
         with _without_adapters():

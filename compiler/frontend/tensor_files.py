@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import ModelError, UnsupportedError, first_line, pass_on
+from ..ir.mapped import read_again
 from ..ir.weights import Weight
 
 #: safetensors' names of types.
@@ -39,6 +40,7 @@ def read_tensors(folder: Path) -> dict[str, Weight]:
     if index.is_file():
         named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         files = [file for file in files if file.name in named]
+    read_again(files)
     found: dict[str, Weight] = {}
     for file in files:
         for name, weight in _tensors(file).items():

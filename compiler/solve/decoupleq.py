@@ -12,6 +12,9 @@ from ..ir.quant.scheme import Scheme
 from .gptq import COLUMNS, GPTQ, Feedback, in_columns
 from .solver import SOLVERS, Choice, Grid, without_scales
 
+#: Numbers of the equations of scales that are solved at a time: those of some rows.
+_EQUATIONS = 1 << 22
+
 #: Added to the diagonal of the scales' equations, as a share of its mean.
 _RIDGE = 0.001
 
@@ -76,24 +79,11 @@ class Product:
         # What values grow by as their scale grows by 1: some schemes have weights that no scale moves.
         twice = scheme.values(codes, {**grid, "scales": 2 * grid["scales"]})
         levels = ((twice - values) / grid["scales"]).flatten(1)[:, :width]
-
-        def by_group(products_RM: Tensor, first: int = 0) -> Tensor:
-            groups = count - first
-            padded = functional.pad(products_RM, (0, groups * size - products_RM.shape[1]))
-            sums: Tensor = padded.unflatten(1, (groups, size)).sum(-1)
-            return sums
-
         missed = self._missed(groups_RGB, values)
-        wanted = by_group(felt_RM * levels)
-        normal = torch.empty(rows, count, count)
-        for group in range(count):  # what is before a group is known by then, for all is symmetric
-            start, stop = (min(width, edge * size) for edge in (group, group + 1))
-            own = levels[:, start:stop] @ self.moment[start:stop, start:]
-            normal[:, group, group:] = by_group(own * levels[:, start:], group)
-            normal[:, group + 1 :, group] = normal[:, group, group + 1 :]
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal += diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(torch.float32).tiny
-        step = torch.linalg.solve(normal.double(), wanted.double()).float()[..., None]
+        wanted = _by_group(felt_RM * levels, count, size)
+        some = max(1, _EQUATIONS // count**2)
+        parts = zip(levels.split(some), wanted.split(some), strict=True)
+        step = torch.cat([self._step(*part, size) for part in parts])[..., None]
         moved = grid["scales"] + step
         moved = torch.where(moved * grid["scales"] > 0, moved, grid["scales"])
         found = scheme.settle({**grid, "scales": moved})
@@ -108,6 +98,20 @@ class Product:
         }
         return chosen, torch.where(better[:, None], felt, felt_RM)
 
+    def _step(self, levels_RM: Tensor, wanted_RG: Tensor, size: int) -> Tensor:
+        """How far the scales of some rows go, [R, G], by what values grow by with them."""
+        (rows, width), count = levels_RM.shape, wanted_RG.shape[1]
+        normal = torch.empty(rows, count, count)
+        for group in range(count):  # what is before a group is known by then, for all is symmetric
+            start, stop = (min(width, edge * size) for edge in (group, group + 1))
+            own = levels_RM[:, start:stop] @ self.moment[start:stop, start:]
+            normal[:, group, group:] = _by_group(own * levels_RM[:, start:], count - group, size)
+            normal[:, group + 1 :, group] = normal[:, group, group + 1 :]
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += diagonal.mean(1, keepdim=True) * _RIDGE + torch.finfo(torch.float32).tiny
+        found: Tensor = torch.linalg.solve(normal.double(), wanted_RG.double())
+        return found.float()
+
     def coded(
         self, groups_RGB: Tensor, codes: Tensor, grid: Grid, felt_RM: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -115,25 +119,23 @@ class Product:
         scheme, order = self.scheme, self.order
         wide = in_columns(grid, groups_RGB, order)
         values_MR = scheme.values(codes, grid).flatten(1)[:, order].T.contiguous()
-        moment = self.moment[order][:, order]
         felt_MR = felt_RM[:, order].T.contiguous()
         flat = codes.flatten(1).clone()
         found_MR = flat[:, order].T.contiguous()
-        width = len(moment)
+        width = len(self.moment)
         for start in range(0, width, COLUMNS):
             stop = min(start + COLUMNS, width)
+            moment = self.moment[order[:, None], order[start:stop]]
             moved = torch.empty_like(felt_MR[start:stop])
-            for column in range(start, stop):
+            for place, column in enumerate(range(start, stop)):
                 part = {name: each[column, :, None, None] for name, each in wide.items()}
-                wanted = values_MR[column] + felt_MR[column] / moment[column, column]
+                wanted = values_MR[column] + felt_MR[column] / moment[column, place]
                 code = scheme.nearest(wanted[:, None, None], part)
                 found_MR[column] = code[:, 0, 0]
-                moved[column - start] = scheme.values(code, part)[:, 0, 0] - values_MR[column]
-                felt_MR[start:stop].addr_(
-                    moment[start:stop, column], moved[column - start], alpha=-1
-                )
-            felt_MR[:start].addmm_(moment[:start, start:stop], moved, alpha=-1)
-            felt_MR[stop:].addmm_(moment[stop:, start:stop], moved, alpha=-1)
+                moved[place] = scheme.values(code, part)[:, 0, 0] - values_MR[column]
+                felt_MR[start:stop].addr_(moment[start:stop, place], moved[place], alpha=-1)
+            felt_MR[:start].addmm_(moment[:start], moved, alpha=-1)
+            felt_MR[stop:].addmm_(moment[stop:], moved, alpha=-1)
         flat[:, order] = found_MR.T
         felt = torch.empty_like(felt_RM)
         felt[:, order] = felt_MR.T
@@ -141,3 +143,10 @@ class Product:
 
     def _missed(self, groups_RGB: Tensor, values_RGB: Tensor) -> Tensor:
         return (groups_RGB - values_RGB).flatten(1)[:, : len(self.moment)]
+
+
+def _by_group(products_RM: Tensor, count: int, size: int) -> Tensor:
+    """The sums of so many groups of columns, of which the last may be short or have none."""
+    padded = functional.pad(products_RM, (0, count * size - products_RM.shape[1]))
+    sums: Tensor = padded.unflatten(1, (count, size)).sum(-1)
+    return sums

@@ -18,6 +18,9 @@ from .solver import SOLVERS, Choice, Grid, Solved, by_rows, completed
 #: Columns whose errors are handed on together.
 COLUMNS = 128
 
+#: Columns of the inverse factor that are computed in float64 at a time.
+_INVERTED = 512
+
 
 @SOLVERS.register
 @dataclass(frozen=True)
@@ -97,12 +100,16 @@ class Feedback:
 
     def __init__(self, moment_MM: Tensor, damping: float) -> None:
         self.order = torch.argsort(moment_MM.diagonal(), descending=True, stable=True)
+        turned = self.order.flip(0)
+        factor = factorised(moment_MM[turned[:, None], turned], damping)
+        width = len(factor)
+        self.upper = torch.zeros(width, width)
         # From the last column to the first, the factor of the moments is upper, and U its inverse.
-        turned = moment_MM[self.order][:, self.order].flip(0, 1)
-        factor = factorised(turned, damping).flip(0, 1)
-        upper = torch.eye(len(factor), dtype=factor.dtype).T  # in place only as columns
-        torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
-        self.upper = upper.float()
+        for start in range(0, width, _INVERTED):
+            stop = min(start + _INVERTED, width)
+            part = torch.eye(width - start, stop - start, dtype=factor.dtype)
+            part = torch.linalg.solve_triangular(factor[start:, start:], part, upper=False)
+            self.upper[: width - start, width - stop : width - start] = part.flip(0, 1)
 
     def made_up(self, products_NM: Tensor) -> Tensor:
         """The change of a weight that adds these products with the moments, by least squares."""

@@ -16,25 +16,30 @@ _TRIES = 4
 
 def damped(moment_MM: Tensor, share: float) -> Tensor:
     """Moments with a share of their diagonal's mean added to it; what is 0 there is that mean first."""
-    mean = float(moment_MM.diagonal().mean()) or 1.0
-    found = moment_MM.clone()
-    found.diagonal()[moment_MM.diagonal() == 0] = mean  # of channels that are always 0
-    found.diagonal().add_(share * mean)
-    return found
+    return _damp(moment_MM.clone(), share)
+
+
+def _damp(moment_MM: Tensor, share: float) -> Tensor:
+    diagonal = moment_MM.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    diagonal[diagonal == 0] = mean  # of channels that are always 0
+    diagonal.add_(share * mean)
+    return moment_MM
 
 
 def factorised(moment_MM: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of moments in float64, damped as far as is needed. `moment_MM` is of any type, and
-    stays as it is; two matrices in float64 are held at a time.
+    """The Cholesky factor of moments in float64, damped as far as is needed: the one matrix in float64 that is
+    held. `moment_MM` is of any type, and stays as it is.
 
     Raises CalibrationError where no damping helps.
     """
+    info = torch.empty((), dtype=torch.int32)
     for attempt in range(_TRIES):
-        found = torch.linalg.cholesky_ex(damped(moment_MM.double(), damping * 10**attempt))
-        if not int(found.info):
-            factor: Tensor = found.L
-            return factor
-        del found
+        found = moment_MM.to(torch.float64, copy=True)
+        by_column = _damp(found, damping * 10**attempt).mT  # as LAPACK has it: else it is copied
+        torch.linalg.cholesky_ex(by_column, out=(by_column, info))
+        if not int(info):
+            return by_column
     raise CalibrationError(
         "the second moments of a linear's inputs cannot be factorised; a longer calibration text, or more "
         "damping (solver damping=0.1), gives some that can"

@@ -253,7 +253,8 @@ def by_rows(
         for label, piece in pieces.items()
     }
     # What is of the whole weight follows from all of its rows.
-    step = len(rows) if scheme.shared else max(1, _SLAB // width)
+    slabs = 1 if scheme.shared else max(1, -(-rows.numel() // _SLAB))
+    step = max(1, -(-len(rows) // slabs))
     missed = total = 0.0
     for start in range(0, len(rows), step):
         values = rows[start : start + step].float()

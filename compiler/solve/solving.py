@@ -49,7 +49,7 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 6
+_VERSION = 7
 
 
 class Solving:
