@@ -49,6 +49,11 @@ class Observer:
     def block(self, start: int, weights_BHST: Tensor) -> None:
         """Attention weights of the queries from `start` on over all tokens, where the site is attention."""
 
+    def narrow(self, *arguments: Any) -> Tensor | None:
+        """Of a product whose first argument nothing else reads, once for each part in their order: what is
+        held in the place of that argument until the product is asked for. None: the argument."""
+        return None
+
     def product(self, read: bool, *arguments: Any) -> Tensor:
         """What the call gives of its arguments, where the site is a product, once for each part in their
         order; nothing [0] where nobody will `read` it."""

@@ -213,6 +213,8 @@ class Stream:
             name = self._ends.get(node)
             if name is not None:
                 self._begin(name, [run.arguments(node) for run in runs])
+                if self._sites[name].product is not None:
+                    self._narrowed(name, node, runs)
 
     def _inputs(self, tokens_BS: Tensor) -> dict[str, Tensor]:
         return all_inputs(self._program, tokens_BS)  # the head sees all, where it is a site
@@ -233,6 +235,16 @@ class Stream:
             shown = arguments if site.attention is None else arguments[: len(site.values)]
             for observer in self._observers[name]:
                 observer.begin(site, *shown)
+
+    def _narrowed(self, name: str, node: fx.Node, runs: Sequence[Run]) -> None:
+        """Has the runs hold less until a product is asked for."""
+        (observer,), source = self._observers[name], node.args[0]
+        if not isinstance(source, fx.Node) or [*source.users] != [node]:
+            return
+        for run in runs:
+            found = observer.narrow(*run.arguments(node))
+            if found is not None:
+                run.values[source] = found
 
     def _end(self, name: str) -> None:
         observers = self._observers[name]

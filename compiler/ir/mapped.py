@@ -1,4 +1,4 @@
-"""Files that weights are mapped from: their pages go once nothing needs them, and are read again when asked for.
+"""Files that weights are mapped from: their pages go when memory is given back, and are read again.
 
 What was read of a mapping stays among the memory of a process until the system lacks room, which is as much
 as the checkpoint in the end. So whoever maps a checkpoint names its files here, and wherever memory is given

@@ -28,8 +28,8 @@ def _damp(moment_MM: Tensor, share: float) -> Tensor:
 
 
 def factorised(moment_MM: Tensor, damping: float) -> Tensor:
-    """The Cholesky factor of moments in float64, damped as far as is needed: the one matrix in float64 that is
-    held. `moment_MM` is of any type, and stays as it is.
+    """The Cholesky factor of moments in float64, damped as far as is needed; no other matrix in float64 is
+    held beside it. `moment_MM` is of any type, and stays as it is.
 
     Raises CalibrationError where no damping helps.
     """

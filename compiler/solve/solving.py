@@ -11,6 +11,7 @@ was interrupted goes on behind the last layers.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +29,7 @@ from ..calibrate.observer import OBSERVERS, Found, Observer
 from ..calibrate.sites import Site, expert_products, expert_weights, weight_products
 from ..calibrate.snapshot import copied
 from ..calibrate.stream import Stream, Tell
+from ..ir.interpreter import Interpreter
 from ..ir.kept import cache_home, drop_oldest
 from ..ir.ops import einfold_ops
 from ..ir.ops.experts import Experts
@@ -115,8 +117,9 @@ class Solving:
         text = [str(_VERSION), str(self._begun), *said, print_program(self._program)]
         digest = blake3("\n".join(text).encode())
         digest.update(tokens_BS.numpy().tobytes())
+        weights = Interpreter(self._program, keep_weights=False)  # it gives memory back in between
         for name in self._program.weights:
-            data = self._program.weights[name].load().reshape(-1)
+            data = weights.weight(name).reshape(-1)
             digest.update(data.view(torch.uint8).numpy().data)
         folder = cache_home() / "solved" / digest.hexdigest()[:24]
         _make_room(folder)
@@ -140,6 +143,8 @@ class _Solve(Observer):
         self._observers = [OBSERVERS[name]() for name in solver.observes]
         self._calls: list[tuple[Any, ...]] = []
         self._follow: Callable[..., Tensor] | None = None
+        self._met: Found | None = None
+        self._ahead: deque[Tensor] = deque()
 
     def sites(self, program: Program) -> list[Site]:
         return list(self._sites.values())
@@ -147,6 +152,26 @@ class _Solve(Observer):
     def begin(self, site: Site, *values: Any) -> None:
         self._site = site
         self._calls.append(values)
+
+    def narrow(self, *arguments: Any) -> Tensor | None:
+        """Where a linear makes fewer numbers of its inputs than they are, the original's half of them is
+        multiplied at once: its results are held then, and the inputs of the other half."""
+        x, weight_NM, *bias_N = arguments
+        if not self._narrows(weight_NM):
+            return None
+        if self._met is None:
+            self._met = self._in_parts([call[0] for call in self._calls], weight_NM)
+            self._calls = [(None, weight_NM)]  # lets go of the inputs
+        original, own = x.chunk(2)
+        self._ahead.append(functional.linear(original, weight_NM, *bias_N))
+        found: Tensor = own.clone()
+        return found
+
+    def _narrows(self, weight_NM: Tensor) -> bool:
+        if _of_experts(self._site) or not self._solver.follows:
+            return False
+        again = self._site.name in self._divided  # more may be asked of the inputs
+        return not again and len(weight_NM) < weight_NM.shape[1]
 
     def product(self, read: bool, *arguments: Any) -> Tensor:
         if self._follow is None:  # all parts were shown
@@ -157,7 +182,7 @@ class _Solve(Observer):
         return self._follow(*arguments) if read else x.new_empty(0)
 
     def end(self) -> Found:
-        self._follow = None
+        self._follow = self._met = None
         return self._seen
 
     def _linear(self) -> Callable[..., Tensor]:
@@ -166,7 +191,7 @@ class _Solve(Observer):
         weight_NM: Tensor = self._calls[0][1]
         inputs: list[Tensor] = [call[0] for call in self._calls]
         scheme, target, channels = self._schemes[name], weight_NM, None
-        found = self._in_parts(inputs, target)
+        found = self._in_parts(inputs, target) if self._met is None else self._met
         if name in self._divided:
             channels = self._solver.channels(finite(name, weight_NM, scheme), scheme, found)
         if channels is not None:
@@ -179,10 +204,13 @@ class _Solve(Observer):
         def product(x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
             if not follows:
                 return functional.linear(x, weight_NM, bias_N)
-            original, own = x.chunk(2)
+            if self._ahead:
+                original, own = self._ahead.popleft(), x
+            else:
+                half, own = x.chunk(2)
+                original = functional.linear(half, weight_NM, bias_N)
             own = own if channels is None else own / channels
-            both = ((original, weight_NM), (own, stored_NM()))
-            return torch.cat([functional.linear(rows, weight, bias_N) for rows, weight in both])
+            return torch.cat((original, functional.linear(own, stored_NM(), bias_N)))
 
         return product
 

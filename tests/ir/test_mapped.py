@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,11 +37,11 @@ def resident(file: Path) -> int:
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(mapped, "_files", set())
     path = tmp_path.resolve() / "model.safetensors"
     save_file({"weight": torch.arange(NUMBERS, dtype=torch.float32)}, path)
-    yield path
+    return path
 
 
 def numbers(file: Path) -> Tensor:

@@ -41,9 +41,21 @@ TWO = (
 )
 SCHEME = Grouped(2, 16)
 
+#: The second linear makes half as many numbers as it reads.
+FEWER = (
+    TWO.replace("weight @u.weight : f32[16, 16]", "weight @u.weight : f32[8, 16]")
+    .replace('"u.weight" : f32[16, 16]', '"u.weight" : f32[8, 16]')
+    .replace("linear(%f, %u, none) : f32[B, S, 16]", "linear(%f, %u, none) : f32[B, S, 8]")
+    .replace("select_rows(%g, %rows) : f32[N, 16]", "select_rows(%g, %rows) : f32[N, 8]")
+    .replace("f32[11, 16]\n    call %r", "f32[11, 8]\n    call %r")
+    .replace("weight @o : f32[11, 16]", "weight @o : f32[11, 8]")
+)
 
-def solved(text: Tensor = TEXT, solver: GPTQ | None = None) -> tuple[Program, dict[str, Tensor]]:
-    found = program(TWO)
+
+def solved(
+    text: Tensor = TEXT, solver: GPTQ | None = None, body: str = TWO
+) -> tuple[Program, dict[str, Tensor]]:
+    found = program(body)
     QuantizeWeights(SCHEME, solver=solver or Seen()).run(found)
     (calibration,) = found.calibrations
     calibration.run(text)
@@ -133,6 +145,35 @@ def test_a_text_in_parts_is_read_as_one(stop: int, monkeypatch: pytest.MonkeyPat
         assert one.keys() == several.keys()
         for name, value in one.items():
             torch.testing.assert_close(several[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_of_the_original_go_before_a_weight_is_solved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a linear makes fewer numbers than it reads. The same is solved to the bit, and run by run."""
+    held: list[int] = []
+    narrow, product = solving._Solve.narrow, solving._Solve.product
+
+    def seen(self: solving._Solve, read: bool, *arguments: Any) -> Tensor:
+        if self._site.name == "u.weight":
+            held.append(len(arguments[0]))
+        return product(self, read, *arguments)
+
+    monkeypatch.setattr(solving, "_TOKENS", TEXT.shape[1])
+    monkeypatch.setattr(solving._Solve, "product", seen)
+    monkeypatch.setattr(solving._Solve, "narrow", lambda *_: None)
+    whole = solved(body=FEWER)[1]
+    assert held == [2] * len(TEXT)
+    held.clear()
+    monkeypatch.setattr(solving._Solve, "narrow", narrow)
+    monkeypatch.setattr(solving, "_VERSION", "narrow")
+    for stop in (1, 2):
+        check_resumed(lambda: solved(body=FEWER)[1], stop, monkeypatch)
+        monkeypatch.setattr(solving, "_VERSION", f"narrow {stop}")
+    found = solved(body=FEWER)[1]
+    assert {*held} == {1}
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
 def test_products_of_a_part_alone_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
