@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..compiler.ir.file_hash import file_hash
-from ..compiler.ir.manifest import WEIGHTS, FileEntry, Manifest
-from ..compiler.ir.regular import LARGEST, open_regular, read_regular
+from ..compiler.ir.manifest import WEIGHTS, Manifest
+from ..compiler.ir.regular import LARGEST, read_regular
 from ..errors import ArtifactError
 from .hashed import hashed_once
 from .memory.direct import direct_hash
@@ -36,8 +36,8 @@ class Artifact:
         if not path.is_dir():
             raise ArtifactError(f"there is no artifact folder {path}")
         artifact = Artifact(path, Manifest.read(path))
-        for name, entry in artifact.manifest.files.items():
-            artifact._check(name, entry, verify and (weights or name != WEIGHTS))
+        for name in artifact.manifest.files:
+            artifact._check(name, verify and (weights or name != WEIGHTS))
         return artifact
 
     def check_weights(self, resident: bool = True) -> None:
@@ -46,14 +46,12 @@ class Artifact:
         Where they need not be `resident` they are read past the page cache, and nothing of them stays.
         """
         self.file(WEIGHTS)
-        self._check(
-            WEIGHTS, self.manifest.files[WEIGHTS], True, file_hash if resident else direct_hash
-        )
+        self._check(WEIGHTS, True, file_hash if resident else direct_hash)
 
     def check(self, name: str) -> None:
         """Checks size and hash of a listed file; raises ArtifactError where it is damaged."""
         self.file(name)
-        self._check(name, self.manifest.files[name], True)
+        self._check(name, True)
 
     def file(self, name: str) -> Path:
         """The path of a listed file; raises ArtifactError where the artifact has none of that name."""
@@ -78,25 +76,8 @@ class Artifact:
     def _check(
         self,
         name: str,
-        entry: FileEntry,
         verify: bool,
         hash_of: Callable[[Path], str] = file_hash,
     ) -> None:
-        path = self.folder / name
-        try:
-            inside = path.resolve(strict=True).is_relative_to(self.folder.resolve())
-        except FileNotFoundError:
-            raise ArtifactError(f"the artifact lacks {path}, which its manifest lists") from None
-        except (OSError, RuntimeError) as error:  # a link to itself, a name that is too long
-            raise ArtifactError(f"{path} cannot be opened: {error}") from error
-        if not inside:
-            raise ArtifactError(f"{path} leads out of the artifact's folder")
-        descriptor = open_regular(path.resolve())
-        size = os.fstat(descriptor).st_size
-        os.close(descriptor)
-        if size != entry.bytes:
-            raise ArtifactError(
-                f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"
-            )
-        if verify and hashed_once(path.resolve(), hash_of) != entry.blake3:
-            raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")
+        hashed = partial(hashed_once, hash_of=hash_of) if verify else None
+        self.manifest.check_file(self.folder, name, hashed)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import CalibrationError, IRError
-from ..ir.heap import give_back
+from ..ir.heap import give_back, leave_from
 from ..ir.interpreter import Interpreter, Run
 from ..ir.kept import read_tensors, write_tensors
 from ..ir.locks import lock
@@ -36,6 +36,10 @@ _BLOCK = 1 << 24
 
 #: Told of progress: what is being done, and the share of it that is done (0 to 1).
 Tell = Callable[[str, float], None]
+
+#: Bytes from which on what a part of the sample computes goes to the system when it is let go of: in the
+#: heap it leaves holes between what is kept of all parts.
+_LEAVES = 1 << 20
 
 #: How many times as much as at the least may be needed to go on, for it to be written.
 _NARROW = 1.5
@@ -194,6 +198,7 @@ class Stream:
             for node, name in self._ends.items()
             if (site := self._sites[name]).call is not None
         }
+        leave_from(_LEAVES)
         weights: dict[str, Tensor] = {}  # what several parts read between two sites is loaded once
         interpreter = Interpreter(self._program, len(parts) > 1, instead, kept=weights)
         runs = [

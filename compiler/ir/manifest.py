@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...errors import ArtifactError, IRError
 from .kv.layout import CacheLayout
-from .regular import read_regular
+from .regular import open_regular, read_regular
 
 #: Version of the folder's layout. A reader refuses what is newer than it knows. 2 added encoders, and what
 #: writes behind one.
@@ -243,6 +244,32 @@ class Manifest(_Part):
         if layout is None:
             raise ArtifactError("the manifest describes no KV cache")
         return layout
+
+    def check_file(
+        self, folder: Path, name: str, hash_of: Callable[[Path], str] | None = None
+    ) -> Path:
+        """A listed file. Raises ArtifactError where it is no regular file in the folder, or not of
+        the size that is listed; with `hash_of` of another hash too."""
+        entry, path = self.files[name], folder / name
+        try:
+            real = path.resolve(strict=True)
+            inside = real.is_relative_to(folder.resolve())
+        except FileNotFoundError:
+            raise ArtifactError(f"the artifact lacks {path}, which its manifest lists") from None
+        except (OSError, RuntimeError) as error:  # a link to itself, a name that is too long
+            raise ArtifactError(f"{path} cannot be opened: {error}") from error
+        if not inside:
+            raise ArtifactError(f"{path} leads out of the artifact's folder")
+        descriptor = open_regular(real)
+        size = os.fstat(descriptor).st_size
+        os.close(descriptor)
+        if size != entry.bytes:
+            raise ArtifactError(
+                f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is damaged"
+            )
+        if hash_of is not None and hash_of(real) != entry.blake3:
+            raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")
+        return path
 
     def dump(self) -> bytes:
         """The one byte form of this manifest; its last member is a hash of all that stands before."""

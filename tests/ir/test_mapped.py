@@ -118,4 +118,5 @@ def test_a_model_that_runs_holds_some_pages_at_a_time(
     give_back()
     original_logits(source, config, state, None, ids, torch.ones_like(ids))
     assert len(most) == 15  # a layer's seven, and the head
-    assert 0 < max(most) < file.stat().st_size // 2
+    behind = most[3:]  # of fewer bytes nothing is let go
+    assert 0 < max(behind) < file.stat().st_size // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -361,7 +362,16 @@ def test_heads_are_taken_from_an_artifact_of_this_model_alone(
     held = load_file(tmp_path / "first" / "weights.safetensors")
     less = {name: x for name, x in held.items() if not name.startswith("cache.1.retaining")}
     save_file(less, tmp_path / "first" / "weights.safetensors")
-    refused("cannot be read: .*weights.safetensors is damaged")
+    refused("cannot be read: .*weights.safetensors has .* bytes, .*: it is damaged")
+    weights = tmp_path / "first" / "weights.safetensors"
+    outside = weights.rename(tmp_path / "outside")
+    weights.symlink_to(outside)
+    refused("cannot be read: .*weights.safetensors leads out of the artifact's folder")
+    weights.unlink()
+    os.mkfifo(weights)  # nobody ever writes to it
+    refused("cannot be read: .*weights.safetensors")
+    weights.unlink()
+    outside.rename(weights)
     forge.seal(tmp_path / "first", None, "weights.safetensors")
     refused("leave out layer 1")
     by = "locret:sinks=1,steps=20,read=64,hidden=8"

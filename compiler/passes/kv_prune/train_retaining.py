@@ -166,12 +166,10 @@ def _taken(artifact: Path, sizes: _Sizes, mark: str) -> _Heads:
 
 def _undamaged(artifact: Path) -> Path:
     """An artifact's file of weights. Raises ArtifactError where it is not the one that its manifest lists."""
-    listed, path = Manifest.read(artifact).files.get(WEIGHTS), artifact / WEIGHTS
-    if listed is None:
+    manifest = Manifest.read(artifact)
+    if WEIGHTS not in manifest.files:
         raise ArtifactError(f"it has no {WEIGHTS}")
-    if path.stat().st_size != listed.bytes or file_hash(path) != listed.blake3:
-        raise ArtifactError(f"{path} is damaged: its contents do not match the manifest's hash")
-    return path
+    return manifest.check_file(artifact, WEIGHTS, file_hash)
 
 
 def _check_sizes(where: str, found: _Heads, sizes: _Sizes) -> None:
