@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import CalibrationError, IRError
-from ..ir.heap import give_back, leave_from
+from ..ir.heap import give_back, leaving_from
 from ..ir.interpreter import Interpreter, Run
 from ..ir.kept import read_tensors, write_tensors
 from ..ir.locks import lock
@@ -183,7 +183,8 @@ class Stream:
             at, known = (None, []) if folder is None else self._resumed(folder, len(parts))
             self._started, self._before = time.monotonic(), len(self._found)
             if len(self._found) < len(self._ends):
-                self._read(parts, at, known)
+                with leaving_from(_LEAVES):
+                    self._read(parts, at, known)
                 if self._folder is not None:
                     with suppress(OSError):
                         (self._folder / _PROGRESS).unlink(missing_ok=True)
@@ -198,7 +199,6 @@ class Stream:
             for node, name in self._ends.items()
             if (site := self._sites[name]).call is not None
         }
-        leave_from(_LEAVES)
         weights: dict[str, Tensor] = {}  # what several parts read between two sites is loaded once
         interpreter = Interpreter(self._program, len(parts) > 1, instead, kept=weights)
         runs = [

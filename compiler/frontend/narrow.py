@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..ir.mapped import let_go
-
 #: Numbers that are widened together, 4 MB. 2^18 to 2^20 take as long within a fifth beside 32 rows; whole
 #: weights a fifth to two thirds more, for they are written to memory and read again.
 _TOGETHER = 1 << 20
-
-#: Bytes of weights that are read before pages of their file go: a model reads all of them in every step.
-_HELD = 1 << 28
 
 #: Attributes of a parameter that are numbers; others are of its form, which the stand-in has too.
 _OF_NUMBERS = {"T", "H", "mT", "mH", "data", "real", "imag"}
@@ -53,7 +48,6 @@ class Narrow(TorchFunctionMode):
     def __init__(self, data: Mapping[int, Tensor]) -> None:
         super().__init__()
         self._data = data
-        self._read = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -65,7 +59,6 @@ class Narrow(TorchFunctionMode):
             x, weight, *bias = args
             found = self._data.get(id(weight))
             if found is not None and x.dtype == torch.float32:
-                self._count(found.nbytes)
                 return _linear(self._wide(x), found, *self._wide(bias), **self._wide(kwargs))
         elif func is functional.embedding and len(args) >= 2:
             found = self._data.get(id(args[1]))
@@ -73,12 +66,6 @@ class Narrow(TorchFunctionMode):
             if found is not None and not scales:
                 return func(args[0], found, *args[2:], **kwargs).float()
         return func(*self._wide(args), **self._wide(kwargs))
-
-    def _count(self, nbytes: int) -> None:
-        self._read += nbytes
-        if self._read > _HELD:
-            self._read = nbytes
-            let_go()
 
     def _holds(self, value: Any) -> bool:
         if isinstance(value, list | tuple):

@@ -122,15 +122,21 @@ def _written(
             give_back()
         out = model(input_ids=last.to(device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        sums_BV = torch.softmax(out.logits[:, -1].float().cpu(), -1).cumsum(-1, dtype=torch.float64)
-        if not bool(torch.isfinite(sums_BV[:, -1]).all()):
-            raise CalibrationError(
-                "the model's logits are not finite where it writes a text to be calibrated on: its weights "
-                "are damaged, or overflow in their type"
-            )
-        last = _drawn(sums_BV, random)
+        rows = out.logits[:, -1].split(1)  # running sums of all would be twice the logits
+        last = torch.cat([_drawn(_running_sums(logits_1V), random) for logits_1V in rows])
         found.append(last)
     return torch.cat(found, dim=1)
+
+
+def _running_sums(logits_1V: Tensor) -> Tensor:
+    """Of the probabilities of the next token."""
+    sums_1V = torch.softmax(logits_1V.float().cpu(), -1).cumsum(-1, dtype=torch.float64)
+    if not bool(torch.isfinite(sums_1V[:, -1]).all()):
+        raise CalibrationError(
+            "the model's logits are not finite where it writes a text to be calibrated on: its weights "
+            "are damaged, or overflow in their type"
+        )
+    return sums_1V
 
 
 def _drawn(sums_BV: Tensor, random: torch.Generator) -> Tensor:

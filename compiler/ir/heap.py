@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from . import mapped
 
 #: From which size on blocks are none of the heap's, as it was set last; 0 where it was not.
 _in_force = 0
+
+#: The largest block that may be the heap's.
+_LARGEST = 32 << 20
 
 #: glibc's numbers of what can be set: bytes at the end of the heap that it keeps, the smallest block that is
 #: none of the heap's, and how many heaps there are.
@@ -40,6 +45,16 @@ def leave_from(nbytes: int) -> None:
         _ask("mallopt", _TRIM, 2 * nbytes)
         give_back()
         _in_force = nbytes
+
+
+@contextmanager
+def leaving_from(nbytes: int) -> Iterator[None]:
+    """The same for some time; then blocks stay again, up to the largest that may, which is faster."""
+    leave_from(nbytes)
+    try:
+        yield
+    finally:
+        leave_from(_LARGEST)
 
 
 def _ask(name: str, *numbers: int) -> None:

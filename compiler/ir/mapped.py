@@ -42,9 +42,8 @@ def _untouched() -> list[tuple[int, int]]:
     with open("/proc/self/smaps", "rb") as stream:
         for line in stream:
             words = line.split(None, 5)
-            if not words[0].endswith(
-                b":"
-            ):  # the head of a mapping: addresses, rights, .., the file
+            # The head of a mapping: addresses, rights, .., the file
+            if not words[0].endswith(b":"):
                 ours = len(words) == 6 and words[5].rstrip(b"\n") in _files
                 if ours:
                     first, last = (int(each, 16) for each in words[0].split(b"-"))

@@ -18,6 +18,7 @@ from ..compiler.calibrate.snapshot import text_inputs
 from ..compiler.driver import Input, state_of
 from ..compiler.frontend.original import original_logits
 from ..compiler.ir.compare import difference
+from ..compiler.ir.heap import give_back
 from ..compiler.ir.interpreter import Interpreter
 from ..compiler.ir.program import Program, attention_nodes, call_arguments
 from ..errors import EinfoldError, UnsupportedError, first_line, pass_on
@@ -58,6 +59,7 @@ class OriginalCheck:
         except Exception as error:
             pass_on(error)
             return f"not compared with the original, which cannot be run here: {first_line(error)}"
+        give_back()  # the original read all of the checkpoint
         real = [expected[0], expected[1, _padding(length) :]]
         found = _graph_logits(program, ids, _padding(length))
         differences = [difference(a, b) for a, b in zip(found, real, strict=True)]
@@ -70,7 +72,7 @@ class OriginalCheck:
                     "compiled model cannot follow"
                 )
             raise EinfoldError(_refusal(model, found, real, share))
-        self._first = real[0][:TOKENS].numpy()
+        self._first = real[0][:TOKENS].numpy().copy()  # of the rest nothing stays
         return (
             f"logits as transformers computes them, within {share:.1e} of the largest, on {length} tokens "
             f"and a row behind padding{missed}"

@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from einfold.compiler.frontend import narrow
 from einfold.compiler.frontend.huggingface import ModelSource, load_state
-from einfold.compiler.frontend.original import original_logits
 from einfold.compiler.ir import mapped
 from einfold.compiler.ir.heap import give_back
 
@@ -96,27 +94,3 @@ def test_a_checkpoint_that_was_loaded_goes(tmp_path: Path, monkeypatch: pytest.M
     give_back()
     assert resident(folder / "model.safetensors") == 0
     assert all(torch.equal(each, before[name]) for name, each in state.items())
-
-
-def test_a_model_that_runs_holds_some_pages_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mapped, "_files", set())
-    monkeypatch.setattr(narrow, "_HELD", 1 << 16)
-    folder = tmp_path.resolve() / "model"
-    models.build("llama", hidden_size=128, intermediate_size=1024).bfloat16().save_pretrained(
-        folder
-    )
-    config = AutoModelForCausalLM.from_pretrained(folder).config
-    source, file = ModelSource("model", folder), folder / "model.safetensors"
-    most: list[int] = []
-    linear = narrow._linear
-    monkeypatch.setattr(
-        narrow, "_linear", lambda *given: (linear(*given), most.append(resident(file)))[0]
-    )
-    ids, state = torch.arange(3, 9)[None], load_state(source, config)
-    give_back()
-    original_logits(source, config, state, None, ids, torch.ones_like(ids))
-    assert len(most) == 15  # a layer's seven, and the head
-    behind = most[3:]  # of fewer bytes nothing is let go
-    assert 0 < max(behind) < file.stat().st_size // 2
