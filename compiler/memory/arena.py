@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ..ir.interpreter import Interpreter, Run
 from ..ir.ops.record import in_place
 from ..ir.program import Program
+from .captured import Capture, Captured
 from .expand import Instead, expanded
 from .planning import MemoryPlan, plan_memory
 from .settling import Settled, SettledRun
@@ -49,9 +50,12 @@ class InArena:
         instead: Instead | None = None,
         kept: dict[str, Tensor] | None = None,
         moving: Collection[str] = (),
+        capture: Capture | None = None,
     ) -> None:
-        """Weights that are `kept` are read there; those that are `moving` lie elsewhere from run to run."""
+        """Weights that are `kept` are read there; those that are `moving` lie elsewhere from run to run, and
+        then nothing of a run can be captured."""
         self.program, self.device = program, device
+        self._capture = None if moving else capture
         self._instead, self._moving = instead, moving
         self._weights: dict[str, Tensor] = {} if kept is None else kept
         # the device is not asked before it is needed
@@ -65,11 +69,15 @@ class InArena:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gives the outputs by name, as `Interpreter.run`; caches are written in place."""
-        return self.begin(inputs).results()
+        return self._ready(inputs).run(inputs, self._arena)
 
     def begin(self, inputs: Mapping[str, Tensor]) -> Run:
         """The same as a run that may halt at any node of the program as it was given, where it is not cut
         into tiles."""
+        return self._ready(inputs).begin(inputs, self._arena)
+
+    def _ready(self, inputs: Mapping[str, Tensor]) -> _Planned:
+        """The plan for inputs of these shapes, with an arena that is as large as it asks for."""
         key = shapes_of(inputs)
         run = self._runs.pop(key, None) or self._plan(inputs)
         self._runs[key] = run  # last: the plan that was used longest ago goes first
@@ -82,7 +90,7 @@ class InArena:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # and torch would keep its memory
             self._arena = self._memory(run.plan.arena)
-        return run.begin(inputs, self._arena)
+        return run
 
     def let_go(self) -> None:
         """Frees the arena and forgets all plans."""
@@ -101,7 +109,7 @@ class InArena:
             program, begins = expanded(self.program, inputs, self._instead, self.device)
             plan = plan_memory(program, inputs)
         interpreter = Interpreter(program, device=self.device, kept=self._weights)
-        return _Planned(plan, interpreter, begins, self._moving)
+        return _Planned(plan, interpreter, begins, self._moving, self._capture)
 
     def _memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -111,11 +119,26 @@ class _Planned:
     """A plan and what runs by it."""
 
     def __init__(
-        self, plan: MemoryPlan, interpreter: Interpreter, begins: Begins, moving: Collection[str]
+        self,
+        plan: MemoryPlan,
+        interpreter: Interpreter,
+        begins: Begins,
+        moving: Collection[str],
+        capture: Capture | None,
     ) -> None:
         self.plan = plan
         self._interpreter, self._begins, self._moving = interpreter, begins, moving
         self._settled: Settled | None = None
+        self._capture = capture
+        self._captured: Captured | None = None
+
+    def run(self, inputs: Mapping[str, Tensor], arena: Tensor) -> dict[str, Tensor]:
+        """The outputs by name of a whole run, which is captured where it comes again and something can."""
+        if self._capture is None:
+            return self.begin(inputs, arena).results()
+        if self._captured is None:
+            self._captured = Captured(self._capture, self._interpreter.program)
+        return self._captured.results(inputs, lambda: self.begin(inputs, arena))
 
     def begin(self, inputs: Mapping[str, Tensor], arena: Tensor) -> Run:
         """A run whose calls write into this arena, which stays the same until it is let go of."""
@@ -127,4 +150,4 @@ class _Planned:
 
     def let_go(self) -> None:
         """Forgets the arena, so that its memory is free."""
-        self._interpreter.instead, self._settled = {}, None
+        self._interpreter.instead, self._settled, self._captured = {}, None, None

@@ -128,7 +128,10 @@ class OffloadedRunner(KernelRunner):
         for lookup in self._lookups:
             rows = lookup.rows(torch.tensor(arrays[lookup.ids]))
             inputs[lookup.name] = self._on_device(lookup.name, rows)
-        run = self._begin(inputs | others)
+        # In the arena each time: the budget has room for it, and none for a step that allocates beside it.
+        if not self._streamed:
+            return self._arena.run(inputs | others)
+        run = self._arena.begin(inputs | others)
         for index, op in enumerate(self._streamed):
             assert self._ahead is not None
             run.until(op.first)
@@ -140,10 +143,6 @@ class OffloadedRunner(KernelRunner):
                     for name in weights:
                         del self._placed[name]
         return run.results()
-
-    def _worth_a_plan(self, inputs: dict[str, Tensor]) -> bool:
-        """Each is: the budget has room for the arena, and none for a step that allocates beside it."""
-        return True
 
     def _keep(self, block: Block) -> None:
         """Weights that lie on the device for good."""

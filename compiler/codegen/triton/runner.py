@@ -15,7 +15,7 @@ from ....runtime.artifact import Artifact
 from ....runtime.cache import Cache
 from ....runtime.program import read_program
 from ....runtime.runner import Floats, Ints, running
-from ...ir.interpreter import Interpreter, Run
+from ...ir.interpreter import Interpreter
 from ...ir.kv.layout import Buffer
 from ...ir.ops.record import in_place
 from ...ir.program import Program
@@ -30,6 +30,7 @@ from .attention import (
     differences,
     kernel_files,
 )
+from .cuda_graphs import CudaGraphs
 from .device import described, find_device
 from .linear.bound import bind as bind_products
 from .linear.bound import linear_kernels, reorder
@@ -150,7 +151,7 @@ class KernelRunner:
     All other operators run by their reference meaning. Weights go to the device when they are first
     read, and stay. Steps of shapes that were met before run in an arena on the device: single tokens do, and
     chunks of a prompt. A prompt's last chunk is mostly of a length that is never met again, and a plan takes
-    as long as some steps.
+    as long as some steps. On a GPU steps in the arena that come again are captured, and launched by one call.
     """
 
     def __init__(
@@ -169,7 +170,8 @@ class KernelRunner:
         weights = {} if placed is None else placed
         meanings = {**in_place(), **instead}
         self.interpreter = Interpreter(program, instead=meanings, device=device, kept=weights)
-        self._arena = InArena(program, device, instead, weights, moving)
+        capture = CudaGraphs(device) if device.type == "cuda" else None
+        self._arena = InArena(program, device, instead, weights, moving, capture)
         self._met: dict[Any, None] = {}
         self.observed: Mapping[str, Any] = {}
         self._weight_bytes = weight_bytes
@@ -200,13 +202,9 @@ class KernelRunner:
 
     def _run(self, arrays: Mapping[str, Any], others: dict[str, Tensor]) -> dict[str, Tensor]:
         """The program's outputs, of the inputs that a step brings and of `others` on the device."""
-        inputs = {name: self._on_device(name, array) for name, array in arrays.items()}
-        return self._begin(inputs | others).results()
-
-    def _begin(self, inputs: dict[str, Tensor]) -> Run:
-        if not self._worth_a_plan(inputs):
-            return Run(self.interpreter, inputs)
-        return self._arena.begin(inputs)
+        inputs = {name: self._on_device(name, array) for name, array in arrays.items()} | others
+        runs = self._arena if self._worth_a_plan(inputs) else self.interpreter
+        return runs.run(inputs)
 
     def _worth_a_plan(self, inputs: dict[str, Tensor]) -> bool:
         """Whether a step runs in the arena: inputs of these shapes were met before."""

@@ -19,6 +19,7 @@ from einfold.compiler.ir.ops.attention import CachedAttention
 from einfold.compiler.ir.ops.shared import SharedAttention
 
 from ...allocator import asked
+from ...simulated_graphs import SimulatedGraphs
 from .worker import compared, serve
 
 
@@ -108,23 +109,27 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_arena(request: dict[str, Any]) -> dict[str, Any]:
-    """Steps of an artifact whose shapes are met twice, and the same with all allocated, over caches of their
-    own: whether they give the same bits, and what torch asked for in steps of one token a row."""
-    logits: dict[bool, list[Tensor]] = {True: [], False: []}
+    """Steps of an artifact whose shapes are met twice, the same captured and replayed, and the same with all
+    allocated, over caches of their own: whether they give the same bits, and what torch asked for in steps of
+    one token a row."""
+    logits: dict[str, list[Tensor]] = {"arena": [], "captured": [], "allocated": []}
     allocated: list[int] = []
     kept: list[tuple[Any, Any]] = []
-    for arena in logits:
+    graphs = SimulatedGraphs()
+    for how in logits:
         model = einfold.load(request["artifact"], chunk=16)
         runner: Any = model.engine.runner
-        if not arena:
+        if how == "allocated":
             runner._worth_a_plan = lambda inputs: False
+        if how == "captured":
+            runner._arena._capture = graphs
         run = runner._run
 
-        def watched(arrays: Any, others: Any, run: Any = run, arena: bool = arena) -> Any:
+        def watched(arrays: Any, others: Any, run: Any = run, how: str = how) -> Any:
             with asked() as sizes:
                 out = run(arrays, others)
-            logits[arena].append(out["logits"].clone())
-            if arena and arrays["input_ids"].shape[1] == 1:
+            logits[how].append(out["logits"].clone())
+            if how == "arena" and arrays["input_ids"].shape[1] == 1:
                 allocated.append(len(sizes))
             return out
 
@@ -137,10 +142,13 @@ def in_arena(request: dict[str, Any]) -> dict[str, Any]:
         for _ in range(3):  # meets shapes, plans for them, knows them
             allocated.clear()
             model.generate_batch(request["prompts"], **options)
-        if arena:
+        if how == "arena":
             found = {"arena": runner._arena.nbytes, "allocated": [*allocated]}
-    same = [torch.equal(a, b) for a, b in zip(*logits.values(), strict=True)]
-    return {"same": same, "kept": all((a == b).all() for a, b in kept), **found}
+    same = [
+        torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*logits.values(), strict=True)
+    ]
+    kept_so = all((a == b).all() for a, b in kept)
+    return {"same": same, "kept": kept_so, "replayed": graphs.replayed, **found}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 import einfold
 from einfold.compiler.codegen.triton import in_parts
 from einfold.compiler.codegen.triton.offload import OffloadedRunner
+from einfold.compiler.ir.interpreter import Run
 from einfold.errors import ArtifactError, ArtifactWarning
 
 from ...allocator import asked
@@ -35,7 +37,7 @@ def in_arena(request: dict[str, Any]) -> dict[str, Any]:
         runner: Any = model.engine.runner
         assert isinstance(runner, OffloadedRunner)
         if not arena:
-            runner._worth_a_plan = lambda inputs: False
+            runner._arena.begin = partial(Run, runner.interpreter)
         steps: list[Any] = []
         blocks: list[int] = []
 

@@ -58,6 +58,7 @@ def test_steps_give_the_same_bits_and_allocate_nothing(
     found = interpreter(what="arena", artifact=str(out), prompts=prompts, new=4)
     assert len(found["same"]) > 8 and all(found["same"])
     assert found["arena"] > 0 and found["kept"]
+    assert found["replayed"] > 4, "steps of single tokens were captured"
     assert found["allocated"] and max(found["allocated"]) <= blocks
 
 
