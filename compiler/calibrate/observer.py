@@ -49,9 +49,10 @@ class Observer:
     def block(self, start: int, weights_BHST: Tensor) -> None:
         """Attention weights of the queries from `start` on over all tokens, where the site is attention."""
 
-    def narrow(self, *arguments: Any) -> Tensor | None:
-        """Of a product whose first argument nothing else reads, once for each part in their order: what is
-        held in the place of that argument until the product is asked for. None: the argument."""
+    def narrow(self, site: Site, *arguments: Any) -> Tensor | None:
+        """Of the next site's product, whose first argument nothing else reads, once for each part in their
+        order and before the site begins: what is held in the place of that argument until the product is
+        asked for, of all parts or of none. None: the argument."""
         return None
 
     def product(self, read: bool, *arguments: Any) -> Tensor:

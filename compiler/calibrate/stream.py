@@ -208,18 +208,18 @@ class Stream:
         known.clear()  # runs let go of it as they go on
         name, places = None, [*self._ends, self._program.output]
         for node in places[0 if at is None else places.index(at) :]:
+            whole = True
             for run in runs:
                 run.until(node)
+                whole &= not self._narrowed(node, run)
             weights.clear()
             give_back()  # parts leave holes, which add up from site to site
             if name is not None:
                 self._end(name)
-                self._keep(name, node, runs)
+                self._keep(name, node, runs if whole else [])
             name = self._ends.get(node)
             if name is not None:
                 self._begin(name, [run.arguments(node) for run in runs])
-                if self._sites[name].product is not None:
-                    self._narrowed(name, node, runs)
 
     def _inputs(self, tokens_BS: Tensor) -> dict[str, Tensor]:
         return all_inputs(self._program, tokens_BS)  # the head sees all, where it is a site
@@ -231,25 +231,26 @@ class Stream:
         self._tell(self._doing + time_left(self._started, done, ends - found), found / ends)
         site = self._sites[name]
         for arguments in calls:
-            for (what, _), x in zip(site.values, arguments, strict=False):
-                if not bool(torch.isfinite(x).all()):
-                    raise CalibrationError(
-                        f"the {what} are not finite on the calibration text: "
-                        "the model's weights are damaged, or overflow in float32"
-                    )
+            _check_finite(site, arguments)
             shown = arguments if site.attention is None else arguments[: len(site.values)]
             for observer in self._observers[name]:
                 observer.begin(site, *shown)
 
-    def _narrowed(self, name: str, node: fx.Node, runs: Sequence[Run]) -> None:
-        """Has the runs hold less until a product is asked for."""
-        (observer,), source = self._observers[name], node.args[0]
+    def _narrowed(self, node: fx.Node, run: Run) -> bool:
+        """Has a run hold less until a product is asked for, as soon as it is at it: what all parts hold
+        there may be the most that is held at all. Gives whether it does."""
+        site = self._sites.get(self._ends.get(node, ""))
+        if site is None or site.product is None:
+            return False
+        (observer,), source = self._observers[site.name], node.args[0]
         if not isinstance(source, fx.Node) or [*source.users] != [node]:
-            return
-        for run in runs:
-            found = observer.narrow(*run.arguments(node))
-            if found is not None:
-                run.values[source] = found
+            return False
+        arguments = run.arguments(node)
+        _check_finite(site, arguments)
+        found = observer.narrow(site, *arguments)
+        if found is not None:
+            run.values[source] = found
+        return found is not None
 
     def _end(self, name: str) -> None:
         observers = self._observers[name]
@@ -282,7 +283,8 @@ class Stream:
         return torch.cat(parts, dim=1)
 
     def _keep(self, name: str, behind: fx.Node, runs: Sequence[Run]) -> None:
-        """Keeps what was found at a site, and what is needed to go on behind it, at the next node."""
+        """Keeps what was found at a site, and what is needed to go on behind it, at the next node; without
+        runs the first alone."""
         folder = self._folder
         if folder is None:
             return
@@ -291,12 +293,12 @@ class Stream:
         size = sum(value.nbytes for value in values if isinstance(value, Tensor))
         # Where much is needed, what was done since is done again sooner than it is written.
         due = time.monotonic() - self._kept > self._every
-        self._narrow = min(self._narrow, size)
+        self._narrow = min(self._narrow, size) if runs else self._narrow
         due = due and size <= _NARROW * self._narrow
         # Without room, or the right to write, measuring goes on and keeps nothing.
         if not keep_found(self._found[name], folder / f"{name}.pt"):
             self._folder = None
-        elif due and behind.op != "output":
+        elif runs and due and behind.op != "output":
             self._kept = time.monotonic()
             if not keep_found({"at": behind.name, "values": known}, folder / _PROGRESS):
                 self._folder = None
@@ -330,6 +332,16 @@ def time_left(started: float, done: int, left: int) -> str:
         return ""
     seconds = used / done * left
     return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+
+
+def _check_finite(site: Site, arguments: Sequence[Any]) -> None:
+    """Raises CalibrationError where a site is given what is not finite."""
+    for (what, _), x in zip(site.values, arguments, strict=False):
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError(
+                f"the {what} are not finite on the calibration text: "
+                "the model's weights are damaged, or overflow in float32"
+            )
 
 
 def _nothing(*values: Any) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from .experts import Stack, halves, joined, run_stored, solve_experts
 from .solver import Solved, Solver, as_found, finite, from_found
 from .tuning import LayerByLayer
 
-#: Tokens of the text that go from one product to the next together: what that computes is of so many.
+#: Rows that go from one product to the next together, of the text as one model or both have it: what is
+#: computed in between is of so many.
 _TOKENS = 1024
 
 #: Seconds between two states that are kept: a state is tens of megabytes.
@@ -51,7 +52,7 @@ _EVERY = 20.0
 _KEPT = 4
 
 #: Part of the name under which solved weights are kept: to be raised when what solvers give changes.
-_VERSION = 7
+_VERSION = 8
 
 
 class Solving:
@@ -92,21 +93,19 @@ class Solving:
         if self._schemes:
             observer = _Solve(self._sites, self._schemes, self._divided, self._begun)
             stream = Stream(self._program, [observer], _EVERY, "solving weights")
-            parts, folder = self._parts(tokens_BS), self._folder(tokens_BS)
-            twice = [torch.cat((part, part)) if self._begun.follows else part for part in parts]
-            found = stream.over(twice, folder, tell)
+            folder, both = self._folder(tokens_BS), 2 if self._begun.follows else 1
+            parts = [part.repeat(both, 1) for part in _parts(tokens_BS, both)]
+            found = stream.over(parts, folder, tell)
             for name, scheme in self._schemes.items():
                 labels = scheme.pieces(self._program.weights[name].shape)
                 self._solved[name] = from_found(found[self._sites[name].name], name, labels)
             if self._solver.tunes:
                 kind = LayerByLayer if self._solver.tunes == "layers" else Distilling
                 tuning = kind(self._program, self._solver, self._schemes, self._solved)
-                tuning.run(parts, folder / _tuned(self._solver), tell or (lambda text, share: None))
+                kept = folder / _tuned(self._solver)
+                tuning.run(_parts(tokens_BS), kept, tell or (lambda text, share: None))
                 self._solved = tuning.solved
         self._program = None  # lets go of the weights
-
-    def _parts(self, tokens_BS: Tensor) -> list[Tensor]:
-        return [*tokens_BS.split(max(1, _TOKENS // tokens_BS.shape[1]))]
 
     def _folder(self, tokens_BS: Tensor) -> Path:
         """Where solved weights are kept: its name says which model, text, schemes and solver they are of."""
@@ -126,6 +125,35 @@ class Solving:
         return folder
 
 
+def _parts(tokens_BS: Tensor, each: int = 1) -> list[Tensor]:
+    """The text in parts, whose rows are read so many times each."""
+    return [*tokens_BS.split(max(1, _TOKENS // (each * tokens_BS.shape[1])))]
+
+
+class _Mean:
+    """What observers find in several parts: a mean over tokens."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, found: Found, inputs: Tensor) -> None:
+        tokens = inputs.shape[:-1].numel()
+        self._count += tokens
+        for label, value in found.items():
+            known = self.found.setdefault(label, value)
+            if known is not value:
+                known.lerp_(value, tokens / self._count)
+
+
+class _Narrowed:
+    """What was seen and computed of the original's inputs of a product, which are not held."""
+
+    def __init__(self) -> None:
+        self.met = _Mean()
+        self.products: deque[Tensor] = deque()
+
+
 class _Solve(Observer):
     """Solves at each product, and gives what the stored weights give."""
 
@@ -143,35 +171,31 @@ class _Solve(Observer):
         self._observers = [OBSERVERS[name]() for name in solver.observes]
         self._calls: list[tuple[Any, ...]] = []
         self._follow: Callable[..., Tensor] | None = None
-        self._met: Found | None = None
-        self._ahead: deque[Tensor] = deque()
+        self._narrowed = self._coming = _Narrowed()
 
     def sites(self, program: Program) -> list[Site]:
         return list(self._sites.values())
 
     def begin(self, site: Site, *values: Any) -> None:
-        self._site = site
+        if not self._calls:
+            self._site = site
+            self._narrowed, self._coming = self._coming, _Narrowed()
         self._calls.append(values)
 
-    def narrow(self, *arguments: Any) -> Tensor | None:
+    def narrow(self, site: Site, *arguments: Any) -> Tensor | None:
         """Where a linear makes fewer numbers of its inputs than they are, the original's half of them is
-        multiplied at once: its results are held then, and the inputs of the other half."""
-        x, weight_NM, *bias_N = arguments
-        if not self._narrows(weight_NM):
+        seen and multiplied at once: its results are held then, and the inputs of the other half."""
+        if _of_experts(site) or not self._solver.follows:
             return None
-        if self._met is None:
-            self._met = self._in_parts([call[0] for call in self._calls], weight_NM)
-            self._calls = [(None, weight_NM)]  # lets go of the inputs
+        x, weight_NM, *bias_N = arguments
+        again = site.name in self._divided  # more may be asked of the inputs
+        if again or len(weight_NM) >= weight_NM.shape[1]:
+            return None
         original, own = x.chunk(2)
-        self._ahead.append(functional.linear(original, weight_NM, *bias_N))
+        self._coming.met.add(self._observe(site, own, original, weight_NM), own)
+        self._coming.products.append(functional.linear(original, weight_NM, *bias_N))
         found: Tensor = own.clone()
         return found
-
-    def _narrows(self, weight_NM: Tensor) -> bool:
-        if _of_experts(self._site) or not self._solver.follows:
-            return False
-        again = self._site.name in self._divided  # more may be asked of the inputs
-        return not again and len(weight_NM) < weight_NM.shape[1]
 
     def product(self, read: bool, *arguments: Any) -> Tensor:
         if self._follow is None:  # all parts were shown
@@ -182,7 +206,7 @@ class _Solve(Observer):
         return self._follow(*arguments) if read else x.new_empty(0)
 
     def end(self) -> Found:
-        self._follow = self._met = None
+        self._follow = None
         return self._seen
 
     def _linear(self) -> Callable[..., Tensor]:
@@ -191,7 +215,8 @@ class _Solve(Observer):
         weight_NM: Tensor = self._calls[0][1]
         inputs: list[Tensor] = [call[0] for call in self._calls]
         scheme, target, channels = self._schemes[name], weight_NM, None
-        found = self._in_parts(inputs, target) if self._met is None else self._met
+        seen = self._narrowed.products  # and what was found in them
+        found = self._narrowed.met.found if seen else self._in_parts(inputs, target)
         if name in self._divided:
             channels = self._solver.channels(finite(name, weight_NM, scheme), scheme, found)
         if channels is not None:
@@ -204,8 +229,8 @@ class _Solve(Observer):
         def product(x: Tensor, weight_NM: Tensor, bias_N: Tensor | None = None) -> Tensor:
             if not follows:
                 return functional.linear(x, weight_NM, bias_N)
-            if self._ahead:
-                original, own = self._ahead.popleft(), x
+            if self._narrowed.products:
+                original, own = self._narrowed.products.popleft(), x
             else:
                 half, own = x.chunk(2)
                 original = functional.linear(half, weight_NM, bias_N)
@@ -226,7 +251,8 @@ class _Solve(Observer):
             Stack(name, weight, self._schemes.get(name))
             for name, weight in zip(_weights(self._site), weights, strict=True)
         )
-        solve_experts(original, own, gate_up, down, self._observe, self._solve)
+        observe = partial(self._observe, self._site)
+        solve_experts(original, own, gate_up, down, observe, self._solve)
         for stack in (gate_up, down):
             if stack.name in self._schemes:
                 self._keep(stack.name, stack.solved())
@@ -240,25 +266,19 @@ class _Solve(Observer):
         return product
 
     def _in_parts(self, inputs: Iterable[Tensor], weight_NM: Tensor) -> Found:
-        """What is found in the inputs of a weight in all parts: what observers find is a mean over tokens."""
-        mean: dict[str, Tensor] = {}
-        count = 0
+        """What is found in the inputs of a weight in all parts."""
+        mean = _Mean()
         for x in inputs:
             original, own = x.chunk(2) if self._solver.follows else (x, x)
-            tokens = own.shape[:-1].numel()
-            count += tokens
-            for label, value in self._observe(own, original, weight_NM).items():
-                known = mean.setdefault(label, value)
-                if known is not value:
-                    known.lerp_(value, tokens / count)
-        return mean
+            mean.add(self._observe(self._site, own, original, weight_NM), own)
+        return mean.found
 
-    def _observe(self, own: Tensor, x: Tensor, *weight_NM: Tensor) -> Found:
+    def _observe(self, site: Site, own: Tensor, x: Tensor, *weight_NM: Tensor) -> Found:
         """What is found in inputs, as the model has them that is solved so far, and as the original has; and
         of the weight that they meet, where that is one."""
         found: dict[str, Tensor] = {}
         for observer in self._observers:
-            found |= observer.see(self._site, own, x, *weight_NM)
+            found |= observer.see(site, own, x, *weight_NM)
         return found
 
     def _solve(self, name: str, weight_NM: Tensor, found: Found) -> Solved:

@@ -127,8 +127,9 @@ def test_a_table_that_something_else_reads_too_is_solved_without_its_inputs() ->
 def test_an_interrupted_run_ends_as_one_that_was_not(
     stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nothing is solved twice but what is in front of a product whose inputs were narrowed: the head's."""
     check_resumed(lambda: solved()[1], stop, monkeypatch)
-    assert len(Seen.shown) == 3  # nothing was solved twice
+    assert len(Seen.shown) == 2 + stop
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -140,8 +141,8 @@ def test_a_text_in_parts_is_read_as_one(stop: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(solving, "_VERSION", "in parts")
     assert len(TEXT) > 1
     check_resumed(lambda: solved()[1], stop, monkeypatch)
-    assert len(Seen.shown) == len(whole)
-    for one, several in zip(whole, Seen.shown, strict=True):
+    assert len(Seen.shown) == 2 + stop
+    for one, several in zip(whole, [Seen.shown[0], *Seen.shown[-2:]], strict=True):
         assert one.keys() == several.keys()
         for name, value in one.items():
             torch.testing.assert_close(several[name], value, rtol=1e-3, atol=1e-3)
