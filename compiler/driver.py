@@ -639,7 +639,8 @@ def _calibration_text(
     model: Input, program: Program, recipe: Recipe, tell: Progress
 ) -> tuple[Tensor, str]:
     """The calibration text [rows, tokens] and where it is from."""
-    if recipe.reads_text and recipe.calibration.text is None and model.part is None:
+    wanted = recipe.reads_text or (recipe.trains and reads_text(model))
+    if wanted and recipe.calibration.text is None and model.part is None:
         shape = rows_of(recipe.calibration_tokens, program.model.context)
         running = runs(model.source, model.config, model.state, model.module)
         named = None if program.statistics is None else program.statistics.model

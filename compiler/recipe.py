@@ -52,7 +52,7 @@ from .passes.weight_quant.round_activations import RoundActivations
 from .solve.round_to_nearest import RoundToNearest
 
 #: Tokens that a model is calibrated on, where weights are solved and where they are not.
-_SOLVED, _SEEN = 16384, 2048
+_SOLVED, _TRAINED, _SEEN = 16384, 4096, 2048
 
 #: Bytes of a recipe file, and characters of one that a message quotes.
 _LARGEST, _SHOWN = 1 << 20, 200
@@ -452,9 +452,15 @@ class Recipe(_Section):
         return f"the solver {self.solver}" if self.solver else mixed
 
     @property
+    def trains(self) -> bool:
+        """Whether a method for the cache trains on a text."""
+        return any(step.trained for step in self.cache_passes())
+
+    @property
     def calibration_tokens(self) -> int:
         """Tokens to calibrate on, roughly."""
-        return self.calibration.tokens or (_SOLVED if self.solver else _SEEN)
+        chosen = _SOLVED if self.solver else _TRAINED if self.trains else _SEEN
+        return self.calibration.tokens or chosen
 
     def cache_passes(self) -> list[Pass]:
         """The passes that refine the cache layout."""

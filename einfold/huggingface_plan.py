@@ -20,6 +20,7 @@ from .compiler.ir.kept import cache_home, read_tensors, write_tensors
 from .compiler.ir.kv.layout import CacheLayout
 from .compiler.ir.program import Program
 from .compiler.layer_program import layer_programs, packed, unpacked
+from .compiler.passes.kv_share.matryoshka_kv import MatryoshkaKV
 from .compiler.recipe import Recipe
 from .errors import IRError, UnsupportedError, pass_on
 from .evaluate.original import OriginalCheck
@@ -46,6 +47,11 @@ def planned(model: Any, tokenizer: Any, recipe: Recipe, check: bool) -> CachePla
 
     With `check` it is one that was compared with the model, then or now. Raises the errors of compiling.
     """
+    if any(isinstance(step, MatryoshkaKV) for step in recipe.cache_passes()):
+        raise UnsupportedError(
+            f"{MatryoshkaKV.name} turns queries and what attention gives, which transformers brings and "
+            "reads as they are; choose another method, or compile the model into an artifact"
+        )
     path = _place(model, tokenizer, recipe)
     found = None if path is None else _read(path, check)
     if found is not None:

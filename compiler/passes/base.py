@@ -58,6 +58,8 @@ class Pass:
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
+    trained: ClassVar[bool] = False
+    """Whether it trains on a text; the model writes one where none is given."""
 
     def run(self, program: Program) -> PassResult:
         """Rewrites the program in place."""

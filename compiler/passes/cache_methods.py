@@ -28,7 +28,7 @@ from .methods import PRUNE, SHARE
 
 #: The families in the order in which their passes run, with the reason for it in `pipeline.py`.
 FAMILIES: Mapping[str, Mapping[str, Method]] = {
-    "share": Family(("cross_layer", "minicache", "cskv"), SHARE),
+    "share": Family(("cross_layer", "minicache", "cskv", "matryoshka_kv"), SHARE),
     "prune": Family(
         (
             *("streaming_llm", "razor_attention", "duo_attention", "snapkv", "h2o", "ems"),

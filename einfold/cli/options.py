@@ -27,7 +27,7 @@ METHODS = {
         *("expected_attention", "locret", "pyramid_kv", "ada_kv", "zipvl", "kvzip"),
     ),
     "quant": ("kivi", "turboquant", "gear", "zipcache", "mikv", "abq", "mustafar"),
-    "share": ("cross_layer", "minicache", "cskv"),
+    "share": ("cross_layer", "minicache", "cskv", "matryoshka_kv"),
     "read": ("quest", "shadowkv"),
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from einfold.compiler.calibrate.observer import OBSERVERS
 from einfold.compiler.calibrate.observers.channel_orders import ChannelOrders, order_of
+from einfold.compiler.calibrate.observers.head_bases import HeadBases
 from einfold.compiler.calibrate.observers.input_moments import InputMoments
 from einfold.compiler.calibrate.observers.kv_bases import KVBases
 from einfold.compiler.calibrate.observers.retaining import RetainingHeads
@@ -24,6 +25,7 @@ OWN: dict[str, common.Make] = {
     "kv_bases": lambda: KVBases({"layer-0.key": 3, "layer-1.value": 5}),
     "retrieval_heads": lambda: RetrievalHeads(6),
     "retaining": lambda: RetainingHeads((0, 1), 8, steps=30),
+    "head_bases": lambda: HeadBases({0: None, 1: None}, steps=30),
     "channel_orders": lambda: ChannelOrders(4, 2),
 }
 

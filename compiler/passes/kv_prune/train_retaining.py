@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ....errors import ArtifactError, RecipeError
+from ....errors import RecipeError
 from ...calibrate.observers.retaining import RetainingHeads, site_of
 from ...calibrate.statistics import digest_of
-from ...ir.file_hash import file_hash
 from ...ir.kv.keep.retained import Retained
 from ...ir.kv.layout import LayerCache
-from ...ir.manifest import WEIGHTS, Manifest
 from ...ir.program import Program, attention_nodes, call_arguments
 from ...ir.weights import Weight
 from ..base import Pass, PassResult
 from ..cache.retaining import PARTS, name_of
+from ..from_artifact import weights_of
 
 #: Of heads that were not trained: sizes alone count then.
 _UNTRAINED = "untrained"
@@ -130,46 +128,35 @@ def _learned(found: Mapping[str, Tensor]) -> str:
 def _taken(artifact: Path, sizes: _Sizes, mark: str) -> _Heads:
     """The heads of an artifact. Raises RecipeError where they are of another model, or none."""
     where = f"cache.prune: the heads of {artifact}"
-    try:
-        with safe_open(_undamaged(artifact), framework="pt") as held:
-            names = [name for name in held.keys() if ".retaining_inner." in name]  # noqa: SIM118
-            if not names:
+    with weights_of(artifact, where) as held:
+        names = [name for name in held.keys() if ".retaining_inner." in name]  # noqa: SIM118
+        if not names:
+            raise RecipeError(
+                f"{where} cannot be taken, for it has none; name an artifact that was compiled with "
+                "--prune locret, or leave out heads, and they are trained"
+            )
+        marks = {name.split(".retaining_inner.")[1].split(".")[0] for name in names}
+        if marks != {mark}:
+            raise RecipeError(
+                f"{where} were trained for another model ({', '.join(sorted(marks))}; this one is "
+                f"{mark}): leave out heads, and they are trained for this one"
+            )
+        if any(name.endswith(".by_group") for name in names):
+            raise RecipeError(
+                f"{where} stand in the order of its groups of heads; name an artifact in which all heads "
+                "have one budget (--prune locret)"
+            )
+        known = {*held.keys()}
+        found = {}
+        for number, shapes in sizes.items():
+            wanted = {part: name_of(number, part, mark) for part in shapes}
+            if not known.issuperset(wanted.values()):
                 raise RecipeError(
-                    f"{where} cannot be taken, for it has none; name an artifact that was compiled with "
-                    "--prune locret, or leave out heads, and they are trained"
+                    f"{where} leave out layer {number}: leave out heads, and they are trained"
                 )
-            marks = {name.split(".retaining_inner.")[1].split(".")[0] for name in names}
-            if marks != {mark}:
-                raise RecipeError(
-                    f"{where} were trained for another model ({', '.join(sorted(marks))}; this one is "
-                    f"{mark}): leave out heads, and they are trained for this one"
-                )
-            if any(name.endswith(".by_group") for name in names):
-                raise RecipeError(
-                    f"{where} stand in the order of its groups of heads; name an artifact in which all heads "
-                    "have one budget (--prune locret)"
-                )
-            known = {*held.keys()}
-            found = {}
-            for number, shapes in sizes.items():
-                wanted = {part: name_of(number, part, mark) for part in shapes}
-                if not known.issuperset(wanted.values()):
-                    raise RecipeError(
-                        f"{where} leave out layer {number}: leave out heads, and they are trained"
-                    )
-                found[number] = {part: held.get_tensor(name) for part, name in wanted.items()}
-    except (ArtifactError, OSError, SafetensorError) as error:
-        raise RecipeError(f"{where} cannot be read: {error}") from error
+            found[number] = {part: held.get_tensor(name) for part, name in wanted.items()}
     _check_sizes(where, found, sizes)
     return found
-
-
-def _undamaged(artifact: Path) -> Path:
-    """An artifact's file of weights. Raises ArtifactError where it is not the one that its manifest lists."""
-    manifest = Manifest.read(artifact)
-    if WEIGHTS not in manifest.files:
-        raise ArtifactError(f"it has no {WEIGHTS}")
-    return manifest.check_file(artifact, WEIGHTS, file_hash)
 
 
 def _check_sizes(where: str, found: _Heads, sizes: _Sizes) -> None:
