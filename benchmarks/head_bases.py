@@ -100,6 +100,12 @@ def chosen(found: Found, parts: int, by: str) -> Kept:
     return found_parts
 
 
+def within(found: Found, parts: int) -> Kept:
+    """As many in each layer, given to its heads' keys and values by what they lose."""
+    each = [chosen({number: layer}, parts, "head") for number, layer in found.items()]
+    return {number: kept for layer in each for number, kept in layer.items()}
+
+
 def cut(program: Program, found: Found, kept: Kept) -> Program:
     """The program with projections of keys and values in front of attention, of all channels."""
     trial = copied(program)
@@ -121,7 +127,10 @@ def logits(program: Program, tokens: list[int]) -> Tensor:
 
 
 def measure(
-    program: Program, windows: Sequence[list[int]], tell: Callable[[str, str, float], None]
+    program: Program,
+    windows: Sequence[list[int]],
+    tell: Callable[[str, str, float], None],
+    only: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """KL of each form by the parts that are kept, a mean over windows."""
     want = [logits(program, window) for window in windows]
@@ -145,10 +154,12 @@ def measure(
         "trained for half alone": (half, lambda parts: uniform(half, parts)),
         "trained, by layer": (nested, lambda parts: chosen(nested, parts, "layer")),
         "trained, by head": (nested, lambda parts: chosen(nested, parts, "head")),
+        "trained, by head in a layer": (nested, lambda parts: within(nested, parts)),
     }
     result: dict[str, dict[str, float]] = {}
-    for parts in (6, 5, 4, 3, 2):
-        for name, (found, kept) in forms.items():
+    for parts in (6, 4, 2):
+        for name in only or forms:
+            found, kept = forms[name]
             value = kl(found, kept(parts))
             tell(name, str(parts), value)
             result.setdefault(name, {})[str(parts)] = value
@@ -159,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.head_bases", description=__doc__)
     parser.add_argument("model", choices=sorted(SUBJECTS))
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], help="forms to measure anew")
     arguments = parser.parse_args()
     subject = SUBJECTS[arguments.model]()
     program = plan_cache(open_model(subject.folder), Untouched())
@@ -168,9 +180,10 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {parts}/8 {name}: {kl:.4g}", flush=True)
 
     with torch.no_grad():
-        figures = measure(program, subject.windows[: arguments.windows], tell)
+        figures = measure(program, subject.windows[: arguments.windows], tell, arguments.only)
     out = RESULTS / f"head-bases-{arguments.model}.json"
-    out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    known = json.loads(out.read_text(encoding="utf-8")) if arguments.only else {}
+    out.write_text(json.dumps(known | figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -20,6 +21,8 @@ from blake3 import blake3
 import einfold
 from einfold.compiler.frontend.huggingface import find_model, load_reference
 from einfold.compiler.ir.file_hash import file_hash
+from einfold.compiler.ir.kv.layout import PARTS
+from einfold.compiler.ir.manifest import GRAPH
 from einfold.compiler.ir.peak_memory import peak_memory
 from einfold.errors import EinfoldError
 
@@ -186,9 +189,19 @@ def _text(found: list[bool]) -> str:
     return "".join(str(int(each)) for each in found)
 
 
+#: Of heads with fewer channels in the layout than the model has, the weights that tell how many it has.
+_NARROWED = re.compile(r"weight @cache\.(\d+)\.(key|value)_basis\.\w+ : f32\[\d+, (\d+), \d+\]")
+
+
 def full_token_bytes(model: einfold.Model) -> int:
-    """Bytes of one token in a cache that keeps everything in float32."""
-    return sum(4 * x.kv_heads * (x.key_size + x.value_size) for x in model.engine.layout.layers)
+    """Bytes of one token in a cache that keeps everything of the model's heads in float32."""
+    graph = model.artifact.file(GRAPH).read_text(encoding="utf-8")
+    whole = {(int(n), part): int(size) for n, part, size in _NARROWED.findall(graph)}
+    return sum(
+        4 * layer.kv_heads * whole.get((layer.layer, part), layer.size(part))
+        for layer in model.engine.layout.layers
+        for part in PARTS
+    )
 
 
 def _rows(model: einfold.Model, tokens: list[int], prompt: int) -> Iterator[Floats]:

@@ -132,6 +132,7 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
         "cross_layer": [real["--share cross_layer"]],
         "minicache": [real["--share minicache"]],
         "cskv": [real["--share cskv"]],
+        "matryoshka_kv": [real["--share matryoshka_kv"]],
         "quest": [real["--read quest"]],
         "shadowkv": [real["--read shadowkv"]],
     }

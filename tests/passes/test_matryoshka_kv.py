@@ -250,7 +250,7 @@ def test_what_makes_no_sense_is_refused() -> None:
             Recipe.build({"cache": {"share": {"method": "matryoshka_kv", **options}}})
 
 
-OPTIONS = "matryoshka_kv:steps=4,read=64"
+OPTIONS = "matryoshka_kv:keep=0.5,steps=4,read=64"
 
 
 def compiled(folder: Path, out: Path, share: Any = OPTIONS, **more: Any) -> dict[str, Tensor]:
@@ -289,7 +289,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(
         compiled(folder, tmp_path / "broken")
     assert same(compiled(folder, tmp_path / "resumed"), whole)
     assert seen == [site_of(0), site_of(1), site_of(1)]
-    fewer = compiled(folder, tmp_path / "fewer", f"{OPTIONS},keep=0.25")
+    fewer = compiled(folder, tmp_path / "fewer", "matryoshka_kv:keep=0.25,steps=4,read=64")
     assert len(seen) == 3
     for name, x in fewer.items():
         if ".key_basis." in name:
@@ -301,10 +301,11 @@ def test_bases_are_taken_from_an_artifact_of_this_model_alone(
 ) -> None:
     folder, first = model_folder("llama"), tmp_path / "first"
     whole = compiled(folder, first)
-    taken = f"matryoshka_kv:bases={first}"
+    taken = f"matryoshka_kv:keep=0.5,bases={first}"
     assert same(compiled(folder, tmp_path / "second", taken), whole)
     assert same(compiled(folder, tmp_path / "third", taken, weights="int8"), whole)
-    fewer = compiled(folder, tmp_path / "fewer", f"{taken},keep=0.25")
+    less = f"matryoshka_kv:keep=0.25,bases={first}"
+    fewer = compiled(folder, tmp_path / "fewer", less)
     assert all(torch.equal(x, whole[name][..., :4]) for name, x in fewer.items() if "key_b" in name)
 
     def refused(why: str, share: str = taken, folder: Path = folder) -> None:
@@ -312,7 +313,10 @@ def test_bases_are_taken_from_an_artifact_of_this_model_alone(
             compiled(folder, tmp_path / "refused", share)
 
     refused("were trained for another model .*: leave out bases", folder=model_folder("qwen2"))
-    refused("have 8 directions of the keys of layer 0, fewer than the 12", f"{taken},keep=0.75")
+    refused(
+        "have 8 directions of the keys of layer 0, fewer than the 12",
+        f"matryoshka_kv:bases={first}",
+    )
     compiled(folder, tmp_path / "plain", None)
     refused("cannot be taken, for it has none", f"matryoshka_kv:bases={tmp_path / 'plain'}")
     refused("cannot be read", f"matryoshka_kv:bases={tmp_path / 'nowhere'}")
@@ -349,7 +353,13 @@ def test_models_run_with_it(
     """The target agrees with the reference, which is checked while it is compiled; in steps as at once; and
     the cache has the bytes of the account."""
     values = 8 if cache else 12  # codes want one size of keys and values
-    share = {"method": "matryoshka_kv", "steps": 2, "read": 64, "value_keep": values / 16}
+    share = {
+        "method": "matryoshka_kv",
+        "keep": 0.5,
+        "steps": 2,
+        "read": 64,
+        "value_keep": values / 16,
+    }
     recipe = {"target": target, "cache": {"share": share, **cache}, "calibration": {"tokens": 256}}
     einfold.compile(model_folder(name), tmp_path / "out", recipe=recipe)
     model = einfold.load(tmp_path / "out", threads=1, chunk=16)

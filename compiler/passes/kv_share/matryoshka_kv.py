@@ -39,12 +39,22 @@ class MatryoshkaKV(Pass):
     other methods prune, pack and read are these.
 
     Shares are rounded to eighths of a head's size; `key_keep` and `value_keep` where they differ from `keep`.
-    `steps` of training in each layer, on `read` tokens of the calibration text; with 0 the directions are
-    principal ones. `bases` is an artifact of this model whose bases are taken: those of a larger rank serve
-    for a smaller one. Every token is kept so, the newest and the prompt's too.
+    `steps` of training in each layer, on `read` tokens of the calibration text, which the model writes where
+    none is given; with 0 the directions are principal ones. `bases` is an artifact of this model whose bases
+    are taken: those of a larger rank serve for a smaller one.
+
+    Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.12 and 0.00 by the defaults, at
+    a KL of 0.40 and 75 % of the bytes, against 0.70 and 0.65 of the whole cache. Principal directions without
+    training have a KL of 1.47, `cskv` of half of the channels has 0.057, and slots of int8, a quarter of the
+    bytes, 0.0028: heads this few and narrow have no channels to spare behind their rotary embedding.
+
+    Differs from the paper: each layer's bases are trained against what that layer gives, on 4,096 tokens,
+    without a gradient through the model, where the paper distils the whole model; one number of directions
+    for all keys and one for all values, where the paper searches one for each head; and what attention gives
+    is turned back behind it, not in the weight that reads it.
     """
 
-    keep: float = 0.5
+    keep: float = 0.75
     key_keep: float | None = None
     value_keep: float | None = None
     steps: int = 150

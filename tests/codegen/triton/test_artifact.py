@@ -65,6 +65,7 @@ WAITING = {"residual": 8, "slack": 4}
 KIVI = {"method": "kivi", "group": 8} | WAITING
 CSKV = {"method": "cskv", "keep": 0.6, "recent": 5, "slack": 3}
 LOCRET = {"method": "locret", "tokens": 9, "recent": 4, "slack": 3, "read": 64, "steps": 2}
+MATRYOSHKA = {"method": "matryoshka_kv", "value_keep": 0.75, "read": 64, "steps": 2}
 CROSS = {"method": "cross_layer", "layers": 1, "threshold": -1}
 #: Chooses behind 20 tokens, so that a prompt of so many means the same where prompts read everything.
 QUEST = {"method": "quest", "page": 4, "share": 0.25, "tokens": 20, "skip_layers": 0}
@@ -206,6 +207,8 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
             {"share": CSKV | {"sinks": 1, "prefill": "streaming", "dtype": "f16"}},
         ),
         rarely("gpt2", {"share": CSKV}),
+        ("gpt_oss", {"share": MATRYOSHKA}),
+        rarely("llama", {"storage": "f16", "share": MATRYOSHKA}),
         rarely("llama", {"read": QUEST}),
         rarely("llama", {"storage": "int8", "read": LANDMARKS}),
         ("llama", {"storage": "int8", "read": QUEST | {"skip_layers": 1, "alike": 8}}),
