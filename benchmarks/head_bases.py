@@ -66,6 +66,14 @@ def uniform(found: Found, parts: int) -> Kept:
     return {number: torch.full((2, len(each["key"])), parts) for number, each in found.items()}
 
 
+def alone(found: Found, parts: int, which: int) -> Kept:
+    """Of keys (0) or values (1) so many, and the others whole."""
+    kept = uniform(found, PARTS)
+    for each in kept.values():
+        each[which] = parts
+    return kept
+
+
 def chosen(found: Found, parts: int, by: str) -> Kept:
     """As many in all, given to heads ("head") or to keys and values of layers ("layer") by what they lose: an
     eighth after the other leaves where what the layer's output lacks grows least."""
@@ -154,6 +162,8 @@ def measure(
         "trained for half alone": (half, lambda parts: uniform(half, parts)),
         "trained, by layer": (nested, lambda parts: chosen(nested, parts, "layer")),
         "trained, by head": (nested, lambda parts: chosen(nested, parts, "head")),
+        "trained, keys alone": (nested, lambda parts: alone(nested, parts, 0)),
+        "trained, values alone": (nested, lambda parts: alone(nested, parts, 1)),
         "trained, by head in a layer": (nested, lambda parts: within(nested, parts)),
     }
     result: dict[str, dict[str, float]] = {}

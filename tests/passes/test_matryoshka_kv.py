@@ -336,7 +336,7 @@ def test_bases_are_taken_from_an_artifact_of_this_model_alone(
     [
         ("llama", {}, "onnx"),
         ("llama", {"storage": "int8"}, "onnx"),
-        ("llama", {"prune": "h2o:tokens=24,slack=4"}, "onnx"),
+        ("llama", {"storage": "int8", "prune": "h2o:tokens=24,slack=4"}, "onnx"),
         ("qwen3", {"quant": "kivi:group=8,residual=8,slack=4"}, "reference"),
         ("gpt2", {}, "onnx"),
         ("gpt_oss", {}, "onnx"),
