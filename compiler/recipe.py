@@ -229,10 +229,11 @@ class CalibrationSection(_Section):
     """The text that methods measure a model on before they decide."""
 
     text: Path | None = None
-    """A UTF-8 file. Where it is not given, solvers of weights read what the model writes itself, all else a
-    short built-in text."""
+    """A UTF-8 file. Where it is not given, solvers of weights and `matryoshka_kv` read what the model writes
+    itself, all else a short built-in text."""
     tokens: int | None = Field(default=None, ge=256)
-    """About so many. Where it is not given 2,048, and 16,384 where weights are solved."""
+    """About so many. Where it is not given 2,048, 4,096 for `matryoshka_kv`, and 16,384 where weights are
+    solved."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the text that the model writes itself: another one, another text."""
 

@@ -38,12 +38,13 @@ def name_of(layer: int, what: str, mark: str) -> str:
 def project(program: Program, node: fx.Node, bases: Bases, mark: str) -> None:
     """Has an attention run over as many directions as its bases have."""
     editor, given = Editor(program), call_arguments(node)
-    layer, parts = int(given["layer"]), (bases["key"], bases["value"], bases["mean"])
+    layer, kind = int(given["layer"]), given["q_BSHD"].meta["val"].dtype
+    basis_KDR, basis_KER, mean_KE = (bases[part].to(kind) for part in _NAMES)
     heads, kv_heads = (int(given[name].meta["val"].shape[2]) for name in ("q_BSHD", "k_BSKD"))
-    key, value, mean = (Weight.of(each.contiguous()) for each in parts)
+    key, value, mean = (Weight.of(x.contiguous()) for x in (basis_KDR, basis_KER, mean_KE))
     query, output, added = (
-        Weight.of(each.repeat_interleave(heads // kv_heads, 0).contiguous())
-        for each in (bases["key"], bases["value"].mT, bases["mean"])
+        Weight.of(x.repeat_interleave(heads // kv_heads, 0).contiguous())
+        for x in (basis_KDR, basis_KER.mT, mean_KE)
     )
 
     def read(what: str, weight: Weight) -> fx.Node:

@@ -33,10 +33,10 @@ class MatryoshkaKV(Pass):
     """Keeps `keep` of the channels of each head, in bases that were trained (Lin et al. 2024, section 4).
 
     Before: `%o = attention(%q, %k, %v, ..)` over heads of D channels
-    After:  `%o = attention(%q U, %k U, %v V, ..) V' + m - m V V'` over heads of fewer, and the weights
-    `cache.LAYER.key_basis.MARK` [KV heads, D, rank], `.value_basis`, `.query_basis`, `.output_basis` and
-    `.output_mean`. The mark is a hash of the model's weights. In the layout heads have so many channels: what
-    other methods prune, pack and read are these.
+    After:  `%o = attention(%q U, %k U, (%v - m) V, ..) V' + m` over heads of fewer (`head_bases.py`), and the
+    weights `cache.LAYER.key_basis.MARK` [KV heads, D, rank], `.value_basis` and `.value_mean`, and the same
+    for all query heads, `.query_basis`, `.output_basis` and `.output_mean`. The mark is a hash of the model's
+    weights. In the layout heads have so many channels: these are what other methods prune, pack and read.
 
     Shares are rounded to eighths of a head's size; `key_keep` and `value_keep` where they differ from `keep`.
     `steps` of training in each layer, on `read` tokens of the calibration text, which the model writes where
