@@ -119,6 +119,9 @@ class PageAttention:
         asked = self.statistic.asked(query_BKGD)
         if self.key_scale_KD is None:
             return _Asked(builder, asked), _Asked(builder, query_BKGD)
+        if asked is query_BKGD:  # what is multiplied with both
+            both = _Asked(builder, *query_columns(builder, asked, self.heads // self.kv_heads))
+            return both, both
         # All in one pair of planes, so that there are half as many operators.
         together = builder.op("Concat", asked, query_BKGD, axis=3)
         columns, join = query_columns(builder, together, self.heads // self.kv_heads)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from ...ir.kv.read.pages.paged import Paged
 from ...ir.kv.read.quest.reader import Quest
+from ...ir.kv.read.shadowkv.numbers import FARTHEST, TINY
 from ...ir.kv.read.shadowkv.reader import ShadowKV
-from ...ir.kv.read.shadowkv.statistic import FARTHEST, TINY
 from .builder import Builder
 
 
@@ -32,6 +32,14 @@ class PageStatistic(ABC):
 
     @abstractmethod
     def asked(self, query_BKGD: ir.Value) -> ir.Value: ...
+
+    def in_type_of_keys(self, found: ir.Value) -> ir.Value:
+        """A statistic in float32 as it is stored, rounded where keys are codes."""
+        if not self.codes:
+            return found
+        builder = self.builder
+        rounded = builder.op("Floor", builder.op("Add", found, builder.floats(0.5)))
+        return builder.op("Cast", rounded, to=int(ir.DataType.INT8))
 
 
 class Bounds(PageStatistic):
@@ -58,6 +66,24 @@ class Bounds(PageStatistic):
         return builder.op("Concat", *parts, axis=3)
 
 
+class Between(PageStatistic):
+    """One number between the largest and the smallest."""
+
+    reader: Quest
+
+    def of_pages(self, keys_BKPND: ir.Value) -> ir.Value:
+        builder, parts = self.builder, []
+        shares = {"ReduceMax": self.reader.linear, "ReduceMin": 1 - self.reader.linear}
+        for kind, share in shares.items():
+            found = builder.op(kind, keys_BKPND, builder.ints(3), keepdims=0)
+            found = builder.op("Cast", found, to=int(ir.DataType.FLOAT))
+            parts.append(builder.op("Mul", found, builder.floats(share)))
+        return self.in_type_of_keys(builder.op("Add", *parts))
+
+    def asked(self, query_BKGD: ir.Value) -> ir.Value:
+        return query_BKGD
+
+
 class Landmarks(PageStatistic):
     """The mean, then how far its keys are apart."""
 
@@ -75,11 +101,7 @@ class Landmarks(PageStatistic):
         apart = builder.op("Sub", builder.floats(1.0), builder.op("Div", alike, length))
         apart = builder.op("Mul", apart, builder.floats(FARTHEST))
         apart = builder.op("Unsqueeze", apart, builder.ints(3))
-        found = builder.op("Concat", mean_BKPD, apart, axis=3)
-        if not self.codes:
-            return found
-        rounded = builder.op("Floor", builder.op("Add", found, builder.floats(0.5)))
-        return builder.op("Cast", rounded, to=int(ir.DataType.INT8))
+        return self.in_type_of_keys(builder.op("Concat", mean_BKPD, apart, axis=3))
 
     def asked(self, query_BKGD: ir.Value) -> ir.Value:
         return self.builder.op("Pad", query_BKGD, self.builder.ints(0, 0, 0, 0, 0, 0, 0, 1))
@@ -90,4 +112,5 @@ _OF: dict[type[Paged], type[PageStatistic]] = {Quest: Bounds, ShadowKV: Landmark
 
 def page_statistic(builder: Builder, reader: Paged, codes: bool) -> PageStatistic:
     """That of a reader."""
-    return _OF[type(reader)](builder, reader, codes)
+    kind = Between if isinstance(reader, Quest) and reader.linear else _OF[type(reader)]
+    return kind(builder, reader, codes)

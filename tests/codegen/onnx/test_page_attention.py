@@ -28,6 +28,7 @@ from .test_integer_attention import reference, run, session
 
 READ = Quest(4, 0.25, 12)
 LANDMARKS = ShadowKV(4, 0.25, 12, outliers=3)
+BETWEEN = Quest(4, 0.25, 12, linear=0.6)
 
 BODY = """
     weight @cos : f32[99, 8]
@@ -132,6 +133,8 @@ def inputs(found: Program, slots: int, lengths: list[int], new: int, seed: int =
         {"read": Quest(4, 1.0, 0)},
         {"read": LANDMARKS},
         {"read": LANDMARKS, "int8": True},
+        {"read": BETWEEN},
+        {"read": BETWEEN, "int8": True, "sinks": True},
         {"read": ShadowKV(4, 0.25, 12, outliers=0)},
         {"read": ShadowKV(4, 0.4, 12, outliers=5), "sinks": True},  # outliers score well too
     ],
@@ -196,7 +199,7 @@ def test_small_probabilities_of_an_int8_cache_count_beside_a_large_one(tmp_path:
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["f32", "int8"])
-@pytest.mark.parametrize("read", [READ, LANDMARKS], ids=lambda read: read.name)
+@pytest.mark.parametrize("read", [READ, LANDMARKS, BETWEEN], ids=["quest", "shadowkv", "linear"])
 def test_statistics_are_those_of_the_reference_whatever_the_step(
     read: Paged, int8: bool, tmp_path: Path
 ) -> None:
@@ -226,11 +229,11 @@ def test_a_step_of_several_tokens_reads_everything(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["quest", "shadowkv:outliers=3"])
+@pytest.mark.parametrize("method", ["quest", "quest:linear=0.6", "shadowkv:outliers=3"])
 def test_models_decode_as_the_reference_does(method: str, tmp_path: Path) -> None:
     """Token by token, over pages whose choice begins behind 12 or 24 tokens."""
     folder = models.save("llama", tmp_path / "model")
-    table = f"{method}{':,'['outliers' in method]}page=4,share=0.25,tokens=12,skip_layers=0"
+    table = f"{method}{',' if ':' in method else ':'}page=4,share=0.25,tokens=12,skip_layers=0"
     recipe = {"target": "onnx", "cache": {"read": table}}
     einfold.compile(folder, tmp_path / "a", recipe=recipe)  # 16 tokens are checked
     engines = []

@@ -15,13 +15,14 @@ from einfold.compiler.codegen.triton.attention.choosing import ChoosingKernel
 from einfold.compiler.codegen.triton.attention.choosing_cubins import CHOICES, signature_of
 from einfold.compiler.codegen.triton.attention.choosing_cubins import variants as choices_of
 from einfold.compiler.codegen.triton.attention.choosing_kinds import ChoosingKind, choosing_kind
-from einfold.compiler.codegen.triton.attention.choosing_source import choosing_source
+from einfold.compiler.codegen.triton.attention.choosing_source import STRIDES, choosing_source
 from einfold.compiler.codegen.triton.attention.cubins import variants
 from einfold.compiler.codegen.triton.attention.kernels import attention_kernel, kinds_at
 from einfold.compiler.codegen.triton.attention.kinds import AttentionKind
 from einfold.compiler.codegen.triton.limits import exceeded, limits_of
 from einfold.compiler.codegen.triton.options import DEVICES
 from einfold.compiler.codegen.triton.shipped import triton_version
+from einfold.compiler.ir.kv.read.pages.paged import Paged
 from einfold.compiler.ir.kv.read.quest.reader import Quest
 from einfold.compiler.ir.kv.read.shadowkv.reader import ShadowKV
 from einfold.compiler.ir.ops import einfold_ops
@@ -33,6 +34,7 @@ from .conftest import Ask, needs_triton
 
 PLAIN = AttentionKind(1, 2, 16, 16, 0.25, 0, 0.0, False, "fp32", "fp32", False)
 LANDMARKS = ShadowKV(4, 0.25, 12, outliers=3)
+BETWEEN = Quest(4, 0.25, 12, linear=0.6)
 FEW = {"slots": 64, "new": 1, "parts": 1, "read": Quest(4, 0.25, 12).text}
 
 #: A kind, and what is asked of it beside `FEW`.
@@ -64,6 +66,11 @@ CASES: dict[str, tuple[AttentionKind, dict[str, Any]]] = {
     "landmarks of float16, all apart": (
         replace(PLAIN, cache="fp16"),
         {"used": [150], "slots": 160, "read": ShadowKV(2, 0.0, 6, outliers=20).text},
+    ),
+    "between": (PLAIN, {"used": [0, 11, 62], "parts": 3, "read": BETWEEN.text}),
+    "between codes": (
+        replace(PLAIN, kv_heads=2, group=3, key_size=24, value_size=8, cache="i8", scaled=True),
+        {"used": [47, 63, 30], "read": BETWEEN.text},
     ),
     "landmarks alone": (
         PLAIN,
@@ -132,14 +139,17 @@ def test_choices_compile_for_other_gpus(capability: int) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("cache", ["i8", "fp32"])
-def test_choices_by_landmarks_compile(cache: str) -> None:
-    """Every function, on strides that are no multiples of 16 where those of keys are."""
-    kind = replace(KIND, bounds=cache, scaled=cache == "i8", reader=ShadowKV().text)
+@pytest.mark.parametrize("reader", [ShadowKV(), Quest(linear=0.6)], ids=["landmarks", "between"])
+def test_choices_by_other_statistics_compile(cache: str, reader: Paged) -> None:
+    """Every function; landmarks on strides that are no multiples of 16 where those of keys are."""
+    kind = replace(KIND, bounds=cache, scaled=cache == "i8", reader=reader.text)
     made = ChoosingKernel(kind, "choosing", (0,), choosing_source(kind))
+    odd = bool(kind.numbers % 16)
     for variant in choices_of(made):
         _, _, attributes = signature_of(made, variant)
         aligned = {made.arguments(variant.function)[at] for (at,) in attributes}
-        assert "bounds" in aligned and not aligned & {"bounds_b", "bounds_k", "bounds_p"}
+        assert odd or variant.function == "order" or "bounds_p" in aligned
+        assert not odd or ("bounds" in aligned and not aligned & set(STRIDES))
         assert variant.function != "refresh" or "keys_c" in aligned
         assert CHOICES.compiled(made, variant, 90).spills == 0
 

@@ -7,12 +7,12 @@ are not `live`, and `stored` at `to`. Of `upper`: `loaded`, of pages from `start
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ....ir.kv.read.pages.paged import Paged
 from ....ir.kv.read.quest.reader import Quest
+from ....ir.kv.read.shadowkv.numbers import FARTHEST, TINY
 from ....ir.kv.read.shadowkv.reader import ShadowKV
-from ....ir.kv.read.shadowkv.statistic import FARTHEST, TINY
 from .choosing_kinds import ChoosingKind
 
 
@@ -28,10 +28,10 @@ class StatisticText:
 
 
 def _bounds(kind: ChoosingKind, reader: Paged) -> StatisticText:
-    """The largest numbers, then the smallest."""
+    """The largest numbers, then the smallest; or what is between them."""
     assert isinstance(reader, Quest)
     size, lanes = kind.key_size, kind.lanes
-    return StatisticText(
+    text = StatisticText(
         begun=f"""
 largest = tl.full([{lanes}], float("-inf"), tl.float32)
 smallest = tl.full([{lanes}], float("inf"), tl.float32)
@@ -54,12 +54,36 @@ away = tl.abs(q * {reader.spread / 2!r})
 found = tl.sum((half + away)[None, :] * largest + (half - away)[None, :] * smallest, 1)
 """,
     )
+    return _between(kind, reader, text) if reader.linear else text
+
+
+def _between(kind: ChoosingKind, reader: Quest, bounds: StatisticText) -> StatisticText:
+    """One number between the largest and the smallest."""
+    share, rest = reader.linear, 1 - reader.linear
+    return replace(
+        bounds,
+        stored=f"""
+between = largest * {share!r} + smallest * {rest!r}
+tl.store(to, {_whole(kind).format("between")}.to(bounds.dtype.element_ty), mask=live)
+""",
+        loaded="""
+between = tl.load(start, mask=there, other=0).to(tl.float32)
+""",
+        found="""
+found = tl.sum(q[None, :] * between, 1)
+""",
+    )
+
+
+def _whole(kind: ChoosingKind) -> str:
+    """How a statistic is stored: rounded where keys are codes."""
+    return "tl.floor({} + 0.5)" if kind.bounds == "i8" else "{}"
 
 
 def _landmarks(kind: ChoosingKind, reader: Paged) -> StatisticText:
     """The mean, then how far its keys are apart."""
     assert isinstance(reader, ShadowKV)
-    size, whole = kind.key_size, "tl.floor({} + 0.5)" if kind.bounds == "i8" else "{}"
+    size, whole = kind.key_size, _whole(kind)
     return StatisticText(
         begun=f"""
 total = tl.zeros([{kind.lanes}], tl.float32)

@@ -47,6 +47,11 @@ class Reader(Options):
         """Numbers of a page's statistic, E, of keys of so many, in the type of the slots."""
         return 0
 
+    def numbers_of(self, keys_KPND: Any) -> Any:
+        """The statistic of whole pages of keys in NumPy, [K, P, E] in their type, as `choosing` finds it in
+        torch: the runtime has tokens change their slots between steps (`runtime/pages.py`)."""
+        raise NotImplementedError
+
     @property
     def reorders(self) -> bool:
         """Whether tokens change their slots among themselves, once, so that pages hold like keys."""

@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ......errors import IRError
 from ....options import option
 from ..reader import Reader
@@ -103,3 +105,9 @@ class Paged(Reader):
         and `statistic.asked(q_BKGSD)` what of a query it is multiplied with [B, K, G, S, E].
         """
         raise NotImplementedError
+
+
+def in_type_of(keys_KPND: Any, found: Any) -> Any:
+    """A statistic in the type of the keys, in NumPy; rounded where these are codes."""
+    whole = np.floor(found + np.float32(0.5)) if keys_KPND.dtype.kind == "i" else found
+    return whole.astype(keys_KPND.dtype)

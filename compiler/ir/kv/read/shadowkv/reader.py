@@ -8,6 +8,7 @@ from typing import Any
 from ......errors import IRError
 from ..pages.paged import Paged
 from ..reader import READERS
+from .numbers import numbers_of
 
 #: Outliers of a head at most: they are read in every step.
 _MOST_OUTLIERS = 4096
@@ -70,6 +71,9 @@ class ShadowKV(Paged):
 
     def bound_numbers(self, key_size: int) -> int:
         return key_size + 1
+
+    def numbers_of(self, keys_KPND: Any) -> Any:
+        return numbers_of(keys_KPND)
 
     def says(self) -> str:
         return super().says() + (f" and {self.outliers} outliers" if self.outliers else "")

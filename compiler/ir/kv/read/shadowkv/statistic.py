@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: What keys that are not alike at all have: of int8 the largest.
-FARTHEST = 127.0
-#: What a length is at least by which is divided.
-TINY = 1e-30
+from .numbers import FARTHEST, TINY
 
 
 class Landmarks:
