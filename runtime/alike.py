@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..compiler.ir.kv.attention_sums import host, like
-from ..compiler.ir.kv.layout import BOUNDS, PARTS, LayerCache, cache_name
+from ..compiler.ir.kv.attention_sums import host
+from ..compiler.ir.kv.layout import PARTS, LayerCache, cache_name
 from .buffers import CacheBuffers, Counts
+from .pages import find_pages
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -54,12 +55,9 @@ def _regroup(cache: CacheBuffers, layer: LayerCache, index: int, row: int, chunk
     starts = chunks.step * np.arange(len(chunks))[:, None]
     order_KN = (order.reshape(heads, len(chunks), -1) + starts).reshape(heads, -1)
     at = (np.arange(heads)[:, None], order_KN)
-    pages_KPND = keys_KND[at].reshape(heads, -1, page, size)
-    bounds = np.concatenate((pages_KPND.max(2), pages_KPND.min(2)), -1)
     for part in slots.values():
         part[:] = part[at]
-    held = cache.buffers[f"{prefix}.{BOUNDS}"][row]
-    held[:, first // page : last // page] = like(bounds, held)
+    find_pages(cache, layer, index, row, first, last)
 
 
 def like_order(keys_BND: npt.NDArray[Any], page: int) -> Ints:

@@ -4,7 +4,7 @@ A group's slots hold, in order, the compensation token (with some policies), the
 since. When a step would not fit, the tokens between the sinks and the newest `recent` leave: they are
 dropped, added to the compensation token, or packed, as policy and storage say. Where tokens are kept by the
 attention they got, each head lets go of its own. Rows are moved one by one, so each row's window goes by its
-own length.
+own length. Where a reader goes by statistics of pages, these are found anew of a row whose tokens moved.
 
 Arrays may be NumPy's or torch's: only what both understand is asked of them.
 """
@@ -21,6 +21,7 @@ from ..compiler.ir.kv.layout import PARTS, HeadGroup, LayerCache, cache_name, pa
 from ..errors import EinfoldError
 from .buffers import CacheBuffers
 from .packing import pack
+from .pages import find_pages
 
 #: Tokens that are averaged at a time: a prompt of many leaves without a copy of all of it.
 _PIECE = 512
@@ -120,6 +121,7 @@ def _move(
         for part in moving:
             held[part][:, :stay] = held[part][heads, staying_KN]
         _clear(group, held, stay)
+        find_pages(cache, layer, index, row, 0, stay)
         return
     first, last = group.lead, group.lead + leaving
     if group.policy.compensated:
@@ -130,6 +132,7 @@ def _move(
         slots_KN = held[part]
         slots_KN[:, first : used - leaving] = slots_KN[:, last:used] + 0  # a copy: they overlap
     _clear(group, held, used - leaving)
+    find_pages(cache, layer, index, row, 0, used - leaving)
 
 
 def _clear(group: HeadGroup, held: Mapping[str, Any], used: int) -> None:

@@ -92,6 +92,21 @@ def test_the_bound_is_above_every_product() -> None:
     assert (products <= bound[:, None] + 1e-5).all()
 
 
+def test_one_number_of_a_channel_lies_between_the_largest_and_the_smallest() -> None:
+    """At 1 it is the largest; in between, a page's score is one product."""
+    keys, query = normal(1, 2, 64, 8), normal(1, 2, 3, 5, 8, seed=1)
+    pages = keys.unflatten(2, (-1, 16))
+    largest, smallest = Quest(16).statistic.of_pages(pages).chunk(2, -1)
+    assert torch.equal(Quest(16, linear=1.0).statistic.of_pages(pages), largest)
+    linear = Quest(16, linear=0.6).statistic
+    assert torch.allclose(linear.of_pages(pages), 0.6 * largest + 0.4 * smallest)
+    assert linear.asked(query) is query
+    codes = (40 * pages).to(torch.int8)
+    wanted = 0.6 * codes.amax(3).double() + 0.4 * codes.amin(3).double()
+    assert (linear.of_pages(codes) - wanted).abs().max() <= 0.5
+    assert [Quest(linear=each).bound_numbers(8) for each in (0.0, 0.6)] == [16, 8]
+
+
 def call(read: str, bounds: Tensor | None, lengths: list[int], new: int, scaled: bool) -> Any:
     batch = len(lengths)
     scale = 0.02 + 0.01 * torch.rand(2, 8, generator=torch.Generator().manual_seed(3))
@@ -194,6 +209,11 @@ def test_a_cache_for_transformers_grows_and_its_bounds_do_too() -> None:
         ({"share": 0.0, "tokens": 0}, "give a share of the tokens or a number"),
         ({"spread": 2.0}, "spread goes from the middle of a page's numbers to their edge"),
         ({"skip_layers": -1}, "skip_layers is 0 or more, not -1"),
+        (
+            {"linear": 1.2},
+            "linear is a part of a page's largest numbers, 0 to 1, where 0 scores by",
+        ),
+        ({"linear": float("nan")}, "linear is a part"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
@@ -203,17 +223,11 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
         Recipe.build({"cache": {"read": {"method": "quest", **options}}})
 
 
-def test_slots_that_move_have_no_bounds() -> None:
-    with pytest.raises(
-        IRError, match="keeps statistics of pages of slots, so tokens must stay in theirs"
-    ):
-        common.layout_of(Window(2, 5, 4), reader=Quest())
-    lines = list(common.layout_of(Full(), reader=Quest()).lines())
-    moving = [
-        line.replace("policy=full", "policy=window(sinks=2,recent=5,slack=4)") for line in lines
-    ]
-    with pytest.raises(IRError, match="cannot read the cache line"):
-        CacheLayout.parse(moving)
+def test_slots_of_another_layer_have_no_bounds() -> None:
+    first, second = common.layout_of(Full()).layers
+    (group,) = second.groups
+    with pytest.raises(IRError, match="keeps statistics of pages of slots, so these must be of"):
+        replace(group, reader=Quest(), owner=first.layer)
     with pytest.raises(IRError):
         parse_reader("quest(page=8,share=x,tokens=0,spread=1.0)")
 
@@ -249,7 +263,7 @@ def test_layers_behind_the_first_get_the_reader_and_its_bounds() -> None:
             "heads 0,1 read 0.25 of the tokens or 12 tokens, or what is more, in pages of 4",
         ),
     ]
-    text = "read=quest(page=4,share=0.25,tokens=12,spread=0.5,alike=0)"
+    text = "read=quest(page=4,share=0.25,tokens=12,spread=0.5,alike=0,linear=0.0)"
     assert [text in line for line in found.layout.lines()] == [False, True]
     AttachCache().run(found)
     verify(found, deep=True)
@@ -267,14 +281,14 @@ def test_layers_behind_the_first_get_the_reader_and_its_bounds() -> None:
 @pytest.mark.parametrize(
     ("group", "reason"),
     [
-        ({"policy": Window(2, 5, 4)}, "heads 0,1 let go of tokens, so that slots move"),
+        ({"policy": Window(2, 5, 4)}, "heads 0,1 keep 11 tokens, and a query reads as many"),
         ({"storage": Kivi()}, "heads 0,1 are stored as kivi, which is read whole"),
         (
             {"owner": 0},
             "heads 0,1 read the cache of layer 0, and statistics of pages are kept with",
         ),
     ],
-    ids=["moving", "packed", "another's"],
+    ids=["few", "packed", "another's"],
 )
 def test_what_is_left_alone_says_so(group: dict[str, Any], reason: str) -> None:
     _, notes = read(Quest(4, 0.25, 12, skip_layers=0), 9, **group)

@@ -89,10 +89,15 @@ class HeadGroup:
                 f"heads {self.heads}: {self.reader.name} keeps statistics of pages as numbers are stored, "
                 f"one an element, and {self.storage.text} has two in a byte; take i8/channel"
             )
-        if self.reader.bounded and (self.moves or self.owner is not None):
+        if self.reader.bounded and (self.policy.compensated or self.owner is not None):
             raise IRError(
-                f"heads {self.heads}: {self.reader.name} keeps statistics of pages of slots, so tokens must "
-                "stay in theirs, and be of the layer itself"
+                f"heads {self.heads}: {self.reader.name} keeps statistics of pages of slots, so these must "
+                "be of the layer itself, each for one token"
+            )
+        if self.reader.reorders and self.moves:
+            raise IRError(
+                f"heads {self.heads}: {self.reader.name} puts tokens into an order of its own once, so they "
+                "must stay in their slots"
             )
         if self.packed and not self.policy.whole:
             raise IRError(
@@ -149,13 +154,14 @@ class HeadGroup:
     def slots(self, capacity: Size, prompt: Size | None = None) -> Size:
         """Slots a row and head: once the prompt has been read, or while `prompt` tokens are."""
         if prompt is not None and self.exact:
-            return prompt + int(self.policy.compensated)
-        kept = self.policy.slots(capacity)
+            kept = prompt + int(self.policy.compensated)
+        else:
+            kept = self.policy.slots(capacity)
+            if self.packed:
+                kept = least(kept, self.lead + self.newest + self.storage.waiting)
         if self.reader.bounded:
             return divided_up(kept, self.reader.bounded) * self.reader.bounded  # whole pages
-        if not self.packed:
-            return kept
-        return least(kept, self.lead + self.newest + self.storage.waiting)
+        return kept
 
     def describe(self) -> str:
         """`window(sinks=4,..) f32`, in one word each."""
@@ -206,7 +212,7 @@ class LayerCache:
             slot = (batch, shape.heads, slots, width)
             yield Buffer(f"{prefix}.{part}", slot, group.storage.slot_dtype)
         if group.reader.bounded:
-            pages = pages_of(group.reader.bounded, capacity)
+            pages = pages_of(group.reader.bounded, slots)
             numbers = group.reader.bound_numbers(shape.key_size)
             bounds = (batch, shape.heads, pages, numbers)
             yield Buffer(f"{prefix}.{BOUNDS}", bounds, group.storage.slot_dtype)
@@ -321,23 +327,24 @@ class CacheLayout:
         """The counters of used slots, by name, each with a group that goes by it.
 
         Groups with the same policy and storage move their tokens at the same time, so they share a
-        counter a row. Groups that keep every token in slots go by the count of tokens, `lengths`.
+        counter a row, where their slots come in pages of one size. Groups that keep every token in slots go
+        by the count of tokens, `lengths`.
         """
         return {clock: layer.groups[index] for clock, ((layer, index), *_) in self._moving.items()}
 
     def clock(self, group: HeadGroup) -> str:
         """The counter that a group goes by."""
-        return self._names[group.describe()] if group.moves else TOKENS
+        return self._names[_kind(group)] if group.moves else TOKENS
 
     def members(self, clock: str) -> list[tuple[LayerCache, int]]:
         """The groups with slots of their own that go by one of `clocks`, by layer and index."""
         return [(layer, i) for layer, i in self._moving[clock] if layer.groups[i].owner is None]
 
     @cached_property
-    def _names(self) -> dict[str, str]:
+    def _names(self) -> dict[tuple[str, int], str]:
         """The counter of each kind of group that moves its tokens."""
-        kinds = dict.fromkeys(g.describe() for _, _, g in self.groups() if g.moves)
-        return {described: f"slots.{number}" for number, described in enumerate(kinds)}
+        kinds = dict.fromkeys(_kind(g) for _, _, g in self.groups() if g.moves)
+        return {kind: f"slots.{number}" for number, kind in enumerate(kinds)}
 
     @cached_property
     def _moving(self) -> dict[str, list[tuple[LayerCache, int]]]:
@@ -355,7 +362,7 @@ class CacheLayout:
     def slot_dims(self, capacity: int, prompt: int | None = None) -> dict[str, int]:
         """The graph's named sizes of slots: C where every token stays there, C0, C1 .. by counter; of
         granules of packed tokens, G0, G1 ..; of bounded pages, P16 for those of 16 slots, and of the slots
-        of as many, CP16.
+        of as many, CP16; and of those of slots that go by a counter, C0P16.
 
         With `prompt`, while a prompt of so many tokens is read; else once it has been.
         """
@@ -366,10 +373,14 @@ class CacheLayout:
             granules_dim(name): group.storage.granules(capacity)
             for name, group in self.packs().items()
         }
-        sizes = {group.reader.bounded for _, _, group in self.groups()} - {0}
-        pages = {pages_dim(size): int(pages_of(size, capacity)) for size in sizes}
-        in_pages = {paged_dim(size): (pages[pages_dim(size)] - 1) * size for size in sizes}
-        return {"C": capacity} | named | granules | pages | in_pages
+        pages: dict[str, int] = {}
+        for _, _, group in self.groups():
+            page, clock = group.reader.bounded, self.clock(group)
+            if page:
+                slots = group.slots(capacity, prompt)
+                pages[pages_dim(page, clock)] = int(pages_of(page, slots))
+                pages[paged_dim(page, clock)] = int(slots)
+        return {"C": capacity} | named | granules | pages
 
     def buffers(self, batch: Size, capacity: Size, prompt: Size | None = None) -> Iterator[Buffer]:
         """Every buffer of the cache, in the order of layers and groups.
@@ -476,6 +487,11 @@ class CacheLayout:
         )
 
 
+def _kind(group: HeadGroup) -> tuple[str, int]:
+    """What groups have in common that go by one counter of slots."""
+    return group.describe(), group.reader.bounded
+
+
 def _total(buffers: Iterable[Buffer]) -> Size:
     total: Any = 0
     for buffer in buffers:
@@ -514,14 +530,14 @@ def pages_of(page: int, tokens: Size) -> Size:
     return divided_up(tokens, page) + 1
 
 
-def pages_dim(page: int) -> str:
-    """The name that the number of pages of so many slots has in the graph's shapes."""
-    return f"P{page}"
+def pages_dim(page: int, clock: str) -> str:
+    """The name that the number of pages of so many slots has in the graph's shapes, by their counter."""
+    return f"P{page}" if clock == TOKENS else f"{slots_dim(clock)}P{page}"
 
 
-def paged_dim(page: int) -> str:
-    """The name that the number of slots in whole pages has in the graph's shapes."""
-    return f"CP{page}"
+def paged_dim(page: int, clock: str) -> str:
+    """The name that the number of slots in whole pages has in the graph's shapes, by their counter."""
+    return f"CP{page}" if clock == TOKENS else slots_dim(clock)
 
 
 def granules_dim(clock: str) -> str:

@@ -201,7 +201,8 @@ class Attachment:
                 part = spec.name.removeprefix(f"{prefix}.")
                 page = cache.groups[index].reader.bounded
                 if page:
-                    shape[2] = pages_dim(page) if part == BOUNDS else paged_dim(page)
+                    named = pages_dim if part == BOUNDS else paged_dim
+                    shape[2] = named(page, clock)
                 found[part] = self.editor.input(spec.name, shape, DTYPES[spec.dtype])
         return found
 

@@ -9,6 +9,9 @@ from ...ir.kv.read.reader import Reader
 from ...ir.program import Program, own_windows
 from ..base import GivenToHeads, PassResult
 
+#: Tokens of a context in which no policy that lets go of tokens keeps all.
+_MANY = 1 << 40
+
 
 @dataclass(frozen=True)
 class ReadByReader(GivenToHeads):
@@ -66,6 +69,9 @@ class ReadByReader(GivenToHeads):
             return "have a slot that stands for many tokens, which every query reads"
         if self.reader.bounded and group.owner is not None:
             return f"read the cache of layer {group.owner}, and statistics of pages are kept with one's own"
-        if self.reader.bounded and group.moves:
-            return "let go of tokens, so that slots move, and statistics of pages are of slots that stay"
+        if self.reader.reorders and group.moves:
+            return "let go of tokens, so that slots move, and pages of like keys are filled once, for good"
+        kept = int(group.slots(_MANY))
+        if group.moves and self.reader.reads(kept) >= kept:
+            return f"keep {kept} tokens, and a query reads as many"
         return ""

@@ -212,6 +212,13 @@ def test_a_layer_that_reads_anothers_slots_has_the_same_kernel(interpreter: Ask,
         rarely("llama", {"read": QUEST}),
         rarely("llama", {"storage": "int8", "read": LANDMARKS}),
         ("llama", {"storage": "int8", "read": QUEST | {"skip_layers": 1, "alike": 8}}),
+        (  # 18 tokens stay, and of 21 a query reads 20
+            "llama",
+            {
+                "prune": {"method": "snapkv", "tokens": 18, "observe": 4, "slack": 4},
+                "read": QUEST | {"linear": 0.6},
+            },
+        ),
     ],
 )
 def test_tokens_are_those_of_the_reference(
