@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..compiler.ir.kv.attention_sums import host
 from ..compiler.ir.kv.layout import PARTS, LayerCache, cache_name
 from .buffers import CacheBuffers, Counts
-from .pages import find_pages
+from .page_statistics import find_pages
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -21,7 +21,7 @@ from ..compiler.ir.kv.layout import PARTS, HeadGroup, LayerCache, cache_name, pa
 from ..errors import EinfoldError
 from .buffers import CacheBuffers
 from .packing import pack
-from .pages import find_pages
+from .page_statistics import find_pages
 
 #: Tokens that are averaged at a time: a prompt of many leaves without a copy of all of it.
 _PIECE = 512

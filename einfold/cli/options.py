@@ -91,7 +91,8 @@ RecipeFile = Annotated[
     typer.Option(
         "--recipe",
         help="TOML file that sets every knob, or the name of a recipe that comes with einfold "
-        "(int4, int4-128, int4-exact, streaming); options override it. `einfold recipe` lists all keys.",
+        "(int4, int4-128, int4-exact, mpcache, streaming); options override it. `einfold recipe` lists all "
+        "keys.",
         autocompletion=_recipes,
         show_default=False,
     ),

@@ -273,4 +273,4 @@ def test_the_recipe_has_both() -> None:
     recipe = Recipe.read(Path(einfold.__file__).parent / "recipes" / "mpcache.toml")
     assert recipe.cache.prune is not None and recipe.cache.read is not None
     assert (recipe.cache.prune["method"], recipe.cache.read["method"]) == ("snapkv", "quest")
-    assert recipe.cache.read["linear"] == 0.6
+    assert recipe.cache.read["linear"] == 0.5

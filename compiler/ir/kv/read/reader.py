@@ -49,7 +49,7 @@ class Reader(Options):
 
     def numbers_of(self, keys_KPND: Any) -> Any:
         """The statistic of whole pages of keys in NumPy, [K, P, E] in their type, as `choosing` finds it in
-        torch: the runtime has tokens change their slots between steps (`runtime/pages.py`)."""
+        torch: the runtime has tokens change their slots between steps (`runtime/page_statistics.py`)."""
         raise NotImplementedError
 
     @property

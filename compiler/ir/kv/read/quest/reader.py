@@ -36,8 +36,7 @@ class Quest(Paged):
     tokens at a time are put in such an order that a page has like keys (0: pages are as the text goes); the
     first `skip_layers` attention layers read everything, as in the paper. With `linear` = a above 0 a page
     has one number of each channel, a largest_d + (1 - a) smallest_d, and its score is their product with the
-    query (MPCache, Zeng et al. 2025, section 4.2, where a is 0.6): half as many numbers, and `spread` says
-    nothing.
+    query (MPCache, Zeng et al. 2025, whose code has 0.6): half as many numbers, and `spread` says nothing.
 
     Measured on SmolLM2-135M-Instruct, recall behind 1,000 and 4,000 tokens: 0.70 and 0.65 by the defaults, as
     with every token, at a KL of 0.0007; a step reads 78 % and 42 % of the bytes that it reads of all.
@@ -51,7 +50,8 @@ class Quest(Paged):
     everything: in onnxruntime it does. `alike` is not Quest's: clusters of keys are Squeezed Attention's
     (Hooper et al. 2024), but of one size and judged by bounds; `page=8,alike=256,spread=0.35` keeps half as
     many bounds, at a KL of 0.012 for 0.011 behind 4,000 tokens and 0.004 for 0.004 behind 7,000, and finds
-    one and three answers of forty fewer.
+    one and three answers of forty fewer. `linear` is MPCache's, whose two levels of clusters and whose choice
+    for two layers at once are not here: they cost more than they save.
     """
 
     spread: float = 0.5
