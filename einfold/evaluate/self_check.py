@@ -209,9 +209,10 @@ def _chooses_by_codes(layout: CacheLayout, tokens: int) -> bool:
 def _long_enough(layout: CacheLayout, model: ModelEntry) -> tuple[int, str]:
     """(tokens of a prompt behind which tokens have left, 0 where none is read; what to say of it)."""
     most = min(model.context - _STEPS, int(_WORK / model.parameters))
-    needed = {
-        group.describe(): int(group.slots(model.context)) + 1 for group in layout.clocks().values()
-    }
+    needed: dict[str, int] = {}
+    for group in layout.clocks().values():  # of one kind some may come in whole pages
+        kind, slots = group.describe(), int(group.slots(model.context))
+        needed[kind] = max(needed.get(kind, 0), slots + 1)
     reached = {kind: tokens for kind, tokens in needed.items() if tokens <= most}
     # What needs more than the context lets nothing go there.
     missed = [kind for kind in needed if most < needed[kind] <= model.context - _STEPS]
