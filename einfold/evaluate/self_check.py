@@ -254,14 +254,21 @@ def _behind(
     copied = replace(
         copied, buffers={name: _in_numpy(buffer) for name, buffer in copied.buffers.items()}
     )
-    places = np.arange(prompt, prompt + steps)[None]
-    reference = beside.step(copied, ids[:, places[0]], places, np.arange(steps))
+    # Where queries choose, those of one step go by statistics of pages with tokens of later ones.
+    at_once = 1 if engine.layout.chooses else steps
+    ids = ids[:, prompt : prompt + steps]
+    return _steps(runner, cache, ids, prompt, 1), _steps(beside, copied, ids, prompt, at_once)
+
+
+def _steps(runner: Runner, cache: Cache, ids: Any, first: int, size: int) -> Floats:
+    """Logits of tokens from place `first` on, so many at a step."""
     out: list[Floats] = []
-    for place in places[0]:
-        step = np.array([[place]])
-        out.append(runner.step(cache, ids[:, step[0]], step, np.arange(1)).copy())
-        cache.advance(1, runner.observed)
-    return np.concatenate(out), reference
+    for start in range(0, ids.shape[1], size):
+        step = ids[:, start : start + size]
+        places = first + start + np.arange(step.shape[1])
+        out.append(runner.step(cache, step, places[None], np.arange(step.shape[1])).copy())
+        cache.advance(step.shape[1], runner.observed)
+    return np.concatenate(out)
 
 
 def _in_numpy(buffer: Any) -> Any:

@@ -114,3 +114,26 @@ def test_a_fault_that_shows_when_tokens_have_left_is_found(
         self_check(out)
     monkeypatch.setattr(module, "_WORK", 20 * parameters)
     assert self_check(out)["compressed cache"].startswith("not checked, for that takes a longer")
+
+
+def test_of_what_stays_each_token_chooses_by_pages_as_they_are_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step of several, the first would choose by statistics that the later ones are in."""
+    sizes: list[int] = []
+
+    class Counted(module.ReferenceRunner):
+        def step(self, cache: Cache, ids: Any, *arguments: Any) -> Any:
+            sizes.append(ids.shape[1])
+            return super().step(cache, ids, *arguments)
+
+    monkeypatch.setattr(module, "ReferenceRunner", Counted)
+    cache = {
+        "prune": {"method": "snapkv", "tokens": 40, "observe": 8, "slack": 24},
+        "read": {"method": "quest", "page": 8, "share": 0.0, "tokens": 24, "skip_layers": 0},
+    }
+    recipe = {"target": "onnx", "cache": cache}
+    found = einfold.compile(models.build("llama"), tmp_path / "out", recipe=recipe).check
+    assert found["compressed cache"].startswith("read behind a prompt of 65 tokens: voted(")
+    assert sizes[-module._STEPS :] == [1] * module._STEPS
+    assert found["largest difference of logits"] < 1e-4
