@@ -248,8 +248,7 @@ def _behind(
     )
     cache = engine.allocate(1, total, prompt, given)
     engine.prefill(cache, [ids[0, :prompt]])
-    steps = min(_STEPS, cache.step_limit())
-    cache.make_room(steps)
+    cache.make_room(steps := min(_STEPS, cache.step_limit()))
     copied = cache.select(np.zeros(1, np.int64))
     copied = replace(
         copied, buffers={name: _in_numpy(buffer) for name, buffer in copied.buffers.items()}
