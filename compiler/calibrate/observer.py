@@ -49,11 +49,15 @@ class Observer:
     def block(self, start: int, weights_BHST: Tensor) -> None:
         """Attention weights of the queries from `start` on over all tokens, where the site is attention."""
 
-    def narrow(self, site: Site, *arguments: Any) -> Tensor | None:
-        """Of the next site's product, whose first argument nothing else reads, once for each part in their
-        order and before the site begins: what is held in the place of that argument until the product is
-        asked for, of all parts or of none. None: the argument."""
-        return None
+    def narrows(self, site: Site) -> bool:
+        """Whether it wants to hold something else in the place of the first argument of a site's product,
+        where nothing else reads it."""
+        return False
+
+    def narrow(self, site: Site, *arguments: Any) -> Tensor:
+        """What that is, until the product is asked for: once for each part in their order, as soon as it is
+        there and before the site begins."""
+        raise NotImplementedError
 
     def product(self, read: bool, *arguments: Any) -> Tensor:
         """What the call gives of its arguments, where the site is a product, once for each part in their

@@ -245,12 +245,12 @@ class Stream:
         (observer,), source = self._observers[site.name], node.args[0]
         if not isinstance(source, fx.Node) or [*source.users] != [node]:
             return False
+        if not observer.narrows(site):  # before its weight is loaded, which may be the largest
+            return False
         arguments = run.arguments(node)
         _check_finite(site, arguments)
-        found = observer.narrow(site, *arguments)
-        if found is not None:
-            run.values[source] = found
-        return found is not None
+        run.values[source] = observer.narrow(site, *arguments)
+        return True
 
     def _end(self, name: str) -> None:
         observers = self._observers[name]

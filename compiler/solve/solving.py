@@ -34,7 +34,7 @@ from ..ir.kept import cache_home, drop_oldest
 from ..ir.ops import einfold_ops
 from ..ir.ops.experts import Experts
 from ..ir.printer import print_program
-from ..ir.program import Program, readers
+from ..ir.program import Program, call_arguments, readers
 from ..ir.quant.scheme import Scheme
 from .distilling import Distilling
 from .experts import Stack, halves, joined, run_stored, solve_experts
@@ -182,15 +182,18 @@ class _Solve(Observer):
             self._narrowed, self._coming = self._coming, _Narrowed()
         self._calls.append(values)
 
-    def narrow(self, site: Site, *arguments: Any) -> Tensor | None:
-        """Where a linear makes fewer numbers of its inputs than they are, the original's half of them is
-        seen and multiplied at once: its results are held then, and the inputs of the other half."""
-        if _of_experts(site) or not self._solver.follows:
-            return None
+    def narrows(self, site: Site) -> bool:
+        """Where a linear makes fewer numbers of its inputs than they are."""
+        if _of_experts(site) or not self._solver.follows or site.name in self._divided:
+            return False  # of inputs that are divided more may be asked
+        assert site.product is not None
+        made, read = call_arguments(site.product)["weight_NM"].meta["val"].shape
+        return bool(made < read)
+
+    def narrow(self, site: Site, *arguments: Any) -> Tensor:
+        """The original's half of the inputs is seen and multiplied at once: its results are held then, and
+        the inputs of the other half."""
         x, weight_NM, *bias_N = arguments
-        again = site.name in self._divided  # more may be asked of the inputs
-        if again or len(weight_NM) >= weight_NM.shape[1]:
-            return None
         original, own = x.chunk(2)
         self._coming.met.add(self._observe(site, own, original, weight_NM), own)
         self._coming.products.append(functional.linear(original, weight_NM, *bias_N))

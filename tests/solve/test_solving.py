@@ -153,7 +153,7 @@ def test_inputs_of_the_original_go_before_a_weight_is_solved(
 ) -> None:
     """Where a linear makes fewer numbers than it reads. The same is solved to the bit, and run by run."""
     held: list[int] = []
-    narrow, product = solving._Solve.narrow, solving._Solve.product
+    narrows, product = solving._Solve.narrows, solving._Solve.product
 
     def seen(self: solving._Solve, read: bool, *arguments: Any) -> Tensor:
         if self._site.name == "u.weight":
@@ -162,11 +162,11 @@ def test_inputs_of_the_original_go_before_a_weight_is_solved(
 
     monkeypatch.setattr(solving, "_TOKENS", TEXT.shape[1])
     monkeypatch.setattr(solving._Solve, "product", seen)
-    monkeypatch.setattr(solving._Solve, "narrow", lambda *_: None)
+    monkeypatch.setattr(solving._Solve, "narrows", lambda *_: False)
     whole = solved(body=FEWER)[1]
     assert held == [2] * len(TEXT)
     held.clear()
-    monkeypatch.setattr(solving._Solve, "narrow", narrow)
+    monkeypatch.setattr(solving._Solve, "narrows", narrows)
     monkeypatch.setattr(solving, "_VERSION", "narrow")
     for stop in (1, 2):
         check_resumed(lambda: solved(body=FEWER)[1], stop, monkeypatch)
