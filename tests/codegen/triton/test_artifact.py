@@ -317,7 +317,7 @@ def test_layers_that_read_pages_have_kernels_of_their_own(compiled: Callable[...
     source = (folder / "kernels/choosing_h4_kv2_d16_pages4_fp32.py").read_text()
     assert source.startswith("# The choice of pages of layer 1.\n")
     assert (
-        "# Which pages a query reads: quest(page=4,share=0.25,tokens=20,spread=0.5,alike=0),\n"
+        "# Which pages a query reads: quest(page=4,share=0.25,tokens=20,spread=0.5,alike=0,linear=0.0),\n"
         in source
     )
     layout = manifest.layout()
