@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,9 @@ def printable(text: str) -> str:
 
 
 Tell = Callable[[str, float], None]
+
+#: Seconds between two lines of progress, where there is no terminal for a bar.
+_BETWEEN = 30
 
 _UNITS = {
     "": 1,
@@ -102,10 +106,14 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Tell]:
-    """A bar on stderr for work whose share is told; nothing where stderr is no terminal or on `quiet`."""
-    # Not what the console says, which FORCE_COLOR has say yes of a file or a pipe too.
-    if quiet or not sys.stderr.isatty():
+    """A bar on stderr for work whose share is told, or a line of it every half a minute where stderr is no
+    terminal; nothing on `quiet`."""
+    if quiet:
         yield lambda text, share: None
+        return
+    # Not what the console says, which FORCE_COLOR has say yes of a file or a pipe too.
+    if not sys.stderr.isatty():
+        yield _by_lines()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -116,6 +124,21 @@ def progress(quiet: bool = False) -> Iterator[Tell]:
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task("starting", total=1.0)
         yield lambda text, share: bars.update(task, description=text, completed=share)
+
+
+def _by_lines() -> Tell:
+    """Tells on stderr how far work has come, every half a minute: short work is done by then."""
+    begun = told = time.monotonic()
+
+    def tell(text: str, share: float) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= _BETWEEN:
+            told = now
+            minutes, seconds = divmod(int(now - begun), 60)
+            err.print(f"{share:4.0%} after {minutes}:{seconds:02}: {text}")
+
+    return tell
 
 
 def explain_error(error: Exception, as_json: bool) -> int:

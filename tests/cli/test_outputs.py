@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 
+from einfold.cli import common
 from einfold.cli.common import _umask, whole_file
 from einfold.compiler.artifact import clear_leftovers, staged
 from einfold.errors import OutputError
@@ -209,6 +210,23 @@ def test_a_bar_is_for_terminals_alone(
     with progress() as tell:
         tell("compiling", 0.5)
     assert capsys.readouterr().err == ""
+
+
+def test_long_work_is_told_by_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    for quiet in (False, True):
+        with common.progress(quiet) as tell:
+            for seconds in (0, 29, 31, 50, 60, 95):
+                clock[0] = seconds
+                tell(f"solving part {seconds}", seconds / 100)
+        clock[0] = 0.0
+    assert capsys.readouterr().err.splitlines() == [
+        " 31% after 0:31: solving part 31",
+        " 95% after 1:35: solving part 95",
+    ]
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
