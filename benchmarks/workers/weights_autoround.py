@@ -32,9 +32,8 @@ def main() -> None:
         ],
         nsamples=len(ids),
         seqlen=ids.shape[1],
-        amp=False,
     )
-    rounding.quantize_and_save(str(out), format="auto_round:auto_gptq")
+    rounding.quantize_and_save(str(out), format="auto_round")
 
 
 if __name__ == "__main__":
