@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints are the weights that they stand for, their codes kept where a scheme has them."""
+"""Checkpoints of GPTQ, AWQ and AutoRound are the weights they stand for, as codes where a scheme has them."""
 
 from __future__ import annotations
 
@@ -156,6 +156,54 @@ def test_awq_as_compressed_tensors_converts_it(tmp_path: Path) -> None:
     assert torch.equal(decompress(parts, told, config.format), meant)
 
 
+def auto_round(form: str | None, bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "auto-round",
+        "bits": bits,
+        "group_size": group,
+        "data_type": "int",
+        **({} if form is None else {"packing_format": form}),
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "pack"),
+    [
+        ("auto_round:auto_gptq", gptq(4, 32, None)),
+        (None, gptq(4, 32, None)),
+        ("auto_round", gptq(4, 32, None, less=0)),
+        ("auto_round:gptqmodel", gptq(4, 32, None, less=0)),
+        ("auto_round:auto_awq", awq(32)),
+    ],
+    ids=["gptq", "nothing", "own", "gptqmodel", "awq"],
+)
+def test_autoround_is_kept_by_its_packing(
+    form: str | None, pack: folders.Pack, tmp_path: Path
+) -> None:
+    found = folders.check(tmp_path, folders.write(tmp_path, auto_round(form), pack))
+    assert found.checkpoint is not None
+    assert scheme_of(found.checkpoint[PROBE]) == Grouped(4, 32, symmetric=False)
+    assert not found.notes
+
+
+def test_autoround_modules_with_bits_of_their_own(tmp_path: Path) -> None:
+    own = PROBE.removesuffix(".weight")
+
+    def pack(module: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        if module == NAME:  # 16 bits: it stays a float
+            return {"weight": weight}, weight
+        return (gptq(8, 16, 128) if module == own else gptq(4, 32, 8))(module, weight)
+
+    more = {own: {"bits": 8, "group_size": 16}, NAME: {"bits": 16}, "model.+": {"bits": 16}}
+    form = auto_round("auto_round:auto_gptq", extra_config=more, act_bits=8)
+    found = folders.check(tmp_path, folders.write(tmp_path, form, pack))
+    assert found.checkpoint is not None
+    assert scheme_of(found.checkpoint[PROBE]) == Grouped(8, 16)
+    assert scheme_of(found.checkpoint[f"{NAME}.weight"]) is None
+    assert [note for note in found.notes if "act_bits" in note]
+
+
 @pytest.mark.parametrize(
     ("form", "told"),
     [
@@ -169,6 +217,15 @@ def test_awq_as_compressed_tensors_converts_it(tmp_path: Path) -> None:
             "'gemv', are not read",
         ),
         ({"quant_method": "awq", "bits": 3, "group_size": 32}, "3 bits"),
+        (auto_round("auto_round:fp8_static"), "'auto_round:fp8_static' is not read; auto_round:"),
+        (auto_round("auto_round", data_type="mx_fp"), "its weights: data_type 'mx_fp'"),
+        (auto_round("auto_round:auto_awq", 3), "3 bits"),
+        (auto_round("auto_round", extra_config=["a"]), "no table of modules"),
+        (auto_round("auto_round", extra_config={"a.*": {"bits": 8}}), "'a.*'"),
+        (
+            auto_round("auto_round", extra_config={"a": {"data_type": "nv_fp"}}),
+            "a: data_type 'nv_fp' is not read",
+        ),
     ],
 )
 def test_options_that_are_not_read(form: dict[str, Any], told: str, tmp_path: Path) -> None:
