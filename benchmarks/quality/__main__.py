@@ -31,7 +31,11 @@ from .pages import PAGE, read, results, write, written
 from .sets import SETS, Row
 from .subjects import SUBJECTS, Subject
 
-_DEFAULT = {"quick": ["toy", "real"], "weights": ["toy", "real", "off-grid"], "cache": ["real"]}
+_DEFAULT = {
+    "quick": ["toy", "real"],
+    "weights": ["toy", "real", "off-grid"],
+    "cache": ["toy", "real"],
+}
 
 
 def measure_row(row: Row, subject: Subject, original: Original, threads: int) -> dict[str, Any]:

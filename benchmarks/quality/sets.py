@@ -183,6 +183,38 @@ SOLVERS_AND_FORMATS = (
     ),
 )
 
+
+#: Formats that choose for whole groups, which `gptq` does not write column by column.
+_WHOLE_GROUPS = ("olive", "trellis")
+
+
+def _solved(name: str) -> Row:
+    """A format as `gptq` fills it, the best solver of most; else as `awq` does, which takes all."""
+    shown = f"{'awq' if name in _WHOLE_GROUPS else 'gptq'}:format={name}"
+    return Row(f"--weights {shown}", _text(shown).recipe, reference=name == "planes")
+
+
+#: What papers say of formats: outliers beside plain groups at about 3.5 bits, a trellis beside scalars at 3
+#: and at 2; rounded to nearest and solved. `spqr` and `trellis` at their defaults stand above.
+ORDERS = (
+    *(
+        _text(f"{solver}:bits={bits},block={block},symmetric=false,scales=f16")
+        for bits, block in ((3, 32), (3, 128), (2, 64))
+        for solver in ("round_to_nearest", "gptq")
+    ),
+    _text("trellis:bits=2"),
+    _text("awq:format=trellis,bits=2"),
+)
+
+#: All formats solved; `int4`, `int3` and `qserve` stand above.
+FILLED = tuple(
+    _solved(name)
+    for name, preset in PRESETS.items()
+    if preset.scheme is not None
+    and not preset.scheme.nearly_exact
+    and name not in ("int4", "int3", "qserve")
+)
+
 #: Products of integers, and the same weights with activations as they are; `qserve` stands above.
 ACTIVATIONS = tuple(
     _text(text)
@@ -279,4 +311,8 @@ CACHE = (
     _STACK,
 )
 
-SETS = {"quick": QUICK, "weights": (*WEIGHTS, *SOLVERS_AND_FORMATS, *ACTIVATIONS), "cache": CACHE}
+SETS = {
+    "quick": QUICK,
+    "weights": (*WEIGHTS, *SOLVERS_AND_FORMATS, *ORDERS, *FILLED, *ACTIVATIONS),
+    "cache": CACHE,
+}
