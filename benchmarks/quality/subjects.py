@@ -88,10 +88,7 @@ def real(name: str = real_model.NAME) -> Subject:
         tokens = encode(_read(corpus / text)[start : start + 8 * 2 * WINDOW])
         pieces += [tokens[:WINDOW], tokens[WINDOW : 2 * WINDOW]]
     prose = paragraphs(_read(corpus / _TEXTS[0])[_BEHIND:])
-    asked = [
-        list_of_things(encode, prose, length, seed)
-        for length, seed in ((1000, 0), (1000, 1), (4000, 2))
-    ]
+    asked = [list_of_things(encode, prose, length, seed) for length, seed in LISTS]
     return Subject(name, folder, pieces[:_WINDOWS], asked)
 
 
@@ -173,13 +170,34 @@ _PLACES = (
 _HEADING = "Where things are:\n"
 _GROUPS = 4
 
+#: Tokens of prose that the real model's lists are spread over, and the seed of their places.
+LISTS = ((1000, 0), (1000, 1), (4000, 2))
+
+
+def _dealt(seed: int) -> tuple[dict[str, str], list[str]]:
+    """The place of each thing, and the things in the order in which they are asked for."""
+    shuffled = random.Random(seed)
+    places = shuffled.sample(_PLACES, len(_PLACES))
+    return dict(zip(_THINGS, places, strict=True)), shuffled.sample(_THINGS, len(_THINGS))
+
+
+def quarters(label: int) -> list[int]:
+    """Where the answers of the lists of so many tokens stand, 0 for the first quarter of the text to 3 for
+    the last: in the order in which they are asked for, as `hits` has them."""
+    size = len(_THINGS) // _GROUPS
+    return [
+        _THINGS.index(thing) // size
+        for length, seed in LISTS
+        if length == label
+        for thing in _dealt(seed)[1]
+    ]
+
 
 def list_of_things(
     encode: Callable[[str], list[int]], prose: Iterator[str], length: int, seed: int
 ) -> Questions:
     """Things and their places, in four lists spread over `length` tokens of prose; then each is asked for."""
-    shuffled = random.Random(seed)
-    places = dict(zip(_THINGS, shuffled.sample(_PLACES, len(_PLACES)), strict=True))
+    places, order = _dealt(seed)
     parts: list[str] = []
     size = len(_THINGS) // _GROUPS
     for group in range(_GROUPS):
@@ -189,7 +207,7 @@ def list_of_things(
             parts.append(next(prose))
     tokens = encode("\n\n".join(parts) + "\n\n" + _HEADING)
     prompt, answers = len(tokens), []
-    for thing in shuffled.sample(_THINGS, len(_THINGS)):
+    for thing in order:
         tokens += encode(f"{thing}:")
         answer = encode(f" {places[thing]}")
         answers.append(range(len(tokens), len(tokens) + len(answer)))

@@ -179,6 +179,32 @@ def test_every_thing_of_the_lists_is_asked_for_behind_them() -> None:
     assert tokenizer.decode(other.tokens)[:200] != text[:200]
 
 
+def test_answers_stand_in_the_quarters_that_the_page_says() -> None:
+    tokenizer = Tokenizer(methods.MODEL)
+    prose = iter(f"Line {i} of a long text that says nothing of things." for i in range(10_000))
+    asked = [
+        list_of_things(tokenizer.encode, prose, length, seed) for length, seed in subjects.LISTS
+    ]
+    for label in (1000, 4000):
+        found = []
+        for questions in asked:
+            if questions.label != label:
+                continue
+            lists = tokenizer.decode(questions.tokens[: questions.prompt]).split(
+                "Where things are:"
+            )
+            assert not lists[0] and not lists[-1].strip()
+            for answer in questions.answers:
+                line = tokenizer.decode(questions.tokens[: answer.stop]).rpartition("\n")[2]
+                found.append([f"\n{line}\n" in part for part in lists[1:-1]].index(True))
+        assert subjects.quarters(label) == found
+    # All of the last quarter of lists over 4,000 tokens, and all but one of the first.
+    hits = {"1000": "0" * 40, "4000": ""}
+    for place, quarter in enumerate(found):
+        hits["4000"] += str(int((quarter == 0 and place != found.index(0)) or quarter == 3))
+    assert pages.by_depth(hits) == "0 | 0 | 0 | 0 | 4 | 0 | 0 | 5"
+
+
 def test_the_toy_reads_whole_windows_and_its_own_keys() -> None:
     toy = subjects.toy()
     assert [len(window) for window in toy.windows] == [subjects.WINDOW] * 8
