@@ -1,11 +1,12 @@
 """Experts that stay from token to token, beside an LRU and another version of einfold.
 
-    python -m benchmarks.streamed_experts ARTIFACT [--parts 0.25 0.5] [--rounds 3] [--other TREE]
+    python -m benchmarks.streamed_experts ARTIFACT [--parts 0.25 0.5] [--other TREE] [--out FOLDER]
 
 Every run is a process in a memory cgroup of its budget: what the process takes beside weights, and a part of
 the weights' bytes. A round is a run of each: `own` policy, an LRU in its place, and `other`, the same from
 another checkout. Bytes from the disk are the system's count for the process. Tokens are sampled, with one
-seed, behind a prompt of held-out text, or with `--read` those of that text, read one by one.
+seed, behind a prompt of held-out text, or with `--read` those of that text, read one by one. Packed copies
+and what runs keep of experts lie in the benchmark's own cache, not in the user's.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import os
 import statistics
 import subprocess
 import sys
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from einfold.compiler.codegen.onnx.packed_copy import home
-
 from .client import ROOT
 from .expert_models import held_out
-from .prepare import own_python
-from .report import table
-from .streamed_weights import cgroup
+from .memory_cgroup import cgroup
+from .prepare import default_cache, own_python
+from .report import machine, slug, table
 
 #: Tokens of the prompt.
 PROMPT = 64
@@ -40,19 +41,17 @@ def run(
     way = "read" if given.read else "write"
     count = PROMPT + given.tokens if given.read else PROMPT
     ids = " ".join(str(byte) for byte in held_out()[:count])
-    for kept in home().glob("*/experts.json"):  # what the run before found would be planned with
+    cache = default_cache() / "experts"
+    for kept in cache.rglob("experts.json"):  # what the run before found would be planned with
         kept.unlink()
     with cgroup(memory) as group:
-
-        def enter() -> None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
         done = subprocess.run(
             [own_python(), str(_WORKER), str(artifact), str(memory), str(given.tokens), policy, way],
-            capture_output=True, text=True, input=ids, cwd=tree, preexec_fn=enter, check=False,
-            env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, timeout=900,
+            capture_output=True, text=True, input=ids, cwd=tree, preexec_fn=group.enter, check=False,
+            env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "EINFOLD_CACHE": str(cache)},
+            timeout=900,
         )  # fmt: skip
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
+        peak = group.peak()
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["killed"]
         return {"ended": f"exit {done.returncode}: {last[0][:160]}"}
@@ -106,6 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--read", action="store_true", help="a text, in place of writing one")
     parser.add_argument("--other", type=Path, help="a checkout of another version")
+    parser.add_argument("--out", type=Path, help="a folder for the results")
     given = parser.parse_args()
     context = PROMPT + given.tokens * (2 if given.read else 1)
     room = {"context": context, "chunk": 1 if given.read else 64}
@@ -114,7 +114,7 @@ def main() -> None:
     variants = [("own", ROOT, "own"), ("LRU", ROOT, "lru")]
     if given.other:
         variants.append(("other", given.other, "own"))
-    lines, every = [], []
+    lines, runs_of = [], {}
     for part in given.parts:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in variants}
         for number in range(given.rounds):
@@ -124,15 +124,31 @@ def main() -> None:
                 found[name].append(run(given.artifact, memory, given, tree, policy))
                 print(part, name, json.dumps(found[name][-1]), file=sys.stderr, flush=True)
         lines += [line(name, part, runs, found["own"]) for name, runs in found.items()]
-        every += [r["tokens"] for runs in found.values() for r in runs if "ended" not in r]
-    same = all(tokens == every[0] for tokens in every)
-    print(
+        runs_of[f"{part:g}"] = found
+    every = [r for found in runs_of.values() for runs in found.values() for r in runs]
+    whole = [r["tokens"] for r in every if "ended" not in r]
+    same = all(tokens == whole[0] for tokens in whole)
+    this = machine()
+    versions = {name: metadata.version(name) for name in ("einfold", "onnxruntime", "numpy")}
+    text = [
+        f"# Experts from the disk, {date.today()}, {this['cpu']}, 1 thread\n",
         f"{given.artifact.name}: {size / 2**20:.0f} MiB of weights, {fixed / 2**20:.0f} MiB beside them; "
         f"{PROMPT} + {given.tokens} tokens {'read' if given.read else 'written'}, {given.rounds} rounds; "
-        f"tokens {'are' if same else 'ARE NOT'} the "
-        "same in every run\n"
-    )
-    print(table(list(HEADS), lines))
+        f"tokens {'are' if same else 'ARE NOT'} the same in every run. "
+        f"{', '.join(f'{k} {v}' for k, v in versions.items())}.\n",
+        table(list(HEADS), lines),
+    ]
+    print("\n".join(text))
+    if given.out:
+        way = "read" if given.read else "written"
+        file = (
+            given.out / f"streamed-experts-{given.artifact.name}-{way}-{date.today()}-{slug(this)}"
+        )
+        file.with_name(f"{file.name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+        kept = {"machine": this, "versions": versions, "runs": runs_of}
+        file.with_name(f"{file.name}.json").write_text(
+            json.dumps(kept, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

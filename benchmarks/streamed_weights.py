@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -26,11 +26,9 @@ from typing import Any
 
 from .client import ROOT, environment, status_bytes
 from .entries import EINFOLD, Form
+from .memory_cgroup import cgroup
 from .prepare import Kitchen, default_cache, own_python
 from .report import machine, slug, table
-
-#: Where version 1 of memory cgroups is mounted.
-_CGROUPS = Path("/sys/fs/cgroup/memory")
 
 #: Tokens of the prompt; what is measured is a token behind it.
 PROMPT = 8
@@ -92,22 +90,6 @@ def disk_bytes() -> int:
     return int(words[words.index("read_bytes:") + 1])
 
 
-@contextmanager
-def cgroup(limit: int) -> Iterator[Path]:
-    """A memory cgroup of so many bytes; raises OSError where this user may not make one."""
-    path = _CGROUPS / f"einfold-bench-{os.getpid()}"
-    path.mkdir()
-    try:
-        (path / "memory.limit_in_bytes").write_text(str(limit))
-        yield path
-    finally:
-        for _ in range(50):  # the kernel takes its time with what a process leaves
-            with suppress(OSError):
-                path.rmdir()
-                break
-            time.sleep(0.1)
-
-
 def run(
     artifact: Path, memory: int, given: argparse.Namespace, limited: bool, packing: bool = False
 ) -> dict[str, Any]:
@@ -139,18 +121,12 @@ def peer(engine: str, model: Path, given: argparse.Namespace, limit: int) -> dic
 
 def process(words: list[str], given: argparse.Namespace, limit: int) -> dict[str, Any]:
     """What a process printed, or how it ended, in a cgroup of so many bytes; 0 is none."""
-    limited = limit > 0
-    with cgroup(limit or given.memory) as group:
-
-        def enter() -> None:
-            if limited:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
-
+    with cgroup(limit) if limit else nullcontext() as group:
         done = subprocess.run(
-            words, capture_output=True, text=True, cwd=ROOT, preexec_fn=enter,
+            words, capture_output=True, text=True, cwd=ROOT, preexec_fn=group.enter if group else None,
             env=environment(default_cache(), given.threads), timeout=given.minutes * 60, check=False,
         )  # fmt: skip
-        held = int((group / "memory.max_usage_in_bytes").read_text()) if limited else 0
+        held = group.peak() if group else 0
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["killed"]
         return {"ended": f"exit {done.returncode}: {last[0]}"}
