@@ -26,6 +26,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 from einfold.compiler.memory.buffers import Buffer, fault
@@ -87,6 +89,10 @@ def pinwheel(seed: int) -> list[Buffer]:
     return [Buffer(int(a.start), int(a.end), a.size) for a in made]  # type: ignore[arg-type]
 
 
+#: Asked of allocators that search by threads.
+_PEER_THREADS = 12
+
+
 def peers(buffers: Sequence[Buffer], seconds: float) -> tuple[str, int]:
     """The smallest arena that an allocator of omnimalloc finds, and its name."""
     from omnimalloc import Allocation
@@ -96,10 +102,15 @@ def peers(buffers: Sequence[Buffer], seconds: float) -> tuple[str, int]:
     found = []
     for name, allocator in BaseAllocator.registry().items():
         options = inspect.signature(allocator).parameters
-        threads = os.cpu_count() or 1 if "num_threads" in options else 1
-        timed = {"timeout": seconds / threads} if "timeout" in options else {}
+        given: dict[str, object] = {}
+        if "num_threads" in options:
+            # A thread is an order that is tried: unasked there are no more than processors.
+            given["num_threads"] = _PEER_THREADS
+        if "timeout" in options:
+            at_once = min(_PEER_THREADS, os.cpu_count() or 1) if "num_threads" in options else 1
+            given["timeout"] = seconds / at_once
         try:
-            placed = allocator(**timed).allocate(asked)
+            placed = allocator(**given).allocate(asked)
         except ImportError:
             continue  # it stands for a package that is not installed
         found.append((max(a.size + (a.offset or 0) for a in placed), name))
@@ -122,6 +133,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of processors, a problem")
     parser.add_argument("--pinwheels", type=int, default=0, help="how many")
+    parser.add_argument("--out", type=Path, help="a folder for the results")
     arguments = parser.parse_args()
     rows = [measure(*problem, arguments.seconds) for problem in problems(arguments.folder)]
     good = all(row.fits for row in rows)
@@ -131,12 +143,33 @@ def main() -> int:
         name, arena = peers(buffers, arguments.seconds)
         rows.append(replace(row, peer=name, peer_arena=arena))
         good = good and row.holds and row.arena <= arena
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        print(f"{'problem':22}{'arena':>10}{'peak live':>11}{'CPU s':>8}  holds  fits   proved")
-        print("\n".join(map(told, rows)))
+    document = json.dumps([asdict(row) for row in rows], indent=1)
+    head = f"{'problem':22}{'arena':>10}{'peak live':>11}{'CPU s':>8}  holds  fits   proved"
+    lines = "\n".join([head, *map(told, rows)])
+    print(document if arguments.json else lines)
+    if arguments.out:
+        _write(arguments, document, lines)
     return 0 if good else 1
+
+
+def _write(arguments: argparse.Namespace, document: str, lines: str) -> None:
+    """The results beside those of other benchmarks, with what they were found with."""
+    # A script by its path finds what lies beside it, and not the package that it is in.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from benchmarks.report import machine, slug
+
+    this = machine()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("einfold", "omnimalloc"))
+    file = arguments.out / f"memory-packing-{date.today()}-{slug(this)}"
+    text = (
+        f"# Buffers into an arena, {date.today()}, {this['cpu']}\n\n"
+        f"Problems of {arguments.folder.name} and {arguments.pinwheels} pinwheels, at most "
+        f"{arguments.seconds:g} seconds of processors each, the same for the allocators of omnimalloc "
+        f"({_PEER_THREADS} threads where they take them), whose best stands behind. {versions}.\n\n"
+        f"```\n{lines}\n```\n"
+    )
+    file.with_name(f"{file.name}.md").write_text(text, encoding="utf-8")
+    file.with_name(f"{file.name}.json").write_text(document + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
