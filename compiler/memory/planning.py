@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..ir.program import Program
-from .buffers import Buffer
+from .buffers import Buffer, peak_bytes
 from .joining import join
 from .packing import Plan, pack
-from .sharing import Sharing, share
+from .sharing import Sharing, given_back, share
 from .survey import Joining, Survey, survey
 
 #: Seconds of the processor that a plan's packing may take. First fit has mostly reached the bound by then.
@@ -85,16 +85,30 @@ def plan_memory(
     no view is a new buffer."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     found, sharing, joining = survey(program, inputs), Sharing(), Joining()
-    if in_place:
-        sharing = share(calls, found)
-        found = survey(program, inputs, sharing.in_place)
-        joining = join(calls, found)
-        if joining.whole:
-            found = survey(program, inputs, sharing.in_place, joining)
     buffers = buffers_of(calls, found)
+    if in_place:
+        most = share(calls, found)
+        ways = [most, given_back(most, calls, found)]
+        tried = [
+            _joined(program, inputs, calls, each)
+            for at, each in enumerate(ways)
+            if each not in ways[:at]
+        ]
+        found, sharing, joining, buffers = min(tried, key=lambda way: peak_bytes(way[-1]))
     packed = pack(buffers, seconds=SECONDS)
     offsets = dict(zip(found.made, packed.offsets, strict=True))
     return MemoryPlan(found, sharing, joining, tuple(buffers), packed, offsets)
+
+
+def _joined(
+    program: Program, inputs: Mapping[str, Tensor], calls: list[fx.Node], sharing: Sharing
+) -> tuple[Survey, Sharing, Joining, list[Buffer]]:
+    """The run with results in place, and in their part of a whole, and its buffers."""
+    found = survey(program, inputs, sharing.in_place)
+    joining = join(calls, found)
+    if joining.whole:
+        found = survey(program, inputs, sharing.in_place, joining)
+    return found, sharing, joining, buffers_of(calls, found)
 
 
 def buffers_of(calls: Sequence[fx.Node], found: Survey) -> list[Buffer]:

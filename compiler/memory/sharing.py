@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,58 @@ def share(nodes: list[fx.Node], found: Survey) -> Sharing:
             if reasons and (node, at) not in sharing.in_place:
                 sharing.refused[node, at] = reasons
     return sharing
+
+
+def given_back(sharing: Sharing, nodes: list[fx.Node], found: Survey) -> Sharing:
+    """The same without results over rows of a larger storage that nothing else reads as long, where at some
+    step that holds more than they would by themselves: a column of a fused product would keep all of it.
+
+    What is joined afterwards is not known here, so that the whole plan may hold more all the same.
+    """
+    place = {node: index for index, node in enumerate(nodes)}
+    in_place, refused = dict(sharing.in_place), dict(sharing.refused)
+    keys = {number(found.results(node)[at]): (node, at) for node, at in sharing.in_place}
+    over = {new: number(found.values[sharing.in_place[key]]) for new, key in keys.items()}
+    after = defaultdict[int, list[int]](list)  # what is written where a storage's values lie
+    for new, old in over.items():
+        after[old].append(new)
+
+    def end(storage: int, alone: Collection[int]) -> int:
+        """The step that lets a storage go, with all that is written there and not `alone`."""
+        made = found.made[storage]
+        read = [place.get(reader, len(place)) for reader in (made.node, *made.readers)]
+        return max([1 + max(read), *(end(n, alone) for n in after[storage] if n not in alone)])
+
+    def add(live: list[int], storage: int, alone: Collection[int], sign: int = 1) -> None:
+        made = found.made[storage]
+        for step in range(place[made.node], end(storage, alone)):
+            live[step] += sign * made.size
+
+    live = [0] * (len(place) + 1)
+    roots = found.made.keys() - over.keys()
+    for storage in roots:
+        add(live, storage, ())
+    rows = defaultdict[int, list[int]](list)  # by the storage that holds them in the end
+    for new, old in over.items():
+        if found.made[new].size < found.made[old].size:
+            while old in over:
+                old = over[old]
+            rows[old].append(new)
+    for storage, parts in rows.items():
+        first, last = min(place[found.made[part].node] for part in parts), end(storage, ())
+        add(live, storage, (), sign=-1)
+        latest = sorted(parts, key=lambda part: -end(part, ()))
+        choices = []
+        for count in range(len(latest) + 1):
+            alone, held = latest[:count], live.copy()
+            for each in (storage, *alone):
+                add(held, each, alone)
+            choices.append((sorted(held[first:last], reverse=True), count, held))
+        _, count, live = min(choices)
+        for part in latest[:count]:
+            del in_place[keys[part]]
+            refused[keys[part]] = ["would keep more than its own"]
+    return Sharing(in_place, refused)
 
 
 def candidates(node: fx.Node) -> list[list[fx.Node]]:

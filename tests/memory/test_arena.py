@@ -39,6 +39,11 @@ STEPS = [(1, 1, 1), (1, 40, 1), (3, 17, 7), (1, 5, 5)]
 every_architecture = pytest.mark.parametrize(
     "compiled", quick(ARCHITECTURES, *list(models.CONFIGS)[::4]), indirect=True
 )
+with_experts = pytest.mark.parametrize(
+    "compiled",
+    quick([*ARCHITECTURES, *models.EXPERTS], *list(models.CONFIGS)[::4], "deepseek_v3"),
+    indirect=True,
+)
 
 
 def shapes(found: Program, rows: int, new: int, logits: int, slots: int = 64) -> dict[str, Tensor]:
@@ -80,26 +85,51 @@ def test_the_numbers_are_the_same_bit_by_bit(compiled: Program) -> None:
             assert torch.equal(here[name], there[name]), name
 
 
-@every_architecture
+@with_experts
 def test_the_arena_is_as_large_as_what_is_live(compiled: Program) -> None:
     """Of the graph with its operators whole, and of what the reference runs."""
+    gated = any("shared_expert_gate" in name for name in compiled.weights)
     for rows, new, logits in STEPS[:3]:
         asked = shapes(compiled, rows, new, logits)
         for found in (compiled, expand(compiled, asked)):
             plan = plan_memory(found, asked)
-            assert plan.arena == plan.bound
+            if gated and found is compiled and new > 1:
+                # No arena of their peak holds these; of 40 tokens CP-SAT proves that 46,272 is the least.
+                assert plan.bound < plan.arena < 1.06 * plan.bound
+                assert new != 40 or plan.arena == 46_272
+            else:
+                assert plan.arena == plan.bound
             assert not fault(plan.buffers, plan.packed.offsets, plan.arena)
             assert plan.arena <= plan_memory(found, asked, in_place=False).arena
 
 
-@every_architecture
+@with_experts
 def test_the_order_that_stays_is_the_best_there_is(compiled: Program) -> None:
     calls = [node for node in compiled.graph.nodes if node.op == "call_function"]
     search = Search(calls, compiled.output, survey(compiled, shapes(compiled, 1, 40, 1)))
-    own, best = search.first(), search.exact(STATES)
+    own, best = search.first(), search.exact(4 * STATES)  # of DeepSeek's two kinds of layers more
     for at in range(len(calls)):
         own = search.run(own, at)
     assert best is not None and own.peak == best.peak
+
+
+def test_a_column_does_not_keep_all_that_it_was_computed_with(tmp_path: Path) -> None:
+    """The gate of a shared expert is a column of one product; it lives longer than the rest, by itself."""
+    found = program("""
+        input %x "x" : f32[B, 96]
+        call %wide = aten.exp.default(%x) : f32[B, 96]
+        call %column = aten.slice.Tensor(%wide, 1, 0, 1) : f32[B, 1]
+        call %gate = aten.sigmoid.default(%column) : f32[B, 1]
+        call %rest = aten.neg.default(%x) : f32[B, 96]
+        call %later = aten.mul.Tensor(%rest, %gate) : f32[B, 96]
+        output "later" = %later
+    """)
+    plan = plan_memory(found, {"x": torch.empty(64, 96, device="meta")})
+    assert "would keep more than its own" in str(plan.sharing.refused)
+    wide, gate = 64 * 96 * 4, 64 * 4
+    assert plan.arena == plan.bound == wide + gate
+    x = torch.randn(64, 96)
+    assert torch.equal(InArena(found).run({"x": x})["later"], -x * x.exp()[:, :1].sigmoid())
 
 
 def allocations(run: Callable[[], Any]) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from einfold.errors import ArtifactError, DiskError, UnsupportedError
+from einfold.runtime.memory import page_ahead
 from einfold.runtime.memory.experts import Frequent, Recent, Routed, best
 from einfold.runtime.memory.page_ahead import PageAhead
 from einfold.runtime.memory.pages import UNIT, PagedFile, no_paging
@@ -233,6 +234,27 @@ def test_what_is_not_likely_to_be_read_comes_where_it_was(file: Path) -> None:
                     assert ahead._begun[ahead._done].units == units[index]
                     assert mapped[first * each : last * each, 0].sum() > 0
     ahead.close()
+
+
+def test_a_thread_that_reads_and_dies_is_missed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ended it, the caller that waits for a unit is told, and does not hang."""
+    monkeypatch.setattr(page_ahead, "_LOOK", 0.01)
+    with walking(file, 2 * UNIT) as (_, ahead):
+        with ahead.item(0):
+            until(lambda: ahead.units == 2)  # there is no room for more: the threads wait
+            monkeypatch.setattr(ahead, "_take", lambda: None)
+            dying = ahead._threads[0]
+
+        def again() -> None:
+            for index in (1, 2, 0):
+                with ahead.item(index):
+                    pass
+
+        with pytest.raises(ArtifactError, match=r"have ended; load the artifact again"):
+            again()
+        until(lambda: not dying.is_alive())
 
 
 def test_units_that_were_read_are_told_and_not_those_in_memory_for_others(file: Path) -> None:

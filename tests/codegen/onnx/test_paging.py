@@ -228,7 +228,8 @@ def test_what_is_learned_of_a_head_that_was_not_run_is_of_such_steps_alone(
 
 @pytest.mark.parametrize(
     "name",
-    quick(["mixtral", "qwen2_moe"], "mixtral"),  # the other has an expert that all tokens share
+    # The second has an expert that all tokens share, the third biases and a window.
+    quick(["mixtral", "qwen2_moe", "gpt_oss"], "mixtral", "gpt_oss"),
 )
 def test_experts_that_stay_are_those_of_resident_weights(
     name: str, artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
