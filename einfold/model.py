@@ -200,6 +200,7 @@ def load(
     trust: bool = False,
     memory: int | None = None,
     context: int | None = None,
+    device: str | Path | None = None,
 ) -> Any:
     """Loads an artifact. Gives a `Model`, which writes text, or where it is one of an encoder an `Encoder`,
     which gives tensors, or of an encoder-decoder an `EncoderDecoder`, which writes text behind what it read.
@@ -213,7 +214,8 @@ def load(
     With `memory`, a number of bytes, a language model of the targets onnx and triton runs within so much,
     whatever its weights take: some stay, the rest is read from the disk in every step (`einfold.plan` says
     which), with room for a cache of `context` tokens, 4,096 without it, of which some layers lie in a file
-    where it does not fit, or steps are shorter so. The first time a copy with packed weights, of 2.3 times
+    where it does not fit, or steps are shorter so; what is shorter is told by a `device` description, as for
+    `einfold.plan`. The first time a copy with packed weights, of 2.3 times
     their bytes, is written to einfold's cache folder, where there is room. Of the target triton it is a GPU's
     memory, and what does not stay there is copied from the machine's; a model that has no room on the GPU
     runs so without being asked.
@@ -228,6 +230,8 @@ def load(
         raise RecipeError(f"threads must be between 1 and 1024, not {threads}")
     if context is not None and memory is None:
         raise RecipeError("context is what memory leaves room for; give both")
+    if device is not None and memory is None:
+        raise RecipeError("device is what memory is planned for; give both")
     artifact = Artifact.open(folder, verify, weights=False)
     manifest = artifact.manifest
     asked = memory is not None
@@ -236,7 +240,7 @@ def load(
     if memory is not None:  # a budget that cannot do is refused before weights are hashed
         parts = in_parts(artifact, _target(artifact, engine))
         try:
-            plan = plan_of(artifact, parts, memory, context, chunk)
+            plan = plan_of(artifact, parts, memory, context, chunk, device)
         except RecipeError:
             if asked:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .compiler.ir.device import ASSUMED, Device, read_device
 from .compiler.ir.manifest import CAUSAL
 from .compiler.memory.placing import place
 from .compiler.memory.tiers import Step, TierPlan, step_of
-from .compiler.memory.timeline import timeline_of
+from .compiler.memory.timeline import seconds_of, timeline_of
 from .errors import ArtifactError, RecipeError, UnsupportedError
 from .runtime.artifact import Artifact
 from .runtime.engine import CHUNK
@@ -69,6 +70,12 @@ class Plan:
         """The device as the plan has it: of a GPU its memory in the place of the machine's."""
         return seen_as(self.device, self.tiers.home)
 
+    @cached_property
+    def seconds(self) -> float:
+        """Of a token among many: those of the step, or more where with the room that there is to read ahead
+        one side waits for the other."""
+        return max(self.step.seconds, seconds_of(self.tiers, self.seen))
+
     def data(self) -> dict[str, Any]:
         """For machines; the keys stay as they are. Bytes, and seconds of a step of one token."""
         tiers, step = self.tiers, self.step
@@ -91,8 +98,8 @@ class Plan:
             "shared": tiers.fixed.shared,
             "paged": tiers.paged,
             "remark": tiers.remark,
-            "seconds": step.seconds,
-            "tokens_a_second": 1 / step.seconds,
+            "seconds": self.seconds,
+            "tokens_a_second": 1 / self.seconds,
             "bound": self.words.name if step.bound == "disk" else step.bound,
             "disk_seconds": step.disk,
             "packing_seconds": step.packing,
@@ -231,23 +238,25 @@ class Plan:
         }
         names = {"disk": f"the {by.name}", "packing": "packing", "compute": "computing"}
         told = f"{names[step.bound]}: {times[step.bound]}"
-        found = timeline_of(self.tiers, self.seen)
-        if found.seconds > 1.01 * step.seconds:
-            told += f"; with the room that there is to read ahead it is {found.seconds:.3f} s"
+        if self.seconds > 1.01 * step.seconds:
+            told += (
+                f"; with the room that there is to read ahead one waits for the other, {self.seconds:.3f} s "
+                "in all"
+            )
         return told
 
     def page(self) -> str:
         """The plan as a page of HTML, with what is read, packed and computed when in a step of one token."""
         from .compiler.report import human_bytes, plan_page
 
-        step, device = self.step, self.seen
+        device = self.seen
         rates = (device.disk_bandwidth, device.pack_bandwidth, device.ram_bandwidth)
         disk, packing, memory = (f"{rate / 1e9:.2f} GB/s" for rate in rates)
         packs = f"packing {packing}, " if self.tiers.home == "disk" else ""
         facts = {
             "weights": self.sentence(),
             "room": f"a KV cache of {self.tokens:,} tokens, steps of {self.chunk:,}",
-            "a token": f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second)",
+            "a token": f"{self.seconds:.3f} s ({1 / self.seconds:.2f} a second)",
             "bound by": self.bound(),
             "device": f"{self.words.name} {disk}, {packs}memory {memory} ({device.source})",
         }

@@ -227,6 +227,15 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
+DeviceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--device",
+        help="A description of a device, as `einfold device probe` writes it, that --memory is planned for. "
+        "[default: this machine's]",
+        show_default=False,
+    ),
+]
 Room = Annotated[
     int | None,
     typer.Option(

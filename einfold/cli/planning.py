@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .common import err, out, parse_bytes, print_json, progress, whole_file
-from .options import Artifact, Chunk, Debug, Json, Room, Threads
+from .options import Artifact, Chunk, Debug, DeviceFile, Json, Room, Threads
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -29,13 +29,7 @@ def plan(
     ],
     context: Room = None,
     chunk: Chunk = 512,
-    device: Annotated[
-        Path | None,
-        typer.Option(
-            help="A description of a device, as `einfold device probe` writes it. [default: this machine's]",
-            show_default=False,
-        ),
-    ] = None,
+    device: DeviceFile = None,
     page: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +96,7 @@ def show_plan(found: Plan) -> None:
         totals.add_row("which are", found.way())
     packing = f"packing {step.packing:.3f} s, " if not gpu else ""
     parts = f"{found.words.name} {step.disk:.3f} s, {packing}compute {step.compute:.3f} s"
-    totals.add_row("a token", f"{step.seconds:.3f} s ({1 / step.seconds:.2f} a second): {parts}")
+    totals.add_row("a token", f"{found.seconds:.3f} s ({1 / found.seconds:.2f} a second): {parts}")
     totals.add_row("bound by", found.bound())
     out.print(totals)
     if found.warning():

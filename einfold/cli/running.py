@@ -15,7 +15,7 @@ from ..errors import PromptError, RecipeError, UnsupportedError
 from .answering import run_encoder_decoder, seconds_of, told_seconds, write_piece
 from .common import err, out, parse_bytes, print_json
 from .encoding import kind_of, run_encoder
-from .options import Artifact, Chunk, Debug, Engine, Json, Memory, Threads, Trust
+from .options import Artifact, Chunk, Debug, DeviceFile, Engine, Json, Memory, Threads, Trust
 from .prompts import parse_ids, read_prompt
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    device: DeviceFile = None,
     verify: Annotated[bool, typer.Option(help="Check the files' hashes first.")] = True,
     output: Annotated[
         Path | None,
@@ -146,6 +147,8 @@ def run(
     }
     if room is not None and memory is None:
         raise RecipeError("--context is what --memory leaves room for; give both")
+    if device is not None and memory is None:
+        raise RecipeError("--device is what --memory is planned for; give both")
     if chat and raw:
         raise PromptError("--chat and --raw exclude each other")
     kind = kind_of(artifact)
@@ -154,7 +157,7 @@ def run(
             raise UnsupportedError(
                 "--memory is for models that continue a text, of the targets onnx and triton"
             )
-        loading |= {"memory": parse_bytes(memory), "context": room}
+        loading |= {"memory": parse_bytes(memory), "context": room, "device": device}
     if kind == "encoder_decoder":
         read = (prompt or [], file, ids)
         run_encoder_decoder(artifact, *read, prefix or "", given, options, loading, json)

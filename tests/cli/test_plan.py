@@ -14,7 +14,9 @@ from einfold.api import compile
 from einfold.cli import running
 from einfold.compiler.ir.device import Device, device_file, read_device, write_device
 from einfold.compiler.memory.tiers import Load, TierPlan
+from einfold.compiler.memory.timeline import seconds_of
 from einfold.errors import RecipeError
+from einfold.model import load
 from einfold.planning import plan as planned
 from einfold.runtime.memory import gpu_probe, probe
 from einfold.runtime.memory.pages import UNIT, no_paging
@@ -316,3 +318,34 @@ def test_a_description_that_is_none_is_refused(text: str, said: str, tmp_path: P
 def test_options_that_mean_nothing_are_refused(wide_head: Path) -> None:
     assert "give both" in einfold("run", wide_head, "--ids", "5", "--context", "64", code=7)
     assert "is no size" in einfold("run", wide_head, "--ids", "5", "--memory", "much", code=7)
+
+
+def test_runs_and_loads_are_planned_for_the_device_that_is_given(
+    wide_head: Path, tmp_path: Path
+) -> None:
+    """As `plan` is, so that what was told before is what is run."""
+    slow = tmp_path / "slow.toml"
+    write_device(Device(2, 1 << 40, 20_000_000_000, 1_000_000, source="made up"), slow)
+    memory = str(smallest(wide_head))
+    within = ("--memory", memory, "--device", slow)
+    plan = as_json("plan", wide_head, *within)
+    options = ("--ids", "5 6 7", "--max-new-tokens", "2", "--ignore-eos", "--threads", "1")
+    ran = as_json("run", wide_head, *options, *within, "--context", str(plan["tokens"]))["plan"]
+    assert ran["device"] == plan["device"] != as_json("plan", wide_head, *within[:2])["device"]
+    assert ran["disk_seconds"] == plan["disk_seconds"] > 0.1
+    model = load(wide_head, memory=int(memory), context=plan["tokens"], device=slow)
+    assert model.plan is not None and model.plan.device == read_device(slow)
+    model.engine.runner.close()
+    said = einfold("run", wide_head, "--ids", "5", "--device", slow, code=7)
+    assert "--device is what --memory is planned for; give both" in said
+    with pytest.raises(RecipeError, match="device is what memory is planned for; give both"):
+        load(wide_head, device=slow)
+
+
+def test_seconds_are_those_with_the_waits(wide_head: Path) -> None:
+    """Where there is room for less than a super-op ahead, engine and disk take turns."""
+    plan = planned(wide_head, memory=smallest(wide_head))
+    told = plan.data()
+    assert plan.seconds == seconds_of(plan.tiers, plan.seen) > 1.01 * plan.step.seconds
+    assert told["seconds"] == plan.seconds == 1 / told["tokens_a_second"]
+    assert f"one waits for the other, {plan.seconds:.3f} s in all" in plan.bound()
