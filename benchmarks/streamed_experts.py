@@ -89,6 +89,10 @@ def line(
     ]
 
 
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name not in ("plan", "tokens")}
+
+
 HEADS = (
     "weights held", "", "MiB a token", "by the plan", "hit rate", "by the plan", "s a token", "ratio to own",
     "MiB of the prompt", "cgroup's MiB",
@@ -145,7 +149,13 @@ def main() -> None:
             given.out / f"streamed-experts-{given.artifact.name}-{way}-{date.today()}-{slug(this)}"
         )
         file.with_name(f"{file.name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-        kept = {"machine": this, "versions": versions, "runs": runs_of}
+        # Of a part all runs have one plan, and all wrote the same tokens, or the page says otherwise.
+        plans = {part: found["own"][0].get("plan") for part, found in runs_of.items()}
+        runs = {
+            part: {name: [_figures(run) for run in runs] for name, runs in found.items()}
+            for part, found in runs_of.items()
+        }
+        kept = {"machine": this, "versions": versions, "plans": plans, "runs": runs}
         file.with_name(f"{file.name}.json").write_text(
             json.dumps(kept, indent=1) + "\n", encoding="utf-8"
         )
